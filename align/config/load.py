@@ -1,0 +1,193 @@
+"""From YAML text to a validated `Recipe`, with errors that say where and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from align.config.recipe import Recipe
+from align.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 5e-6 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: the key '{key}' is written twice; keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def resolve_recipe_path(recipe: str | Path) -> Path:
+    """A path as given, or a recipe shipped with the package by its file name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / (path.name if path.suffix else f"{path.name}.yaml")
+    if len(path.parts) <= 2 and shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+    raise UserError(f"{path}: there is no such recipe file; shipped recipes are {', '.join(names)}.")
+
+
+def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, apply dotted overrides (`stages.dpo.beta=0.2`) and validate it.
+
+    Raises `UserError` with one line for each problem.
+    """
+    path = resolve_recipe_path(recipe)
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_sentence(values, problem) for problem in error.errors()]
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not.")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2.")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': the value is not valid YAML.") from None
+    *parents, last = dotted.split(".")
+    node: Any = values
+    for depth, key in enumerate(parents):
+        node = _child(node, key, override, ".".join(parents[:depth]))
+    if isinstance(node, list):
+        _child(node, last, override, ".".join(parents))
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'.")
+
+
+def _child(node: Any, key: str, override: str, where: str) -> Any:
+    if isinstance(node, list):
+        if key.isdigit() and int(key) < len(node):
+            return node[int(key)]
+        raise UserError(f"override '{override}': '{where}' is a list of {len(node)}, so '{key}' must be 0 to {len(node) - 1}.")
+    if isinstance(node, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        return node[key]
+    raise UserError(f"override '{override}': '{where}' holds a single value, so it has no '{key}'.")
+
+
+def _sentence(values: dict[str, Any], problem: Any) -> str:
+    """One sentence for one pydantic problem: the dotted path, what is wrong, what would be right."""
+    location = _written_path(values, problem["loc"])
+    where = ".".join(location)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
+        return f"unknown key '{where}'; {hint}"
+    if kind == "missing":
+        return f"the key '{where}' is missing."
+    if kind in ("union_tag_invalid", "literal_error"):
+        expected = context.get("expected_tags") or context.get("expected")
+        found = context.get("tag", problem["input"])
+        key = where + ".kind" if kind == "union_tag_invalid" else where
+        return f"'{key}' is '{found}', but must be one of {expected}."
+    if kind == "union_tag_not_found":
+        return f"the key '{where}.kind' is missing; it says which kind of section this is."
+    if kind == "value_error":
+        prefix = f"'{where}': " if where else ""
+        return f"{prefix}{context['error']}."
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"'{where}' is {problem['input']!r}, but the value {message.removeprefix('input ')}."
+
+
+def _written_path(values: Any, loc: tuple) -> list[str]:
+    """The location without the union tags that pydantic adds and no recipe contains."""
+    path: list[str] = []
+    node = values
+    for i, key in enumerate(loc):
+        last = i == len(loc) - 1
+        if isinstance(node, dict) and (key in node or (last and not _is_tag(node, key))):
+            node = node.get(key)
+        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            node = node[key]
+        elif not last or _is_tag(node, key):
+            continue
+        path.append(str(key))
+    return path
+
+
+def _is_tag(node: Any, key: Any) -> bool:
+    """True where pydantic's location names the member of a union, which the recipe writes as `kind`."""
+    return isinstance(node, dict) and key not in node and node.get("kind", "file") == key
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    """The keys that the section at `loc` (with pydantic's union tags) accepts."""
+    models: list[type[BaseModel]] = [Recipe]
+    for key in loc:
+        found: list[type[BaseModel]] = []
+        for model in models:
+            field = model.model_fields.get(str(key))
+            if field is not None:
+                found += _models_in(field.annotation)
+        if found:
+            models = found
+        tagged = [m for m in models if _kind_of(m) == key]
+        models = tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _kind_of(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    arguments = getattr(field.annotation, "__args__", ()) if field else ()
+    return arguments[0] if arguments else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

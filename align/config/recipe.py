@@ -1,0 +1,81 @@
+"""The whole recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.config.parts import Model, Part
+from align.config.stages import EvaluateStage, ModelReward, PpoStage, Stage
+
+BASE = "base"
+"""The name under which stages refer to the recipe's model."""
+
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Recipe(Part):
+    """What a run does: a model, and stages that run in the order in which they are written."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic. On a CPU without AVX-512 bf16 is several times slower than float32."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads; by default torch's own choice."""
+    model: Model
+    stages: dict[str, Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _stages_refer_backwards(self) -> Recipe:
+        seen: list[str] = []
+        for name, stage in self.stages.items():
+            if not STAGE_NAME.fullmatch(name) or name == BASE:
+                raise ValueError(
+                    f"stage name '{name}' cannot be used: names are lower-case letters, digits and '_', and not '{BASE}'"
+                )
+            for where, parent in references(stage):
+                if is_path(parent) or parent == BASE or parent in seen:
+                    continue
+                known = ", ".join([BASE, *seen])
+                raise ValueError(
+                    f"stages.{name}.{where} names '{parent}', which is not an earlier stage of this recipe; "
+                    f"earlier ones are: {known} (a folder is written with a '/')"
+                )
+            seen.append(name)
+        return self
+
+
+def is_path(reference: str) -> bool:
+    """True where a reference to a checkpoint is a folder or hub id and not the name of a stage."""
+    return "/" in reference
+
+
+def references(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Every (field, checkpoint) by which a stage refers to earlier ones."""
+    if isinstance(stage, EvaluateStage):
+        yield from (("models", model) for model in stage.models)
+        for where in ("reward_model", "reference"):
+            if (parent := getattr(stage, where)) is not None:
+                yield where, parent
+    else:
+        yield "init_from", stage.init_from
+    if isinstance(stage, PpoStage):
+        yield from (("rewards", reward.init_from) for reward in stage.rewards if isinstance(reward, ModelReward))
+        if stage.critic.init_from is not None:
+            yield "critic.init_from", stage.critic.init_from
+    for sources in _source_lists(stage):
+        yield from (("data", source.stage) for source in sources if source.kind == "stage")
+
+
+def _source_lists(stage: Stage) -> Iterator[list]:
+    holders = (stage, getattr(stage, "data", None))
+    for holder in holders:
+        for field in ("train", "held_out", "prompts", "preferences"):
+            if (sources := getattr(holder, field, None)) is not None:
+                yield sources

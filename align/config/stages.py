@@ -1,0 +1,222 @@
+"""One section of a recipe for each kind of stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, PythonDocsSource, Source
+
+
+class StageBase(Part):
+    init_from: str = "base"
+    """Where the weights come from: the name of an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
+
+
+class TrainingStage(StageBase):
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    lora: Lora | None = None
+    """Adapters instead of full fine-tuning. The saved checkpoint is merged; the adapter is saved beside it."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data, unless `max_steps` ends the stage earlier."""
+    max_steps: Positive | None = None
+    """Optimizer steps."""
+    batch_size: Positive = 8
+    """Sequences (or pairs) in an optimizer step, over all processes."""
+    micro_batch_size: Positive = 8
+    """Sequences (or pairs) in a forward pass of one process."""
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints from which a killed run resumes."""
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainingStage:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class PretrainStage(TrainingStage):
+    """Next-token prediction on plain text, packed into full sequences."""
+
+    kind: Literal["pretrain"]
+
+
+class SftStage(TrainingStage):
+    """Supervised fine-tuning on conversations or prompt/completion rows."""
+
+    kind: Literal["sft"]
+    assistant_only_loss: bool = True
+    """Count only assistant turns (conversations) or completions in the loss."""
+
+
+class SampleStage(StageBase):
+    """Sample the model on prompts and write preference pairs: the reference answer over the sampled one."""
+
+    kind: Literal["sample"]
+    train: list[Source] = Field(min_length=1)
+    """Prompts with a `reference` column, for the training pairs."""
+    held_out: list[Source] = Field(default_factory=list)
+    """The same for the held-out pairs."""
+    neighbours: Fraction = 0.5
+    """Share of the rejected answers that are another prompt's reference instead of a sample."""
+    rollout: Rollout = Field(default_factory=lambda: Rollout())
+
+
+class RewardModelStage(TrainingStage):
+    """A scalar head trained on preference pairs (Bradley-Terry)."""
+
+    kind: Literal["reward_model"]
+    center_coef: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the squared sum of the pair's scores, which keeps scores around zero."""
+
+
+class DpoStage(TrainingStage):
+    """Direct preference optimisation against the parent as reference."""
+
+    kind: Literal["dpo"]
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    sft_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the negative log-likelihood of the chosen answer, added to the DPO loss."""
+
+
+class Rollout(Part):
+    """How completions are generated."""
+
+    engine: Literal["vllm", "huggingface"] = "vllm"
+    """vllm: the in-process engine; huggingface: `generate`, slow, for machines without vLLM."""
+    max_new_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Logits are divided by this before sampling, in the rollout and in the trainer's log-probabilities alike."""
+    max_model_length: Positive = 512
+    """Prompt and completion together, in tokens."""
+    cache_gib: Annotated[float, Field(gt=0)] = 0.5
+    """Memory for the key/value cache."""
+    max_sequences: Positive = 64
+    """Sequences decoded at a time."""
+
+
+class ModelReward(Part):
+    """The score of a reward model."""
+
+    kind: Literal["model"]
+    init_from: str
+    """A reward_model stage of this recipe or a checkpoint folder."""
+    weight: float = 1.0
+
+
+class FunctionReward(Part):
+    """A Python function `f(prompts, completions, rows) -> list of float`."""
+
+    kind: Literal["function"]
+    path: str
+    """`file.py:function`, or the name of a built-in function of `align.reward`."""
+    weight: float = 1.0
+
+
+Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
+
+
+class Critic(Part):
+    """The value model."""
+
+    init_from: str | None = None
+    """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    lora: Lora | None = None
+    """Adapters for the critic; its value head is always trained in full."""
+    trainable: Literal["all", "head"] = "all"
+    """head: keep the trunk frozen and train the value head only."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the critic learns."""
+
+
+class PpoStage(StageBase):
+    """Proximal policy optimisation with a critic."""
+
+    kind: Literal["ppo"]
+    prompts: list[Source] = Field(min_length=1)
+    """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
+    max_prompt_length: Positive = 256
+    """Longer prompts are dropped and counted."""
+    rewards: list[Reward] = Field(min_length=1)
+    """Weighted sum of these is a completion's score."""
+    rollout: Rollout = Rollout()
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
+    lora: Lora | None = None
+    """Adapters for the policy; the reference is then the policy with its adapters off."""
+    critic: Critic = Critic()
+    steps: Positive = 100
+    """Rounds of generation and update."""
+    batch_size: Positive = 32
+    """Completions in a round."""
+    completions_per_prompt: Positive = 1
+    epochs: Positive = 2
+    """Passes over a round's completions."""
+    mini_batch_size: Positive = 16
+    """Completions in an optimizer step."""
+    micro_batch_tokens: Positive = 4096
+    """Padded tokens in a forward pass; completions are sorted by length to waste little."""
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    whiten_advantages: bool = True
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the per-token KL to the reference, subtracted from the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Truncate the weight old/rollout of a token at this value (null: no correction of the engine's mismatch)."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
+    """Subtracted from the score of a completion that was cut at max_new_tokens."""
+    checkpoint_every: Positive = 10
+    sample_every: Positive = 5
+    """Steps between the samples written to samples.jsonl."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PpoStage:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}")
+        if self.batch_size % self.completions_per_prompt:
+            raise ValueError(
+                f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}"
+            )
+        if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
+                f"exceed rollout.max_model_length {self.rollout.max_model_length}"
+            )
+        return self
+
+
+class EvaluateStage(Part):
+    """Compare checkpoints on held-out prompts and write the report."""
+
+    kind: Literal["evaluate"]
+    models: list[str] = Field(min_length=1)
+    """Stages (or `base`, or checkpoint folders) to compare; the first is the baseline."""
+    prompts: list[Source] = Field(min_length=1)
+    """Held-out prompts, with a `reference` column where the F1 score is wanted."""
+    reward_model: str | None = None
+    """A reward_model stage or folder whose score is a metric."""
+    preferences: list[Source] = Field(default_factory=list)
+    """Held-out pairs on which each model's implicit preference accuracy is measured."""
+    rollout: Rollout = Rollout()
+    reference: str | None = None
+    """Model to which the KL of every other one is estimated on its own samples (default: the first model)."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples for the 95 % confidence intervals."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Prompts shown side by side in the report."""
+
+
+SampleStage.model_rebuild()
+
+Stage = Annotated[
+    PretrainStage | SftStage | SampleStage | RewardModelStage | DpoStage | PpoStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
+
+__all__ = ["PythonDocsSource", "Stage"]
