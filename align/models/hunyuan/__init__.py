@@ -1,0 +1,18 @@
+"""The Hunyuan-Large family for transformers."""
+
+from align.models.hunyuan.configuration import HunYuanConfig, bytes_per_token
+from align.models.hunyuan.modeling import (
+    HunYuanCausalLMOutput,
+    HunYuanForCausalLM,
+    HunYuanForSequenceClassification,
+    HunYuanModel,
+)
+
+__all__ = [
+    "HunYuanCausalLMOutput",
+    "HunYuanConfig",
+    "HunYuanForCausalLM",
+    "HunYuanForSequenceClassification",
+    "HunYuanModel",
+    "bytes_per_token",
+]

@@ -1,0 +1,30 @@
+"""Balance loss and load of routed experts.
+
+Shapes: T tokens, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
+    """Share of the valid tokens' assignments that each expert gets, [E], summing to one."""
+    valid = mask_T[:, None].expand_as(experts_Tk).flatten().float()
+    counts = torch.zeros(num_experts, device=experts_Tk.device).index_add(0, experts_Tk.flatten(), valid)
+    return counts / counts.sum().clamp_min(1.0)
+
+
+def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tensor:
+    """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1; 1 when both are uniform.
+
+    For k > 1 this equals the form E^2 * mean_e(fraction_e * probability_e) with fractions that sum to one. The
+    gradient reaches the router through the probabilities p; the load is a count.
+    Source: Fedus et al. (Switch Transformers), equation 4; the released Hunyuan-Large code.
+    """
+    num_experts = logits_TE.shape[-1]
+    mask = mask_T.float()
+    probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
+    mean_probability = (probabilities * mask[:, None]).sum(0) / mask.sum().clamp_min(1.0)
+    return num_experts * (expert_load(experts_Tk, num_experts, mask_T) * mean_probability).sum()

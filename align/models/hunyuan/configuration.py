@@ -1,0 +1,104 @@
+"""Configuration of the Hunyuan-Large family, with the keys of Tencent's published config.json."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class HunYuanConfig(PreTrainedConfig):
+    """Sizes and switches of a HunYuan model; keys it does not know are kept and saved again.
+
+    use_cla, cla_share_factor: layer i owns keys and values when `i % cla_share_factor == 0`, the others use the owner's.
+    use_qk_norm: RMSNorm over the head dimension of queries and keys, after RoPE.
+    rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every length.
+    rope_inv_freq_dtype: precision to which the inverse frequencies are rounded; by default as the reference does:
+        bfloat16 with a plain base, float32 (no rounding) with an alpha. Models converted from elsewhere say float32.
+    num_experts, moe_topk: an integer, or one for each layer; one expert means a dense layer.
+    use_mixed_mlp_moe, num_shared_expert: a shared expert of width `intermediate_size * num_shared_expert`.
+    router_aux_loss_coef: weight of the balance loss in the training loss.
+
+    Source: the released configuration files and Sun et al., Hunyuan-Large (arXiv 2411.02265).
+    """
+
+    model_type = "hunyuan"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 129024
+    hidden_size: int = 6400
+    intermediate_size: int = 18304
+    num_hidden_layers: int = 64
+    num_attention_heads: int = 80
+    num_key_value_heads: int | None = 8
+    attention_head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    rope_inv_freq_dtype: str | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    use_qk_norm: bool = True
+    use_cla: bool = True
+    cla_share_factor: int = 2
+    num_experts: int | list[int] = 16
+    moe_topk: int | list[int] = 1
+    use_mixed_mlp_moe: bool = True
+    num_shared_expert: int | list[int] = 1
+    router_aux_loss_coef: float = 0.01
+    output_router_logits: bool = False
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_group_size(self) -> int:
+        """Layers that share one key/value cache."""
+        return self.cla_share_factor if self.use_cla else 1
+
+    def kv_owner(self, layer: int) -> int:
+        """The layer whose keys and values `layer` attends to."""
+        return layer - layer % self.kv_group_size
+
+    def experts_in(self, layer: int) -> int:
+        return _per_layer(self.num_experts, layer)
+
+    def top_k_in(self, layer: int) -> int:
+        return _per_layer(self.moe_topk, layer)
+
+    def shared_width(self, layer: int) -> int:
+        """Intermediate size of the shared expert; 0 where there is none."""
+        return self.intermediate_size * _per_layer(self.num_shared_expert, layer) if self.use_mixed_mlp_moe else 0
+
+    def rope_base(self) -> float:
+        """RoPE's base after the NTK-alpha change."""
+        alpha = (self.rope_scaling or {}).get("alpha")
+        if not alpha:
+            return self.rope_theta
+        return self.rope_theta * alpha ** (self.head_dim / (self.head_dim - 2))
+
+
+def _per_layer(value: int | list[int], layer: int) -> int:
+    return value if isinstance(value, int) else value[layer]
+
+
+def bytes_per_token(config: HunYuanConfig, bytes_per_value: int = 2) -> int:
+    """Key/value cache bytes of one token over all layers: one key and one value a cross-layer group."""
+    groups = -(-config.num_hidden_layers // config.kv_group_size)
+    return 2 * groups * config.num_key_value_heads * config.head_dim * bytes_per_value

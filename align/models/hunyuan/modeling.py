@@ -1,0 +1,393 @@
+"""HunYuan: grouped-query attention with one shared cache a cross-layer group, QK norm, mixture of experts.
+
+Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, d head size, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from align.losses.moe import balance_loss, expert_load
+from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.hunyuan.moe import Experts, MoeBlock, Router, Routing, SwiGlu
+from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
+
+
+@dataclass
+class HunYuanModelOutput(ModelOutput):
+    """last_hidden_state [B, T, D]; aux_loss: balance loss averaged over MoE layers; expert_load: [E] for each MoE
+    layer; routing: logits, experts and weights for each MoE layer, when `output_router_logits`."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    expert_load: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HunYuanCausalLMOutput(ModelOutput):
+    """loss: cross entropy + router_aux_loss_coef * aux_loss; logits [B, T, V]; the rest as `HunYuanModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    expert_load: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HunYuanSequenceClassifierOutput(ModelOutput):
+    """logits [B, num_labels] read at each sequence's last attended token."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * unit_rms(x, self.eps)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, computed in fp32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; a layer that does not own keys and values uses its owner's.
+
+    What is shared is the rotated key divided by its rms, without the norm's weight: that weight is a factor on each
+    head dimension, so q . (w * k) = (q * w) . k, and every layer applies its own to its queries. The cache therefore
+    holds one key and one value for the whole group, exactly.
+    """
+
+    def __init__(self, config: HunYuanConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer
+        self.owns_kv = config.kv_owner(layer) == layer
+        # Slots are numbered by group: a cache never has more of them than there are keys and values.
+        self.cache_slot = layer // config.kv_group_size
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        bias = config.attention_bias
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        if self.owns_kv:
+            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        shared_kv: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns the attention's output [B, T, D] and the group's (key, value), each [B, K, S, d]."""
+        batch, length, _ = hidden_BTD.shape
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(batch, length, -1, self.head_dim).transpose(1, 2)
+
+        query = rotate(heads(self.q_proj(hidden_BTD)), *rotation)
+        if self.config.use_qk_norm:
+            query = self.query_layernorm(query) * self.key_layernorm.weight
+        if self.owns_kv:
+            key = rotate(heads(self.k_proj(hidden_BTD)), *rotation)
+            if self.config.use_qk_norm:
+                key = unit_rms(key, self.config.rms_norm_eps)
+            value = heads(self.v_proj(hidden_BTD))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.cache_slot)
+            shared_kv = (key, value)
+        assert shared_kv is not None
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, _ = attend(
+            self, query, *shared_kv, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), shared_kv
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: HunYuanConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        is_moe = config.experts_in(layer) > 1
+        self.mlp = MoeBlock(config, layer) if is_moe else SwiGlu(config, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_BTD: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
+        attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
+        hidden_BTD = hidden_BTD + self.dropout(attended)
+        output = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        output, routing = output if isinstance(self.mlp, MoeBlock) else (output, None)
+        return hidden_BTD + self.dropout(output), shared_kv, routing
+
+
+class HunYuanPreTrainedModel(PreTrainedModel):
+    config_class = HunYuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, Router):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
+        elif isinstance(module, HunYuanModel):
+            module.inv_freq.copy_(inverse_frequencies(self.config))
+        else:
+            super()._init_weights(module)
+
+
+class HunYuanModel(HunYuanPreTrainedModel):
+    """Embedding, decoder layers and the final norm."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: HunYuanConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> HunYuanModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = rotation_tables(self.inv_freq, position_ids, hidden.dtype)
+
+        states: list[Tensor] = [hidden]
+        routings: list[Routing] = []
+        shared_kv = None
+        for layer in self.layers:
+            hidden, shared_kv, routing = layer(
+                hidden,
+                rotation=rotation,
+                attention_mask=causal_mask,
+                shared_kv=shared_kv,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            states.append(hidden)
+            if routing is not None:
+                routings.append(routing)
+        hidden = self.norm(hidden)
+        states[-1] = hidden
+        want_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        aux_loss, load = routing_summary(routings, attention_mask, hidden) if want_routing else (None, None)
+        return HunYuanModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            aux_loss=aux_loss,
+            expert_load=load,
+            router_logits=tuple(r.logits_TE for r in routings) if want_routing else None,
+        )
+
+
+def routing_summary(
+    routings: list[Routing], attention_mask: Tensor | None, hidden_BTD: Tensor
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+    """Balance loss averaged over MoE layers and each layer's load [E]; padding does not count."""
+    if not routings:
+        return None, None
+    batch, length, _ = hidden_BTD.shape
+    if attention_mask is None or attention_mask.ndim != 2:
+        mask = torch.ones(batch * length, device=hidden_BTD.device)
+    else:
+        mask = attention_mask[:, -length:].reshape(-1)
+    losses = [balance_loss(r.logits_TE, r.experts_Tk, mask) for r in routings]
+    with torch.no_grad():
+        load = tuple(expert_load(r.experts_Tk, r.logits_TE.shape[-1], mask) for r in routings)
+    return torch.stack(losses).mean(), load
+
+
+class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HunYuanConfig):
+        super().__init__(config)
+        self.model = HunYuanModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> HunYuanCausalLMOutput:
+        """labels [B, T]: -100 is ignored; they are shifted here. logits_to_keep: only the last n positions' logits."""
+        loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
+            if outputs.aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        return HunYuanCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            aux_loss=outputs.aux_loss,
+            expert_load=outputs.expert_load,
+            router_logits=outputs.router_logits,
+        )
+
+
+class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
+    """A linear head on the last attended token: the reward model, and with every token's score the critic."""
+
+    def __init__(self, config: HunYuanConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HunYuanModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> HunYuanSequenceClassifierOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if use_cache is None else use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if attention_mask is None:
+            last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
+        else:
+            # The mask, not the pad id, says where a sequence ends: pad may equal EOS.
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+            last = (attention_mask * positions).argmax(dim=-1)
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        return HunYuanSequenceClassifierOutput(
+            logits=logits, past_key_values=outputs.past_key_values, aux_loss=outputs.aux_loss
+        )
