@@ -1,0 +1,44 @@
+"""AdamW with groups for experts and for parameters that do not decay, and the schedule as a pure function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from align.config.parts import Optimizer
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """Routed experts learn at learning_rate * expert_learning_rate_scale; norms and other vectors do not decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((".experts." in name, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": settings.learning_rate * (settings.expert_learning_rate_scale if is_expert else 1.0),
+                "weight_decay": settings.weight_decay if decays else 0.0,
+            }
+            for (is_expert, decays), parameters in sorted(groups.items())
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+
+def schedule_factor(step: int, total: int, settings: Optimizer) -> float:
+    """Factor on the peak rate at `step` (0-based) of `total`."""
+    warmup = math.ceil(settings.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if settings.schedule == "linear":
+        return 1 - progress
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0

@@ -1,0 +1,157 @@
+"""The folder of a run: stages, manifests, metrics, and the lock that keeps two processes apart.
+
+    runs/<run>/recipe.json
+    runs/<run>/<stage>/{config.json, metrics.jsonl, checkpoints/, model/, manifest.json}
+
+Nothing here imports torch. Every file is written under a temporary name and renamed, so a reader sees it whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from align.config.recipe import BASE, Recipe, is_path
+from align.errors import UserError
+
+MODEL = "model"
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all. A full disk is a `UserError`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError(f"{path}: the disk is full; free some space and continue with --resume (nothing finished is lost).")
+    return UserError(f"{path}: cannot be written ({error.strerror}).")
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, then put it in the place of `target`; an interrupted write leaves no target."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise disk_error(target, error) from error
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder; another process that tries gets a `UserError` with the holder's process id."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(
+                f"{run_dir}: the run folder is in use by process {holder}; wait for it, or choose another with --run-dir."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given: its settings and the paths it may touch."""
+
+    recipe: Recipe
+    name: str
+    run_dir: Path
+    resume: bool = False
+    say: Callable[[str], None] = field(default=print)
+    """Prints a line for the person who watches."""
+
+    @property
+    def stage(self) -> Any:
+        return self.recipe.stages[self.name]
+
+    @property
+    def seed(self) -> int:
+        """Differs from stage to stage and depends on nothing but the recipe."""
+        return (self.recipe.seed + 1000 * (1 + list(self.recipe.stages).index(self.name))) % 2**32
+
+    @property
+    def dir(self) -> Path:
+        return self.run_dir / self.name
+
+    @property
+    def stage_dirs(self) -> dict[str, Path]:
+        return {name: self.run_dir / name for name in self.recipe.stages}
+
+    def checkpoint(self, reference: str) -> Path:
+        """The folder of a checkpoint named by stage, as `base`, or by path."""
+        if is_path(reference):
+            path = Path(reference)
+            if (path / MODEL / "config.json").is_file():
+                return path / MODEL
+            if not (path / "config.json").is_file():
+                raise UserError(f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder.")
+            return path
+        path = self.run_dir / reference / MODEL
+        if not (path / "config.json").is_file():
+            how = "the base model was not prepared" if reference == BASE else f"run it first (--only {reference})"
+            raise UserError(f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; {how}.")
+        return path
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, one line a step. Opened at a checkpoint's step it drops the lines after it."""
+
+    def __init__(self, path: Path, *, from_step: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if from_step is None else [line for line in read_jsonl(path) if line["step"] <= from_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.last_step = kept[-1]["step"] if kept else None
+        self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        self._path = path
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,42 @@
+"""Direct preference optimisation: prefer the chosen answer, measured against the parent model."""
+
+from __future__ import annotations
+
+from trl import DPOConfig, DPOTrainer
+
+from align.data import prepare_dpo_pairs
+from align.models.lora import add_lora
+from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
+from align.train.run_folder import StageContext
+from align.train.trl import AlignTrainer, fit, trainer_arguments
+
+
+class AlignDpoTrainer(AlignTrainer, DPOTrainer):
+    """TRL's DPO trainer on pairs that are tokenised already."""
+
+
+def run(context: StageContext) -> dict:
+    stage = context.stage
+    parent = context.checkpoint(stage.init_from)
+    tokenizer = load_tokenizer(parent)
+    data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    context.say(f"  data: {data.report.summary()}")
+    model = load_policy(parent, context.recipe.dtype)
+    # With adapters the reference is the model with its adapters off; without them it is a second copy.
+    ref_model = None if stage.lora else load_policy(parent, context.recipe.dtype)
+    if stage.lora:
+        model = add_lora(model, stage.lora, task="CAUSAL_LM")
+    parameters = count_parameters(model)
+    AlignDpoTrainer.align_stage = stage
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
+    trainer = AlignDpoTrainer(
+        model=model,
+        ref_model=ref_model,
+        args=DPOConfig(**trainer_arguments(context), beta=stage.beta, max_length=stage.data.max_length, **losses),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+    )
+    metrics = fit(trainer, context, model)
+    save_model(trainer.model, tokenizer, context.dir)
+    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

@@ -1,0 +1,42 @@
+"""Reward modelling: a scalar head that scores the chosen answer above the rejected one (Bradley-Terry)."""
+
+from __future__ import annotations
+
+from trl import RewardConfig, RewardTrainer
+
+from align.data import prepare_reward_pairs
+from align.models.lora import add_lora
+from align.train.checkpoint import count_parameters, load_scorer, load_tokenizer, save_model
+from align.train.run_folder import StageContext
+from align.train.trl import AlignTrainer, fit, trainer_arguments
+
+
+class AlignRewardTrainer(AlignTrainer, RewardTrainer):
+    """TRL's reward trainer on pairs that are tokenised already."""
+
+
+def run(context: StageContext) -> dict:
+    stage = context.stage
+    parent = context.checkpoint(stage.init_from)
+    tokenizer = load_tokenizer(parent)
+    data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    context.say(f"  data: {data.report.summary()}")
+    model = load_scorer(parent, context.recipe.dtype)
+    if stage.lora:
+        model = add_lora(model, stage.lora, task="SEQ_CLS")
+    parameters = count_parameters(model)
+    AlignRewardTrainer.align_stage = stage
+    trainer = AlignRewardTrainer(
+        model=model,
+        args=RewardConfig(
+            **trainer_arguments(context),
+            max_length=stage.data.max_length,
+            center_rewards_coefficient=stage.center_coef or None,
+        ),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+    )
+    metrics = fit(trainer, context, model)
+    save_model(trainer.model, tokenizer, context.dir)
+    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

@@ -1,0 +1,44 @@
+"""Supervised fine-tuning: the assistant's turns, given the rest of the conversation."""
+
+from __future__ import annotations
+
+from trl import SFTConfig, SFTTrainer
+
+from align.data import prepare_sft
+from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
+from align.train.run_folder import StageContext
+from align.train.trl import AlignTrainer, fit, trainer_arguments
+from align.models.lora import add_lora
+
+
+class AlignSftTrainer(AlignTrainer, SFTTrainer):
+    """TRL's SFT trainer on data that is tokenised and masked already."""
+
+
+def run(context: StageContext) -> dict:
+    stage = context.stage
+    parent = context.checkpoint(stage.init_from)
+    tokenizer = load_tokenizer(parent)
+    data = prepare_sft(
+        stage.data,
+        tokenizer,
+        assistant_only_loss=stage.assistant_only_loss,
+        seed=context.seed,
+        stage_dirs=context.stage_dirs,
+    )
+    context.say(f"  data: {data.report.summary()}")
+    model = load_policy(parent, context.recipe.dtype)
+    if stage.lora:
+        model = add_lora(model, stage.lora, task="CAUSAL_LM")
+    parameters = count_parameters(model)
+    AlignSftTrainer.align_stage = stage
+    trainer = AlignSftTrainer(
+        model=model,
+        args=SFTConfig(**trainer_arguments(context), max_length=stage.data.max_length),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+    )
+    metrics = fit(trainer, context, model)
+    save_model(trainer.model, tokenizer, context.dir)
+    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}
