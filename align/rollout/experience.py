@@ -1,0 +1,134 @@
+"""Completions as padded tensors, and what a model says about their tokens.
+
+Shapes: B sequences, T completion tokens (right-padded), L prompt and completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from align.losses.logprobs import token_entropy, token_logprobs
+
+
+@dataclass
+class Experience:
+    """One round of completions. Every [B, T] tensor is zero where `mask` is.
+
+    input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T];
+    rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the critic;
+    score [B], one a completion; rewards after KL shaping; advantages and returns.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    mask: Tensor
+    rollout_logprobs: Tensor
+    score: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, index: Tensor) -> Experience:
+        """The rows at `index`, with padding that none of them needs cut off."""
+        length = int(self.lengths[index].max())
+        completion = int((self.lengths - self.prompt_lengths)[index].max())
+        picked = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                tensor = tensor[index]
+                if tensor.ndim == 2:
+                    tensor = tensor[:, : length if field.name == "input_ids" else completion]
+            picked[field.name] = tensor
+        return Experience(**picked)
+
+    def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
+        """Split rows into groups of similar length whose padded size is at most max_tokens (or one row)."""
+        order = index[self.lengths[index].argsort(descending=True, stable=True)]
+        start = 0
+        while start < len(order):
+            size = max(1, max_tokens // int(self.lengths[order[start]]))
+            yield order[start : start + size]
+            start += size
+
+
+def build_experience(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+) -> Experience:
+    """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS."""
+    sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
+    return Experience(
+        input_ids=_pad(sequences, torch.long),
+        lengths=torch.tensor([len(s) for s in sequences]),
+        prompt_lengths=torch.tensor([len(p) for p in prompts]),
+        mask=_pad([[1.0] * len(c) for c in completions], torch.float32),
+        rollout_logprobs=_pad(logprobs, torch.float32),
+    )
+
+
+def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    width = max(1, max(len(row) for row in rows))
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=dtype)
+
+
+def attention_mask(batch: Experience) -> Tensor:
+    """[B, L], 1 on real tokens."""
+    return (torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]).long()
+
+
+def predicting_hidden(hidden_BLD: Tensor, batch: Experience) -> Tensor:
+    """Hidden states [N, D] from which each of the N valid completion tokens is predicted, row after row."""
+    row, token = batch.mask.bool().nonzero(as_tuple=True)
+    return hidden_BLD[row, batch.prompt_lengths[row] - 1 + token]
+
+
+def completion_tokens(batch: Experience) -> Tensor:
+    """The N valid completion tokens, in the order of `predicting_hidden`."""
+    row, token = batch.mask.bool().nonzero(as_tuple=True)
+    return batch.input_ids[row, batch.prompt_lengths[row] + token]
+
+
+def spread(values_N: Tensor, batch: Experience) -> Tensor:
+    """[N] values of valid tokens back to [B, T], zero elsewhere."""
+    return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), values_N.float())
+
+
+def policy_logprobs(policy: nn.Module, batch: Experience, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and (without gradient) entropies [B, T] of the completion under the sampled distribution.
+
+    Only completion tokens meet the vocabulary; adapters inside the policy take part.
+    """
+    model = unwrap(policy)
+    hidden = model.model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
+    logits = model.lm_head(predicting_hidden(hidden.last_hidden_state, batch))
+    logprobs = token_logprobs(logits, completion_tokens(batch), temperature)
+    with torch.no_grad():
+        entropy = token_entropy(logits.detach(), temperature)
+    return spread(logprobs, batch), spread(entropy, batch)
+
+
+def critic_values(critic: nn.Module, batch: Experience) -> Tensor:
+    """Value [B, T] of the state in which each completion token was chosen."""
+    model = unwrap(critic)
+    hidden = model.model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
+    return spread(model.score(predicting_hidden(hidden.last_hidden_state, batch)).squeeze(-1), batch)
+
+
+def sequence_scores(scorer: nn.Module, batch: Experience) -> Tensor:
+    """The reward model's score [B], read at the last completion token."""
+    return scorer(input_ids=batch.input_ids, attention_mask=attention_mask(batch)).logits.squeeze(-1).float()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper; its adapters stay in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
