@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class Experience:
 
     input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T];
     rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the critic;
-    score [B], one a completion; rewards after KL shaping; advantages and returns.
+    score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when its trunk is
+    frozen.
     """
 
     input_ids: Tensor
@@ -34,6 +36,7 @@ class Experience:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -47,7 +50,7 @@ class Experience:
             tensor = getattr(self, field.name)
             if tensor is not None:
                 tensor = tensor[index]
-                if tensor.ndim == 2:
+                if tensor.ndim > 1:
                     tensor = tensor[:, : length if field.name == "input_ids" else completion]
             picked[field.name] = tensor
         return Experience(**picked)
@@ -103,25 +106,52 @@ def spread(values_N: Tensor, batch: Experience) -> Tensor:
     return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), values_N.float())
 
 
-def policy_logprobs(policy: nn.Module, batch: Experience, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and (without gradient) entropies [B, T] of the completion under the sampled distribution.
+class PolicyOutput(NamedTuple):
+    """logprobs and (without gradient) entropy, both [B, T]; aux_loss: the router's balance loss, None for dense models;
+    load_max: the busiest expert's load, averaged over layers (1 is even)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    aux_loss: Tensor | None
+    load_max: float | None
+
+
+def policy_output(policy: nn.Module, batch: Experience, temperature: float) -> PolicyOutput:
+    """The completion's log-probabilities under the distribution that was sampled.
 
     Only completion tokens meet the vocabulary; adapters inside the policy take part.
     """
     model = unwrap(policy)
-    hidden = model.model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
-    logits = model.lm_head(predicting_hidden(hidden.last_hidden_state, batch))
+    outputs = model.model(
+        input_ids=batch.input_ids,
+        attention_mask=attention_mask(batch),
+        use_cache=False,
+        output_router_logits=True,
+    )
+    logits = model.lm_head(predicting_hidden(outputs.last_hidden_state, batch))
     logprobs = token_logprobs(logits, completion_tokens(batch), temperature)
     with torch.no_grad():
         entropy = token_entropy(logits.detach(), temperature)
-    return spread(logprobs, batch), spread(entropy, batch)
+    load = outputs.expert_load
+    load_max = None if not load else sum((x.max() * x.numel()).item() for x in load) / len(load)
+    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.aux_loss, load_max)
+
+
+def critic_features(critic: nn.Module, batch: Experience) -> Tensor:
+    """Hidden state [B, T, D] from which the value of each completion token's state is read."""
+    hidden = unwrap(critic).model(
+        input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False
+    )
+    features = predicting_hidden(hidden.last_hidden_state, batch)
+    padded = features.new_zeros(*batch.mask.shape, features.shape[-1])
+    padded[batch.mask.bool()] = features
+    return padded
 
 
 def critic_values(critic: nn.Module, batch: Experience) -> Tensor:
-    """Value [B, T] of the state in which each completion token was chosen."""
-    model = unwrap(critic)
-    hidden = model.model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
-    return spread(model.score(predicting_hidden(hidden.last_hidden_state, batch)).squeeze(-1), batch)
+    """Value [B, T] of the state in which each completion token was chosen; reuses stored features of a frozen trunk."""
+    features = batch.features if batch.features is not None else critic_features(critic, batch)
+    return unwrap(critic).score(features).squeeze(-1).float() * batch.mask
 
 
 def sequence_scores(scorer: nn.Module, batch: Experience) -> Tensor:

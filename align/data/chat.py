@@ -1,0 +1,228 @@
+"""Chat templates: which tokens of a conversation the assistant says, and whether a template can be trained
+on.
+
+Shapes: ids and masks are lists of length T (tokens of one rendered conversation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
+
+from align.data.formats import DropRow, Message
+from align.errors import UserError
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+_CHATML = (
+    "{%- for message in messages -%}"
+    "@SYSTEM@"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- '<|im_start|>assistant\\n' -}}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{{- '\\n' -}}"
+    "{%- else -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+_SYSTEM = "{%- if loop.first and message['role'] != 'system' -%}{{- @TEXT@ -}}{%- endif -%}"
+
+
+def chatml_template(default_system: str | None = None) -> str:
+    """ChatML with generation markers around each assistant turn, its end-of-turn token included.
+
+    default_system: content of a system turn that is put before conversations that have none (SmolLM2,
+    Qwen2.5).
+    """
+    if default_system is None:
+        return _CHATML.replace("@SYSTEM@", "")
+    turn = f"{TURN_START}system\n{default_system}{TURN_END}\n"
+    quoted = turn.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return _CHATML.replace("@SYSTEM@", _SYSTEM.replace("@TEXT@", f"'{quoted}'"))
+
+
+DEFAULT_TEMPLATE = chatml_template()
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SMOLLM2_TEMPLATE = chatml_template(SMOLLM2_SYSTEM)
+"""Renders exactly as the template published with SmolLM2-Instruct, which has no generation markers."""
+
+_USER = {"role": "user", "content": "What is 2 + 2?"}
+_ASSISTANT = {"role": "assistant", "content": "It's 4."}
+_MORE = [{"role": "user", "content": " And\n\n3 + 3? "}, {"role": "assistant", "content": '6\n\nor "six".'}]
+_SYSTEM_TURN = {"role": "system", "content": "Be brief."}
+PROBES: tuple[list[Message], ...] = (
+    [_USER],
+    [_USER, _ASSISTANT],
+    [_SYSTEM_TURN, _USER, _ASSISTANT],
+    [_USER, _ASSISTANT, *_MORE],
+    [_SYSTEM_TURN, _USER, _ASSISTANT, *_MORE],
+)
+"""Conversations on which two templates are compared and a template is checked."""
+
+
+# --- rendering --------------------------------------------------------------------------------------------
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """(input_ids (T,), assistant_mask (T,)); the mask is 1 on what the assistant says, 0 elsewhere."""
+    encoded = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids (T,) of a finished conversation; needs no generation markers in the template."""
+    return list(_apply(tokenizer, messages)["input_ids"])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str) -> list[int]:
+    """Ids of the prompt with the header of the assistant's turn, ready to be continued. A string is a user
+    turn.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    """Raises UserError without a template, DropRow where the template refuses the conversation."""
+    _require_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(list(messages), return_dict=True, **options)
+    except TemplateError as error:
+        raise DropRow(f"refused by the chat template: {error}") from error
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or "the tokenizer"
+        raise UserError(f"{name} has no chat template: put one beside its files, as chat_template.jinja.")
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a turn: the end-of-sequence token, and the one the template writes after an assistant
+    turn.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template:
+        content = "Sentinel-7"
+        rendered = _render(
+            tokenizer, tokenizer.chat_template, [_USER, {"role": "assistant", "content": content}]
+        )
+        tail = tokenizer(rendered.rpartition(content)[2], add_special_tokens=False)["input_ids"]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ids += [int(token) for token in tail[:1] if token in special]
+    return list(dict.fromkeys(ids))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool = False
+) -> str:
+    return tokenizer.apply_chat_template(  # type: ignore[return-value]  # text, as tokenize=False
+        messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+    )
+
+
+# --- preparing and checking -------------------------------------------------------------------------------
+
+
+def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give the tokenizer a template with generation markers where one renders the same; True if it was
+    replaced.
+
+    A ChatML template is replaced by ours if both agree on every probe; other families by TRL's training
+    version of the published template. Without any template, a tokenizer that knows ChatML's tokens gets the
+    default one. Everything else is left alone, for `check_template` to judge.
+    """
+    current = tokenizer.chat_template
+    if not current:
+        vocabulary = tokenizer.get_vocab()
+        if TURN_START in vocabulary and TURN_END in vocabulary:
+            tokenizer.chat_template = DEFAULT_TEMPLATE
+            return True
+        return False
+    if not isinstance(current, str) or "endgeneration" in current:
+        return False
+    candidates = [DEFAULT_TEMPLATE]
+    default_system = _default_system(tokenizer)
+    if default_system is not None:
+        candidates.append(chatml_template(default_system))
+    # Tools are beyond our ChatML: swapping it in would lose them silently.
+    if "tools" not in current:
+        for candidate in candidates:
+            if _same_rendering(tokenizer, current, candidate):
+                tokenizer.chat_template = candidate
+                return True
+    try:
+        known = get_training_chat_template(tokenizer)
+    except Exception:  # TRL does not know this template, or it cannot render TRL's probes
+        return False
+    if known is None:
+        return False
+    tokenizer.chat_template = known
+    return True
+
+
+def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        rendered = _render(tokenizer, tokenizer.chat_template, [_USER])
+    except Exception:  # a template may refuse a conversation in any way it likes
+        return None
+    head, tail = f"{TURN_START}system\n", f"{TURN_END}\n{TURN_START}user\n"
+    return (
+        rendered.removeprefix(head).partition(tail)[0]
+        if rendered.startswith(head) and tail in rendered
+        else None
+    )
+
+
+def _same_rendering(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:
+    try:
+        return all(
+            _render(tokenizer, first, probe, prompt) == _render(tokenizer, second, probe, prompt)
+            for probe in PROBES
+            for prompt in (False, True)
+        )
+    except Exception:
+        return False
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless the template can be trained on with a loss on assistant turns.
+
+    It must mark assistant tokens, count the end-of-turn token among them (or the model never learns to stop),
+    and preserve prefixes (or prompts at generation differ from those in training).
+    """
+    name = tokenizer.name_or_path or "the tokenizer"
+    _require_template(tokenizer)
+    conversation = [_USER, _ASSISTANT, *_MORE]
+    ids, mask = encode_conversation(tokenizer, conversation)
+    if not any(mask):
+        raise UserError(
+            f"The chat template of {name} marks no assistant tokens, so nothing would be trained: put "
+            "{% generation %} ... {% endgeneration %} around the assistant's content and end-of-turn token."
+        )
+    stops = set(stop_token_ids(tokenizer))
+    # Anywhere in the turn, not only at its end: published templates also mark the line break that follows.
+    turns = [list(run) for marked, run in groupby(range(len(ids)), key=lambda t: mask[t]) if marked]
+    if len(turns) != 2 or not all(any(ids[t] in stops for t in turn) for turn in turns):
+        raise UserError(
+            f"The chat template of {name} leaves the end-of-turn token out of its {{% generation %}} block, "
+            "so the model would never learn to stop: move {% endgeneration %} behind that token."
+        )
+    for count in (1, 3):
+        prompt = encode_prompt(tokenizer, conversation[:count])
+        longer = encode_messages(tokenizer, conversation[: count + 1])
+        if longer[: len(prompt)] != prompt or ids[: len(prompt)] != prompt:
+            raise UserError(
+                f"The chat template of {name} renders a prompt differently once the answer follows (it is "
+                "not prefix-preserving), so training and generation would see different prompts: use a "
+                "template that does not rewrite earlier turns."
+            )

@@ -1,0 +1,404 @@
+"""From a recipe's data section to tokenised rows, one function for each kind of trainer.
+
+Column layouts (lists of length T, tokens of the row) as TRL 1.16 reads them:
+
+    SFTTrainer      input_ids, labels (-100 where there is no loss). `input_ids` makes it skip tokenisation.
+    RewardTrainer   chosen_ids, rejected_ids, each with the prompt in front. Both make it skip tokenisation.
+    DPOTrainer      prompt_ids, chosen_ids, rejected_ids, where the latter two hold the completion only. It
+    tokenises
+                    whatever it is given, so the rows keep prompt, chosen and rejected as messages too: left
+                    alone it arrives at the same ids, and a subclass may skip its `_prepare_dataset`.
+
+Nothing is dropped in silence: every reason and its count are in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from align.config.parts import Data, Source
+from align.data import formats
+from align.data.chat import check_template, encode_conversation, encode_messages, encode_prompt
+from align.data.formats import DropRow, Format, Message
+from align.data.sources import describe_source, load_rows
+from align.data.splits import is_held_out, prompt_key
+from align.errors import UserError
+
+IGNORED = -100
+"""Label of a token that is not in the loss."""
+StageDirs = Mapping[str, Path] | None
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows."""
+
+    rows_read: int
+    rows_train: int
+    rows_held_out: int
+    dropped: dict[str, int]
+    """Rows left out, by reason; training and held-out rows together."""
+    truncated: int
+    """Rows kept with their end cut off."""
+    tokens: int
+    """Tokens of the training rows."""
+    loss_tokens: int
+    """Training tokens that are predicted: labelled ones, without the first of a row, which nothing precedes.
+    """
+    fingerprint: str
+    """sha256 over the ids of all rows, training first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        parts = [
+            f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"
+        ]
+        if self.rows_held_out:
+            parts.append(f"{self.rows_held_out:,} held out")
+        if self.truncated:
+            parts.append(f"{self.truncated:,} truncated")
+        parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+        return f"{self.rows_read:,} rows read: " + ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised rows, ready for a trainer."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    """None where the recipe holds nothing back."""
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt to be answered."""
+
+    ids: tuple[int, ...]
+    """Prompt with the header of the assistant's turn."""
+    messages: list[Message]
+    reference: str | None
+    """A good answer, where the data has one."""
+    row: dict[str, Any] = field(repr=False)
+    """The row as read, for reward functions."""
+
+
+@dataclass
+class _Encoded:
+    """One tokenised row and its share of the report."""
+
+    columns: dict[str, Any]
+    loss_tokens: int
+    truncated: bool = False
+    key: str = ""
+    """Canonical prompt, by which rows are held back."""
+
+    @property
+    def tokens(self) -> int:
+        names = [name for name in self.columns if name.endswith("ids")]
+        return sum(len(self.columns[name]) for name in names)
+
+
+@dataclass
+class _Tally:
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def _loss_tokens(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
+
+
+# --- entry points -----------------------------------------------------------------------------------------
+
+
+def prepare_text(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+) -> Prepared:
+    """Documents packed back to back into rows of `max_length` tokens (input_ids = labels), for pretraining.
+
+    Each document ends with the end-of-sequence token; only the last row may be shorter. Conversations are
+    rendered with the chat template. No token is lost, so nothing counts as truncated.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "The tokenizer has no end-of-sequence token, which pretraining puts between documents."
+        )
+
+    def encode(row: formats.Row) -> _Encoded:
+        if row.get("text") is None:
+            conversation = formats.to_conversation(row)
+            messages = conversation["prompt"] + conversation["completion"]
+            ids, key = encode_messages(tokenizer, messages), _conversation_key(conversation)
+        else:
+            key = formats.to_text(row)
+            ids = list(tokenizer(key)["input_ids"])
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        return _Encoded({"input_ids": ids}, len(ids), key=key)
+
+    def pack(documents: list[_Encoded]) -> list[_Encoded]:
+        stream = [token for document in documents for token in document.columns["input_ids"]]
+        blocks = [stream[start : start + data.max_length] for start in range(0, len(stream), data.max_length)]
+        # A last block of one token would predict nothing.
+        return [_Encoded({"input_ids": b, "labels": b}, len(b) - 1) for b in blocks if len(b) > 1]
+
+    return _prepare(data, encode, ("text", "messages", "prompt_completion"), seed, stage_dirs, pack)
+
+
+def prepare_sft(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    assistant_only_loss: bool,
+    seed: int,
+    stage_dirs: StageDirs = None,
+) -> Prepared:
+    """Conversations as input_ids and labels, for SFTTrainer.
+
+    assistant_only_loss: count the assistant's turns (of a prompt/completion row, the completion's only);
+    otherwise every token counts, and rows of plain `text` are accepted too. Rows longer than `max_length`
+    keep their start; those left without a token in the loss are dropped.
+    """
+    accepted: tuple[Format, ...] = ("messages", "prompt_completion")
+    if assistant_only_loss:
+        check_template(tokenizer)
+    else:
+        accepted = (*accepted, "text")
+
+    def encode(row: formats.Row) -> _Encoded:
+        if not assistant_only_loss and row.get("text") is not None:
+            key = formats.to_text(row)
+            ids = list(tokenizer(key)["input_ids"])
+            ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
+            labels = list(ids)
+        else:
+            conversation = formats.to_conversation(row)
+            key = _conversation_key(conversation)
+            ids, labels = _encode_sft(tokenizer, conversation, assistant_only_loss)
+        kept = labels[: data.max_length]
+        if _loss_tokens(labels) == 0:
+            raise DropRow("nothing to train on")
+        if _loss_tokens(kept) == 0:
+            raise DropRow("truncated before the answer")
+        columns = {"input_ids": ids[: data.max_length], "labels": kept}
+        return _Encoded(columns, _loss_tokens(kept), truncated=len(ids) > data.max_length, key=key)
+
+    return _prepare(data, encode, accepted, seed, stage_dirs)
+
+
+def _encode_sft(
+    tokenizer: Any, conversation: dict[str, list[Message]], masked: bool
+) -> tuple[list[int], list[int]]:
+    """(input_ids, labels), each (T,)."""
+    messages = conversation["prompt"] + conversation["completion"]
+    if not masked:
+        ids = encode_messages(tokenizer, messages)
+        return ids, list(ids)
+    ids, mask = encode_conversation(tokenizer, messages)
+    start = 0
+    if conversation["prompt"]:
+        start = len(_checked_prefix(ids, encode_prompt(tokenizer, conversation["prompt"])))
+    return ids, [token if mask[t] and t >= start else IGNORED for t, token in enumerate(ids)]
+
+
+def prepare_reward_pairs(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+) -> Prepared:
+    """Preference pairs as chosen_ids and rejected_ids, prompts included, for RewardTrainer.
+
+    Pairs of which one side is longer than `max_length` are dropped, and so are pairs with equal answers.
+    """
+
+    def encode(row: formats.Row) -> _Encoded:
+        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length)
+        columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
+
+    return _prepare(data, encode, ("preference",), seed, stage_dirs)
+
+
+def prepare_dpo_pairs(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+) -> Prepared:
+    """Preference pairs as prompt_ids, chosen_ids and rejected_ids beside their messages, for DPOTrainer.
+
+    The same pairs are dropped as in `prepare_reward_pairs`.
+    """
+
+    def encode(row: formats.Row) -> _Encoded:
+        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length)
+        columns = {**pair, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
+
+    return _prepare(data, encode, ("preference",), seed, stage_dirs)
+
+
+def _encode_pair(
+    tokenizer: Any, row: formats.Row, max_length: int
+) -> tuple[dict, list[int], list[int], list[int]]:
+    """(messages by column, prompt ids, chosen ids, rejected ids); the latter two without the prompt."""
+    pair = formats.to_pair(row)
+    prompt = encode_prompt(tokenizer, pair["prompt"])
+    sides = []
+    for side in ("chosen", "rejected"):
+        messages = pair["prompt"] + pair[side]
+        ids = encode_messages(tokenizer, messages)
+        sides.append(ids[len(_checked_prefix(ids, prompt)) :])
+    if len(prompt) + max(map(len, sides)) > max_length:
+        raise DropRow("longer than max_length")
+    if sides[0] == sides[1]:
+        raise DropRow("chosen equals rejected")
+    return pair, prompt, sides[0], sides[1]
+
+
+def prepare_prompts(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    seed: int,
+    stage_dirs: StageDirs = None,
+) -> tuple[list[PromptRow], DataReport]:
+    """Prompts in the order of the shuffled mixture; those longer than `max_prompt_length` tokens are dropped.
+
+    Raises UserError if none is left.
+    """
+    accepted: tuple[Format, ...] = ("prompt", "prompt_completion", "preference", "messages")
+    tally, prompts = _Tally(), []
+    for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs, accepted=accepted):
+        tally.read += 1
+        try:
+            messages, reference = formats.to_prompt(row)
+            ids = encode_prompt(tokenizer, messages)
+            if len(ids) > max_prompt_length:
+                raise DropRow("longer than max_prompt_length")
+            prompts.append(PromptRow(tuple(ids), messages, reference, dict(row)))
+        except DropRow as reason:
+            tally.dropped[str(reason)] += 1
+    if not prompts:
+        raise _nothing_left(sources, tally, "max_prompt_length")
+    encoded = [_Encoded({"input_ids": prompt.ids}, 0) for prompt in prompts]
+    return prompts, _report(tally, encoded, [], len(prompts))
+
+
+# --- shared -----------------------------------------------------------------------------------------------
+
+
+def _conversation_key(conversation: dict[str, list[Message]]) -> str:
+    """The prompt of a conversation: all that comes before its last assistant turn."""
+    if conversation["prompt"]:
+        return prompt_key(conversation["prompt"])
+    turns = conversation["completion"]
+    last = max(number for number, message in enumerate(turns) if message["role"] == "assistant")
+    return prompt_key(turns[:last])
+
+
+def _checked_prefix(ids: list[int], prompt: list[int]) -> list[int]:
+    # An answer that starts with white space may merge with the header: generation could never produce those
+    # ids.
+    if ids[: len(prompt)] != prompt:
+        raise DropRow("prompt and answer share a token")
+    return prompt
+
+
+def _prepare(
+    data: Data,
+    encode: Callable[[formats.Row], _Encoded],
+    accepted: tuple[Format, ...],
+    seed: int,
+    stage_dirs: StageDirs,
+    pack: Callable[[list[_Encoded]], list[_Encoded]] = lambda rows: rows,
+) -> Prepared:
+    """Read, encode, split, pack and count. Raises UserError if no training row is left."""
+    tally = _Tally()
+    rows = load_rows(data.train, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
+    # Held-out sources are read before the slow part, so that a mistake in them shows at once.
+    others = (
+        load_rows(data.held_out, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
+        if data.held_out
+        else None
+    )
+    train, held_out = _encode_all(rows, encode, tally), []
+    if not train:
+        raise _nothing_left(data.train, tally, "data.max_length")
+    if others is not None:
+        held_out = _encode_all(others, encode, tally)
+        if not held_out:
+            raise _nothing_left(data.held_out, tally, "data.max_length")
+    elif data.held_out_fraction > 0:
+        held_out = [row for row in train if is_held_out(row.key, data.held_out_fraction)]
+        train = [row for row in train if not is_held_out(row.key, data.held_out_fraction)]
+        if not train or not held_out:
+            raise UserError(
+                f"held_out_fraction {data.held_out_fraction} of {len(train) + len(held_out)} rows leaves "
+                "one side empty: add rows, or name `held_out` sources."
+            )
+    counts = len(train), len(held_out)
+    train, held_out = pack(train), pack(held_out)
+    report = _report(tally, train, held_out, *counts)
+    return Prepared(_to_dataset(train), _to_dataset(held_out) if held_out else None, report)
+
+
+def _encode_all(
+    rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], tally: _Tally
+) -> list[_Encoded]:
+    encoded = []
+    for row in rows:
+        tally.read += 1
+        try:
+            encoded.append(encode(row))
+        except DropRow as reason:
+            tally.dropped[str(reason)] += 1
+    return encoded
+
+
+def _nothing_left(sources: Sequence[Source], tally: _Tally, setting: str) -> UserError:
+    names = ", ".join(describe_source(source) for source in sources)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
+    advice = f"; raise {setting}" if any("longer" in r or "truncated" in r for r in tally.dropped) else ""
+    return UserError(f"All {tally.read} rows of {names} were dropped ({reasons}){advice}.")
+
+
+def _report(
+    tally: _Tally, train: list[_Encoded], held_out: list[_Encoded], n_train: int, n_held: int = 0
+) -> DataReport:
+    digest = hashlib.sha256()
+    for row in (*train, *held_out):
+        for name in sorted(row.columns):
+            if name.endswith("ids") or name == "labels":
+                ids = array("q", row.columns[name])
+                digest.update(f"{name}{len(ids)}:".encode() + ids.tobytes())
+    return DataReport(
+        rows_read=tally.read,
+        rows_train=n_train,
+        rows_held_out=n_held,
+        dropped=dict(sorted(tally.dropped.items())),
+        truncated=sum(row.truncated for row in (*train, *held_out)),
+        tokens=sum(row.tokens for row in train),
+        loss_tokens=sum(row.loss_tokens for row in train),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _to_dataset(rows: list[_Encoded]) -> datasets.Dataset:
+    columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
+    dataset = datasets.Dataset.from_dict(columns)
+    for name in columns:
+        if name.endswith("ids") or name == "labels":  # half the memory of the default, and one type for both
+            dataset = dataset.cast_column(name, datasets.List(datasets.Value("int32")))
+    return dataset

@@ -1,0 +1,59 @@
+"""A byte-level BPE tokenizer trained on a run's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from align.config.parts import Source
+from align.data.chat import DEFAULT_TEMPLATE, TURN_END, TURN_START
+from align.data.formats import DropRow, to_text
+from align.data.sources import load_rows
+from align.errors import UserError
+
+PAD = "<|pad|>"
+
+
+def corpus(
+    sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Path] | None = None
+) -> Iterator[str]:
+    """Plain text of every row of the sources, of any format; rows without text are skipped."""
+    for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs):
+        try:
+            yield to_text(row)
+        except DropRow:
+            continue
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most `vocab_size` entries, fewer where the text is too small to fill them.
+
+    Special tokens: padding (id 0), `<|im_start|>` (1), and `<|im_end|>` (2), which ends turns and documents
+    alike. Any text survives encoding and decoding unchanged. The same texts in the same order give the same
+    vocabulary. Raises UserError if there is no text.
+    """
+    texts = list(texts)
+    if not any(text.strip() for text in texts):
+        raise UserError("The tokenizer's sources hold no text to train on.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, TURN_START, TURN_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        extra_special_tokens=[TURN_START],
+        chat_template=DEFAULT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )

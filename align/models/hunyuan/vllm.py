@@ -1,0 +1,399 @@
+"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights that can be replaced in place.
+
+Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack once,
+after the first load; those copies go stale when weights change (measured: reloading the same weights moved a
+log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly, and an
+update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every device; vLLM's
+fused kernels would be faster on a GPU, but they have not been proved against our model there.
+
+Tensor parallelism splits heads and the MLPs' width; the router is replicated. No pipeline parallelism, no quantization.
+
+Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
+k experts a token, F expert width; H, K and F are one rank's share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention as PagedAttention
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
+
+from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.hunyuan.modeling import RMSNorm, unit_rms
+from align.models.hunyuan.moe import route
+from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
+
+
+class LiveLinear(UnquantizedLinearMethod):
+    """x W^T + b with the parameter as it is now: no repacked copy that an update would leave behind."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, layer.weight, bias)
+
+
+class LiveHead(UnquantizedEmbeddingMethod):
+    """The same for the output head, whose matrix may be the embedding's."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, layer.weight, bias)
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def live(layer: Layer) -> Layer:
+    """A vLLM linear layer that computes with its live parameter."""
+    layer.quant_method = LiveLinear()
+    return layer
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; a sharing layer attends to its owner's cache.
+
+    The cache holds rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries
+    with its own key-norm weight instead (see `modeling.Attention`). So one cache a group serves all its layers exactly.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):
+        super().__init__()
+        ranks = get_tensor_model_parallel_world_size()
+        self.config = config
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        owner = config.kv_owner(layer)
+        self.owns_kv = owner == layer
+        self.query_size = heads // ranks * self.head_dim
+        # With more ranks than key/value heads, each head is held by several ranks.
+        self.kv_size = max(1, kv_heads // ranks) * self.head_dim
+        bias = config.attention_bias
+        if self.owns_kv:
+            self.qkv_proj = live(
+                QKVParallelLinear(
+                    config.hidden_size, self.head_dim, heads, kv_heads, bias=bias, prefix=f"{prefix}.qkv_proj"
+                )
+            )
+        else:
+            self.q_proj = live(
+                ColumnParallelLinear(
+                    config.hidden_size, heads * self.head_dim, bias=bias, prefix=f"{prefix}.q_proj"
+                )
+            )
+        self.o_proj = live(
+            RowParallelLinear(
+                heads * self.head_dim, config.hidden_size, bias=bias, prefix=f"{prefix}.o_proj"
+            )
+        )
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.padding = _kernel_head_dim(self.head_dim) - self.head_dim
+        self.attn = PagedAttention(
+            heads // ranks,
+            self.head_dim + self.padding,
+            self.head_dim**-0.5,
+            num_kv_heads=self.kv_size // self.head_dim,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+            kv_sharing_target_layer_name=None if self.owns_kv else _name_of(owner, prefix) + ".attn",
+        )
+
+    def forward(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        key = value = None
+        if self.owns_kv:
+            projected, _ = self.qkv_proj(hidden_TD)
+            query, key, value = projected.split([self.query_size, self.kv_size, self.kv_size], dim=-1)
+            key = rotate(self._heads(key), *rotation)
+            if self.config.use_qk_norm:
+                key = unit_rms(key, self.config.rms_norm_eps)
+            value = self._heads(value).contiguous()
+        else:
+            query, _ = self.q_proj(hidden_TD)
+        query = rotate(self._heads(query), *rotation)
+        if self.config.use_qk_norm:
+            query = self.query_layernorm(query) * self.key_layernorm.weight
+        return self.o_proj(self._attend(query, key, value))[0]
+
+    def _attend(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        """[T, H, d] and, in an owner, [T, K, d] -> [T, H * d]."""
+        if not self.padding:
+            return self.attn(query, key, value)
+        # Zeros change neither q . k nor the first d components of the weighted values.
+        query, key, value = (
+            None if x is None else nn.functional.pad(x, (0, self.padding)) for x in (query, key, value)
+        )
+        return self.attn(query, key, value).unflatten(-1, query.shape[1:])[..., : self.head_dim].flatten(-2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _kernel_head_dim(head_dim: int) -> int:
+    """The head size that the attention kernel runs with: vLLM's CPU kernel has only some, so small models are padded."""
+    if not current_platform.is_cpu():
+        return head_dim
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return min(size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= head_dim)
+
+
+def _name_of(layer: int, prefix: str) -> str:
+    """The name of another layer's module: `prefix` with its layer number replaced."""
+    return re.sub(r"(?<=\.layers\.)\d+", str(layer), prefix)
+
+
+class SwiGlu(nn.Module):
+    """down(act(gate(x)) * up(x)): the dense MLP and the shared expert."""
+
+    def __init__(self, config: HunYuanConfig, width: int, prefix: str):
+        super().__init__()
+        bias = config.mlp_bias
+        self.gate_up_proj = live(
+            MergedColumnParallelLinear(
+                config.hidden_size, [width, width], bias=bias, prefix=f"{prefix}.gate_up_proj"
+            )
+        )
+        self.down_proj = live(
+            RowParallelLinear(width, config.hidden_size, bias=bias, prefix=f"{prefix}.down_proj")
+        )
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)[0]
+
+
+class Experts(nn.Module):
+    """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F]."""
+
+    def __init__(self, config: HunYuanConfig, layer: int):
+        super().__init__()
+        self.ranks = get_tensor_model_parallel_world_size()
+        self.num_experts = config.experts_in(layer)
+        self.width = config.intermediate_size // self.ranks
+        self.w13 = nn.Parameter(
+            torch.empty(self.num_experts, 2 * self.width, config.hidden_size), requires_grad=False
+        )
+        self.w2 = nn.Parameter(
+            torch.empty(self.num_experts, config.hidden_size, self.width), requires_grad=False
+        )
+        self.act = ACT2FN[config.hidden_act]
+
+    def load(self, expert: int, projection: str, weight: Tensor) -> None:
+        """Copy this rank's share of one expert's published matrix."""
+        first = get_tensor_model_parallel_rank() * self.width
+        if projection == "down_proj":
+            self.w2.data[expert].copy_(weight[:, first : first + self.width])
+        else:
+            gate, up = self.w13.data[expert].split(self.width)
+            (gate if projection == "gate_proj" else up).copy_(weight[first : first + self.width])
+
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Sum over a token's experts of weight * expert(token); tokens are sorted by expert as in `moe.Experts`."""
+        top_k = experts_Tk.shape[1]
+        order = experts_Tk.flatten().argsort(stable=True)
+        token = order // top_k
+        counts = torch.bincount(experts_Tk.flatten(), minlength=self.num_experts).tolist()
+        outputs = []
+        for expert, rows in enumerate(hidden_TD[token].split(counts)):
+            if counts[expert]:
+                gate, up = nn.functional.linear(rows, self.w13[expert]).chunk(2, dim=-1)
+                outputs.append(nn.functional.linear(self.act(gate) * up, self.w2[expert]))
+        weights = weights_Tk.flatten()[order].to(hidden_TD.dtype)
+        weighted = torch.cat(outputs) * weights[:, None]
+        output = torch.zeros_like(hidden_TD).index_add(0, token, weighted)
+        return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
+
+
+class Router(nn.Module):
+    """Linear scores in fp32; the published name of its matrix is `gate.wg.weight`."""
+
+    def __init__(self, config: HunYuanConfig, layer: int):
+        super().__init__()
+        self.wg = nn.Linear(config.hidden_size, config.experts_in(layer), bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_TD.float(), self.wg.weight.float())
+
+
+class MoeBlock(nn.Module):
+    """Shared expert plus weighted routed experts."""
+
+    def __init__(self, config: HunYuanConfig, layer: int, prefix: str):
+        super().__init__()
+        self.top_k = config.top_k_in(layer)
+        self.gate = Router(config, layer)
+        self.experts = Experts(config, layer)
+        width = config.shared_width(layer)
+        self.shared_mlp = SwiGlu(config, width, f"{prefix}.shared_mlp") if width else None
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        routing = route(self.gate(hidden_TD), self.top_k)
+        output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk)
+        return output if self.shared_mlp is None else output + self.shared_mlp(hidden_TD)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):
+        super().__init__()
+        self.self_attn = Attention(vllm_config, config, layer, f"{prefix}.self_attn")
+        is_moe = config.experts_in(layer) > 1
+        self.mlp = (
+            MoeBlock(config, layer, f"{prefix}.mlp")
+            if is_moe
+            else SwiGlu(config, config.intermediate_size, f"{prefix}.mlp")
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), rotation)
+        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+class HunYuanModel(nn.Module):
+    """Embedding, decoder layers and the final norm."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: HunYuanConfig = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [
+                DecoderLayer(vllm_config, config, layer, f"{prefix}.layers.{layer}")
+                for layer in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.inv_freq = inverse_frequencies(config)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cos, sin = rotation_tables(self.inv_freq, positions[None], hidden.dtype)
+        rotation = cos[0, 0, :, None], sin[0, 0, :, None]  # [T, 1, d]
+        for layer in self.layers:
+            hidden = layer(hidden, rotation)
+        return self.norm(hidden)
+
+
+class HunYuanForCausalLM(nn.Module):
+    """The language model, in the form vLLM asks for."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        if vllm_config.quant_config is not None:
+            raise ValueError("HunYuan runs unquantized: its layers compute with their live parameters")
+        self.config: HunYuanConfig = vllm_config.model_config.hf_config
+        self.model = HunYuanModel(vllm_config, f"{prefix}.model" if prefix else "model")
+        self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size)
+        self.lm_head.quant_method = LiveHead()
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.model.embed_tokens.quant_method = LiveHead()
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        """input_ids, positions [T] -> hidden states [T, D]."""
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy a complete set of published weights into the live parameters, at the start and at every update.
+
+        Returns the names of the parameters that were loaded. A name that is not the model's, or a parameter of which a
+        piece is missing, is an error: a half-updated model would sample from a policy that never existed.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: dict[str, set[str]] = defaultdict(set)
+        for name, weight in weights:
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            target, piece, shard = self._destination(name)
+            if target not in parameters:
+                raise ValueError(f"the weight '{name}' is not part of this model")
+            parameter = parameters[target]
+            if target.endswith((".experts.w13", ".experts.w2")):
+                expert, projection = piece.split(".")
+                self.get_submodule(target.rpartition(".")[0]).load(int(expert), projection, weight)
+            elif shard is not None:
+                parameter.weight_loader(parameter, weight, shard)
+            else:
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+            loaded[target].add(piece)
+        for target, parameter in parameters.items():
+            pieces = self._pieces(target, parameter)
+            if len(loaded[target]) != pieces:
+                raise ValueError(f"'{target}' got {len(loaded[target])} of its {pieces} published weights")
+        return set(loaded)
+
+    def _destination(self, name: str) -> tuple[str, str, str | int | None]:
+        """Of a published name: our parameter, which of its pieces it is, and the shard's name for vLLM's loaders."""
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name)
+        if expert:
+            stack = "w2" if expert[3] == "down_proj" else "w13"
+            return f"{expert[1]}.{stack}", f"{expert[2]}.{expert[3]}", None
+        module, _, leaf = name.rpartition(".")
+        parent, _, projection = module.rpartition(".")
+        if projection in ("q_proj", "k_proj", "v_proj") and self._owns_kv(module):
+            return f"{parent}.qkv_proj.{leaf}", projection, projection[0]
+        if projection in ("gate_proj", "up_proj"):
+            return f"{parent}.gate_up_proj.{leaf}", projection, 0 if projection == "gate_proj" else 1
+        return name, "", None
+
+    def _owns_kv(self, module: str) -> bool:
+        layer = int(re.search(r"layers\.(\d+)\.", module)[1])  # type: ignore[index]
+        return self.config.kv_owner(layer) == layer
+
+    @staticmethod
+    def _pieces(target: str, parameter: Tensor) -> int:
+        """How many published weights make up a parameter."""
+        if target.endswith(".experts.w13"):
+            return 2 * parameter.shape[0]
+        if target.endswith(".experts.w2"):
+            return parameter.shape[0]
+        return 3 if ".qkv_proj." in target else 2 if ".gate_up_proj." in target else 1

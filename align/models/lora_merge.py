@@ -1,0 +1,68 @@
+"""The parameters of a model with its LoRA adapters (PEFT) merged, without changing the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, tensor) of every parameter, adapters added one layer at a time.
+
+    What `merge_and_unload` would give, but only one merged matrix exists at a time and the adapters keep training.
+    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are switched
+    off or already merged are not added. A plain model's own parameters come as they are; shared ones come once.
+    """
+    from peft import PeftModel
+
+    yield from _walk(model.get_base_model() if isinstance(model, PeftModel) else model, "", set())
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adapters: list[LoraLayer] = []
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, LoraLayer):
+            # Adapters on several parameters of one module are wrapped around each other.
+            adapters.append(module)
+            module = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = _saved_module(module)
+        else:
+            raise NotImplementedError(f"cannot merge a {type(module).__name__}: only LoRA and modules_to_save")
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        merged = parameter.detach()
+        for adapter in adapters:
+            if getattr(adapter, "parameter_name", "weight") == name:
+                merged = _add(merged, adapter)
+        yield prefix + name, merged
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.", seen)
+
+
+def _saved_module(wrapper: nn.Module) -> nn.Module:
+    """The trained copy that stands in for the original while its adapter is on."""
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    return wrapper.modules_to_save[wrapper.active_adapters[0]]
+
+
+def _add(weight: Tensor, adapter: nn.Module) -> Tensor:
+    if adapter.disable_adapters or adapter.merged:
+        return weight
+    for name in adapter.active_adapters:
+        if name not in adapter.lora_A:
+            continue
+        if name in adapter.lora_variant:
+            raise NotImplementedError("cannot merge a LoRA variant (DoRA and the like) on the fly")
+        weight = weight + adapter.get_delta_weight(name)
+    return weight

@@ -1,0 +1,73 @@
+"""What the trainer knows of a generation engine: token ids in, token ids out, and a way to give it new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample. The distribution is softmax(logits / temperature) over the whole vocabulary: no top-p, no top-k,
+    whose renormalisation would bias an importance ratio.
+
+    temperature 0 means greedy. `seed` fixes every completion: the same prompts, settings and weights give the same
+    tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each prompt.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled sequence.
+
+    logprobs: of each of `token_ids` under the distribution that was sampled, temperature included (greedy: under
+    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was cut at
+    `max_new_tokens`. weight_version: the update of the weights that sampled it; 0 are the checkpoint's.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one update of the weights moved, and how long it took."""
+
+    bytes: int
+    seconds: float
+    version: int
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with weights that the trainer replaces now and then."""
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
+        """`sampling.n` completions for each prompt, in the prompts' order."""
+        ...
+
+    def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """Replace all weights; names are those of the published checkpoint layout (see `weights.published_weights`)."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory. The engine cannot be used afterwards."""
+        ...
+
+
+def completion_seed(seed: int, prompt: int, sample: int) -> int:
+    """A seed for the generator of one completion: distinct for each (prompt index, sample index), within 63 bits."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + prompt * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB) % 2**64
+    mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
+    return (mixed ^ (mixed >> 32)) >> 1

@@ -1,0 +1,87 @@
+"""How numbers, durations and sampled text are written in a report, the same in Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+NOTHING = "–"
+"""Stands where a value is not known."""
+
+
+def number(value: Any, *, signed: bool = False) -> str:
+    """A number with about four significant digits: 12,345 and 0.1235 and 3e-06."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NOTHING if value is None else str(value)
+    if not math.isfinite(value):
+        return NOTHING
+    sign = "+" if signed and value > 0 else ""
+    if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
+        text = f"{int(value):,}"
+    elif value == 0:
+        text = "0"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    elif abs(value) >= 100:
+        text = f"{value:.1f}"
+    elif abs(value) >= 1:
+        text = f"{value:.2f}"
+    elif abs(value) >= 1e-3:
+        text = f"{value:.3f}"
+    else:
+        text = f"{value:.1e}"
+    return (sign + text).replace("-", "−") if "e" not in text else sign + text
+
+
+def interval(cell: dict[str, Any] | None) -> str:
+    """The ends of a cell's interval, as [low, high], or nothing where there is none."""
+    if not cell or cell.get("low") is None:
+        return ""
+    return f"[{number(cell['low'])}, {number(cell['high'])}]"
+
+
+def mark(cell: dict[str, Any]) -> str:
+    """Which side of zero a difference's interval lies on."""
+    if cell.get("low") is None:
+        return "?"
+    return "▲" if cell["low"] > 0 else "▼" if cell["high"] < 0 else "≈"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds in words: 8.2 s, 3 min 05 s, 2 h 07 min."""
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plain(text: Any) -> str:
+    """Text for a UTF-8 file and a browser: control characters and lone surrogates are replaced."""
+    if isinstance(text, list):
+        return "\n\n".join(f"{turn.get('role', '?')}: {plain(turn.get('content', ''))}" for turn in text)
+    cleaned = "" if text is None else str(text)
+    cleaned = cleaned.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "�" for c in cleaned)
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts and lists with their dotted names; empty branches vanish."""
+    if isinstance(values, dict):
+        children: Any = values.items()
+    elif isinstance(values, list):
+        children = [(_label(i, child), child) for i, child in enumerate(values)]
+    else:
+        yield prefix, values
+        return
+    for key, child in children:
+        yield from flat(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _label(position: int, child: Any) -> str:
+    return str(child["name"]) if isinstance(child, dict) and "name" in child else str(position)

@@ -1,0 +1,107 @@
+"""Numbers of an evaluation: token F1, pairwise accuracy, and bootstrap intervals over prompts.
+
+A value that cannot be known (the interval of a single prompt) is NaN, never a made-up zero.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+INDICES_AT_A_TIME = 1 << 21
+"""Resampled indices held in memory at a time."""
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the two bags of words (Rajpurkar et al. 2016, SQuAD).
+
+    Words are lower-case, without punctuation, split at white space; articles count. Two empty texts agree.
+    """
+    predicted, expected = _words(prediction), _words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))
+
+
+def pairwise_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
+    """Share of the pairs in which `chosen` scores higher; a tie counts half."""
+    left, right = _same_length(chosen, rejected)
+    return float(np.mean((left > right) + 0.5 * (left == right)))
+
+
+def standard_error(values: ArrayLike) -> float:
+    """Standard error of the mean, from the sample variance (n - 1); NaN for a single value."""
+    array = _finite(values)
+    return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of `values` with its percentile bootstrap interval (Efron 1979); NaN ends for a single value."""
+    array = _finite(values)
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"resamples is {resamples} and level {level}; need at least 1, and one between 0 and 1"
+        )
+    mean = float(array.mean())
+    if array.size == 1:
+        return Interval(mean, math.nan, math.nan)
+    means = _resampled_means(array, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_bootstrap_difference(
+    a: ArrayLike, b: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of `a - b` with its interval, where entry i of both belongs to prompt i.
+
+    Prompts are resampled, not models, so what makes a prompt hard for both cancels.
+    """
+    left, right = _same_length(a, b)
+    return bootstrap_interval(left - right, resamples=resamples, seed=seed, level=level)
+
+
+def _words(text: str) -> list[str]:
+    kept = (c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return "".join(kept).split()
+
+
+def _resampled_means(array: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray:
+    chunk = max(1, INDICES_AT_A_TIME // array.size)
+    sizes: Sequence[int] = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    draws = (generator.integers(0, array.size, size=(rows, array.size)) for rows in sizes)
+    return np.concatenate([array[indices].mean(axis=1) for indices in draws])
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"need a non-empty list of numbers, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not finite")
+    return array
+
+
+def _same_length(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    left, right = _finite(a), _finite(b)
+    if left.size != right.size:
+        raise ValueError(f"the two lists must be paired, but have {left.size} and {right.size} values")
+    return left, right

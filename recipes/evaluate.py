@@ -1,0 +1,155 @@
+"""Comparing checkpoints on the same held-out prompts; the report is made from results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.config.stages import EvaluateStage
+from align.data import PromptRow, prepare_prompts, stop_token_ids
+from align.data.prepare import prepare_dpo_pairs
+from align.config.parts import Data
+from align.reward.text import token_f1
+from align.rollout.base import Completion, SamplingSettings
+from align.rollout.build import build_engine
+from align.rollout.experience import Experience, build_experience, policy_output, sequence_scores
+from align.rollout.weights import published_weights
+from align.train.checkpoint import load_policy, load_scorer, load_tokenizer
+from align.train.run_folder import StageContext, write_json
+
+MICRO_BATCH_TOKENS = 4096
+
+
+@torch.no_grad()
+def run(context: StageContext) -> dict:
+    stage: EvaluateStage = context.stage
+    checkpoints = {name: context.checkpoint(name) for name in stage.models}
+    baseline = stage.models[0]
+    tokenizer = load_tokenizer(checkpoints[baseline])
+    room = stage.rollout.max_model_length - stage.rollout.max_new_tokens
+    prompts, report = prepare_prompts(
+        stage.prompts, tokenizer, max_prompt_length=room, seed=context.seed, stage_dirs=context.stage_dirs
+    )
+    context.say(f"  data: {report.summary()}")
+    pairs = held_out_pairs(context, tokenizer)
+    dtype = context.recipe.dtype
+    reference = load_policy(context.checkpoint(stage.reference or baseline), dtype).eval()
+    scorer = load_scorer(context.checkpoint(stage.reward_model), dtype).eval() if stage.reward_model else None
+
+    engine = build_engine(checkpoints[baseline], stage.rollout, dtype=dtype, seed=context.seed)
+    sampling = SamplingSettings(
+        max_new_tokens=stage.rollout.max_new_tokens,
+        temperature=stage.rollout.temperature,
+        seed=context.seed,
+        stop_token_ids=tuple(stop_token_ids(tokenizer)),
+    )
+    results: dict[str, Any] = {"models": {}, "baseline": baseline}
+    texts: dict[str, list[str]] = {}
+    for version, (name, folder) in enumerate(checkpoints.items()):
+        model = load_policy(folder, dtype).eval()
+        if version:
+            engine.update_weights(published_weights(model), version=version)
+        completions = [group[0] for group in engine.generate([list(row.ids) for row in prompts], sampling)]
+        texts[name] = [tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
+        results["models"][name] = measure(
+            folder, prompts, completions, texts[name], model, reference, scorer, pairs, sampling.temperature
+        )
+        means = {k: sum(v) / len(v) for k, v in results["models"][name].items() if isinstance(v, list) and v}
+        context.say(f"  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+    engine.close()
+    results["prompts"] = [
+        {
+            "prompt": row.messages[-1]["content"],
+            "reference": row.reference,
+            "completions": {name: texts[name][i] for name in checkpoints},
+        }
+        for i, row in enumerate(prompts)
+    ]
+    if scorer is not None and pairs:
+        chosen, rejected = ([scores(scorer, [pair], side)[0] for pair in pairs] for side in ("chosen_ids", "rejected_ids"))
+        won = [float(c > r) + 0.5 * (c == r) for c, r in zip(chosen, rejected, strict=True)]
+        results["reward_model_accuracy"] = {"accuracy": sum(won) / len(won), "n": len(won)}
+    write_json(context.dir / "results.json", results)
+    return {"metrics": summary(results), "data": report.to_dict()}
+
+
+def held_out_pairs(context: StageContext, tokenizer: Any) -> list[dict[str, list[int]]]:
+    stage: EvaluateStage = context.stage
+    if not stage.preferences:
+        return []
+    data = Data(train=stage.preferences, max_length=stage.rollout.max_model_length)
+    return list(prepare_dpo_pairs(data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs).train)
+
+
+def measure(
+    folder: Path,
+    prompts: list[PromptRow],
+    completions: list[Completion],
+    texts: list[str],
+    model: nn.Module,
+    reference: nn.Module,
+    scorer: nn.Module | None,
+    pairs: list[dict[str, list[int]]],
+    temperature: float,
+) -> dict[str, Any]:
+    """Everything that is measured of one model, a value a prompt."""
+    found: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "lengths": [len(c.token_ids) for c in completions],
+        "eos": [c.finished for c in completions],
+    }
+    if all(row.reference for row in prompts):
+        found["f1"] = [token_f1(text, row.reference or "") for text, row in zip(texts, prompts, strict=True)]
+    batch = build_experience(
+        [c.prompt_ids for c in completions], [c.token_ids for c in completions], [c.logprobs for c in completions]
+    )
+    # The sampler's own log-probabilities are the model's: one pass of the reference is enough for the KL.
+    reference_logprobs = sequence_logprobs(reference, batch, temperature)
+    found["kl"] = (batch.rollout_logprobs.sum(1) - reference_logprobs).tolist()
+    if scorer is not None:
+        found["scores"] = in_micro_batches(batch, lambda rows: sequence_scores(scorer, rows)).tolist()
+    if pairs:
+        chosen, rejected = (
+            sequence_logprobs(model, to_experience(pairs, side), 1.0) for side in ("chosen_ids", "rejected_ids")
+        )
+        won = [float(c > r) + 0.5 * float(c == r) for c, r in zip(chosen, rejected, strict=True)]
+        found["preference"] = {"accuracy": sum(won) / len(won), "n": len(won), "values": won}
+    return found
+
+
+def to_experience(pairs: list[dict[str, list[int]]], side: str) -> Experience:
+    answers = [pair[side] for pair in pairs]
+    return build_experience([p["prompt_ids"] for p in pairs], answers, [[0.0] * len(a) for a in answers])
+
+
+def scores(scorer: nn.Module, pairs: list[dict[str, list[int]]], side: str) -> list[float]:
+    return in_micro_batches(to_experience(pairs, side), lambda rows: sequence_scores(scorer, rows)).tolist()
+
+
+def sequence_logprobs(model: nn.Module, batch: Experience, temperature: float) -> torch.Tensor:
+    """Sum of the completion tokens' log-probabilities, [B]."""
+    return in_micro_batches(batch, lambda rows: policy_output(model, rows, temperature).logprobs.sum(1))
+
+
+def in_micro_batches(batch: Experience, function: Any) -> torch.Tensor:
+    """One value a sequence, computed in groups of similar length."""
+    values = torch.zeros(len(batch))
+    for micro in batch.micro_batches(torch.arange(len(batch)), MICRO_BATCH_TOKENS):
+        values[micro] = function(batch.rows(micro)).float()
+    return values
+
+
+def summary(results: dict[str, Any]) -> dict[str, float]:
+    metrics = {}
+    for name, found in results["models"].items():
+        for key, values in found.items():
+            if isinstance(values, list) and values:
+                metrics[f"{name}/{key}"] = sum(values) / len(values)
+        if "preference" in found:
+            metrics[f"{name}/preference"] = found["preference"]["accuracy"]
+    if "reward_model_accuracy" in results:
+        metrics["reward_model_accuracy"] = results["reward_model_accuracy"]["accuracy"]
+    return metrics

@@ -1,0 +1,64 @@
+"""Sampling preference pairs: the reference answer is preferred to the model's own, or to a neighbour's reference."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from align.data import PromptRow, prepare_prompts, stop_token_ids
+from align.rollout.base import SamplingSettings
+from align.rollout.build import build_engine
+from align.train.checkpoint import load_tokenizer
+from align.train.run_folder import StageContext, write_text
+
+
+def run(context: StageContext) -> dict:
+    stage, rollout = context.stage, context.stage.rollout
+    parent = context.checkpoint(stage.init_from)
+    tokenizer = load_tokenizer(parent)
+    room = rollout.max_model_length - rollout.max_new_tokens
+    splits = {
+        split: prepare_prompts(
+            sources, tokenizer, max_prompt_length=room, seed=context.seed, stage_dirs=context.stage_dirs
+        )
+        for split, sources in (("train", stage.train), ("held_out", stage.held_out))
+        if sources
+    }
+    engine = build_engine(parent, rollout, dtype=context.recipe.dtype, seed=context.seed)
+    counts: dict[str, float] = {}
+    for split, (rows, report) in splits.items():
+        context.say(f"  {split}: {report.summary()}")
+        with_reference = [row for row in rows if row.reference]
+        chooser = random.Random(context.seed)
+        neighbours = [chooser.random() < stage.neighbours for _ in with_reference]
+        asked = [row for row, neighbour in zip(with_reference, neighbours, strict=True) if not neighbour]
+        sampling = SamplingSettings(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            seed=context.seed,
+            stop_token_ids=tuple(stop_token_ids(tokenizer)),
+        )
+        sampled = iter(engine.generate([list(row.ids) for row in asked], sampling))
+        pairs = []
+        for i, (row, neighbour) in enumerate(zip(with_reference, neighbours, strict=True)):
+            if neighbour:
+                rejected = with_reference[(i + 1) % len(with_reference)].reference or ""
+            else:
+                rejected = tokenizer.decode(next(sampled)[0].token_ids, skip_special_tokens=True).strip()
+            if rejected and rejected != row.reference:
+                pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled"))
+        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        write_text(context.dir / "data" / f"{split}.jsonl", lines)
+        counts[f"{split}_pairs"] = len(pairs)
+    engine.close()
+    context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items()))
+    return {"metrics": counts, "data": {split: report.to_dict() for split, (_, report) in splits.items()}}
+
+
+def _pair(row: PromptRow, rejected: str, origin: str) -> dict:
+    return {
+        "prompt": row.messages,
+        "chosen": [{"role": "assistant", "content": row.reference}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "origin": origin,
+    }

@@ -1,0 +1,60 @@
+"""Reward functions: a few of ours, and users' own from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.errors import UserError
+from align.reward.text import token_f1
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+"""f(prompts, completions, rows) -> one score a completion; rows are the data's columns."""
+
+
+def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    """Word F1 of each completion with its row's `reference`."""
+    return [token_f1(completion, row["reference"]) for completion, row in zip(completions, rows, strict=True)]
+
+
+BUILT_IN: dict[str, RewardFunction] = {"reference_f1": reference_f1}
+
+
+def load_reward_function(path: str) -> RewardFunction:
+    """A built-in by its name, or `file.py:function`."""
+    if path in BUILT_IN:
+        return BUILT_IN[path]
+    file, colon, name = path.rpartition(":")
+    if not colon or not Path(file).is_file():
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"reward function '{path}': write it as file.py:function with an existing file, or one of: {known}.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{file}: importing it raised {type(error).__name__}: {error}.") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{file}: it defines no function '{name}'.")
+    return getattr(module, name)
+
+
+def call_reward_function(
+    name: str, function: RewardFunction, prompts: list[str], completions: list[str], rows: list[dict[str, Any]]
+) -> list[float]:
+    """The function's scores, checked: as many as completions, all finite numbers."""
+    try:
+        scores = [float(score) for score in function(prompts, completions, rows)]
+    except Exception as error:
+        raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}.") from error
+    if len(scores) != len(completions):
+        raise UserError(f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions.")
+    for row, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}.")
+    return scores

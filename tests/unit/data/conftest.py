@@ -1,0 +1,37 @@
+"""Fixtures of the data tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from align.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Bytes only (256 + 3 special tokens, no merges): one token a character, so tests can count by hand."""
+    return train_tokenizer(["a"], 259)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows to a JSONL file and returns its path."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

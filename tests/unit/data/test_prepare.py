@@ -1,0 +1,213 @@
+"""Tokenised rows: by hand for one-byte tokens, and against what TRL itself makes of the same rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+from align.config.parts import Data, FileSource
+from align.data import prepare
+from align.data.formats import Message
+from align.errors import UserError
+
+TURNS = 20
+"""Tokens of `<|im_start|>user\\na<|im_end|>\\n<|im_start|>assistant\\n`, as counted in test_chat."""
+
+
+def talk(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def data(path: str, **options) -> Data:
+    return Data(train=[FileSource(path=path)], **options)
+
+
+def test_text_is_packed_without_losing_a_token(tokenizer, jsonl):
+    texts = ["abc", "defgh", "i"]
+    made = prepare.prepare_text(data(jsonl([{"text": t} for t in texts]), max_length=8), tokenizer, seed=0)
+    blocks = [row["input_ids"] for row in made.train]
+    assert [len(block) for block in blocks] == [8, 4]  # 9 characters and 3 ends
+    stream = tokenizer.decode([token for block in blocks for token in block])
+    assert sorted(stream.removesuffix("<|im_end|>").split("<|im_end|>")) == sorted(texts)
+    assert all(row["labels"] == row["input_ids"] for row in made.train)
+    report = made.report
+    assert (report.rows_read, report.rows_train, report.tokens, report.loss_tokens) == (3, 3, 12, 10)
+
+
+def test_sft_labels_by_hand(tokenizer, jsonl):
+    path = jsonl([{"messages": talk("a", "bc")}])
+    made = prepare.prepare_sft(data(path), tokenizer, assistant_only_loss=True, seed=0)
+    row = made.train[0]
+    assert len(row["input_ids"]) == TURNS + 4
+    end = tokenizer.eos_token_id
+    b, c = tokenizer("bc")["input_ids"]
+    assert row["labels"] == [-100] * TURNS + [b, c, end, -100]
+    assert (made.report.tokens, made.report.loss_tokens, made.held_out) == (24, 3, None)
+    every = prepare.prepare_sft(data(path), tokenizer, assistant_only_loss=False, seed=0)
+    assert every.train[0]["labels"] == row["input_ids"]
+    assert every.report.loss_tokens == 23  # the first token has no predecessor
+
+
+def test_sft_prompt_turns_are_context(tokenizer, jsonl):
+    row = {"prompt": [*talk("a", "xx"), {"role": "user", "content": "b"}], "completion": talk("", "yz")[1:]}
+    made = prepare.prepare_sft(data(jsonl([row])), tokenizer, assistant_only_loss=True, seed=0)
+    labels = [label for label in made.train[0]["labels"] if label != -100]
+    assert tokenizer.decode(labels) == "yz<|im_end|>"
+
+
+def test_sft_truncation_keeps_the_start_and_counts(tokenizer, jsonl):
+    rows = [
+        {"messages": talk("a", "bc")},
+        {"messages": talk("a", "b" * 30)},
+        {"messages": talk("a" * 40, "b")},
+    ]
+    rows += [{"messages": [{"role": "user", "content": "a"}]}]
+    made = prepare.prepare_sft(data(jsonl(rows), max_length=24), tokenizer, assistant_only_loss=True, seed=0)
+    report = made.report
+    assert report.dropped == {"no assistant turn": 1, "truncated before the answer": 1}
+    assert (report.rows_read, report.rows_train, report.truncated, report.loss_tokens) == (4, 2, 1, 3 + 4)
+    ends = {tokenizer.decode(row["input_ids"]).rpartition("assistant\n")[2] for row in made.train}
+    assert ends == {"bc<|im_end|>\n", "bbbb"}
+    assert report.summary() == (
+        "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no assistant turn, "
+        "1 dropped: truncated before the answer"
+    )
+    with pytest.raises(
+        UserError, match=r"All 4 rows of .*truncated before the answer.*raise data.max_length"
+    ):
+        prepare.prepare_sft(data(jsonl(rows), max_length=9), tokenizer, assistant_only_loss=True, seed=0)
+
+
+def pairs(n: int = 4) -> list[dict]:
+    return [{"prompt": "a", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(n)]
+
+
+def test_pairs_by_hand(tokenizer, jsonl):
+    rows = [
+        *pairs(1),
+        {"prompt": "a", "chosen": "x", "rejected": "x"},
+        {"prompt": "a", "chosen": "y" * 40, "rejected": "z"},
+    ]
+    settings = data(jsonl(rows), max_length=TURNS + 10)
+    dpo = prepare.prepare_dpo_pairs(settings, tokenizer, seed=0)
+    row = dpo.train[0]
+    decoded = {name: tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert decoded == {
+        "prompt_ids": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "chosen_ids": "good0<|im_end|>\n",
+        "rejected_ids": "bad0<|im_end|>\n",
+    }
+    reward = prepare.prepare_reward_pairs(settings, tokenizer, seed=0)
+    assert reward.train.column_names == ["chosen_ids", "rejected_ids"]
+    for side in ("chosen_ids", "rejected_ids"):
+        assert reward.train[0][side] == row["prompt_ids"] + row[side]
+    for made in (dpo, reward):
+        assert made.report.dropped == {"chosen equals rejected": 1, "longer than max_length": 1}
+        assert (made.report.rows_read, made.report.rows_train) == (3, 1)
+
+
+def trl_arguments(**options) -> SimpleNamespace:
+    defaults = {
+        "dataset_num_proc": None,
+        "max_length": 64,
+        "truncation_mode": "keep_start",
+        "shuffle_dataset": False,
+    }
+    return SimpleNamespace(**defaults, dataset_text_field="text", **options)
+
+
+def test_trl_accepts_the_rows_and_would_have_made_the_same(tokenizer, jsonl):
+    from trl import DPOTrainer, RewardTrainer, SFTTrainer
+
+    conversations = [{"messages": talk("a" * n, "b" * n) + talk("c", "d")} for n in range(1, 6)]
+    raw = datasets.Dataset.from_list(conversations)
+    arguments = trl_arguments(assistant_only_loss=True)
+    myself = SimpleNamespace(completion_only_loss=False, chat_template=tokenizer.chat_template)
+    theirs = SFTTrainer._prepare_dataset(myself, raw, tokenizer, arguments, False, None, "train")
+    settings = data(jsonl(conversations), max_length=64)
+    ours = prepare.prepare_sft(settings, tokenizer, assistant_only_loss=True, seed=0).train
+
+    def contents(rows, *columns):
+        return sorted([row[column] for column in columns] for row in rows)
+
+    assert contents(ours, "input_ids", "labels") == contents(theirs, "input_ids", "labels")
+    kept = SFTTrainer._prepare_dataset(myself, ours, tokenizer, arguments, False, None, "train")
+    assert contents(kept, "input_ids", "labels") == contents(ours, "input_ids", "labels")
+
+    as_messages = [
+        {
+            "prompt": talk(r["prompt"], "")[:1],
+            "chosen": talk("", r["chosen"])[1:],
+            "rejected": talk("", r["rejected"])[1:],
+        }
+        for r in pairs()
+    ]
+    raw, settings = datasets.Dataset.from_list(as_messages), data(jsonl(pairs()), max_length=64)
+    theirs = RewardTrainer._prepare_dataset(None, raw, tokenizer, trl_arguments(), "train")
+    ours = prepare.prepare_reward_pairs(settings, tokenizer, seed=0).train
+    assert contents(ours, "chosen_ids", "rejected_ids") == contents(theirs, "chosen_ids", "rejected_ids")
+    kept = RewardTrainer._prepare_dataset(None, ours, tokenizer, trl_arguments(), "train")
+    assert contents(kept, "chosen_ids", "rejected_ids") == contents(ours, "chosen_ids", "rejected_ids")
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    ours = prepare.prepare_dpo_pairs(settings, tokenizer, seed=0).train
+    again = DPOTrainer._prepare_dataset(
+        None, ours, tokenizer, trl_arguments(), "train"
+    )  # it tokenises once more
+    assert contents(again, *columns) == contents(ours, *columns)
+    assert len(ours) == 4
+
+
+def test_held_out_by_fraction_and_by_source(tokenizer, jsonl):
+    rows = [{"prompt": f"q{n % 50}", "completion": f"a{n}"} for n in range(100)]  # each prompt twice
+    options = {"assistant_only_loss": True, "seed": 0}
+    made = prepare.prepare_sft(data(jsonl(rows), held_out_fraction=0.3), tokenizer, **options)
+    report = made.report
+    assert report.rows_train + report.rows_held_out == 100
+    assert report.rows_held_out == len(made.held_out) >= 10
+
+    def prompts(split):
+        return {tokenizer.decode(row["input_ids"]).split("<|im_end|>")[0] for row in split}
+
+    assert not prompts(made.train) & prompts(made.held_out)
+    other = jsonl(rows[:3], "other.jsonl")
+    made = prepare.prepare_sft(
+        Data(train=[FileSource(path=jsonl(rows))], held_out=[FileSource(path=other)]), tokenizer, **options
+    )
+    assert (made.report.rows_train, made.report.rows_held_out, made.report.rows_read) == (100, 3, 103)
+    with pytest.raises(UserError, match="one side empty"):
+        prepare.prepare_sft(data(jsonl(rows[:1]), held_out_fraction=0.3), tokenizer, **options)
+
+
+def test_fingerprint_follows_every_id(tokenizer, jsonl):
+    def fingerprint(rows, seed=0):
+        return prepare.prepare_reward_pairs(data(jsonl(rows)), tokenizer, seed=seed).report.fingerprint
+
+    assert fingerprint(pairs()) == fingerprint(pairs())
+    changed = pairs()
+    changed[2]["rejected"] = "bad?"
+    assert (
+        len({fingerprint(pairs()), fingerprint(changed), fingerprint(pairs(), seed=1), fingerprint(pairs(3))})
+        == 4
+    )
+
+
+def test_prompts(tokenizer, jsonl):
+    rows = [{"prompt": "a", "reference": "r", "level": 3}, {"prompt": "a" * 30, "reference": "r", "level": 4}]
+    sources = [FileSource(path=jsonl(rows))]
+    prompts, report = prepare.prepare_prompts(sources, tokenizer, max_prompt_length=TURNS, seed=0)
+    (prompt,) = prompts
+    assert tokenizer.decode(prompt.ids) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert (len(prompt.ids), prompt.reference, prompt.row["level"]) == (TURNS, "r", 3)
+    assert report.dropped == {"longer than max_prompt_length": 1}
+    with pytest.raises(UserError, match="raise max_prompt_length"):
+        prepare.prepare_prompts(sources, tokenizer, max_prompt_length=TURNS - 1, seed=0)
+
+
+def test_wrong_format_is_reported_before_tokenising(jsonl):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl has the columns text, .*`chosen` and `rejected`.*`columns: {cho"
+    ):
+        prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), None, seed=0)

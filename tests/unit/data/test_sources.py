@@ -1,0 +1,145 @@
+"""Reading: every mistake names its file and line; limits, renames and shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+
+from align.config.parts import FileSource, HubSource, StageSource
+from align.data.sources import load_rows
+from align.errors import UserError
+
+
+def texts(rows):
+    return [row["text"] for row in rows]
+
+
+def test_jsonl_keeps_every_row_in_a_seeded_order(jsonl):
+    path = jsonl([{"text": str(n)} for n in range(50)])
+    one, again, other = (texts(load_rows([FileSource(path=path)], seed=seed)) for seed in (1, 1, 2))
+    assert one == again != other
+    assert sorted(one) == sorted(other) == sorted(map(str, range(50)))
+    assert texts(load_rows([FileSource(path=path, limit=7)], seed=1)) == one[:7]
+
+
+def test_parquet_folder_and_renames(tmp_path, jsonl):
+    for part in range(2):
+        rows = {"question": [f"q{part}{n}" for n in range(3)], "answer": ["a"] * 3, "completion": ["old"] * 3}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"part{part}.parquet")
+    source = FileSource(path=str(tmp_path), columns={"prompt": "question", "completion": "answer"})
+    rows = load_rows([source], seed=0, accepted=("prompt_completion",))
+    assert set(rows.column_names) == {"prompt", "completion"}
+    assert sorted(rows["prompt"]) == ["q00", "q01", "q02", "q10", "q11", "q12"]
+    assert set(rows["completion"]) == {"a"}
+    jsonl([{"text": "x"}])
+    with pytest.raises(UserError, match="both JSONL and Parquet"):
+        load_rows([source], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"text": "a"}\n\n{"text": }\n',
+            r"bad\.jsonl line 3: not valid JSON \(Expecting value at column 10\)",
+        ),
+        ('{"text": "a"}\n["b"]\n', r"line 2: each line must be a JSON object .* this is a list"),
+        (
+            '{"text": "a"}\n{"prompt": "b"}\n',
+            r"line 2: has the columns prompt, .*line 1: prompt, text is in one",
+        ),
+        ("", r"bad\.jsonl has no rows"),
+        ('{"text": "a"}\n{"text": 3}\n', r"column 'text' mixes types"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_bad_lines(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_rows([FileSource(path=str(path))], seed=0)
+
+
+def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
+    path = jsonl([{"question": "a", "text2": "b"}])
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    (tmp_path / "no.parquet").write_text("not parquet")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (FileSource(path=str(tmp_path / "none.jsonl")), "none.jsonl does not exist"),
+        (FileSource(path=str(tmp_path / "empty")), r"holds no \*.jsonl"),
+        (FileSource(path=str(tmp_path / "latin.jsonl")), "line 1: not UTF-8"),
+        (FileSource(path=str(tmp_path / "no.parquet")), "not a readable Parquet"),
+        (
+            FileSource(path=path, columns={"prompt": "qestion"}),
+            "names qestion, but the columns are question, text2",
+        ),
+        (
+            FileSource(path=path),
+            r"columns question, text2, but this stage needs `messages`, or `prompt` and `comp",
+        ),
+        (StageSource(kind="stage", stage="sample"), "no rows of the stage 'sample'"),
+        (
+            HubSource(kind="hub", id="someone/nothing"),
+            "'someone/nothing' .* cannot be loaded from the Hugging Face",
+        ),
+    ]
+    for source, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_rows([source], seed=0, accepted=("messages", "prompt_completion"))
+    with pytest.raises(UserError, match=r"left no .*run that stage first"):
+        load_rows([StageSource(kind="stage", stage="s")], seed=0, stage_dirs={"s": tmp_path})
+
+
+def test_stage_rows(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "held_out.jsonl").write_text('{"text": "a"}\n')
+    source = StageSource(kind="stage", stage="s", split="held_out")
+    assert texts(load_rows([source], seed=0, stage_dirs={"s": Path(tmp_path)})) == ["a"]
+
+
+def test_sources_without_weights_are_joined_and_weights_set_shares(jsonl):
+    big = jsonl([{"text": f"big{n}"} for n in range(900)], "big.jsonl")
+    small = jsonl([{"text": f"small{n}"} for n in range(300)], "small.jsonl")
+    joined = texts(load_rows([FileSource(path=big), FileSource(path=small)], seed=0))
+    assert len(joined) == len(set(joined)) == 1200
+    assert 15 < sum(t.startswith("small") for t in joined[:120]) < 45  # mixed, not one after the other
+    weighted = [FileSource(path=big, weight=1), FileSource(path=small, weight=3)]
+    mixed = texts(load_rows(weighted, seed=0))
+    assert len(mixed) == len(set(mixed))
+    count = Counter(t.rstrip("0123456789") for t in mixed)
+    assert count["small"] == 300  # the source that ends the mixture
+    assert 70 < count["big"] < 135  # 100 expected
+    assert mixed == texts(load_rows(weighted, seed=0))
+
+
+def test_mixed_formats_and_odd_extra_columns(jsonl):
+    talk = jsonl(
+        [{"messages": [{"role": "user", "content": "a"}], "meta": 1}, {"messages": [], "meta": "x"}],
+        "a.jsonl",
+    )
+    text = jsonl([{"text": "b", "id": 1}], "b.jsonl")
+    rows = list(load_rows([FileSource(path=talk), FileSource(path=text)], seed=0))
+    assert sorted(row["text"] or "" for row in rows) == ["", "", "b"]
+    assert {row["meta"] for row in rows} == {"1", '"x"', None}
+    clash = jsonl([{"messages": "text"}], "c.jsonl")
+    with pytest.raises(UserError, match="cannot be mixed"):
+        load_rows([FileSource(path=talk), FileSource(path=clash)], seed=0)
+
+
+def test_streaming(jsonl):
+    path = jsonl([{"text": str(n)} for n in range(30)])
+    source = FileSource(path=path, streaming=True, limit=10)
+    rows = load_rows([source], seed=3)
+    assert isinstance(rows, datasets.IterableDataset)
+    first = texts(rows)
+    assert len(set(first)) == 10
+    assert first == texts(load_rows([source], seed=3))
+    both = load_rows([source, FileSource(path=path)], seed=3)
+    assert isinstance(both, datasets.Dataset)
+    assert len(both) == 40
+    with pytest.raises(UserError, match="needs `messages`"):
+        load_rows([source], seed=3, accepted=("messages",))

@@ -1,0 +1,291 @@
+"""The run report from small hand-made run folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import UserError
+from align.eval.formatting import duration, number
+from align.eval.plots import stage_plots
+from align.eval.report import build_report, read_metrics, write_report
+
+ATTACK = "<script>alert('x')</script> <img src=x onerror=alert(1)> ``` | \x00"
+STAGES = {"sft": "sft", "rm": "reward_model", "dpo": "dpo", "ppo": "ppo", "evaluate": "evaluate"}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_stage(run: Path, name: str, kind: str, rows: list[dict]) -> None:
+    manifest = {
+        "stage": name,
+        "kind": kind,
+        "status": "finished",
+        "seconds": 30.0,
+        "finished": "2026-01-01T00:00:30+00:00",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "config_hash": "cafe" * 8,
+        "parents": {"init_from": "base"},
+        "seed": 1,
+        "data": {"train": {"rows": 90, "dropped": {"too_long": 7}, "truncated": 0}},
+        "packages": {"numpy": "2.0"},
+        "hardware": {"cpu": "two cores", "cores": 2, "accelerator": None},
+        "metrics": {"loss": 0.125, "broken": float("nan")},
+        "parameters": {"total": 1000, "active": 500, "trainable": 10},
+    }
+    write_json(run / name / "manifest.json", manifest)
+    (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "a-run"
+    recipe = {
+        "name": "a <b>run</b>",
+        "seed": 1,
+        "stages": {name: {"kind": kind} for name, kind in STAGES.items()},
+    }
+    write_json(folder / "recipe.json", recipe)
+    steps = range(1, 81)
+    write_stage(
+        folder,
+        "sft",
+        "sft",
+        [{"step": s, "loss": 2 / s, "unknown": "text", "eval_loss": None} for s in steps],
+    )
+    write_stage(folder, "rm", "reward_model", [{"step": s, "accuracy": 0.8} for s in steps])
+    write_stage(folder, "dpo", "dpo", [{"step": s, "rewards/margins": s / 9, "loss": 0.6} for s in steps])
+    times = {"time/generate": 2.0, "time/update": 1.0, "time/odd": 0.1}
+    ppo = [{"step": s, "score_mean": s / 9, "score_std": 1.0, "kl": 0.1, **times} for s in steps]
+    write_stage(folder, "ppo", "ppo", ppo)
+    write_stage(folder, "evaluate", "evaluate", [])
+    models = {
+        "base": {"scores": [0.0, 1.0, 2.0, 3.0], "f1": [0.1, 0.2, 0.3, 0.4]},
+        "sft": {"scores": [1.0, 2.0, 3.0, 4.0], "f1": [0.4, 0.3, 0.2, 0.1]},
+        "ppo": {
+            "scores": [0.0, 1.5, 2.5, None],
+            "preference": {"accuracy": 0.75, "n": 40},
+            "eos": [True] * 4,
+        },
+    }
+    prompts = [
+        {"prompt": "why?", "reference": "because", "completions": {"base": ATTACK, "sft": "", "ppo": "so"}}
+    ]
+    results = {"models": models, "baseline": "base", "prompts": prompts}
+    results["reward_model_accuracy"] = {"accuracy": 0.9, "n": 30}
+    write_json(folder / "evaluate" / "results.json", results)
+    return folder
+
+
+def metric(report: dict, key: str) -> dict:
+    return next(m for m in report["evaluations"][0]["metrics"] if m["key"] == key)
+
+
+def test_means_and_paired_differences_by_hand(run: Path) -> None:
+    report = build_report(run)
+    scores = metric(report, "scores")
+    assert scores["models"]["base"]["mean"] == 1.5
+    assert scores["models"]["ppo"] == pytest.approx(
+        scores["models"]["ppo"] | {"mean": 4 / 3, "n": 3, "unscored": 1}
+    )
+    differences = {(d["model"], d["against"]): d for d in scores["differences"]}
+    assert set(differences) == {("sft", "base"), ("ppo", "base"), ("ppo", "sft")}
+    # Every prompt gains exactly 1, so the interval has no width although the scores spread.
+    assert [differences["sft", "base"][key] for key in ("mean", "low", "high")] == [1.0, 1.0, 1.0]
+    # Three prompts are scored by both: (0 - 1, 1.5 - 2, 2.5 - 3).
+    assert differences["ppo", "sft"]["mean"] == pytest.approx(-2 / 3)
+    assert differences["ppo", "sft"]["n"] == 3
+    assert metric(report, "preference")["models"]["ppo"]["mean"] == 0.75
+    assert metric(report, "preference")["models"]["ppo"]["low"] is None
+    assert report["total_seconds"] == 150.0
+
+
+def test_reading_changes_nothing_and_is_reproducible(run: Path) -> None:
+    before = sorted(run.rglob("*"))
+    assert build_report(run, generated="now") == build_report(run, generated="now")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_three_files_agree(run: Path) -> None:
+    paths = write_report(run)
+    assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
+    assert not list(run.glob("*.tmp"))
+    report = json.loads(paths[0].read_text())
+    assert report == build_report(run, generated=report["generated"])
+    markdown, page = paths[1].read_text(), paths[2].read_text()
+    for column in report["evaluations"][0]["metrics"]:
+        cells = list(column["models"].values()) + column["differences"]
+        assert cells
+        for cell in cells:
+            assert number(cell["mean"]) in markdown
+            assert number(cell["mean"]) in page
+            if cell["low"] is not None:
+                ends = f"[{number(cell['low'])}, {number(cell['high'])}]"
+                assert ends in markdown
+                assert ends in page
+    for text in (duration(150.0), "0123456789ab", "too_long", "90.0%"):
+        assert text in markdown
+        assert text in page
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes, ids and references of a page, and checks that tags are balanced."""
+
+    VOID = {"meta", "img", "br", "hr", "link"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_escapes_samples_and_loads_nothing(run: Path) -> None:
+    text = write_report(run)[2].read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "img", "link", "iframe", "object", "metadata", "b>run"} & set(page.tags)
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in text
+    assert "a &lt;b&gt;run&lt;/b&gt;" in text
+    assert "\x00" not in text
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    names = [name for name, _ in page.attributes]
+    assert "src" not in names
+    assert not [name for name in names if name.startswith("on")]
+    ids = Counter(value for name, value in page.attributes if name == "id")
+    assert max(ids.values()) == 1
+    targets = {value[1:] for name, value in page.attributes if name == "href" and value}
+    targets |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert targets <= set(ids)
+    assert page.tags["svg"] >= 10
+
+
+def test_markdown_fences_hold_a_sample_with_backticks(run: Path) -> None:
+    markdown = write_report(run)[1].read_text()
+    assert "````text\n<script>alert('x')</script>" in markdown
+
+
+def test_plots_are_deterministic_and_scale(run: Path) -> None:
+    rows = read_metrics(run / "ppo" / "metrics.jsonl")
+    first, second = stage_plots("ppo", rows, "a"), stage_plots("ppo", rows, "a")
+    assert first == second
+    assert [plot.title for plot in first][-1] == "Time per step (s)"
+    for plot in first:
+        head = plot.svg[: plot.svg.index(">")]
+        assert "viewBox" in head
+        assert "width" not in head
+        assert "<text" in plot.svg
+
+
+def test_a_run_without_evaluation_says_so(run: Path) -> None:
+    recipe = json.loads((run / "recipe.json").read_text())
+    del recipe["stages"]["evaluate"]
+    write_json(run / "recipe.json", recipe)
+    for folder in ("evaluate", "ppo"):
+        (run / folder / "manifest.json").unlink()
+    with (run / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 81, "score_me')
+    (run / "dpo" / "metrics.jsonl").unlink()
+    (run / "dpo" / "manifest.json").unlink()
+    report = build_report(run)
+    assert {s["name"]: s["status"] for s in report["stages"]} == {
+        "sft": "finished",
+        "rm": "finished",
+        "dpo": "not run",
+        "ppo": "unfinished",
+    }
+    assert report["stages"][-1]["metrics"]["score_mean"] == pytest.approx(80 / 9)
+    for path in write_report(run)[1:]:
+        text = path.read_text().replace("&#x27;", "'")
+        assert "The recipe has no evaluate stage, so no models are compared." in text
+        assert "The stage 'dpo' has not been run." in text
+
+
+def test_a_recipe_that_has_only_started(tmp_path: Path) -> None:
+    write_json(tmp_path / "recipe.json", {"name": "new", "stages": {"evaluate": {"kind": "evaluate"}}})
+    report = build_report(tmp_path)
+    assert report["total_seconds"] == 0
+    assert "The evaluate stage has no results yet, so no models are compared." in report["notes"]
+    assert len(write_report(tmp_path)) == 3
+
+
+def test_a_manifest_without_recipe_is_enough(run: Path) -> None:
+    (run / "recipe.json").unlink()
+    report = build_report(run)
+    assert report["name"] == "a-run"
+    assert {stage["kind"] for stage in report["stages"]} == set(STAGES.values())
+
+
+def test_resumed_metrics_keep_the_later_value(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 2, "loss": 5}',
+        '{"step": 1, "loss": 9}',
+        "torn {",
+        '{"step": 2, "loss": 4}',
+        '{"loss": 1}',
+        "7",
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 2, "eval_loss": 6}']))
+    expected = [{"step": 1, "loss": 9}, {"step": 2, "loss": 4, "eval_loss": 6}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == expected
+
+
+def test_errors_name_the_file(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run folder"):
+        build_report(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run folder"):
+        build_report(tmp_path / "empty")
+    (run / "sft" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"sft/manifest\.json: cannot be read"):
+        build_report(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (12345, "12,345"), (-0.12345, "−0.123"), (3.14159, "3.14"), (2.5e-6, "2.5e-06"), (None, "–")],
+)
+def test_numbers(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.24, "8.2 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (None, "–")]
+)
+def test_durations(seconds: Any, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("package", ["eval", "reward", "recipes"])
+def test_linked_packages_refuse_their_other_name(package: str) -> None:
+    path = Path(__file__).resolve().parents[3] / package / "__init__.py"
+    spec = importlib.util.spec_from_file_location(package, path)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=f"import it as align.{package}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
