@@ -25,14 +25,14 @@ def run(context: StageContext) -> dict:
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
-    PretrainTrainer.align_stage = stage
     trainer = PretrainTrainer(
+        stage=stage,
         model=model,
-        args=SFTConfig(**trainer_arguments(context), max_length=stage.data.max_length),
+        args=SFTConfig(**trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
     )
-    metrics = fit(trainer, context, model)
+    metrics = fit(trainer, context)
     save_model(trainer.model, tokenizer, context.dir)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

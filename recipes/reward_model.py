@@ -25,8 +25,8 @@ def run(context: StageContext) -> dict:
     if stage.lora:
         model = add_lora(model, stage.lora, task="SEQ_CLS")
     parameters = count_parameters(model)
-    AlignRewardTrainer.align_stage = stage
     trainer = AlignRewardTrainer(
+        stage=stage,
         model=model,
         args=RewardConfig(
             **trainer_arguments(context),
@@ -37,6 +37,6 @@ def run(context: StageContext) -> dict:
         eval_dataset=data.held_out,
         processing_class=tokenizer,
     )
-    metrics = fit(trainer, context, model)
+    metrics = fit(trainer, context)
     save_model(trainer.model, tokenizer, context.dir)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

@@ -4,10 +4,14 @@ Column layouts (lists of length T, tokens of the row) as TRL 1.16 reads them:
 
     SFTTrainer      input_ids, labels (-100 where there is no loss). `input_ids` makes it skip tokenisation.
     RewardTrainer   chosen_ids, rejected_ids, each with the prompt in front. Both make it skip tokenisation.
-    DPOTrainer      prompt_ids, chosen_ids, rejected_ids, where the latter two hold the completion only. It
-    tokenises
-                    whatever it is given, so the rows keep prompt, chosen and rejected as messages too: left
-                    alone it arrives at the same ids, and a subclass may skip its `_prepare_dataset`.
+    DPOTrainer      prompt_ids, chosen_ids, rejected_ids, where the latter two hold the completion only.
+
+DPOTrainer tokenises whatever it is given. The rows therefore keep prompt, chosen and rejected as messages
+too: left alone, it arrives at the same ids but for what the template writes behind the end of a turn (a line
+break in ChatML); a subclass whose `_prepare_dataset` returns its argument trains on the ids made here.
+
+In pairs, a completion ends with the token that ends the turn, because that is where generation stops: a
+reward model must read its score at the same token in training and in PPO.
 
 Nothing is dropped in silence: every reason and its count are in the report.
 """
@@ -23,11 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
 from align.config.parts import Data, Source
 from align.data import formats
-from align.data.chat import check_template, encode_conversation, encode_messages, encode_prompt
+from align.data.chat import (
+    check_template,
+    encode_conversation,
+    encode_messages,
+    encode_prompt,
+    stop_token_ids,
+)
 from align.data.formats import DropRow, Format, Message
 from align.data.sources import describe_source, load_rows
 from align.data.splits import is_held_out, prompt_key
@@ -224,8 +236,10 @@ def prepare_reward_pairs(
     Pairs of which one side is longer than `max_length` are dropped, and so are pairs with equal answers.
     """
 
+    stops = frozenset(stop_token_ids(tokenizer))
+
     def encode(row: formats.Row) -> _Encoded:
-        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length)
+        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length, stops)
         columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
         return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
 
@@ -240,8 +254,10 @@ def prepare_dpo_pairs(
     The same pairs are dropped as in `prepare_reward_pairs`.
     """
 
+    stops = frozenset(stop_token_ids(tokenizer))
+
     def encode(row: formats.Row) -> _Encoded:
-        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length)
+        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length, stops)
         columns = {**pair, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
 
@@ -249,7 +265,7 @@ def prepare_dpo_pairs(
 
 
 def _encode_pair(
-    tokenizer: Any, row: formats.Row, max_length: int
+    tokenizer: Any, row: formats.Row, max_length: int, stops: frozenset[int]
 ) -> tuple[dict, list[int], list[int], list[int]]:
     """(messages by column, prompt ids, chosen ids, rejected ids); the latter two without the prompt."""
     pair = formats.to_pair(row)
@@ -258,7 +274,9 @@ def _encode_pair(
     for side in ("chosen", "rejected"):
         messages = pair["prompt"] + pair[side]
         ids = encode_messages(tokenizer, messages)
-        sides.append(ids[len(_checked_prefix(ids, prompt)) :])
+        end = len(_checked_prefix(ids, prompt))
+        end = max((t + 1 for t in range(end, len(ids)) if ids[t] in stops), default=len(ids))
+        sides.append(ids[len(prompt) : end])
     if len(prompt) + max(map(len, sides)) > max_length:
         raise DropRow("longer than max_length")
     if sides[0] == sides[1]:
@@ -396,9 +414,8 @@ def _report(
 
 
 def _to_dataset(rows: list[_Encoded]) -> datasets.Dataset:
-    columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
-    dataset = datasets.Dataset.from_dict(columns)
-    for name in columns:
-        if name.endswith("ids") or name == "labels":  # half the memory of the default, and one type for both
-            dataset = dataset.cast_column(name, datasets.List(datasets.Value("int32")))
-    return dataset
+    arrays = {}
+    for name in rows[0].columns:
+        ids = name.endswith("ids") or name == "labels"  # int32: half the memory of what Arrow would guess
+        arrays[name] = pa.array([row.columns[name] for row in rows], pa.list_(pa.int32()) if ids else None)
+    return datasets.Dataset(InMemoryTable(pa.table(arrays)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, tensor) of every parameter, adapters added one layer at a time.
 
-    What `merge_and_unload` would give, but only one merged matrix exists at a time and the adapters keep training.
-    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are switched
-    off or already merged are not added. A plain model's own parameters come as they are; shared ones come once.
+    What `merge_and_unload` would give, but only one merged matrix exists at a time and the model stays as it is.
+    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are
+    switched off or already merged are not added. A plain model's parameters come as they are, shared ones once.
     """
     from peft import PeftModel
 
@@ -35,7 +36,9 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         elif isinstance(module, ModulesToSaveWrapper):
             module = _saved_module(module)
         else:
-            raise NotImplementedError(f"cannot merge a {type(module).__name__}: only LoRA and modules_to_save")
+            raise NotImplementedError(
+                f"cannot merge a {type(module).__name__}: only LoRA and modules_to_save"
+            )
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in seen:
             continue
@@ -49,14 +52,14 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         yield from _walk(child, f"{prefix}{name}.", seen)
 
 
-def _saved_module(wrapper: nn.Module) -> nn.Module:
+def _saved_module(wrapper: Any) -> nn.Module:
     """The trained copy that stands in for the original while its adapter is on."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
         return wrapper.original_module
     return wrapper.modules_to_save[wrapper.active_adapters[0]]
 
 
-def _add(weight: Tensor, adapter: nn.Module) -> Tensor:
+def _add(weight: Tensor, adapter: Any) -> Tensor:
     if adapter.disable_adapters or adapter.merged:
         return weight
     for name in adapter.active_adapters:

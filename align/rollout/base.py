@@ -1,4 +1,4 @@
-"""What the trainer knows of a generation engine: token ids in, token ids out, and a way to give it new weights."""
+"""What the trainer knows of a generation engine: token ids in, token ids out, and new weights now and then."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from align.errors import UserError
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample. The distribution is softmax(logits / temperature) over the whole vocabulary: no top-p, no top-k,
-    whose renormalisation would bias an importance ratio.
+    """How to sample: from softmax(logits / temperature) over the whole vocabulary. There is no top-p and no top-k:
+    their renormalisation would bias an importance ratio.
 
-    temperature 0 means greedy. `seed` fixes every completion: the same prompts, settings and weights give the same
-    tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each prompt.
+    temperature 0 means greedy. `seed` fixes every completion: the same prompts, settings and weights give the
+    same tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each prompt.
     """
 
     max_new_tokens: int
@@ -29,9 +31,9 @@ class SamplingSettings:
 class Completion:
     """One sampled sequence.
 
-    logprobs: of each of `token_ids` under the distribution that was sampled, temperature included (greedy: under
-    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was cut at
-    `max_new_tokens`. weight_version: the update of the weights that sampled it; 0 are the checkpoint's.
+    logprobs: of each of `token_ids` under the distribution that was sampled, temperature included (greedy:
+    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was cut
+    at `max_new_tokens`. weight_version: the update of the weights that sampled it; 0 are the checkpoint's.
     """
 
     prompt_ids: list[int]
@@ -58,7 +60,7 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Replace all weights; names are those of the published checkpoint layout (see `weights.published_weights`)."""
+        """Replace all weights; names are those of the published layout (`weights.published_weights`)."""
         ...
 
     def close(self) -> None:
@@ -67,7 +69,20 @@ class RolloutEngine(Protocol):
 
 
 def completion_seed(seed: int, prompt: int, sample: int) -> int:
-    """A seed for the generator of one completion: distinct for each (prompt index, sample index), within 63 bits."""
+    """A seed for one completion's generator: 63 bits, distinct for each (prompt index, sample index)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + prompt * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) >> 1
+
+
+def check_prompts(prompts: list[list[int]], sampling: SamplingSettings, max_length: int) -> None:
+    """Every prompt must leave room for its completion, which would else be cut without a word."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} is empty: give at least one token, for example the start token.")
+        if len(prompt) + sampling.max_new_tokens > max_length:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} it "
+                f"exceeds max_model_length {max_length}: shorten prompts (max_prompt_length) or raise "
+                "rollout.max_model_length."
+            )

@@ -1,4 +1,4 @@
-"""vLLM inside the trainer's process: weights are replaced in place, and the trainer's torch stays as it was."""
+"""vLLM inside the trainer's process: weights are replaced in place, the trainer's torch stays as it was."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.config.stages import Rollout
 from align.errors import UserError, missing_dependency
-from align.rollout.base import Completion, SamplingSettings, SyncReport, completion_seed
+from align.rollout.base import Completion, SamplingSettings, SyncReport, check_prompts, completion_seed
 
-# vLLM silently raises smaller temperatures to this one, and then samples from another distribution than asked.
+# vLLM silently raises smaller temperatures to this one and so samples from another distribution than asked.
 LOWEST_TEMPERATURE = 0.01
 
 
 class VllmEngine:
     """`RolloutEngine` on an in-process vLLM.
 
-    checkpoint: a folder in the published layout. rollout: lengths, cache and batch. dtype: float32 or bfloat16 (on a
-    CPU without AVX-512, float32 is the faster one). seed: vLLM's own; completions depend on their settings' seed.
+    checkpoint: a folder in the published layout. rollout: lengths, cache and batch. dtype: float32 or bfloat16
+    (float32 is the faster one on a CPU without AVX-512). seed: vLLM's own; a completion depends on its settings'.
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
         self.max_length = rollout.max_model_length
         self.version = 0
-        _check_length(checkpoint, rollout)
+        _check_checkpoint(checkpoint, rollout)
         with undisturbed_torch():
             self._owns_process_group = not _process_group_exists()
             self._llm: Any = _start(checkpoint, rollout, dtype, seed)
@@ -65,7 +65,7 @@ class VllmEngine:
                         detokenize=False,
                     )
                 )
-        # force_eager: vLLM compiles one tiny sampling function at its first use, which takes 20 s on two cores.
+        # force_eager: vLLM compiles one tiny sampling function at its first use, 20 s on two cores.
         with undisturbed_torch(), torch.compiler.set_stance("force_eager"):
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         completions = [self._completion(output) for output in outputs]
@@ -81,8 +81,8 @@ class VllmEngine:
                 size += tensor.numel() * tensor.element_size()
                 yield name, tensor
 
-        # Not vLLM's `reload_weights`: it replaces parameters and repacks them. Ours are read live, so a copy is enough.
-        def load(model: nn.Module) -> None:
+        # Not vLLM's `reload_weights`, which replaces and repacks parameters: ours are read live, a copy is enough.
+        def load(model: Any) -> None:
             model.load_weights(counted())
 
         with undisturbed_torch():
@@ -118,25 +118,13 @@ class VllmEngine:
         )
 
 
-def check_prompts(prompts: list[list[int]], sampling: SamplingSettings, max_length: int) -> None:
-    """Every prompt must leave room for its completion, else vLLM would cut the completion without a word."""
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {index} is empty: give at least one token, for example the start token.")
-        if len(prompt) + sampling.max_new_tokens > max_length:
-            raise UserError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} it exceeds "
-                f"max_model_length {max_length}: shorten prompts (max_prompt_length) or raise rollout.max_model_length."
-            )
-
-
 @contextmanager
 def undisturbed_torch() -> Iterator[None]:
     """Give the trainer its torch back: thread count, random states, `torch.set_num_threads`.
 
     vLLM seeds the global generators and draws from them, and on a CPU changes the thread count and replaces
-    `torch.set_num_threads` by a function that does nothing. (It does the same to `torch.accelerator.synchronize` and
-    `empty_cache`, which fail without an accelerator; those stay, because vLLM calls them until the process ends.)
+    `torch.set_num_threads` by a function that does nothing. (It does the same to `torch.accelerator`'s `synchronize`
+    and `empty_cache`, which fail without an accelerator; those stay: vLLM calls them until the process ends.)
     """
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -152,7 +140,7 @@ def undisturbed_torch() -> Iterator[None]:
         numpy.random.set_state(numpy_state)
 
 
-def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
+def _start(checkpoint: Path, rollout: Rollout, dtype: Any, seed: int) -> Any:
     # Read by vLLM when it is imported or started. A user who sets VLLM_LOGGING_LEVEL sees its log.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -171,7 +159,7 @@ def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     from align.models.hunyuan import vllm_plugin
     from align.models.hunyuan.vllm import HunYuanForCausalLM
 
-    # The plugin registers the class by name, which vLLM inspects in a second process (15 s). Here it is at hand.
+    # The plugin registers the class by name, which vLLM then inspects in a second process. Here it is at hand.
     load_general_plugins()
     vllm_plugin.register()
     ModelRegistry.register_model(vllm_plugin.ARCHITECTURE, HunYuanForCausalLM)
@@ -193,15 +181,20 @@ def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     )
 
 
-def _check_length(checkpoint: Path, rollout: Rollout) -> None:
+def _check_checkpoint(checkpoint: Path, rollout: Rollout) -> None:
     path = checkpoint / "config.json"
     if not path.exists():
         raise UserError(f"'{checkpoint}' is not a checkpoint: it has no config.json.")
     longest = json.loads(path.read_text()).get("max_position_embeddings")
     if longest is not None and rollout.max_model_length > longest:
         raise UserError(
-            f"rollout.max_model_length {rollout.max_model_length} exceeds the model's max_position_embeddings {longest}."
+            f"rollout.max_model_length {rollout.max_model_length} exceeds the model's "
+            f"max_position_embeddings {longest}."
         )
+    # Without an index vLLM reads every safetensors file of the folder as part of the model.
+    stray = sorted(file.name for file in checkpoint.glob("*.safetensors") if file.name != "model.safetensors")
+    if stray and not (checkpoint / "model.safetensors.index.json").exists():
+        raise UserError(f"'{checkpoint}' holds {stray[0]} beside the model: keep it in a folder of its own.")
 
 
 def _process_group_exists() -> bool:

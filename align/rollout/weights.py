@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from align.models.lora_merge import merged_parameters
 def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a `HunYuanForCausalLM`, plain or wrapped by PEFT, adapters merged on the fly.
 
-    Stacked experts are split: `mlp.experts.gate_up_proj` [E, 2F, D] into `mlp.experts.E.gate_proj.weight` and
-    `mlp.experts.E.up_proj.weight` [F, D], `mlp.experts.down_proj` [E, D, F] into `mlp.experts.E.down_proj.weight`.
+    Stacked experts are split: `mlp.experts.gate_up_proj` [E, 2F, D] into `mlp.experts.N.gate_proj.weight` and
+    `mlp.experts.N.up_proj.weight` [F, D]; `mlp.experts.down_proj` [E, D, F] into `mlp.experts.N.down_proj.weight`.
     Tensors may be views of the model's parameters: copy them before the next training step. A tied head is not sent.
     """
     for name, tensor in merged_parameters(model):
@@ -37,8 +38,8 @@ def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_published(model: nn.Module, named_tensors: Iterator[tuple[str, Tensor]]) -> int:
-    """Copy published weights into a plain model of ours; returns their bytes. Every parameter must be given."""
+def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> int:
+    """Copy published weights into a plain model of ours, all of its parameters; returns their bytes."""
     parameters = dict(model.named_parameters())
     missing = {id(parameter): parameter.numel() for parameter in parameters.values()}
     tied = getattr(model.config, "tie_word_embeddings", False)

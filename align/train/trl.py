@@ -54,9 +54,35 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
 
 
 class AlignTrainer:
-    """Mix-in put before a TRL trainer. `prepared` data passes through untouched; the recipe's optimizer is used."""
+    """Mix-in put before a TRL trainer: tokenised data passes through untouched, the optimizer is the recipe's, and the
+    router's balance loss is the model's own.
 
-    align_stage: TrainingStage
+    TRL would compute Mixtral's balance loss over all layers at once; it is switched off (`router_aux_loss_coef=0` in
+    `trainer_arguments`), and the typed output of our backbone is read by a hook instead.
+    """
+
+    def __init__(self, *, stage: TrainingStage, model: nn.Module, **kwargs: Any):
+        self.align_stage = stage
+        coefficient = model.config.router_aux_loss_coef
+        super().__init__(model=model, **kwargs)
+        # TRL writes its own setting into the configuration, which is saved with the model.
+        model.config.router_aux_loss_coef = coefficient
+        self.balance_coef = coefficient
+        self.balance_loss: Tensor | None = None
+        self.expert_load: list[Tensor] = []
+        for module in self.model.modules():
+            if isinstance(module, HunYuanModel):
+                module.register_forward_pre_hook(self._ask_for_routing, with_kwargs=True)
+                module.register_forward_hook(self._keep_routing)
+
+    def _ask_for_routing(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True}
+
+    def _keep_routing(self, module: nn.Module, _: Any, output: Any) -> None:
+        # The reference's forward runs without gradient and does not count.
+        if torch.is_grad_enabled() and output.aux_loss is not None:
+            self.balance_loss = output.aux_loss
+            self.expert_load.append(torch.stack([load.max() * load.numel() for load in output.expert_load]).mean())
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """The data layer has tokenised already, and counted what it dropped."""
@@ -67,29 +93,34 @@ class AlignTrainer:
             self.optimizer = build_optimizer(model or self.model, self.align_stage.optimizer)
         return self.optimizer
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self.balance_loss = None
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.balance_loss is None:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        # A loss that is divided by the step's tokens is not divided by its micro-batches again; this mean must be.
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        loss = loss + self.balance_coef * self.balance_loss / parts
+        self._metrics["train"]["aux_loss"].append(self.balance_loss.item())
+        # 1 is a perfectly even load; E is all tokens on one expert.
+        self._metrics["train"]["expert_load_max"].append(self.expert_load.pop().item())
+        self.expert_load.clear()
+        return (loss, *outputs) if return_outputs else loss
+
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl with the router's load, marks finished checkpoints, prints a line now and then."""
+    """Writes metrics.jsonl, marks finished checkpoints, prints a line now and then."""
 
-    def __init__(self, context: StageContext, writer: MetricsWriter, model: nn.Module):
+    def __init__(self, context: StageContext, writer: MetricsWriter):
         self.context, self.writer = context, writer
-        self.loads: list[Tensor] = []
-        for module in model.modules():
-            if isinstance(module, HunYuanModel):
-                module.register_forward_hook(self._keep_load)
-
-    def _keep_load(self, module: nn.Module, _: Any, output: Any) -> None:
-        if output.expert_load and module.training:
-            self.loads.append(torch.stack([load * load.numel() for load in output.expert_load]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         metrics = {k: v for k, v in (logs or {}).items() if not any(part in k for part in NOT_METRICS)}
         if not metrics:
             return
-        if self.loads and "loss" in metrics:
-            # 1 is a perfectly even load; E is all tokens on one expert.
-            metrics["expert_load_max"] = torch.stack(self.loads).mean(0).max(-1).values.mean().item()
-            self.loads.clear()
         self.writer.write(state.global_step, metrics)
         if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
             shown = {k: metrics[k] for k in ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy") if k in metrics}
@@ -109,14 +140,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def fit(trainer: Any, context: StageContext, model: nn.Module) -> dict[str, float]:
+def fit(trainer: Any, context: StageContext) -> dict[str, float]:
     """Train from the start or from the last checkpoint; returns the metrics on held-out data before and after."""
     checkpoint = last_checkpoint(context.dir / "checkpoints") if context.resume else None
     if checkpoint is None:
         shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else None
     writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
-    trainer.add_callback(Recorder(context, writer, model))
+    trainer.add_callback(Recorder(context, writer))
     if checkpoint:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:

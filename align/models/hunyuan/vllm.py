@@ -1,12 +1,13 @@
-"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights that can be replaced in place.
+"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights replaced in place.
 
 Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack once,
-after the first load; those copies go stale when weights change (measured: reloading the same weights moved a
-log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly, and an
-update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every device; vLLM's
-fused kernels would be faster on a GPU, but they have not been proved against our model there.
+after the first load; those go stale when weights change (measured: reloading the same weights moved a
+log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly, and
+an update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every device:
+vLLM's fused kernels would be faster on a GPU, but have not been proved against our model there.
 
-Tensor parallelism splits heads and the MLPs' width; the router is replicated. No pipeline parallelism, no quantization.
+Tensor parallelism splits heads and the MLPs' width; the router is replicated. It is written but was only run with
+one rank. No pipeline parallelism, no quantization.
 
 Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
 k experts a token, F expert width; H, K and F are one rank's share.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class LiveLinear(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 
@@ -67,7 +68,7 @@ class LiveHead(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 
@@ -76,7 +77,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 def live(layer: Layer) -> Layer:
     """A vLLM linear layer that computes with its live parameter."""
-    layer.quant_method = LiveLinear()
+    layer.quant_method = LiveLinear()  # type: ignore[assignment]
     return layer
 
 
@@ -84,7 +85,7 @@ class Attention(nn.Module):
     """Grouped-query attention; a sharing layer attends to its owner's cache.
 
     The cache holds rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries
-    with its own key-norm weight instead (see `modeling.Attention`). So one cache a group serves all its layers exactly.
+    with its own key-norm weight instead (see `modeling.Attention`). So one cache serves a whole group exactly.
     """
 
     def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         ranks = get_tensor_model_parallel_world_size()
         self.config = config
         self.head_dim = config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         owner = config.kv_owner(layer)
         self.owns_kv = owner == layer
         self.query_size = heads // ranks * self.head_dim
@@ -112,9 +113,7 @@ class Attention(nn.Module):
                 )
             )
         self.o_proj = live(
-            RowParallelLinear(
-                heads * self.head_dim, config.hidden_size, bias=bias, prefix=f"{prefix}.o_proj"
-            )
+            RowParallelLinear(heads * self.head_dim, config.hidden_size, bias=bias, prefix=f"{prefix}.o_proj")
         )
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -161,7 +160,7 @@ class Attention(nn.Module):
 
 
 def _kernel_head_dim(head_dim: int) -> int:
-    """The head size that the attention kernel runs with: vLLM's CPU kernel has only some, so small models are padded."""
+    """The head size that the kernel runs with: vLLM's CPU kernel has only some sizes, others are padded."""
     if not current_platform.is_cpu():
         return head_dim
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -221,7 +220,7 @@ class Experts(nn.Module):
             (gate if projection == "gate_proj" else up).copy_(weight[first : first + self.width])
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Sum over a token's experts of weight * expert(token); tokens are sorted by expert as in `moe.Experts`."""
+        """Sum over a token's experts of weight * expert(token); tokens sorted by expert as in `moe.Experts`."""
         top_k = experts_Tk.shape[1]
         order = experts_Tk.flatten().argsort(stable=True)
         token = order // top_k
@@ -288,7 +287,7 @@ class HunYuanModel(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        config: HunYuanConfig = vllm_config.model_config.hf_config
+        config: Any = vllm_config.model_config.hf_config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [
@@ -315,7 +314,7 @@ class HunYuanForCausalLM(nn.Module):
         super().__init__()
         if vllm_config.quant_config is not None:
             raise ValueError("HunYuan runs unquantized: its layers compute with their live parameters")
-        self.config: HunYuanConfig = vllm_config.model_config.hf_config
+        self.config: Any = vllm_config.model_config.hf_config
         self.model = HunYuanModel(vllm_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size)
         self.lm_head.quant_method = LiveHead()
@@ -345,8 +344,8 @@ class HunYuanForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy a complete set of published weights into the live parameters, at the start and at every update.
 
-        Returns the names of the parameters that were loaded. A name that is not the model's, or a parameter of which a
-        piece is missing, is an error: a half-updated model would sample from a policy that never existed.
+        Returns the names of the loaded parameters. A name that is not the model's, or a parameter of which a piece
+        is missing, is an error: a half-updated model would sample from a policy that never existed.
         """
         parameters = dict(self.named_parameters())
         loaded: dict[str, set[str]] = defaultdict(set)
@@ -372,7 +371,7 @@ class HunYuanForCausalLM(nn.Module):
         return set(loaded)
 
     def _destination(self, name: str) -> tuple[str, str, str | int | None]:
-        """Of a published name: our parameter, which of its pieces it is, and the shard's name for vLLM's loaders."""
+        """Of a published name: our parameter, which of its pieces it is, and its shard in vLLM's loaders."""
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name)
         if expert:
             stack = "w2" if expert[3] == "down_proj" else "w13"

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes before it reads a checkpoint."""
+"""Entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ ARCHITECTURE = "HunYuanForCausalLM"
 
 
 def register() -> None:
-    """Tell vLLM where HunYuan's configuration and model class are; the class is imported when a model needs it."""
+    """Tell vLLM where HunYuan's configuration and model class are; the class is imported when it is needed."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

@@ -54,6 +54,11 @@ def test_pairs(row):
     assert formats.to_pair(row) == {"prompt": [U], "chosen": [A], "rejected": [A2]}
 
 
+def test_implicit_prompt_is_all_that_is_shared():
+    pair = formats.to_pair({"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, A2]})
+    assert pair == {"prompt": [S, U, A, U], "chosen": [A], "rejected": [A2]}
+
+
 def test_implicit_prompt_of_strings_ends_at_a_word():
     pair = formats.to_pair({"chosen": "Who? It is me.", "rejected": "Who? It isn't you."})
     assert [pair[k][0]["content"] for k in ("prompt", "chosen", "rejected")] == [

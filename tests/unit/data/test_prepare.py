@@ -96,8 +96,8 @@ def test_pairs_by_hand(tokenizer, jsonl):
     decoded = {name: tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     assert decoded == {
         "prompt_ids": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
-        "chosen_ids": "good0<|im_end|>\n",
-        "rejected_ids": "bad0<|im_end|>\n",
+        "chosen_ids": "good0<|im_end|>",
+        "rejected_ids": "bad0<|im_end|>",
     }
     reward = prepare.prepare_reward_pairs(settings, tokenizer, seed=0)
     assert reward.train.column_names == ["chosen_ids", "rejected_ids"]
@@ -145,18 +145,23 @@ def test_trl_accepts_the_rows_and_would_have_made_the_same(tokenizer, jsonl):
         for r in pairs()
     ]
     raw, settings = datasets.Dataset.from_list(as_messages), data(jsonl(pairs()), max_length=64)
+    (line_break,) = tokenizer("\n")["input_ids"]  # what the template writes behind the end of a turn
+
+    def trimmed(rows, *columns):
+        assert all(row[column][-1] == line_break for row in rows for column in columns)
+        return sorted([row[column][:-1] for column in columns] for row in rows)
+
+    columns = ("chosen_ids", "rejected_ids")
     theirs = RewardTrainer._prepare_dataset(None, raw, tokenizer, trl_arguments(), "train")
     ours = prepare.prepare_reward_pairs(settings, tokenizer, seed=0).train
-    assert contents(ours, "chosen_ids", "rejected_ids") == contents(theirs, "chosen_ids", "rejected_ids")
+    assert contents(ours, *columns) == trimmed(theirs, *columns)
     kept = RewardTrainer._prepare_dataset(None, ours, tokenizer, trl_arguments(), "train")
-    assert contents(kept, "chosen_ids", "rejected_ids") == contents(ours, "chosen_ids", "rejected_ids")
+    assert contents(kept, *columns) == contents(ours, *columns)
 
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     ours = prepare.prepare_dpo_pairs(settings, tokenizer, seed=0).train
-    again = DPOTrainer._prepare_dataset(
-        None, ours, tokenizer, trl_arguments(), "train"
-    )  # it tokenises once more
-    assert contents(again, *columns) == contents(ours, *columns)
+    again = DPOTrainer._prepare_dataset(None, ours, tokenizer, trl_arguments(), "train")
+    assert contents(again, "prompt_ids") == contents(ours, "prompt_ids")
+    assert contents(ours, *columns) == trimmed(again, *columns)
     assert len(ours) == 4
 
 
@@ -206,8 +211,8 @@ def test_prompts(tokenizer, jsonl):
         prepare.prepare_prompts(sources, tokenizer, max_prompt_length=TURNS - 1, seed=0)
 
 
-def test_wrong_format_is_reported_before_tokenising(jsonl):
+def test_wrong_format_is_reported_before_tokenising(tokenizer, jsonl):
     with pytest.raises(
         UserError, match=r"rows.jsonl has the columns text, .*`chosen` and `rejected`.*`columns: {cho"
     ):
-        prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), None, seed=0)
+        prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), tokenizer, seed=0)

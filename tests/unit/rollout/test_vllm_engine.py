@@ -1,0 +1,290 @@
+"""vLLM samples from the policy that the trainer has; the witness is the transformers model's own forward pass."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import align.models  # noqa: F401
+from align.config.stages import Rollout
+from align.errors import UserError
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.rollout.base import Completion, SamplingSettings
+from align.rollout.weights import published_weights
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+from align.rollout.vllm_engine import VllmEngine
+
+pytestmark = pytest.mark.slow
+GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
+ROLLOUT = Rollout(max_model_length=128, cache_gib=0.05, max_sequences=8)
+TOLERANCE = 1e-4
+
+
+def tiny(**changes) -> HunYuanForCausalLM:
+    """A random model whose norms matter and whose next token is far from certain and far from uniform."""
+    sizes = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+    }
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**(sizes | changes))).eval()
+    perturb(model, 0.0)
+    return model
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, size: float = 0.03) -> None:
+    """What an optimizer step does, but larger; norms are drawn anew."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * size)
+
+
+@torch.no_grad()
+def error(model: torch.nn.Module, rows: list[list[Completion]], temperature: float) -> float:
+    """Largest difference between the engine's log-probabilities and the model's log_softmax(logits / T)."""
+    worst = 0.0
+    for completion in (c for row in rows for c in row):
+        start = len(completion.prompt_ids)
+        logits = model(torch.tensor([completion.prompt_ids + completion.token_ids])).logits[0, start - 1 : -1]
+        expected = (
+            (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])
+        )
+        worst = max(worst, (expected[:, 0] - torch.tensor(completion.logprobs)).abs().max().item())
+    return worst
+
+
+def start(model: HunYuanForCausalLM, folder: Path, rollout: Rollout = ROLLOUT) -> VllmEngine:
+    model.save_pretrained(folder)
+    return VllmEngine(folder, rollout, dtype="float32", seed=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> HunYuanForCausalLM:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    engine = start(model, tmp_path_factory.mktemp("tiny"))
+    yield engine
+    engine.close()
+
+
+def test_greedy_tokens_are_the_models(engine, model):
+    rows = engine.generate(PROMPTS, SamplingSettings(24, temperature=0.0))
+    for prompt, (completion,) in zip(PROMPTS, rows):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert completion.token_ids == expected[0, len(prompt) :].tolist()
+        assert not completion.finished
+    assert error(model, rows, 1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_logprobs_are_of_the_sampled_distribution(engine, model, temperature):
+    rows = engine.generate(PROMPTS, SamplingSettings(24, temperature=temperature, seed=1, n=3))
+    assert [len(row) for row in rows] == [3] * len(PROMPTS)
+    assert error(model, rows, temperature) < TOLERANCE
+    assert error(model, rows, temperature * 1.01) > 10 * TOLERANCE
+
+
+def test_samples_follow_the_distribution(engine, model):
+    """First tokens of 4,000 samples against the model's probabilities: total variation within sampling noise."""
+    count = 4000
+    (row,) = engine.generate(PROMPTS[:1], SamplingSettings(1, temperature=0.7, seed=5, n=count))
+    sampled = torch.bincount(torch.tensor([c.token_ids[0] for c in row]), minlength=384) / count
+    with torch.no_grad():
+        expected = (model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1)
+    noise = (expected * (1 - expected) / count).sqrt().sum() * (2 / torch.pi) ** 0.5 / 2
+    assert (sampled - expected).abs().sum() / 2 < 1.3 * noise
+
+
+def test_same_seed_same_completions(engine):
+    settings = SamplingSettings(16, seed=7, n=2)
+    rows = engine.generate(PROMPTS, settings)
+    assert engine.generate(PROMPTS, settings) == rows
+    assert engine.generate(PROMPTS, SamplingSettings(16, seed=8, n=2)) != rows
+    assert len({tuple(c.token_ids) for row in rows for c in row}) == 2 * len(PROMPTS)
+
+
+def test_stop_token_is_part_of_the_completion(engine):
+    free = engine.generate(PROMPTS[:1], SamplingSettings(16, seed=7))[0][0]
+    stop = free.token_ids[5]
+    cut = engine.generate(PROMPTS[:1], SamplingSettings(16, seed=7, stop_token_ids=(stop,)))[0][0]
+    assert cut.finished
+    assert cut.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert len(cut.logprobs) == len(cut.token_ids)
+
+
+def test_the_trainers_torch_is_left_alone(engine, model):
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    before, threads, set_threads = state(), torch.get_num_threads(), torch.set_num_threads
+    engine.generate(PROMPTS, SamplingSettings(4, seed=1))
+    engine.update_weights(published_weights(model), version=0)
+    assert state() == before
+    assert torch.get_num_threads() == threads
+    assert torch.set_num_threads is set_threads
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+def test_bad_requests_name_the_remedy(engine):
+    with pytest.raises(UserError, match=r"prompt 1 has 120 tokens.*max_model_length 128"):
+        engine.generate([[1], [1] * 120], SamplingSettings(16))
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([[]], SamplingSettings(16))
+    with pytest.raises(UserError, match=r"temperature 0\.001"):
+        engine.generate([[1]], SamplingSettings(16, temperature=0.001))
+
+
+def test_updated_weights_are_the_ones_that_sample(engine, model):
+    settings = SamplingSettings(24, seed=2)
+    old = tiny()
+    try:
+        for version in (1, 2):
+            perturb(model)
+            report = engine.update_weights(published_weights(model), version)
+            assert report.version == version
+            assert report.bytes == sum(p.numel() * 4 for p in model.parameters())
+            rows = engine.generate(PROMPTS, settings)
+            assert {c.weight_version for row in rows for c in row} == {version}
+            assert error(model, rows, 1.0) < TOLERANCE
+            assert error(old, rows, 1.0) > 100 * TOLERANCE
+    finally:
+        model.load_state_dict(old.state_dict())
+        engine.update_weights(published_weights(model), 0)
+
+
+def test_every_weight_matters_after_an_update(engine, model):
+    """A parameter that kept an old copy would show: each is changed alone and must change the log-probabilities."""
+    settings = SamplingSettings(4, seed=2)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        engine.update_weights(published_weights(model), 1)
+        rows = engine.generate(PROMPTS, settings)
+        assert error(model, rows, 1.0) < TOLERANCE, name
+        with torch.no_grad():
+            parameter.copy_(old[name])
+        assert error(model, rows, 1.0) > TOLERANCE, name
+    engine.update_weights(published_weights(model), 0)
+
+
+def test_incomplete_or_foreign_weights_are_refused(engine, model):
+    weights = list(published_weights(model))
+    expert = next(name for name, _ in weights if ".experts.3.up_proj" in name)
+    with pytest.raises(ValueError, match="15 of its 16"):
+        engine.update_weights(((n, t) for n, t in weights if n != expert), 1)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.self_attn\.k_proj\.weight' is not part"):
+        engine.update_weights(iter([*weights, ("model.layers.1.self_attn.k_proj.weight", weights[0][1])]), 1)
+    engine.update_weights(iter(weights), 0)
+
+
+def test_stray_weights_in_the_folder_are_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        VllmEngine(tmp_path, ROLLOUT, dtype="float32", seed=0)
+
+
+VARIANTS = {
+    "alpha rope, top-2, untied head": {
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+        "moe_topk": 2,
+        "tie_word_embeddings": False,
+    },
+    "dense": {"num_experts": 1, "use_cla": False, "use_qk_norm": False},
+    "three layers a cache, no shared expert, odd vocabulary, biases": {
+        "cla_share_factor": 3,
+        "use_mixed_mlp_moe": False,
+        "vocab_size": 331,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_head_dim": 32,
+    },
+    "per-layer experts, two shared": {
+        "num_experts": [1, 4, 8, 4],
+        "moe_topk": [1, 1, 2, 3],
+        "num_shared_expert": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants_agree_before_and_after_an_update(changes, tmp_path):
+    model = tiny(**changes)
+    engine = start(model, tmp_path)
+    try:
+        rows = engine.generate(PROMPTS, SamplingSettings(16, temperature=0.8, seed=3))
+        assert error(model, rows, 0.8) < TOLERANCE
+        perturb(model)
+        assert error(model, rows, 0.8) > 10 * TOLERANCE
+        engine.update_weights(published_weights(model), 1)
+        rows = engine.generate(PROMPTS, SamplingSettings(16, temperature=0.8, seed=3))
+        assert error(model, rows, 0.8) < TOLERANCE
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_sharing_multiplies_the_cache(factor, tmp_path):
+    blocks = {}
+    for use_cla in (False, True):
+        engine = start(tiny(use_cla=use_cla, cla_share_factor=factor), tmp_path / str(use_cla))
+        blocks[use_cla], _ = engine.cache_blocks()
+        engine.close()
+    assert abs(blocks[True] - factor * blocks[False]) < factor
+
+
+@pytest.mark.parametrize("name", ["top1-cla2-tied", "top2-cla2-untied"])
+def test_golden_models(name, tmp_path):
+    """Greedy continuations computed by the reference implementation."""
+    folder = GOLDEN / name
+    if not folder.exists():
+        pytest.skip(f"no golden data at {folder}")
+    from safetensors.torch import load_file
+
+    golden = load_file(folder / "golden.safetensors")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(folder / file, tmp_path)
+    engine = VllmEngine(tmp_path, ROLLOUT, dtype="float32", seed=0)
+    try:
+        for ids, mask, greedy in zip(golden["input_ids"], golden["attention_mask"], golden["greedy_ids"]):
+            prompt = ids[: int(mask.sum()) // 2].tolist()
+            expected = greedy[greedy >= 0].tolist()[len(prompt) :]
+            ((completion,),) = engine.generate([prompt], SamplingSettings(len(expected), temperature=0.0))
+            assert completion.token_ids == expected
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert error(model, engine.generate(PROMPTS, SamplingSettings(24, seed=1)), 1.0) < TOLERANCE
+    finally:
+        engine.close()
