@@ -13,9 +13,10 @@ from torch import Tensor, nn
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, tensor) of every parameter, adapters added one layer at a time.
 
-    What `merge_and_unload` would give, but only one merged matrix exists at a time and the model stays as it is.
-    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are
-    switched off or already merged are not added. A plain model's parameters come as they are, shared ones once.
+    What `merge_and_unload` would give, but only one merged matrix exists at a time and the model stays as it
+    is. Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that
+    are switched off or already merged are not added. A plain model's parameters come as they are, shared ones
+    once.
     """
     from peft import PeftModel
 

@@ -1,4 +1,4 @@
-"""What the trainer knows of a generation engine: token ids in, token ids out, and new weights now and then."""
+"""What the trainer knows of a generation engine: token ids in, token ids out, new weights now and then."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from align.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample: from softmax(logits / temperature) over the whole vocabulary. There is no top-p and no top-k:
+    """How to sample: from softmax(logits / temperature) over the whole vocabulary. No top-p, no top-k:
     their renormalisation would bias an importance ratio.
 
     temperature 0 means greedy. `seed` fixes every completion: the same prompts, settings and weights give the
-    same tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each prompt.
+    same tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each
+    prompt.
     """
 
     max_new_tokens: int
@@ -32,8 +33,9 @@ class Completion:
     """One sampled sequence.
 
     logprobs: of each of `token_ids` under the distribution that was sampled, temperature included (greedy:
-    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was cut
-    at `max_new_tokens`. weight_version: the update of the weights that sampled it; 0 are the checkpoint's.
+    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was
+    cut at `max_new_tokens`. weight_version: the update of the weights that sampled it; 0 are the
+    checkpoint's.
     """
 
     prompt_ids: list[int]

@@ -91,8 +91,8 @@ class HuggingFaceEngine:
             ids_BT = next_B[:, None]
             mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(prompts), 1)), dim=1)
         return [
-            Completion(list(prompt), *sampled, self.version)
-            for prompt, *sampled in zip(prompts, tokens, logprobs, finished)
+            Completion(list(prompt), tokens[row], logprobs[row], finished[row], self.version)
+            for row, prompt in enumerate(prompts)
         ]
 
 

@@ -17,8 +17,9 @@ def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a `HunYuanForCausalLM`, plain or wrapped by PEFT, adapters merged on the fly.
 
     Stacked experts are split: `mlp.experts.gate_up_proj` [E, 2F, D] into `mlp.experts.N.gate_proj.weight` and
-    `mlp.experts.N.up_proj.weight` [F, D]; `mlp.experts.down_proj` [E, D, F] into `mlp.experts.N.down_proj.weight`.
-    Tensors may be views of the model's parameters: copy them before the next training step. A tied head is not sent.
+    `mlp.experts.N.up_proj.weight` [F, D]; `mlp.experts.down_proj` [E, D, F] into
+    `mlp.experts.N.down_proj.weight`. Tensors may be views of the model's parameters: copy them before the
+    next training step. A tied head is not sent.
     """
     for name, tensor in merged_parameters(model):
         if name.endswith(".mlp.gate.weight"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
@@ -20,7 +20,7 @@ from align.train.run_folder import MetricsWriter, StageContext
 COMPLETE = "complete"
 """A checkpoint without this file was cut off while it was written."""
 
-NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "num_input_tokens_seen")
+NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
 
 
 def trainer_arguments(context: StageContext) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
 
@@ -147,6 +148,7 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
         shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else None
     writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder(context, writer))
     if checkpoint:
         context.say(f"  resuming at step {step}")

