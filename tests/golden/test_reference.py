@@ -1,0 +1,85 @@
+"""The model against outputs of the released reference code, where that data is at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import align.models  # noqa: F401
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+NAMES = ["top1-cla2-tied", "top2-cla2-untied"]
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's outputs are not on this machine")
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    folder = GOLDEN / request.param
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return folder, model, load_file(folder / "golden.safetensors")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_loss_and_gradients(case, attention) -> None:
+    _, model, golden = case
+    model.set_attn_implementation(attention)
+    ids, mask = golden["input_ids"].long(), golden["attention_mask"].long()
+    output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    assert (output.logits - golden["logits"])[mask.bool()].abs().max() < 2e-5
+    assert abs(output.loss - golden["loss"]) < 1e-6
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for key, norm in golden.items():
+        if not key.startswith("grad_norm/"):
+            continue
+        gradient = published_gradient(key.removeprefix("grad_norm/"), gradients)
+        assert gradient.norm().item() == pytest.approx(norm.item(), rel=1e-4, abs=1e-9), key
+
+
+def published_gradient(name: str, gradients: dict) -> torch.Tensor:
+    """The gradient under the published name of a parameter that we store stacked."""
+    expert = re.fullmatch(r"(.*mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if not expert:
+        return gradients[name.replace("gate.wg", "gate")]
+    prefix, index, part = expert.groups()
+    if part == "down":
+        return gradients[f"{prefix}.down_proj"][int(index)]
+    return gradients[f"{prefix}.gate_up_proj"][int(index)].chunk(2)[part == "up"]
+
+
+def test_selected_experts(case) -> None:
+    _, model, golden = case
+    mask = golden["attention_mask"].bool()
+    output = model(golden["input_ids"].long(), attention_mask=mask.long(), output_router_logits=True)
+    wanted = golden["selected_experts"].long()
+    for layer, logits in enumerate(output.router_logits):
+        chosen = logits.topk(wanted.shape[-1]).indices.view(*mask.shape, -1)
+        assert torch.equal(chosen[mask].sort(-1).values, wanted[layer][mask].sort(-1).values)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(case, use_cache) -> None:
+    _, model, golden = case
+    for ids, mask, wanted in zip(golden["input_ids"].long(), golden["attention_mask"].bool(), golden["greedy_ids"]):
+        prompt = ids[mask][: int(mask.sum()) // 2][None]
+        wanted = wanted[wanted >= 0]
+        tokens = model.generate(
+            prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=None, pad_token_id=0
+        )
+        assert torch.equal(tokens[0], wanted[: tokens.shape[1]].long())
+
+
+def test_saving_restores_the_published_layout(case, tmp_path) -> None:
+    folder, model, _ = case
+    model.save_pretrained(tmp_path)
+    ours, published = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert ours.keys() == published.keys()
+    assert all(torch.equal(ours[name], published[name]) for name in published)
+    kept, given = (json.loads((f / "config.json").read_text()) for f in (tmp_path, folder))
+    assert {k: kept.get(k) for k in given if k != "torch_dtype"} == {k: v for k, v in given.items() if k != "torch_dtype"}

@@ -1,0 +1,124 @@
+"""The rules of the house: imports go down, heavy libraries stay behind their fences, recipes load without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = [
+    {"errors", "config"},
+    {"losses"},
+    {"models"},
+    {"data", "distributed"},
+    {"reward", "train"},
+    {"rollout"},
+    {"eval"},
+    {"recipes"},
+    {"pipeline", "doctor"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# run_folder is plain paths and JSON; the pipeline needs it and nothing else of train.
+FENCES = {
+    "vllm": ("align/models/hunyuan/vllm", "align/rollout/"),
+    "deepspeed": ("align/distributed/",),
+    "peft": ("align/models/lora",),
+    "datasets": ("align/data/", "align/train/trl.py"),
+    "trl": ("align/recipes/", "align/train/", "align/data/"),
+}
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "vllm", "deepspeed", "accelerate"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(path under the name it is imported by, file) of every module of the library."""
+    found = []
+    for package in ("align", "reward", "eval", "recipes"):
+        for file in (ROOT / package).rglob("*.py"):
+            name = file.relative_to(ROOT).as_posix()
+            found.append((name if package == "align" else f"align/{name}", file))
+    return found
+
+
+def imports(source: str) -> list[tuple[str, bool]]:
+    """(module, whether at top level) of every import."""
+    tree = ast.parse(source)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in tree.body) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.append((node.module, node in tree.body))
+    return found
+
+
+def violations(name: str, source: str) -> list[str]:
+    layer = name.split("/")[1].removesuffix(".py")
+    problems = []
+    for module, top_level in imports(source):
+        root, *rest = module.split(".")
+        if root == "align" and rest and layer in LEVEL and rest[0] in LEVEL:
+            same_row = LEVEL[rest[0]] == LEVEL[layer] and rest[0] != layer
+            allowed = {("config", "errors"), ("train", "reward")}
+            if LEVEL[rest[0]] > LEVEL[layer] or (same_row and (layer, rest[0]) not in allowed):
+                problems.append(f"{name} imports {module}, which is not below it")
+        if root in FENCES and not name.startswith(FENCES[root]):
+            problems.append(f"{name} imports {root}")
+        if layer in ("cli", "pipeline", "config", "errors") and root in HEAVY and top_level:
+            problems.append(f"{name} imports {root} at the top")
+    return problems
+
+
+def test_imports_go_down_and_fences_hold() -> None:
+    assert [problem for name, file in modules() for problem in violations(name, file.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("align/losses/x.py", "import align.models"),
+        ("align/models/x.py", "def f():\n    from align.train.trl import fit"),
+        ("align/reward/x.py", "from align.train import state"),
+        ("align/train/x.py", "import vllm"),
+        ("align/cli.py", "import torch"),
+    ],
+)
+def test_a_planted_violation_is_seen(name: str, source: str) -> None:
+    assert violations(name, source)
+
+
+def test_recipes_validate_without_torch_in_a_second() -> None:
+    recipes = sorted(str(path) for path in (ROOT / "recipes").glob("*.yaml"))
+    assert recipes
+    code = (
+        "import sys, align.cli\n"
+        f"align.cli.main(['check', *{recipes!r}])\n"
+        f"assert not set(sys.modules) & {HEAVY!r}, set(sys.modules) & {HEAVY!r}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", ["reward", "eval", "recipes"])
+def test_a_linked_package_refuses_its_other_name(package: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"import it as align.{package}" in done.stderr
+
+
+def test_links_are_relative() -> None:
+    for package in ("reward", "eval", "recipes"):
+        assert str((ROOT / "align" / package).readlink()) == f"../{package}"
+
+
+def test_readme_tree_equals_the_disk() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("<!-- tree -->")[1]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip() and not line.startswith("```")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked} - {".gitignore", ".ci"}
+    inner = {"align/" + path.split("/")[1] for path in tracked if path.startswith("align/")} - {"align/__init__.py"}
+    assert named == top | inner
