@@ -1,0 +1,68 @@
+"""A grown model computes what its dense source computes, and its experts then go their own ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.errors import UserError
+from align.models.hot_start import hot_start
+from align.models.lora import add_lora, merge_lora
+from align.config.parts import Lora
+
+
+@pytest.fixture
+def dense() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize(("experts", "top_k", "width"), [(4, 1, None), (4, 2, 24), (8, 1, 6), (6, 1, 16)])
+def test_the_function_is_unchanged(dense, experts, top_k, width) -> None:
+    grown = hot_start(dense, experts=experts, top_k=top_k, expert_width=width, seed=0)
+    ids = torch.randint(0, 64, (2, 20))
+    torch.testing.assert_close(grown(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_experts_diverge_and_share_the_load(dense) -> None:
+    grown = hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0).train()
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=3e-3)
+    data = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(1))
+    for _ in range(50):
+        output = grown(data, labels=data, output_router_logits=True)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer, load in zip(grown.model.layers, output.expert_load):
+        down = layer.mlp.experts.down_proj
+        assert load.min() > 0.05, load
+        for a in range(4):
+            assert down[a].norm() > 0.05
+            for b in range(a):
+                cosine = torch.nn.functional.cosine_similarity(down[a].flatten(), down[b].flatten(), dim=0)
+                assert cosine < 0.9, (a, b, cosine)
+
+
+def test_a_width_that_does_not_divide_is_refused(dense) -> None:
+    with pytest.raises(UserError, match="expert_width 13 does not divide"):
+        hot_start(dense, experts=4, top_k=1, expert_width=13, seed=0)
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)])
+def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) -> None:
+    model = add_lora(hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0), lora, task="CAUSAL_LM")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    ids = torch.randint(0, 64, (2, 20))
+    wrapped = model.eval()(ids).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+    assert (wrapped - dense(ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(merge_lora(model)(ids).logits, wrapped, atol=1e-5, rtol=0)

@@ -1,0 +1,173 @@
+"""The model's invariants, on random weights: caches, padding, sharing, the Auto classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
+
+import align.models  # noqa: F401
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification, bytes_per_token
+from align.models.hunyuan.moe import route
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "max_position_embeddings": 64,
+}
+VARIANTS = [
+    {},
+    {"moe_topk": 2},
+    {"use_cla": False},
+    {"cla_share_factor": 4},
+    {"use_qk_norm": False},
+    {"num_experts": 1},
+    {"num_experts": [1, 4, 2, 4], "moe_topk": [1, 2, 1, 1]},
+    {"tie_word_embeddings": False, "num_shared_expert": 2},
+    {"use_mixed_mlp_moe": False},
+    {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+]
+
+
+def build(**changes) -> HunYuanForCausalLM:
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms away from one, routers away from a tie
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cached_decoding_equals_the_full_forward(changes, attention) -> None:
+    model = build(**changes)
+    model.set_attn_implementation(attention)
+    ids = torch.randint(0, 97, (2, 10))
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        cache = DynamicCache()
+        steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(10)]
+    torch.testing.assert_close(torch.cat(steps, 1), full, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_cache_holds_one_key_and_value_a_group(factor) -> None:
+    model = build(cla_share_factor=factor)
+    cache = DynamicCache()
+    model(torch.randint(0, 97, (3, 7)), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+    assert held == 3 * 7 * bytes_per_token(model.config, bytes_per_value=4)
+
+
+def test_hunyuan_large_needs_a_twentieth_of_the_cache_of_multi_head_attention() -> None:
+    published = bytes_per_token(HunYuanConfig())
+    every_head = bytes_per_token(HunYuanConfig(use_cla=False, num_key_value_heads=80))
+    assert (published, every_head) == (81_920, 1_638_400)
+
+
+def test_static_cache_and_beam_search() -> None:
+    model = build()
+    ids = torch.randint(3, 97, (2, 5))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    dynamic = model.generate(ids, **settings)
+    static = model.generate(ids, past_key_values=StaticCache(model.config, max_cache_len=16), **settings)
+    assert torch.equal(dynamic, static)
+    with_cache, without = (model.generate(ids, num_beams=3, use_cache=cached, **settings) for cached in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side) -> None:
+    model = build()
+    ids = torch.randint(3, 97, (1, 6))
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    order = (padding, ids) if side == "left" else (ids, padding)
+    padded = torch.cat(order, 1)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    out = model(padded, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    torch.testing.assert_close(out, model(ids).logits[0], atol=2e-5, rtol=0)
+
+
+def test_padding_does_not_count_in_the_balance_loss() -> None:
+    model = build()
+    ids = torch.randint(3, 97, (1, 6))
+    padded = torch.cat((ids, torch.zeros(1, 5, dtype=torch.long)), 1)
+    mask = torch.cat((torch.ones(1, 6), torch.zeros(1, 5)), 1).long()
+    alone = model(ids, output_router_logits=True)
+    together = model(padded, attention_mask=mask, output_router_logits=True)
+    torch.testing.assert_close(alone.aux_loss, together.aux_loss)
+    assert all(torch.allclose(a, b) for a, b in zip(alone.expert_load, together.expert_load))
+
+
+def test_the_balance_loss_reaches_the_router() -> None:
+    model = build()
+    model(torch.randint(3, 97, (2, 8)), output_router_logits=True).aux_loss.backward()
+    assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+
+
+def test_top_one_is_not_renormalised_and_top_two_is() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    probabilities = logits.softmax(-1)[0]
+    assert route(logits, 1).weights_Tk.item() == pytest.approx(probabilities[0].item())
+    first, second = route(logits, 2).weights_Tk[0].tolist()
+    assert first == pytest.approx((probabilities[0] / (probabilities[0] + probabilities[1])).item())
+    assert first + second == pytest.approx(1.0)
+
+
+def test_experts_equal_a_sum_over_one_token_at_a_time() -> None:
+    block = build(moe_topk=2).model.layers[0].mlp
+    hidden = torch.randn(1, 5, 32)
+    output, routing = block(hidden)
+    for t, token in enumerate(hidden[0]):
+        expected = block.shared_mlp(token)
+        for expert, weight in zip(routing.experts_Tk[t], routing.weights_Tk[t]):
+            gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+            expected = expected + weight * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+        torch.testing.assert_close(output[0, t], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_is_exact() -> None:
+    model = build().train()
+    ids = torch.randint(3, 97, (2, 8))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids, output_router_logits=True).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_auto_classes_load_what_was_saved(tmp_path) -> None:
+    model = build(num_shared_expert=2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, HunYuanForCausalLM)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert isinstance(scorer, HunYuanForSequenceClassification)
+
+
+def test_the_score_is_read_at_the_last_attended_token() -> None:
+    torch.manual_seed(0)
+    scorer = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1)).eval()
+    ids = torch.randint(3, 97, (1, 6))
+    for padded, mask in (
+        (torch.cat((ids, ids[:, :2]), 1), [1] * 6 + [0] * 2),  # what pads is irrelevant, even real tokens
+        (ids, [1] * 6),
+    ):
+        logits = scorer(padded, attention_mask=torch.tensor([mask])).logits
+        torch.testing.assert_close(logits, scorer(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_unknown_configuration_keys_are_kept(tmp_path) -> None:
+    HunYuanConfig(**SIZES, moe_drop_tokens=False, something_new=3).save_pretrained(tmp_path)
+    assert HunYuanConfig.from_pretrained(tmp_path).something_new == 3
