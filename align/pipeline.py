@@ -36,13 +36,19 @@ def run(
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in recipe.stages:
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
+            raise UserError(
+                f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}."
+            )
     with locked(run_dir):
         write_json(run_dir / "recipe.json", recipe.model_dump(mode="json"))
         _prepare_process(recipe)
         again = start is not None
         for name in [BASE, *recipe.stages]:
-            redo = again and name in list(recipe.stages)[list(recipe.stages).index(start or name) :] and name != BASE
+            redo = (
+                again
+                and name in list(recipe.stages)[list(recipe.stages).index(start or name) :]
+                and name != BASE
+            )
             if only is not None and name not in (BASE, only):
                 continue
             _run_stage(StageContext(recipe, name, run_dir, resume=resume, say=say), redo=redo or name == only)
@@ -82,6 +88,7 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
     fresh = StageContext(context.recipe, name, context.run_dir, context.resume and not redo, context.say)
+    importlib.import_module("align.train.quiet").quieten()
     result = importlib.import_module(f"align.recipes.{kind}").run(fresh)
     seconds = time.perf_counter() - clock
     write_json(folder / MANIFEST, _manifest(fresh, kind, settings, started, seconds, result))
@@ -102,7 +109,9 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """The dotted paths at which two settings differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(set(before) | set(after))
-        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+        return [
+            d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)
+        ]
     return [] if before == after else [f"{path}: {before} -> {after}"]
 
 
@@ -116,7 +125,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _manifest(
-    context: StageContext, kind: str, settings: dict, started: datetime, seconds: float, result: dict[str, Any]
+    context: StageContext,
+    kind: str,
+    settings: dict,
+    started: datetime,
+    seconds: float,
+    result: dict[str, Any],
 ) -> dict[str, Any]:
     parents = [] if kind == BASE else list(dict.fromkeys(parent for _, parent in references(context.stage)))
     return {
@@ -176,7 +190,8 @@ def hardware() -> dict[str, Any]:
 def _prepare_process(recipe: Recipe) -> None:
     """Settings that must be in place before torch is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if recipe.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
     # vLLM reads this to decide its threads and otherwise drops torch to one.

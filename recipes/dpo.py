@@ -27,12 +27,20 @@ def run(context: StageContext) -> dict:
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
-    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
+    losses = (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
+    )
     trainer = AlignDpoTrainer(
         stage=stage,
         model=model,
         ref_model=ref_model,
-        args=DPOConfig(**trainer_arguments(context), router_aux_loss_coef=0.0, beta=stage.beta, max_length=stage.data.max_length, **losses),
+        args=DPOConfig(
+            **trainer_arguments(context),
+            router_aux_loss_coef=0.0,
+            beta=stage.beta,
+            max_length=stage.data.max_length,
+            **losses,
+        ),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,

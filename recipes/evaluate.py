@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.config.parts import Data
 from align.config.stages import EvaluateStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.data.prepare import prepare_dpo_pairs
-from align.config.parts import Data
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
@@ -69,7 +69,9 @@ def run(context: StageContext) -> dict:
         for i, row in enumerate(prompts)
     ]
     if scorer is not None and pairs:
-        chosen, rejected = ([scores(scorer, [pair], side)[0] for pair in pairs] for side in ("chosen_ids", "rejected_ids"))
+        chosen, rejected = (
+            [scores(scorer, [pair], side)[0] for pair in pairs] for side in ("chosen_ids", "rejected_ids")
+        )
         won = [float(c > r) + 0.5 * (c == r) for c, r in zip(chosen, rejected, strict=True)]
         results["reward_model_accuracy"] = {"accuracy": sum(won) / len(won), "n": len(won)}
     write_json(context.dir / "results.json", results)
@@ -104,7 +106,9 @@ def measure(
     if all(row.reference for row in prompts):
         found["f1"] = [token_f1(text, row.reference or "") for text, row in zip(texts, prompts, strict=True)]
     batch = build_experience(
-        [c.prompt_ids for c in completions], [c.token_ids for c in completions], [c.logprobs for c in completions]
+        [c.prompt_ids for c in completions],
+        [c.token_ids for c in completions],
+        [c.logprobs for c in completions],
     )
     # The sampler's own log-probabilities are the model's: one pass of the reference is enough for the KL.
     reference_logprobs = sequence_logprobs(reference, batch, temperature)
@@ -113,7 +117,8 @@ def measure(
         found["scores"] = in_micro_batches(batch, lambda rows: sequence_scores(scorer, rows)).tolist()
     if pairs:
         chosen, rejected = (
-            sequence_logprobs(model, to_experience(pairs, side), 1.0) for side in ("chosen_ids", "rejected_ids")
+            sequence_logprobs(model, to_experience(pairs, side), 1.0)
+            for side in ("chosen_ids", "rejected_ids")
         )
         won = [float(c > r) + 0.5 * float(c == r) for c, r in zip(chosen, rejected, strict=True)]
         found["preference"] = {"accuracy": sum(won) / len(won), "n": len(won), "values": won}

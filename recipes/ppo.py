@@ -139,7 +139,9 @@ def build_team(context: StageContext, parent: Path) -> Team:
         policy=policy,
         ref_model=None if stage.lora else load_policy(parent, dtype).requires_grad_(False),
         critic=critic,
-        reward_models={name: load_scorer(context.checkpoint(name), dtype).eval() for name in dict.fromkeys(references)},
+        reward_models={
+            name: load_scorer(context.checkpoint(name), dtype).eval() for name in dict.fromkeys(references)
+        },
     )
     # Dropout would make the same tokens' log-probabilities differ between passes.
     for model in (team.policy, team.critic, team.ref_model):
@@ -182,13 +184,20 @@ def generate(
 
 def to_experience(completions: list[Completion]) -> Experience:
     return build_experience(
-        [c.prompt_ids for c in completions], [c.token_ids for c in completions], [c.logprobs for c in completions]
+        [c.prompt_ids for c in completions],
+        [c.token_ids for c in completions],
+        [c.logprobs for c in completions],
     )
 
 
 @torch.no_grad()
 def score(
-    context: StageContext, team: Team, batch: Experience, rows: list[PromptRow], completions: list[Completion], tokenizer: Any
+    context: StageContext,
+    team: Team,
+    batch: Experience,
+    rows: list[PromptRow],
+    completions: list[Completion],
+    tokenizer: Any,
 ) -> dict[str, float]:
     """Fill batch.score, the weighted sum of all rewards; returns each reward's mean."""
     stage: PpoStage = context.stage
@@ -256,7 +265,10 @@ def update(stage: PpoStage, team: Team, batch: Experience, step: int, seed: int)
     sums: dict[str, float] = {}
     minis = 0
     train_policy = step >= stage.critic.warmup_steps
-    for optimizer, settings in ((team.optimizers["policy"], stage.optimizer), (team.optimizers["critic"], stage.optimizer)):
+    for optimizer, settings in (
+        (team.optimizers["policy"], stage.optimizer),
+        (team.optimizers["critic"], stage.optimizer),
+    ):
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * schedule_factor(step, stage.steps, settings)
     shuffle = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -281,7 +293,9 @@ def update(stage: PpoStage, team: Team, batch: Experience, step: int, seed: int)
     return {name: value if name == "skipped_updates" else value / minis for name, value in sums.items()}
 
 
-def backward(stage: PpoStage, team: Team, rows: Experience, count: float, train_policy: bool) -> dict[str, float]:
+def backward(
+    stage: PpoStage, team: Team, rows: Experience, count: float, train_policy: bool
+) -> dict[str, float]:
     """Gradients of one micro-batch, as its share of a mini-batch of `count` tokens."""
     metrics: dict[str, Tensor] = {}
     assert rows.advantages is not None
@@ -292,7 +306,13 @@ def backward(stage: PpoStage, team: Team, rows: Experience, count: float, train_
         if stage.importance_cap is not None:
             weights = importance_weight(rows.old_logprobs, rows.rollout_logprobs, stage.importance_cap)
         loss, clipping = policy_loss(
-            output.logprobs, rows.old_logprobs, rows.advantages, rows.mask, clip_range=stage.clip_range, count=count, weights=weights
+            output.logprobs,
+            rows.old_logprobs,
+            rows.advantages,
+            rows.mask,
+            clip_range=stage.clip_range,
+            count=count,
+            weights=weights,
         )
         metrics |= {"policy_loss": loss.detach(), **clipping}
         if output.aux_loss is not None:
@@ -329,7 +349,12 @@ def describe(batch: Experience, completions: list[Completion]) -> dict[str, floa
 
 
 def write_samples(
-    writer: MetricsWriter, step: int, rows: list[PromptRow], completions: list[Completion], batch: Experience, tokenizer: Any
+    writer: MetricsWriter,
+    step: int,
+    rows: list[PromptRow],
+    completions: list[Completion],
+    batch: Experience,
+    tokenizer: Any,
 ) -> None:
     assert batch.score is not None
     for i in range(min(4, len(rows))):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from trl import SFTConfig, SFTTrainer
 
 from align.data import prepare_sft
+from align.models.lora import add_lora
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
 from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
-from align.models.lora import add_lora
 
 
 class AlignSftTrainer(AlignTrainer, SFTTrainer):
@@ -34,7 +34,9 @@ def run(context: StageContext) -> dict:
     trainer = AlignSftTrainer(
         stage=stage,
         model=model,
-        args=SFTConfig(**trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length),
+        args=SFTConfig(
+            **trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length
+        ),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,

@@ -30,7 +30,9 @@ def load_reward_function(path: str) -> RewardFunction:
     file, colon, name = path.rpartition(":")
     if not colon or not Path(file).is_file():
         known = ", ".join(BUILT_IN)
-        raise UserError(f"reward function '{path}': write it as file.py:function with an existing file, or one of: {known}.")
+        raise UserError(
+            f"reward function '{path}': write it as file.py:function with an existing file, or one of: {known}."
+        )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +47,11 @@ def load_reward_function(path: str) -> RewardFunction:
 
 
 def call_reward_function(
-    name: str, function: RewardFunction, prompts: list[str], completions: list[str], rows: list[dict[str, Any]]
+    name: str,
+    function: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    rows: list[dict[str, Any]],
 ) -> list[float]:
     """The function's scores, checked: as many as completions, all finite numbers."""
     try:
@@ -53,8 +59,12 @@ def call_reward_function(
     except Exception as error:
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}.") from error
     if len(scores) != len(completions):
-        raise UserError(f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions.")
+        raise UserError(
+            f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions."
+        )
     for row, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}.")
+            raise UserError(
+                f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}."
+            )
     return scores

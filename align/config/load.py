@@ -73,7 +73,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_StrictLoader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -81,16 +81,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)}).") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not.")
+        raise UserError(
+            f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not."
+        )
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2.")
+        raise UserError(
+            f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2."
+        )
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError:
         raise UserError(f"override '{override}': the value is not valid YAML.") from None
     *parents, last = dotted.split(".")
@@ -103,14 +107,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'.")
+        raise UserError(
+            f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'."
+        )
 
 
 def _child(node: Any, key: str, override: str, where: str) -> Any:
     if isinstance(node, list):
         if key.isdigit() and int(key) < len(node):
             return node[int(key)]
-        raise UserError(f"override '{override}': '{where}' is a list of {len(node)}, so '{key}' must be 0 to {len(node) - 1}.")
+        raise UserError(
+            f"override '{override}': '{where}' is a list of {len(node)}, so '{key}' must be 0 to {len(node) - 1}."
+        )
     if isinstance(node, dict):
         if node.get(key) is None:
             node[key] = {}

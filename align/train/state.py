@@ -14,7 +14,10 @@ from align.train.run_folder import replace_folder
 
 
 def save_state(
-    folder: Path, models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], counters: dict[str, Any]
+    folder: Path,
+    models: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    counters: dict[str, Any],
 ) -> None:
     """Write `folder` whole or not at all."""
     tensors = {"rng": torch.get_rng_state()}

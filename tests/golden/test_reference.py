@@ -66,11 +66,19 @@ def test_selected_experts(case) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_tokens(case, use_cache) -> None:
     _, model, golden = case
-    for ids, mask, wanted in zip(golden["input_ids"].long(), golden["attention_mask"].bool(), golden["greedy_ids"]):
+    for ids, mask, wanted in zip(
+        golden["input_ids"].long(), golden["attention_mask"].bool(), golden["greedy_ids"]
+    ):
         prompt = ids[mask][: int(mask.sum()) // 2][None]
         wanted = wanted[wanted >= 0]
         tokens = model.generate(
-            prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, use_cache=use_cache, eos_token_id=None, pad_token_id=0
+            prompt,
+            max_new_tokens=24,
+            min_new_tokens=24,
+            do_sample=False,
+            use_cache=use_cache,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert torch.equal(tokens[0], wanted[: tokens.shape[1]].long())
 
@@ -82,4 +90,6 @@ def test_saving_restores_the_published_layout(case, tmp_path) -> None:
     assert ours.keys() == published.keys()
     assert all(torch.equal(ours[name], published[name]) for name in published)
     kept, given = (json.loads((f / "config.json").read_text()) for f in (tmp_path, folder))
-    assert {k: kept.get(k) for k in given if k != "torch_dtype"} == {k: v for k, v in given.items() if k != "torch_dtype"}
+    assert {k: kept.get(k) for k in given if k != "torch_dtype"} == {
+        k: v for k, v in given.items() if k != "torch_dtype"
+    }

@@ -217,7 +217,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.gradient_checkpointing = False
@@ -272,7 +274,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
                 routings.append(routing)
         hidden = self.norm(hidden)
         states[-1] = hidden
-        want_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        want_routing = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
         aux_loss, load = routing_summary(routings, attention_mask, hidden) if want_routing else (None, None)
         return HunYuanModelOutput(
             last_hidden_state=hidden,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.config.parts import Lora
 from align.errors import UserError
 from align.models.hot_start import hot_start
 from align.models.lora import add_lora, merge_lora
-from align.config.parts import Lora
 
 
 @pytest.fixture
@@ -17,7 +17,12 @@ def dense() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
         )
     ).eval()
 
@@ -53,7 +58,9 @@ def test_a_width_that_does_not_divide_is_refused(dense) -> None:
         hot_start(dense, experts=4, top_k=1, expert_width=13, seed=0)
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)])
+@pytest.mark.parametrize(
+    "lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)]
+)
 def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) -> None:
     model = add_lora(hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0), lora, task="CAUSAL_LM")
     with torch.no_grad():

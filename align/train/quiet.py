@@ -1,0 +1,25 @@
+"""Keeps the libraries' progress bars and notices out of a run's log; ALIGN_VERBOSE=1 lets them through."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def quieten() -> None:
+    """Call once before a stage. Errors and our own lines stay."""
+    if os.environ.get("ALIGN_VERBOSE"):
+        return
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for name in ("transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "DeepSpeed", "vllm"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        disable_datasets_bar()

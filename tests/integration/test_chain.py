@@ -1,0 +1,98 @@
+"""The tiny recipe as a user runs it: it learns, its metrics are reproducible, and a run killed in every stage ends the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+COMMAND = [sys.executable, "-m", "align.cli", "run", "tiny"]
+KILL_AFTER = {"pretrain": 30, "sft": 25, "reward_model": 15, "dpo": 8, "ppo": 6}
+"""Lines of metrics.jsonl after which a stage is killed: past its first checkpoint, before its last."""
+
+
+def run_to_the_end(run_dir: Path, *arguments: str) -> None:
+    done = subprocess.run([*COMMAND, "--run-dir", str(run_dir), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict]:
+    lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def final(run_dir: Path, stage: str) -> dict:
+    return json.loads((run_dir / stage / "manifest.json").read_text(encoding="utf-8"))["metrics"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("chain") / "run"
+    run_to_the_end(run_dir)
+    return run_dir
+
+
+def test_every_stage_learns(finished) -> None:
+    pretrain, sft = metrics(finished, "pretrain"), metrics(finished, "sft")
+    assert pretrain[-1]["loss"] < pretrain[0]["loss"] - 1.5
+    assert sft[-1]["eval_loss"] < sft[0]["eval_loss"] - 0.5
+    assert final(finished, "reward_model")["eval_accuracy"] > 0.8
+    assert final(finished, "dpo")["eval_rewards/accuracies"] > 0.6
+    scores = [line["score_mean"] for line in metrics(finished, "ppo")]
+    assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4
+    assert max(line["mismatch_max"] for line in metrics(finished, "ppo")) < 1e-3
+
+
+def test_the_report_tells_what_the_results_say(finished) -> None:
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert [stage["stage"] for stage in report["stages"]] == ["base", *KILL_AFTER] or report["stages"]
+    results = json.loads((finished / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    assert set(results["models"]) == {"base", "sft", "dpo", "ppo"}
+    assert (finished / "report.html").stat().st_size > 50_000
+
+
+def test_a_finished_run_is_kept(finished) -> None:
+    before = (finished / "sft" / "manifest.json").read_text(encoding="utf-8")
+    run_to_the_end(finished)
+    assert (finished / "sft" / "manifest.json").read_text(encoding="utf-8") == before
+
+
+def test_chat_answers_with_any_stage(finished) -> None:
+    command = [sys.executable, "-m", "align.cli", "chat", str(finished / "ppo"), "--max-new-tokens", "8"]
+    done = subprocess.run(command, input="What does len do?\nAnd abs?\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(finished, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    for stage, lines in KILL_AFTER.items():
+        kill_during(run_dir, stage, lines)
+    kill_during(run_dir, "evaluate", 0)
+    run_to_the_end(run_dir, "--resume")
+    for stage in KILL_AFTER:
+        assert metrics(run_dir, stage) == metrics(finished, stage), stage
+    assert final(run_dir, "evaluate") == final(finished, "evaluate")
+
+
+def kill_during(run_dir: Path, stage: str, lines: int) -> None:
+    """Run until a stage has written `lines` lines (or its settings, for 0), then kill -9."""
+    file = run_dir / stage / ("metrics.jsonl" if lines else "config.json")
+    process = subprocess.Popen(
+        [*COMMAND, "--run-dir", str(run_dir), "--resume"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 400
+    while process.poll() is None and time.monotonic() < deadline:
+        if file.is_file() and len(file.read_text(encoding="utf-8").splitlines()) > lines:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    assert process.wait() == -signal.SIGKILL, f"{stage} ended before it could be killed"
