@@ -50,9 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="changes to the recipe, e.g. stages.dpo.beta=0.2",
     )
     run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
-    run.add_argument(
-        "--resume", action="store_true", help="continue an interrupted stage from its last checkpoint"
-    )
+    run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
     run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
     run.set_defaults(command=_run)

@@ -37,13 +37,9 @@ def examine() -> dict[str, Any]:
         if not has_gpu:
             clash = [name for name in HARMFUL if find_spec(name)]
             if clash:
-                uses["problem"] = (
-                    f"{', '.join(clash)} installed beside a CPU torch: pip uninstall {' '.join(clash)}"
-                )
+                uses["problem"] = f"{', '.join(clash)} installed beside a CPU torch: pip uninstall {' '.join(clash)}"
     uses["rollouts"] = (
-        "vLLM, in process"
-        if packages["vllm"]["version"]
-        else "Hugging Face generate (rollout.engine: huggingface)"
+        "vLLM, in process" if packages["vllm"]["version"] else "Hugging Face generate (rollout.engine: huggingface)"
     )
     return {"packages": packages, "uses": uses}
 

@@ -36,19 +36,13 @@ def run(
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in recipe.stages:
-            raise UserError(
-                f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}."
-            )
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
     with locked(run_dir):
         write_json(run_dir / "recipe.json", recipe.model_dump(mode="json"))
         _prepare_process(recipe)
         again = start is not None
         for name in [BASE, *recipe.stages]:
-            redo = (
-                again
-                and name in list(recipe.stages)[list(recipe.stages).index(start or name) :]
-                and name != BASE
-            )
+            redo = again and name in list(recipe.stages)[list(recipe.stages).index(start or name) :] and name != BASE
             if only is not None and name not in (BASE, only):
                 continue
             _run_stage(StageContext(recipe, name, run_dir, resume=resume, say=say), redo=redo or name == only)
@@ -109,9 +103,7 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """The dotted paths at which two settings differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(set(before) | set(after))
-        return [
-            d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)
-        ]
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
     return [] if before == after else [f"{path}: {before} -> {after}"]
 
 

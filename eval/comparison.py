@@ -52,9 +52,7 @@ def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, 
                 continue
             difference = _difference(values[model], values[against], resamples, seed)
             if difference is None:
-                notes.append(
-                    f"{metric.label}: {model} and {against} share no scored prompts and are not compared."
-                )
+                notes.append(f"{metric.label}: {model} and {against} share no scored prompts and are not compared.")
             else:
                 differences.append({"model": model, "against": against, **difference})
         columns.append({**metric._asdict(), "models": cells, "differences": differences})
@@ -109,9 +107,7 @@ def _accuracy_only(model: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _difference(
-    a: NDArray[np.float64], b: NDArray[np.float64], resamples: int, seed: int
-) -> dict[str, Any] | None:
+def _difference(a: NDArray[np.float64], b: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any] | None:
     if a.size != b.size:
         return None
     both = ~(np.isnan(a) | np.isnan(b))

@@ -181,9 +181,7 @@ def _figures(plots: list[Plot]) -> str:
     figures = []
     for plot in plots:
         caption = f"<figcaption>{_text(plot.caption)}</figcaption>" if plot.caption else ""
-        figures.append(
-            f'<figure><h4>{_text(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>'
-        )
+        figures.append(f'<figure><h4>{_text(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
@@ -195,9 +193,7 @@ def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
             reference = _answer("Reference", sample["reference"], "reference")
         for model, completion in sample["completions"].items():
             score = sample["scores"].get(model)
-            answers.append(
-                _answer(model if score is None else f"{model} · score {number(score)}", completion)
-            )
+            answers.append(_answer(model if score is None else f"{model} · score {number(score)}", completion))
         yield (
             f'<article class="card"><h3>Prompt {i}</h3>'
             f'<p class="text prompt" dir="auto">{_text(sample["prompt"])}</p>'
@@ -234,9 +230,7 @@ def _provenance(report: dict[str, Any]) -> Iterator[str]:
         lost = [[_text(stage), _text(counts)] for stage, counts in _lost(report)]
         yield "<h3>Data</h3>"
         yield (
-            _table(["Stage", "Rows dropped or truncated"], lost)
-            if lost
-            else "<p>No row was dropped or truncated.</p>"
+            _table(["Stage", "Rows dropped or truncated"], lost) if lost else "<p>No row was dropped or truncated.</p>"
         )
         yield _folded(f"All data counts ({len(data)})", _table(["Stage", "What", "Value"], data, wide={2}))
     for machine in report["hardware"]:
@@ -269,9 +263,7 @@ def _table(head: list[str], rows: list[list[str]], wide: Set[int] = frozenset())
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = []
     for first, *rest in rows:
-        cells = "".join(
-            f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1)
-        )
+        cells = "".join(f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

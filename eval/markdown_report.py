@@ -19,10 +19,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines += ["", f"## Stages ({duration(report['total_seconds'])} in all)", ""]
     lines += _table(
         ["stage", "kind", "status", "time", "parameters: total / active / trained"],
-        [
-            [s["name"], s["kind"], s["status"], duration(s["seconds"]), parameters(s)]
-            for s in report["stages"]
-        ],
+        [[s["name"], s["kind"], s["status"], duration(s["seconds"]), parameters(s)] for s in report["stages"]],
     )
     for evaluation in report["evaluations"]:
         lines += _comparison(evaluation)
@@ -50,9 +47,7 @@ def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
     metrics = evaluation["metrics"]
     labels = [metric["label"] for metric in metrics]
     yield from (f"## Comparison ({_cell(evaluation['stage'])})", "", caveat(evaluation), "")
-    rows = [
-        [name, *(_value(metric["models"].get(name)) for metric in metrics)] for name in evaluation["models"]
-    ]
+    rows = [[name, *(_value(metric["models"].get(name)) for metric in metrics)] for name in evaluation["models"]]
     yield from _table(["model", *labels], rows)
     differences = [
         [f"{model} − {against}", *(_difference(metric, model, against) for metric in metrics)]
@@ -67,9 +62,7 @@ def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
 
 def caveat(evaluation: dict[str, Any]) -> str:
     """What the numbers rest on."""
-    counts = [
-        cell["n"] for metric in evaluation["metrics"] for cell in metric["models"].values() if cell["n"]
-    ]
+    counts = [cell["n"] for metric in evaluation["metrics"] for cell in metric["models"].values() if cell["n"]]
     unscored = sum(cell["unscored"] for metric in evaluation["metrics"] for cell in metric["models"].values())
     many = (
         f"{min(counts)}"
@@ -113,13 +106,11 @@ def _difference(metric: dict[str, Any], model: str, against: str) -> str:
 def _provenance(report: dict[str, Any]) -> Iterator[str]:
     yield from ("## Provenance", "")
     rows = [
-        [s["name"], commit(s), s["config_hash"] or NOTHING, number(s["seed"]), parents(s)]
-        for s in report["stages"]
+        [s["name"], commit(s), s["config_hash"] or NOTHING, number(s["seed"]), parents(s)] for s in report["stages"]
     ]
     yield from _table(["stage", "commit", "config hash", "seed", "parents"], rows)
     machines = (
-        "; ".join(f"{key}: {number(value)}" for key, value in machine.items())
-        for machine in report["hardware"]
+        "; ".join(f"{key}: {number(value)}" for key, value in machine.items()) for machine in report["hardware"]
     )
     yield from (f"- Machine: {_cell(machine)}" for machine in machines)
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())

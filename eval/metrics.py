@@ -51,15 +51,11 @@ def standard_error(values: ArrayLike) -> float:
     return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
 
 
-def bootstrap_interval(
-    values: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean of `values` with its percentile bootstrap interval (Efron 1979); NaN ends for a single value."""
     array = _finite(values)
     if resamples < 1 or not 0 < level < 1:
-        raise ValueError(
-            f"resamples is {resamples} and level {level}; need at least 1, and one between 0 and 1"
-        )
+        raise ValueError(f"resamples is {resamples} and level {level}; need at least 1, and one between 0 and 1")
     mean = float(array.mean())
     if array.size == 1:
         return Interval(mean, math.nan, math.nan)

@@ -121,9 +121,7 @@ def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot
         if (figure := _curves(panel, rows)) is not None:
             plots.append(Plot(panel.title, _svg(figure[0], f"{prefix}-{i}-", panel.title), figure[1]))
     if (figure := _times(rows)) is not None:
-        plots.append(
-            Plot("Time per step (s)", _svg(figure[0], f"{prefix}-time-", "Time per step"), figure[1])
-        )
+        plots.append(Plot("Time per step (s)", _svg(figure[0], f"{prefix}-time-", "Time per step"), figure[1]))
     return plots
 
 
@@ -139,9 +137,7 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
                 if cell["low"] is not None:
                     axes.plot([cell["low"], cell["high"]], [row, row], color=color, linewidth=2.2, alpha=0.55)
                 axes.plot([cell["mean"]], [row], "o", color=color, markersize=5)
-            axes.set_yticks(
-                range(len(names)), [name if len(name) <= 22 else "…" + name[-21:] for name in names]
-            )
+            axes.set_yticks(range(len(names)), [name if len(name) <= 22 else "…" + name[-21:] for name in names])
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -180,9 +176,7 @@ def _curves(panel: Panel, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
         band = points(rows, panel.spread) if panel.spread else (np.array([]), np.array([]))
         if band[0].size and np.array_equal(band[0], drawn[0][1]):
             _, steps, values = drawn[0]
-            axes.fill_between(
-                steps, values - band[1], values + band[1], color=COLORS[0], alpha=0.13, linewidth=0
-            )
+            axes.fill_between(steps, values - band[1], values + band[1], color=COLORS[0], alpha=0.13, linewidth=0)
             caption.append("band: one standard deviation over completions")
         if sum(steps.size > 0 for _, steps, _ in drawn) > 1 or not drawn[0][1].size:
             axes.legend(
@@ -211,9 +205,7 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: 
     starts = np.maximum(np.arange(values.size) + 1 - window, 0)
     ends = np.arange(values.size) + 1
     axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-    axes.plot(
-        steps, (padded[ends] - padded[starts]) / (ends - starts), color=color, linewidth=1.7, label=label
-    )
+    axes.plot(steps, (padded[ends] - padded[starts]) / (ends - starts), color=color, linewidth=1.7, label=label)
     return window
 
 
@@ -232,10 +224,7 @@ def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         for color, key in zip(COLORS, phases):
-            seconds = [
-                [row[key] if _is_number(row.get(key)) else 0.0 for row in timed[s : s + group]]
-                for s in starts
-            ]
+            seconds = [[row[key] if _is_number(row.get(key)) else 0.0 for row in timed[s : s + group]] for s in starts]
             heights = np.array([np.mean(part) for part in seconds])
             axes.bar(steps, heights, width, bottom=bottom, color=color, label=key.removeprefix("time/"))
             bottom += heights

@@ -50,12 +50,8 @@ def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, An
     recipe = _read_json(run_dir / "recipe.json") or {}
     stages = [_stage(run_dir / name, kind) for name, kind in _stage_kinds(run_dir, recipe).items()]
     if not recipe and not stages:
-        raise UserError(
-            f"{run_dir}: holds neither recipe.json nor a stage's manifest.json, so it is no run folder."
-        )
-    evaluations = [
-        found for stage in stages if (found := _evaluation(run_dir, stage["name"], recipe)) is not None
-    ]
+        raise UserError(f"{run_dir}: holds neither recipe.json nor a stage's manifest.json, so it is no run folder.")
+    evaluations = [found for stage in stages if (found := _evaluation(run_dir, stage["name"], recipe)) is not None]
     report: dict[str, Any] = {
         "name": recipe.get("name") or run_dir.resolve().name,
         "generated": generated or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,9 +80,7 @@ def write_report(run_dir: Path) -> list[Path]:
 
     run_dir = Path(run_dir)
     report = build_report(run_dir)
-    curves = {
-        stage["name"]: read_metrics(run_dir / stage["name"] / "metrics.jsonl") for stage in report["stages"]
-    }
+    curves = {stage["name"]: read_metrics(run_dir / stage["name"] / "metrics.jsonl") for stage in report["stages"]}
     texts = {
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
@@ -191,9 +185,7 @@ def _notes(recipe: dict[str, Any], stages: list[dict], evaluations: list[dict]) 
         if stage["status"] == "not run":
             notes.append(f"The stage '{stage['name']}' has not been run.")
         elif stage["status"] != "finished":
-            notes.append(
-                f"The stage '{stage['name']}' is {stage['status']}; its metrics are the last ones logged."
-            )
+            notes.append(f"The stage '{stage['name']}' is {stage['status']}; its metrics are the last ones logged.")
     if not any(stage["kind"] == "evaluate" for stage in stages):
         notes.append("The recipe has no evaluate stage, so no models are compared.")
     elif not evaluations:
@@ -238,9 +230,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as JSON ({error}); restore it or delete the stage."
-        ) from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it or delete the stage.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} where an object is expected.")
     return content

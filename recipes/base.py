@@ -69,9 +69,7 @@ def _link_pretrained(model: PretrainedModel, target: Path) -> None:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            source = Path(
-                snapshot_download(model.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
-            )
+            source = Path(snapshot_download(model.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
             raise UserError(
                 f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here."

@@ -27,9 +27,7 @@ def run(context: StageContext) -> dict:
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
-    losses = (
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
-    )
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
     trainer = AlignDpoTrainer(
         stage=stage,
         model=model,

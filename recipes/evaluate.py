@@ -117,8 +117,7 @@ def measure(
         found["scores"] = in_micro_batches(batch, lambda rows: sequence_scores(scorer, rows)).tolist()
     if pairs:
         chosen, rejected = (
-            sequence_logprobs(model, to_experience(pairs, side), 1.0)
-            for side in ("chosen_ids", "rejected_ids")
+            sequence_logprobs(model, to_experience(pairs, side), 1.0) for side in ("chosen_ids", "rejected_ids")
         )
         won = [float(c > r) + 0.5 * float(c == r) for c, r in zip(chosen, rejected, strict=True)]
         found["preference"] = {"accuracy": sum(won) / len(won), "n": len(won), "values": won}

@@ -139,9 +139,7 @@ def build_team(context: StageContext, parent: Path) -> Team:
         policy=policy,
         ref_model=None if stage.lora else load_policy(parent, dtype).requires_grad_(False),
         critic=critic,
-        reward_models={
-            name: load_scorer(context.checkpoint(name), dtype).eval() for name in dict.fromkeys(references)
-        },
+        reward_models={name: load_scorer(context.checkpoint(name), dtype).eval() for name in dict.fromkeys(references)},
     )
     # Dropout would make the same tokens' log-probabilities differ between passes.
     for model in (team.policy, team.critic, team.ref_model):
@@ -293,9 +291,7 @@ def update(stage: PpoStage, team: Team, batch: Experience, step: int, seed: int)
     return {name: value if name == "skipped_updates" else value / minis for name, value in sums.items()}
 
 
-def backward(
-    stage: PpoStage, team: Team, rows: Experience, count: float, train_policy: bool
-) -> dict[str, float]:
+def backward(stage: PpoStage, team: Team, rows: Experience, count: float, train_policy: bool) -> dict[str, float]:
     """Gradients of one micro-batch, as its share of a mini-batch of `count` tokens."""
     metrics: dict[str, Tensor] = {}
     assert rows.advantages is not None

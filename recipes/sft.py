@@ -34,9 +34,7 @@ def run(context: StageContext) -> dict:
     trainer = AlignSftTrainer(
         stage=stage,
         model=model,
-        args=SFTConfig(
-            **trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length
-        ),
+        args=SFTConfig(**trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,

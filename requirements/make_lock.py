@@ -33,9 +33,7 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         subprocess.run([*command, "--report", report.name, "-r", str(here / "cpu.in")], check=True)
         resolved = json.load(open(report.name, encoding="utf-8"))["install"]
-    pins = {
-        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved
-    }
+    pins = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved}
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
     (here / "cpu.lock").write_text("".join(lines), encoding="utf-8")
 

@@ -59,12 +59,8 @@ def call_reward_function(
     except Exception as error:
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}.") from error
     if len(scores) != len(completions):
-        raise UserError(
-            f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions."
-        )
+        raise UserError(f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions.")
     for row, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(
-                f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}."
-            )
+            raise UserError(f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}.")
     return scores

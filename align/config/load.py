@@ -81,18 +81,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)}).") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not."
-        )
+        raise UserError(f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not.")
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(
-            f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2."
-        )
+        raise UserError(f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2.")
     try:
         value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError:
@@ -107,9 +103,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(
-            f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'."
-        )
+        raise UserError(f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'.")
 
 
 def _child(node: Any, key: str, override: str, where: str) -> Any:

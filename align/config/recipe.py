@@ -66,9 +66,7 @@ def references(stage: Stage) -> Iterator[tuple[str, str]]:
     else:
         yield "init_from", stage.init_from
     if isinstance(stage, PpoStage):
-        yield from (
-            ("rewards", reward.init_from) for reward in stage.rewards if isinstance(reward, ModelReward)
-        )
+        yield from (("rewards", reward.init_from) for reward in stage.rewards if isinstance(reward, ModelReward))
         if stage.critic.init_from is not None:
             yield "critic.init_from", stage.critic.init_from
     for sources in _source_lists(stage):

@@ -34,9 +34,7 @@ class TrainingStage(StageBase):
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainingStage:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
 
@@ -180,9 +178,7 @@ class PpoStage(StageBase):
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoStage:
         if self.batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}")
         if self.batch_size % self.completions_per_prompt:
             raise ValueError(
                 f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}"

@@ -70,9 +70,7 @@ PROBES: tuple[list[Message], ...] = (
 # --- rendering --------------------------------------------------------------------------------------------
 
 
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[int]]:
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """(input_ids (T,), assistant_mask (T,)); the mask is 1 on what the assistant says, 0 elsewhere."""
     encoded = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
@@ -113,18 +111,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         content = "Sentinel-7"
-        rendered = _render(
-            tokenizer, tokenizer.chat_template, [_USER, {"role": "assistant", "content": content}]
-        )
+        rendered = _render(tokenizer, tokenizer.chat_template, [_USER, {"role": "assistant", "content": content}])
         tail = tokenizer(rendered.rpartition(content)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ids += [int(token) for token in tail[:1] if token in special]
     return list(dict.fromkeys(ids))
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool = False
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(  # type: ignore[return-value]  # text, as tokenize=False
         messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
@@ -176,11 +170,7 @@ def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except Exception:  # a template may refuse a conversation in any way it likes
         return None
     head, tail = f"{TURN_START}system\n", f"{TURN_END}\n{TURN_START}user\n"
-    return (
-        rendered.removeprefix(head).partition(tail)[0]
-        if rendered.startswith(head) and tail in rendered
-        else None
-    )
+    return rendered.removeprefix(head).partition(tail)[0] if rendered.startswith(head) and tail in rendered else None
 
 
 def _same_rendering(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:

@@ -25,9 +25,7 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
 }
 """Columns a format needs, most specific first; `prompt` is optional in preference rows."""
 
-STANDARD_COLUMNS = frozenset(column for columns in FORMAT_COLUMNS.values() for column in columns) | {
-    "reference"
-}
+STANDARD_COLUMNS = frozenset(column for columns in FORMAT_COLUMNS.values() for column in columns) | {"reference"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 

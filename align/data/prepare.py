@@ -75,9 +75,7 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        parts = [
-            f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"
-        ]
+        parts = [f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"]
         if self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
         if self.truncated:
@@ -147,9 +145,7 @@ def prepare_text(
     rendered with the chat template. No token is lost, so nothing counts as truncated.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "The tokenizer has no end-of-sequence token, which pretraining puts between documents."
-        )
+        raise UserError("The tokenizer has no end-of-sequence token, which pretraining puts between documents.")
 
     def encode(row: formats.Row) -> _Encoded:
         if row.get("text") is None:
@@ -213,9 +209,7 @@ def prepare_sft(
     return _prepare(data, encode, accepted, seed, stage_dirs)
 
 
-def _encode_sft(
-    tokenizer: Any, conversation: dict[str, list[Message]], masked: bool
-) -> tuple[list[int], list[int]]:
+def _encode_sft(tokenizer: Any, conversation: dict[str, list[Message]], masked: bool) -> tuple[list[int], list[int]]:
     """(input_ids, labels), each (T,)."""
     messages = conversation["prompt"] + conversation["completion"]
     if not masked:
@@ -346,11 +340,7 @@ def _prepare(
     tally = _Tally()
     rows = load_rows(data.train, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
     # Held-out sources are read before the slow part, so that a mistake in them shows at once.
-    others = (
-        load_rows(data.held_out, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
-        if data.held_out
-        else None
-    )
+    others = load_rows(data.held_out, seed=seed, stage_dirs=stage_dirs, accepted=accepted) if data.held_out else None
     train, held_out = _encode_all(rows, encode, tally), []
     if not train:
         raise _nothing_left(data.train, tally, "data.max_length")
@@ -372,9 +362,7 @@ def _prepare(
     return Prepared(_to_dataset(train), _to_dataset(held_out) if held_out else None, report)
 
 
-def _encode_all(
-    rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], tally: _Tally
-) -> list[_Encoded]:
+def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], tally: _Tally) -> list[_Encoded]:
     encoded = []
     for row in rows:
         tally.read += 1

@@ -93,9 +93,7 @@ def documented_names() -> tuple[DocEntry, ...]:
             for entry in _imported_entries(group):
                 entries.setdefault(entry.name, entry)
     if len(entries) < 100:
-        raise UserError(
-            f"python_docs needs the standard library's *.py files, and {root} holds too few of them."
-        )
+        raise UserError(f"python_docs needs the standard library's *.py files, and {root} holds too few of them.")
     return tuple(sorted(entries.values(), key=lambda entry: entry.module))  # stable: source order in a module
 
 
@@ -303,9 +301,7 @@ def _texts(split: Split) -> list[dict[str, Any]]:
                 seen.add(entry.doc)
                 if side == split:
                     head = f"{entry.name}{entry.signature}".removeprefix("builtins.")
-                    rows.append(
-                        {"text": f"{head}\n\n{entry.doc}", "module": entry.module, "name": entry.name}
-                    )
+                    rows.append({"text": f"{head}\n\n{entry.doc}", "module": entry.module, "name": entry.name})
     from pydoc_data.topics import topics  # the language reference: large, and only this view needs it
 
     for name, text in sorted(topics.items()):

@@ -59,8 +59,7 @@ def load_rows(
     except (ValueError, pa.ArrowException) as error:
         names = ", ".join(describe_source(source) for source in sources)
         raise UserError(
-            f"The sources {names} cannot be mixed: a column has text in one and messages in another "
-            f"({error})."
+            f"The sources {names} cannot be mixed: a column has text in one and messages in another ({error})."
         ) from error
     return mixed
 
@@ -105,15 +104,11 @@ def _read_source(source: Source, stage_dirs: Mapping[str, Path]) -> Rows:
         case HubSource():
             return _read_hub(source)
         case PythonDocsSource():
-            return rows_to_dataset(
-                python_docs_rows(source.view, source.split, source.max_answer_chars), "python_docs"
-            )
+            return rows_to_dataset(python_docs_rows(source.view, source.split, source.max_answer_chars), "python_docs")
         case StageSource():
             if source.stage not in stage_dirs:
                 known = ", ".join(sorted(stage_dirs)) or "none"
-                raise UserError(
-                    f"There are no rows of the stage '{source.stage}' yet; stages with rows: {known}."
-                )
+                raise UserError(f"There are no rows of the stage '{source.stage}' yet; stages with rows: {known}.")
             path = Path(stage_dirs[source.stage]) / "data" / f"{source.split}.jsonl"
             if not path.is_file():
                 raise UserError(f"The stage '{source.stage}' left no {path}: run that stage first.")
@@ -232,9 +227,7 @@ def _rename(rows: Rows, columns: Mapping[str, str], name: str) -> Rows:
             f"{name}: `columns` names {', '.join(missing)}, but the columns are {', '.join(sorted(present))}."
         )
     moved = {old: new for new, old in columns.items() if old != new}
-    hidden = [
-        new for new in moved.values() if new in present and new not in moved
-    ]  # the recipe's choice wins
+    hidden = [new for new in moved.values() if new in present and new not in moved]  # the recipe's choice wins
     return rows.remove_columns(hidden).rename_columns(moved)
 
 

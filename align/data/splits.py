@@ -23,9 +23,7 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def split_by_prompt_hash(
-    rows: Iterable[T], fraction: float, key: Callable[[T], str]
-) -> tuple[list[T], list[T]]:
+def split_by_prompt_hash(rows: Iterable[T], fraction: float, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
     """(train, held_out), each in the given order. Rows with the same key fall on the same side."""
     sides: tuple[list[T], list[T]] = ([], [])
     for row in rows:

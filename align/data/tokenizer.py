@@ -17,9 +17,7 @@ from align.errors import UserError
 PAD = "<|pad|>"
 
 
-def corpus(
-    sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Path] | None = None
-) -> Iterator[str]:
+def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Path] | None = None) -> Iterator[str]:
     """Plain text of every row of the sources, of any format; rows without text are skipped."""
     for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs):
         try:

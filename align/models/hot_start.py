@@ -64,9 +64,7 @@ def hot_start(
         eos_token_id=source.eos_token_id,
     )
     model = HunYuanForCausalLM(config).to(dense.dtype)
-    weights = {
-        name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()
-    }
+    weights = {name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all(".mlp.gate." in name or ".mlp.experts." in name for name in missing), missing
@@ -125,9 +123,7 @@ def convert_hot_start(
 
 def load_dense(folder: Path) -> LlamaForCausalLM:
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'."
-        )
+        raise UserError(f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'.")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlamaConfig) or config.attention_bias or config.mlp_bias:
         raise UserError(

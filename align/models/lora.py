@@ -15,9 +15,7 @@ def lora_config(lora: Lora, model: nn.Module, *, task: str) -> Any:
     """PEFT's configuration for a HunYuan model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
     from peft import LoraConfig
 
-    linear = (ATTENTION if lora.attention else []) + (
-        ["gate_proj", "up_proj", "down_proj"] if lora.shared_mlp else []
-    )
+    linear = (ATTENTION if lora.attention else []) + (["gate_proj", "up_proj", "down_proj"] if lora.shared_mlp else [])
     names = [name for name, _ in model.named_modules()]
     has_experts = any(name.endswith("mlp.experts") for name in names)
     saved = ["mlp.gate"] if has_experts and lora.train_router else []

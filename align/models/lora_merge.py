@@ -37,9 +37,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         elif isinstance(module, ModulesToSaveWrapper):
             module = _saved_module(module)
         else:
-            raise NotImplementedError(
-                f"cannot merge a {type(module).__name__}: only LoRA and modules_to_save"
-            )
+            raise NotImplementedError(f"cannot merge a {type(module).__name__}: only LoRA and modules_to_save")
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in seen:
             continue

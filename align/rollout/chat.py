@@ -45,9 +45,7 @@ def _answer(
     ids = encode_prompt(tokenizer, messages)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
-        raise UserError(
-            f"the conversation has {len(ids)} tokens, more than the model's context; start a new one."
-        )
+        raise UserError(f"the conversation has {len(ids)} tokens, more than the model's context; start a new one.")
     prompt = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(

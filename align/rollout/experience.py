@@ -141,9 +141,7 @@ def policy_output(policy: nn.Module, batch: Experience, temperature: float) -> P
 
 def critic_features(critic: nn.Module, batch: Experience) -> Tensor:
     """Hidden state [B, T, D] from which the value of each completion token's state is read."""
-    hidden = unwrap(critic).model(
-        input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False
-    )
+    hidden = unwrap(critic).model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
     features = predicting_hidden(hidden.last_hidden_state, batch)
     padded = features.new_zeros(*batch.mask.shape, features.shape[-1])
     padded[batch.mask.bool()] = features

@@ -55,9 +55,7 @@ class HuggingFaceEngine:
     def close(self) -> None:
         self.model = None
 
-    def _decode(
-        self, prompts: list[list[int]], seeds: list[int], sampling: SamplingSettings
-    ) -> list[Completion]:
+    def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: SamplingSettings) -> list[Completion]:
         """One batch, padded on the left so that every row's next token is the last column."""
         device = self.model.device
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -96,9 +94,7 @@ class HuggingFaceEngine:
         ]
 
 
-def _sample(
-    logits_BV: Tensor, temperature: float, generators: list[torch.Generator]
-) -> tuple[Tensor, Tensor]:
+def _sample(logits_BV: Tensor, temperature: float, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Tokens [B] and their log-probabilities [B]; row i draws from generators[i], greedy at temperature 0."""
     logprobs_BV = (logits_BV / (temperature or 1.0)).log_softmax(dim=-1)
     if temperature == 0:

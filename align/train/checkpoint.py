@@ -42,9 +42,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             "a Llama-type one can be grown with `align convert hot-start`."
         )
     if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded)."
-        )
+        raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
     return config
 
 
@@ -52,9 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer with a template that marks assistant turns; checks that its ids fit the embedding."""
     config = check_checkpoint(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(
-            f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json into it."
-        )
+        raise UserError(f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json into it.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) > config["vocab_size"]:
         raise UserError(
@@ -69,9 +65,7 @@ def load_policy(folder: Path, dtype: str) -> nn.Module:
     """A causal language model."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
-        raise UserError(
-            f"{folder}: a reward model, where a language model is needed; name the stage that trained one."
-        )
+        raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
@@ -84,9 +78,7 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> nn.Mod
     config = check_checkpoint(folder)
     is_scorer = SEQUENCE_CLASSIFIER in (config.get("architectures") or [])
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=settings, dtype=getattr(torch, dtype)
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
     if fresh_head or not is_scorer:
         nn.init.zeros_(model.score.weight)
     return model

@@ -118,17 +118,11 @@ class StageContext:
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
             if not (path / "config.json").is_file():
-                raise UserError(
-                    f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder."
-                )
+                raise UserError(f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder.")
             return path
         path = self.run_dir / reference / MODEL
         if not (path / "config.json").is_file():
-            how = (
-                "the base model was not prepared"
-                if reference == BASE
-                else f"run it first (--only {reference})"
-            )
+            how = "the base model was not prepared" if reference == BASE else f"run it first (--only {reference})"
             raise UserError(
                 f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; {how}."
             )

@@ -38,9 +38,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "per_device_eval_batch_size": stage.micro_batch_size,
         "gradient_accumulation_steps": max(1, stage.batch_size // (stage.micro_batch_size * processes)),
         "learning_rate": optimizer.learning_rate,
-        "lr_scheduler_type": optimizer.schedule
-        if optimizer.schedule != "constant"
-        else "constant_with_warmup",
+        "lr_scheduler_type": optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
         "warmup_steps": optimizer.warmup_fraction,
         "max_grad_norm": optimizer.max_grad_norm,
         "bf16": context.recipe.dtype == "bfloat16",
@@ -78,18 +76,14 @@ class AlignTrainer:
                 module.register_forward_pre_hook(self._ask_for_routing, with_kwargs=True)
                 module.register_forward_hook(self._keep_routing)
 
-    def _ask_for_routing(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+    def _ask_for_routing(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True}
 
     def _keep_routing(self, module: nn.Module, _: Any, output: Any) -> None:
         # The reference's forward runs without gradient and does not count.
         if torch.is_grad_enabled() and output.aux_loss is not None:
             self.balance_loss = output.aux_loss
-            self.expert_load.append(
-                torch.stack([load.max() * load.numel() for load in output.expert_load]).mean()
-            )
+            self.expert_load.append(torch.stack([load.max() * load.numel() for load in output.expert_load]).mean())
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """The data layer has tokenised already, and counted what it dropped."""
@@ -128,16 +122,12 @@ class Recorder(TrainerCallback):
     def __init__(self, context: StageContext, writer: MetricsWriter):
         self.context, self.writer = context, writer
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         metrics = {k: v for k, v in (logs or {}).items() if not any(part in k for part in NOT_METRICS)}
         if not metrics:
             return
         self.writer.write(state.global_step, metrics)
-        if state.max_steps and (
-            state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics
-        ):
+        if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
             shown = {
                 k: metrics[k]
                 for k in ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy")

@@ -66,9 +66,7 @@ def test_selected_experts(case) -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_tokens(case, use_cache) -> None:
     _, model, golden = case
-    for ids, mask, wanted in zip(
-        golden["input_ids"].long(), golden["attention_mask"].bool(), golden["greedy_ids"]
-    ):
+    for ids, mask, wanted in zip(golden["input_ids"].long(), golden["attention_mask"].bool(), golden["greedy_ids"]):
         prompt = ids[mask][: int(mask.sum()) // 2][None]
         wanted = wanted[wanted >= 0]
         tokens = model.generate(

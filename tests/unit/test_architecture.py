@@ -117,16 +117,8 @@ def test_links_are_relative() -> None:
 def test_readme_tree_equals_the_disk() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("<!-- tree -->")[1]
-    named = {
-        line.split()[0].rstrip("/")
-        for line in tree.splitlines()
-        if line.strip() and not line.startswith("```")
-    }
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip() and not line.startswith("```")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {path.split("/")[0] for path in tracked} - {".gitignore", ".ci"}
-    inner = {"align/" + path.split("/")[1] for path in tracked if path.startswith("align/")} - {
-        "align/__init__.py"
-    }
+    inner = {"align/" + path.split("/")[1] for path in tracked if path.startswith("align/")} - {"align/__init__.py"}
     assert named == top | inner

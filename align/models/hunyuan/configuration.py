@@ -84,11 +84,7 @@ class HunYuanConfig(PreTrainedConfig):
 
     def shared_width(self, layer: int) -> int:
         """Intermediate size of the shared expert; 0 where there is none."""
-        return (
-            self.intermediate_size * _per_layer(self.num_shared_expert, layer)
-            if self.use_mixed_mlp_moe
-            else 0
-        )
+        return self.intermediate_size * _per_layer(self.num_shared_expert, layer) if self.use_mixed_mlp_moe else 0
 
     def rope_base(self) -> float:
         """RoPE's base after the NTK-alpha change."""

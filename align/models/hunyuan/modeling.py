@@ -159,9 +159,7 @@ class Attention(nn.Module):
         assert shared_kv is not None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attend(
-            self, query, *shared_kv, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        output, _ = attend(self, query, *shared_kv, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), shared_kv
 
 
@@ -175,9 +173,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self, hidden_BTD: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
+    def forward(self, hidden_BTD: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
         attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
         hidden_BTD = hidden_BTD + self.dropout(attended)
         output = self.mlp(self.post_attention_layernorm(hidden_BTD))
@@ -217,9 +213,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.gradient_checkpointing = False
@@ -274,9 +268,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
                 routings.append(routing)
         hidden = self.norm(hidden)
         states[-1] = hidden
-        want_routing = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        want_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
         aux_loss, load = routing_summary(routings, attention_mask, hidden) if want_routing else (None, None)
         return HunYuanModelOutput(
             last_hidden_state=hidden,

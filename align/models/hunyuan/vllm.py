@@ -110,9 +110,7 @@ class Attention(nn.Module):
             )
         else:
             self.q_proj = live(
-                ColumnParallelLinear(
-                    config.hidden_size, heads * self.head_dim, bias=bias, prefix=f"{prefix}.q_proj"
-                )
+                ColumnParallelLinear(config.hidden_size, heads * self.head_dim, bias=bias, prefix=f"{prefix}.q_proj")
             )
         self.o_proj = live(
             RowParallelLinear(heads * self.head_dim, config.hidden_size, bias=bias, prefix=f"{prefix}.o_proj")
@@ -182,13 +180,9 @@ class SwiGlu(nn.Module):
         super().__init__()
         bias = config.mlp_bias
         self.gate_up_proj = live(
-            MergedColumnParallelLinear(
-                config.hidden_size, [width, width], bias=bias, prefix=f"{prefix}.gate_up_proj"
-            )
+            MergedColumnParallelLinear(config.hidden_size, [width, width], bias=bias, prefix=f"{prefix}.gate_up_proj")
         )
-        self.down_proj = live(
-            RowParallelLinear(width, config.hidden_size, bias=bias, prefix=f"{prefix}.down_proj")
-        )
+        self.down_proj = live(RowParallelLinear(width, config.hidden_size, bias=bias, prefix=f"{prefix}.down_proj"))
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,12 +198,8 @@ class Experts(nn.Module):
         self.ranks = get_tensor_model_parallel_world_size()
         self.num_experts = config.experts_in(layer)
         self.width = config.intermediate_size // self.ranks
-        self.w13 = nn.Parameter(
-            torch.empty(self.num_experts, 2 * self.width, config.hidden_size), requires_grad=False
-        )
-        self.w2 = nn.Parameter(
-            torch.empty(self.num_experts, config.hidden_size, self.width), requires_grad=False
-        )
+        self.w13 = nn.Parameter(torch.empty(self.num_experts, 2 * self.width, config.hidden_size), requires_grad=False)
+        self.w2 = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, self.width), requires_grad=False)
         self.act = ACT2FN[config.hidden_act]
 
     def load(self, expert: int, projection: str, weight: Tensor) -> None:

@@ -67,16 +67,12 @@ def test_published_chatml_is_replaced_by_an_identical_one(tokenizer, published, 
     for messages in odd:
         for generation in (False, True):
             options = {"tokenize": False, "add_generation_prompt": generation}
-            assert old.apply_chat_template(messages, **options) == new.apply_chat_template(
-                messages, **options
-            )
+            assert old.apply_chat_template(messages, **options) == new.apply_chat_template(messages, **options)
     chat.check_template(new)
 
 
 def test_default_system_with_quotes_is_carried_over(tokenizer):
-    published = PUBLISHED_SMOLLM2.replace(
-        "You are a helpful AI assistant named SmolLM", "It\\'s \\\\ me\\nhere"
-    )
+    published = PUBLISHED_SMOLLM2.replace("You are a helpful AI assistant named SmolLM", "It\\'s \\\\ me\\nhere")
     new = with_template(tokenizer, published)
     before = new.apply_chat_template(TALK, tokenize=False)
     assert "It's \\ me\nhere, trained" in before
@@ -134,15 +130,10 @@ def test_refusals(tokenizer):
     with pytest.raises(UserError, match="prefix-preserving"):
         chat.check_template(with_template(tokenizer, rewriting))
     # The header of the generation prompt differs from the one in training.
-    thinking = marked.replace(
-        "{%- if add_generation_prompt -%}{{- '", "{%- if add_generation_prompt -%}{{- '<think>"
-    )
+    thinking = marked.replace("{%- if add_generation_prompt -%}{{- '", "{%- if add_generation_prompt -%}{{- '<think>")
     with pytest.raises(UserError, match="prefix-preserving"):
         chat.check_template(with_template(tokenizer, thinking))
-    strict = (
-        marked.replace("@", "")
-        + "{%- if messages|length > 3 -%}{{ raise_exception('too long') }}{%- endif -%}"
-    )
+    strict = marked.replace("@", "") + "{%- if messages|length > 3 -%}{{ raise_exception('too long') }}{%- endif -%}"
     with pytest.raises(DropRow, match="too long"):
         chat.encode_messages(with_template(tokenizer, strict), TALK)
 

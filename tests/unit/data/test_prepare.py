@@ -74,9 +74,7 @@ def test_sft_truncation_keeps_the_start_and_counts(tokenizer, jsonl):
         "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no assistant turn, "
         "1 dropped: truncated before the answer"
     )
-    with pytest.raises(
-        UserError, match=r"All 4 rows of .*truncated before the answer.*raise data.max_length"
-    ):
+    with pytest.raises(UserError, match=r"All 4 rows of .*truncated before the answer.*raise data.max_length"):
         prepare.prepare_sft(data(jsonl(rows), max_length=9), tokenizer, assistant_only_loss=True, seed=0)
 
 
@@ -193,10 +191,7 @@ def test_fingerprint_follows_every_id(tokenizer, jsonl):
     assert fingerprint(pairs()) == fingerprint(pairs())
     changed = pairs()
     changed[2]["rejected"] = "bad?"
-    assert (
-        len({fingerprint(pairs()), fingerprint(changed), fingerprint(pairs(), seed=1), fingerprint(pairs(3))})
-        == 4
-    )
+    assert len({fingerprint(pairs()), fingerprint(changed), fingerprint(pairs(), seed=1), fingerprint(pairs(3))}) == 4
 
 
 def test_prompts(tokenizer, jsonl):
@@ -212,7 +207,5 @@ def test_prompts(tokenizer, jsonl):
 
 
 def test_wrong_format_is_reported_before_tokenising(tokenizer, jsonl):
-    with pytest.raises(
-        UserError, match=r"rows.jsonl has the columns text, .*`chosen` and `rejected`.*`columns: {cho"
-    ):
+    with pytest.raises(UserError, match=r"rows.jsonl has the columns text, .*`chosen` and `rejected`.*`columns: {cho"):
         prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), tokenizer, seed=0)

@@ -37,13 +37,8 @@ def test_nothing_held_out_is_in_training(limit):
     for turn in (0, 1):
         contents = [row["messages"][turn]["content"] for rows in (train, held_out) for row in rows.values()]
         assert len(contents) == len(set(contents))
-    assert all(
-        python_docs.MIN_DOC_CHARS <= len(row["messages"][1]["content"]) <= limit for row in train.values()
-    )
-    texts = [
-        {row["text"].split("\n\n", 1)[-1] for row in by_name("text", s).values()}
-        for s in ("train", "held_out")
-    ]
+    assert all(python_docs.MIN_DOC_CHARS <= len(row["messages"][1]["content"]) <= limit for row in train.values())
+    texts = [{row["text"].split("\n\n", 1)[-1] for row in by_name("text", s).values()} for s in ("train", "held_out")]
     assert not texts[0] & texts[1]
 
 
@@ -72,9 +67,7 @@ def test_phrasings_are_spread():
 
 
 def test_cleaning():
-    doc = (
-        "max(iterable, *[, key=func]) -> value\nmax(a, b) -> value\n\nWith one argument,\nreturn the biggest."
-    )
+    doc = "max(iterable, *[, key=func]) -> value\nmax(a, b) -> value\n\nWith one argument,\nreturn the biggest."
     assert clean_doc(doc, "max") == "With one argument, return the biggest."
     assert clean_doc("f(x)", "f") == ""
     assert clean_doc("stat(path) -- return the status of it", "stat") == "return the status of it"

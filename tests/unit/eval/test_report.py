@@ -79,9 +79,7 @@ def run(tmp_path: Path) -> Path:
             "eos": [True] * 4,
         },
     }
-    prompts = [
-        {"prompt": "why?", "reference": "because", "completions": {"base": ATTACK, "sft": "", "ppo": "so"}}
-    ]
+    prompts = [{"prompt": "why?", "reference": "because", "completions": {"base": ATTACK, "sft": "", "ppo": "so"}}]
     results = {"models": models, "baseline": "base", "prompts": prompts}
     results["reward_model_accuracy"] = {"accuracy": 0.9, "n": 30}
     write_json(folder / "evaluate" / "results.json", results)
@@ -96,9 +94,7 @@ def test_means_and_paired_differences_by_hand(run: Path) -> None:
     report = build_report(run)
     scores = metric(report, "scores")
     assert scores["models"]["base"]["mean"] == 1.5
-    assert scores["models"]["ppo"] == pytest.approx(
-        scores["models"]["ppo"] | {"mean": 4 / 3, "n": 3, "unscored": 1}
-    )
+    assert scores["models"]["ppo"] == pytest.approx(scores["models"]["ppo"] | {"mean": 4 / 3, "n": 3, "unscored": 1})
     differences = {(d["model"], d["against"]): d for d in scores["differences"]}
     assert set(differences) == {("sft", "base"), ("ppo", "base"), ("ppo", "sft")}
     # Every prompt gains exactly 1, so the interval has no width although the scores spread.
@@ -274,9 +270,7 @@ def test_numbers(value: Any, text: str) -> None:
     assert number(value) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8.24, "8.2 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (None, "–")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(8.24, "8.2 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (None, "–")])
 def test_durations(seconds: Any, text: str) -> None:
     assert duration(seconds) == text
 

@@ -25,9 +25,7 @@ def test_policy_loss_by_hand() -> None:
     logprobs = tensor([math.log(1.5), math.log(0.5), math.log(1.1), 99.0])
     advantages = tensor([2.0, -1.0, 1.0, 5.0])
     mask = tensor([1, 1, 1, 0])
-    loss, metrics = policy_loss(
-        logprobs, torch.zeros_like(logprobs), advantages, mask, clip_range=0.2, count=3
-    )
+    loss, metrics = policy_loss(logprobs, torch.zeros_like(logprobs), advantages, mask, clip_range=0.2, count=3)
     assert loss.item() == pytest.approx((-2.4 + 0.8 - 1.1) / 3)
     assert metrics["clip_fraction"].item() == pytest.approx(2 / 3)
 
@@ -68,9 +66,7 @@ def test_value_loss_by_hand() -> None:
     assert metrics["value_clip_fraction"].item() == pytest.approx(0.5)
 
 
-def numpy_gae(
-    rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float, lam: float
-) -> np.ndarray:
+def numpy_gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float, lam: float) -> np.ndarray:
     """The defining sum over future deltas of the valid tokens, row by row."""
     advantages = np.zeros_like(rewards)
     for row in range(len(rewards)):
@@ -78,9 +74,7 @@ def numpy_gae(
         v = np.append(values[row, valid], 0.0)
         deltas = rewards[row, valid] + gamma * v[1:] - v[:-1]
         for i in range(len(valid)):
-            advantages[row, valid[i]] = sum(
-                (gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(valid))
-            )
+            advantages[row, valid[i]] = sum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(valid)))
     return advantages
 
 

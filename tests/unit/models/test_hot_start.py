@@ -58,9 +58,7 @@ def test_a_width_that_does_not_divide_is_refused(dense) -> None:
         hot_start(dense, experts=4, top_k=1, expert_width=13, seed=0)
 
 
-@pytest.mark.parametrize(
-    "lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)]
-)
+@pytest.mark.parametrize("lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)])
 def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) -> None:
     model = add_lora(hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0), lora, task="CAUSAL_LM")
     with torch.no_grad():

@@ -83,9 +83,7 @@ def test_static_cache_and_beam_search() -> None:
     dynamic = model.generate(ids, **settings)
     static = model.generate(ids, past_key_values=StaticCache(model.config, max_cache_len=16), **settings)
     assert torch.equal(dynamic, static)
-    with_cache, without = (
-        model.generate(ids, num_beams=3, use_cache=cached, **settings) for cached in (True, False)
-    )
+    with_cache, without = (model.generate(ids, num_beams=3, use_cache=cached, **settings) for cached in (True, False))
     assert torch.equal(with_cache, without)
 
 
@@ -136,9 +134,7 @@ def test_experts_equal_a_sum_over_one_token_at_a_time() -> None:
         expected = block.shared_mlp(token)
         for expert, weight in zip(routing.experts_Tk[t], routing.weights_Tk[t]):
             gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
-            expected = expected + weight * (
-                block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
-            )
+            expected = expected + weight * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
         torch.testing.assert_close(output[0, t], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -49,9 +49,7 @@ def test_logprobs_equal_those_of_each_sequence_alone(batch) -> None:
         for t, token in enumerate(completion):
             expected = logits[len(prompt) - 1 + t].log_softmax(-1)
             assert output.logprobs[i, t].item() == pytest.approx(expected[token].item(), abs=1e-5)
-            assert output.entropy[i, t].item() == pytest.approx(
-                -(expected.exp() * expected).sum().item(), abs=1e-4
-            )
+            assert output.entropy[i, t].item() == pytest.approx(-(expected.exp() * expected).sum().item(), abs=1e-4)
     assert (output.logprobs[batch.mask == 0] == 0).all()
 
 
@@ -63,6 +61,4 @@ def test_values_and_scores_are_read_before_a_token_and_at_the_last_one(batch) ->
         for t in range(len(completion)):
             alone = model(torch.tensor([prompt + completion[:t]])).logits.item()
             assert values[i, t].item() == pytest.approx(alone, abs=1e-5)
-        assert scores[i].item() == pytest.approx(
-            model(torch.tensor([prompt + completion])).logits.item(), abs=1e-5
-        )
+        assert scores[i].item() == pytest.approx(model(torch.tensor([prompt + completion])).logits.item(), abs=1e-5)

@@ -67,9 +67,7 @@ def error(model: torch.nn.Module, rows: list[list[Completion]], temperature: flo
     for completion in (c for row in rows for c in row):
         start = len(completion.prompt_ids)
         logits = model(torch.tensor([completion.prompt_ids + completion.token_ids])).logits[0, start - 1 : -1]
-        expected = (
-            (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])
-        )
+        expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])
         worst = max(worst, (expected[:, 0] - torch.tensor(completion.logprobs)).abs().max().item())
     return worst
 

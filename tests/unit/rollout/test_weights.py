@@ -104,9 +104,7 @@ def test_hugging_face_engine():
     rows = engine.generate(prompts, SamplingSettings(12, temperature=0.7, seed=1, n=2, stop_token_ids=(11,)))
     assert torch.equal(torch.get_rng_state(), state)
     check(model, rows, prompts, 0.7)
-    alone = engine.generate(
-        prompts[:1], SamplingSettings(12, temperature=0.7, seed=1, n=2, stop_token_ids=(11,))
-    )
+    alone = engine.generate(prompts[:1], SamplingSettings(12, temperature=0.7, seed=1, n=2, stop_token_ids=(11,)))
     assert [c.token_ids for c in alone[0]] == [c.token_ids for c in rows[0]]
     with torch.no_grad():
         for parameter in model.parameters():
