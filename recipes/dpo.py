@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trl import DPOConfig, DPOTrainer
 
 from align.data import prepare_dpo_pairs
@@ -11,7 +13,7 @@ from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
-class AlignDpoTrainer(AlignTrainer, DPOTrainer):
+class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both name `optimizer`
     """TRL's DPO trainer on pairs that are tokenised already."""
 
 
@@ -27,7 +29,9 @@ def run(context: StageContext) -> dict:
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
-    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
+    losses: dict[str, Any] = (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
+    )
     trainer = AlignDpoTrainer(
         stage=stage,
         model=model,

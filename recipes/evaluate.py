@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from align.config.parts import Data
 from align.config.stages import EvaluateStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.data.prepare import prepare_dpo_pairs
+from align.models.lora import AnyModel
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
@@ -53,7 +53,7 @@ def run(context: StageContext) -> dict:
         if version:
             engine.update_weights(published_weights(model), version=version)
         completions = [group[0] for group in engine.generate([list(row.ids) for row in prompts], sampling)]
-        texts[name] = [tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
+        texts[name] = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)).strip() for c in completions]
         results["models"][name] = measure(
             folder, prompts, completions, texts[name], model, reference, scorer, pairs, sampling.temperature
         )
@@ -91,9 +91,9 @@ def measure(
     prompts: list[PromptRow],
     completions: list[Completion],
     texts: list[str],
-    model: nn.Module,
-    reference: nn.Module,
-    scorer: nn.Module | None,
+    model: AnyModel,
+    reference: AnyModel,
+    scorer: AnyModel | None,
     pairs: list[dict[str, list[int]]],
     temperature: float,
 ) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def to_experience(pairs: list[dict[str, list[int]]], side: str) -> Experience:
     return build_experience([p["prompt_ids"] for p in pairs], answers, [[0.0] * len(a) for a in answers])
 
 
-def scores(scorer: nn.Module, pairs: list[dict[str, list[int]]], side: str) -> list[float]:
+def scores(scorer: AnyModel, pairs: list[dict[str, list[int]]], side: str) -> list[float]:
     return in_micro_batches(to_experience(pairs, side), lambda rows: sequence_scores(scorer, rows)).tolist()
 
 
-def sequence_logprobs(model: nn.Module, batch: Experience, temperature: float) -> torch.Tensor:
+def sequence_logprobs(model: AnyModel, batch: Experience, temperature: float) -> torch.Tensor:
     """Sum of the completion tokens' log-probabilities, [B]."""
     return in_micro_batches(batch, lambda rows: policy_output(model, rows, temperature).logprobs.sum(1))
 

@@ -19,7 +19,7 @@ from align.losses.gae import gae
 from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance, importance_weight, policy_loss, value_loss
 from align.losses.reduce import masked_mean, whiten
-from align.models.lora import add_lora
+from align.models.lora import AnyModel, add_lora
 from align.reward.functions import call_reward_function, load_reward_function
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.build import build_engine
@@ -100,14 +100,14 @@ def run(context: StageContext) -> dict:
 class Team:
     """The models of a PPO run. The reference is None when it is the policy with its adapters off."""
 
-    policy: nn.Module
-    ref_model: nn.Module | None
-    critic: nn.Module
-    reward_models: dict[str, nn.Module]
+    policy: AnyModel
+    ref_model: AnyModel | None
+    critic: AnyModel
+    reward_models: dict[str, AnyModel]
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
     @property
-    def models(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, AnyModel]:
         return {"policy": self.policy, "critic": self.critic}
 
     @contextmanager
@@ -116,7 +116,7 @@ class Team:
         if self.ref_model is not None:
             yield self.ref_model
         else:
-            with self.policy.disable_adapter():  # type: ignore[operator]
+            with self.policy.disable_adapter():
                 yield self.policy
 
 

@@ -11,7 +11,7 @@ from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
-class PretrainTrainer(AlignTrainer, SFTTrainer):
+class PretrainTrainer(AlignTrainer, SFTTrainer):  # type: ignore[misc]  # both name `optimizer`
     """TRL's SFT loss on every token."""
 
 

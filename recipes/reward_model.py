@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from trl import RewardConfig, RewardTrainer
 
 from align.data import prepare_reward_pairs
@@ -11,7 +12,7 @@ from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
-class AlignRewardTrainer(AlignTrainer, RewardTrainer):
+class AlignRewardTrainer(AlignTrainer, RewardTrainer):  # type: ignore[misc]  # both name `optimizer`
     """TRL's reward trainer on pairs that are tokenised already."""
 
 
@@ -21,6 +22,7 @@ def run(context: StageContext) -> dict:
     tokenizer = load_tokenizer(parent)
     data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
+    torch.manual_seed(context.seed)  # the head is random
     model = load_scorer(parent, context.recipe.dtype)
     if stage.lora:
         model = add_lora(model, stage.lora, task="SEQ_CLS")

@@ -44,7 +44,7 @@ def run(context: StageContext) -> dict:
             if neighbour:
                 rejected = with_reference[(i + 1) % len(with_reference)].reference or ""
             else:
-                rejected = tokenizer.decode(next(sampled)[0].token_ids, skip_special_tokens=True).strip()
+                rejected = str(tokenizer.decode(next(sampled)[0].token_ids, skip_special_tokens=True)).strip()
             if rejected and rejected != row.reference:
                 pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled"))
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)

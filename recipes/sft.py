@@ -11,7 +11,7 @@ from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
-class AlignSftTrainer(AlignTrainer, SFTTrainer):
+class AlignSftTrainer(AlignTrainer, SFTTrainer):  # type: ignore[misc]  # both name `optimizer`
     """TRL's SFT trainer on data that is tokenised and masked already."""
 
 

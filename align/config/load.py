@@ -22,6 +22,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # the base class refuses lists as keys and merges `<<`
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
@@ -94,6 +96,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"override '{override}': the value is not valid YAML.") from None
     *parents, last = dotted.split(".")
+    stages = values.get("stages")
+    if parents[:1] == ["stages"] and len(parents) > 1 and isinstance(stages, dict) and parents[1] not in stages:
+        raise UserError(
+            f"override '{override}': the recipe has no stage '{parents[1]}'; it has {', '.join(map(str, stages))}."
+        )
     node: Any = values
     for depth, key in enumerate(parents):
         node = _child(node, key, override, ".".join(parents[:depth]))
@@ -111,7 +118,8 @@ def _child(node: Any, key: str, override: str, where: str) -> Any:
         if key.isdigit() and int(key) < len(node):
             return node[int(key)]
         raise UserError(
-            f"override '{override}': '{where}' is a list of {len(node)}, so '{key}' must be 0 to {len(node) - 1}."
+            f"override '{override}': '{where}' is a list; instead of '{key}' give the number of an entry, "
+            f"0 to {len(node) - 1}."
         )
     if isinstance(node, dict):
         if node.get(key) is None:
@@ -131,19 +139,74 @@ def _sentence(values: dict[str, Any], problem: Any) -> str:
         hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
         return f"unknown key '{where}'; {hint}"
     if kind == "missing":
-        return f"the key '{where}' is missing."
+        return f"the key '{where}' is missing; add it."
     if kind in ("union_tag_invalid", "literal_error"):
         expected = context.get("expected_tags") or context.get("expected")
-        found = context.get("tag", problem["input"])
+        found = context["tag"] if "tag" in context else problem["input"]
         key = where + ".kind" if kind == "union_tag_invalid" else where
-        return f"'{key}' is '{found}', but must be one of {expected}."
+        return f"'{key}' is {_shown(found)}, but must be one of {expected}."
     if kind == "union_tag_not_found":
-        return f"the key '{where}.kind' is missing; it says which kind of section this is."
+        kinds = [repr(kind) for kind in map(_kind_of, _models_at(problem["loc"])) if kind]
+        return f"the key '{where}.kind' is missing; it is one of {', '.join(kinds)}."
     if kind == "value_error":
         prefix = f"'{where}': " if where else ""
         return f"{prefix}{context['error']}."
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"'{where}' is {problem['input']!r}, but the value {message.removeprefix('input ')}."
+    if kind == "invalid_key":
+        return f"the key '{where}' is not text; put it in quotes."
+    return f"'{where}' is {_shown(problem['input'])}, but {_wanted(problem)}."
+
+
+_TYPES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "list": "must be a list",
+    "tuple": "must be a list",
+    "dict": "must be a section with keys of its own",
+    "model": "must be a section with keys of its own",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def _wanted(problem: Any) -> str:
+    """What a value of the wrong type or size should be."""
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"must be {words} {context[name]}"
+    if kind in ("too_short", "too_long"):
+        limit, words = ("min_length", "at least") if kind == "too_short" else ("max_length", "at most")
+        count = context[limit]
+        return f"must have {words} {count} {'entry' if count == 1 else 'entries'}"
+    if kind == "string_pattern_mismatch":
+        return "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'"
+    wanted = _TYPES.get(kind.split("_")[0])
+    if wanted is None:
+        return problem["msg"][0].lower() + problem["msg"][1:]
+    if kind.startswith(("int", "float")) and isinstance(value, str) and re.fullmatch(r"[-+.\deE]*\d", value):
+        wanted += ", written without quotes"
+    elif kind.startswith("string") and isinstance(value, int | float):
+        wanted += ", written in quotes"
+    return wanted
+
+
+def _shown(value: Any) -> str:
+    """A value as the recipe's author would recognise it."""
+    if isinstance(value, str):
+        return f"'{value}'"
+    if value is None or isinstance(value, bool):
+        return {None: "empty", True: "true", False: "false"}[value]
+    if isinstance(value, dict | list | tuple):
+        kind = "section" if isinstance(value, dict) else "list"
+        return f"a {kind}" if value else f"an empty {kind}"
+    return str(value)
 
 
 def _written_path(values: Any, loc: tuple) -> list[str]:
@@ -156,7 +219,7 @@ def _written_path(values: Any, loc: tuple) -> list[str]:
             node = node.get(key)
         elif isinstance(node, list) and isinstance(key, int) and key < len(node):
             node = node[key]
-        elif not last or _is_tag(node, key):
+        elif not last or not isinstance(node, dict | list) or _is_tag(node, key):
             continue
         path.append(str(key))
     return path
@@ -168,7 +231,12 @@ def _is_tag(node: Any, key: Any) -> bool:
 
 
 def _known_keys(loc: tuple) -> list[str]:
-    """The keys that the section at `loc` (with pydantic's union tags) accepts."""
+    """The keys that the section at `loc` accepts."""
+    return sorted({name for model in _models_at(loc) for name in model.model_fields})
+
+
+def _models_at(loc: tuple) -> list[type[BaseModel]]:
+    """The sections that may stand at `loc` (with pydantic's union tags)."""
     models: list[type[BaseModel]] = [Recipe]
     for key in loc:
         found: list[type[BaseModel]] = []
@@ -180,7 +248,7 @@ def _known_keys(loc: tuple) -> list[str]:
             models = found
         tagged = [m for m in models if _kind_of(m) == key]
         models = tagged or models
-    return sorted({name for model in models for name in model.model_fields})
+    return models
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:

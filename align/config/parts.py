@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Part(BaseModel):
-    """Base of every section of a recipe: frozen, strict about keys."""
+    """Base of every section of a recipe: frozen, strict about keys and types ("8" and true are no numbers)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 # --- model -----------------------------------------------------------------------------------------------
@@ -37,7 +39,10 @@ class ScratchModel(Part):
     kind: Literal["scratch"]
     config: dict[str, Any]
     """Keys of `HunYuanConfig`, as in a published config.json; `vocab_size` comes from the tokenizer."""
-    tokenizer: ScratchTokenizer | str
+    tokenizer: Annotated[
+        Annotated[ScratchTokenizer, Tag("to_train")] | Annotated[str, Tag("path")],
+        Discriminator(lambda value: "path" if isinstance(value, str) else "to_train"),
+    ]
     """A tokenizer to train, or the path of one."""
 
 
@@ -159,7 +164,7 @@ class Optimizer(Part):
     expert_learning_rate_scale: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Factor on the routed experts' rate; each sees only a share of the tokens (the Hunyuan-Large report: 0.31)."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay after the warm-up: none, linear to zero, cosine to zero."""

@@ -37,7 +37,7 @@ class Recipe(Part):
         for name, stage in self.stages.items():
             if not STAGE_NAME.fullmatch(name) or name == BASE:
                 raise ValueError(
-                    f"stage name '{name}' cannot be used: names are lower-case letters, digits and '_', and not '{BASE}'"
+                    f"stage name '{name}' cannot be used: write lower-case letters, digits and '_', and not '{BASE}'"
                 )
             for where, parent in references(stage):
                 if is_path(parent) or parent == BASE or parent in seen:

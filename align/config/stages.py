@@ -11,7 +11,7 @@ from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, 
 
 class StageBase(Part):
     init_from: str = "base"
-    """Where the weights come from: the name of an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
+    """Where the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
 
 
 class TrainingStage(StageBase):
@@ -96,6 +96,15 @@ class Rollout(Part):
     """Memory for the key/value cache."""
     max_sequences: Positive = 64
     """Sequences decoded at a time."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Rollout:
+        if self.max_new_tokens >= self.max_model_length:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
+                f"max_model_length {self.max_model_length}"
+            )
+        return self
 
 
 class ModelReward(Part):

@@ -9,7 +9,8 @@ LOG_RATIO_BOUND = 20.0
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """k1 = log p/q (unbiased, any sign), k2 = (log p/q)^2 / 2 (biased, low variance), k3 = q/p - 1 - log q/p (unbiased, >= 0)."""
+    """k1 = log p/q: unbiased, any sign. k2 = (log p/q)^2 / 2: biased, low variance. k3 = q/p - 1 - log q/p: unbiased,
+    never negative."""
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
         return log_ratio

@@ -1,6 +1,7 @@
 """Clipped policy and value losses of PPO (Schulman et al. 2017, arXiv 1707.06347).
 
-Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts; count is the number of valid tokens
+Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts; count is the number of valid
+tokens
 of the whole optimizer step.
 """
 
@@ -31,7 +32,7 @@ def policy_loss(
     count: float,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio)) / count; ratio = exp(logprobs - old_logprobs)."""
+    """Sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio)) / count, ratio = exp(logprobs - old)."""
     ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)

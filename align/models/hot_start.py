@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -46,7 +48,7 @@ def hot_start(
         intermediate_size=width,
         num_hidden_layers=source.num_hidden_layers,
         num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
+        num_key_value_heads=source.num_key_value_heads or source.num_attention_heads,
         attention_head_dim=source.head_dim,
         hidden_act=source.hidden_act,
         max_position_embeddings=source.max_position_embeddings,
@@ -63,7 +65,7 @@ def hot_start(
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
     )
-    model = HunYuanForCausalLM(config).to(dense.dtype)
+    model = HunYuanForCausalLM(config).to(dtype=dense.dtype)
     weights = {name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
@@ -76,7 +78,7 @@ def hot_start(
 
 
 @torch.no_grad()
-def _fill_experts(mlp: torch.nn.Module, width: int, router_std: float, generator: torch.Generator) -> None:
+def _fill_experts(mlp: Any, width: int, router_std: float, generator: torch.Generator) -> None:
     gate, up = mlp.shared_mlp.gate_proj.weight, mlp.shared_mlp.up_proj.weight
     neurons = torch.cat(
         [
@@ -97,7 +99,7 @@ def _plain_rope_theta(config: LlamaConfig) -> float:
         raise UserError(
             f"hot start cannot keep the RoPE scaling '{rope['rope_type']}' of the source; use a model without one."
         )
-    return rope["rope_theta"]
+    return float(rope.get("rope_theta") or 10000.0)
 
 
 def convert_hot_start(
@@ -173,7 +175,7 @@ def embedded_source() -> Path:
     return target
 
 
-def _clean_config(config: LlamaConfig) -> LlamaConfig:
+def _clean_config(config: PreTrainedConfig) -> LlamaConfig:
     values = json.loads(config.to_json_string())
     for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(key, None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from align.config.parts import Lora
+
+AnyModel = Any
+"""A transformers model, perhaps inside a PEFT wrapper, whose attributes a type checker cannot follow."""
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def lora_config(lora: Lora, model: nn.Module, *, task: str) -> Any:
+def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
     """PEFT's configuration for a HunYuan model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
     from peft import LoraConfig
 
@@ -21,7 +22,7 @@ def lora_config(lora: Lora, model: nn.Module, *, task: str) -> Any:
     saved = ["mlp.gate"] if has_experts and lora.train_router else []
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a float
         lora_dropout=lora.dropout,
         bias="none",
         task_type=task,
@@ -33,13 +34,13 @@ def lora_config(lora: Lora, model: nn.Module, *, task: str) -> Any:
     )
 
 
-def add_lora(model: nn.Module, lora: Lora, *, task: str) -> nn.Module:
+def add_lora(model: AnyModel, lora: Lora, *, task: str) -> AnyModel:
     """Wrap the model; only adapters (and the router, if asked) train."""
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(lora, model, task=task))
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: AnyModel) -> AnyModel:
     """The plain model with the adapters folded into its weights; a plain model is returned as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from align.data.chat import encode_prompt, stop_token_ids
 from align.errors import UserError
+from align.models.lora import AnyModel
 from align.train.checkpoint import load_policy, load_tokenizer
 
 
@@ -36,7 +37,7 @@ def chat(checkpoint: Path, *, system: str | None, max_new_tokens: int, temperatu
 
 @torch.no_grad()
 def _answer(
-    model: torch.nn.Module,
+    model: AnyModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
     max_new_tokens: int,
@@ -58,4 +59,4 @@ def _answer(
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

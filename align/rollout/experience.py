@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.losses.logprobs import token_entropy, token_logprobs
+from align.models.lora import AnyModel
 
 
 @dataclass
@@ -20,8 +21,10 @@ class Experience:
     """One round of completions. Every [B, T] tensor is zero where `mask` is.
 
     input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T];
-    rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the critic;
-    score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when its trunk is
+    rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the
+    critic;
+    score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when its
+    trunk is
     frozen.
     """
 
@@ -118,7 +121,7 @@ class PolicyOutput(NamedTuple):
     load_max: float | None
 
 
-def policy_output(policy: nn.Module, batch: Experience, temperature: float) -> PolicyOutput:
+def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> PolicyOutput:
     """The completion's log-probabilities under the distribution that was sampled.
 
     Only completion tokens meet the vocabulary; adapters inside the policy take part.
@@ -139,7 +142,7 @@ def policy_output(policy: nn.Module, batch: Experience, temperature: float) -> P
     return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.aux_loss, load_max)
 
 
-def critic_features(critic: nn.Module, batch: Experience) -> Tensor:
+def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
     """Hidden state [B, T, D] from which the value of each completion token's state is read."""
     hidden = unwrap(critic).model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
     features = predicting_hidden(hidden.last_hidden_state, batch)
@@ -148,17 +151,17 @@ def critic_features(critic: nn.Module, batch: Experience) -> Tensor:
     return padded
 
 
-def critic_values(critic: nn.Module, batch: Experience) -> Tensor:
+def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
     """Value [B, T] of the state in which each completion token was chosen; reuses stored features of a frozen trunk."""
     features = batch.features if batch.features is not None else critic_features(critic, batch)
     return unwrap(critic).score(features).squeeze(-1).float() * batch.mask
 
 
-def sequence_scores(scorer: nn.Module, batch: Experience) -> Tensor:
+def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:
     """The reward model's score [B], read at the last completion token."""
     return scorer(input_ids=batch.input_ids, attention_mask=attention_mask(batch)).logits.squeeze(-1).float()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: AnyModel) -> AnyModel:
     """The model inside a PEFT wrapper; its adapters stay in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -20,7 +20,7 @@ import align.models  # noqa: F401 (registers HunYuan)
 from align.data.chat import prepare_chat_template
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig
-from align.models.lora import merge_lora
+from align.models.lora import AnyModel, merge_lora
 from align.train.run_folder import replace_folder
 
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
@@ -54,14 +54,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) > config["vocab_size"]:
         raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries but the model's vocabulary only {config['vocab_size']}; "
-            "they do not belong together."
+            f"{folder}: the tokenizer has {len(tokenizer)} entries but the model's vocabulary only "
+            f"{config['vocab_size']}; they do not belong together."
         )
     prepare_chat_template(tokenizer)
     return tokenizer
 
 
-def load_policy(folder: Path, dtype: str) -> nn.Module:
+def load_policy(folder: Path, dtype: str) -> AnyModel:
     """A causal language model."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
@@ -69,26 +69,26 @@ def load_policy(folder: Path, dtype: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
-def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> nn.Module:
+def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyModel:
     """A model with one scalar head, for the reward model and the critic.
 
-    From a language model, or with `fresh_head`, the head starts at zero: every score is then 0 until it learns, instead of
+    From a language model, or with `fresh_head`, the head starts at zero: every score is then 0 until it learns,
+    instead of
     noise that depends on the hidden size.
     """
-    config = check_checkpoint(folder)
-    is_scorer = SEQUENCE_CLASSIFIER in (config.get("architectures") or [])
+    check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
     model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
-    if fresh_head or not is_scorer:
+    if fresh_head:
         nn.init.zeros_(model.score.weight)
     return model
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stage_dir: Path) -> nn.Module:
+def save_model(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path) -> AnyModel:
     """Write stage_dir/model (merged, complete) and, for LoRA, stage_dir/adapter. Returns the merged model."""
     is_peft = hasattr(model, "peft_config")
     if is_peft:
-        replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))  # type: ignore[misc]
+        replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
     merged = merge_lora(model)
 
     def write(folder: Path) -> None:
@@ -99,7 +99,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stage_dir: 
     return merged
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: AnyModel) -> dict[str, int]:
     """Total, active (a token's routed share) and trainable parameters; call it before adapters are merged."""
     total = active = trainable = 0
     config = model.config

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from align.config.recipe import BASE, Recipe, is_path
+from align.config.recipe import Recipe, is_path
 from align.errors import UserError
 
 MODEL = "model"
@@ -42,40 +42,70 @@ def write_text(path: Path, text: str) -> None:
         raise disk_error(path, error) from error
 
 
-def disk_error(path: Path, error: OSError) -> UserError:
-    if error.errno == errno.ENOSPC:
+def disk_error(path: Path, error: Exception) -> UserError:
+    if is_disk_full(error):
         return UserError(
             f"{path}: the disk is full; free some space and continue with --resume (nothing finished is lost)."
         )
-    return UserError(f"{path}: cannot be written ({error.strerror}).")
+    return UserError(
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); check the path and its permissions."
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True for an OSError, and for what safetensors and torch raise in its place."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or the link to one; nothing there is fine."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then put it in the place of `target`; an interrupted write leaves no target."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Let `write` fill a temporary folder, then put it in the place of `target`.
+
+    Whatever `write` raises, `target` stays as it was and nothing half-written is left.
+    """
+    partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     try:
+        for left_over in (partial, old):
+            remove_folder(left_over)
+        partial.mkdir(parents=True)
         write(partial)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise disk_error(target, error) from error
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+        if target.is_symlink() or target.exists():
+            target.rename(old)
+        partial.rename(target)
+        remove_folder(old)
+    except BaseException as error:
+        remove_folder(partial)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if isinstance(error, Exception) and (isinstance(error, OSError) or is_disk_full(error)):
+            raise disk_error(target, error) from error
+        raise
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder; another process that tries gets a `UserError` with the holder's process id."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as lock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed by the with below)
+    except OSError as error:
+        raise disk_error(run_dir, error) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise UserError(
-                f"{run_dir}: the run folder is in use by process {holder}; wait for it, or choose another with --run-dir."
+                f"{run_dir}: the run folder is in use by process {holder}; wait for it, "
+                "or choose another with --run-dir."
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -122,9 +152,9 @@ class StageContext:
             return path
         path = self.run_dir / reference / MODEL
         if not (path / "config.json").is_file():
-            how = "the base model was not prepared" if reference == BASE else f"run it first (--only {reference})"
             raise UserError(
-                f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; {how}."
+                f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; "
+                f"run it first (--only {reference})."
             )
         return path
 

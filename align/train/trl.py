@@ -1,4 +1,4 @@
-"""What our TRL trainers share: arguments from the recipe, learning-rate groups, router metrics, resumable checkpoints."""
+"""What our TRL trainers share: arguments from the recipe, optimizer groups, router metrics, resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
+from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer
 from align.train.run_folder import MetricsWriter, StageContext
 
@@ -62,10 +63,10 @@ class AlignTrainer:
     `trainer_arguments`), and the typed output of our backbone is read by a hook instead.
     """
 
-    def __init__(self, *, stage: TrainingStage, model: nn.Module, **kwargs: Any):
+    def __init__(self, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
-        super().__init__(model=model, **kwargs)
+        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
         self.balance_coef = coefficient
@@ -89,7 +90,7 @@ class AlignTrainer:
         """The data layer has tokenised already, and counted what it dropped."""
         return dataset
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.align_stage.optimizer)
         return self.optimizer
@@ -102,7 +103,7 @@ class AlignTrainer:
         num_items_in_batch: Any = None,
     ) -> Any:
         self.balance_loss = None
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if self.balance_loss is None:
             return result
         loss, *outputs = result if return_outputs else (result,)

@@ -1,4 +1,4 @@
-"""The tiny recipe as a user runs it: it learns, its metrics are reproducible, and a run killed in every stage ends the same."""
+"""The tiny recipe as a user runs it: it learns, and a run killed in every stage ends like one that was not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Names and layout of the published checkpoint, mapped to ours on load and back on save.
 
 Published: one matrix an expert (`mlp.experts.E.gate_proj.weight`), router `mlp.gate.wg.weight`.
-Ours: experts stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]), router `mlp.gate.weight`.
+Ours: experts stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]), router
+`mlp.gate.weight`.
 """
 
 from __future__ import annotations

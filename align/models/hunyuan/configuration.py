@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 class HunYuanConfig(PreTrainedConfig):
     """Sizes and switches of a HunYuan model; keys it does not know are kept and saved again.
 
-    use_cla, cla_share_factor: layer i owns keys and values when `i % cla_share_factor == 0`, the others use the owner's.
+    use_cla, cla_share_factor: layer i owns keys and values when `i % cla_share_factor == 0`, others use the owner's.
     use_qk_norm: RMSNorm over the head dimension of queries and keys, after RoPE.
-    rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every length.
+    rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every
+    length.
     rope_inv_freq_dtype: precision to which the inverse frequencies are rounded; by default as the reference does:
         bfloat16 with a plain base, float32 (no rounding) with an alpha. Models converted from elsewhere say float32.
     num_experts, moe_topk: an integer, or one for each layer; one expert means a dense layer.
@@ -30,7 +31,7 @@ class HunYuanConfig(PreTrainedConfig):
     intermediate_size: int = 18304
     num_hidden_layers: int = 64
     num_attention_heads: int = 80
-    num_key_value_heads: int | None = 8
+    num_key_value_heads: int = 8
     attention_head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
@@ -59,8 +60,6 @@ class HunYuanConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
 
     @property

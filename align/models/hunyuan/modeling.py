@@ -182,6 +182,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class HunYuanPreTrainedModel(PreTrainedModel):
+    config: HunYuanConfig
     config_class = HunYuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -356,9 +357,9 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
 
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 1
         self.model = HunYuanModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     def forward(
