@@ -208,6 +208,8 @@ def _doctor(options: argparse.Namespace) -> None:
 def _hot_start(options: argparse.Namespace) -> None:
     if options.experts < 2 or not 1 <= options.top_k <= options.experts:
         raise UserError("--experts must be at least 2 and --top-k between 1 and the number of experts.")
+    if options.target.exists() and not options.target.is_dir():
+        raise UserError(f"{options.target}: a file; name a new folder to write the model to.")
     from align.models.hot_start import convert_hot_start
 
     width: Any = options.expert_width

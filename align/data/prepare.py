@@ -303,7 +303,7 @@ def prepare_prompts(
         except DropRow as reason:
             tally.dropped[str(reason)] += 1
     if not prompts:
-        raise _nothing_left(sources, tally, "max_prompt_length")
+        raise _nothing_left(sources, tally, "max_prompt_length or rollout.max_model_length")
     encoded = [_Encoded({"input_ids": prompt.ids}, 0) for prompt in prompts]
     return prompts, _report(tally, encoded, [], len(prompts))
 

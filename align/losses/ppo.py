@@ -1,8 +1,7 @@
 """Clipped policy and value losses of PPO (Schulman et al. 2017, arXiv 1707.06347).
 
 Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts; count is the number of valid
-tokens
-of the whole optimizer step.
+tokens of the whole optimizer step.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def hot_start(
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
     )
-    model = HunYuanForCausalLM(config).to(dtype=dense.dtype)
+    model = HunYuanForCausalLM(config)
+    model.to(dense.dtype)  # type: ignore[call-arg]  # transformers hides the signature
     weights = {name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected

@@ -22,10 +22,8 @@ class Experience:
 
     input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T];
     rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the
-    critic;
-    score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when its
-    trunk is
-    frozen.
+    critic; score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when
+    its trunk is frozen.
     """
 
     input_ids: Tensor

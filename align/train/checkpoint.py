@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,7 +37,9 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path}: not valid JSON; the checkpoint is damaged.") from None
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not valid JSON, so the checkpoint is damaged; copy or download it again.")
     kind = config.get("model_type")
     if kind != HunYuanConfig.model_type:
         raise UserError(
@@ -43,7 +48,27 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
-    return config
+    try:
+        settings = HunYuanConfig.from_dict(config)
+    except Exception as error:  # a value of the wrong type, however deep transformers finds it
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path}: {reason.rstrip('.')}; restore the value the model was trained with.") from None
+    if problem := size_problem(settings):
+        raise UserError(f"{path}: {problem}; restore the values the model was trained with.")
+    return {"vocab_size": settings.vocab_size, **config}
+
+
+def size_problem(config: HunYuanConfig) -> str | None:
+    """What keeps a model of these sizes from being built; None where nothing does."""
+    for layer in range(config.num_hidden_layers):
+        if config.top_k_in(layer) > config.experts_in(layer):
+            return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"
+    if config.num_attention_heads % config.num_key_value_heads:
+        heads = f"num_attention_heads {config.num_attention_heads}"
+        return f"num_key_value_heads {config.num_key_value_heads} does not divide {heads}"
+    if config.attention_head_dim is None and config.hidden_size % config.num_attention_heads:
+        return f"num_attention_heads {config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
+    return None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -61,24 +86,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@contextmanager
+def _damage_explained(folder: Path) -> Iterator[None]:
+    """Weights that are cut off, missing or of another shape are the checkpoint's fault, not a bug."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
+    except RuntimeError as error:
+        if "size" not in str(error):
+            raise
+        raise UserError(
+            f"{folder}: the weights do not have the shapes that config.json says; they do not belong together."
+        ) from error
+
+
 def load_policy(folder: Path, dtype: str) -> AnyModel:
     """A causal language model."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    with _damage_explained(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyModel:
     """A model with one scalar head, for the reward model and the critic.
 
-    From a language model, or with `fresh_head`, the head starts at zero: every score is then 0 until it learns,
-    instead of
-    noise that depends on the hidden size.
+    From a language model the head is random, so that the trunk has a gradient from the first step. With `fresh_head`
+    it is zero: a critic's first values are then 0 instead of another quantity's scores.
     """
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
+    with _damage_explained(folder):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
     if fresh_head:
         nn.init.zeros_(model.score.weight)
     return model
