@@ -15,7 +15,7 @@ from align.errors import UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, with 2 for a user's error, with 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         options.command(options)
@@ -28,6 +28,18 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; overrides may also stand behind `--flags`, where argparse would not look for them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(options, "overrides")]
+    if unknown := [word for word in rest if word not in late]:
+        parser.error(f"'{unknown[0]}' is not understood; see `{parser.prog} COMMAND --help`.")
+    if late:
+        options.overrides = [*options.overrides, *late]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from align.data import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.train.checkpoint import check_checkpoint, count_parameters, load_policy, size_problem
+from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
 from align.train.run_folder import StageContext, remove_folder, replace_folder
 
 
@@ -62,11 +62,8 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
         hint = f"; did you mean '{near[0]}'?" if near else "."
         raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration{hint}")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = HunYuanConfig(
-        **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids, **settings.config}
-    )
-    if problem := size_problem(config):
-        raise UserError(f"model.config: {problem}; change one of them.")
+    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids, **settings.config}
+    config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
     HunYuanForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[flo
 def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
     """Word F1 of each completion with its row's `reference`."""
     if any(not isinstance(row.get("reference"), str) for row in rows):
-        raise ValueError("a row has no text in the column `reference`")
+        raise UserError(
+            "reward function 'reference_f1': a row has no text in the column `reference`; add the column, or use "
+            "another reward."
+        )
     return [token_f1(completion, row["reference"]) for completion, row in zip(completions, rows, strict=True)]
 
 
@@ -50,10 +54,16 @@ def load_reward_function(path: str) -> RewardFunction:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{file}: importing it raised {type(error).__name__}: {error}.") from error
+        raise UserError(f"{file}: importing it raised {_described(error)}; mend the file.") from error
     if not callable(getattr(module, name, None)):
-        raise UserError(f"{file}: it defines no function '{name}'.")
+        raise UserError(f"{file}: it defines no function '{name}'; write `def {name}(prompts, completions, rows)`.")
     return getattr(module, name)
+
+
+def _described(error: Exception) -> str:
+    """The error with the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name} line {frame.lineno})"
 
 
 def call_reward_function(
@@ -66,8 +76,10 @@ def call_reward_function(
     """The function's scores, checked: as many as completions, all finite numbers."""
     try:
         returned = function(prompts, completions, rows)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}.") from error
+        raise UserError(f"reward function '{name}' raised {_described(error)}; mend the function.") from error
     try:
         scores = [float(score) for score in returned]
     except (TypeError, ValueError):
@@ -76,8 +88,14 @@ def call_reward_function(
             f"{repr(returned)[:60]}."
         ) from None
     if len(scores) != len(completions):
-        raise UserError(f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions.")
+        raise UserError(
+            f"reward function '{name}' returned {len(scores)} scores for {len(completions)} completions; return one "
+            "for each."
+        )
     for row, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"reward function '{name}' returned {score} for row {row}: {completions[row][:60]!r}.")
+            raise UserError(
+                f"reward function '{name}' returned {score} for completion {row} ({completions[row][:60]!r}); return "
+                "finite numbers."
+            )
     return scores

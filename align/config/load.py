@@ -180,7 +180,8 @@ def _wanted(problem: Any) -> str:
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"must be {words} {context[name]}"
+        bound = context[name]
+        return f"must be {words} {int(bound) if bound == int(bound) else bound}"
     if kind in ("too_short", "too_long"):
         limit, words = ("min_length", "at least") if kind == "too_short" else ("max_length", "at most")
         count = context[limit]

@@ -70,7 +70,9 @@ class HotStartModel(Part):
     @model_validator(mode="after")
     def _top_k_fits(self) -> HotStartModel:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k is {self.top_k} but there are only {self.experts} experts")
+            raise ValueError(
+                f"top_k is {self.top_k}, but there are only {self.experts} experts; lower one or raise the other"
+            )
         return self
 
 

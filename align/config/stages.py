@@ -34,7 +34,9 @@ class TrainingStage(StageBase):
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainingStage:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; change one"
+            )
         return self
 
 
@@ -102,7 +104,7 @@ class Rollout(Part):
         if self.max_new_tokens >= self.max_model_length:
             raise ValueError(
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
-                f"max_model_length {self.max_model_length}"
+                f"max_model_length {self.max_model_length}; lower one or raise the other"
             )
         return self
 
@@ -187,15 +189,18 @@ class PpoStage(StageBase):
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoStage:
         if self.batch_size % self.mini_batch_size:
-            raise ValueError(f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one"
+            )
         if self.batch_size % self.completions_per_prompt:
             raise ValueError(
-                f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}"
+                f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}; "
+                "change one"
             )
         if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
-                f"exceed rollout.max_model_length {self.rollout.max_model_length}"
+                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise that, or lower one of them"
             )
         return self
 

@@ -83,7 +83,7 @@ def _prepared_source(source: Source, seed: int, stage_dirs: Mapping[str, Path], 
         rows = _rename(rows, source.columns, name)
     columns = rows.column_names or list(next(iter(rows), {}))
     if not columns or (isinstance(rows, datasets.Dataset) and len(rows) == 0):
-        raise UserError(f"{name} has no rows.")
+        raise UserError(f"{name} has no rows; name a source that has some.")
     if "messages" not in columns and "conversations" in columns:  # the name ShareGPT files use
         rows = rows.rename_column("conversations", "messages")
         columns = ["messages" if column == "conversations" else column for column in columns]
@@ -157,7 +157,7 @@ def _data_files(path: Path) -> list[Path]:
     if not path.is_file():
         raise UserError(f"{path} does not exist (paths are relative to {Path.cwd()}).")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise UserError(f"{path} is neither .jsonl nor .parquet.")
+        raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them.")
     return [path]
 
 
@@ -185,11 +185,13 @@ def read_jsonl(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def _parsed_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}).") from error
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line."
+        ) from error
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a {type(row).__name__}"
         raise UserError(f"{where}: each line must be a JSON object with named columns, but this is {kind}.")
@@ -201,7 +203,7 @@ def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Da
     types.
     """
     if not rows:
-        raise UserError(f"{name} has no rows.")
+        raise UserError(f"{name} has no rows; name a source that has some.")
     columns = dict.fromkeys(column for row in rows for column in row)
     arrays = {}
     for column in columns:

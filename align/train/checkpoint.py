@@ -48,17 +48,28 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
+    settings = checked_config(config, str(path), "restore the value that the model was trained with")
+    return {**config, "vocab_size": settings.vocab_size}
+
+
+def checked_config(values: dict[str, Any], where: str, mend: str) -> HunYuanConfig:
+    """A configuration of which a model can be built, or a `UserError` that names the value and ends with `mend`."""
+    for name, field in HunYuanConfig.__dataclass_fields__.items():
+        value, default = values.get(name), field.default
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if value is not None and number and not isinstance(value, int | float | list):
+            raise UserError(f"{where}: {name} is {value!r}, but must be a number; {mend}.")
     try:
-        settings = HunYuanConfig.from_dict(config)
-    except Exception as error:  # a value of the wrong type, however deep transformers finds it
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: {reason.rstrip('.')}; restore the value the model was trained with.") from None
-    if problem := size_problem(settings):
-        raise UserError(f"{path}: {problem}; restore the values the model was trained with.")
-    return {"vocab_size": settings.vocab_size, **config}
+        config = HunYuanConfig(**values)
+    except Exception as error:  # transformers raises many types for values it cannot use
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise UserError(f"{where}: a value cannot be used ({reason}); {mend}.") from error
+    if problem := _size_problem(config):
+        raise UserError(f"{where}: {problem}; {mend}.")
+    return config
 
 
-def size_problem(config: HunYuanConfig) -> str | None:
+def _size_problem(config: HunYuanConfig) -> str | None:
     """What keeps a model of these sizes from being built; None where nothing does."""
     for layer in range(config.num_hidden_layers):
         if config.top_k_in(layer) > config.experts_in(layer):
@@ -80,7 +91,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) > config["vocab_size"]:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries but the model's vocabulary only "
-            f"{config['vocab_size']}; they do not belong together."
+            f"{config['vocab_size']}; copy the tokenizer that the model was trained with."
         )
     prepare_chat_template(tokenizer)
     return tokenizer
@@ -97,7 +108,8 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         if "size" not in str(error):
             raise
         raise UserError(
-            f"{folder}: the weights do not have the shapes that config.json says; they do not belong together."
+            f"{folder}: the weights do not have the shapes that config.json says; copy the config.json that "
+            "belongs to them."
         ) from error
 
 

@@ -85,7 +85,7 @@ class Here:
             "model": {"kind": "pretrained", "path": "model"} if model is None else model,
             "stages": {"sft": sft} if stages is None else stages,
         }
-        self.write("recipe.yaml", yaml.safe_dump(values))
+        self.write("recipe.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def align(self, *arguments: str) -> str:
         """What `align` writes to standard error before it exits with 2."""
@@ -94,7 +94,7 @@ class Here:
             cli.main(list(arguments))
         assert stopped.value.code == 2
         assert "Traceback" not in said.getvalue() + out.getvalue()
-        return said.getvalue().strip().splitlines()[-1].removeprefix("error: ")
+        return said.getvalue().strip().splitlines()[-1].removeprefix("align: ").removeprefix("error: ")
 
     def check(self, **changes: Any) -> str:
         self.recipe(**changes)
@@ -327,6 +327,11 @@ def _(here: Here) -> str:
 @wrong("from-unknown-stage")
 def _(here: Here) -> str:
     return here.run("--from", "dpo")
+
+
+@wrong("unknown-flag")
+def _(here: Here) -> str:
+    return here.run("--rsume")
 
 
 @wrong("report-of-no-run")
@@ -805,7 +810,9 @@ def assert_nothing_half_written(folder: Path) -> None:
     assert written <= {path.parent for path in folder.glob("run/*/manifest.json")}
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyError("x"), KeyboardInterrupt()]
+)
 def test_an_interrupted_write_leaves_the_old_folder(tmp_path: Path, failure: BaseException) -> None:
     target = tmp_path / "model"
     replace_folder(target, lambda folder: (folder / "weights").write_text("old"))  # type: ignore[arg-type,return-value]

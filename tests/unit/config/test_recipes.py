@@ -1,0 +1,173 @@
+"""Shipped recipes load, overrides reach them, and what `align show` prints is the same recipe again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from align import cli
+from align.config import Recipe, load_recipe, resolve_recipe_path
+from align.config.parts import Optimizer, Part
+from align.config.stages import DpoStage, PpoStage, Rollout
+from align.errors import UserError
+
+SHIPPED = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+MINIMAL = """
+name: minimal
+model: {kind: pretrained, path: ./model}
+stages:
+  dpo:
+    kind: dpo
+    data: {train: [{kind: file, path: pairs.jsonl}]}
+    optimizer: {learning_rate: 5e-6}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return path
+
+
+def sections(value: object) -> list[BaseModel]:
+    """Every section of a recipe, the recipe included."""
+    if isinstance(value, BaseModel):
+        return [value, *(s for name in type(value).model_fields for s in sections(getattr(value, name)))]
+    if isinstance(value, dict):
+        return [section for item in value.values() for section in sections(item)]
+    if isinstance(value, list | tuple):
+        return [section for item in value for section in sections(item)]
+    return []
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert {path.stem for path in SHIPPED} >= {"tiny", "quickstart"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_loads_by_path_and_by_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.stages
+    assert load_recipe(path.stem) == load_recipe(path.name) == recipe
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_what_show_prints_is_the_same_recipe(
+    path: Path, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["show", str(path), *(["--json"] if form == "json" else [])])
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.yaml"
+    again.write_text(printed, encoding="utf-8")
+    assert load_recipe(again) == load_recipe(path)
+    if form == "json":
+        assert Recipe.model_validate(json.loads(printed)) == load_recipe(path)
+    cli.main(["show", str(again)])
+    first = capsys.readouterr().out
+    if form == "yaml":
+        assert first == printed
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_section_is_frozen_and_refuses_unknown_keys(path: Path) -> None:
+    found = sections(load_recipe(path))
+    assert len(found) > 5
+    for section in found:
+        assert isinstance(section, Part)
+        assert type(section).model_config["extra"] == "forbid"
+        name = next(iter(type(section).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, getattr(section, name))
+
+
+def test_defaults_are_frozen_too() -> None:
+    for default in (DpoStage, PpoStage):
+        optimizer = default.model_fields["optimizer"].default
+        with pytest.raises(ValidationError, match="frozen"):
+            optimizer.learning_rate = 1.0
+    assert Optimizer().learning_rate == 1e-5
+    assert Rollout().engine == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("5e-6", 5e-6), ("5E-6", 5e-6), ("1e-3", 0.001), ("2.5e-4", 2.5e-4), ("+1e-2", 0.01), (".5", 0.5)],
+)
+def test_exponents_read_as_numbers(minimal: Path, text: str, number: float) -> None:
+    assert load_recipe(minimal).stages["dpo"].optimizer.learning_rate == 5e-6
+    minimal.write_text(MINIMAL.replace("5e-6", text), encoding="utf-8")
+    assert load_recipe(minimal).stages["dpo"].optimizer.learning_rate == number
+    assert load_recipe(minimal, [f"stages.dpo.beta={text}"]).stages["dpo"].beta == number
+
+
+def test_what_only_looks_like_an_exponent_stays_text(minimal: Path) -> None:
+    assert load_recipe(minimal, ["description=e5", "name=e-6"]).name == "e-6"
+    assert load_recipe(minimal, ["description='5e-6'"]).description == "5e-6"
+
+
+def test_overrides(minimal: Path) -> None:
+    changed = load_recipe(
+        minimal,
+        [
+            "seed=7",
+            "stages.dpo.beta=0.2",
+            "stages.dpo.lora.rank=4",  # a section that the recipe does not write
+            "stages.dpo.data.train.0.limit=5",  # an entry of a list
+            "stages.dpo.optimizer.betas=[0.8, 0.9]",
+            "stages.dpo.max_steps=null",
+            "model={kind: hot_start, experts: 8}",
+        ],
+    )
+    dpo = changed.stages["dpo"]
+    assert (changed.seed, dpo.beta, dpo.lora.rank, dpo.data.train[0].limit) == (7, 0.2, 4, 5)
+    assert (dpo.optimizer.betas, dpo.optimizer.learning_rate, dpo.max_steps) == ((0.8, 0.9), 5e-6, None)
+    assert (changed.model.kind, changed.model.experts) == ("hot_start", 8)
+    assert load_recipe(minimal).stages["dpo"].beta == 0.1
+
+
+def test_the_last_override_wins_and_equals_signs_are_kept(minimal: Path) -> None:
+    assert load_recipe(minimal, ["seed=1", "seed=2"]).seed == 2
+    assert load_recipe(minimal, ["description=a=b"]).description == "a=b"
+
+
+def test_overrides_may_stand_behind_flags(minimal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["show", str(minimal), "seed=3", "--json", "stages.dpo.beta=0.2"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["seed"], shown["stages"]["dpo"]["beta"]) == (3, 0.2)
+
+
+def test_a_whole_number_is_a_number_but_not_the_other_way_round(minimal: Path) -> None:
+    assert load_recipe(minimal, ["stages.dpo.epochs=2"]).stages["dpo"].epochs == 2.0
+    with pytest.raises(UserError, match=r"'seed' is 2\.0, but must be a whole number"):
+        load_recipe(minimal, ["seed=2.0"])
+
+
+def test_several_mistakes_are_told_at_once(minimal: Path) -> None:
+    with pytest.raises(UserError) as told:
+        load_recipe(minimal, ["sede=1", "stages.dpo.beta=-1", "stages.dpo.lora.rank=0"])
+    lines = str(told.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{minimal}: ") and line.endswith((".", "?")) for line in lines)
+
+
+def test_a_recipe_in_the_working_folder_comes_before_a_shipped_one(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(minimal.parent)
+    minimal.rename(minimal.parent / "tiny.yaml")
+    assert load_recipe("tiny.yaml").name == "minimal"
+    assert resolve_recipe_path("quickstart").parent.name == "recipes"
+
+
+def test_recipes_survive_a_round_trip_of_their_defaults(minimal: Path) -> None:
+    recipe = load_recipe(minimal)
+    assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
