@@ -66,6 +66,11 @@ class SampleStage(StageBase):
     """Share of the rejected answers that are another prompt's reference instead of a sample."""
     rollout: Rollout = Field(default_factory=lambda: Rollout())
 
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> SampleStage:
+        self.rollout.require_room_for_prompts()
+        return self
+
 
 class RewardModelStage(TrainingStage):
     """A scalar head trained on preference pairs (Bradley-Terry)."""
@@ -99,14 +104,12 @@ class Rollout(Part):
     max_sequences: Positive = 64
     """Sequences decoded at a time."""
 
-    @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> Rollout:
+    def require_room_for_prompts(self) -> None:
         if self.max_new_tokens >= self.max_model_length:
             raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
-                f"max_model_length {self.max_model_length}; lower one or raise the other"
+                f"rollout.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.max_model_length {self.max_model_length}; lower one or raise the other"
             )
-        return self
 
 
 class ModelReward(Part):
@@ -224,6 +227,11 @@ class EvaluateStage(Part):
     """Resamples for the 95 % confidence intervals."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Prompts shown side by side in the report."""
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> EvaluateStage:
+        self.rollout.require_room_for_prompts()
+        return self
 
 
 SampleStage.model_rebuild()
