@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -97,6 +98,8 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
     importlib.import_module("align.train.quiet").quieten()
+    # A stage's random numbers must not depend on whether earlier ones ran in this process.
+    importlib.import_module("transformers").set_seed(context.seed)
     try:
         result = importlib.import_module(f"align.recipes.{kind}").run(context)
     except UserError:
@@ -203,8 +206,6 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, usable cores and accelerator, without loading torch for it."""
-    import sys
-
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -216,8 +217,10 @@ def hardware() -> dict[str, Any]:
 
 
 def _prepare_process(recipe: Recipe) -> None:
-    """Settings that must be in place before torch is imported."""
+    """Settings that must be in place before torch and tqdm are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log
     if not Path("/dev/nvidia0").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if recipe.threads is not None:

@@ -1,4 +1,4 @@
-"""Numbers of an evaluation: token F1, pairwise accuracy, and bootstrap intervals over prompts.
+"""Numbers of an evaluation: pairwise accuracy and bootstrap intervals over prompts.
 
 A value that cannot be known (the interval of a single prompt) is NaN, never a made-up zero.
 """
@@ -6,9 +6,6 @@ A value that cannot be known (the interval of a single prompt) is NaN, never a m
 from __future__ import annotations
 
 import math
-import string
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,18 +22,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the two bags of words (Rajpurkar et al. 2016, SQuAD).
-
-    Words are lower-case, without punctuation, split at white space; articles count. Two empty texts agree.
-    """
-    predicted, expected = _words(prediction), _words(reference)
-    if not predicted or not expected:
-        return float(predicted == expected)
-    shared = (Counter(predicted) & Counter(expected)).total()
-    return 2 * shared / (len(predicted) + len(expected))
 
 
 def pairwise_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
@@ -73,11 +58,6 @@ def paired_bootstrap_difference(
     """
     left, right = _same_length(a, b)
     return bootstrap_interval(left - right, resamples=resamples, seed=seed, level=level)
-
-
-def _words(text: str) -> list[str]:
-    kept = (c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    return "".join(kept).split()
 
 
 def _resampled_means(array: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray:

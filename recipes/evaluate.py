@@ -11,6 +11,7 @@ from align.config.parts import Data
 from align.config.stages import EvaluateStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.data.prepare import prepare_dpo_pairs
+from align.eval.metrics import pairwise_accuracy
 from align.models.lora import AnyModel
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
@@ -69,11 +70,8 @@ def run(context: StageContext) -> dict:
         for i, row in enumerate(prompts)
     ]
     if scorer is not None and pairs:
-        chosen, rejected = (
-            [scores(scorer, [pair], side)[0] for pair in pairs] for side in ("chosen_ids", "rejected_ids")
-        )
-        won = [float(c > r) + 0.5 * (c == r) for c, r in zip(chosen, rejected, strict=True)]
-        results["reward_model_accuracy"] = {"accuracy": sum(won) / len(won), "n": len(won)}
+        chosen, rejected = (scores(scorer, pairs, side) for side in ("chosen_ids", "rejected_ids"))
+        results["reward_model_accuracy"] = {"accuracy": pairwise_accuracy(chosen, rejected), "n": len(chosen)}
     write_json(context.dir / "results.json", results)
     return {"metrics": summary(results), "data": report.to_dict()}
 

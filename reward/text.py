@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections import Counter
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation."""
-    return text.lower().translate(_PUNCTUATION).split()
+    kept = (c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return "".join(kept).split()
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of word precision and recall, counting repeated words (as in SQuAD's evaluation)."""
-    found, wanted = words(prediction), words(reference)
-    overlap = sum((Counter(found) & Counter(wanted)).values())
-    if not found or not wanted:
-        return float(found == wanted)
-    if overlap == 0:
-        return 0.0
-    precision, recall = overlap / len(found), overlap / len(wanted)
-    return 2 * precision * recall / (precision + recall)
+    """Harmonic mean of precision and recall of the two bags of words (Rajpurkar et al. 2016, SQuAD).
+
+    Words are lower-case, without punctuation, split at white space; articles count. Two empty texts agree.
+    """
+    predicted, expected = words(prediction), words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))

@@ -83,7 +83,8 @@ Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discrimi
 
 class SourceBase(Part):
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the mixture, relative to the other sources' weights."""
+    """Share in the mixture, relative to the other sources' weights. Where no source of a list has a weight they are
+    joined; where one has, rows are drawn in these shares until the first source is used up."""
     limit: Positive | None = None
     """Use at most this many rows, taken after a shuffle with the run's seed."""
 
@@ -96,7 +97,7 @@ class FileSource(SourceBase):
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames columns: {standard name: name in the file}, for example {prompt: question, completion: answer}."""
     streaming: bool = False
-    """Read rows as they are needed instead of loading the file; such a source cannot be split by hash afterwards."""
+    """Read rows as they are needed instead of loading the whole file first."""
 
 
 class HubSource(SourceBase):

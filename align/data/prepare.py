@@ -75,7 +75,10 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        parts = [f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"]
+        if self.loss_tokens:
+            parts = [f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"]
+        else:
+            parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
         if self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
         if self.truncated:

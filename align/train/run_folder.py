@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from align.config.recipe import Recipe, is_path
+from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
 
 MODEL = "model"
@@ -131,7 +131,8 @@ class StageContext:
     @property
     def seed(self) -> int:
         """Differs from stage to stage and depends on nothing but the recipe."""
-        return (self.recipe.seed + 1000 * (1 + list(self.recipe.stages).index(self.name))) % 2**32
+        position = 0 if self.name == BASE else 1 + list(self.recipe.stages).index(self.name)
+        return (self.recipe.seed + 1000 * position) % 2**32
 
     @property
     def dir(self) -> Path:

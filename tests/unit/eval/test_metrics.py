@@ -12,8 +12,8 @@ from align.eval.metrics import (
     paired_bootstrap_difference,
     pairwise_accuracy,
     standard_error,
-    token_f1,
 )
+from align.reward.text import token_f1
 
 
 @pytest.mark.parametrize(
