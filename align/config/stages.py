@@ -27,6 +27,8 @@ class TrainingStage(StageBase):
     """Sequences (or pairs) in an optimizer step, over all processes."""
     micro_batch_size: Positive = 8
     """Sequences (or pairs) in a forward pass of one process."""
+    group_by_length: bool = False
+    """Put rows of similar length into a batch, so that less is computed on padding; batches stay in random order."""
     checkpoint_every: Positive = 100
     """Steps between checkpoints from which a killed run resumes."""
     gradient_checkpointing: bool = False

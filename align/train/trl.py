@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
@@ -90,6 +93,11 @@ class AlignTrainer:
         """The data layer has tokenised already, and counted what it dropped."""
         return dataset
 
+    def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Sampler | None:
+        if not self.align_stage.group_by_length:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return LengthGroups(row_lengths(self.train_dataset), self.align_stage.batch_size, self.args.data_seed)
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
         if not isinstance(model, PreTrainedModel):
@@ -124,6 +132,29 @@ class AlignTrainer:
         self._metrics["train"]["expert_load_max"].append(self.expert_load.pop().item())
         self.expert_load.clear()
         return (loss, *outputs) if return_outputs else loss
+
+
+class LengthGroups(Sampler):
+    """Random batches of rows of similar length; an epoch's order depends on the seed and the epoch alone."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each row; of a pair, those of its longer side."""
+    ids = {name: dataset[name] for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names}
+    return [max(len(side) for side in row) for row in zip(*ids.values(), strict=True)]
 
 
 class Recorder(TrainerCallback):

@@ -1,0 +1,78 @@
+"""A checkpoint in the middle of a stage brings everything back: weights of every kind, optimizer, order of the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from align.config import load_recipe
+from align.pipeline import run
+from align.train.checkpoint import load_policy
+
+SOURCE = {"kind": "python_docs", "view": "conversation", "limit": 16, "max_answer_chars": 60}
+
+
+def recipe(folder: Path, **sft):
+    content = {
+        "name": "resume",
+        "model": {
+            "kind": "scratch",
+            "tokenizer": {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text", "limit": 20}]},
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_experts": 4,
+                "initializer_range": 0.1,
+            },
+        },
+        "stages": {
+            "sft": {
+                "kind": "sft",
+                "data": {"train": [SOURCE], "max_length": 64},
+                "optimizer": {"learning_rate": 1e-2, "expert_learning_rate_scale": 0.5},
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "max_steps": 8,
+                "epochs": 2.0,
+                "checkpoint_every": 5,
+                **sft,
+            }
+        },
+    }
+    path = folder / "resume.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_recipe(path)
+
+
+@pytest.mark.parametrize("sft", [{}, {"lora": {"rank": 4}}, {"group_by_length": True}], ids=["full", "lora", "grouped"])
+def test_a_stage_cut_off_after_a_checkpoint_ends_like_one_that_was_not(tmp_path, sft) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = recipe(tmp_path, **sft)
+    for folder in (whole, cut):
+        run(settings, folder, say=lambda line: None)
+    # What a kill after step 7 leaves: no manifest, no model, the checkpoint of step 5 (in the second epoch), 7 lines.
+    for name in ("manifest.json", "model/model.safetensors", "model/config.json"):
+        (cut / "sft" / name).unlink()
+    (cut / "sft" / "checkpoints" / "checkpoint-8" / "complete").unlink()
+    lines = (cut / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (cut / "sft" / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n", encoding="utf-8")
+
+    torch.manual_seed(12345)  # whatever another process's generator holds
+    run(settings, cut, resume=True, say=lambda line: None)
+
+    written = [
+        [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in (whole, cut)
+    ]
+    assert [line["step"] for line in written[0]] == list(range(1, 9))
+    assert written[0] == written[1]
+    expected = dict(load_policy(whole / "sft" / "model", "float32").named_parameters())
+    for name, parameter in load_policy(cut / "sft" / "model", "float32").named_parameters():
+        assert torch.equal(parameter, expected[name]), name
