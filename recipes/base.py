@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
 from align.data import corpus, train_tokenizer
+from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -34,6 +35,10 @@ def run(context: StageContext) -> dict:
             expert_width=model.expert_width,
             seed=context.recipe.seed,
         )
+        if model.system_prompt is not None:
+            tokenizer = AutoTokenizer.from_pretrained(target)
+            set_system_prompt(tokenizer, model.system_prompt)
+            tokenizer.save_pretrained(target)
     elif isinstance(model, PretrainedModel):
         _link_pretrained(model, target)
     else:

@@ -311,12 +311,10 @@ def backward(stage: PpoStage, team: Team, rows: Experience, count: float, train_
             weights=weights,
         )
         metrics |= {"policy_loss": loss.detach(), **clipping}
-        if output.aux_loss is not None:
+        if output.router is not None:
             share = rows.mask.sum() / count
-            coefficient = team.policy.config.router_aux_loss_coef
-            loss = loss + coefficient * share * output.aux_loss
-            metrics["aux_loss"] = (share * output.aux_loss).detach()
-            metrics["expert_load_max"] = share * (output.load_max or 0.0)
+            loss = loss + share * output.router.loss(team.policy.config)
+            metrics |= {name: share * value for name, value in output.router.metrics().items()}
         loss.backward()
     assert rows.values is not None
     assert rows.returns is not None

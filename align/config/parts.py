@@ -66,6 +66,8 @@ class HotStartModel(Part):
     """Experts a token is sent to."""
     expert_width: Positive | None = None
     """Intermediate size of one routed expert; by default the dense width / experts. Must divide the dense width."""
+    system_prompt: str | None = None
+    """Replaces the system turn that the source's ChatML template puts before every conversation ("" for none)."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> HotStartModel:

@@ -164,6 +164,17 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
+def set_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Let a ChatML template put this system turn before conversations that have none; "" puts none there."""
+    prepare_chat_template(tokenizer)
+    if tokenizer.chat_template not in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer))):
+        raise UserError(
+            "model.system_prompt: the source's chat template is not ChatML, so its system turn cannot be changed; "
+            "leave the key out."
+        )
+    tokenizer.chat_template = chatml_template(text or None)
+
+
 def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         rendered = _render(tokenizer, tokenizer.chat_template, [_USER])

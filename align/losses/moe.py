@@ -1,4 +1,4 @@
-"""Balance loss and load of routed experts.
+"""Losses and measures of a router: balance, z-loss, load, entropy. Padding (mask_T 0) never counts.
 
 Shapes: T tokens, E experts, k experts a token.
 """
@@ -28,3 +28,21 @@ def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tenso
     probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
     mean_probability = (probabilities * mask[:, None]).sum(0) / mask.sum().clamp_min(1.0)
     return num_experts * (expert_load(experts_Tk, num_experts, mask_T) * mean_probability).sum()
+
+
+def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
+    """Mean squared log of the softmax's denominator, which keeps the router's logits small.
+
+    Source: Zoph et al., ST-MoE (arXiv 2202.08906), equation 5.
+    """
+    return _mean_over(logits_TE.float().logsumexp(dim=-1).square(), mask_T)
+
+
+def router_entropy(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
+    """Mean entropy of the router's distribution in nats; log E is an undecided router, 0 a certain one."""
+    log_probabilities = logits_TE.log_softmax(dim=-1, dtype=torch.float32)
+    return _mean_over(-(log_probabilities.exp() * log_probabilities).sum(-1), mask_T)
+
+
+def _mean_over(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    return (values_T * mask_T).sum() / mask_T.sum().clamp_min(1.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.losses.logprobs import token_entropy, token_logprobs
+from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 
 
@@ -110,13 +111,11 @@ def spread(values_N: Tensor, batch: Experience) -> Tensor:
 
 
 class PolicyOutput(NamedTuple):
-    """logprobs and (without gradient) entropy, both [B, T]; aux_loss: the router's balance loss, None for dense models;
-    load_max: the busiest expert's load, averaged over layers (1 is even)."""
+    """logprobs and (without gradient) entropy, both [B, T]; router: None for dense models."""
 
     logprobs: Tensor
     entropy: Tensor
-    aux_loss: Tensor | None
-    load_max: float | None
+    router: RouterReport | None
 
 
 def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> PolicyOutput:
@@ -135,9 +134,7 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> Po
     logprobs = token_logprobs(logits, completion_tokens(batch), temperature)
     with torch.no_grad():
         entropy = token_entropy(logits.detach(), temperature)
-    load = outputs.expert_load
-    load_max = None if not load else sum((x.max() * x.numel()).item() for x in load) / len(load)
-    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.aux_loss, load_max)
+    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router)
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
+from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer
 from align.train.run_folder import MetricsWriter, StageContext
@@ -47,6 +48,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "max_grad_norm": optimizer.max_grad_norm,
         "bf16": context.recipe.dtype == "bfloat16",
         "gradient_checkpointing": stage.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": stage.checkpoint_every,
@@ -60,7 +62,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
 
 class AlignTrainer:
     """Mix-in put before a TRL trainer: tokenised data passes through untouched, the optimizer is the recipe's, and the
-    router's balance loss is the model's own.
+    router's losses are the model's own.
 
     TRL would compute Mixtral's balance loss over all layers at once; it is switched off (`router_aux_loss_coef=0` in
     `trainer_arguments`), and the typed output of our backbone is read by a hook instead.
@@ -72,9 +74,7 @@ class AlignTrainer:
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
-        self.balance_coef = coefficient
-        self.balance_loss: Tensor | None = None
-        self.expert_load: list[Tensor] = []
+        self.router: RouterReport | None = None
         for module in self.model.modules():
             if isinstance(module, HunYuanModel):
                 module.register_forward_pre_hook(self._ask_for_routing, with_kwargs=True)
@@ -85,9 +85,8 @@ class AlignTrainer:
 
     def _keep_routing(self, module: nn.Module, _: Any, output: Any) -> None:
         # The reference's forward runs without gradient and does not count.
-        if torch.is_grad_enabled() and output.aux_loss is not None:
-            self.balance_loss = output.aux_loss
-            self.expert_load.append(torch.stack([load.max() * load.numel() for load in output.expert_load]).mean())
+        if torch.is_grad_enabled() and output.router is not None:
+            self.router = output.router
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """The data layer has tokenised already, and counted what it dropped."""
@@ -119,18 +118,17 @@ class AlignTrainer:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        self.balance_loss = None
+        self.router = None
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if self.balance_loss is None:
+        router = self.router
+        if router is None:
             return result
         loss, *outputs = result if return_outputs else (result,)
         # A loss that is divided by the step's tokens is not divided by its micro-batches again; this mean must be.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = loss + self.balance_coef * self.balance_loss / parts
-        self._metrics["train"]["aux_loss"].append(self.balance_loss.item())
-        # 1 is a perfectly even load; E is all tokens on one expert.
-        self._metrics["train"]["expert_load_max"].append(self.expert_load.pop().item())
-        self.expert_load.clear()
+        loss = loss + router.loss(self.model.config) / parts
+        for name, value in router.metrics().items():
+            self._metrics["train"][name].append(value)
         return (loss, *outputs) if return_outputs else loss
 
 

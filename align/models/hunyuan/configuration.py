@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+Number = TypeVar("Number", int, float)
 
 
 @strict
@@ -18,7 +22,10 @@ class HunYuanConfig(PreTrainedConfig):
         bfloat16 with a plain base, float32 (no rounding) with an alpha. Models converted from elsewhere say float32.
     num_experts, moe_topk: an integer, or one for each layer; one expert means a dense layer.
     use_mixed_mlp_moe, num_shared_expert: a shared expert of width `intermediate_size * num_shared_expert`.
-    router_aux_loss_coef: weight of the balance loss in the training loss.
+    router_aux_loss_coef, router_z_loss_coef: weights of the balance loss and the z-loss in the training loss.
+    moe_drop_tokens, capacity_factor: in training no expert takes more than capacity_factor * k * T / E assignments.
+    moe_random_routing_dropped_token: recycle routing; what does not fit goes to a random expert with room instead of
+        nowhere.
 
     Source: the released configuration files and Sun et al., Hunyuan-Large (arXiv 2411.02265).
     """
@@ -53,6 +60,10 @@ class HunYuanConfig(PreTrainedConfig):
     use_mixed_mlp_moe: bool = True
     num_shared_expert: int | list[int] = 1
     router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    capacity_factor: float | list[float] = 1.0
+    moe_drop_tokens: bool = False
+    moe_random_routing_dropped_token: bool = False
     output_router_logits: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -81,6 +92,9 @@ class HunYuanConfig(PreTrainedConfig):
     def top_k_in(self, layer: int) -> int:
         return _per_layer(self.moe_topk, layer)
 
+    def capacity_factor_in(self, layer: int) -> float:
+        return _per_layer(self.capacity_factor, layer)
+
     def shared_width(self, layer: int) -> int:
         """Intermediate size of the shared expert; 0 where there is none."""
         return self.intermediate_size * _per_layer(self.num_shared_expert, layer) if self.use_mixed_mlp_moe else 0
@@ -93,8 +107,8 @@ class HunYuanConfig(PreTrainedConfig):
         return self.rope_theta * alpha ** (self.head_dim / (self.head_dim - 2))
 
 
-def _per_layer(value: int | list[int], layer: int) -> int:
-    return value if isinstance(value, int) else value[layer]
+def _per_layer(value: Number | list[Number], layer: int) -> Number:
+    return value[layer] if isinstance(value, list) else value
 
 
 def bytes_per_token(config: HunYuanConfig, bytes_per_value: int = 2) -> int:

@@ -17,35 +17,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from align.losses.moe import balance_loss, expert_load
 from align.models.hunyuan.configuration import HunYuanConfig
-from align.models.hunyuan.moe import Experts, MoeBlock, Router, Routing, SwiGlu
+from align.models.hunyuan.moe import Experts, MoeBlock, Router, RouterReport, Routing, SwiGlu, report_routing
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
 
 
 @dataclass
 class HunYuanModelOutput(ModelOutput):
-    """last_hidden_state [B, T, D]; aux_loss: balance loss averaged over MoE layers; expert_load: [E] for each MoE
-    layer; routing: logits, experts and weights for each MoE layer, when `output_router_logits`."""
+    """last_hidden_state [B, T, D]. With `output_router_logits`: aux_loss, the balance loss averaged over MoE layers;
+    router, all that is measured of the routers; router_logits, [B * T, E] a MoE layer."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
-    expert_load: tuple[Tensor, ...] | None = None
+    router: RouterReport | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class HunYuanCausalLMOutput(ModelOutput):
-    """loss: cross entropy + router_aux_loss_coef * aux_loss; logits [B, T, V]; the rest as `HunYuanModelOutput`."""
+    """loss: cross entropy and the router's losses by their coefficients; logits [B, T, V]; the rest as
+    `HunYuanModelOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
-    expert_load: tuple[Tensor, ...] | None = None
+    router: RouterReport | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 
@@ -58,6 +58,7 @@ class HunYuanSequenceClassifierOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
+    router: RouterReport | None = None
 
 
 class RMSNorm(nn.Module):
@@ -173,11 +174,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_BTD: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
+    def forward(
+        self, hidden_BTD: Tensor, token_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
+        """token_mask [B * T]: 0 for padding."""
         attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
         hidden_BTD = hidden_BTD + self.dropout(attended)
-        output = self.mlp(self.post_attention_layernorm(hidden_BTD))
-        output, routing = output if isinstance(self.mlp, MoeBlock) else (output, None)
+        normed = self.post_attention_layernorm(hidden_BTD)
+        output, routing = self.mlp(normed, token_mask) if isinstance(self.mlp, MoeBlock) else (self.mlp(normed), None)
         return hidden_BTD + self.dropout(output), shared_kv, routing
 
 
@@ -191,6 +195,16 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Keys, values and routing pass between layers beside the hidden state; reentrant checkpointing would cut
+        their gradient, so it raises `ValueError`."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
+        super().gradient_checkpointing_enable(settings, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -252,12 +266,16 @@ class HunYuanModel(HunYuanPreTrainedModel):
         )
         rotation = rotation_tables(self.inv_freq, position_ids, hidden.dtype)
 
+        token_mask = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -hidden.shape[1] :].reshape(-1)
         states: list[Tensor] = [hidden]
         routings: list[Routing] = []
         shared_kv = None
         for layer in self.layers:
             hidden, shared_kv, routing = layer(
                 hidden,
+                token_mask=token_mask,
                 rotation=rotation,
                 attention_mask=causal_mask,
                 shared_kv=shared_kv,
@@ -270,32 +288,19 @@ class HunYuanModel(HunYuanPreTrainedModel):
         hidden = self.norm(hidden)
         states[-1] = hidden
         want_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        aux_loss, load = routing_summary(routings, attention_mask, hidden) if want_routing else (None, None)
+        report = None
+        if want_routing and routings:
+            report = report_routing(
+                routings, hidden.new_ones(hidden[..., 0].numel()) if token_mask is None else token_mask
+            )
         return HunYuanModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
-            aux_loss=aux_loss,
-            expert_load=load,
+            aux_loss=report.balance_loss if report else None,
+            router=report,
             router_logits=tuple(r.logits_TE for r in routings) if want_routing else None,
         )
-
-
-def routing_summary(
-    routings: list[Routing], attention_mask: Tensor | None, hidden_BTD: Tensor
-) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
-    """Balance loss averaged over MoE layers and each layer's load [E]; padding does not count."""
-    if not routings:
-        return None, None
-    batch, length, _ = hidden_BTD.shape
-    if attention_mask is None or attention_mask.ndim != 2:
-        mask = torch.ones(batch * length, device=hidden_BTD.device)
-    else:
-        mask = attention_mask[:, -length:].reshape(-1)
-    losses = [balance_loss(r.logits_TE, r.experts_Tk, mask) for r in routings]
-    with torch.no_grad():
-        load = tuple(expert_load(r.experts_Tk, r.logits_TE.shape[-1], mask) for r in routings)
-    return torch.stack(losses).mean(), load
 
 
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
@@ -339,15 +344,15 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
-            if outputs.aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+            if outputs.router is not None:
+                loss = loss + outputs.router.loss(self.config).to(loss.device)
         return HunYuanCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             aux_loss=outputs.aux_loss,
-            expert_load=outputs.expert_load,
+            router=outputs.router,
             router_logits=outputs.router_logits,
         )
 
@@ -386,5 +391,8 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
             last = (attention_mask * positions).argmax(dim=-1)
         logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
         return HunYuanSequenceClassifierOutput(
-            logits=logits, past_key_values=outputs.past_key_values, aux_loss=outputs.aux_loss
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            aux_loss=outputs.aux_loss,
+            router=outputs.router,
         )

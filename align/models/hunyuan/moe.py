@@ -5,34 +5,81 @@ Shapes: T tokens, D hidden, E experts, k experts a token, F expert width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
 from align.models.hunyuan.configuration import HunYuanConfig
 
 
 class Routing(NamedTuple):
-    """Where tokens go: `logits_TE` fp32, `experts_Tk` int64, `weights_Tk` fp32."""
+    """Where tokens go: `logits_TE` fp32, `chosen_Tk` the router's choice, `experts_Tk` what is left of it under a
+    capacity (-1: nowhere), both int64, and `weights_Tk` fp32."""
 
     logits_TE: Tensor
+    chosen_Tk: Tensor
     experts_Tk: Tensor
     weights_Tk: Tensor
 
 
-def route(logits_TE: Tensor, top_k: int) -> Routing:
+def route(logits_TE: Tensor, top_k: int, place: Callable[[Tensor], Tensor] | None = None) -> Routing:
     """Pick each token's experts and their combine weights.
 
     One expert: its softmax probability, so that the router has a gradient. Several: their probabilities renormalised
-    to sum to one (Hunyuan-Large report, section 2.2; the released code).
+    to sum to one (Hunyuan-Large report, section 2.2; the released code). `place` maps the choice to where tokens go:
+    a token that was moved is weighted by its own probability for the new expert, one that was dropped keeps its part
+    of the sum.
     """
     probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
-    weights, experts = probabilities.topk(top_k, dim=-1)
+    weights, chosen = probabilities.topk(top_k, dim=-1)
+    experts = chosen
+    if place is not None:
+        experts = place(chosen)
+        weights = probabilities.gather(1, torch.where(experts < 0, chosen, experts))
     if top_k > 1:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
-    return Routing(logits_TE, experts, weights)
+    return Routing(logits_TE, chosen, experts, weights)
+
+
+def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
+    """Assignments that one expert may take."""
+    return math.ceil(factor * top_k * tokens / num_experts)
+
+
+def limit_capacity(
+    experts_Tk: Tensor, num_experts: int, factor: float, *, recycle: bool, mask_T: Tensor | None = None
+) -> Tensor:
+    """Where tokens go when no expert takes more than its capacity: [T, k], -1 for nowhere.
+
+    Assignments arrive in order, all first choices before all second ones. One that finds its expert full goes to a
+    free slot drawn uniformly from all that are left (recycle), else nowhere. Tokens whose `mask_T` is 0 take no slot.
+    Random numbers come from torch's global generator, which activation checkpointing rewinds.
+    Source: Hunyuan-Large report, section 2.2 and figure 2.
+    """
+    tokens, top_k = experts_Tk.shape
+    flat = experts_Tk.T.flatten()
+    valid = torch.ones_like(flat, dtype=torch.bool) if mask_T is None else mask_T.bool().repeat(top_k)
+    slots = capacity(factor, int(valid.sum()) // top_k, top_k, num_experts)
+    # Padding is counted as an expert of its own, which has no capacity.
+    bucket = torch.where(valid, flat, num_experts)
+    counts = torch.bincount(bucket, minlength=num_experts + 1)
+    order = bucket.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[bucket[order]]
+    placed = torch.where(valid & (rank < slots), flat, -1)
+    if recycle:
+        waiting = (valid & (rank >= slots)).nonzero().squeeze(1)
+        room = (slots - counts[:num_experts]).clamp_min(0)
+        free = torch.arange(num_experts, device=flat.device).repeat_interleave(room)
+        free = free[torch.randperm(len(free), device=flat.device)[: len(waiting)]]
+        placed[waiting[: len(free)]] = free
+    return placed.view(top_k, tokens).T.contiguous()
 
 
 class Router(nn.Module):
@@ -41,11 +88,23 @@ class Router(nn.Module):
     def __init__(self, config: HunYuanConfig, layer: int):
         super().__init__()
         self.top_k = config.top_k_in(layer)
+        self.capacity_factor = config.capacity_factor_in(layer) if config.moe_drop_tokens else None
+        self.recycle = config.moe_random_routing_dropped_token
         self.weight = nn.Parameter(torch.empty(config.experts_in(layer), config.hidden_size))
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+        """mask_T: 0 for padding, which takes no expert's capacity. Capacity limits training only."""
         logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
-        return route(logits, self.top_k)
+        if self.capacity_factor is None or not self.training:
+            return route(logits, self.top_k)
+        limit = partial(
+            limit_capacity,
+            num_experts=len(self.weight),
+            factor=self.capacity_factor,
+            recycle=self.recycle,
+            mask_T=mask_T,
+        )
+        return route(logits, self.top_k, limit)
 
 
 class Experts(nn.Module):
@@ -60,15 +119,16 @@ class Experts(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Sum over a token's experts of weight * expert(token).
+        """Sum over a token's experts of weight * expert(token); -1 stands for no expert.
 
         Tokens are sorted by expert, so that each expert is one dense product over its own rows and no work is done for
         a token that an expert does not have.
         """
         top_k = experts_Tk.shape[1]
-        order = experts_Tk.flatten().argsort(stable=True)
+        flat = experts_Tk.flatten()
+        nowhere, *counts = torch.bincount(flat + 1, minlength=self.num_experts + 1).tolist()
+        order = flat.argsort(stable=True)[nowhere:]
         token = order // top_k
-        counts = torch.bincount(experts_Tk.flatten(), minlength=self.num_experts).tolist()
         outputs = []
         for expert, rows in enumerate(hidden_TD[token].split(counts)):
             # An expert without tokens still takes part, so that its gradient is zero and not missing.
@@ -103,10 +163,65 @@ class MoeBlock(nn.Module):
         width = config.shared_width(layer)
         self.shared_mlp = SwiGlu(config, width) if width else None
 
-    def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, hidden_BTD: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """mask_T: 0 for padding, over all tokens of the batch."""
         hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        routing = self.gate(hidden_TD)
+        routing = self.gate(hidden_TD, mask_T)
         output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk).view_as(hidden_BTD)
         if self.shared_mlp is not None:
             output = output + self.shared_mlp(hidden_BTD)
         return output, routing
+
+
+class RouterReport(NamedTuple):
+    """What the routers did in one forward pass: means over MoE layers and valid tokens; scalars but for `load`.
+
+    balance_loss and z_loss have a gradient. load: [E] a layer, of the routers' choice. entropy in nats. recycled and
+    dropped: shares of the assignments that a full expert sent elsewhere or nowhere.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load: tuple[Tensor, ...]
+    entropy: Tensor
+    recycled: Tensor
+    dropped: Tensor
+
+    def loss(self, config: HunYuanConfig) -> Tensor:
+        """What is added to the training loss."""
+        return config.router_aux_loss_coef * self.balance_loss + config.router_z_loss_coef * self.z_loss
+
+    def metrics(self) -> dict[str, float]:
+        """For the log. expert_load_max: the busiest expert's load times E, averaged over layers; 1 is even."""
+        load_max = torch.stack([load.max() * load.numel() for load in self.load]).mean()
+        return {
+            "aux_loss": self.balance_loss.item(),
+            "router_z_loss": self.z_loss.item(),
+            "router_entropy": self.entropy.item(),
+            "expert_load_max": load_max.item(),
+            "recycled_share": self.recycled.item(),
+            "dropped_share": self.dropped.item(),
+        }
+
+
+def report_routing(routings: list[Routing], mask_T: Tensor) -> RouterReport:
+    """Summarise the layers' routings; tokens whose mask is 0 do not count."""
+    mask = mask_T.float()
+
+    def mean(measure: Callable[[Routing], Tensor]) -> Tensor:
+        return torch.stack([measure(routing) for routing in routings]).mean()
+
+    def share(moved: Callable[[Routing], Tensor]) -> Tensor:
+        return mean(lambda r: (moved(r) * mask[:, None]).sum() / (mask.sum() * r.chosen_Tk.shape[1]).clamp_min(1.0))
+
+    balance = mean(lambda r: balance_loss(r.logits_TE, r.chosen_Tk, mask))
+    z_loss = mean(lambda r: router_z_loss(r.logits_TE, mask))
+    with torch.no_grad():
+        return RouterReport(
+            balance_loss=balance,
+            z_loss=z_loss,
+            load=tuple(expert_load(r.chosen_Tk, r.logits_TE.shape[-1], mask) for r in routings),
+            entropy=mean(lambda r: router_entropy(r.logits_TE, mask)),
+            recycled=share(lambda r: (r.experts_Tk != r.chosen_Tk) & (r.experts_Tk >= 0)),
+            dropped=share(lambda r: r.experts_Tk < 0),
+        )

@@ -80,6 +80,20 @@ def test_default_system_with_quotes_is_carried_over(tokenizer):
     assert new.apply_chat_template(TALK, tokenize=False) == before
 
 
+def test_the_default_system_turn_can_be_replaced_or_left_out(tokenizer):
+    user = TALK[:1] if TALK[0]["role"] == "user" else TALK[1:2]
+    new = with_template(tokenizer, PUBLISHED_SMOLLM2)
+    assert "named SmolLM" in new.apply_chat_template(user, tokenize=False)
+    chat.set_system_prompt(new, "Say it's short.")
+    assert new.apply_chat_template(user, tokenize=False).startswith("<|im_start|>system\nSay it's short.<|im_end|>\n")
+    chat.check_template(new)
+    chat.set_system_prompt(new, "")
+    assert new.apply_chat_template(user, tokenize=False).startswith("<|im_start|>user")
+    other = with_template(tokenizer, "{{ messages[0].content }}")
+    with pytest.raises(UserError, match="not ChatML"):
+        chat.set_system_prompt(other, "")
+
+
 @pytest.mark.parametrize(
     "template",
     [

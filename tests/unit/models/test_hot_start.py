@@ -43,7 +43,7 @@ def test_experts_diverge_and_share_the_load(dense) -> None:
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for layer, load in zip(grown.model.layers, output.expert_load):
+    for layer, load in zip(grown.model.layers, output.router.load):
         down = layer.mlp.experts.down_proj
         assert load.min() > 0.05, load
         for a in range(4):

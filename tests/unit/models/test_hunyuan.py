@@ -108,7 +108,7 @@ def test_padding_does_not_count_in_the_balance_loss() -> None:
     alone = model(ids, output_router_logits=True)
     together = model(padded, attention_mask=mask, output_router_logits=True)
     torch.testing.assert_close(alone.aux_loss, together.aux_loss)
-    assert all(torch.allclose(a, b) for a, b in zip(alone.expert_load, together.expert_load))
+    assert all(torch.allclose(a, b) for a, b in zip(alone.router.load, together.router.load))
 
 
 def test_the_balance_loss_reaches_the_router() -> None:

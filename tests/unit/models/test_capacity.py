@@ -1,0 +1,192 @@
+"""Capacity and recycle routing: exact counts, nothing lost while there is room, uniform over free slots."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan.moe import Experts, Router, limit_capacity, route
+
+
+def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
+    return [int((experts == expert).sum()) for expert in range(num_experts)]
+
+
+def by_hand(chosen: list[list[int]], num_experts: int, slots: int) -> list[list[int]]:
+    """Plain dropping as a loop: first choices of all tokens, then second ones."""
+    taken, placed = [0] * num_experts, [[-1] * len(row) for row in chosen]
+    for choice in range(len(chosen[0])):
+        for token, row in enumerate(chosen):
+            if taken[row[choice]] < slots:
+                taken[row[choice]] += 1
+                placed[token][choice] = row[choice]
+    return placed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dropping_is_what_a_loop_does(seed) -> None:
+    torch.manual_seed(seed)
+    tokens, num_experts, top_k = int(torch.randint(1, 40, ())), int(torch.randint(2, 9, ())), 1 + seed % 2
+    factor = 0.5 + 0.25 * (seed % 5)
+    chosen = torch.randn(tokens, num_experts).topk(top_k).indices
+    slots = math.ceil(factor * top_k * tokens / num_experts)
+    placed = limit_capacity(chosen, num_experts, factor, recycle=False)
+    assert placed.tolist() == by_hand(chosen.tolist(), num_experts, slots)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, 1.5])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_recycling_loses_nothing_while_capacity_allows(factor, top_k) -> None:
+    torch.manual_seed(1)
+    skewed = torch.randn(64, 8) + torch.tensor([3.0, 2.0, 1.0, 0, 0, 0, 0, 0])
+    chosen = skewed.topk(top_k).indices
+    placed = limit_capacity(chosen, 8, factor, recycle=True)
+    assert (placed >= 0).all()
+    assert max(counts(placed, 8)) <= math.ceil(factor * top_k * 64 / 8)
+    kept = limit_capacity(chosen, 8, factor, recycle=False)
+    assert (placed[kept >= 0] == kept[kept >= 0]).all(), "a token that fits stays where the router sent it"
+    assert (kept < 0).any()
+
+
+def test_too_little_capacity_drops_exactly_the_rest() -> None:
+    chosen = torch.zeros(20, 1, dtype=torch.long)
+    placed = limit_capacity(chosen, 4, 0.6, recycle=True)
+    assert counts(placed, 4) == [3, 3, 3, 3]
+    assert int((placed < 0).sum()) == 8
+
+
+def test_the_reports_example() -> None:
+    """Capacity 2, tokens A..D; the third that wants expert 1 finds it full and lands on one with room."""
+    chosen = torch.tensor([[1], [1], [0], [1]])
+    landed = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        placed = limit_capacity(chosen, 4, 2.0, recycle=True)
+        assert placed[:3].tolist() == [[1], [1], [0]]
+        landed.add(int(placed[3, 0]))
+    assert landed == {0, 2, 3}
+
+
+def test_free_slots_are_drawn_uniformly() -> None:
+    """40 tokens want expert 0, 4 want expert 1: slots of 10 leave 6, 10 and 10 free. Chi-square at the 0.1 % level."""
+    chosen = torch.tensor([[0]] * 40 + [[1]] * 4)
+    torch.manual_seed(0)
+    seen = torch.zeros(4)
+    rounds = 400
+    for _ in range(rounds):
+        placed = limit_capacity(chosen, 4, 10 * 4 / 44, recycle=True)
+        first = int(placed[10, 0])  # one overflowing token: its slot is uniform over the 26 free ones
+        if first >= 0:
+            seen[first] += 1
+    # 30 tokens wait for 26 slots in order of arrival, so the first one always finds one.
+    assert seen.sum() == rounds
+    expected = rounds * torch.tensor([6.0, 10.0, 10.0]) / 26
+    chi_square = ((seen[1:] - expected) ** 2 / expected).sum().item()
+    assert seen[0] == 0
+    assert chi_square < 13.8  # 2 degrees of freedom
+
+
+def test_the_seed_decides() -> None:
+    chosen = torch.randint(0, 2, (50, 1))
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(limit_capacity(chosen, 8, 1.0, recycle=True).tolist())
+    assert results[0] == results[1] != results[2]
+
+
+def test_padding_takes_no_slot() -> None:
+    chosen = torch.tensor([[0]] * 6 + [[0], [1], [2], [3]])
+    mask = torch.tensor([0] * 6 + [1] * 4)
+    placed = limit_capacity(chosen, 4, 1.0, recycle=True, mask_T=mask)
+    assert placed.flatten().tolist() == [-1] * 6 + [0, 1, 2, 3]
+
+
+def test_a_recycled_token_is_weighted_by_its_probability_for_the_new_expert() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5], [3.0, 0.0, 1.0]])
+    moved = route(logits, 1, lambda chosen: torch.tensor([[1], [2]]))
+    probabilities = logits.softmax(-1)
+    assert moved.weights_Tk.flatten().tolist() == pytest.approx(
+        [probabilities[0, 1].item(), probabilities[1, 2].item()]
+    )
+    assert moved.chosen_Tk.flatten().tolist() == [0, 0]
+    pair = route(logits, 2, lambda chosen: torch.tensor([[0, 2], [0, -1]]))
+    first = probabilities[0, [0, 2]] / probabilities[0, [0, 2]].sum()
+    torch.testing.assert_close(pair.weights_Tk[0], first)
+    torch.testing.assert_close(pair.weights_Tk[1, 0], probabilities[1, 0] / probabilities[1, [0, 2]].sum())
+
+
+def test_a_dropped_token_gets_nothing_and_the_others_what_they_had() -> None:
+    torch.manual_seed(0)
+    config = HunYuanConfig(hidden_size=8, intermediate_size=6, num_experts=3, num_attention_heads=2)
+    experts = Experts(config, 0)
+    torch.nn.init.normal_(experts.gate_up_proj)
+    torch.nn.init.normal_(experts.down_proj)
+    hidden, weights = torch.randn(5, 8), torch.rand(5, 1)
+    chosen = torch.tensor([[0], [2], [2], [0], [1]])
+    whole = experts(hidden, chosen, weights)
+    some = chosen.clone()
+    some[2] = -1
+    part = experts(hidden, some, weights)
+    assert part[2].abs().max() == 0
+    torch.testing.assert_close(part[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+
+
+def tiny(**changes) -> HunYuanForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return HunYuanForCausalLM(HunYuanConfig(**(sizes | heads | changes)))
+
+
+def test_capacity_limits_training_only() -> None:
+    ids = torch.randint(0, 64, (4, 16))
+    limited = tiny(moe_drop_tokens=True, moe_random_routing_dropped_token=True, capacity_factor=1.0)
+    free = tiny()
+    torch.testing.assert_close(limited.eval()(ids).logits, free.eval()(ids).logits)
+    report = limited.train()(ids, output_router_logits=True).router
+    assert report.recycled > 0
+    assert report.dropped == 0
+    assert max(load.max() for load in report.load) > 0.25, "the load that is reported is the router's choice"
+    assert free.train()(ids, output_router_logits=True).router.recycled == 0
+    dropping = tiny(moe_drop_tokens=True, capacity_factor=1.0).train()(ids, output_router_logits=True).router
+    assert dropping.dropped > 0
+    assert dropping.recycled == 0
+
+
+def test_every_layer_may_have_its_own_capacity() -> None:
+    model = tiny(moe_drop_tokens=True, capacity_factor=[1.0, 4.0])
+    assert [layer.mlp.gate.capacity_factor for layer in model.model.layers] == [1.0, 4.0]
+
+
+def test_activation_checkpointing_draws_the_same_slots() -> None:
+    ids = torch.randint(0, 64, (4, 16))
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny(moe_drop_tokens=True, moe_random_routing_dropped_token=True, hidden_dropout=0.1).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        model(ids, labels=ids, output_router_logits=True).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "experts" in name or "gate" in name})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="use_reentrant"):
+        tiny().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_the_router_limits_itself_only_in_training() -> None:
+    config = HunYuanConfig(
+        hidden_size=8, num_experts=4, num_attention_heads=2, moe_drop_tokens=True, capacity_factor=0.5
+    )
+    router = Router(config, 0)
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(16, 8)
+    assert (router.eval()(hidden).experts_Tk >= 0).all()
+    assert (router.train()(hidden).experts_Tk < 0).any()
