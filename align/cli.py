@@ -84,6 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="JSON instead of YAML")
     show.set_defaults(command=_show)
 
+    show_model = commands.add_parser(
+        "show-model",
+        help="what a model costs",
+        description="Parameters, cache, arithmetic and memory of a preset or a checkpoint, without loading weights.",
+    )
+    show_model.add_argument("model", help="hunyuan-large, medium, small, tiny, or a folder with config.json")
+    show_model.add_argument("--context", type=int, default=4096, help="earlier tokens that a token attends to")
+    show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    show_model.set_defaults(command=_show_model)
+
     report = commands.add_parser(
         "report",
         help="write a run's report again",
@@ -133,7 +143,66 @@ def build_parser() -> argparse.ArgumentParser:
     )
     hot_start.add_argument("--seed", type=int, default=0)
     hot_start.set_defaults(command=_hot_start)
+    tokenizer = kinds.add_parser(
+        "tokenizer",
+        help="turn the released hy.tiktoken into a fast tokenizer",
+        description="Write a fast tokenizer with the released special tokens and a chat template that marks "
+        "assistant turns.",
+    )
+    tokenizer.add_argument("source", type=Path, metavar="hy.tiktoken", help="the released vocabulary file")
+    tokenizer.add_argument("target", type=Path, help="folder to write, for example that of the checkpoint")
+    tokenizer.set_defaults(command=_tokenizer)
     return parser
+
+
+def _show_model(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from align.models.hunyuan import HunYuanConfig
+    from align.models.hunyuan.presets import PRESETS, model_cost
+    from align.train.checkpoint import check_checkpoint, checked_config
+
+    folder = Path(options.model)
+    if options.context < 0:
+        raise UserError(f"--context {options.context}: must be 0 or more.")
+    if options.model in PRESETS:
+        config = HunYuanConfig(**PRESETS[options.model])
+    elif (folder / "config.json").is_file():
+        config = checked_config(check_checkpoint(folder, weights=False), str(folder), "restore the published value")
+    else:
+        raise UserError(
+            f"'{options.model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; give one."
+        )
+    cost = model_cost(config, options.context)
+    if options.json:
+        print(json.dumps(asdict(cost), indent=2))
+        return
+    share = 100 * cost.cache_bytes_per_token / cost.cache_bytes_multi_head
+    rows = [
+        ("parameters", f"{cost.parameters:,} ({_short(cost.parameters)})"),
+        ("active a token", f"{cost.active_parameters:,} ({_short(cost.active_parameters)})"),
+        ("FLOPs a token, forward", f"{_short(cost.flops_per_token)} at a context of {cost.context:,}"),
+        ("weights in bf16", f"{cost.weight_bytes / 2**30:,.2f} GiB"),
+        ("cache a token in bf16", f"{cost.cache_bytes_per_token:,} bytes"),
+        ("  without sharing layers", f"{cost.cache_bytes_unshared:,} bytes"),
+        ("  multi-head attention", f"{cost.cache_bytes_multi_head:,} bytes, of which ours is {share:.1f} %"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(int(number))
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    from align.models.hunyuan.tokenization import convert_tokenizer
+
+    tokenizer = convert_tokenizer(options.source, options.target)
+    print(f"{options.target}: {len(tokenizer):,} tokens")
 
 
 def _run(options: argparse.Namespace) -> None:

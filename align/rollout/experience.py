@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from align.losses.logprobs import token_entropy, token_logprobs
+from align.losses.linear_head import linear_logprobs
 from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 
@@ -130,10 +130,8 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> Po
         use_cache=False,
         output_router_logits=True,
     )
-    logits = model.lm_head(predicting_hidden(outputs.last_hidden_state, batch))
-    logprobs = token_logprobs(logits, completion_tokens(batch), temperature)
-    with torch.no_grad():
-        entropy = token_entropy(logits.detach(), temperature)
+    hidden = predicting_hidden(outputs.last_hidden_state, batch)
+    logprobs, entropy = linear_logprobs(hidden, model.lm_head.weight, completion_tokens(batch), temperature)
     return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router)
 
 

@@ -29,8 +29,11 @@ from align.train.run_folder import replace_folder
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The config.json of a HunYuan checkpoint whose weights are safetensors; raises `UserError` for anything else."""
+def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
+    """The config.json of a HunYuan checkpoint whose weights are safetensors; raises `UserError` for anything else.
+
+    weights: False where the configuration alone is of interest.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there; give the folder of a checkpoint.")
@@ -46,7 +49,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             f"{folder}: a checkpoint of type '{kind}', but align trains '{HunYuanConfig.model_type}' models; "
             "a Llama-type one can be grown with `align convert hot-start`."
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
     settings = checked_config(config, str(path), "restore the value that the model was trained with")
     return {**config, "vocab_size": settings.vocab_size}

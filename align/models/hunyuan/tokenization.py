@@ -1,0 +1,119 @@
+"""The released tokenizer (hy.tiktoken) as a fast tokenizer of transformers, with a template that marks assistant turns.
+
+Facts from the released tokenizer: byte-level BPE after NFC, single digits, 209 special tokens behind the last rank.
+The vocabulary file itself is Tencent's and is never part of this project.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from align.errors import UserError
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where BPE may not merge across: contractions, words, single digits, punctuation, white space."""
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"] + [
+    f"<|extra_{number}|>" for number in range(204)
+]
+
+CHAT_TEMPLATE = (
+    "{%- set headed = messages and messages[0]['content'] != '' -%}"
+    "{%- for message in messages -%}"
+    "{%- set text = message['content'] -%}"
+    "{%- if loop.first and message['role'] == 'system' and headed -%}"
+    "{{- '<|startoftext|>' + text + '<|extra_4|>' -}}"
+    "{%- elif message['role'] == 'user' -%}"
+    # The released template opens a user turn that follows an empty first message twice; so do we.
+    "{%- if loop.index0 != 1 or not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
+    "{%- if loop.index0 == 1 and not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
+    "{{- text + '<|extra_0|>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- text + '<|eos|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- text -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""Renders as the released template does: STARTOFTEXT system EXTRA_4 user EXTRA_0 assistant EOS."""
+
+
+def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
+    """Read a hy.tiktoken file and write tokenizer.json, tokenizer_config.json and the chat template to `target`."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer(read_ranks(source)),
+        bos_token="<|startoftext|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=131_072,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(target)
+    return tokenizer
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Token to rank from lines of `base64 rank`; a `UserError` names the line that is anything else."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the released hy.tiktoken file.") from None
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            piece = base64.b64decode(token, validate=True)
+            if int(rank) != len(ranks) or piece in ranks:
+                raise ValueError
+        except (ValueError, binascii.Error):
+            raise UserError(
+                f"{path}: line {number} is not the base64 of a new token and its rank {len(ranks)}; give the released "
+                "hy.tiktoken file, unchanged."
+            ) from None
+        ranks[piece] = len(ranks)
+    if not ranks:
+        raise UserError(f"{path}: the file is empty; give the released hy.tiktoken file.")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise UserError(f"{path}: has no token for the byte {missing[0]}, so not every text could be encoded.")
+    return ranks
+
+
+def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL_TOKENS) -> Tokenizer:
+    """Byte-level BPE whose merges are those that tiktoken would make: the pair of lowest rank first."""
+    letters = _byte_letters()
+
+    def spell(piece: bytes) -> str:
+        return "".join(letters[byte] for byte in piece)
+
+    merges = []
+    for token, rank in ranks.items():
+        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        known = [(ranks[left], ranks[right], left, right) for left, right in pairs if left in ranks and right in ranks]
+        merges += [(rank, *ids, spell(left), spell(right)) for *ids, left, right in sorted(known)]
+    merges.sort()
+    model = BPE({spell(token): rank for token, rank in ranks.items()}, [m[-2:] for m in merges], ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter by which `tokenizers` writes each byte (Radford et al. 2019, GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

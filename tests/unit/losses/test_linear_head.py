@@ -1,0 +1,101 @@
+"""The chunked head against the plain one: values, gradients, temperature, ignored targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align.losses import linear_head
+from align.losses.linear_head import linear_cross_entropy, linear_logprobs
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Seven tokens at a time, so that 23 need four chunks, the last one shorter."""
+    monkeypatch.setattr(linear_head, "CHUNK_BYTES", 7 * 50 * 4)
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 16, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    return hidden, weight, torch.randint(0, 50, (23,))
+
+
+def gradients(value, *tensors):
+    return torch.autograd.grad(value, tensors)
+
+
+@pytest.mark.parametrize("count", [None, 40.0])
+def test_cross_entropy_and_its_gradients(inputs, count) -> None:
+    hidden, weight, targets = inputs
+    targets[[0, 7, 22]] = -100
+    ours = linear_cross_entropy(hidden, weight, targets, count=count)
+    logits = (hidden @ weight.T).double()
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / (count or 20)
+    torch.testing.assert_close(ours.double(), plain, atol=1e-6, rtol=0)
+    for a, b in zip(gradients(ours * 3, hidden, weight), gradients(plain * 3, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_everything_ignored_is_zero_with_a_zero_gradient(inputs) -> None:
+    hidden, weight, targets = inputs
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    assert loss.item() == 0
+    assert all(g.abs().max() == 0 for g in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
+    hidden, weight, tokens = inputs
+    logprobs, entropy = linear_logprobs(hidden, weight, tokens, temperature)
+    every = ((hidden @ weight.T).double() / temperature).log_softmax(-1)
+    plain = every.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), plain, atol=2e-6, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(every.exp() * every).sum(-1), atol=2e-6, rtol=0)
+    assert not entropy.requires_grad
+    # Any function of the log-probabilities, as PPO's clipped one.
+    weights = torch.randn(23)
+    ours, theirs = (weights * logprobs.exp()).sum(), (weights * plain.exp()).sum()
+    for a, b in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(inputs, frozen) -> None:
+    hidden, weight, tokens = inputs
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    trained = weight if frozen == "hidden" else hidden
+    plain = (hidden @ weight.T).log_softmax(-1).gather(1, tokens[:, None]).sum()
+    ours = linear_logprobs(hidden, weight, tokens)[0].sum()
+    torch.testing.assert_close(gradients(ours, trained)[0], gradients(plain, trained)[0], atol=2e-6, rtol=1e-5)
+    loss = linear_cross_entropy(hidden, weight, tokens)
+    torch.testing.assert_close(gradients(loss, trained)[0], -gradients(plain_again(hidden, weight, tokens), trained)[0])
+
+
+def plain_again(hidden, weight, tokens):
+    return (hidden @ weight.T).log_softmax(-1).gather(1, tokens[:, None]).mean()
+
+
+def test_bfloat16_agrees_with_float32_within_its_precision(inputs) -> None:
+    hidden, weight, tokens = (t.detach() for t in inputs)
+    exact = linear_logprobs(hidden, weight, tokens)[0]
+    rounded = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), tokens)[0]
+    assert rounded.dtype == torch.float32
+    assert (exact - rounded).abs().max() < 0.2
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([0, 0]))
+    assert logprobs[0].item() == 0
+    assert logprobs[1].item() == pytest.approx(-2e4)
+    assert torch.isfinite(entropy).all()
+    assert all(torch.isfinite(g).all() for g in gradients(logprobs.sum(), hidden, weight))
+
+
+def test_no_tokens_at_all() -> None:
+    logprobs, entropy = linear_logprobs(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropy.shape == (0,)
