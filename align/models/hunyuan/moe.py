@@ -124,19 +124,36 @@ class Experts(nn.Module):
         Tokens are sorted by expert, so that each expert is one dense product over its own rows and no work is done for
         a token that an expert does not have.
         """
-        top_k = experts_Tk.shape[1]
         flat = experts_Tk.flatten()
-        nowhere, *counts = torch.bincount(flat + 1, minlength=self.num_experts + 1).tolist()
-        order = flat.argsort(stable=True)[nowhere:]
-        token = order // top_k
+        bucket = torch.where(flat < 0, self.num_experts, flat)  # tokens without an expert come last
+        order = bucket.argsort(stable=True)
+        token = order // experts_Tk.shape[1]
+        counts = torch.bincount(bucket, minlength=self.num_experts + 1)
+        if hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16:
+            outputs = self.grouped(hidden_TD[token], counts)
+        else:
+            outputs = self.one_by_one(hidden_TD[token], counts)
+        weights = weights_Tk.flatten()[order].to(hidden_TD.dtype)
+        return torch.zeros_like(hidden_TD).index_add(0, token, outputs * weights[:, None])
+
+    def one_by_one(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
+        """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
+        *mine, rest = rows_ND.split(counts.tolist())
         outputs = []
-        for expert, rows in enumerate(hidden_TD[token].split(counts)):
+        for expert, rows in enumerate(mine):
             # An expert without tokens still takes part, so that its gradient is zero and not missing.
             gate, up = nn.functional.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
             outputs.append(nn.functional.linear(self.act(gate) * up, self.down_proj[expert]))
-        weights = weights_Tk.flatten()[order].to(hidden_TD.dtype)
-        weighted = torch.cat(outputs) * weights[:, None]
-        return torch.zeros_like(hidden_TD).index_add(0, token, weighted)
+        return torch.cat([*outputs, torch.zeros_like(rest)])
+
+    def grouped(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
+        """The same as two grouped products, which never wait for the counts to reach the host."""
+        ends = counts[:-1].cumsum(0).to(torch.int32)
+        gate, up = nn.functional.grouped_mm(rows_ND, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        outputs = nn.functional.grouped_mm(self.act(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        # What lies behind the last group was never written.
+        written = torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1]
+        return torch.where(written[:, None], outputs, 0)
 
 
 class SwiGlu(nn.Module):

@@ -135,6 +135,24 @@ def test_a_dropped_token_gets_nothing_and_the_others_what_they_had() -> None:
     torch.testing.assert_close(part[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
 
 
+def test_grouped_products_compute_what_the_loop_does() -> None:
+    torch.manual_seed(0)
+    config = HunYuanConfig(hidden_size=16, intermediate_size=8, num_experts=3, num_attention_heads=2)
+    experts = Experts(config, 0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows, counts, factors = torch.randn(9, 16), torch.tensor([4, 0, 3, 2]), torch.randn(9, 16)
+    results = []
+    for way in (experts.one_by_one, experts.grouped):
+        experts.zero_grad()
+        output = way(rows, counts)
+        (output * factors).sum().backward()
+        results.append((output.detach(), experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()))
+    assert results[0][0][7:].abs().max() == 0
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
+
+
 def tiny(**changes) -> HunYuanForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_experts": 4}
