@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,8 +16,9 @@ from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan.presets import PRESETS
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
-from align.train.run_folder import StageContext, remove_folder, replace_folder
+from align.train.run_folder import StageContext, remove_folder, replace_folder, write_json
 
 
 def run(context: StageContext) -> dict:
@@ -39,8 +41,10 @@ def run(context: StageContext) -> dict:
             tokenizer = AutoTokenizer.from_pretrained(target)
             set_system_prompt(tokenizer, model.system_prompt)
             tokenizer.save_pretrained(target)
+        _change_config(target, model.config)
     elif isinstance(model, PretrainedModel):
-        _link_pretrained(model, target)
+        source = _find_pretrained(model)
+        replace_folder(target, lambda folder: _link_pretrained(source, folder, model.config))
     else:
         assert_never(model)
     parameters = count_parameters(load_policy(target, context.recipe.dtype))
@@ -61,20 +65,38 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
         tokenizer = train_tokenizer(texts, settings.tokenizer.vocab_size)
-    unknown = sorted(set(settings.config) - set(HunYuanConfig.__dataclass_fields__))
-    if unknown:
-        near = get_close_matches(unknown[0], HunYuanConfig.__dataclass_fields__, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration{hint}")
+    _require_known(settings.config)
+    sizes = PRESETS[settings.preset] if settings.preset else {}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids, **settings.config}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
+    values = {**sizes, **tokens, **settings.config}
     config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
     HunYuanForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _link_pretrained(model: PretrainedModel, target: Path) -> None:
+def _require_known(config: dict[str, Any]) -> None:
+    unknown = sorted(set(config) - set(HunYuanConfig.__dataclass_fields__))
+    if unknown:
+        near = get_close_matches(unknown[0], HunYuanConfig.__dataclass_fields__, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration{hint}")
+
+
+def _change_config(folder: Path, changes: dict[str, Any]) -> None:
+    """Write the changed keys into a checkpoint's config.json."""
+    if not changes:
+        return
+    _require_known(changes)
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    checked_config(config, "model.config", "change it")
+    path.unlink()  # perhaps a link into the original checkpoint
+    write_json(path, config)
+
+
+def _find_pretrained(model: PretrainedModel) -> Path:
     source = Path(model.path)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
@@ -88,6 +110,12 @@ def _link_pretrained(model: PretrainedModel, target: Path) -> None:
                 "check the spelling, or download the checkpoint and give its folder."
             ) from None
     check_checkpoint(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_folder(target)
-    target.symlink_to(source.resolve(), target_is_directory=True)
+    return source
+
+
+def _link_pretrained(source: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """The checkpoint's files as links: nothing large is copied, and nothing of the original is changed."""
+    for file in source.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file.resolve())
+    _change_config(folder, changes)

@@ -37,7 +37,9 @@ class ScratchModel(Part):
     """A HunYuan model with random weights."""
 
     kind: Literal["scratch"]
-    config: dict[str, Any]
+    preset: Literal["hunyuan-large", "medium", "small", "tiny"] | None = None
+    """Named sizes to start from (`align show-model NAME`); `config` changes them."""
+    config: dict[str, Any] = Field(default_factory=dict)
     """Keys of `HunYuanConfig`, as in a published config.json; `vocab_size` comes from the tokenizer."""
     tokenizer: Annotated[
         Annotated[ScratchTokenizer, Tag("to_train")] | Annotated[str, Tag("path")],
@@ -52,6 +54,8 @@ class PretrainedModel(Part):
     kind: Literal["pretrained"]
     path: str
     """A folder with config.json and safetensors, or a hub id."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the checkpoint's config.json to change, such as dropout, capacity or the router's loss weights."""
 
 
 class HotStartModel(Part):
@@ -68,6 +72,8 @@ class HotStartModel(Part):
     """Intermediate size of one routed expert; by default the dense width / experts. Must divide the dense width."""
     system_prompt: str | None = None
     """Replaces the system turn that the source's ChatML template puts before every conversation ("" for none)."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `HunYuanConfig` to change after growing, such as dropout, capacity or the router's loss weights."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> HotStartModel:

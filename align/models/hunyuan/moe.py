@@ -139,11 +139,13 @@ class Experts(nn.Module):
     def one_by_one(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
         """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
         *mine, rest = rows_ND.split(counts.tolist())
+        # Once: under LoRA an attribute that is read is a matrix that is made.
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
         outputs = []
         for expert, rows in enumerate(mine):
             # An expert without tokens still takes part, so that its gradient is zero and not missing.
-            gate, up = nn.functional.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            outputs.append(nn.functional.linear(self.act(gate) * up, self.down_proj[expert]))
+            gate, up = nn.functional.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(self.act(gate) * up, down_proj[expert]))
         return torch.cat([*outputs, torch.zeros_like(rest)])
 
     def grouped(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
