@@ -1,0 +1,150 @@
+"""Who computes what the released reference code computes: align, align in vLLM, transformers, vLLM's own.
+
+Compared with outputs of the reference on small random checkpoints in the published layout (`--golden DIR`, or
+$ALIGN_GOLDEN, or ../shared/golden). transformers' `hunyuan_v1_moe` and vLLM (which runs that class for this family) are
+given the same files with the model type that they know. Every row has a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import in_a_process_of_its_own, write
+from safetensors.torch import load_file
+
+CASES = ("top1-cla2-tied", "top2-cla2-untied")
+DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def against(logits: torch.Tensor, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Largest differences where the mask is 1, in logits and in log-probabilities of the next token."""
+    mask = golden["attention_mask"].bool()
+    difference = (logits - golden["logits"])[mask].abs().max().item()
+    ours, theirs = (x.log_softmax(-1)[mask] for x in (logits, golden["logits"]))
+    return {"logits": difference, "log-probabilities": (ours - theirs).abs().max().item()}
+
+
+def greedy_rows(golden: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, 24 tokens that the reference adds) of each row."""
+    rows = [[t for t in row.tolist() if t >= 0] for row in golden["greedy_ids"]]
+    return [(row[:-24], row[-24:]) for row in rows]
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, golden: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
+    ids, mask = golden["input_ids"].long(), golden["attention_mask"].long()
+    found = against(model(ids, attention_mask=mask).logits, golden)
+    same = total = 0
+    for prompt, wanted in greedy_rows(golden):
+        given = torch.tensor([prompt])
+        made = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        same += sum(a == b for a, b in zip(made[0, len(prompt) :].tolist(), wanted, strict=True))
+        total += 24
+    return {**found, "greedy tokens": f"{same} of {total}"}
+
+
+def align_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    from align.models.hunyuan import HunYuanForCausalLM
+
+    return in_transformers(folder, golden, HunYuanForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def known_to_others(folder: Path, target: Path) -> Path:
+    """The same files under the model type that transformers and vLLM have."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "hunyuan_v1_moe", "architectures": ["HunYuanMoEV1ForCausalLM"]}
+    config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def transformers_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    from transformers import HunYuanMoEV1ForCausalLM
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = known_to_others(folder, Path(temporary) / "model")
+        model, info = HunYuanMoEV1ForCausalLM.from_pretrained(copy, dtype=torch.float32, output_loading_info=True)
+    return {**in_transformers(folder, golden, model.eval()), "tensors not found": len(info["missing_keys"])}
+
+
+def in_vllm(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=64 * 2**20,
+        enable_prefix_caching=False,
+    )
+    rows = [r[m.bool()].tolist() for r, m in zip(golden["input_ids"], golden["attention_mask"], strict=True)]
+    scored = llm.generate(
+        [{"prompt_token_ids": row} for row in rows],
+        SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False),
+        use_tqdm=False,
+    )
+    worst = 0.0
+    for row, output, logits in zip(rows, scored, golden["logits"], strict=True):
+        expected = logits[: len(row) - 1].log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        given = torch.tensor([p[t].logprob for p, t in zip(output.prompt_logprobs[1:], row[1:], strict=True)])
+        worst = max(worst, (expected - given).abs().max().item())
+    same = total = 0
+    for prompt, wanted in greedy_rows(golden):
+        (output,) = llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        same += sum(a == b for a, b in zip(output.outputs[0].token_ids, wanted, strict=True))
+        total += 24
+    return {"log-probabilities": worst, "greedy tokens": f"{same} of {total}"}
+
+
+def vllm_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        return in_vllm(known_to_others(folder, Path(temporary) / "model"), golden)
+
+
+ROWS = {
+    "align": align_row,
+    "align in vLLM": in_vllm,
+    "transformers hunyuan_v1_moe": transformers_row,
+    "vLLM hunyuan_v1_moe": vllm_row,
+}
+
+
+def main() -> None:
+    if len(sys.argv) == 4:  # one row, in a process of its own
+        warnings.simplefilter("ignore")
+        folder = Path(sys.argv[3])
+        try:
+            found = ROWS[sys.argv[1]](folder, load_file(folder / "golden.safetensors"))
+        except Exception as error:  # whatever keeps another library from running it is the result
+            found = {"fails": str(error).strip().splitlines()[-1][:200]}
+        print(json.dumps(found))
+        return
+    golden = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("ALIGN_GOLDEN", DEFAULT))
+    if not golden.is_dir():
+        print(f"{golden}: the reference's outputs are not on this machine; nothing to compare")
+        return
+    write("parity", {c: {row: in_a_process_of_its_own(row, c, str(golden / c)) for row in ROWS} for c in CASES})
+
+
+if __name__ == "__main__":
+    main()
