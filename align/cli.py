@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,9 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
-    pipeline.run(recipe, run_dir, resume=options.resume, only=options.only, start=options.start, say=_say)
+    pipeline.run(
+        recipe, run_dir, resume=options.resume, only=options.only, start=options.start, say=_say, status=_status
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -305,12 +308,24 @@ def _hot_start(options: argparse.Namespace) -> None:
     print(folder)
 
 
+ERASE = "\r\x1b[2K"
+
+
 def _say(line: str) -> None:
-    if line.startswith(" ") or not sys.stdout.isatty():
+    if not sys.stdout.isatty():
         print(line, flush=True)
-    else:
+        return
+    if not line.startswith(" "):
         name, _, rest = line.partition(":")
-        print(f"{_color(name, 36)}:{rest}", flush=True)
+        line = f"{_color(name, 36)}:{rest}"
+    print(f"{ERASE}{line}", flush=True)
+
+
+def _status(line: str) -> None:
+    """A line that the next one replaces; a log does not see it."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"{ERASE}{line[: width - 1]}", end="", flush=True)
 
 
 def _color(text: str, code: int) -> str:

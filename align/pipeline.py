@@ -34,6 +34,7 @@ def run(
     only: str | None = None,
     start: str | None = None,
     say: Callable[[str], None] = print,
+    status: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
     order = [BASE, *recipe.stages]
@@ -42,7 +43,10 @@ def run(
             raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
     chosen = order if only is None else list(dict.fromkeys([BASE, only]))
     again = {only} if start is None else {only, *order[order.index(start) :]}
-    contexts = [StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say) for name in chosen]
+    contexts = [
+        StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
+        for name in chosen
+    ]
     with locked(run_dir):
         for context in contexts:
             _check_stage(context, redo=context.name in again)

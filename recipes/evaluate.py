@@ -50,6 +50,7 @@ def run(context: StageContext) -> dict:
     results: dict[str, Any] = {"models": {}, "baseline": baseline}
     texts: dict[str, list[str]] = {}
     for version, (name, folder) in enumerate(checkpoints.items()):
+        context.status(f"  {name}: sampling and scoring")
         model = load_policy(folder, dtype).eval()
         if version:
             engine.update_weights(published_weights(model), version=version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ def run(context: StageContext) -> dict:
     samples = MetricsWriter(context.dir / "samples.jsonl", from_step=first_step or None)
     metrics: dict[str, float] = {}
     for step in range(first_step, stage.steps):
-        clock = Clock()
+        clock = Clock(context.status, f"  step {step + 1}/{stage.steps}")
         with clock("generate"):
             rows, completions = generate(context, engine, prompts, stop_token_ids(tokenizer), step)
         with clock("score"):
@@ -361,13 +362,15 @@ def write_samples(
 
 
 class Clock:
-    """Seconds of each phase, under the names time/PHASE."""
+    """Seconds of each phase, under the names time/PHASE; shows which one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: Callable[[str], None], title: str) -> None:
+        self.show, self.title = show, title
         self.times: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str):
+        self.show(f"{self.title}  {phase}")
         start = time.perf_counter()
         yield
         self.times[f"time/{phase}"] = round(time.perf_counter() - start, 3)

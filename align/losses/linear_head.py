@@ -29,9 +29,8 @@ def linear_cross_entropy(
     count: by default the number of targets that are not ignored. A scalar in fp32; 0 where all are ignored.
     """
     kept = targets_N != ignore_index
-    total = kept.sum() if count is None else count
     loss = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept])
-    return loss / total if count is not None else loss / total.clamp_min(1)
+    return loss / (kept.sum().clamp_min(1) if count is None else count)
 
 
 def linear_logprobs(

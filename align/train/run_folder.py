@@ -123,6 +123,8 @@ class StageContext:
     resume: bool = False
     say: Callable[[str], None] = field(default=print)
     """Prints a line for the person who watches."""
+    status: Callable[[str], None] = field(default=lambda line: None)
+    """Shows what is happening right now, until the next line; only on a terminal."""
 
     @property
     def stage(self) -> Any:

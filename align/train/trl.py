@@ -166,6 +166,8 @@ class Recorder(TrainerCallback):
         if not metrics:
             return
         self.writer.write(state.global_step, metrics)
+        loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
+        self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
         if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
             shown = {
                 k: metrics[k]
@@ -174,6 +176,9 @@ class Recorder(TrainerCallback):
             }
             values = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
             self.context.say(f"  step {state.global_step}/{state.max_steps}  {values}")
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.context.status("  evaluating on held-out rows")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -349,6 +349,39 @@ def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown", "--experts", "2", "--top-k", "3")
 
 
+@wrong("show-model-unknown")
+def _(here: Here) -> str:
+    return here.align("show-model", "hunyuan-huge")
+
+
+@wrong("show-model-context")
+def _(here: Here) -> str:
+    return here.align("show-model", "tiny", "--context", "-1")
+
+
+@wrong("tokenizer-missing")
+def _(here: Here) -> str:
+    return here.align("convert", "tokenizer", "hy.tiktoken", "out")
+
+
+@wrong("tokenizer-damaged")
+def _(here: Here) -> str:
+    here.write("hy.tiktoken", "IQ== 0\nnonsense\n")
+    return here.align("convert", "tokenizer", "hy.tiktoken", "out")
+
+
+@wrong("tokenizer-empty")
+def _(here: Here) -> str:
+    here.write("hy.tiktoken", "")
+    return here.align("convert", "tokenizer", "hy.tiktoken", "out")
+
+
+@wrong("tokenizer-without-bytes")
+def _(here: Here) -> str:
+    here.write("hy.tiktoken", "IQ== 0\n")
+    return here.align("convert", "tokenizer", "hy.tiktoken", "out")
+
+
 # --- data ----------------------------------------------------------------------------------------------------
 
 

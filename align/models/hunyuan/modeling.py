@@ -197,14 +197,14 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """Keys, values and routing pass between layers beside the hidden state; reentrant checkpointing would cut
         their gradient, so it raises `ValueError`."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
-        super().gradient_checkpointing_enable(settings, **kwargs)
+        super().gradient_checkpointing_enable(settings, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

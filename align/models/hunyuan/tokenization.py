@@ -92,13 +92,11 @@ def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL
     def spell(piece: bytes) -> str:
         return "".join(letters[byte] for byte in piece)
 
-    merges = []
-    for token, rank in ranks.items():
-        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        known = [(ranks[left], ranks[right], left, right) for left, right in pairs if left in ranks and right in ranks]
-        merges += [(rank, *ids, spell(left), spell(right)) for *ids, left, right in sorted(known)]
-    merges.sort()
-    model = BPE({spell(token): rank for token, rank in ranks.items()}, [m[-2:] for m in merges], ignore_merges=True)
+    splits = ((token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token)))
+    known = [(left, right) for left, right in splits if left in ranks and right in ranks]
+    known.sort(key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]], ranks[pair[1]]))
+    merges = [(spell(left), spell(right)) for left, right in known]
+    model = BPE({spell(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

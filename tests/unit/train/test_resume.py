@@ -76,3 +76,18 @@ def test_a_stage_cut_off_after_a_checkpoint_ends_like_one_that_was_not(tmp_path,
     expected = dict(load_policy(whole / "sft" / "model", "float32").named_parameters())
     for name, parameter in load_policy(cut / "sft" / "model", "float32").named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_models_configuration_can_be_changed_without_touching_its_files(tmp_path) -> None:
+    run(recipe(tmp_path), tmp_path / "first", say=lambda line: None)
+    trained = tmp_path / "first" / "sft" / "model"
+    before = (trained / "config.json").read_text(encoding="utf-8")
+    content = yaml.safe_load((tmp_path / "resume.yaml").read_text(encoding="utf-8"))
+    changes = {"moe_drop_tokens": True, "moe_random_routing_dropped_token": True, "capacity_factor": 1.0}
+    content["model"] = {"kind": "pretrained", "path": str(trained), "config": changes}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    run(load_recipe(tmp_path / "second.yaml"), tmp_path / "second", say=lambda line: None)
+    assert (trained / "config.json").read_text(encoding="utf-8") == before
+    lines = (tmp_path / "second" / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum(json.loads(line)["recycled_share"] for line in lines) > 0
+    assert sum(json.loads(line)["dropped_share"] for line in lines) == 0
