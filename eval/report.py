@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from align.config.recipe import BASE
 from align.errors import UserError
 from align.eval.comparison import compare
 from align.eval.formatting import interval, number, plain
@@ -109,8 +110,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """Stages of the recipe in their order, then folders with a manifest that the recipe does not name."""
-    kinds = {name: stage.get("kind", "") for name, stage in (recipe.get("stages") or {}).items()}
+    """The base model, the recipe's stages in their order, then other folders with a manifest."""
+    kinds = {BASE: BASE} if (run_dir / BASE / "manifest.json").is_file() else {}
+    kinds |= {name: stage.get("kind", "") for name, stage in (recipe.get("stages") or {}).items()}
     for manifest in sorted(run_dir.glob("*/manifest.json")):
         kinds.setdefault(manifest.parent.name, "")
     return kinds

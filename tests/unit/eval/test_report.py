@@ -222,6 +222,14 @@ def test_a_run_without_evaluation_says_so(run: Path) -> None:
         assert "The stage 'dpo' has not been run." in text
 
 
+def test_the_base_model_comes_first(run: Path) -> None:
+    write_stage(run, "base", "base", [])
+    write_stage(run, "left_over", "sft", [])
+    write_report(run)
+    names = [stage["name"] for stage in json.loads((run / "report.json").read_text())["stages"]]
+    assert names == ["base", *STAGES, "left_over"]
+
+
 def test_a_recipe_that_has_only_started(tmp_path: Path) -> None:
     write_json(tmp_path / "recipe.json", {"name": "new", "stages": {"evaluate": {"kind": "evaluate"}}})
     report = build_report(tmp_path)
