@@ -161,9 +161,9 @@ def _show_model(options: argparse.Namespace) -> None:
 
     from align.models.hunyuan import HunYuanConfig
     from align.models.hunyuan.presets import PRESETS, model_cost
-    from align.train.checkpoint import check_checkpoint, checked_config
+    from align.train.checkpoint import check_checkpoint, checked_config, checkpoint_folder
 
-    folder = Path(options.model)
+    folder = checkpoint_folder(Path(options.model))
     if options.context < 0:
         raise UserError(f"--context {options.context}: must be 0 or more.")
     if options.model in PRESETS:

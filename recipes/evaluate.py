@@ -18,7 +18,7 @@ from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
 from align.rollout.experience import Experience, build_experience, policy_output, sequence_scores
 from align.rollout.weights import published_weights
-from align.train.checkpoint import load_policy, load_scorer, load_tokenizer
+from align.train.checkpoint import load_policy, load_reward_model, load_tokenizer
 from align.train.run_folder import StageContext, write_json
 
 MICRO_BATCH_TOKENS = 4096
@@ -38,7 +38,7 @@ def run(context: StageContext) -> dict:
     pairs = held_out_pairs(context, tokenizer)
     dtype = context.recipe.dtype
     reference = load_policy(context.checkpoint(stage.reference or baseline), dtype).eval()
-    scorer = load_scorer(context.checkpoint(stage.reward_model), dtype).eval() if stage.reward_model else None
+    scorer = load_reward_model(context.checkpoint(stage.reward_model), dtype) if stage.reward_model else None
 
     engine = build_engine(checkpoints[baseline], stage.rollout, dtype=dtype, seed=context.seed)
     sampling = SamplingSettings(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,16 @@ from align.rollout.experience import (
     sequence_scores,
 )
 from align.rollout.weights import published_weights
-from align.train.checkpoint import count_parameters, load_policy, load_scorer, load_tokenizer, save_model
+from align.train.checkpoint import (
+    count_parameters,
+    load_policy,
+    load_reward_model,
+    load_scorer,
+    load_tokenizer,
+    save_model,
+)
 from align.train.optimizer import build_optimizer, schedule_factor
-from align.train.run_folder import MetricsWriter, StageContext
+from align.train.run_folder import MetricsWriter, StageContext, remove_folder
 from align.train.state import load_state, save_state
 
 
@@ -57,7 +65,9 @@ def run(context: StageContext) -> dict:
 
     checkpoint = context.dir / "checkpoints" / "last"
     first_step = 0
-    if context.resume and checkpoint.is_dir():
+    if not context.resume:
+        remove_folder(checkpoint)  # of an earlier run of this stage
+    if checkpoint.is_dir():
         first_step = load_state(checkpoint, team.models, team.optimizers)["step"]
         engine.update_weights(published_weights(team.policy), version=first_step)
         context.say(f"  resuming at step {first_step}")
@@ -140,7 +150,7 @@ def build_team(context: StageContext, parent: Path) -> Team:
         policy=policy,
         ref_model=None if stage.lora else load_policy(parent, dtype).requires_grad_(False),
         critic=critic,
-        reward_models={name: load_scorer(context.checkpoint(name), dtype).eval() for name in dict.fromkeys(references)},
+        reward_models={n: load_reward_model(context.checkpoint(n), dtype) for n in dict.fromkeys(references)},
     )
     # Dropout would make the same tokens' log-probabilities differ between passes.
     for model in (team.policy, team.critic, team.ref_model):
@@ -166,9 +176,7 @@ def generate(
     rows = []
     for position in range(step * count, (step + 1) * count):
         epoch, index = divmod(position, len(prompts))
-        order = list(range(len(prompts)))
-        random.Random(context.seed * 7919 + epoch).shuffle(order)
-        rows.append(prompts[order[index]])
+        rows.append(prompts[shuffled(len(prompts), context.seed * 7919 + epoch)[index]])
     sampling = SamplingSettings(
         max_new_tokens=stage.rollout.max_new_tokens,
         temperature=stage.rollout.temperature,
@@ -179,6 +187,14 @@ def generate(
     groups = engine.generate([list(row.ids) for row in rows], sampling)
     pairs = [(row, completion) for row, group in zip(rows, groups, strict=True) for completion in group]
     return [row for row, _ in pairs], [completion for _, completion in pairs]
+
+
+@lru_cache(maxsize=2)
+def shuffled(count: int, seed: int) -> list[int]:
+    """The order of an epoch's prompts."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def to_experience(completions: list[Completion]) -> Experience:

@@ -41,24 +41,31 @@ def run(context: StageContext) -> dict:
         sampled = iter(engine.generate([list(row.ids) for row in asked], sampling))
         pairs = []
         for i, (row, neighbour) in enumerate(zip(with_reference, neighbours, strict=True)):
+            finished = True
             if neighbour:
                 rejected = with_reference[(i + 1) % len(with_reference)].reference or ""
             else:
-                rejected = str(tokenizer.decode(next(sampled)[0].token_ids, skip_special_tokens=True)).strip()
+                (sample,) = next(sampled)
+                rejected = str(tokenizer.decode(sample.token_ids, skip_special_tokens=True)).strip()
+                finished = sample.finished
             if rejected and rejected != row.reference:
-                pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled"))
+                pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled", finished))
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
         write_text(context.dir / "data" / f"{split}.jsonl", lines)
         counts[f"{split}_pairs"] = len(pairs)
+        counts[f"{split}_without_reference"] = len(rows) - len(with_reference)
+        counts[f"{split}_empty_or_equal"] = len(with_reference) - len(pairs)
     engine.close()
-    context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items()))
+    context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items() if value))
     return {"metrics": counts, "data": {split: report.to_dict() for split, (_, report) in splits.items()}}
 
 
-def _pair(row: PromptRow, rejected: str, origin: str) -> dict:
+def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
+    """rejected_finished: False for a sample that was cut at max_new_tokens, which then gets no end-of-turn token."""
     return {
         "prompt": row.messages,
         "chosen": [{"role": "assistant", "content": row.reference}],
         "rejected": [{"role": "assistant", "content": rejected}],
+        "rejected_finished": finished,
         "origin": origin,
     }

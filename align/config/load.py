@@ -16,34 +16,129 @@ from align.errors import UserError
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
+DEEPEST = 50
+"""Lists and sections in each other; recursion ends far above, in YAML, pydantic and JSON alike."""
+LONGEST_NUMBER = 40
+
+_INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
+_IMPLICIT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "merge")}
+
+
+class _Refused(Exception):
+    """What is wrong with a YAML text, as a sentence without its place; line is counted from 1."""
+
+    def __init__(self, sentence: str, line: int | None = None):
+        super().__init__(sentence)
+        self.line = line
+
+
+def _too_deep(line: int | None = None) -> _Refused:
+    return _Refused(f"lists and sections stand more than {DEEPEST} deep in each other; write them flatter.", line)
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 5e-6 as a number, as YAML 1.2 does."""
+    """SafeLoader with the plain values of YAML 1.2 (5e-6 is a number; 1:30 and 2026-01-31 are text).
+
+    It refuses, with a sentence: duplicate keys, whole numbers that begin with 0, tags, aliases inside what they stand
+    for, and nesting without end.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in _IMPLICIT_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.open: list[str | None] = []
+        """Anchors (None: no anchor) of the lists and sections around the node that is being read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in self.open:
+                raise _Refused(
+                    f"'*{anchor}' stands inside the section or list that '&{anchor}' names, so it has no end; "
+                    "write the values out.",
+                    line,
+                )
+            anchor = None
+        if tag is not None:
+            shown = tag.replace("tag:yaml.org,2002:", "!!")
+            raise _Refused(f"the tag '{shown}' is not read; write the value without it.", line)
+        if len(self.open) > DEEPEST:
+            raise _too_deep(line)
+        self.open.append(anchor)
+        node = super().compose_node(parent, index)
+        self.open.pop()
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
                 continue  # the base class refuses lists as keys and merges `<<`
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"line {line}: the key '{key}' is written twice; keep one of them.")
+                raise _Refused(f"the key '{key}' is written twice; keep one of them.", key_node.start_mark.line + 1)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        line, digits = node.start_mark.line + 1, node.value.replace("_", "")
+        if len(digits) > LONGEST_NUMBER:
+            raise _Refused(
+                f"a whole number of {len(digits)} digits; no setting takes more than {LONGEST_NUMBER}.", line
+            )
+        if re.match("[-+]?0[0-9]", digits):
+            raise _Refused(
+                f"'{node.value}' begins with 0, which some readers take for octal; write {int(digits)}, "
+                "or put it in quotes where text is meant.",
+                line,
+            )
+        return int(digits, 0)
 
+
+_StrictLoader.add_constructor(_INT, _StrictLoader.construct_int)
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    _INT, re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"), list("-+0123456789")
+)
+_StrictLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
+
+
+def _parse(text: str) -> Any:
+    """The value that a YAML text holds; raises `_Refused` or yaml.YAMLError."""
+    return _separate(yaml.load(text, Loader=_StrictLoader))
+
+
+def _separate(value: Any, depth: int = 0) -> Any:
+    """A copy in which an alias has values of its own, so that an override of one place changes no other."""
+    if not isinstance(value, dict | list):
+        return value
+    if depth > DEEPEST:  # through a chain of aliases
+        raise _too_deep()
+    if isinstance(value, list):
+        return [_separate(item, depth + 1) for item in value]
+    return {key: _separate(item, depth + 1) for key, item in value.items()}
 
 
 def resolve_recipe_path(recipe: str | Path) -> Path:
     """A path as given, or a recipe shipped with the package by its file name."""
     path = Path(recipe)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     shipped = SHIPPED / (path.name if path.suffix else f"{path.name}.yaml")
     if len(path.parts) <= 2 and shipped.is_file():
         return shipped
@@ -75,13 +170,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        values = _parse(text)
+    except _Refused as error:
+        where = f"line {error.line}: " if error.line else ""
+        raise UserError(f"{path}: {where}{error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', error)}).") from None
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{path}: {where}not valid YAML ({reason}).") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not.")
     return values
@@ -92,7 +189,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2.")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
+        value = _parse(text)
+        if dotted.count(".") > DEEPEST:
+            raise _too_deep()
+    except _Refused as error:
+        raise UserError(f"override '{override}': {error}") from None
     except yaml.YAMLError:
         raise UserError(f"override '{override}': the value is not valid YAML.") from None
     *parents, last = dotted.split(".")
@@ -115,8 +216,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, key: str, override: str, where: str) -> Any:
     if isinstance(node, list):
-        if key.isdigit() and int(key) < len(node):
+        # "²" is a digit to Python, and int() takes no more than 4300 of them.
+        if key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(node):
             return node[int(key)]
+        if not node:
+            raise UserError(
+                f"override '{override}': '{where}' is an empty list, so it has no '{key}'; give the whole list."
+            )
         raise UserError(
             f"override '{override}': '{where}' is a list; instead of '{key}' give the number of an entry, "
             f"0 to {len(node) - 1}."

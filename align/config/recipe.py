@@ -40,7 +40,15 @@ class Recipe(Part):
                     f"stage name '{name}' cannot be used: write lower-case letters, digits and '_', and not '{BASE}'"
                 )
             for where, parent in references(stage):
-                if is_path(parent) or parent == BASE or parent in seen:
+                if parent in seen or parent == BASE:
+                    made, needed = MAKES[BASE if parent == BASE else self.stages[parent].kind], needs(stage, where)
+                    if made not in needed:
+                        raise ValueError(
+                            f"stages.{name}.{where} names '{parent}', which makes {made}, where {' or '.join(needed)} "
+                            "is needed; name another stage"
+                        )
+                    continue
+                if is_path(parent):
                     continue
                 known = ", ".join([BASE, *seen])
                 raise ValueError(
@@ -49,6 +57,26 @@ class Recipe(Part):
                 )
             seen.append(name)
         return self
+
+
+LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"
+MAKES = dict.fromkeys((BASE, "pretrain", "sft", "dpo", "ppo"), LANGUAGE_MODEL) | {
+    "reward_model": REWARD_MODEL,
+    "sample": PAIRS,
+    "evaluate": REPORT,
+}
+"""What each kind of stage leaves to later ones."""
+
+
+def needs(stage: Stage, where: str) -> tuple[str, ...]:
+    """What a field that refers to another stage may name."""
+    if where == "data":
+        return (PAIRS,)
+    if where in ("rewards", "reward_model"):
+        return (REWARD_MODEL,)
+    if where == "critic.init_from" or stage.kind == "reward_model":
+        return LANGUAGE_MODEL, REWARD_MODEL
+    return (LANGUAGE_MODEL,)
 
 
 def is_path(reference: str) -> bool:

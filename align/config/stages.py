@@ -20,9 +20,9 @@ class TrainingStage(StageBase):
     lora: Lora | None = None
     """Adapters instead of full fine-tuning. The saved checkpoint is merged; the adapter is saved beside it."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data, unless `max_steps` ends the stage earlier."""
+    """Passes over the data, where `max_steps` does not say how long the stage is."""
     max_steps: Positive | None = None
-    """Optimizer steps."""
+    """Optimizer steps, in as many passes as they take; `epochs` then means nothing."""
     batch_size: Positive = 8
     """Sequences (or pairs) in an optimizer step, over all processes."""
     micro_batch_size: Positive = 8

@@ -273,7 +273,9 @@ def _encode_pair(
         ids = encode_messages(tokenizer, messages)
         end = len(_checked_prefix(ids, prompt))
         end = max((t + 1 for t in range(end, len(ids)) if ids[t] in stops), default=len(ids))
-        sides.append(ids[len(prompt) : end])
+        # A sample that was cut at its length limit has no end of turn, here as in PPO.
+        cut = row.get(f"{side}_finished") is False and ids[end - 1] in stops
+        sides.append(ids[len(prompt) : end - cut])
     if len(prompt) + max(map(len, sides)) > max_length:
         raise DropRow("longer than max_length")
     if sides[0] == sides[1]:

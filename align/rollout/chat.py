@@ -11,12 +11,16 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 from align.data.chat import encode_prompt, stop_token_ids
 from align.errors import UserError
 from align.models.lora import AnyModel
-from align.train.checkpoint import load_policy, load_tokenizer
+from align.train.checkpoint import checkpoint_folder, load_policy, load_tokenizer
+from align.train.quiet import quieten
 
 
 def chat(checkpoint: Path, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Read lines, stream answers, keep the conversation; an empty line or the end of input stops."""
-    folder = checkpoint / "model" if (checkpoint / "model" / "config.json").is_file() else checkpoint
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1.")
+    quieten()
+    folder = checkpoint_folder(checkpoint)
     tokenizer = load_tokenizer(folder)
     model = load_policy(folder, "float32").eval()
     torch.manual_seed(seed)

@@ -147,7 +147,8 @@ def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
 def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
     """Value [B, T] of the state in which each completion token was chosen; reuses stored features of a frozen trunk."""
     features = batch.features if batch.features is not None else critic_features(critic, batch)
-    return unwrap(critic).score(features).squeeze(-1).float() * batch.mask
+    head = unwrap(critic).score
+    return head(features.to(next(head.parameters()).dtype)).squeeze(-1).float() * batch.mask
 
 
 def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:

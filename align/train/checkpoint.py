@@ -24,7 +24,7 @@ from align.data.chat import prepare_chat_template
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig
 from align.models.lora import AnyModel, merge_lora
-from align.train.run_folder import replace_folder
+from align.train.run_folder import MODEL, replace_folder
 
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
 
@@ -53,6 +53,17 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
     settings = checked_config(config, str(path), "restore the value that the model was trained with")
     return {**config, "vocab_size": settings.vocab_size}
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint of a stage's folder, or the folder itself; a run's folder is refused with its stages named."""
+    if (path / MODEL / "config.json").is_file():
+        return path / MODEL
+    if (path / "recipe.json").is_file():
+        stages = sorted(model.parent.name for model in path.glob(f"*/{MODEL}"))
+        made = f"one of its stages: {', '.join(stages)}" if stages else "a stage's folder once one has finished"
+        raise UserError(f"{path}: the folder of a whole run; give {made}.")
+    return path
 
 
 def checked_config(values: dict[str, Any], where: str, mend: str) -> HunYuanConfig:
@@ -123,6 +134,13 @@ def load_policy(folder: Path, dtype: str) -> AnyModel:
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
     with _damage_explained(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def load_reward_model(folder: Path, dtype: str) -> AnyModel:
+    """A trained reward model, ready to score; a checkpoint without a trained head is refused."""
+    if SEQUENCE_CLASSIFIER not in (check_checkpoint(folder).get("architectures") or []):
+        raise UserError(f"{folder}: a language model, where a reward model is needed; name the stage that trained one.")
+    return load_scorer(folder, dtype).eval()
 
 
 def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyModel:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -19,7 +20,7 @@ from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
 from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
-from align.train.optimizer import build_optimizer
+from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.run_folder import MetricsWriter, StageContext
 
 COMPLETE = "complete"
@@ -43,8 +44,6 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "per_device_eval_batch_size": stage.micro_batch_size,
         "gradient_accumulation_steps": max(1, stage.batch_size // (stage.micro_batch_size * processes)),
         "learning_rate": optimizer.learning_rate,
-        "lr_scheduler_type": optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": optimizer.warmup_fraction,
         "max_grad_norm": optimizer.max_grad_norm,
         "bf16": context.recipe.dtype == "bfloat16",
         "gradient_checkpointing": stage.gradient_checkpointing,
@@ -110,6 +109,15 @@ class AlignTrainer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.align_stage.optimizer)
         return self.optimizer
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The recipe's schedule, the same function as PPO's; the first step already has a rate above zero."""
+        if self.lr_scheduler is None:
+            settings = self.align_stage.optimizer
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer, lambda step: schedule_factor(step, num_training_steps, settings)
+            )
+        return self.lr_scheduler
 
     def compute_loss(
         self,

@@ -81,12 +81,65 @@ def test_greedy_tokens(case, use_cache) -> None:
         assert torch.equal(tokens[0], wanted[: tokens.shape[1]].long())
 
 
-def test_saving_restores_the_published_layout(case, tmp_path) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_tokens_of_a_padded_batch(case, side) -> None:
+    """All rows at once: with left padding through generate, with right padding token by token."""
+    _, model, golden = case
+    rows = [row[row >= 0].long() for row in golden["greedy_ids"]]
+    prompts = [row[:-24] for row in rows]
+    width = max(len(prompt) for prompt in prompts)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[i, place], mask[i, place] = prompt, 1
+    if side == "left":
+        made = model.generate(
+            ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert all(torch.equal(made[i, width:], row[-24:]) for i, row in enumerate(rows))
+        return
+    lengths = mask.sum(1)
+    for step in range(24):
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask, use_cache=False).logits
+        token = logits[torch.arange(len(rows)), lengths - 1].argmax(-1)
+        assert token.tolist() == [row[len(row) - 24 + step].item() for row in rows]
+        ids, mask = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, mask))
+        ids[torch.arange(len(rows)), lengths], mask[torch.arange(len(rows)), lengths] = token, 1
+        lengths = lengths + 1
+
+
+def test_greedy_tokens_continued_from_a_cache(case) -> None:
+    """Half of the reference's continuation is read in one piece into the cache, the rest generated from there."""
+    _, model, golden = case
+    for row in golden["greedy_ids"]:
+        row = row[row >= 0].long()[None]
+        known = row.shape[1] - 12
+        with torch.no_grad():
+            cache = model(row[:, : known - 1], use_cache=True).past_key_values
+        made = model.generate(
+            row[:, :known],
+            past_key_values=cache,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert torch.equal(made, row)
+
+
+@pytest.mark.parametrize("shards", ["50GB", "200KB"])
+def test_saving_restores_the_published_layout(case, tmp_path, shards) -> None:
     folder, model, _ = case
-    model.save_pretrained(tmp_path)
-    ours, published = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shards == "200KB")
+    ours = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    published = load_file(folder / "model.safetensors")
     assert ours.keys() == published.keys()
     assert all(torch.equal(ours[name], published[name]) for name in published)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     kept, given = (json.loads((f / "config.json").read_text()) for f in (tmp_path, folder))
     assert {k: kept.get(k) for k in given if k != "torch_dtype"} == {
         k: v for k, v in given.items() if k != "torch_dtype"

@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> Path:
 def test_every_stage_learns(finished) -> None:
     pretrain, sft = metrics(finished, "pretrain"), metrics(finished, "sft")
     assert pretrain[-1]["loss"] < pretrain[0]["loss"] - 1.5
-    assert sft[-1]["eval_loss"] < sft[0]["eval_loss"] - 0.5
+    assert sft[-1]["eval_loss"] < sft[0]["eval_loss"] - 0.25
     assert final(finished, "reward_model")["eval_accuracy"] > 0.8
     assert final(finished, "dpo")["eval_rewards/accuracies"] > 0.7
     scores = [line["score_mean"] for line in metrics(finished, "ppo")]

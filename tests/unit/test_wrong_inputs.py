@@ -181,6 +181,12 @@ def _(here: Here) -> str:
     return here.check(batch_size="8")
 
 
+@wrong("time-for-a-number")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "seed=1:30")
+
+
 @wrong("true-for-a-number")
 def _(here: Here) -> str:
     return here.check(batch_size=True)
@@ -238,6 +244,36 @@ def _(here: Here) -> str:
     return here.align("check", "recipe.yaml")
 
 
+@wrong("leading-zero")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nseed: 010\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("endless-number")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", f"name: t\nseed: {'9' * 5000}\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("nested-too-deep")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nmodel: " + "[" * 5000 + "]" * 5000)
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("circular-alias")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nmodel: {kind: hot_start, config: &a {b: [*a]}}\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("yaml-tag")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nseed: !!int abc\n")
+    return here.align("check", "recipe.yaml")
+
+
 @wrong("not-yaml")
 def _(here: Here) -> str:
     here.write("recipe.yaml", "name: t\nstages: [a\n")
@@ -261,9 +297,21 @@ def _(here: Here) -> str:
     return here.align("run", "nowhere.yaml")
 
 
+@wrong("recipe-name-too-long")
+def _(here: Here) -> str:
+    return here.align("check", "r" * 5000)
+
+
 @wrong("unknown-parent")
 def _(here: Here) -> str:
     return here.check(init_from="pretrain")
+
+
+@wrong("parent-of-another-kind")
+def _(here: Here) -> str:
+    pairs = sample_stage(max_new_tokens=8, max_model_length=64)
+    dpo = {"kind": "dpo", "init_from": "pairs", "data": {"train": [{"kind": "stage", "stage": "pairs"}]}}
+    return here.check(stages={"pairs": pairs, "dpo": dpo})
 
 
 @wrong("bad-stage-name")
@@ -319,6 +367,42 @@ def _(here: Here) -> str:
     return here.align("run", "recipe.yaml", "stages.sft.data.train.limit=2")
 
 
+@wrong("override-unusual-digit")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "stages.sft.data.train.²=5")
+
+
+@wrong("override-in-an-empty-list")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "stages.sft.data.train=[]", "stages.sft.data.train.0.limit=2")
+
+
+@wrong("override-duplicate-key")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "model.config={a: 1, a: 2}")
+
+
+@wrong("override-nested-too-deep")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "model.config=" + "[" * 5000 + "]" * 5000)
+
+
+@wrong("override-key-too-deep")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "model.config" + ".a" * 5000 + "=1")
+
+
+@wrong("override-not-yaml")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "name=[a")
+
+
 @wrong("only-unknown-stage")
 def _(here: Here) -> str:
     return here.run("--only", "dpo")
@@ -339,9 +423,19 @@ def _(here: Here) -> str:
     return here.align("report", "model")
 
 
+@wrong("from-and-resume")
+def _(here: Here) -> str:
+    return here.run("--from", "sft", "--resume")
+
+
 @wrong("chat-with-nothing")
 def _(here: Here) -> str:
     return here.align("chat", "nowhere")
+
+
+@wrong("chat-without-room")
+def _(here: Here) -> str:
+    return here.align("chat", "model", "--max-new-tokens", "0")
 
 
 @wrong("hot-start-numbers")
@@ -352,6 +446,13 @@ def _(here: Here) -> str:
 @wrong("show-model-unknown")
 def _(here: Here) -> str:
     return here.align("show-model", "hunyuan-huge")
+
+
+@wrong("show-model-run")
+def _(here: Here) -> str:
+    nowhere = {"train": [{"kind": "file", "path": "nowhere.jsonl"}]}
+    here.run(data=nowhere)  # the base model is made before the stage is refused
+    return here.align("show-model", "run")
 
 
 @wrong("show-model-context")
@@ -655,6 +756,19 @@ def _(here: Here) -> str:
     return said
 
 
+@wrong("changed-parent")
+def _(here: Here) -> str:
+    from align.config import load_recipe
+    from align.pipeline import stage_settings
+
+    here.recipe()
+    settings = stage_settings(load_recipe("recipe.yaml"), "sft")
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    finished = {"status": "finished", "config": settings, "parent_ids": {"base": "of an earlier result"}}
+    here.write("run/sft/manifest.json", json.dumps(finished))
+    return here.run()
+
+
 @wrong("damaged-manifest")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
@@ -839,7 +953,8 @@ def test_one_sentence(name: str, here: Here) -> None:
 def assert_nothing_half_written(folder: Path) -> None:
     assert [path for path in folder.rglob(".*") if path.name.endswith((".partial", ".old"))] == []
     assert list(folder.rglob("*.partial-*")) == []
-    written = {path.parent for path in folder.glob("run/*/model") if not path.is_symlink()}
+    models = folder.glob("run/*/model")
+    written = {path.parent for path in models if not any(file.is_symlink() for file in path.iterdir())}
     assert written <= {path.parent for path in folder.glob("run/*/manifest.json")}
 
 

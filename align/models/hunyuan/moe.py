@@ -151,11 +151,12 @@ class Experts(nn.Module):
     def grouped(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
         """The same as two grouped products, which never wait for the counts to reach the host."""
         ends = counts[:-1].cumsum(0).to(torch.int32)
+        # What lies behind the last group is never written, neither in the products nor in their gradients.
+        written = (torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1])[:, None]
+        rows_ND = torch.where(written, rows_ND, 0)
         gate, up = nn.functional.grouped_mm(rows_ND, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         outputs = nn.functional.grouped_mm(self.act(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-        # What lies behind the last group was never written.
-        written = torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1]
-        return torch.where(written[:, None], outputs, 0)
+        return torch.where(written, outputs, 0)
 
 
 class SwiGlu(nn.Module):

@@ -44,6 +44,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms import current_platform
 
 from align.models.hunyuan.configuration import HunYuanConfig
@@ -299,8 +300,14 @@ class HunYuanModel(nn.Module):
         return self.norm(hidden)
 
 
-class HunYuanForCausalLM(nn.Module):
-    """The language model, in the form vLLM asks for."""
+class HunYuanForCausalLM(nn.Module, SupportsLoRA):
+    """The language model, in the form vLLM asks for.
+
+    LoRA adapters may sit on attention and on dense or shared MLPs. Those on routed experts or the router must be merged
+    into the checkpoint, as the stages do.
+    """
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()

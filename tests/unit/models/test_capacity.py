@@ -141,14 +141,15 @@ def test_grouped_products_compute_what_the_loop_does() -> None:
     experts = Experts(config, 0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    rows, counts, factors = torch.randn(9, 16), torch.tensor([4, 0, 3, 2]), torch.randn(9, 16)
+    rows, counts, factors = torch.randn(9, 16, requires_grad=True), torch.tensor([4, 0, 3, 2]), torch.randn(9, 16)
     results = []
     for way in (experts.one_by_one, experts.grouped):
         experts.zero_grad()
+        rows.grad = None
         output = way(rows, counts)
         (output * factors).sum().backward()
-        results.append((output.detach(), experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()))
-    assert results[0][0][7:].abs().max() == 0
+        results.append((output.detach(), rows.grad, experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()))
+    assert results[0][0][7:].abs().max() == results[0][1][7:].abs().max() == 0
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
 

@@ -176,3 +176,39 @@ def test_the_score_is_read_at_the_last_attended_token() -> None:
 def test_unknown_configuration_keys_are_kept(tmp_path) -> None:
     HunYuanConfig(**SIZES, moe_drop_tokens=False, something_new=3).save_pretrained(tmp_path)
     assert HunYuanConfig.from_pretrained(tmp_path).something_new == 3
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
+    ids = torch.randint(0, 97, (2, 12))
+    plain = build()
+    with torch.no_grad():
+        wanted = plain(ids).logits
+        for changes in ({"attention_dropout": 0.3}, {"hidden_dropout": 0.3}):
+            for attention in ("eager", "sdpa"):
+                model = build(**changes)
+                model.set_attn_implementation(attention)
+                torch.testing.assert_close(model.eval()(ids).logits, wanted, atol=2e-5, rtol=0)
+                model.train()
+                assert not torch.allclose(model(ids).logits, model(ids).logits), (changes, attention)
+        # One attention layer by itself is linear in its weights, so the mean over many draws is the plain output.
+        attention = build(attention_dropout=0.3, num_hidden_layers=2).model.layers[0].self_attn.train()
+        attention.config._attn_implementation = "eager"
+        hidden, rotation = torch.randn(1, 6, 32), (torch.ones(1, 1, 6, 8), torch.zeros(1, 1, 6, 8))
+        draws = torch.stack([attention(hidden, rotation, None, None, None)[0] for _ in range(4000)])
+        mean = attention.eval()(hidden, rotation, None, None, None)[0]
+        error = draws.std(0) / 4000**0.5
+        assert ((draws.mean(0) - mean).abs() < 5 * error + 1e-6).all()
+
+
+def test_published_keys_are_read_as_they_are(tmp_path) -> None:
+    config = {"moe_topk": [1, 1, 2, 1], "num_experts": [4] * 4, "eos_token_id": [95, 96], "pad_token_id": 94}
+    rope = {"rope_scaling": {"type": "dynamic", "alpha": 100000.0, "factor": 1.0}}
+    model = build(**config, **rope)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.moe_topk == [1, 1, 2, 1]
+    assert loaded.config.eos_token_id == [95, 96]
+    assert loaded.config.rope_base() == pytest.approx(10000.0 * 100000.0 ** (8 / 6))
+    made = loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40, do_sample=False)
+    stops = [i for i, token in enumerate(made[0, 3:].tolist()) if token in (95, 96)]
+    assert made.shape[1] == (3 + stops[0] + 1 if stops else 43)

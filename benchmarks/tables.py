@@ -1,0 +1,117 @@
+"""Writes the tables of docs/model.md from benchmarks/results/*.json; no figure there is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "model.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parity(results: dict[str, Any]) -> str:
+    keys = ["logits", "log-probabilities", "greedy tokens", "tensors not found"]
+    rows = []
+    for case, found in results.items():
+        for name, measured in found.items():
+            cells = [_measure(measured.get(key)) for key in keys]
+            if "fails" in measured:
+                cells = [f"does not run: {measured['fails']}".replace("|", "/"), "", "", ""]
+            rows.append([case, name, *cells])
+    return table(
+        ["model", "who computes", "largest logit difference", "log-probability", "greedy tokens", "missing"], rows
+    )
+
+
+def _measure(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def moe_block(results: dict[str, Any]) -> str:
+    rows = []
+    for shape, found in results.items():
+        times = ", ".join(f"{name} {value:.0f}" for name, value in found["milliseconds"].items())
+        ratios = ", ".join(f"{name}: {value:.2f}" for name, value in found.items() if isinstance(value, float))
+        rows.append([shape, times, ratios])
+    return table(["2048 tokens, hidden 512", "milliseconds, forward + backward", "ratios"], rows)
+
+
+def loss_head(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if name == "shape":
+            continue
+        seconds, size = found["seconds"], found["peak_extra_bytes"]
+        rows.append(
+            [
+                name,
+                f"{seconds['plain']:.2f} / {seconds['chunked']:.2f} s ({found['time_ratio']:.2f})",
+                f"{size['plain'] / 2**20:,.0f} / {size['chunked'] / 2**20:,.0f} MiB ({found['memory_ratio']:.1%})",
+                f"{found['relative_difference']:.0e}",
+            ]
+        )
+    return table(["", "plain / chunked", "extra memory, plain / chunked", "relative difference"], rows)
+
+
+def decoding(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{results['tokens_per_second'][name]:,.0f}",
+            f"{size:,}",
+            f"{results['cache_bytes_by_formula'][name]:,}",
+        ]
+        for name, size in results["cache_bytes"].items()
+    ]
+    return table(["keys and values", "tokens/s", "bytes held", "bytes by the formula"], rows)
+
+
+def loading(results: dict[str, Any]) -> str:
+    return table(
+        ["model", "peak memory", "time", "time to read the files"],
+        [
+            [
+                f"{results['bytes_of_the_model'] / 2**20:,.0f} MiB",
+                f"{results['peak_bytes'] / 2**20:,.0f} MiB ({results['memory_ratio']:.2f})",
+                f"{results['seconds']['load']:.2f} s ({results['time_ratio']:.2f})",
+                f"{results['seconds']['read']:.2f} s",
+            ]
+        ],
+    )
+
+
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "parity": parity,
+    "moe_block": moe_block,
+    "loss_head": loss_head,
+    "decoding": decoding,
+    "loading": loading,
+}
+
+
+def fill(page: str) -> str:
+    """The page with every `<!-- table NAME -->` section made from NAME.json."""
+
+    def section(match: re.Match[str]) -> str:
+        facts = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
+        hardware = facts["hardware"]
+        where = hardware["accelerator"] or f"{hardware['cores']} cores of {hardware['cpu']}"
+        source = f"`{facts['command']}`, {facts['date'][:10]}, {where}, torch {facts['packages']['torch']}."
+        return f"<!-- table {match[1]} -->\n{RENDER[match[1]](facts['results'])}\n\n{source}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", section, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""vLLM as it serves: two tensor-parallel processes, and LoRA adapters that are not merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.config.parts import Lora
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.lora import add_lora
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+PROMPTS = [[5, 6, 7, 8, 9], list(range(40, 60))]
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+}
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    folder, prompts, adapter, settings = sys.argv[1], *map(json.loads, sys.argv[2:])
+    llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128, enforce_eager=True,
+              kv_cache_memory_bytes=32 * 2**20, generation_config="vllm", **settings)
+    sampling = SamplingParams(max_tokens=12, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = []
+    for lora in [None, LoRARequest("adapter", 1, adapter)] if adapter else [None]:
+        outputs = [output.outputs[0] for output in llm.generate(requests, sampling, lora_request=lora, use_tqdm=False)]
+        found.append([[list(o.token_ids), [at[t].logprob for at, t in zip(o.logprobs, o.token_ids)]] for o in outputs])
+    print(json.dumps(found))
+"""
+
+
+def model() -> HunYuanForCausalLM:
+    torch.manual_seed(0)
+    return HunYuanForCausalLM(HunYuanConfig(**SIZES)).eval()
+
+
+def serve(tmp_path: Path, adapter: str | None = None, **settings) -> list:
+    """Greedy tokens and their log-probabilities from vLLM in a process of its own, which finds our class by itself."""
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE, encoding="utf-8")
+    arguments = [str(tmp_path / "model"), json.dumps(PROMPTS), json.dumps(adapter), json.dumps(settings)]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    if settings.get("tensor_parallel_size", 1) > 1:  # vLLM would want a NUMA node for each process
+        cores = sorted(os.sched_getaffinity(0))
+        quiet["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, env={**os.environ, **quiet}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@torch.no_grad()
+def assert_same(reference: torch.nn.Module, served: list) -> None:
+    for prompt, (tokens, logprobs) in zip(PROMPTS, served, strict=True):
+        every = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert every.argmax(-1).tolist() == tokens
+        expected = every.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (expected - torch.tensor(logprobs)).abs().max() < 1e-4
+
+
+def test_two_tensor_parallel_processes_compute_what_one_does(tmp_path) -> None:
+    policy = model()
+    policy.save_pretrained(tmp_path / "model")
+    (served,) = serve(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert_same(policy, served)
+
+
+def test_an_adapter_computes_what_the_wrapped_model_does(tmp_path) -> None:
+    policy = model()
+    policy.save_pretrained(tmp_path / "model")
+    wrapped = add_lora(policy, Lora(rank=8, experts=False, train_router=False), task="CAUSAL_LM").eval()
+    with torch.no_grad():
+        for parameter in (p for p in wrapped.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    without, served = serve(tmp_path, str(tmp_path / "adapter"), enable_lora=True, max_lora_rank=8)
+    assert_same(wrapped, served)
+    with wrapped.disable_adapter():
+        assert_same(wrapped, without)
+    assert without != served
