@@ -1,0 +1,100 @@
+"""What is kept, what is made again, and what is refused when stages are run a second time."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.config import load_recipe
+from align.errors import UserError
+from align.pipeline import read_manifest, run
+
+STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}
+
+
+class Runs:
+    """A recipe of two stages whose work is a stub: what is tested is the order of things."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.done, self.fails = folder, [], None
+        for module in ("base", "sft"):
+            monkeypatch.setattr(importlib.import_module(f"align.recipes.{module}"), "run", self.stage)
+
+    def stage(self, context) -> dict:
+        (context.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.done.append((context.name, context.resume))
+        if context.name == self.fails:
+            raise KeyboardInterrupt
+        return {"metrics": {}, "data": {}}
+
+    def run(self, *, rate: float = 1e-3, fails: str | None = None, **how) -> list[tuple[str, bool]]:
+        """(stage, whether it resumes) in the order in which they ran."""
+        second = {**STAGE, "init_from": "first"}
+        stages = {"first": {**STAGE, "optimizer": {"learning_rate": rate}}, "second": second}
+        content = {"name": "t", "model": {"kind": "pretrained", "path": "./model"}, "stages": stages}
+        (self.folder / "t.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        self.done, self.fails = [], fails
+        recipe = load_recipe(self.folder / "t.yaml")
+        try:
+            run(recipe, self.folder / "run", say=lambda line: None, **how)
+        except KeyboardInterrupt:
+            assert fails
+        return self.done
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Runs:
+    return Runs(tmp_path, monkeypatch)
+
+
+def test_finished_stages_are_kept(runs) -> None:
+    assert [name for name, _ in runs.run()] == ["base", "first", "second"]
+    assert runs.run() == []
+
+
+@pytest.mark.parametrize("cut_in", ["first", "second"])
+def test_a_run_from_a_stage_that_is_cut_off_keeps_nothing_of_the_old_one(runs, cut_in) -> None:
+    runs.run()
+    runs.run(rate=1e-4, start="first", fails=cut_in)
+    later = runs.run(rate=1e-4, resume=True)
+    assert [name for name, _ in later] == (["first", "second"] if cut_in == "first" else ["second"])
+
+
+def test_what_was_made_from_an_earlier_result_is_refused(runs) -> None:
+    runs.run()
+    assert runs.run(rate=1e-4, only="first") == [("first", False)]
+    with pytest.raises(UserError, match=r"made from another result of 'first'.*add --from second"):
+        runs.run(rate=1e-4)
+    assert runs.run(rate=1e-4, start="second") == [("second", False)]
+    assert runs.run(rate=1e-4) == []
+
+
+def test_one_interrupted_stage_can_be_resumed_alone(runs) -> None:
+    runs.run(fails="second")
+    assert runs.run(only="second", resume=True) == [("second", True)]
+    assert read_manifest(runs.folder / "run" / "second") is not None
+    assert runs.run(only="second", resume=True) == [("second", False)]  # finished: again, from the start
+    assert runs.run(only="second") == [("second", False)]
+
+
+def test_an_interrupted_stage_is_not_resumed_with_other_settings(runs) -> None:
+    runs.run(fails="first")
+    with pytest.raises(UserError, match="the interrupted run had other settings"):
+        runs.run(rate=1e-4, only="first", resume=True)
+    assert runs.run(rate=1e-4, only="first") == [("first", False)]
+
+
+@pytest.mark.parametrize("other", [{"resume": True}, {"only": "first"}])
+def test_from_goes_with_nothing_else(runs, other) -> None:
+    with pytest.raises(UserError, match="--from first starts stages again"):
+        runs.run(start="first", **other)
+
+
+def test_an_old_checkpoint_is_gone_when_a_stage_starts_again(runs) -> None:
+    runs.run()
+    (runs.folder / "run" / "first" / "checkpoints" / "last").mkdir()
+    runs.run(start="first", rate=1e-4, fails="base")
+    assert not (runs.folder / "run" / "first" / "checkpoints" / "last").exists()
