@@ -32,9 +32,9 @@ def run(context: StageContext) -> dict:
     tokenizer = load_tokenizer(parent)
     data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.recipe.dtype)
+    model = load_policy(parent, context.trained_dtype)
     # With adapters the reference is the model with its adapters off; without them it is a second copy.
-    ref_model = None if stage.lora else load_policy(parent, context.recipe.dtype)
+    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype)
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
@@ -57,5 +57,5 @@ def run(context: StageContext) -> dict:
         processing_class=tokenizer,
     )
     metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir)
+    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

@@ -100,7 +100,7 @@ def run(context: StageContext) -> dict:
     engine.close()
     writer.close()
     samples.close()
-    save_model(team.policy, tokenizer, context.dir)
+    save_model(team.policy, tokenizer, context.dir, context.recipe.dtype)
     return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
 
 
@@ -134,12 +134,13 @@ class Team:
 def build_team(context: StageContext, parent: Path) -> Team:
     stage, dtype = context.stage, context.recipe.dtype
     torch.manual_seed(context.seed)
-    policy = load_policy(parent, dtype)
+    policy = load_policy(parent, context.trained_dtype)
     if stage.lora:
         policy = add_lora(policy, stage.lora, task="CAUSAL_LM")
     references = [reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)]
     critic_from = stage.critic.init_from or (references[0] if references else stage.init_from)
-    critic = load_scorer(context.checkpoint(critic_from), dtype, fresh_head=True)
+    critic_dtype = "float32" if stage.critic.trainable == "all" and not stage.critic.lora else dtype
+    critic = load_scorer(context.checkpoint(critic_from), critic_dtype, fresh_head=True)
     if stage.critic.lora:
         critic = add_lora(critic, stage.critic.lora, task="SEQ_CLS")
     if stage.critic.trainable == "head":
@@ -148,7 +149,7 @@ def build_team(context: StageContext, parent: Path) -> Team:
             parameter.requires_grad_("score" in name and "original_module" not in name)
     team = Team(
         policy=policy,
-        ref_model=None if stage.lora else load_policy(parent, dtype).requires_grad_(False),
+        ref_model=None if stage.lora else load_policy(parent, context.trained_dtype).requires_grad_(False),
         critic=critic,
         reward_models={n: load_reward_model(context.checkpoint(n), dtype) for n in dict.fromkeys(references)},
     )

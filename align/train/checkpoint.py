@@ -158,12 +158,12 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyMod
     return model
 
 
-def save_model(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path) -> AnyModel:
-    """Write stage_dir/model (merged, complete) and, for LoRA, stage_dir/adapter. Returns the merged model."""
+def save_model(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: str) -> AnyModel:
+    """Write stage_dir/model (merged, complete, in `dtype`) and, for LoRA, stage_dir/adapter; the merged model."""
     is_peft = hasattr(model, "peft_config")
     if is_peft:
         replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
-    merged = merge_lora(model)
+    merged = merge_lora(model).to(getattr(torch, dtype))
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)

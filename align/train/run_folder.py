@@ -137,6 +137,15 @@ class StageContext:
         return (self.recipe.seed + 1000 * position) % 2**32
 
     @property
+    def trained_dtype(self) -> str:
+        """Precision in which the model that this stage trains is loaded.
+
+        Full fine-tuning keeps float32 weights, or bf16's 8 bits would swallow most of an update; under LoRA the frozen
+        weights have the recipe's precision and the adapters float32.
+        """
+        return self.recipe.dtype if self.stage.lora else "float32"
+
+    @property
     def dir(self) -> Path:
         return self.run_dir / self.name
 

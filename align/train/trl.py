@@ -45,6 +45,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "gradient_accumulation_steps": max(1, stage.batch_size // (stage.micro_batch_size * processes)),
         "learning_rate": optimizer.learning_rate,
         "max_grad_norm": optimizer.max_grad_norm,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": context.recipe.dtype == "bfloat16",
         "gradient_checkpointing": stage.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},

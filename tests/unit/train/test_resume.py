@@ -110,3 +110,20 @@ def test_a_models_configuration_can_be_changed_without_touching_its_files(tmp_pa
     lines = (tmp_path / "second" / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert sum(json.loads(line)["recycled_share"] for line in lines) > 0
     assert sum(json.loads(line)["dropped_share"] for line in lines) == 0
+
+
+def test_full_training_in_bfloat16_keeps_small_updates(tmp_path) -> None:
+    """Norm weights begin at 1, where bfloat16's next number is 0.4 % away: steps of 0.1 % add up in float32 only."""
+    content = recipe(tmp_path, optimizer={"learning_rate": 1e-3, "schedule": "constant"}).model_dump(mode="json")
+    settings = load_recipe_from({**content, "dtype": "bfloat16"}, tmp_path)
+    run(settings, tmp_path / "run", say=lambda line: None)
+    weights = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
+    norms = torch.cat([tensor for name, tensor in weights.items() if "norm" in name])
+    assert norms.dtype == torch.bfloat16
+    assert (norms != 1).float().mean() > 0.3
+
+
+def load_recipe_from(content: dict, folder: Path):
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_recipe(path)
