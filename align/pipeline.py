@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.recipe import BASE, Recipe, is_path, references, sources
 from align.errors import UserError
 from align.reward.functions import find_reward_function
 from align.train.run_folder import (
@@ -76,10 +76,8 @@ def run(
 def _check_stage(context: StageContext, *, redo: bool) -> None:
     """Refuse what can be seen to be wrong before anything is written or loaded."""
     name, folder = context.name, context.dir
-    if name != BASE:
-        for reward in getattr(context.stage, "rewards", ()):
-            if reward.kind == "function":
-                find_reward_function(reward.path)
+    if name != BASE and (redo or read_manifest(folder) is None):
+        _check_inputs(context)
     if redo:
         return
     settings = stage_settings(context.recipe, name)
@@ -109,6 +107,19 @@ def _check_stage(context: StageContext, *, redo: bool) -> None:
                 f"{folder}: the interrupted run had other settings ({changed[0]}); restore them, or start the stage "
                 f"again with --from {name}."
             )
+
+
+def _check_inputs(context: StageContext) -> None:
+    """Files and folders that a stage will read, so that the last stage's missing file is not found hours later."""
+    for reward in getattr(context.stage, "rewards", ()):
+        if reward.kind == "function":
+            find_reward_function(reward.path)
+    for where, reference in references(context.stage):
+        if where != "data" and is_path(reference):
+            context.checkpoint(reference)
+    for source in sources(context.stage):
+        if source.kind == "file" and not Path(source.path).exists():
+            raise UserError(f"{source.path} does not exist (paths are relative to {Path.cwd()}).")
 
 
 def _run_stage(context: StageContext, *, redo: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 DEEPEST = 50
 """Lists and sections in each other; recursion ends far above, in YAML, pydantic and JSON alike."""
 LONGEST_NUMBER = 40
+MOST_VALUES = 100_000
+"""Aliases of aliases can write billions of values in ten lines."""
 
 _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
 _IMPLICIT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "merge")}
@@ -117,18 +121,20 @@ _StrictLoader.add_implicit_resolver(
 
 def _parse(text: str) -> Any:
     """The value that a YAML text holds; raises `_Refused` or yaml.YAMLError."""
-    return _separate(yaml.load(text, Loader=_StrictLoader))
+    return _separate(yaml.load(text, Loader=_StrictLoader), count())
 
 
-def _separate(value: Any, depth: int = 0) -> Any:
+def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
     """A copy in which an alias has values of its own, so that an override of one place changes no other."""
+    if next(counter) > MOST_VALUES:
+        raise _Refused(f"it holds more than {MOST_VALUES} values; write fewer aliases.")
     if not isinstance(value, dict | list):
         return value
     if depth > DEEPEST:  # through a chain of aliases
         raise _too_deep()
     if isinstance(value, list):
-        return [_separate(item, depth + 1) for item in value]
-    return {key: _separate(item, depth + 1) for key, item in value.items()}
+        return [_separate(item, counter, depth + 1) for item in value]
+    return {key: _separate(item, counter, depth + 1) for key, item in value.items()}
 
 
 def resolve_recipe_path(recipe: str | Path) -> Path:
@@ -290,8 +296,8 @@ def _wanted(problem: Any) -> str:
         return f"must be {words} {int(bound) if bound == int(bound) else bound}"
     if kind in ("too_short", "too_long"):
         limit, words = ("min_length", "at least") if kind == "too_short" else ("max_length", "at most")
-        count = context[limit]
-        return f"must have {words} {count} {'entry' if count == 1 else 'entries'}"
+        entries = context[limit]
+        return f"must have {words} {entries} {'entry' if entries == 1 else 'entries'}"
     if kind == "string_pattern_mismatch":
         return "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'"
     wanted = _TYPES.get(kind.split("_")[0])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Model, Part
+from align.config.parts import Model, Part, Source
 from align.config.stages import EvaluateStage, ModelReward, PpoStage, Stage
 
 BASE = "base"
@@ -97,13 +97,11 @@ def references(stage: Stage) -> Iterator[tuple[str, str]]:
         yield from (("rewards", reward.init_from) for reward in stage.rewards if isinstance(reward, ModelReward))
         if stage.critic.init_from is not None:
             yield "critic.init_from", stage.critic.init_from
-    for sources in _source_lists(stage):
-        yield from (("data", source.stage) for source in sources if source.kind == "stage")
+    yield from (("data", source.stage) for source in sources(stage) if source.kind == "stage")
 
 
-def _source_lists(stage: Stage) -> Iterator[list]:
-    holders = (stage, getattr(stage, "data", None))
-    for holder in holders:
+def sources(stage: Stage) -> Iterator[Source]:
+    """Every data source of a stage."""
+    for holder in (stage, getattr(stage, "data", None)):
         for field in ("train", "held_out", "prompts", "preferences"):
-            if (sources := getattr(holder, field, None)) is not None:
-                yield sources
+            yield from getattr(holder, field, None) or ()

@@ -268,6 +268,13 @@ def _(here: Here) -> str:
     return here.align("check", "recipe.yaml")
 
 
+@wrong("aliases-of-aliases")
+def _(here: Here) -> str:
+    levels = "".join(f"l{n}: &l{n} [{', '.join(9 * [f'*l{n - 1}'])}]\n" for n in range(1, 10))
+    here.write("recipe.yaml", "name: t\nl0: &l0 [1]\n" + levels)
+    return here.align("check", "recipe.yaml")
+
+
 @wrong("yaml-tag")
 def _(here: Here) -> str:
     here.write("recipe.yaml", "name: t\nseed: !!int abc\n")
@@ -450,8 +457,8 @@ def _(here: Here) -> str:
 
 @wrong("show-model-run")
 def _(here: Here) -> str:
-    nowhere = {"train": [{"kind": "file", "path": "nowhere.jsonl"}]}
-    here.run(data=nowhere)  # the base model is made before the stage is refused
+    here.write("bad.jsonl", "{\n")
+    here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # refused when the base model is made
     return here.align("show-model", "run")
 
 
@@ -996,12 +1003,13 @@ def test_base_can_be_made_again(here: Here) -> None:
     """A mended model is taken up after a first one that could not be loaded."""
     (here.folder / "other").mkdir()
     assert "no config.json" in here.run(model={"kind": "pretrained", "path": "other"})
-    nowhere = {"train": [{"kind": "file", "path": "nowhere.jsonl"}]}
-    assert "does not exist" in here.run(data=nowhere)  # the base model is ready, the next stage is refused
+    here.write("bad.jsonl", "{\n")
+    bad = {"train": [{"kind": "file", "path": "bad.jsonl"}]}
+    assert "bad.jsonl" in here.run(data=bad)  # the base model is ready, the next stage is refused
     scratch = {"kind": "scratch", "tokenizer": "./model", "config": SIZES}
-    assert "add --from base" in here.run(model=scratch, data=nowhere)
-    assert "does not exist" in here.run("--from", "base", model=scratch, data=nowhere)
+    assert "add --from base" in here.run(model=scratch, data=bad)
+    assert "bad.jsonl" in here.run("--from", "base", model=scratch, data=bad)
     weights = here.folder / "run" / "base" / "model" / "model.safetensors"
     assert not weights.is_symlink()
-    assert "does not exist" in here.run("--from", "base", data=nowhere)
+    assert "bad.jsonl" in here.run("--from", "base", data=bad)
     assert weights.is_symlink()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -112,6 +117,73 @@ def test_exponents_read_as_numbers(minimal: Path, text: str, number: float) -> N
 def test_what_only_looks_like_an_exponent_stays_text(minimal: Path) -> None:
     assert load_recipe(minimal, ["description=e5", "name=e-6"]).name == "e-6"
     assert load_recipe(minimal, ["description='5e-6'"]).description == "5e-6"
+
+
+@pytest.mark.parametrize("text", ["1:30", "1:30.5", "2026-01-31", "2026-13-45", "0b2", "0x_", "=", "1_e", "٣"])
+def test_what_yaml_1_1_takes_for_a_number_or_a_date_is_text(minimal: Path, text: str) -> None:
+    assert load_recipe(minimal, [f"description={text}"]).description == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("-0", 0), ("+12", 12), ("1_000", 1000), ("0x1F", 31), ("0b101", 5), ("9" * 9, 10**9 - 1)],
+)
+def test_whole_numbers(minimal: Path, text: str, number: int) -> None:
+    assert load_recipe(minimal, [f"seed={text}"]).seed == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1.5", 1.5), ("01.5", 1.5), ("2.", 2.0), ("1_0.5", 10.5), ("-1.5E+1", -15), ("-.inf", -math.inf)],
+)
+def test_numbers(minimal: Path, text: str, number: float) -> None:
+    found = load_recipe(minimal, [f"model.config={{x: {text}}}"]).model.config["x"]
+    assert (found, type(found)) == (number, float)
+
+
+def test_an_override_of_what_an_alias_stands_for_changes_one_place(minimal: Path) -> None:
+    minimal.write_text(
+        """
+name: aliases
+model: {kind: pretrained, path: ./model}
+stages:
+  sft: &sft {kind: sft, data: &data {train: [{kind: file, path: rows.jsonl}]}, epochs: 3}
+  more: {<<: *sft, init_from: sft}
+  last: {kind: sft, data: *data}
+""",
+        encoding="utf-8",
+    )
+    changed = load_recipe(minimal, ["stages.more.data.max_length=16"]).stages
+    assert (changed["sft"].epochs, changed["more"].epochs, changed["last"].epochs) == (3, 3, 1)
+    assert [stage.data.max_length for stage in changed.values()] == [1024, 16, 1024]
+
+
+ODD = [None, True, -1, 10**30, 1.5, math.nan, "", "x", "²", [], [None], [[]], {}, {"kind": "sft"}, {1: 2}, {"": {}}]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_any_odd_value_in_any_place_is_read_or_refused(path: Path, tmp_path: Path) -> None:
+    """Nothing but a `UserError` comes out, and what is read can be shown."""
+    values, odd = yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path / "odd.yaml"
+    choose = random.Random(0)
+    for place in choose.sample(places(values), 20):
+        *parents, last = place
+        changed = copy.deepcopy(values)
+        holder = functools.reduce(lambda node, key: node[key], parents, changed)
+        holder[last] = choose.choice(ODD)
+        odd.write_text(yaml.safe_dump(changed), encoding="utf-8")
+        try:
+            cli.main(["show", str(odd)])
+        except SystemExit as stopped:
+            assert stopped.code == 2  # noqa: PT017
+        with contextlib.suppress(UserError):
+            load_recipe(path, [".".join(map(str, place)) + "=" + yaml.safe_dump(choose.choice(ODD)).strip(".\n")])
+
+
+def places(value: object, above: tuple = ()) -> list[tuple]:
+    """The keys that lead to each value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in ((*above, key), *places(item, (*above, key)))]
 
 
 def test_overrides(minimal: Path) -> None:

@@ -20,6 +20,8 @@ class Runs:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.done, self.fails = folder, [], None
+        monkeypatch.chdir(folder)
+        (folder / "rows.jsonl").touch()
         for module in ("base", "sft"):
             monkeypatch.setattr(importlib.import_module(f"align.recipes.{module}"), "run", self.stage)
 

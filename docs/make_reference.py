@@ -1,0 +1,209 @@
+"""Writes docs/recipes.md, the reference of every setting of a recipe, from the classes that validate it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from align.config import parts, stages
+from align.config.recipe import Recipe
+
+PAGE = Path(__file__).parent / "recipes.md"
+
+INTRO = """# Every setting of a recipe
+
+Written by `python docs/make_reference.py` from `align/config`; [guide.md](guide.md) says how the parts work together, and
+`align show RECIPE` prints a recipe with all its defaults.
+
+* An unknown key is refused, and so is a value of another type: `"8"` and `true` are no numbers, `8.0` is no whole number.
+* A setting without a default must be written. A section that is written replaces the default section as a whole: the keys
+  it leaves out take the defaults of the section's own table.
+* Paths of data, models and reward functions are relative to the working directory, not to the recipe's folder.
+* PPO computes log-probabilities and values in evaluation mode, in the update too: no dropout, and no capacity limit of the
+  experts.
+"""
+
+SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
+    ("The recipe", [("Recipe", Recipe)]),
+    (
+        "Models",
+        [
+            ("Model from scratch", parts.ScratchModel),
+            ("Tokenizer to train", parts.ScratchTokenizer),
+            ("Pretrained model", parts.PretrainedModel),
+            ("Hot start", parts.HotStartModel),
+        ],
+    ),
+    (
+        "Data",
+        [
+            ("Data of a stage", parts.Data),
+            ("Every source", parts.SourceBase),
+            ("File", parts.FileSource),
+            ("Hub data set", parts.HubSource),
+            ("Python's documentation", parts.PythonDocsSource),
+            ("Rows of a stage", parts.StageSource),
+        ],
+    ),
+    ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora)]),
+    (
+        "Stages",
+        [
+            ("Every stage with a parent", stages.StageBase),
+            ("Every training stage", stages.TrainingStage),
+            ("Pretraining", stages.PretrainStage),
+            ("Supervised fine-tuning", stages.SftStage),
+            ("Sampling pairs", stages.SampleStage),
+            ("Reward model", stages.RewardModelStage),
+            ("DPO", stages.DpoStage),
+            ("PPO", stages.PpoStage),
+            ("Evaluation", stages.EvaluateStage),
+        ],
+    ),
+    (
+        "Generation, rewards and the critic",
+        [
+            ("Rollout", stages.Rollout),
+            ("Reward of a model", stages.ModelReward),
+            ("Reward of a function", stages.FunctionReward),
+            ("Critic", stages.Critic),
+        ],
+    ),
+]
+TITLES = {model: title for _, group in SECTIONS for title, model in group}
+
+
+def page() -> str:
+    blocks = [INTRO]
+    for heading, group in SECTIONS:
+        blocks.append(f"## {heading}\n")
+        blocks += [section(title, model) for title, model in group]
+    return "\n".join(blocks)
+
+
+def section(title: str, model: type[BaseModel]) -> str:
+    """A class: what it is, a table of the settings that no base class has, and a link to the base class."""
+    base = next((base for base in model.__bases__ if base in TITLES), None)
+    inherited = base.model_fields if base else {}
+    rows = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row(name, field)) + " |"
+        for name, field in model.model_fields.items()
+        if name not in inherited
+    ]
+    lines = [f"### {title}\n", f"{one_line(inspect.getdoc(model) or '')}\n"]
+    lines += ["| setting | type | default | range | meaning |", "|---|---|---|---|---|", *rows, ""]
+    if base is not None:
+        lines.append(f"Also the settings of [{TITLES[base].lower()}]({anchor(base)}).\n")
+    return "\n".join(lines)
+
+
+def row(name: str, field: FieldInfo) -> tuple[str, ...]:
+    kind = words(field.annotation, field.metadata)
+    return f"`{name}`", kind, default(field), limits(field.annotation, field.metadata), one_line(field.description or "")
+
+
+def anchor(model: type[BaseModel]) -> str:
+    """The address that GitHub gives to a section's heading."""
+    kept = "".join(letter for letter in TITLES[model].lower() if letter.isalnum() or letter in " -_")
+    return "#" + kept.replace(" ", "-")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- types and ranges in words -------------------------------------------------------------------------------
+
+PLAIN = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "anything"}
+
+
+def words(annotation: Any, metadata: list[Any] | None = None) -> str:
+    """A type as the author of a recipe would name it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{TITLES[annotation].lower() if TITLES[annotation] != 'LoRA' else 'LoRA'}]({anchor(annotation)})"
+    if origin is Annotated:
+        return words(arguments[0])
+    if origin is Literal:
+        return either([f"`{choice}`" for choice in arguments])
+    if origin in (Union, types.UnionType):
+        return either([words(argument) for argument in arguments])
+    if origin is list:
+        return f"list of: {words(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}: {words(arguments[0])}"
+    if origin is dict:
+        return f"section, key: {words(arguments[1])}"
+    raise TypeError(f"no words for {annotation}")
+
+
+def either(choices: list[str]) -> str:
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+LIMITS: dict[type, Callable[[Any], str]] = {
+    annotated_types.Gt: lambda limit: f"> {number(limit.gt)}",
+    annotated_types.Ge: lambda limit: f"≥ {number(limit.ge)}",
+    annotated_types.Lt: lambda limit: f"< {number(limit.lt)}",
+    annotated_types.Le: lambda limit: f"≤ {number(limit.le)}",
+    annotated_types.MinLen: lambda limit: f"at least {limit.min_length} {'entry' if limit.min_length == 1 else 'entries'}",
+}
+
+
+def limits(annotation: Any, metadata: list[Any]) -> str:
+    """The allowed range, of a list's entries where it has one for them."""
+    found = [LIMITS[type(limit)](limit) for limit in flat(metadata) if type(limit) in LIMITS]
+    found += [f"`{limit.pattern}`" for limit in flat(metadata) if getattr(limit, "pattern", None)]
+    if get_origin(annotation) is Annotated:
+        first, *more = get_args(annotation)
+        found.append(limits(first, more))
+    elif get_origin(annotation) in (Union, types.UnionType, tuple):
+        found += dict.fromkeys(limits(argument, []) for argument in get_args(annotation))
+    return ", ".join(filter(None, found))
+
+
+def flat(metadata: list[Any]) -> list[Any]:
+    """Limits stand alone, or in the metadata of a `Field`."""
+    return [limit for item in metadata for limit in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+# --- defaults ------------------------------------------------------------------------------------------------
+
+
+def default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "–"
+    if isinstance(value, BaseModel):
+        changed = value.model_dump(exclude_defaults=True)
+        return f"`{{{', '.join(f'{key}: {shown(item)}' for key, item in changed.items())}}}`"
+    return f"`{shown(value)}`"
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return number(value)
+    return '""' if value == "" else str(value)
+
+
+def number(value: float) -> str:
+    return str(value).replace("e-0", "e-")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
