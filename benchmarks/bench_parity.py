@@ -21,6 +21,7 @@ from harness import in_a_process_of_its_own, write
 from safetensors.torch import load_file
 
 CASES = ("top1-cla2-tied", "top2-cla2-untied")
+GROWN = "align in vLLM against align in transformers"
 DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -121,6 +122,37 @@ def vllm_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
         return in_vllm(known_to_others(folder, Path(temporary) / "model"), golden)
 
 
+@torch.no_grad()
+def grown_row(folder: Path, _: Any) -> dict[str, Any]:
+    """The quickstart's model, its experts moved away from zero; align in transformers is the witness for vLLM."""
+    from transformers import AutoTokenizer
+
+    from align.models.hot_start import convert_hot_start
+    from align.models.hunyuan import HunYuanForCausalLM
+
+    convert_hot_start("smollm2-135m-instruct", folder, experts=4, top_k=1)
+    model = HunYuanForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj.normal_(std=0.02)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    texts = ["The standard library has a module for", "def fibonacci(n):", "A mixture of experts is a network in which"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    continued = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        prompt = ids[mask.bool()][None]
+        continued.append(model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)[0])
+    golden = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "logits": model(**batch).logits,
+        "greedy_ids": torch.nn.utils.rnn.pad_sequence(continued, batch_first=True, padding_value=-1),
+    }
+    del model
+    return in_vllm(folder, golden)
+
+
 ROWS = {
     "align": align_row,
     "align in vLLM": in_vllm,
@@ -134,7 +166,10 @@ def main() -> None:
         warnings.simplefilter("ignore")
         folder = Path(sys.argv[3])
         try:
-            found = ROWS[sys.argv[1]](folder, load_file(folder / "golden.safetensors"))
+            if sys.argv[1] == GROWN:
+                found = grown_row(folder, None)
+            else:
+                found = ROWS[sys.argv[1]](folder, load_file(folder / "golden.safetensors"))
         except Exception as error:  # whatever keeps another library from running it is the result
             found = {"fails": str(error).strip().splitlines()[-1][:200]}
         print(json.dumps(found))
@@ -143,7 +178,10 @@ def main() -> None:
     if not golden.is_dir():
         print(f"{golden}: the reference's outputs are not on this machine; nothing to compare")
         return
-    write("parity", {c: {row: in_a_process_of_its_own(row, c, str(golden / c)) for row in ROWS} for c in CASES})
+    results = {c: {row: in_a_process_of_its_own(row, c, str(golden / c)) for row in ROWS} for c in CASES}
+    with tempfile.TemporaryDirectory() as temporary:
+        grown = in_a_process_of_its_own(GROWN, GROWN, str(Path(temporary) / "model"))
+    write("parity", {**results, "SmolLM2 as the quickstart grows it": {GROWN: grown}})
 
 
 if __name__ == "__main__":

