@@ -1,7 +1,7 @@
-"""Encoding speed of the converted tokenizer against tiktoken, one text at a time and many at once, both with one thread.
+"""Encoding speed of the converted tokenizer against tiktoken, one text at a time and many at once, with one thread.
 
-The released vocabulary is needed: `hy.tiktoken` in `--golden DIR`/tokenizer, $ALIGN_GOLDEN or ../shared/golden. The text is
-the documentation of the running Python.
+The released vocabulary is needed: `tokenizer/hy.tiktoken` in the folder given, $ALIGN_GOLDEN or ../shared/golden. The
+text is the documentation of the running Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # before tokenizers starts its threads
 import tiktoken
 from harness import compare, medians, ratio, write
 
-from align.data.python_docs import documentation
+from align.data.python_docs import python_docs_rows
 from align.models.hunyuan.tokenization import PATTERN, SPECIAL_TOKENS, convert_tokenizer, read_ranks
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
@@ -34,7 +34,7 @@ def main() -> None:
     other = tiktoken.Encoding("hunyuan", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     with tempfile.TemporaryDirectory() as folder:
         ours = convert_tokenizer(source, Path(folder))
-    texts = [unicodedata.normalize("NFC", text) for text in documentation()]
+    texts = [unicodedata.normalize("NFC", row["text"]) for row in python_docs_rows("text", "train", 400)]
     everything = "\n\n".join(texts)
     assert ours.encode(everything, add_special_tokens=False) == other.encode(everything, allowed_special="all")
     megabytes = len(everything.encode()) / 1e6

@@ -20,15 +20,16 @@ PAGE = Path(__file__).parent / "recipes.md"
 
 INTRO = """# Every setting of a recipe
 
-Written by `python docs/make_reference.py` from `align/config`; [guide.md](guide.md) says how the parts work together, and
-`align show RECIPE` prints a recipe with all its defaults.
+Written by `python docs/make_reference.py` from `align/config`; [guide.md](guide.md) says how the parts work together,
+and `align show RECIPE` prints a recipe with all its defaults.
 
-* An unknown key is refused, and so is a value of another type: `"8"` and `true` are no numbers, `8.0` is no whole number.
-* A setting without a default must be written. A section that is written replaces the default section as a whole: the keys
-  it leaves out take the defaults of the section's own table.
+* An unknown key is refused, and so is a value of another type: `"8"` and `true` are no numbers, `8.0` is no whole
+  number.
+* A setting without a default (–) must be written. A section that is written replaces the default section as a whole:
+  the keys it leaves out take the defaults of the section's own table.
 * Paths of data, models and reward functions are relative to the working directory, not to the recipe's folder.
-* PPO computes log-probabilities and values in evaluation mode, in the update too: no dropout, and no capacity limit of the
-  experts.
+* PPO computes log-probabilities and values in evaluation mode, in the update too: no dropout, and no capacity limit of
+  the experts.
 """
 
 SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
@@ -79,6 +80,11 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
     ),
 ]
 TITLES = {model: title for _, group in SECTIONS for title, model in group}
+UNIONS = {
+    get_args(parts.Model)[0]: "[one of the models](#models)",
+    get_args(parts.Source)[0]: "[Source](#every-source)",
+    get_args(stages.Stage)[0]: "[one of the stages](#stages)",
+}
 
 
 def page() -> str:
@@ -101,13 +107,13 @@ def section(title: str, model: type[BaseModel]) -> str:
     lines = [f"### {title}\n", f"{one_line(inspect.getdoc(model) or '')}\n"]
     lines += ["| setting | type | default | range | meaning |", "|---|---|---|---|---|", *rows, ""]
     if base is not None:
-        lines.append(f"Also the settings of [{TITLES[base].lower()}]({anchor(base)}).\n")
+        lines.append(f"Also the settings of [{TITLES[base]}]({anchor(base)}).\n")
     return "\n".join(lines)
 
 
 def row(name: str, field: FieldInfo) -> tuple[str, ...]:
-    kind = words(field.annotation, field.metadata)
-    return f"`{name}`", kind, default(field), limits(field.annotation, field.metadata), one_line(field.description or "")
+    kind, bounds = words(field.annotation), limits(field.annotation, field.metadata)
+    return f"`{name}`", kind, default(field), bounds, one_line(field.description or "")
 
 
 def anchor(model: type[BaseModel]) -> str:
@@ -123,40 +129,37 @@ def one_line(text: str) -> str:
 # --- types and ranges in words -------------------------------------------------------------------------------
 
 PLAIN = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "anything"}
+UNION = (Union, types.UnionType)
 
 
-def words(annotation: Any, metadata: list[Any] | None = None) -> str:
+def words(annotation: Any) -> str:
     """A type as the author of a recipe would name it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in PLAIN:
         return PLAIN[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{TITLES[annotation].lower() if TITLES[annotation] != 'LoRA' else 'LoRA'}]({anchor(annotation)})"
+        return f"[{TITLES[annotation]}]({anchor(annotation)})"
     if origin is Annotated:
         return words(arguments[0])
-    if origin is Literal:
-        return either([f"`{choice}`" for choice in arguments])
-    if origin in (Union, types.UnionType):
-        return either([words(argument) for argument in arguments])
+    if annotation in UNIONS:
+        return UNIONS[annotation]
+    if origin in (Literal, *UNION):
+        return " or ".join(f"`{a}`" if origin is Literal else words(a) for a in arguments)
     if origin is list:
-        return f"list of: {words(arguments[0])}"
+        return f"list: {words(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {words(arguments[0])}"
     if origin is dict:
-        return f"section, key: {words(arguments[1])}"
+        return f"section: {words(arguments[1])}"
     raise TypeError(f"no words for {annotation}")
 
 
-def either(choices: list[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
 LIMITS: dict[type, Callable[[Any], str]] = {
-    annotated_types.Gt: lambda limit: f"> {number(limit.gt)}",
-    annotated_types.Ge: lambda limit: f"≥ {number(limit.ge)}",
-    annotated_types.Lt: lambda limit: f"< {number(limit.lt)}",
-    annotated_types.Le: lambda limit: f"≤ {number(limit.le)}",
-    annotated_types.MinLen: lambda limit: f"at least {limit.min_length} {'entry' if limit.min_length == 1 else 'entries'}",
+    annotated_types.Gt: lambda limit: f"> {limit.gt:.10g}",
+    annotated_types.Ge: lambda limit: f"≥ {limit.ge:.10g}",
+    annotated_types.Lt: lambda limit: f"< {limit.lt:.10g}",
+    annotated_types.Le: lambda limit: f"≤ {limit.le:.10g}",
+    annotated_types.MinLen: lambda limit: f"entries ≥ {limit.min_length}",
 }
 
 
@@ -167,7 +170,7 @@ def limits(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Annotated:
         first, *more = get_args(annotation)
         found.append(limits(first, more))
-    elif get_origin(annotation) in (Union, types.UnionType, tuple):
+    elif get_origin(annotation) in (*UNION, tuple):
         found += dict.fromkeys(limits(argument, []) for argument in get_args(annotation))
     return ", ".join(filter(None, found))
 
@@ -197,12 +200,8 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, float):
-        return number(value)
+        return str(value).replace("e-0", "e-")
     return '""' if value == "" else str(value)
-
-
-def number(value: float) -> str:
-    return str(value).replace("e-0", "e-")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discrimi
 
 
 class SourceBase(Part):
-    """What every source of rows has, whatever its kind."""
+    """What every source of rows has, of whichever kind: `file`, `hub`, `python_docs` or `stage`."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share in the mixture, relative to the other sources' weights. Where no source of a list has a weight they are
@@ -121,7 +121,7 @@ class HubSource(SourceBase):
     kind: Literal["hub"]
     """Selects the Hugging Face hub."""
     id: str
-    """Name of the data set: owner/name, or a folder that `datasets.load_dataset` reads."""
+    """Name of the data set on the hub: owner/name."""
     name: str | None = None
     """Configuration of the data set, where it has several."""
     split: str = "train"
@@ -213,7 +213,7 @@ class Lora(Part):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scaling: the adapters' output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the adapters' input."""
+    """Dropout probability on the adapters' input; above 0 only without `experts`, where PEFT has no dropout."""
     attention: bool = True
     """Adapters on q, k, v and o projections."""
     shared_mlp: bool = True

@@ -21,7 +21,7 @@ class Recipe(Part):
     """What a run does: a model, and stages that run in the order in which they are written."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
+    """Name of the run; its folder is `runs/<name>` unless --run-dir says otherwise."""
     description: str = ""
     """Free text about the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -38,7 +38,7 @@ class TrainingStage(StageBase):
     checkpoint_every: Positive = 100
     """Steps between checkpoints from which a killed run resumes."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for about a third more computation."""
+    """Recompute activations in the backward pass: less memory, more time."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainingStage:
@@ -100,7 +100,7 @@ class DpoStage(TrainingStage):
     kind: Literal["dpo"]
     """Selects direct preference optimisation."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature of the implicit reward, beta * log(policy / reference); larger stays nearer to the reference."""
+    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps nearer to the reference."""
     sft_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen answer, added to the DPO loss."""
 
@@ -205,7 +205,7 @@ class PpoStage(StageBase):
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Epsilon of the clipped objective: the probability ratio new/old is clipped to 1 - epsilon ... 1 + epsilon."""
+    """Epsilon of the clipped objective: the probability ratio new/old is clipped to `1 ± epsilon`."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
     """Value clipping: a new value counts at most this far from the value before the update."""
     whiten_advantages: bool = True
@@ -213,8 +213,8 @@ class PpoStage(StageBase):
     kl_coef: Annotated[float, Field(ge=0)] = 0.05
     """Weight of the per-token KL to the reference, subtracted from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that KL at the sampled token, with d = log(policy / reference): k1 is d (unbiased), k2 is d^2 / 2
-    (biased, low variance), k3 is exp(-d) - 1 + d (unbiased, never negative)."""
+    """Estimator of that KL at the sampled token, with `d = log(policy / reference)`: k1 is `d` (unbiased), k2 is
+    `d^2 / 2` (biased, low variance), k3 is `exp(-d) - 1 + d` (unbiased, never negative)."""
     importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Truncate the weight old/rollout of a token at this value (null: no correction of the engine's mismatch)."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None

@@ -23,6 +23,7 @@ import align.models  # noqa: F401 (registers HunYuan)
 from align.data.chat import prepare_chat_template
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig
+from align.models.hunyuan.checkpoint import check_weights
 from align.models.lora import AnyModel, merge_lora
 from align.train.run_folder import MODEL, replace_folder
 
@@ -113,18 +114,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _damage_explained(folder: Path) -> Iterator[None]:
-    """Weights that are cut off, missing or of another shape are the checkpoint's fault, not a bug."""
+    """Weights that cannot be read are the checkpoint's fault, not a bug."""
     try:
         yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
-    except RuntimeError as error:
-        if "size" not in str(error):
-            raise
-        raise UserError(
-            f"{folder}: the weights do not have the shapes that config.json says; copy the config.json that "
-            "belongs to them."
-        ) from error
 
 
 def load_policy(folder: Path, dtype: str) -> AnyModel:
@@ -133,6 +127,7 @@ def load_policy(folder: Path, dtype: str) -> AnyModel:
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
     with _damage_explained(folder):
+        check_weights(folder, AutoConfig.from_pretrained(folder))
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
@@ -152,6 +147,7 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyMod
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
     with _damage_explained(folder):
+        check_weights(folder, settings, scorer=True)
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
     if fresh_head:
         nn.init.zeros_(model.score.weight)

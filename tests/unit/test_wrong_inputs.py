@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align import cli
@@ -107,6 +108,12 @@ class Here:
     def change_config(self, **values: Any) -> None:
         path = self.folder / "model" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def change_weights(self, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        path = self.folder / "model" / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
 
     def with_template(self, template: str) -> Any:
         tokenizer = copy.deepcopy(self.tokenizer)
@@ -602,6 +609,37 @@ def _(here: Here) -> str:
 @wrong("weights-of-other-sizes")
 def _(here: Here) -> str:
     here.change_config(hidden_size=64)
+    return here.run()
+
+
+@wrong("tensor-missing")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights.pop("model.layers.0.mlp.experts.1.up_proj.weight"))
+    return here.run()
+
+
+@wrong("tensor-extra")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights.update({"model.layers.0.mlp.experts.7.up_proj.weight": torch.ones(2)}))
+    return here.run()
+
+
+@wrong("tensor-nan")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights["model.norm.weight"][3:4].fill_(float("nan")))
+    return here.run()
+
+
+@wrong("index-names-missing-file")
+def _(here: Here) -> str:
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}}
+    here.write("model/model.safetensors.index.json", json.dumps(index))
+    return here.run()
+
+
+@wrong("index-damaged")
+def _(here: Here) -> str:
+    here.write("model/model.safetensors.index.json", "{}")
     return here.run()
 
 
