@@ -243,9 +243,9 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(values, indent=2))
     else:
-        import yaml
+        from align.config.load import dump
 
-        print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+        print(dump(values), end="")
 
 
 def _report(options: argparse.Namespace) -> None:

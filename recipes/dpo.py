@@ -22,8 +22,9 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both n
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        if "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")
+        model: Any = self.model
+        if "ref" in getattr(model, "peft_config", {}):
+            model.delete_adapter("ref")
 
 
 def run(context: StageContext) -> dict:

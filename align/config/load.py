@@ -119,6 +119,18 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would read as a number."""
+
+
+_StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
+def dump(values: Any) -> str:
+    """YAML that `load_recipe` reads as the same values."""
+    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
 def _parse(text: str) -> Any:
     """The value that a YAML text holds; raises `_Refused` or yaml.YAMLError."""
     return _separate(yaml.load(text, Loader=_StrictLoader), count())

@@ -227,4 +227,6 @@ class Lora(Part):
     def _something_to_train(self) -> Lora:
         if not (self.attention or self.shared_mlp or self.experts):
             raise ValueError("attention, shared_mlp and experts are all off, so nothing would be trained")
+        if self.dropout and self.experts:
+            raise ValueError("dropout has no effect inside stacked expert matrices; set it to 0, or experts to false")
         return self

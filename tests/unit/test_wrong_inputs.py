@@ -338,6 +338,11 @@ def _(here: Here) -> str:
     return here.check(batch_size=8, micro_batch_size=3)
 
 
+@wrong("dropout-in-experts")
+def _(here: Here) -> str:
+    return here.check(lora={"dropout": 0.1})
+
+
 @wrong("more-chosen-than-experts")
 def _(here: Here) -> str:
     return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})

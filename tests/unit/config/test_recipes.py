@@ -243,3 +243,13 @@ def test_a_recipe_in_the_working_folder_comes_before_a_shipped_one(
 def test_recipes_survive_a_round_trip_of_their_defaults(minimal: Path) -> None:
     recipe = load_recipe(minimal)
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+@pytest.mark.parametrize("text", ["5e-6", "010", "1:30", "0x1f", "true", "null", "1_000", "- a", "é: b"])
+def test_text_that_looks_like_something_else_survives_show(minimal: Path, tmp_path: Path, capsys, text: str) -> None:
+    recipe = load_recipe(minimal, [f"description={json.dumps(text)}"])
+    assert recipe.description == text
+    cli.main(["show", str(minimal), f"description={json.dumps(text)}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(again) == recipe
