@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from align.config.stages import FunctionReward, ModelReward, PpoStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
-from align.losses.gae import gae
+from align.losses import advantages
 from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance, importance_weight, policy_loss, value_loss
-from align.losses.reduce import masked_mean, whiten
+from align.losses.reduce import masked_mean
 from align.models.lora import AnyModel, add_lora
 from align.reward.functions import call_reward_function, load_reward_function
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
@@ -263,8 +263,9 @@ def look_back(stage: PpoStage, team: Team, batch: Experience) -> dict[str, float
     last = (batch.lengths - batch.prompt_lengths - 1).clamp_min(0)
     assert batch.score is not None
     rewards[torch.arange(len(batch)), last] += batch.score
-    advantages, batch.returns = gae(rewards, values, batch.mask, stage.gamma, stage.lam)
-    batch.advantages = whiten(advantages, batch.mask) if stage.whiten_advantages else advantages
+    batch.advantages, batch.returns = advantages.ppo(
+        rewards, values, batch.mask, gamma=stage.gamma, lam=stage.lam, whitened=stage.whiten_advantages
+    )
     mismatch = (old - batch.rollout_logprobs).abs()
     return {
         "kl": (kl_estimate(old, ref, "k1") * batch.mask).sum(1).mean().item(),
@@ -318,13 +319,15 @@ def backward(stage: PpoStage, team: Team, rows: Experience, count: float, train_
         output = policy_output(team.policy, rows, stage.rollout.temperature)
         weights = None
         if stage.importance_cap is not None:
-            weights = importance_weight(rows.old_logprobs, rows.rollout_logprobs, stage.importance_cap)
+            weights = importance_weight(rows.old_logprobs, rows.rollout_logprobs, rows.mask, cap=stage.importance_cap)
         loss, clipping = policy_loss(
             output.logprobs,
             rows.old_logprobs,
             rows.advantages,
             rows.mask,
             clip_range=stage.clip_range,
+            clip_range_high=stage.clip_range_high,
+            dual_clip=stage.dual_clip,
             count=count,
             weights=weights,
         )

@@ -206,6 +206,10 @@ class PpoStage(StageBase):
     """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Epsilon of the clipped objective: the probability ratio new/old is clipped to `1 ± epsilon`."""
+    clip_range_high: Annotated[float, Field(gt=0)] | None = None
+    """Another epsilon for the upper side, `1 + epsilon` (DAPO's clip-higher); by default `clip_range`."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Where the advantage is negative, a token's loss is at most this times its size (null: no such bound)."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
     """Value clipping: a new value counts at most this far from the value before the update."""
     whiten_advantages: bool = True

@@ -15,10 +15,38 @@ from align.losses.reduce import masked_mean
 Metrics = dict[str, Tensor]
 
 
-def importance_weight(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """min(old / rollout, cap): corrects the sampler's distribution to the trainer's (truncated importance sampling)."""
-    log_ratio = (old_logprobs - rollout_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return log_ratio.exp().clamp_max(cap)
+def importance_weight(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    cap: float,
+    sequence: bool = False,
+    drop: bool = False,
+) -> Tensor:
+    """Corrects the sampler's distribution to the trainer's: old / rollout, truncated at `cap`, or 0 beyond it (drop).
+
+    sequence: one weight a completion, the product over its tokens. No gradient. Source: Yao et al. 2025, truncated
+    importance sampling; masking as in IcePop.
+    """
+    log_ratio = torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0)
+    if sequence:
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True).expand_as(mask)
+    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().detach()
+    return torch.where(ratio > cap, 0.0, ratio) if drop else ratio.clamp_max(cap)
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, sequence: bool = False) -> Tensor:
+    """new / old of each token; or (GSPO) of the whole completion, the geometric mean over its tokens.
+
+    The sequence ratio's gradient is spread over the tokens, so that a token's own term in the loss still has the
+    sequence's value. Source: Zheng et al., GSPO (arXiv 2507.18071), equations 5 and 14.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
+    if sequence:
+        mean = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp_min(1.0)
+        log_ratio = mean.detach() + log_ratio - log_ratio.detach()
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
 def policy_loss(
@@ -29,18 +57,30 @@ def policy_loss(
     *,
     clip_range: float,
     count: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    sequence: bool = False,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio)) / count, ratio = exp(logprobs - old)."""
-    ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    """Sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio, 1 - low, 1 + high)) / count.
+
+    clip_range_high: another upper bound (DAPO, arXiv 2503.14476). dual_clip: for A < 0 the loss is at most
+    -A * dual_clip, so that one token far off cannot dominate (arXiv 1912.09729); above 1. sequence: GSPO's ratio.
+    """
+    ratio = probability_ratio(logprobs, old_logprobs, mask, sequence=sequence)
+    high = clip_range if clip_range_high is None else clip_range_high
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     loss = torch.maximum(plain, clipped)
+    metrics = {"clip_fraction": masked_mean((clipped > plain).float(), mask, count).detach()}
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        bounded = (advantages < 0) & (loss > bound)
+        loss = torch.where(bounded, bound, loss)
+        metrics["dual_clip_fraction"] = masked_mean(bounded.float(), mask, count).detach()
     if weights is not None:
         loss = loss * weights
-    return masked_mean(loss, mask, count), {
-        "clip_fraction": masked_mean((clipped > plain).float(), mask, count).detach()
-    }
+    return masked_mean(loss, mask, count), metrics
 
 
 def value_loss(

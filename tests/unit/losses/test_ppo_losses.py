@@ -119,8 +119,12 @@ def test_masked_mean_ignores_nan_behind_the_mask() -> None:
 
 
 def test_importance_weight_is_capped() -> None:
-    weights = importance_weight(tensor([0.0, 0.0]), tensor([-3.0, 0.5]), cap=2.0)
-    assert weights.tolist()[0] == pytest.approx([2.0, math.exp(-0.5)])
+    old, rollout, mask = tensor([0.0, 0.0, 9.0]), tensor([-3.0, 0.5, 0.0]), tensor([1, 1, 0])
+    assert importance_weight(old, rollout, mask, cap=2.0).tolist()[0] == pytest.approx([2.0, math.exp(-0.5), 1.0])
+    dropped = importance_weight(old, rollout, mask, cap=2.0, drop=True)
+    assert dropped.tolist()[0] == pytest.approx([0.0, math.exp(-0.5), 1.0])
+    whole = importance_weight(old, rollout, mask, cap=100.0, sequence=True)
+    assert whole.tolist()[0] == pytest.approx([math.exp(2.5)] * 3)
 
 
 def test_explained_variance() -> None:
