@@ -84,7 +84,7 @@ def main() -> None:
             values = [step(way, tensors) for way in (plain, chunked)]
             seconds = compare(
                 {"plain": lambda: step(plain, tensors), "chunked": lambda: step(chunked, tensors)},  # noqa: B023
-                rounds=3,
+                rounds=2,
             )
             bytes_ = {
                 label: in_a_process_of_its_own(name, str(i), head)["bytes"]

@@ -91,12 +91,22 @@ def loading(results: dict[str, Any]) -> str:
     )
 
 
+def tokenizer(results: dict[str, Any]) -> str:
+    rows = []
+    for label, found in results.items():
+        if isinstance(found, dict):
+            speeds = found["megabytes_per_second"]
+            rows.append([f"{label}, {results['megabytes']} MB", f"{speeds['align']:.2f}", f"{speeds['tiktoken']:.2f}"])
+    return table(["one thread", "align, MB/s", "tiktoken, MB/s"], rows)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
     "loss_head": loss_head,
     "decoding": decoding,
     "loading": loading,
+    "tokenizer": tokenizer,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,19 @@ class Router(nn.Module):
         return route(logits, self.top_k, limit)
 
 
+class Permute(torch.autograd.Function):
+    """Rows in another order. The gradient takes the inverse order, where indexing's own would accumulate."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows_ND.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        return grad_ND.index_select(0, *ctx.saved_tensors), None, None
+
+
 class Experts(nn.Module):
     """Routed SwiGLU experts, stored as stacked matrices."""
 
@@ -124,28 +137,29 @@ class Experts(nn.Module):
         Tokens are sorted by expert, so that each expert is one dense product over its own rows and no work is done for
         a token that an expert does not have.
         """
+        tokens, top_k = experts_Tk.shape
         flat = experts_Tk.flatten()
         bucket = torch.where(flat < 0, self.num_experts, flat)  # tokens without an expert come last
         order = bucket.argsort(stable=True)
-        token = order // experts_Tk.shape[1]
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
         counts = torch.bincount(bucket, minlength=self.num_experts + 1)
-        if hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16:
-            outputs = self.grouped(hidden_TD[token], counts)
-        else:
-            outputs = self.one_by_one(hidden_TD[token], counts)
-        weights = weights_Tk.flatten()[order].to(hidden_TD.dtype)
-        return torch.zeros_like(hidden_TD).index_add(0, token, outputs * weights[:, None])
+        rows = Permute.apply(hidden_TD[:, None].expand(-1, top_k, -1).reshape(len(flat), -1), order, inverse)
+        grouped = hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16
+        outputs = self.grouped(rows, counts) if grouped else self.one_by_one(rows, counts)
+        outputs_TkD = Permute.apply(outputs, inverse, order).view(tokens, top_k, -1)
+        return (outputs_TkD * weights_Tk[..., None].to(outputs.dtype)).sum(1)
 
     def one_by_one(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
         """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
         *mine, rest = rows_ND.split(counts.tolist())
-        # Once: under LoRA an attribute that is read is a matrix that is made.
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        # Unbound and not indexed: an index's gradient is a zero-filled copy of the whole stack, for every expert.
+        weights = zip(mine, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
         outputs = []
-        for expert, rows in enumerate(mine):
+        for rows, gate_up_proj, down_proj in weights:
             # An expert without tokens still takes part, so that its gradient is zero and not missing.
-            gate, up = nn.functional.linear(rows, gate_up_proj[expert]).chunk(2, dim=-1)
-            outputs.append(nn.functional.linear(self.act(gate) * up, down_proj[expert]))
+            gate, up = nn.functional.linear(rows, gate_up_proj).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(self.act(gate) * up, down_proj))
         return torch.cat([*outputs, torch.zeros_like(rest)])
 
     def grouped(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
