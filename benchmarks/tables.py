@@ -47,6 +47,23 @@ def moe_block(results: dict[str, Any]) -> str:
     return table(["2048 tokens, hidden 512", "milliseconds, forward + backward", "ratios"], rows)
 
 
+def loss_head(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if name == "shape":
+            continue
+        seconds, size = found["seconds"], found["peak_extra_bytes"]
+        rows.append(
+            [
+                name,
+                f"{seconds['plain']:.2f} / {seconds['chunked']:.2f} s ({found['time_ratio']:.2f})",
+                f"{size['plain'] / 2**20:,.0f} / {size['chunked'] / 2**20:,.0f} MiB ({found['memory_ratio']:.1%})",
+                f"{found['relative_difference']:.0e}",
+            ]
+        )
+    return table(["", "plain / chunked", "extra memory, plain / chunked", "relative difference"], rows)
+
+
 def decoding(results: dict[str, Any]) -> str:
     rows = [
         [
@@ -86,6 +103,7 @@ def tokenizer(results: dict[str, Any]) -> str:
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
+    "loss_head": loss_head,
     "decoding": decoding,
     "loading": loading,
     "tokenizer": tokenizer,
