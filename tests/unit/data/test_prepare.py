@@ -106,6 +106,18 @@ def test_pairs_by_hand(tokenizer, jsonl):
         assert (made.report.rows_read, made.report.rows_train) == (3, 1)
 
 
+def test_a_completion_that_was_cut_has_no_end_of_turn(tokenizer, jsonl):
+    rows = [{"prompt": "a", "chosen": "good", "rejected": "cut of", "rejected_finished": False}]
+    made = prepare.prepare_dpo_pairs(data(jsonl(rows)), tokenizer, seed=0).train[0]
+    assert tokenizer.decode(made["rejected_ids"]) == "cut of"
+    assert tokenizer.decode(made["chosen_ids"]) == "good<|im_end|>"
+    reward = prepare.prepare_reward_pairs(data(jsonl(rows)), tokenizer, seed=0).train[0]
+    assert reward["rejected_ids"] == made["prompt_ids"] + made["rejected_ids"]
+    finished = [{**rows[0], "rejected_finished": True}]
+    made = prepare.prepare_dpo_pairs(data(jsonl(finished)), tokenizer, seed=0).train[0]
+    assert tokenizer.decode(made["rejected_ids"]) == "cut of<|im_end|>"
+
+
 def trl_arguments(**options) -> SimpleNamespace:
     defaults = {
         "dataset_num_proc": None,
