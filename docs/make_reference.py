@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import parts, stages
+from align.config import parts, ppo, rewards, rollout, stages
 from align.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -58,24 +58,26 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
     (
         "Stages",
         [
-            ("Every stage with a parent", stages.StageBase),
+            ("Every stage with a parent", parts.StageBase),
             ("Every training stage", stages.TrainingStage),
             ("Pretraining", stages.PretrainStage),
             ("Supervised fine-tuning", stages.SftStage),
             ("Sampling pairs", stages.SampleStage),
             ("Reward model", stages.RewardModelStage),
             ("DPO", stages.DpoStage),
-            ("PPO", stages.PpoStage),
+            ("PPO and its relatives", ppo.PpoStage),
             ("Evaluation", stages.EvaluateStage),
         ],
     ),
     (
-        "Generation, rewards and the critic",
+        "Generation, rewards and learning",
         [
-            ("Rollout", stages.Rollout),
-            ("Reward of a model", stages.ModelReward),
-            ("Reward of a function", stages.FunctionReward),
-            ("Critic", stages.Critic),
+            ("Rollout", rollout.Rollout),
+            ("Reward of a model", rewards.ModelReward),
+            ("Reward of a function", rewards.FunctionReward),
+            ("Critic", ppo.Critic),
+            ("KL to the reference", ppo.Kl),
+            ("Importance of a sample", ppo.Importance),
         ],
     ),
 ]

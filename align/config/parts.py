@@ -1,4 +1,4 @@
-"""The parts that stages share: model, data sources, optimizer, LoRA.
+"""The parts that stages share: model, data sources, optimizer, LoRA, the parent.
 
 Every class is frozen and refuses unknown keys; every number has bounds. Nothing here imports torch.
 """
@@ -230,3 +230,10 @@ class Lora(Part):
         if self.dropout and self.experts:
             raise ValueError("dropout has no effect inside stacked expert matrices; set it to 0, or experts to false")
         return self
+
+
+class StageBase(Part):
+    """What every stage that starts from a checkpoint has."""
+
+    init_from: str = "base"
+    """Where the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""

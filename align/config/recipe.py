@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parts import Model, Part, Source
-from align.config.stages import EvaluateStage, ModelReward, PpoStage, Stage
+from align.config.ppo import PpoStage
+from align.config.rewards import ModelReward
+from align.config.stages import EvaluateStage, Stage
 
 BASE = "base"
 """The name under which stages refer to the recipe's model."""
@@ -30,6 +32,8 @@ class Recipe(Part):
     """Of weights and arithmetic. On a CPU without AVX-512 bf16 is several times slower than float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads; by default torch's own choice."""
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    """Experiment trackers that are sent every stage's metrics, beside metrics.jsonl; they must be installed."""
     model: Model
     """The model that stages call `base`."""
     stages: dict[str, Stage] = Field(min_length=1)

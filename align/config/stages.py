@@ -6,14 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, PythonDocsSource, Source
-
-
-class StageBase(Part):
-    """What every stage that starts from a checkpoint has."""
-
-    init_from: str = "base"
-    """Where the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
+from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
+from align.config.ppo import PpoStage
+from align.config.rollout import Rollout
 
 
 class TrainingStage(StageBase):
@@ -76,7 +71,7 @@ class SampleStage(StageBase):
     """The same for the held-out pairs."""
     neighbours: Fraction = 0.5
     """Share of the rejected answers that are another prompt's reference instead of a sample."""
-    rollout: Rollout = Field(default_factory=lambda: Rollout())
+    rollout: Rollout = Rollout()
     """How the rejected answers are sampled."""
 
     @model_validator(mode="after")
@@ -103,148 +98,6 @@ class DpoStage(TrainingStage):
     """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps nearer to the reference."""
     sft_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen answer, added to the DPO loss."""
-
-
-class Rollout(Part):
-    """How completions are generated."""
-
-    engine: Literal["vllm", "huggingface"] = "vllm"
-    """vllm: the in-process engine; huggingface: `generate`, slow, for machines without vLLM."""
-    max_new_tokens: Positive = 64
-    """Tokens after which a completion without an end-of-sequence token is cut off."""
-    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Logits are divided by this before sampling, in the rollout and in the trainer's log-probabilities alike."""
-    max_model_length: Positive = 512
-    """Prompt and completion together, in tokens."""
-    cache_gib: Annotated[float, Field(gt=0)] = 0.5
-    """Memory for the key/value cache."""
-    max_sequences: Positive = 64
-    """Sequences decoded at a time."""
-
-    def require_room_for_prompts(self) -> None:
-        if self.max_new_tokens >= self.max_model_length:
-            raise ValueError(
-                f"rollout.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
-                f"rollout.max_model_length {self.max_model_length}; lower one or raise the other"
-            )
-
-
-class ModelReward(Part):
-    """The score of a reward model."""
-
-    kind: Literal["model"]
-    """Selects a reward model."""
-    init_from: str
-    """A reward_model stage of this recipe or a checkpoint folder."""
-    weight: float = 1.0
-    """Factor on this score in the sum of all rewards."""
-
-
-class FunctionReward(Part):
-    """A Python function `f(prompts, completions, rows) -> list of float`."""
-
-    kind: Literal["function"]
-    """Selects a Python function."""
-    path: str
-    """`file.py:function`, or the name of a built-in function of `align.reward`."""
-    weight: float = 1.0
-    """Factor on this score in the sum of all rewards."""
-
-
-Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
-
-
-class Critic(Part):
-    """The value model of PPO; everything else of its optimizer is as in the stage's `optimizer`."""
-
-    init_from: str | None = None
-    """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Peak rate of the critic's parameters."""
-    lora: Lora | None = None
-    """Adapters for the critic; its value head is always trained in full."""
-    trainable: Literal["all", "head"] = "all"
-    """head: keep the trunk frozen and train the value head only."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """First steps in which only the critic learns."""
-
-
-class PpoStage(StageBase):
-    """Proximal policy optimisation with a critic."""
-
-    kind: Literal["ppo"]
-    """Selects proximal policy optimisation."""
-    prompts: list[Source] = Field(min_length=1)
-    """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
-    max_prompt_length: Positive = 256
-    """Longer prompts are dropped and counted."""
-    rewards: list[Reward] = Field(min_length=1)
-    """Weighted sum of these is a completion's score."""
-    rollout: Rollout = Rollout()
-    """How completions are generated."""
-    optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
-    """AdamW's settings for the policy; the schedule is over `steps`."""
-    lora: Lora | None = None
-    """Adapters for the policy; the reference is then the policy with its adapters off."""
-    critic: Critic = Critic()
-    """The value model and how it learns."""
-    steps: Positive = 100
-    """Rounds of generation and update."""
-    batch_size: Positive = 32
-    """Completions in a round."""
-    completions_per_prompt: Positive = 1
-    """Completions sampled from each prompt; a round has batch_size / completions_per_prompt prompts."""
-    epochs: Positive = 2
-    """Passes over a round's completions."""
-    mini_batch_size: Positive = 16
-    """Completions in an optimizer step."""
-    micro_batch_tokens: Positive = 4096
-    """Padded tokens in a forward pass; completions are sorted by length to waste little."""
-    gamma: Fraction = 1.0
-    """Discount factor of a token's later rewards (1: none)."""
-    lam: Fraction = 0.95
-    """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Epsilon of the clipped objective: the probability ratio new/old is clipped to `1 ± epsilon`."""
-    clip_range_high: Annotated[float, Field(gt=0)] | None = None
-    """Another epsilon for the upper side, `1 + epsilon` (DAPO's clip-higher); by default `clip_range`."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Where the advantage is negative, a token's loss is at most this times its size (null: no such bound)."""
-    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
-    """Value clipping: a new value counts at most this far from the value before the update."""
-    whiten_advantages: bool = True
-    """Normalise a round's advantages to mean 0 and variance 1 over its completion tokens."""
-    kl_coef: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the per-token KL to the reference, subtracted from the reward."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that KL at the sampled token, with `d = log(policy / reference)`: k1 is `d` (unbiased), k2 is
-    `d^2 / 2` (biased, low variance), k3 is `exp(-d) - 1 + d` (unbiased, never negative)."""
-    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """Truncate the weight old/rollout of a token at this value (null: no correction of the engine's mismatch)."""
-    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
-    """Subtracted from the score of a completion that was cut at max_new_tokens."""
-    checkpoint_every: Positive = 10
-    """Rounds between checkpoints from which a killed run resumes."""
-    sample_every: Positive = 5
-    """Rounds between the samples written to samples.jsonl."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> PpoStage:
-        if self.batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one"
-            )
-        if self.batch_size % self.completions_per_prompt:
-            raise ValueError(
-                f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}; "
-                "change one"
-            )
-        if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
-            raise ValueError(
-                f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
-                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise that, or lower one of them"
-            )
-        return self
 
 
 class EvaluateStage(Part):
@@ -275,11 +128,7 @@ class EvaluateStage(Part):
         return self
 
 
-SampleStage.model_rebuild()
-
 Stage = Annotated[
     PretrainStage | SftStage | SampleStage | RewardModelStage | DpoStage | PpoStage | EvaluateStage,
     Field(discriminator="kind"),
 ]
-
-__all__ = ["PythonDocsSource", "Stage"]

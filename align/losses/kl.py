@@ -1,11 +1,19 @@
-"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL")."""
+"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL").
+
+Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from align.losses.reduce import masked_mean
+
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are clamped to this: exp(20) is already meaningless, and exp(90) overflows fp32."""
+
+ADAPTATION_BOUND = 0.2
+"""Largest relative error of the measured KL that the controller acts on."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -19,3 +27,32 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     if estimator == "k3":
         return (-log_ratio).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp() - 1 + log_ratio
     raise ValueError(f"KL estimator '{estimator}' is not one of k1, k2, k3")
+
+
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str,
+    count: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Sum over valid tokens of weight * estimate / count, to be added to the policy's loss.
+
+    The gradient goes through `logprobs`; k1's is the score function, whose mean over samples is zero, so it is refused.
+    """
+    if estimator == "k1":
+        raise ValueError("the gradient of k1 is zero on average: a KL loss needs k2 or k3")
+    estimate = kl_estimate(logprobs, ref_logprobs, estimator)
+    return masked_mean(estimate if weights is None else estimate * weights, mask, count)
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
+    """The coefficient after a round whose completions had a mean KL of `kl` nats: larger where that is above `target`.
+
+    Proportional in the relative error, clipped to ADAPTATION_BOUND. Source: Ziegler et al. 2019 (arXiv 1909.08593),
+    section 2.2.
+    """
+    error = min(max(kl / target - 1, -ADAPTATION_BOUND), ADAPTATION_BOUND)
+    return coef * (1 + error * completions / horizon)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align.losses.kl import LOG_RATIO_BOUND
+from align.losses.kl import LOG_RATIO_BOUND, kl_estimate
 from align.losses.reduce import masked_mean
 
 Metrics = dict[str, Tensor]
@@ -72,7 +72,11 @@ def policy_loss(
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     loss = torch.maximum(plain, clipped)
-    metrics = {"clip_fraction": masked_mean((clipped > plain).float(), mask, count).detach()}
+    metrics = {
+        "clip_fraction": masked_mean((clipped > plain).float(), mask, count).detach(),
+        # From the policy before the update to the present one.
+        "update_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask, count).detach(),
+    }
     if dual_clip is not None:
         bound = -advantages * dual_clip
         bounded = (advantages < 0) & (loss > bound)

@@ -27,3 +27,18 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     variance = masked_mean((values - mean) ** 2, mask)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
+
+
+def averaging_weights(mask: Tensor, how: str, *, count: float, completions: float, max_tokens: int) -> Tensor | None:
+    """Factors [B, T] by which a sum over tokens divided by `count` becomes another mean; None for "tokens" itself.
+
+    "completions": the mean over `completions` of each one's mean over its own tokens. "constant": the sum divided by
+    completions * max_tokens. count and completions are those of the whole optimizer step.
+    """
+    if how == "tokens":
+        return None
+    if how == "completions":
+        return (count / completions / mask.sum(dim=-1, keepdim=True).clamp_min(1.0)).expand_as(mask)
+    if how == "constant":
+        return torch.full_like(mask, count / (completions * max_tokens))
+    raise ValueError(f"loss average '{how}' is not one of tokens, completions, constant")

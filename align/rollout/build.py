@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.rollout.base import RolloutEngine
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from align.models.lora import AnyModel
 class Experience:
     """One round of completions. Every [B, T] tensor is zero where `mask` is.
 
-    input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T];
+    input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T], 1 on
+    real tokens; loss_mask [B, T], 1 on those that count in the losses;
     rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the
     critic; score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when
     its trunk is frozen.
@@ -32,6 +33,7 @@ class Experience:
     prompt_lengths: Tensor
     mask: Tensor
     rollout_logprobs: Tensor
+    loss_mask: Tensor
     score: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -57,6 +59,14 @@ class Experience:
             picked[field.name] = tensor
         return Experience(**picked)
 
+    def to(self, device: torch.device) -> Experience:
+        """Every tensor on `device`."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            moved[field.name] = None if tensor is None else tensor.to(device)
+        return Experience(**moved)
+
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
         """Split rows into groups of similar length whose padded size is at most max_tokens (or one row)."""
         order = index[self.lengths[index].argsort(descending=True, stable=True)]
@@ -74,12 +84,14 @@ def build_experience(
 ) -> Experience:
     """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS."""
     sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
+    mask = _pad([[1.0] * len(c) for c in completions], torch.float32)
     return Experience(
         input_ids=_pad(sequences, torch.long),
         lengths=torch.tensor([len(s) for s in sequences]),
         prompt_lengths=torch.tensor([len(p) for p in prompts]),
-        mask=_pad([[1.0] * len(c) for c in completions], torch.float32),
+        mask=mask,
         rollout_logprobs=_pad(logprobs, torch.float32),
+        loss_mask=mask,
     )
 
 
@@ -90,7 +102,8 @@ def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
 
 def attention_mask(batch: Experience) -> Tensor:
     """[B, L], 1 on real tokens."""
-    return (torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]).long()
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
+    return (positions[None] < batch.lengths[:, None]).long()
 
 
 def predicting_hidden(hidden_BLD: Tensor, batch: Experience) -> Tensor:

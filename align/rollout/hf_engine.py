@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.rollout.base import Completion, SamplingSettings, SyncReport, check_prompts, completion_seed
 from align.rollout.weights import load_published
 

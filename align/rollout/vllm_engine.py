@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.errors import UserError, missing_dependency
 from align.rollout.base import Completion, SamplingSettings, SyncReport, check_prompts, completion_seed
 

@@ -18,9 +18,11 @@ def save_state(
     models: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     counters: dict[str, Any],
+    others: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `folder` whole or not at all."""
+    """Write `folder` whole or not at all. others: further tensors, under names of the caller's."""
     tensors = {"rng": torch.get_rng_state()}
+    tensors |= {f"other.{name}": tensor.contiguous() for name, tensor in (others or {}).items()}
     for key, model in models.items():
         for name, parameter in trainable(model).items():
             tensors[f"model.{key}.{name}"] = parameter.detach().contiguous()
@@ -38,8 +40,8 @@ def save_state(
 
 def load_state(
     folder: Path, models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Put everything back; returns the counters."""
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put everything back; returns the counters and the other tensors."""
     tensors = load_file(folder / "state.safetensors")
     torch.set_rng_state(tensors["rng"])
     with torch.no_grad():
@@ -54,7 +56,8 @@ def load_state(
                 index, field = name.removeprefix(prefix).split(".", 1)
                 states.setdefault(int(index), {})[field] = tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
+    return json.loads((folder / "state.json").read_text(encoding="utf-8")), others
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

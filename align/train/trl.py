@@ -22,6 +22,7 @@ from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.run_folder import MetricsWriter, StageContext
+from align.train.trackers import tracker_arguments
 
 COMPLETE = "complete"
 """A checkpoint without this file was cut off while it was written."""
@@ -54,7 +55,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "save_steps": stage.checkpoint_every,
         # Two, so that a kill while the second is written leaves the first.
         "save_total_limit": 2,
-        "report_to": "none",
+        **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }

@@ -25,7 +25,10 @@ def run_to_the_end(run_dir: Path, *arguments: str) -> None:
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:
     lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "speed/", "memory/"))}
+        for line in lines
+    ]
 
 
 def final(run_dir: Path, stage: str) -> dict:

@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "distributed"},
     {"reward", "train"},
     {"rollout"},
-    {"eval"},
+    {"eval", "rl"},
     {"recipes"},
     {"pipeline", "doctor"},
     {"cli"},

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align import cli
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.data import DEFAULT_TEMPLATE, check_template, prepare_chat_template, train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM

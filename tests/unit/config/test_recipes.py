@@ -17,7 +17,9 @@ from pydantic import BaseModel, ValidationError
 from align import cli
 from align.config import Recipe, load_recipe, resolve_recipe_path
 from align.config.parts import Optimizer, Part
-from align.config.stages import DpoStage, PpoStage, Rollout
+from align.config.ppo import PpoStage
+from align.config.rollout import Rollout
+from align.config.stages import DpoStage
 from align.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))

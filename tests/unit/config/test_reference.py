@@ -66,7 +66,7 @@ def test_rows_say_type_default_and_range(reference) -> None:
     for row in (
         "| `seed` | whole number | `0` | ≥ 0, < 4294967296 |",
         "| `betas` | list of 2: number | `[0.9, 0.95]` | ≥ 0, ≤ 1 |",
-        "| `importance_cap` | number or null | `2.0` | > 0 |",
+        "| `target` | number or null | `null` | > 0 |",
         "| `schedule` | `constant` or `linear` or `cosine` | `cosine` |  |",
         "| `train` | list: [Source](#every-source) | – | entries ≥ 1 |",
         "| `optimizer` | [Optimizer](#optimizer) | `{eps: 1e-5, schedule: constant, warmup_fraction: 0.0}` |  |",

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import align.models  # noqa: F401
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.rollout.base import Completion, SamplingSettings

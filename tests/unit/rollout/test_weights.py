@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.config.parts import Lora
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora import add_lora
 from align.models.lora_merge import merged_parameters

@@ -1,0 +1,198 @@
+"""The stage of policy optimisation: PPO and its critic-free relatives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from align.config.parts import Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
+from align.config.rewards import Reward
+from align.config.rollout import Rollout
+
+
+class Critic(Part):
+    """The value model of `algorithm: ppo`; everything else of its optimizer is as in the stage's `optimizer`."""
+
+    init_from: str | None = None
+    """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak rate of the critic's parameters."""
+    lora: Lora | None = None
+    """Adapters for the critic; its value head is always trained in full."""
+    trainable: Literal["all", "head"] = "all"
+    """head: keep the trunk frozen and train the value head only."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clip the critic's gradient to this norm; by default the stage's `optimizer.max_grad_norm`."""
+    lam: Fraction | None = None
+    """Another lambda for the critic's returns than for the advantages (VC-PPO uses 1); by default the stage's `lam`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the critic learns."""
+
+
+class Kl(Part):
+    """How the policy is kept near the reference, the stage's parent."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the per-token KL to the reference; the first one where `target` is given."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of that KL at the sampled token, with `d = log(policy / reference)`: k1 is `d` (unbiased), k2 is
+    `d^2 / 2` (biased, low variance), k3 is `exp(-d) - 1 + d` (unbiased, never negative)."""
+    apply_to: Literal["reward", "loss"] = "reward"
+    """reward: subtracted from each token's reward (or, without a critic, from the completion's score). loss: added to
+    the policy's loss with its own gradient, by k2 or k3; k1's gradient is zero on average."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Adapt `coef` so that the KL of a whole completion comes to this many nats (null: `coef` is fixed)."""
+    horizon: Positive = 10_000
+    """Completions over which the adaptation acts; fewer is faster."""
+    stop: Annotated[float, Field(gt=0)] | None = None
+    """Once the mean KL of a mini-batch's tokens from the policy before the update to the present one exceeds this,
+    the rest of the round's updates is left out (null: never). The critic goes on learning."""
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Kl:
+        if self.apply_to == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "the gradient of estimator k1 is zero on average, so as a loss it does nothing; use k2 or k3"
+            )
+        return self
+
+
+class Importance(Part):
+    """Correction of the difference between the sampler's distribution and the trainer's."""
+
+    correction: Literal["none", "truncate", "mask"] = "truncate"
+    """truncate: weigh by old/rollout, at most `cap`; mask: by 0 where that is above `cap`; none: ignore the
+    difference. It is measured in any case (mismatch_mean, mismatch_max)."""
+    level: Literal["token", "sequence"] = "token"
+    """Whether the weight is a token's or the product over the completion."""
+    cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest weight."""
+
+
+Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
+
+
+class PpoStage(StageBase):
+    """Proximal policy optimisation, with a critic or by one of its critic-free relatives."""
+
+    kind: Literal["ppo"]
+    """Selects proximal policy optimisation."""
+    algorithm: Algorithm = "ppo"
+    """Where advantages come from: a critic (ppo), the other completions of the same prompt (grpo, dr_grpo, rloo), or
+    the whole round (reinforce_plus_plus). Only ppo has a critic."""
+    prompts: list[Source] = Field(min_length=1)
+    """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
+    max_prompt_length: Positive = 256
+    """Longer prompts are dropped and counted."""
+    rewards: list[Reward] = Field(min_length=1)
+    """Weighted sum of these is a completion's score."""
+    rollout: Rollout = Rollout()
+    """How completions are generated."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
+    """AdamW's settings for the policy; the schedule is over `steps`."""
+    lora: Lora | None = None
+    """Adapters for the policy; the reference is then the policy with its adapters off."""
+    critic: Critic = Critic()
+    """The value model and how it learns."""
+    steps: Positive = 100
+    """Rounds of generation and update."""
+    batch_size: Positive = 32
+    """Completions in a round."""
+    completions_per_prompt: Positive = 1
+    """Completions sampled from each prompt; a round has batch_size / completions_per_prompt prompts."""
+    epochs: Positive = 2
+    """Passes over a round's completions."""
+    mini_batch_size: Positive = 16
+    """Completions in an optimizer step."""
+    micro_batch_tokens: Positive = 4096
+    """Padded tokens in a forward pass; completions are sorted by length to waste little."""
+    gamma: Fraction = 1.0
+    """Discount factor of a token's later rewards (1: none)."""
+    lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio that is clipped: each token's, or one a completion, the geometric mean over its tokens (GSPO,
+    whose clip ranges are around 4e-4)."""
+    loss_average: Literal["tokens", "completions", "constant"] = "tokens"
+    """The policy's loss is divided by a mini-batch's tokens (each counts the same), is a mean over completions of means
+    over their tokens (GRPO as published), or is divided by mini_batch_size x max_new_tokens (Dr. GRPO as published)."""
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Epsilon of the clipped objective: the probability ratio new/old is clipped to `1 ± epsilon`."""
+    clip_range_high: Annotated[float, Field(gt=0)] | None = None
+    """Another epsilon for the upper side, `1 + epsilon` (DAPO's clip-higher); by default `clip_range`."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Where the advantage is negative, a token's loss is at most this times its size (null: no such bound)."""
+    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    """Value clipping: a new value counts at most this far from the value before the update."""
+    whiten_advantages: bool = True
+    """Normalise the critic's advantages to mean 0 and variance 1 over the round's completion tokens."""
+    kl: Kl = Kl()
+    """How the policy is kept near the reference."""
+    importance: Importance = Importance()
+    """Correction of the sampler's log-probabilities to the trainer's."""
+    routing_replay: Literal["none", "trainer", "rollout"] = "none"
+    """Experts that the updates use, in a mixture of experts: those that the router chooses anew (none), those of the
+    pass before the update (trainer), or those that the sampler used (rollout, R3); the router keeps its gradient."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
+    """Subtracted from the score of a completion that was cut at max_new_tokens."""
+    mask_truncated: bool = False
+    """Leave completions that were cut at max_new_tokens out of the losses (DAPO's overlong filtering)."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Over the last this many tokens before max_new_tokens, a penalty rises from 0 to `overlong_penalty` (DAPO's soft
+    overlong punishment; 0: none)."""
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Largest penalty of `overlong_buffer`, subtracted from the score."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Generate up to this many further times a round to replace groups whose scores are all equal, which teach nothing
+    without a critic (DAPO; 0: off)."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Save the exponential moving average of the policy's weights over the rounds, with this decay, instead of the last
+    weights (null: the last). Sampling and updates use the present weights."""
+    overlap: bool = False
+    """Sample the next round while this one is learned from: faster, and its completions are then one version behind.
+    Needs `rollout.engine: remote`."""
+    checkpoint_every: Positive = 10
+    """Rounds between checkpoints from which a killed run resumes."""
+    sample_every: Positive = 5
+    """Rounds between the samples written to samples.jsonl."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PpoStage:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one"
+            )
+        if self.batch_size % self.completions_per_prompt:
+            raise ValueError(
+                f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}; "
+                "change one"
+            )
+        if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
+                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise that, or lower one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> PpoStage:
+        grouped = self.algorithm in ("grpo", "dr_grpo", "rloo")
+        if grouped and self.completions_per_prompt < 2:
+            raise ValueError(
+                f"algorithm {self.algorithm} compares completions of one prompt, but completions_per_prompt is "
+                f"{self.completions_per_prompt}; set it to 2 or more"
+            )
+        if self.algorithm != "ppo" and "critic" in self.model_fields_set:
+            raise ValueError(f"algorithm {self.algorithm} has no critic; remove the section, or use algorithm ppo")
+        if self.dynamic_sampling and not grouped:
+            raise ValueError(
+                f"dynamic_sampling replaces groups of equal scores, which algorithm {self.algorithm} does not have; "
+                "set it to 0, or use grpo, dr_grpo or rloo"
+            )
+        if self.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer {self.overlong_buffer} exceeds rollout.max_new_tokens {self.rollout.max_new_tokens}; "
+                "lower it"
+            )
+        return self

@@ -1,0 +1,101 @@
+"""What the trainer knows of a round before it learns from it: log-probabilities, values, advantages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from align.config.ppo import PpoStage
+from align.losses import advantages
+from align.losses.kl import kl_estimate
+from align.losses.ppo import explained_variance
+from align.losses.reduce import masked_mean
+from align.rl.team import Team
+from align.rollout.experience import Experience, critic_features, critic_values, policy_output
+
+Metrics = dict[str, float]
+
+
+@torch.no_grad()
+def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) -> Metrics:
+    """Fill the round's old and reference log-probabilities, values, advantages and returns."""
+    metrics = ask_models(stage, team, batch)
+    old, ref, score = known(batch.old_logprobs), known(batch.ref_logprobs), known(batch.score)
+    kl = kl_estimate(old, ref, stage.kl.estimator) * batch.mask
+    penalty = kl_coef * kl if stage.kl.apply_to == "reward" else torch.zeros_like(kl)
+    batch.advantages, batch.returns = estimate_advantages(stage, batch, score, penalty)
+    if batch.values is not None and batch.returns is not None:
+        metrics["explained_variance"] = explained_variance(batch.values, batch.returns, batch.loss_mask).item()
+    mismatch = (old - batch.rollout_logprobs).abs()
+    return metrics | {
+        "kl": (kl_estimate(old, ref, "k1") * batch.mask).sum(1).mean().item(),
+        "kl_k3": (kl_estimate(old, ref, "k3") * batch.mask).sum(1).mean().item(),
+        "kl_coef": kl_coef,
+        "mismatch_mean": masked_mean(mismatch, batch.mask).item(),
+        "mismatch_max": (mismatch * batch.mask).max().item(),
+    }
+
+
+def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
+    """One pass of each model over the round."""
+    shape = batch.mask.shape
+    batch.old_logprobs, batch.ref_logprobs, entropy = (torch.zeros(shape) for _ in range(3))
+    if team.critic is not None:
+        batch.values = torch.zeros(shape)
+    for micro in batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens):
+        rows = batch.rows(micro).to(team.device)
+        width = rows.mask.shape[1]
+        output = policy_output(team.policy.model, rows, stage.rollout.temperature)
+        batch.old_logprobs[micro, :width] = output.logprobs.cpu()
+        entropy[micro, :width] = output.entropy.cpu()
+        with team.reference() as reference:
+            logprobs = policy_output(reference, rows, stage.rollout.temperature).logprobs
+        batch.ref_logprobs[micro, :width] = logprobs.cpu()
+        if team.critic is None or batch.values is None:
+            continue
+        if stage.critic.trainable == "head":
+            rows.features = critic_features(team.critic.model, rows)
+            if batch.features is None:
+                batch.features = torch.zeros(*shape, rows.features.shape[-1])
+            batch.features[micro, :width] = rows.features.float().cpu()
+        batch.values[micro, :width] = critic_values(team.critic.model, rows).cpu()
+    return {"entropy": masked_mean(entropy, batch.mask).item()}
+
+
+def estimate_advantages(
+    stage: PpoStage, batch: Experience, score_B: Tensor, penalty_BT: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(advantages, returns for the critic), both [B, T].
+
+    penalty_BT: what each token's nearness to the reference costs. Where tokens have rewards of their own, the score
+    comes on top at the completion's last token, be it a stop token or the one at which it was cut.
+    """
+    rewards = -penalty_BT
+    last = (batch.lengths - batch.prompt_lengths - 1).clamp_min(0)
+    rewards[torch.arange(len(batch)), last] += score_B
+    mask, group = batch.loss_mask, stage.completions_per_prompt
+    match stage.algorithm:
+        case "ppo":
+            return advantages.ppo(
+                rewards,
+                known(batch.values),
+                mask,
+                gamma=stage.gamma,
+                lam=stage.lam,
+                value_lam=stage.critic.lam,
+                whitened=stage.whiten_advantages,
+            )
+        case "reinforce_plus_plus":
+            return advantages.reinforce_plus_plus(rewards, mask, gamma=stage.gamma), None
+        case "grpo":
+            return advantages.grpo(rewards.sum(1), mask, group), None
+        case "dr_grpo":
+            return advantages.dr_grpo(rewards.sum(1), mask, group), None
+        case "rloo":
+            return advantages.rloo(rewards.sum(1), mask, group), None
+
+
+def known(tensor: Tensor | None) -> Tensor:
+    """A field that an earlier step of the round has filled."""
+    assert tensor is not None
+    return tensor

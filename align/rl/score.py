@@ -1,0 +1,120 @@
+"""From drawn completions to a scored round: padded tensors, rewards, penalties for length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.config.ppo import PpoStage
+from align.data import PromptRow
+from align.losses.overlong import overlong_penalty
+from align.rl.draw import Draw, Sampler
+from align.rl.look_back import Metrics, known
+from align.rollout.base import Completion
+from align.rollout.experience import Experience, build_experience
+from align.rollout.scoring import Scorer
+
+
+@dataclass
+class Round:
+    """Completions, their prompts' rows and scores, and what was measured of them."""
+
+    rows: list[PromptRow]
+    completions: list[Completion]
+    batch: Experience
+    metrics: Metrics
+
+    def groups(self, size: int) -> Tensor:
+        """Scores [G, size] of the completions of one prompt."""
+        return known(self.batch.score).view(-1, size)
+
+
+def scored_round(stage: PpoStage, sampler: Sampler, drawn: Draw, scorer: Scorer, tokenizer: Any) -> Round:
+    """The round to learn from. With dynamic sampling, groups of equal scores are replaced by further draws where those
+    have better ones, so that its size is always the recipe's."""
+    group = stage.completions_per_prompt
+    rounds = [score_draw(stage, drawn, scorer, tokenizer)]
+    for _ in range(stage.dynamic_sampling):
+        missing = stage.batch_size - group * sum(int(teaches(r.groups(group)).sum()) for r in rounds)
+        if missing <= 0:
+            break
+        rounds.append(score_draw(stage, sampler.draw(missing), scorer, tokenizer))
+    whole = joined(rounds)
+    if group > 1:
+        useful = teaches(whole.groups(group))
+        whole.metrics["informative_groups"] = useful.float().mean().item()
+        whole.metrics["drawn_completions"] = float(len(whole.batch))
+        if len(rounds) > 1:
+            first = torch.argsort(~useful, stable=True)[: stage.batch_size // group].sort().values
+            whole = picked(whole, (first[:, None] * group + torch.arange(group)).flatten())
+    if stage.mask_truncated:
+        finished = torch.tensor([float(c.finished) for c in whole.completions])
+        whole.batch.loss_mask = whole.batch.mask * finished[:, None]
+    whole.metrics |= describe(whole)
+    return whole
+
+
+def teaches(scores_GN: Tensor) -> Tensor:
+    """[G], whether the scores of a group differ; advantages of equal ones are zero."""
+    return (scores_GN - scores_GN[:, :1]).abs().amax(dim=1) > 1e-6
+
+
+def score_draw(stage: PpoStage, drawn: Draw, scorer: Scorer, tokenizer: Any) -> Round:
+    """Rewards, less the penalties for completions that are cut or nearly so."""
+    batch = to_experience(drawn.completions)
+    scores, metrics = scorer.score(batch, drawn.rows, drawn.completions, tokenizer)
+    if stage.missing_eos_penalty is not None:
+        scores = scores - stage.missing_eos_penalty * torch.tensor([float(not c.finished) for c in drawn.completions])
+    if stage.overlong_buffer:
+        penalty = overlong_penalty(
+            batch.lengths - batch.prompt_lengths,
+            max_tokens=stage.rollout.max_new_tokens,
+            buffer=stage.overlong_buffer,
+            largest=stage.overlong_penalty,
+        )
+        metrics["overlong_penalty"] = penalty.mean().item()
+        scores = scores - penalty
+    batch.score = scores
+    return Round(drawn.rows, drawn.completions, batch, metrics)
+
+
+def to_experience(completions: Iterable[Completion]) -> Experience:
+    completions = list(completions)
+    return build_experience(
+        [c.prompt_ids for c in completions],
+        [c.token_ids for c in completions],
+        [c.logprobs for c in completions],
+    )
+
+
+def joined(rounds: list[Round]) -> Round:
+    """Several draws as one; their metrics are averaged by their sizes."""
+    if len(rounds) == 1:
+        return rounds[0]
+    completions = [c for r in rounds for c in r.completions]
+    batch = to_experience(completions)
+    batch.score = torch.cat([known(r.batch.score) for r in rounds])
+    metrics = {name: sum(r.metrics[name] * len(r.batch) for r in rounds) / len(batch) for name in rounds[0].metrics}
+    return Round([row for r in rounds for row in r.rows], completions, batch, metrics)
+
+
+def picked(whole: Round, index: Tensor) -> Round:
+    return Round(
+        [whole.rows[i] for i in index], [whole.completions[i] for i in index], whole.batch.rows(index), whole.metrics
+    )
+
+
+def describe(whole: Round) -> Metrics:
+    scores, completions = known(whole.batch.score), whole.completions
+    finished = sum(c.finished for c in completions) / len(completions)
+    return {
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std(unbiased=False).item(),
+        "completion_length": whole.batch.mask.sum(1).mean().item(),
+        "eos_rate": finished,
+        "truncated_share": 1 - finished,
+    }

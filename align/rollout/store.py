@@ -1,0 +1,41 @@
+"""Completions as tensors, so that a run killed after sampling need not sample again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from align.rollout.base import Completion
+
+PREFIX = "drawn."
+
+
+def completion_tensors(position: int, completions: Sequence[Completion]) -> dict[str, Tensor]:
+    """Flat tensors of completions that were drawn at a sampler's `position`; log-probabilities keep every bit."""
+    return {
+        f"{PREFIX}position": torch.tensor(position),
+        f"{PREFIX}prompt_lengths": torch.tensor([len(c.prompt_ids) for c in completions]),
+        f"{PREFIX}lengths": torch.tensor([len(c.token_ids) for c in completions]),
+        f"{PREFIX}prompt_ids": torch.tensor([i for c in completions for i in c.prompt_ids]),
+        f"{PREFIX}token_ids": torch.tensor([i for c in completions for i in c.token_ids], dtype=torch.long),
+        f"{PREFIX}logprobs": torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float64),
+        f"{PREFIX}finished": torch.tensor([c.finished for c in completions]),
+        f"{PREFIX}weight_version": torch.tensor([c.weight_version for c in completions]),
+    }
+
+
+def stored_completions(tensors: dict[str, Tensor]) -> tuple[int, list[Completion]] | None:
+    """(position, completions) from among other tensors; None where there are none."""
+    found = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    if not found:
+        return None
+    lengths, prompt_lengths = found["lengths"].tolist(), found["prompt_lengths"].tolist()
+    prompts, tokens = found["prompt_ids"].split(prompt_lengths), found["token_ids"].split(lengths)
+    logprobs = found["logprobs"].split(lengths)
+    flags = zip(found["finished"].tolist(), found["weight_version"].tolist(), strict=True)
+    return int(found["position"]), [
+        Completion(prompt.tolist(), token_ids.tolist(), values.tolist(), finished, version)
+        for prompt, token_ids, values, (finished, version) in zip(prompts, tokens, logprobs, flags, strict=True)
+    ]

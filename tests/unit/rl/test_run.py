@@ -1,0 +1,72 @@
+"""A whole stage: every algorithm runs, resumes where it was, and leaves a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.pipeline import run
+from align.recipes import ppo
+from align.rollout.hf_engine import HuggingFaceEngine
+from tests.unit.rl.runs import lines, recipe
+
+KINDS = {
+    "ppo": {},
+    "ppo_with_options": {
+        "kl": {"coef": 0.1, "estimator": "k3", "apply_to": "loss", "target": 0.5, "horizon": 20},
+        "critic": {"lam": 1.0, "max_grad_norm": 0.5},
+        "importance": {"correction": "mask", "level": "sequence"},
+        "ema_decay": 0.5,
+        "mask_truncated": True,
+        "overlong_buffer": 4,
+        "loss_average": "completions",
+    },
+    "ppo_lora": {"lora": {"rank": 2}, "critic": {"trainable": "head"}},
+    "grpo": {"algorithm": "grpo", "kl": {"estimator": "k3", "apply_to": "loss"}, "dynamic_sampling": 2},
+    "gspo": {"algorithm": "grpo", "ratio": "sequence", "clip_range": 3e-4, "loss_average": "completions"},
+    "dr_grpo": {"algorithm": "dr_grpo", "loss_average": "constant"},
+    "rloo": {"algorithm": "rloo", "dual_clip": 3.0, "clip_range_high": 0.28},
+    "reinforce_plus_plus": {"algorithm": "reinforce_plus_plus", "completions_per_prompt": 1},
+}
+
+
+def quietly(made, run_dir: Path, **options) -> None:
+    run(made, run_dir, say=lambda line: None, **options)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, monkeypatch, name) -> None:
+    made = recipe(tmp_path, **KINDS[name])
+    whole, cut = start("whole"), start("cut")
+    quietly(made, whole)
+    assert [line["step"] for line in lines(whole)] == [1, 2, 3, 4]
+
+    sampled = count_calls(monkeypatch, HuggingFaceEngine, "generate", fail_at=None)
+    with monkeypatch.context() as patched:
+        count_calls(patched, ppo, "update", fail_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(made, cut)
+    before = len(sampled)
+    quietly(made, cut, resume=True)
+    if not made.stages["ppo"].dynamic_sampling:
+        # The third round was sampled, and its checkpoint is the second round's: it is not sampled again.
+        assert (before, len(sampled)) == (3, 4)
+    assert lines(cut) == lines(whole)
+    assert lines(cut, "samples.jsonl") == lines(whole, "samples.jsonl")
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[int]:
+    """Replace a function by one that counts its calls in the list, and is interrupted at one of them."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
