@@ -102,5 +102,7 @@ def value_loss(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - var(returns - values) / var(returns) over valid tokens: 1 is perfect, 0 no better than a constant."""
     valid = mask.bool()
+    if not valid.any():
+        return values.new_zeros(())
     returns, errors = returns[valid], (returns - values)[valid]
     return 1 - errors.var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-8)

@@ -1,0 +1,221 @@
+"""Early stop, dynamic sampling, averages, overlap, and rounds from which nothing can be learned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from align.losses.overlong import overlong_penalty
+from align.losses.reduce import averaging_weights, masked_mean
+from align.pipeline import run
+from align.recipes import ppo
+from align.rl.panel import Panel
+from align.rl.score import scored_round, to_experience
+from align.rollout.base import Completion
+from align.rollout.experience import policy_output
+from align.train.ema import Ema
+from tests.unit.rl.runs import lines, recipe
+from tests.unit.rl.tables import Task
+
+
+def logits(task: Task) -> torch.Tensor:
+    return task.policy.lm_head.weight.detach().clone()
+
+
+def test_an_update_stops_at_its_kl_limit_and_the_critic_goes_on() -> None:
+    def task(stop: float | None) -> Task:
+        kl = {"coef": 0.0, "stop": stop}
+        return Task(lambda ids: ids[0], horizon=1, tokens=4, learning_rate=0.5, kl=kl, epochs=2)
+
+    _, free = task(None).round(0)
+    stopped_task = task(0.01)
+    _, stopped = stopped_task.round(0)
+    assert free["policy_updates"] == 4
+    # The first mini-batch is at ratio 1; the second sees what the first did and is left out, as all after it.
+    assert stopped["policy_updates"] == 1
+    assert stopped_task.team.critic.optimizer.state[stopped_task.team.critic.model.score.weight]["step"] == 4
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
+    def reward(ids: list[int]) -> float:
+        return float(ids[0] == 3)
+
+    def first_round(extra: int):
+        task = Task(
+            reward, horizon=1, tokens=4, algorithm="grpo", completions_per_prompt=2, batch_size=32, mini_batch_size=32,
+            dynamic_sampling=extra,
+        )  # fmt: skip
+        return scored_round(task.stage, task.sampler, task.sampler.draw(), task.scorer, None), task.sampler.position
+
+    plain, position = first_round(0)
+    share = plain.metrics["informative_groups"]
+    assert 0.1 < share < 0.7  # expected: 2 * 1/4 * 3/4 = 0.375
+    assert position == 16
+    filled, position = first_round(8)
+    assert (filled.groups(2).std(dim=1) > 0).all()
+    assert len(filled.batch) == 32
+    assert filled.metrics["drawn_completions"] == 2 * position > 32
+    some, _ = first_round(1)
+    useful = (some.groups(2).std(dim=1) > 0).float().mean().item()
+    assert share < useful < 1  # one more draw is not enough; the round is filled up with what there is
+    assert len(some.batch) == 32
+
+
+def test_loss_averages_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+
+    def average(how: str) -> float:
+        weights = averaging_weights(mask, how, count=4, completions=2, max_tokens=5)
+        return masked_mean(values if weights is None else values * weights, mask, 4).item()
+
+    assert average("tokens") == pytest.approx(16 / 4)
+    assert average("completions") == pytest.approx((2 + 10) / 2)
+    assert average("constant") == pytest.approx(16 / 10)
+
+
+def test_the_overlong_penalty_rises_over_the_buffer() -> None:
+    found = overlong_penalty(torch.tensor([5, 6, 7, 10]), max_tokens=10, buffer=4, largest=2.0)
+    assert found.tolist() == [0.0, 0.0, 0.5, 2.0]
+
+
+def test_the_average_of_the_weights_is_the_closed_form() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    values = [1.0, 3.0, -2.0]
+    model.weight.data.fill_(values[0])
+    ema = Ema(model, decay=0.75)
+    for value in values[1:]:
+        model.weight.data.fill_(value)
+        ema.update(model)
+    expected = 0.75**2 * 1.0 + 0.25 * 0.75 * 3.0 + 0.25 * -2.0
+    with ema.applied(model):
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == -2.0
+
+
+def test_the_saved_model_is_the_average(tmp_path, start) -> None:
+    plain, averaged = start("plain"), start("averaged")
+    for folder, settings in ((plain, {}), (averaged, {"ema_decay": 0.999999})):
+        run(recipe(tmp_path, **settings), folder, say=lambda line: None)
+    assert lines(plain) == lines(averaged)
+    from safetensors.torch import load_file
+
+    base, last, average = (load_file(path / "model/model.safetensors") for path in
+                           (plain / "base", plain / "ppo", averaged / "ppo"))  # fmt: skip
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert (last[name] - base[name]).abs().max() > 1e-3
+    assert (average[name] - base[name]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_skipped_and_reported(score) -> None:
+    task = Task(lambda ids: score, horizon=1, tokens=4)
+    before = logits(task)
+    _, metrics = task.round(0)
+    assert torch.equal(logits(task), before)
+    assert metrics["skipped_updates"] == 8  # policy and critic, two epochs of two mini-batches
+    assert metrics["policy_updates"] == 0
+    json.dumps({k: v for k, v in metrics.items() if "loss" in k}, allow_nan=False)
+
+
+def test_a_round_of_cut_completions_alone_teaches_nothing_where_they_do_not_count() -> None:
+    task = Task(lambda ids: ids[0], horizon=2, tokens=4, mask_truncated=True)
+    draw = task.sampler.draw
+
+    def cut():
+        drawn = draw()
+        drawn.completions[:] = [Completion(c.prompt_ids, c.token_ids, c.logprobs, False, 0) for c in drawn.completions]
+        return drawn
+
+    task.sampler.draw = cut
+    before = logits(task)
+    _, metrics = task.round(0)
+    assert torch.equal(logits(task), before)
+    assert metrics["truncated_share"] == 1
+    assert metrics["skipped_updates"] == 8
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_move_no_group_based_policy(algorithm) -> None:
+    task = Task(lambda ids: 0.7, horizon=1, tokens=4, algorithm=algorithm, completions_per_prompt=4, kl={"coef": 0.0})
+    _, metrics = task.round(0)
+    assert logits(task).abs().max() == 0
+    assert metrics["informative_groups"] == 0
+
+
+def test_an_empty_completion_takes_part_without_tokens() -> None:
+    task = Task(lambda ids: len(ids), horizon=2, tokens=4, batch_size=4, mini_batch_size=4)
+    draw = task.sampler.draw
+
+    def with_an_empty_one():
+        drawn = draw()
+        drawn.completions[0] = Completion([0], [], [], True, 0)
+        return drawn
+
+    task.sampler.draw = with_an_empty_one
+    scored, metrics = task.round(0)
+    assert scored.batch.mask.sum(1).tolist() == [0, 2, 2, 2]
+    assert scored.batch.score.tolist() == [0, 2, 2, 2]
+    assert metrics["policy_updates"] > 0
+    assert logits(task).isfinite().all()
+    nothing = to_experience([Completion([0], [], [], True, 0)])
+    assert policy_output(task.policy, nothing, 1.0).logprobs.shape == (1, 1)
+
+
+def test_overlapped_rounds_are_one_version_behind_and_resume(tmp_path, start, monkeypatch) -> None:
+    made = recipe(tmp_path)
+    stage = made.stages["ppo"].model_copy(update={"overlap": True})
+    made = made.model_copy(update={"stages": {"ppo": stage}})
+    whole, cut = start("whole"), start("cut")
+    run(made, whole, say=lambda line: None)
+    versions = {(line["step"], line["weight_version"]) for line in lines(whole, "samples.jsonl")}
+    assert versions == {(1, 0), (2, 0), (3, 1), (4, 2)}
+    with monkeypatch.context() as patched:
+        calls = []
+
+        def interrupted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return update(*args, **kwargs)
+
+        update = ppo.update
+        patched.setattr(ppo, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, cut, say=lambda line: None)
+    run(made, cut, resume=True, say=lambda line: None)
+    assert lines(cut) == lines(whole)
+
+
+def test_trackers_are_sent_every_round(tmp_path, start) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = recipe(tmp_path).model_copy(update={"report_to": ["tensorboard"]})
+    folder = start("run")
+    run(made, folder, say=lambda line: None)
+    (events,) = (folder / "ppo").rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    found = [(event.step, event.value) for event in accumulator.Scalars("train/score_mean")]
+    assert found == [(line["step"], pytest.approx(line["score_mean"], rel=1e-6)) for line in lines(folder)]
+
+
+def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
+    console = Console(width=90, force_terminal=True, record=True)
+    panel = Panel("ppo", 10, ("generate", "update"), console)
+    panel.phase(3, "update")
+    panel.finish_round(
+        3,
+        {"score_mean": 1.25, "score_std": 0.5, "time/generate": 1.0, "speed/generate": 12345.0, "time/update": 3.0},
+        {"score": 0.75, "prompt": "What is it?", "completion": "A test."},
+    )
+    panel.close()
+    text = console.export_text()
+    for shown in ("step 3/10", "generate", "1.0 s", "12,345 tokens/s", "score  1.25  0.5", "What is it? → A test."):
+        assert shown in " ".join(text.split(" ")) or shown in " ".join(text.split()), shown
+    assert "mismatch" not in text
