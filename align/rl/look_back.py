@@ -45,7 +45,11 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     for micro in batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens):
         rows = batch.rows(micro).to(team.device)
         width = rows.mask.shape[1]
-        output = policy_output(team.policy.model, rows, stage.rollout.temperature)
+        output = policy_output(
+            team.policy.model, rows, stage.rollout.temperature, replay=stage.routing_replay == "rollout"
+        )
+        if stage.routing_replay == "trainer" and output.routed_experts is not None:
+            keep_routing(batch, micro, output.routed_experts.cpu())
         batch.old_logprobs[micro, :width] = output.logprobs.cpu()
         entropy[micro, :width] = output.entropy.cpu()
         with team.reference() as reference:
@@ -60,6 +64,14 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
             batch.features[micro, :width] = rows.features.float().cpu()
         batch.values[micro, :width] = critic_values(team.critic.model, rows).cpu()
     return {"entropy": masked_mean(entropy, batch.mask).item()}
+
+
+def keep_routing(batch: Experience, rows: Tensor, routed_experts: Tensor) -> None:
+    """Put the experts that some rows' tokens went to in their place."""
+    if batch.routed_experts is None:
+        shape = (*batch.input_ids.shape, *routed_experts.shape[2:])
+        batch.routed_experts = torch.full(shape, -1, dtype=torch.int16)
+    batch.routed_experts[rows, : routed_experts.shape[1]] = routed_experts
 
 
 def estimate_advantages(

@@ -74,7 +74,8 @@ def gather_gradients(
 
 def learn_policy(stage: PpoStage, team: Team, rows: Experience, whole: Whole, kl_coef: float) -> dict[str, Tensor]:
     """Gradients of the policy's loss on some rows, as their share of the whole mini-batch."""
-    output = policy_output(team.policy.model, rows, stage.rollout.temperature)
+    replay = stage.routing_replay != "none"
+    output = policy_output(team.policy.model, rows, stage.rollout.temperature, replay=replay)
     old, mask = known(rows.old_logprobs), rows.loss_mask
     average = averaging_weights(
         mask,

@@ -16,6 +16,9 @@ from align.losses.linear_head import linear_logprobs
 from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 
+OF_ALL_TOKENS = ("input_ids", "routed_experts")
+"""Fields that have a column for each token of the prompt too."""
+
 
 @dataclass
 class Experience:
@@ -25,7 +28,8 @@ class Experience:
     real tokens; loss_mask [B, T], 1 on those that count in the losses;
     rollout_logprobs by the sampler, old_logprobs and ref_logprobs by the trainer before the update, values by the
     critic; score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when
-    its trunk is frozen.
+    its trunk is frozen; routed_experts [B, L, layers, k], int16, where the policy's tokens are to go, -1 for wherever
+    its router chooses.
     """
 
     input_ids: Tensor
@@ -41,6 +45,7 @@ class Experience:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     features: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -55,7 +60,7 @@ class Experience:
             if tensor is not None:
                 tensor = tensor[index]
                 if tensor.ndim > 1:
-                    tensor = tensor[:, : length if field.name == "input_ids" else completion]
+                    tensor = tensor[:, : length if field.name in OF_ALL_TOKENS else completion]
             picked[field.name] = tensor
         return Experience(**picked)
 
@@ -124,17 +129,20 @@ def spread(values_N: Tensor, batch: Experience) -> Tensor:
 
 
 class PolicyOutput(NamedTuple):
-    """logprobs and (without gradient) entropy, both [B, T]; router: None for dense models."""
+    """logprobs and (without gradient) entropy, both [B, T]; for mixtures of experts the routers' report and
+    routed_experts [B, L, layers, k]."""
 
     logprobs: Tensor
     entropy: Tensor
     router: RouterReport | None
+    routed_experts: Tensor | None
 
 
-def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> PolicyOutput:
+def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, replay: bool = False) -> PolicyOutput:
     """The completion's log-probabilities under the distribution that was sampled.
 
-    Only completion tokens meet the vocabulary; adapters inside the policy take part.
+    Only completion tokens meet the vocabulary; adapters inside the policy take part. replay: tokens go to the experts
+    that the batch has for them.
     """
     model = unwrap(policy)
     outputs = model.model(
@@ -142,10 +150,11 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float) -> Po
         attention_mask=attention_mask(batch),
         use_cache=False,
         output_router_logits=True,
+        routed_experts=batch.routed_experts if replay else None,
     )
     hidden = predicting_hidden(outputs.last_hidden_state, batch)
     logprobs, entropy = linear_logprobs(hidden, model.lm_head.weight, completion_tokens(batch), temperature)
-    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router)
+    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router, outputs.routed_experts)
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:

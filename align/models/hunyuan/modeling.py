@@ -18,14 +18,24 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from align.models.hunyuan.configuration import HunYuanConfig
-from align.models.hunyuan.moe import Experts, MoeBlock, Router, RouterReport, Routing, SwiGlu, report_routing
+from align.models.hunyuan.moe import (
+    Experts,
+    MoeBlock,
+    Router,
+    RouterReport,
+    Routing,
+    SwiGlu,
+    choices_of_layers,
+    report_routing,
+)
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
 
 
 @dataclass
 class HunYuanModelOutput(ModelOutput):
     """last_hidden_state [B, T, D]. With `output_router_logits`: aux_loss, the balance loss averaged over MoE layers;
-    router, all that is measured of the routers; router_logits, [B * T, E] a MoE layer."""
+    router, all that is measured of the routers; router_logits, [B * T, E] a MoE layer; routed_experts, the routers'
+    choice [B, T, layers, k], -1 in layers that have none."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -33,6 +43,7 @@ class HunYuanModelOutput(ModelOutput):
     aux_loss: Tensor | None = None
     router: RouterReport | None = None
     router_logits: tuple[Tensor, ...] | None = None
+    routed_experts: Tensor | None = None
 
 
 @dataclass
@@ -175,13 +186,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_BTD: Tensor, token_mask: Tensor | None = None, **kwargs: Any
+        self, hidden_BTD: Tensor, token_mask: Tensor | None = None, replay_Tk: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
-        """token_mask [B * T]: 0 for padding."""
+        """token_mask [B * T]: 0 for padding. replay_Tk: experts to take, -1 for the router's own."""
         attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
         hidden_BTD = hidden_BTD + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_BTD)
-        output, routing = self.mlp(normed, token_mask) if isinstance(self.mlp, MoeBlock) else (self.mlp(normed), None)
+        routing = None
+        if isinstance(self.mlp, MoeBlock):
+            output, routing = self.mlp(normed, token_mask, replay_Tk)
+        else:
+            output = self.mlp(normed)
         return hidden_BTD + self.dropout(output), shared_kv, routing
 
 
@@ -244,8 +259,10 @@ class HunYuanModel(HunYuanPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        routed_experts: Tensor | None = None,
         **kwargs: Any,
     ) -> HunYuanModelOutput:
+        """routed_experts [B, T, layers, k]: experts that tokens go to, -1 where the router is to choose."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.gradient_checkpointing and self.training:
@@ -270,12 +287,17 @@ class HunYuanModel(HunYuanPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -hidden.shape[1] :].reshape(-1)
         states: list[Tensor] = [hidden]
-        routings: list[Routing] = []
+        routings: list[Routing | None] = []
         shared_kv = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            replay = None
+            if routed_experts is not None:
+                top_k = self.config.top_k_in(index)
+                replay = routed_experts[:, :, index, :top_k].reshape(-1, top_k).long()
             hidden, shared_kv, routing = layer(
                 hidden,
                 token_mask=token_mask,
+                replay_Tk=replay,
                 rotation=rotation,
                 attention_mask=causal_mask,
                 shared_kv=shared_kv,
@@ -283,15 +305,15 @@ class HunYuanModel(HunYuanPreTrainedModel):
                 **kwargs,
             )
             states.append(hidden)
-            if routing is not None:
-                routings.append(routing)
+            routings.append(routing)
         hidden = self.norm(hidden)
         states[-1] = hidden
         want_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        routed = [routing for routing in routings if routing is not None] if want_routing else []
         report = None
-        if want_routing and routings:
+        if routed:
             report = report_routing(
-                routings, hidden.new_ones(hidden[..., 0].numel()) if token_mask is None else token_mask
+                routed, hidden.new_ones(hidden[..., 0].numel()) if token_mask is None else token_mask
             )
         return HunYuanModelOutput(
             last_hidden_state=hidden,
@@ -299,7 +321,8 @@ class HunYuanModel(HunYuanPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
             aux_loss=report.balance_loss if report else None,
             router=report,
-            router_logits=tuple(r.logits_TE for r in routings) if want_routing else None,
+            router_logits=tuple(r.logits_TE for r in routed) if want_routing else None,
+            routed_experts=choices_of_layers(routings).unflatten(0, hidden.shape[:2]) if routed else None,
         )
 
 

@@ -28,16 +28,27 @@ class Routing(NamedTuple):
     weights_Tk: Tensor
 
 
-def route(logits_TE: Tensor, top_k: int, place: Callable[[Tensor], Tensor] | None = None) -> Routing:
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    place: Callable[[Tensor], Tensor] | None = None,
+    replay_Tk: Tensor | None = None,
+) -> Routing:
     """Pick each token's experts and their combine weights.
 
     One expert: its softmax probability, so that the router has a gradient. Several: their probabilities renormalised
     to sum to one (Hunyuan-Large report, section 2.2; the released code). `place` maps the choice to where tokens go:
     a token that was moved is weighted by its own probability for the new expert, one that was dropped keeps its part
     of the sum.
+
+    replay_Tk: experts to take instead of the best ones, where it is not -1; the weights, and with them the router's
+    gradient, are still of these logits (routing replay, arXiv 2510.11370).
     """
     probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
     weights, chosen = probabilities.topk(top_k, dim=-1)
+    if replay_Tk is not None:
+        chosen = torch.where(replay_Tk >= 0, replay_Tk, chosen)
+        weights = probabilities.gather(1, chosen)
     experts = chosen
     if place is not None:
         experts = place(chosen)
@@ -92,11 +103,12 @@ class Router(nn.Module):
         self.recycle = config.moe_random_routing_dropped_token
         self.weight = nn.Parameter(torch.empty(config.experts_in(layer), config.hidden_size))
 
-    def forward(self, hidden_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """mask_T: 0 for padding, which takes no expert's capacity. Capacity limits training only."""
+    def forward(self, hidden_TD: Tensor, mask_T: Tensor | None = None, replay_Tk: Tensor | None = None) -> Routing:
+        """mask_T: 0 for padding, which takes no expert's capacity. Capacity limits training only. replay_Tk: experts to
+        take, as `route` has them."""
         logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
         if self.capacity_factor is None or not self.training:
-            return route(logits, self.top_k)
+            return route(logits, self.top_k, replay_Tk=replay_Tk)
         limit = partial(
             limit_capacity,
             num_experts=len(self.weight),
@@ -104,7 +116,7 @@ class Router(nn.Module):
             recycle=self.recycle,
             mask_T=mask_T,
         )
-        return route(logits, self.top_k, limit)
+        return route(logits, self.top_k, limit, replay_Tk)
 
 
 class Permute(torch.autograd.Function):
@@ -197,10 +209,12 @@ class MoeBlock(nn.Module):
         width = config.shared_width(layer)
         self.shared_mlp = SwiGlu(config, width) if width else None
 
-    def forward(self, hidden_BTD: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """mask_T: 0 for padding, over all tokens of the batch."""
+    def forward(
+        self, hidden_BTD: Tensor, mask_T: Tensor | None = None, replay_Tk: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """mask_T: 0 for padding, over all tokens of the batch; replay_Tk: experts to take, -1 for the router's own."""
         hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        routing = self.gate(hidden_TD, mask_T)
+        routing = self.gate(hidden_TD, mask_T, replay_Tk)
         output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk).view_as(hidden_BTD)
         if self.shared_mlp is not None:
             output = output + self.shared_mlp(hidden_BTD)
@@ -259,3 +273,15 @@ def report_routing(routings: list[Routing], mask_T: Tensor) -> RouterReport:
             recycled=share(lambda r: (r.experts_Tk != r.chosen_Tk) & (r.experts_Tk >= 0)),
             dropped=share(lambda r: r.experts_Tk < 0),
         )
+
+
+def choices_of_layers(routings: list[Routing | None]) -> Tensor:
+    """The routers' choice [T, layers, k], int16; -1 in layers without a router, and where a layer has fewer than the
+    largest k."""
+    known = [routing.chosen_Tk for routing in routings if routing is not None]
+    width = max(chosen.shape[1] for chosen in known)
+    table = known[0].new_full((len(known[0]), len(routings), width), -1, dtype=torch.int16)
+    for layer, routing in enumerate(routings):
+        if routing is not None:
+            table[:, layer, : routing.chosen_Tk.shape[1]] = routing.chosen_Tk
+    return table

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from align.pipeline import run
+from align.rl.score import to_experience
+from align.rollout.experience import Experience
 from tests.unit.rl.runs import recipe
+from tests.unit.rl.small import EOS, completions
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +32,11 @@ def start(base: Path, tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def batch() -> Experience:
+    """Three completions of different lengths: one ended by EOS, one cut, one that holds EOS's id (also pad's) twice."""
+    return to_experience(
+        completions(([5, 6], [7, 8, EOS], True), ([5], [9, 9, 9, 9], False), ([5, 6, 7], [EOS, EOS], True))
+    )

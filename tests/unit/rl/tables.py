@@ -39,7 +39,7 @@ class Table(nn.Module):
     def model(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         place = torch.arange(input_ids.shape[1]).clamp_max(self.horizon - 1)
         states = nn.functional.one_hot(place * self.tokens + input_ids, self.horizon * self.tokens)
-        return SimpleNamespace(last_hidden_state=states.to(self.lm_head.weight.dtype), router=None)
+        return SimpleNamespace(last_hidden_state=states.to(self.lm_head.weight.dtype), router=None, routed_experts=None)
 
 
 class TableEngine:

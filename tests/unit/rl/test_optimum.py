@@ -142,12 +142,15 @@ def test_one_update_equals_one_by_hand() -> None:
     reward = [(2.0, -1.0)[a] - beta * math.log(old[a] / ref[a]) for a in arms]
     policy_moments, value_moments = [[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0)).tolist()
+    losses = []
     for turn, rows in enumerate((order[:3], order[3:]), start=1):
+        losses.append(0.0)
         p = [math.exp(t) / sum(map(math.exp, theta)) for t in theta]
         gradient, value_gradient = [0.0, 0.0], 0.0
         for i in rows:
             a, advantage = arms[i], reward[i]  # the value before the update is 0
             ratio = p[a] / old[a]
+            losses[-1] -= min(advantage * ratio, advantage * min(max(ratio, 0.9), 1.1)) / 3
             clipped = (advantage > 0 and ratio > 1.1) or (advantage < 0 and ratio < 0.9)
             for j in (0, 1):
                 slope = 0.0 if clipped else -advantage * ratio * ((a == j) - p[j])
@@ -166,6 +169,8 @@ def test_one_update_equals_one_by_hand() -> None:
     assert task.policy.lm_head.weight[:, PROMPT].tolist() == pytest.approx(theta, abs=1e-5)
     assert task.team.critic.model.score.weight[0, PROMPT].item() == pytest.approx(value, abs=1e-5)
     assert metrics["policy_updates"] == 2
+    assert metrics["policy_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert metrics["clip_fraction"] > 0
 
 
 def adam(moments: list[float], gradient: float, turn: int, eps: float) -> float:

@@ -8,67 +8,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from align.config.ppo import Kl, PpoStage
+from align.config.ppo import Kl
 from align.config.rollout import Rollout
 from align.losses.advantages import ppo
 from align.losses.gae import gae
 from align.losses.kl import adapted_kl_coef, kl_estimate, kl_loss
 from align.losses.ppo import importance_weight, policy_loss, value_loss
 from align.losses.reduce import whiten
-from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
+from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.rl.look_back import estimate_advantages, look_back
 from align.rl.score import scored_round, to_experience
-from align.rl.team import Team, build_critic
+from align.rl.team import build_critic
 from align.rl.update import update
-from align.rollout.base import Completion
 from align.rollout.experience import critic_values, policy_output
-from align.train.learner import Learner
+from tests.unit.rl.small import EOS, SIZES, build, completions, settings
 from tests.unit.rl.tables import Task
-
-PAD = EOS = 0
-SIZES = {
-    "vocab_size": 12,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts": 4,
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-}
-
-
-def completions(*rows: tuple[list[int], list[int], bool]) -> list[Completion]:
-    return [Completion(prompt, ids, [-1.0] * len(ids), finished, 0) for prompt, ids, finished in rows]
-
-
-@pytest.fixture
-def batch():
-    """Three completions of different lengths: one ended by EOS, one cut, one that holds EOS's id (also pad's) twice."""
-    return to_experience(
-        completions(([5, 6], [7, 8, EOS], True), ([5], [9, 9, 9, 9], False), ([5, 6, 7], [EOS, EOS], True))
-    )
-
-
-def settings(**changes) -> PpoStage:
-    return PpoStage.model_validate(
-        {
-            "kind": "ppo",
-            "prompts": [{"kind": "file", "path": "none.jsonl"}],
-            "rewards": [{"kind": "function", "path": "reference_f1"}],
-            **changes,
-        }
-    )
-
-
-def build(**config) -> Team:
-    torch.manual_seed(0)
-    policy, reference = (HunYuanForCausalLM(HunYuanConfig(**SIZES, **config)).eval() for _ in range(2))
-    critic = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1, **config)).eval()
-    optimizer = settings().optimizer.model_copy(update={"learning_rate": 1e-2})
-    return Team(Learner(policy, optimizer, total=1), reference, Learner(critic, optimizer, total=1))
 
 
 def test_01_the_score_sits_on_the_last_completion_token(batch) -> None:
@@ -134,6 +88,12 @@ def test_05_gae_carries_values_over_masked_tokens_and_has_two_lambdas() -> None:
     both, returns = ppo(rewards, values, mask, gamma=1.0, lam=0.5, value_lam=1.0, whitened=False)
     assert both.tolist() == found.tolist()
     assert returns.tolist() == [pytest.approx([1.0, 0.0, 1.0])]  # Monte Carlo
+    batch = to_experience(completions(([5], [7, 8], True)))
+    batch.score, batch.values = torch.tensor([1.0]), torch.tensor([[0.5, 0.25]])
+    stage = settings(lam=0.0, critic={"lam": 1.0}, whiten_advantages=False)
+    one_step, targets = estimate_advantages(stage, batch, batch.score, torch.zeros(1, 2))
+    assert one_step.tolist() == [[-0.25, 0.75]]
+    assert targets.tolist() == [[1.0, 1.0]]
 
 
 def test_06_advantages_are_whitened_over_the_batch_by_valid_tokens_with_the_mean_shifted() -> None:
