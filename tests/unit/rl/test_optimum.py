@@ -127,7 +127,7 @@ def test_one_update_equals_one_by_hand() -> None:
         whiten_advantages=False,
         clip_range=0.1,
         kl={"coef": beta},
-        critic={"learning_rate": 0.2},
+        critic={"learning_rate": 0.5},
         optimizer={"eps": eps, "schedule": "constant", "warmup_fraction": 0.0, "max_grad_norm": 0.4},
         steps=1,
     )
@@ -142,9 +142,10 @@ def test_one_update_equals_one_by_hand() -> None:
     reward = [(2.0, -1.0)[a] - beta * math.log(old[a] / ref[a]) for a in arms]
     policy_moments, value_moments = [[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0)).tolist()
-    losses = []
+    losses, value_losses = [], []
     for turn, rows in enumerate((order[:3], order[3:]), start=1):
         losses.append(0.0)
+        value_losses.append(0.0)
         p = [math.exp(t) / sum(map(math.exp, theta)) for t in theta]
         gradient, value_gradient = [0.0, 0.0], 0.0
         for i in rows:
@@ -156,6 +157,7 @@ def test_one_update_equals_one_by_hand() -> None:
                 slope = 0.0 if clipped else -advantage * ratio * ((a == j) - p[j])
                 gradient[j] += slope / 3
             near = min(max(value, -0.2), 0.2)
+            value_losses[-1] += 0.5 * max((value - reward[i]) ** 2, (near - reward[i]) ** 2) / 3
             if (value - reward[i]) ** 2 >= (near - reward[i]) ** 2:
                 value_gradient += (value - reward[i]) / 3
             elif -0.2 < value < 0.2:
@@ -165,12 +167,14 @@ def test_one_update_equals_one_by_hand() -> None:
         value_gradient *= min(1.0, 0.4 / (abs(value_gradient) + 1e-6))
         for j in (0, 1):
             theta[j] -= rate * adam(policy_moments[j], gradient[j], turn, eps)
-        value -= 0.2 * adam(value_moments, value_gradient, turn, eps)
+        value -= 0.5 * adam(value_moments, value_gradient, turn, eps)
     assert task.policy.lm_head.weight[:, PROMPT].tolist() == pytest.approx(theta, abs=1e-5)
     assert task.team.critic.model.score.weight[0, PROMPT].item() == pytest.approx(value, abs=1e-5)
     assert metrics["policy_updates"] == 2
     assert metrics["policy_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert metrics["value_loss"] == pytest.approx(sum(value_losses) / 2, rel=1e-4)
     assert metrics["clip_fraction"] > 0
+    assert metrics["value_clip_fraction"] > 0
 
 
 def adam(moments: list[float], gradient: float, turn: int, eps: float) -> float:
