@@ -19,6 +19,7 @@ from align.rollout.build import build_engine
 from align.rollout.experience import Experience, build_experience, policy_output, sequence_scores
 from align.rollout.weights import published_weights
 from align.train.checkpoint import load_policy, load_reward_model, load_tokenizer
+from align.train.device import training_device
 from align.train.run_folder import StageContext, write_json
 
 MICRO_BATCH_TOKENS = 4096
@@ -37,8 +38,11 @@ def run(context: StageContext) -> dict:
     context.say(f"  data: {report.summary()}")
     pairs = held_out_pairs(context, tokenizer)
     dtype = context.recipe.dtype
-    reference = load_policy(context.checkpoint(stage.reference or baseline), dtype).eval()
-    scorer = load_reward_model(context.checkpoint(stage.reward_model), dtype) if stage.reward_model else None
+    device = training_device()
+    reference = load_policy(context.checkpoint(stage.reference or baseline), dtype).eval().to(device)
+    scorer = None
+    if stage.reward_model:
+        scorer = load_reward_model(context.checkpoint(stage.reward_model), dtype).to(device)
 
     engine = build_engine(checkpoints[baseline], stage.rollout, dtype=dtype, seed=context.seed)
     sampling = SamplingSettings(
@@ -51,7 +55,7 @@ def run(context: StageContext) -> dict:
     texts: dict[str, list[str]] = {}
     for version, (name, folder) in enumerate(checkpoints.items()):
         context.status(f"  {name}: sampling and scoring")
-        model = load_policy(folder, dtype).eval()
+        model = load_policy(folder, dtype).eval().to(device)
         if version:
             engine.update_weights(published_weights(model), version=version)
         completions = [group[0] for group in engine.generate([list(row.ids) for row in prompts], sampling)]
@@ -139,9 +143,9 @@ def sequence_logprobs(model: AnyModel, batch: Experience, temperature: float) ->
 
 def in_micro_batches(batch: Experience, function: Any) -> torch.Tensor:
     """One value a sequence, computed in groups of similar length."""
-    values = torch.zeros(len(batch))
+    values, device = torch.zeros(len(batch)), training_device()
     for micro in batch.micro_batches(torch.arange(len(batch)), MICRO_BATCH_TOKENS):
-        values[micro] = function(batch.rows(micro)).float()
+        values[micro] = function(batch.rows(micro).to(device)).float().cpu()
     return values
 
 

@@ -37,6 +37,7 @@ def test_an_update_stops_at_its_kl_limit_and_the_critic_goes_on() -> None:
     assert free["policy_updates"] == 4
     # The first mini-batch is at ratio 1; the second sees what the first did and is left out, as all after it.
     assert stopped["policy_updates"] == 1
+    assert stopped_task.policy.lm_head.weight.grad is None  # nothing is left over for the next round
     assert stopped_task.team.critic.optimizer.state[stopped_task.team.critic.model.score.weight]["step"] == 4
 
 
