@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import parts, stages
+from align.config import parts, rewards, stages
 from align.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -70,12 +70,24 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         ],
     ),
     (
-        "Generation, rewards and the critic",
+        "Generation and the critic",
         [
             ("Rollout", stages.Rollout),
-            ("Reward of a model", stages.ModelReward),
-            ("Reward of a function", stages.FunctionReward),
             ("Critic", stages.Critic),
+        ],
+    ),
+    (
+        "Rewards",
+        [
+            ("Every reward", rewards.RewardBase),
+            ("Reward of a model", rewards.ModelReward),
+            ("Reward of a server", rewards.RemoteReward),
+            ("Reward of a function", rewards.FunctionReward),
+            ("Final answer", rewards.MathReward),
+            ("Equal text", rewards.ExactReward),
+            ("Regular expression", rewards.RegexReward),
+            ("Tagged sections", rewards.FormatReward),
+            ("Length", rewards.LengthReward),
         ],
     ),
 ]
@@ -84,6 +96,7 @@ UNIONS = {
     get_args(parts.Model)[0]: "[one of the models](#models)",
     get_args(parts.Source)[0]: "[Source](#every-source)",
     get_args(stages.Stage)[0]: "[one of the stages](#stages)",
+    get_args(rewards.Reward)[0]: "[Reward](#every-reward)",
 }
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.config.stages import FunctionReward, ModelReward, PpoStage
+from align.config.rewards import ModelReward
+from align.config.stages import PpoStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.losses import advantages
 from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance, importance_weight, policy_loss, value_loss
 from align.losses.reduce import masked_mean
 from align.models.lora import AnyModel, add_lora
-from align.reward.functions import call_reward_function, load_reward_function
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.build import build_engine
 from align.rollout.experience import (
@@ -31,13 +31,12 @@ from align.rollout.experience import (
     critic_features,
     critic_values,
     policy_output,
-    sequence_scores,
 )
+from align.rollout.scoring import Scorer
 from align.rollout.weights import published_weights
 from align.train.checkpoint import (
     count_parameters,
     load_policy,
-    load_reward_model,
     load_scorer,
     load_tokenizer,
     save_model,
@@ -59,6 +58,14 @@ def run(context: StageContext) -> dict:
         stage_dirs=context.stage_dirs,
     )
     context.say(f"  data: {report.summary()}")
+    scorer = Scorer(
+        stage.rewards,
+        tokenizer,
+        checkpoint=context.checkpoint,
+        dtype=context.recipe.dtype,
+        micro_batch_tokens=stage.micro_batch_tokens,
+        say=context.say,
+    )
     team = build_team(context, parent)
     parameters = count_parameters(team.policy)
     engine = build_engine(parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed)
@@ -68,7 +75,9 @@ def run(context: StageContext) -> dict:
     if not context.resume:
         remove_folder(checkpoint)  # of an earlier run of this stage
     if checkpoint.is_dir():
-        first_step = load_state(checkpoint, team.models, team.optimizers)["step"]
+        state = load_state(checkpoint, team.models, team.optimizers)
+        first_step = state["step"]
+        scorer.load_state_dict(state["scorer"])
         engine.update_weights(published_weights(team.policy), version=first_step)
         context.say(f"  resuming at step {first_step}")
     writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=first_step or None)
@@ -80,7 +89,7 @@ def run(context: StageContext) -> dict:
             rows, completions = generate(context, engine, prompts, stop_token_ids(tokenizer), step)
         with clock("score"):
             batch = to_experience(completions)
-            components = score(context, team, batch, rows, completions, tokenizer)
+            components = score(stage, scorer, batch, rows, completions)
         with clock("logprobs"):
             metrics = look_back(stage, team, batch)
         with clock("update"):
@@ -92,12 +101,13 @@ def run(context: StageContext) -> dict:
         if (step + 1) % stage.sample_every == 0:
             write_samples(samples, step + 1, rows, completions, batch, tokenizer)
         if (step + 1) % stage.checkpoint_every == 0:
-            save_state(checkpoint, team.models, team.optimizers, {"step": step + 1})
+            save_state(checkpoint, team.models, team.optimizers, {"step": step + 1, "scorer": scorer.state_dict()})
         context.say(
             f"  step {step + 1}/{stage.steps}  score {metrics['score_mean']:.3f}  kl {metrics['kl']:.4f}  "
             f"length {metrics['completion_length']:.1f}  {sum(clock.times.values()):.1f} s"
         )
     engine.close()
+    scorer.close()
     writer.close()
     samples.close()
     save_model(team.policy, tokenizer, context.dir, context.recipe.dtype)
@@ -114,7 +124,6 @@ class Team:
     policy: AnyModel
     ref_model: AnyModel | None
     critic: AnyModel
-    reward_models: dict[str, AnyModel]
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
     @property
@@ -151,7 +160,6 @@ def build_team(context: StageContext, parent: Path) -> Team:
         policy=policy,
         ref_model=None if stage.lora else load_policy(parent, context.trained_dtype).requires_grad_(False),
         critic=critic,
-        reward_models={n: load_reward_model(context.checkpoint(n), dtype) for n in dict.fromkeys(references)},
     )
     # Dropout would make the same tokens' log-probabilities differ between passes.
     for model in (team.policy, team.critic, team.ref_model):
@@ -206,35 +214,13 @@ def to_experience(completions: list[Completion]) -> Experience:
     )
 
 
-@torch.no_grad()
 def score(
-    context: StageContext,
-    team: Team,
-    batch: Experience,
-    rows: list[PromptRow],
-    completions: list[Completion],
-    tokenizer: Any,
+    stage: PpoStage, scorer: Scorer, batch: Experience, rows: list[PromptRow], completions: list[Completion]
 ) -> dict[str, float]:
-    """Fill batch.score, the weighted sum of all rewards; returns each reward's mean."""
-    stage: PpoStage = context.stage
-    total, metrics = torch.zeros(len(batch)), {}
-    for reward in stage.rewards:
-        if isinstance(reward, FunctionReward):
-            name = reward.path
-            texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-            prompts = [row.messages[-1]["content"] for row in rows]
-            function = load_reward_function(reward.path)
-            values = torch.tensor(call_reward_function(name, function, prompts, texts, [r.row for r in rows]))
-        else:
-            name = reward.init_from
-            values = torch.zeros(len(batch))
-            for micro in batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens):
-                values[micro] = sequence_scores(team.reward_models[name], batch.rows(micro))
-        metrics[f"reward/{name}"] = values.mean().item()
-        total = total + reward.weight * values
+    """Fill batch.score, the weighted sum of all rewards; returns each reward's own figures."""
+    batch.score, metrics = scorer.score(batch, rows, completions)
     if stage.missing_eos_penalty is not None:
-        total = total - stage.missing_eos_penalty * torch.tensor([float(not c.finished) for c in completions])
-    batch.score = total
+        batch.score -= stage.missing_eos_penalty * torch.tensor([float(not c.finished) for c in completions])
     return metrics
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parts import Model, Part, Source
-from align.config.stages import EvaluateStage, ModelReward, PpoStage, Stage
+from align.config.rewards import ModelReward
+from align.config.stages import EvaluateStage, PpoStage, Stage
 
 BASE = "base"
 """The name under which stages refer to the recipe's model."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, PythonDocsSource, Source
+from align.config.rewards import Rewards
 
 
 class StageBase(Part):
@@ -129,31 +130,6 @@ class Rollout(Part):
             )
 
 
-class ModelReward(Part):
-    """The score of a reward model."""
-
-    kind: Literal["model"]
-    """Selects a reward model."""
-    init_from: str
-    """A reward_model stage of this recipe or a checkpoint folder."""
-    weight: float = 1.0
-    """Factor on this score in the sum of all rewards."""
-
-
-class FunctionReward(Part):
-    """A Python function `f(prompts, completions, rows) -> list of float`."""
-
-    kind: Literal["function"]
-    """Selects a Python function."""
-    path: str
-    """`file.py:function`, or the name of a built-in function of `align.reward`."""
-    weight: float = 1.0
-    """Factor on this score in the sum of all rewards."""
-
-
-Reward = Annotated[ModelReward | FunctionReward, Field(discriminator="kind")]
-
-
 class Critic(Part):
     """The value model of PPO; everything else of its optimizer is as in the stage's `optimizer`."""
 
@@ -178,7 +154,7 @@ class PpoStage(StageBase):
     """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
     max_prompt_length: Positive = 256
     """Longer prompts are dropped and counted."""
-    rewards: list[Reward] = Field(min_length=1)
+    rewards: Rewards
     """Weighted sum of these is a completion's score."""
     rollout: Rollout = Rollout()
     """How completions are generated."""
