@@ -16,7 +16,7 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
         sizes = generator.integers(0, 40, size=6)
         offset = 10.0 ** generator.integers(-3, 7)  # a large mean is where a naive sum of squares fails
         parts = [(offset + generator.normal(size=size)).tolist() for size in sizes]
-        values = np.array(sum(parts, []))
+        values = np.concatenate(parts)
         if not len(values):
             continue
         moments = Moments()
