@@ -69,6 +69,16 @@ def hangs_single(prompt, completion, row):
         time.sleep(100)
     return 1.0
 
+async def blocks_the_loop(prompt, completion, row):
+    if completion == "a":
+        raise ValueError("first")
+    await asyncio.sleep(0.1)
+    time.sleep(100)
+
+def raises_far_away(prompt, completion, row):
+    import json
+    return json.loads(completion)
+
 async def hangs_async(prompt, completion, row):
     await asyncio.sleep(100 if completion == "ccc" else 0)
     return 1.0
@@ -193,6 +203,13 @@ def test_an_exception_names_the_function_the_completion_and_the_line(functions) 
     assert "SystemExit: enough" in refusal(functions, mine("exits", batched=False))
 
 
+def test_the_line_is_one_of_the_users_file(functions) -> None:
+    line = MINE.splitlines().index("    return json.loads(completion)") + 1
+    said = refusal(functions, mine("raises_far_away", batched=False))
+    assert said.startswith("raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py line ")
+    assert f"(mine.py line {line}) for completion 0 ('a')" in said
+
+
 @pytest.mark.parametrize("name", ["hangs", "hangs_in_c"])
 def test_a_hang_is_ended(functions, name: str) -> None:
     functions.load(mine(name))
@@ -206,6 +223,13 @@ def test_a_hang_is_ended(functions, name: str) -> None:
 def test_a_hang_names_the_completion(functions, name: str) -> None:
     said = refusal(functions, mine(name, batched=False, timeout_s=0.5))
     assert said == "took longer than 0.5 s for completion 2 ('ccc'); mend the function, or raise its timeout_s."
+
+
+def test_a_hang_among_awaited_calls_names_no_completion(functions, monkeypatch) -> None:
+    """Any of them may be the one that blocks the others, so that none can say that its time is over."""
+    monkeypatch.setattr(process_module, "GRACE_S", 0.2)
+    function = mine("blocks_the_loop", batched=False, timeout_s=0.5, tolerant=True)
+    assert refusal(functions, function) == "took longer than 0.5 s; mend the function, or raise its timeout_s."
 
 
 def test_the_end_of_the_process_is_the_functions_fault(functions) -> None:
