@@ -116,6 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(command=_chat)
 
+    serve_reward = commands.add_parser(
+        "serve-reward",
+        help="serve a reward model over HTTP",
+        description="Answer POST /score with a reward model's scores, for rewards of the kind `remote`.",
+    )
+    serve_reward.add_argument("checkpoint", type=Path, help="runs/<run>/<reward model stage>, or a checkpoint folder")
+    serve_reward.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask, whoever they are")
+    serve_reward.add_argument("--port", type=int, default=8100, help="0 is any free one")
+    serve_reward.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="padded tokens in a forward pass")
+    serve_reward.set_defaults(command=_serve_reward)
+
     doctor = commands.add_parser(
         "doctor",
         help="what is installed and what will be used",
@@ -271,6 +283,21 @@ def _chat(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+    )
+
+
+def _serve_reward(options: argparse.Namespace) -> None:
+    from align.rollout.reward_server import serve_reward
+
+    if options.micro_batch_tokens < 1:
+        raise UserError(f"--micro-batch-tokens {options.micro_batch_tokens}: must be at least 1.")
+    serve_reward(
+        options.checkpoint,
+        host=options.host,
+        port=options.port,
+        dtype=options.dtype,
+        micro_batch_tokens=options.micro_batch_tokens,
+        say=_say,
     )
 
 

@@ -70,14 +70,26 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         ],
     ),
     (
-        "Generation, rewards and learning",
+        "Generation and learning",
         [
             ("Rollout", rollout.Rollout),
-            ("Reward of a model", rewards.ModelReward),
-            ("Reward of a function", rewards.FunctionReward),
             ("Critic", ppo.Critic),
             ("KL to the reference", ppo.Kl),
             ("Importance of a sample", ppo.Importance),
+        ],
+    ),
+    (
+        "Rewards",
+        [
+            ("Every reward", rewards.RewardBase),
+            ("Reward of a model", rewards.ModelReward),
+            ("Reward of a server", rewards.RemoteReward),
+            ("Reward of a function", rewards.FunctionReward),
+            ("Final answer", rewards.MathReward),
+            ("Equal text", rewards.ExactReward),
+            ("Regular expression", rewards.RegexReward),
+            ("Tagged sections", rewards.FormatReward),
+            ("Length", rewards.LengthReward),
         ],
     ),
 ]
@@ -86,6 +98,7 @@ UNIONS = {
     get_args(parts.Model)[0]: "[one of the models](#models)",
     get_args(parts.Source)[0]: "[Source](#every-source)",
     get_args(stages.Stage)[0]: "[one of the stages](#stages)",
+    get_args(rewards.Reward)[0]: "[Reward](#every-reward)",
 }
 
 

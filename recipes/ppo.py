@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 
 from align.config.ppo import PpoStage
-from align.config.rewards import ModelReward
 from align.data import prepare_prompts, stop_token_ids
 from align.losses.kl import adapted_kl_coef
 from align.rl.draw import Sampler
@@ -18,7 +17,7 @@ from align.rl.update import update
 from align.rollout.build import build_engine
 from align.rollout.scoring import Scorer
 from align.rollout.weights import published_weights
-from align.train.checkpoint import count_parameters, load_reward_model, load_tokenizer, save_model
+from align.train.checkpoint import count_parameters, load_tokenizer, save_model
 from align.train.ema import Ema
 from align.train.run_folder import StageContext, remove_folder
 
@@ -40,7 +39,15 @@ def run(context: StageContext) -> dict:
     parameters = count_parameters(policy)
     ema = Ema(policy, stage.ema_decay) if stage.ema_decay is not None else None
     with ExitStack() as stack:
-        scorer = build_scorer(context)
+        scorer = Scorer(
+            stage.rewards,
+            tokenizer,
+            checkpoint=context.checkpoint,
+            dtype=context.recipe.dtype,
+            micro_batch_tokens=stage.micro_batch_tokens,
+            say=context.say,
+        )
+        stack.callback(scorer.close)
         engine = build_engine(parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed)
         stack.callback(engine.close)
         sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
@@ -66,7 +73,7 @@ def run(context: StageContext) -> dict:
             if not stage.overlap and progress.step % stage.checkpoint_every == 0:
                 checkpoint.save_drawn(drawn)
             with log.clock("score"):
-                scored = scored_round(stage, sampler, drawn, scorer, tokenizer)
+                scored = scored_round(stage, sampler, drawn, scorer)
             if stage.overlap and progress.step + 1 < stage.steps:
                 sampler.begin()
             with log.clock("logprobs"):
@@ -89,14 +96,6 @@ def run(context: StageContext) -> dict:
     with ema.applied(policy) if ema is not None else nullcontext():
         save_model(policy, tokenizer, context.dir, context.recipe.dtype)
     return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
-
-
-def build_scorer(context: StageContext) -> Scorer:
-    """The recipe's rewards, with their models loaded."""
-    stage: PpoStage = context.stage
-    names = dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward))
-    models = {name: load_reward_model(context.checkpoint(name), context.recipe.dtype) for name in names}
-    return Scorer(stage.rewards, models, micro_batch_tokens=stage.micro_batch_tokens)
 
 
 def advanced(stage: PpoStage, progress: Progress, metrics: dict[str, float]) -> Progress:

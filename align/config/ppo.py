@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parts import Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
-from align.config.rewards import Reward
+from align.config.rewards import Rewards
 from align.config.rollout import Rollout
 
 
@@ -85,7 +85,7 @@ class PpoStage(StageBase):
     """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
     max_prompt_length: Positive = 256
     """Longer prompts are dropped and counted."""
-    rewards: list[Reward] = Field(min_length=1)
+    rewards: Rewards
     """Weighted sum of these is a completion's score."""
     rollout: Rollout = Rollout()
     """How completions are generated."""
@@ -183,7 +183,7 @@ class PpoStage(StageBase):
                 f"algorithm {self.algorithm} compares completions of one prompt, but completions_per_prompt is "
                 f"{self.completions_per_prompt}; set it to 2 or more"
             )
-        if self.algorithm != "ppo" and "critic" in self.model_fields_set:
+        if self.algorithm != "ppo" and self.critic != Critic():
             raise ValueError(f"algorithm {self.algorithm} has no critic; remove the section, or use algorithm ppo")
         if self.dynamic_sampling and not grouped:
             raise ValueError(

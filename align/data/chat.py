@@ -6,6 +6,8 @@ Shapes: ids and masks are lists of length T (tokens of one rendered conversation
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -87,6 +89,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] 
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+
+
+def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, *, end: int | None) -> list[int]:
+    """Ids of an assistant's turn as generation makes them, behind the prompt's header; `end` is the token that ends it.
+
+    A turn that was cut has no end (None).
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids if end is None else [*ids, end]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for two tokenizers whose ids mean the same and whose templates render the probes alike: then token ids of
+    one can be given to a model of the other.
+    """
+    rendered: list[Any] = []
+    if tokenizer.chat_template:
+        for probe in PROBES:
+            for prompt in (False, True):
+                try:
+                    rendered.append(_render(tokenizer, tokenizer.chat_template, probe, prompt))
+                except Exception:  # a template may refuse a conversation in any way it likes
+                    rendered.append(None)
+    known = json.dumps([sorted(tokenizer.get_vocab().items()), rendered])
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
 from align.data import PromptRow
-from align.losses.overlong import overlong_penalty
+from align.reward.shaping import overlong_shaping
 from align.rl.draw import Draw, Sampler
 from align.rl.look_back import Metrics, known
 from align.rollout.base import Completion
@@ -33,16 +32,16 @@ class Round:
         return known(self.batch.score).view(-1, size)
 
 
-def scored_round(stage: PpoStage, sampler: Sampler, drawn: Draw, scorer: Scorer, tokenizer: Any) -> Round:
+def scored_round(stage: PpoStage, sampler: Sampler, drawn: Draw, scorer: Scorer) -> Round:
     """The round to learn from. With dynamic sampling, groups of equal scores are replaced by further draws where those
     have better ones, so that its size is always the recipe's."""
     group = stage.completions_per_prompt
-    rounds = [score_draw(stage, drawn, scorer, tokenizer)]
+    rounds = [score_draw(stage, drawn, scorer)]
     for _ in range(stage.dynamic_sampling):
         missing = stage.batch_size - group * sum(int(teaches(r.groups(group)).sum()) for r in rounds)
         if missing <= 0:
             break
-        rounds.append(score_draw(stage, sampler.draw(missing), scorer, tokenizer))
+        rounds.append(score_draw(stage, sampler.draw(missing), scorer))
     whole = joined(rounds)
     if group > 1:
         useful = teaches(whole.groups(group))
@@ -63,21 +62,21 @@ def teaches(scores_GN: Tensor) -> Tensor:
     return (scores_GN - scores_GN[:, :1]).abs().amax(dim=1) > 1e-6
 
 
-def score_draw(stage: PpoStage, drawn: Draw, scorer: Scorer, tokenizer: Any) -> Round:
+def score_draw(stage: PpoStage, drawn: Draw, scorer: Scorer) -> Round:
     """Rewards, less the penalties for completions that are cut or nearly so."""
     batch = to_experience(drawn.completions)
-    scores, metrics = scorer.score(batch, drawn.rows, drawn.completions, tokenizer)
+    scores, metrics = scorer.score(batch, drawn.rows, drawn.completions)
     if stage.missing_eos_penalty is not None:
         scores = scores - stage.missing_eos_penalty * torch.tensor([float(not c.finished) for c in drawn.completions])
     if stage.overlong_buffer:
-        penalty = overlong_penalty(
+        shaping = overlong_shaping(
             batch.lengths - batch.prompt_lengths,
-            max_tokens=stage.rollout.max_new_tokens,
+            max_new_tokens=stage.rollout.max_new_tokens,
             buffer=stage.overlong_buffer,
-            largest=stage.overlong_penalty,
+            penalty=stage.overlong_penalty,
         )
-        metrics["overlong_penalty"] = penalty.mean().item()
-        scores = scores - penalty
+        metrics["overlong_penalty"] = -shaping.mean().item()
+        scores = scores + shaping
     batch.score = scores
     return Round(drawn.rows, drawn.completions, batch, metrics)
 

@@ -76,7 +76,7 @@ class TokenReward:
     def __init__(self, function):
         self.function = function
 
-    def score(self, batch: Any, rows: Any, completions: list[Completion], tokenizer: Any) -> tuple[Tensor, dict]:
+    def score(self, batch: Any, rows: Any, completions: list[Completion]) -> tuple[Tensor, dict]:
         return torch.tensor([float(self.function(c.token_ids)) for c in completions]), {}
 
 
@@ -111,7 +111,7 @@ class Task:
 
     def round(self, step: int) -> tuple[Round, dict[str, float]]:
         coef = self.stage.kl.coef
-        scored = scored_round(self.stage, self.sampler, self.sampler.draw(), self.scorer, None)
+        scored = scored_round(self.stage, self.sampler, self.sampler.draw(), self.scorer)
         metrics = scored.metrics | look_back(self.stage, self.team, scored.batch, coef)
         return scored, metrics | update(self.stage, self.team, scored.batch, step=step, seed=0, kl_coef=coef)
 

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from align.losses.overlong import overlong_penalty
 from align.losses.reduce import averaging_weights, masked_mean
 from align.pipeline import run
 from align.recipes import ppo
@@ -50,7 +49,7 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
             reward, horizon=1, tokens=4, algorithm="grpo", completions_per_prompt=2, batch_size=32, mini_batch_size=32,
             dynamic_sampling=extra,
         )  # fmt: skip
-        return scored_round(task.stage, task.sampler, task.sampler.draw(), task.scorer, None), task.sampler.position
+        return scored_round(task.stage, task.sampler, task.sampler.draw(), task.scorer), task.sampler.position
 
     plain, position = first_round(0)
     share = plain.metrics["informative_groups"]
@@ -77,11 +76,6 @@ def test_loss_averages_by_hand() -> None:
     assert average("tokens") == pytest.approx(16 / 4)
     assert average("completions") == pytest.approx((2 + 10) / 2)
     assert average("constant") == pytest.approx(16 / 10)
-
-
-def test_the_overlong_penalty_rises_over_the_buffer() -> None:
-    found = overlong_penalty(torch.tensor([5, 6, 7, 10]), max_tokens=10, buffer=4, largest=2.0)
-    assert found.tolist() == [0.0, 0.0, 0.5, 2.0]
 
 
 def test_the_average_of_the_weights_is_the_closed_form() -> None:

@@ -39,11 +39,11 @@ def test_02_the_penalty_for_a_missing_eos_looks_at_the_completion_only() -> None
     task = Task(lambda ids: 1.0, horizon=2, tokens=4, missing_eos_penalty=0.25, batch_size=2, mini_batch_size=2)
     drawn = task.sampler.draw()
     drawn.completions[:] = completions(([EOS], [1, 2], False), ([1], [3, EOS], True))
-    scored = scored_round(task.stage, task.sampler, drawn, task.scorer, None)
+    scored = scored_round(task.stage, task.sampler, drawn, task.scorer)
     assert scored.batch.score.tolist() == [0.75, 1.0]
     assert scored.metrics["truncated_share"] == scored.metrics["eos_rate"] == 0.5
     masking = task.stage.model_copy(update={"mask_truncated": True})
-    masked = scored_round(masking, task.sampler, drawn, task.scorer, None)
+    masked = scored_round(masking, task.sampler, drawn, task.scorer)
     assert masked.batch.loss_mask.tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert masked.batch.mask.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 

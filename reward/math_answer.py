@@ -1,0 +1,207 @@
+r"""Final answers of mathematical problems: where they stand in a text, and whether two are the same.
+
+Numbers are compared as exact fractions, so that `1,234.50`, `$1234.5` and `\frac{2469}{2}` are one number; units are
+ignored. What is not a number is compared as text, LaTeX's spacing commands left out: `4\pi i` equals `4 \pi i`, but
+nothing here knows that it equals `4i\pi`. Every step is linear in the text's length, and no text makes a number of
+more than some hundred digits, since a policy may write anything.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Literal
+
+AnswerFormat = Literal["any", "boxed", "hash"]
+
+LONGEST = 200
+"""Characters of an answer that are looked at; more are no final answer."""
+LARGEST_EXPONENT = 100
+TOLERANCE = Fraction(1, 10**6)
+"""Relative difference up to which a decimal is a fraction without end: 0.3333333 is 1/3, 0.33 is not."""
+
+_BOXES = ("\\boxed{", "\\fbox{")
+_PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*[:=])(?:\s*:)?|(?m:^)(?-i:A):|答案(?:是|为|:)", re.IGNORECASE)
+_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?[$€£¥]?-?(?:\d{1,9} (?=\d{1,9}/))?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
+_PLAIN = {0xFF01 + i: chr(0x21 + i) for i in range(94)} | {
+    ord(sign): plain
+    for sign, plain in {
+        "\u3000": " ", "\u00a0": " ", "\u202f": " ", "。": ".", "−": "-", "–": "-", "⁄": "/", "²": "^2", "³": "^3",
+        "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8",
+    }.items()
+}  # fmt: skip
+
+
+def final_answer(text: str, format: AnswerFormat = "any") -> str | None:
+    r"""The answer that a completion ends with; None where there is none.
+
+    boxed: content of the last \boxed{}; hash: what follows the last ####; any: whichever of these or of the phrases
+    "the answer is", "Answer:", "A:" comes last, and without any of them the last number.
+    """
+    text = plain_characters(text)
+    found = [_boxed(text)] if format != "hash" else []
+    found += [_after_hashes(text, strict=format == "hash")] if format != "boxed" else []
+    if format == "any":
+        found.append(_after_phrase(text))
+    placed = [place for place in found if place is not None]
+    if placed:
+        return max(placed)[1]
+    if format != "any":
+        return None
+    numbers = _NUMBER_IN_TEXT.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    """True where both are the same number, or else the same text."""
+    ours, theirs = to_numbers(answer), to_numbers(expected)
+    if ours and theirs:
+        return any(_close(a, b) for a in ours for b in theirs)
+    return canonical(answer) == canonical(expected) != ""
+
+
+def expected_answer(column: str) -> str:
+    """The bare answer of a row's column, which may be a worked solution that ends with `####` or a box."""
+    text = plain_characters(column)
+    found = [place for place in (_boxed(text), _after_hashes(text, strict=True)) if place is not None]
+    return max(found)[1] if found else text.strip()
+
+
+# --- where it stands -----------------------------------------------------------------------------------------
+
+
+def plain_characters(text: str) -> str:
+    """Full-width digits and signs, Unicode's minus, fractions and superscripts in their plain form."""
+    return text.translate(_PLAIN)
+
+
+def _boxed(text: str) -> tuple[int, str] | None:
+    start, opening = max((text.rfind(box), box) for box in _BOXES)
+    if start < 0:
+        return None
+    begin, depth = start + len(opening), 1
+    for position in range(begin, min(len(text), begin + LONGEST)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return start, text[begin:position]
+    return None
+
+
+def _after_hashes(text: str, *, strict: bool) -> tuple[int, str] | None:
+    """strict: whatever the line holds; else a number, or the text's last line, since #### also marks a heading."""
+    start = text.rfind("####")
+    if start < 0:
+        return None
+    line, _, rest = text[start + 4 : start + 4 + LONGEST].strip().partition("\n")
+    if not strict and rest and not to_numbers(line):
+        return None
+    return start, _first_answer(line)
+
+
+def _after_phrase(text: str) -> tuple[int, str] | None:
+    last = None
+    for last in _PHRASE.finditer(text):  # noqa: B007 (the last one is of interest)
+        pass
+    if last is None:
+        return None
+    line = text[last.end() : last.end() + LONGEST].lstrip().partition("\n")[0]
+    return last.start(), _first_answer(re.split(r"[.;](?:\s|$)", line, maxsplit=1)[0])
+
+
+def _first_answer(line: str) -> str:
+    """A line as a whole where it is a number or has none, else the number in it that is the result."""
+    line = line.replace("\\$", "$")
+    if to_numbers(line):
+        return line
+    result = line.rpartition("=")[2] if not _is_latex(line) else line
+    if to_numbers(result) or _is_latex(line):
+        return result
+    number = _NUMBER_IN_TEXT.search(result)
+    return number.group() if number else line
+
+
+def _is_latex(text: str) -> bool:
+    return "\\" in text
+
+
+# --- what it is ----------------------------------------------------------------------------------------------
+
+_SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}")
+_WRAPPERS = re.compile(r"\\(?:left|right|displaystyle|limits|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])|\\[()\[\]]|\$|\*\*")
+_SHORT_FRACTION = re.compile(r"\\frac(\d)(\d)")
+_VARIABLE = re.compile(r"^[A-Za-z]=")
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?:USD?|RMB|[€£¥])?(?P<inner>[-+]?)"
+    rf"(?:(?P<whole>\d{{1,20}})?\\frac\{{(?P<top>-?\d{{1,60}})\}}\{{(?P<bottom>\d{{1,60}})\}}"
+    rf"|(?P<over>\d{{1,60}})/(?P<under>\d{{1,60}})"
+    rf"|(?P<decimal>{_DIGITS})(?:e(?P<e>[-+]?\d{{1,3}})|(?:\\times|\\cdot|x|\*)10\^\{{?(?P<power>-?\d{{1,3}})\}}?)?)"
+    r"(?P<unit>.*)",
+    re.DOTALL,
+)
+_MIXED = re.compile(r"(\d{1,20})\s+(\d{1,20}/\d{1,20})")
+# A word of two letters or more, one of the one-letter units, signs, or any Chinese characters: not x, i or \pi.
+_UNIT = re.compile(
+    r"\\?%|\^?\{?(?:\\circ|°)\}?[CF]?"
+    r"|(?!(?:pi|sqrt|log|ln|sin|cos|tan|or|and|to)(?![a-z]))(?:[A-Za-z]{2,}|[mgshlLKNJWVA])"
+    r"(?:[-/.]?[A-Za-z]+)*(?:\^\{?[23]\}?)?"
+    r"|[\u4e00-\u9fff]+"
+)
+
+
+def canonical(text: str) -> str:
+    """An answer without what does not change its meaning: spaces, dollar signs, LaTeX's layout, `x=`, a last stop."""
+    text = plain_characters(text[:LONGEST]).strip()
+    if mixed := _MIXED.fullmatch(text.strip("$ ")):
+        whole, fraction = mixed.groups()
+        top, bottom = fraction.split("/")
+        text = rf"{whole}\frac{{{top}}}{{{bottom}}}"
+    text = _TEXT.sub(r"\1", text.replace("{,}", ","))
+    text = _WRAPPERS.sub("", text.replace("\\$", "").replace("\\%", "%"))
+    text = _SPACES.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
+    text = _VARIABLE.sub("", text).rstrip(".,;:!")
+    if len(text) > 2 and text[0] == "(" and text[-1] == ")" and not set("(),") & set(text[1:-1]):
+        text = text[1:-1]
+    return text.lower() if text.isalpha() else text
+
+
+def to_numbers(text: str) -> list[Fraction]:
+    """What a text may mean as a number: nothing, one value, or two where a percent sign leaves it open."""
+    match = _NUMBER.fullmatch(canonical(text)) if len(text) <= LONGEST else None
+    if match is None:
+        return []
+    unit = match["unit"]
+    if unit and not _UNIT.fullmatch(unit):
+        return []
+    value = _value(match)
+    if value is None:
+        return []
+    return [value, value / 100] if unit == "%" else [value]
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    bottom = match["bottom"] or match["under"]
+    if bottom is not None:
+        if int(bottom) == 0:
+            return None
+        value = Fraction(int(match["top"] or match["over"]), int(bottom)) + int(match["whole"] or 0)
+    else:
+        exponent = int(match["e"] or match["power"] or 0)
+        if abs(exponent) > LARGEST_EXPONENT:
+            return None
+        value = Fraction(match["decimal"].replace(",", "").rstrip(".")) * Fraction(10) ** exponent
+    return -value if (match["sign"] == "-") != (match["inner"] == "-") else value
+
+
+def _close(ours: Fraction, theirs: Fraction) -> bool:
+    """Equal, or, where one of them has no end as a decimal (1/3), equal when rounded."""
+    if _is_decimal(ours) and _is_decimal(theirs):
+        return ours == theirs
+    return abs(ours - theirs) <= TOLERANCE * max(abs(ours), abs(theirs))
+
+
+def _is_decimal(value: Fraction) -> bool:
+    return 10**LONGEST % value.denominator == 0

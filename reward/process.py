@@ -1,0 +1,204 @@
+"""Runs users' reward functions in a process of their own, which is ended when one hangs.
+
+A thread cannot be stopped and a signal does not reach a loop in C, so only a process makes a timeout hold. It also
+keeps a function's crash, memory and threads away from the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from align.errors import UserError
+from align.reward.worker import MEND, Call, took_too_long
+
+IMPORT_TIMEOUT_S = 600.0
+"""A user's file may load a model of its own."""
+GRACE_S = 5.0
+"""Seconds that the process has to say itself that an awaited call took too long, or to end."""
+MOST_RESTARTS = 3
+"""Times in a call that a tolerant function may hang or crash."""
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A function of a user's file: where it is, how it is called, and its name in messages."""
+
+    label: str
+    file: str
+    name: str
+    batched: bool
+    timeout_s: float
+    tolerant: bool = False
+    """Whether a completion may go without a score."""
+
+
+@dataclass
+class Scored:
+    """One score a completion, None where there is none, and the reason for one of these."""
+
+    scores: list[float | None]
+    problem: str = ""
+
+
+@dataclass
+class _Outcome:
+    """What came of one call: scores by index, None for a problem; the last problem."""
+
+    scores: dict[int, float | None] = field(default_factory=dict)
+    what: str = ""
+    mend: str = ""
+    culprit: int | None = None
+    whole: bool = False
+    """The problem was that of the whole call."""
+    ended: bool = False
+    """The process has ended, or must be ended."""
+
+
+class FunctionProcess:
+    """One process for all functions of a run. It starts when it is needed, and again after it was ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._finalizer: weakref.finalize | None = None
+
+    def load(self, function: UserFunction) -> None:
+        """Import the file, so that what is wrong with it is known before anything else is loaded."""
+        outcome = self._call(_to_call(function, IMPORT_TIMEOUT_S))
+        if outcome.what:
+            self.close()
+            what = f"importing it {outcome.what}" if outcome.ended else outcome.what
+            raise UserError(f"{function.file}: {what}; {'mend the file' if outcome.ended else outcome.mend}.")
+
+    def score(
+        self,
+        function: UserFunction,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        rows: Sequence[dict[str, Any]],
+    ) -> Scored:
+        """Finite scores, one a completion; None is among them only where the function is tolerant.
+
+        Raises UserError with the function, the reason, and the completion where it is known.
+        """
+        scored = Scored([None] * len(completions))
+        waiting = list(range(len(completions)))
+        for restarts in range(MOST_RESTARTS + 1):
+            if self._process is None:
+                self.load(function)  # an import's time is not the call's
+            picked = [[values[i] for i in waiting] for values in (prompts, completions, rows)]
+            outcome = self._call(_to_call(function, function.timeout_s, *picked), patient=function.tolerant)
+            for index, score in outcome.scores.items():
+                scored.scores[waiting[index]] = score
+            scored.problem = outcome.what or scored.problem
+            if not outcome.what or (function.tolerant and not outcome.whole and not outcome.ended):
+                return scored
+            if outcome.culprit is None or not function.tolerant or restarts == MOST_RESTARTS or outcome.whole:
+                self.close()  # replies to this call may still come
+                where = "" if outcome.culprit is None else _place(waiting[outcome.culprit], completions)
+                raise UserError(f"reward function '{function.label}' {outcome.what}{where}; {outcome.mend}.")
+            self.close()
+            waiting = [row for i, row in enumerate(waiting) if i not in outcome.scores and i != outcome.culprit]
+            if not waiting:
+                return scored
+        raise AssertionError("the last restart returns or raises")
+
+    def close(self) -> None:
+        """End the process and what it has started."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._connection = self._finalizer = None
+
+    def _start(self) -> Connection:
+        ours, theirs = multiprocessing.Pipe()
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONUNBUFFERED": "1",  # what the function prints is seen at once
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from align.reward.worker import main; main()", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                start_new_session=True,  # so that what the function has started can be ended with it
+            )
+        self._connection = ours
+        self._finalizer = weakref.finalize(self, _end, self._process, ours, os.getpid())
+        return ours
+
+    def _call(self, call: Call, patient: bool = False) -> _Outcome:
+        """Collect the replies to a call until it is over: to the first problem, or, if patient, to the last reply.
+
+        Called in turn, each completion has the time that is allowed.
+        """
+        outcome = _Outcome()
+        connection = self._connection or self._start()
+        awaiting = False
+        try:
+            connection.send(call)
+            deadline = time.monotonic() + call.timeout_s
+            while True:
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    if not outcome.whole:  # else only the search for the culprit took too long
+                        outcome.what, outcome.mend = took_too_long(call.timeout_s).args
+                    break
+                match connection.recv():
+                    case ("score", index, score):
+                        outcome.scores[index] = score
+                    case ("problem", index, what, mend):
+                        outcome.what, outcome.mend, outcome.culprit = what, mend, index
+                        outcome.whole = outcome.whole or index is None
+                        if index is not None:
+                            outcome.scores[index] = None
+                            if outcome.whole or not patient:
+                                return outcome
+                    case ("awaiting",):
+                        awaiting = True
+                    case _:
+                        return outcome
+                if not call.batched:
+                    deadline = time.monotonic() + call.timeout_s + (GRACE_S if awaiting else 0.0)
+        except (EOFError, OSError):
+            outcome.what, outcome.mend = f"ended its process ({self._exit_status()})", MEND
+        outcome.ended, outcome.culprit = True, None
+        if not call.batched and not awaiting and call.completions:
+            # They are scored in turn: the first without an answer is the one that hangs or crashes.
+            outcome.culprit = next((i for i in range(len(call.completions)) if i not in outcome.scores), None)
+        return outcome
+
+    def _exit_status(self) -> str:
+        assert self._process is not None
+        try:
+            status = self._process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def _end(process: subprocess.Popen, connection: Connection, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the owner that comes to its end
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()
+
+
+def _to_call(function: UserFunction, timeout_s: float, *asked: list[Any]) -> Call:
+    return Call(os.path.abspath(function.file), function.name, function.batched, timeout_s, *asked)
+
+
+def _place(index: int, completions: Sequence[str]) -> str:
+    return f" for completion {index} ({completions[index][:60]!r})"

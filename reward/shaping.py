@@ -1,0 +1,24 @@
+"""Terms that are added to a completion's score for its form.
+
+Shapes: B sequences.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def overlong_shaping(lengths_B: Tensor, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """A soft limit to the length, [B] in [-penalty, 0] (Yu et al. 2025, DAPO, eq. 13).
+
+        0                                             length <= max_new_tokens - buffer
+        -penalty * (length - (max - buffer)) / buffer    within the last `buffer` tokens
+        -penalty                                      from max_new_tokens on
+
+    lengths: tokens of each completion. The last token before the limit already costs nearly all of the penalty, so
+    that a completion learns to end before it is cut.
+    """
+    if buffer < 1:
+        raise ValueError("the buffer must have at least one token")
+    beyond = (lengths_B - (max_new_tokens - buffer)).clamp(min=0, max=buffer)
+    return -penalty * beyond.float() / buffer

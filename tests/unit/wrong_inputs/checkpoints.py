@@ -1,0 +1,161 @@
+"""Checkpoints that are damaged or of another kind."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.data import train_tokenizer
+
+from .here import SIZES, Here, wrong
+
+
+@wrong("no-such-model")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "pretrained", "path": "nobody/nothing"})
+
+
+@wrong("no-config")
+def _(here: Here) -> str:
+    (here.folder / "model" / "config.json").unlink()
+    return here.run()
+
+
+@wrong("damaged-config")
+def _(here: Here) -> str:
+    here.write("model/config.json", '{"model_type": "huny')
+    return here.run()
+
+
+@wrong("wrong-value-in-config")
+def _(here: Here) -> str:
+    here.change_config(hidden_size="wide")
+    return here.run()
+
+
+@wrong("impossible-config")
+def _(here: Here) -> str:
+    here.change_config(moe_topk=3)
+    return here.run()
+
+
+@wrong("other-architecture")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "llama", "hidden_size": 32}))
+    return here.run()
+
+
+@wrong("pickled-weights")
+def _(here: Here) -> str:
+    (here.folder / "model" / "model.safetensors").rename(here.folder / "model" / "pytorch_model.bin")
+    return here.run()
+
+
+@wrong("cut-off-weights")
+def _(here: Here) -> str:
+    weights = here.folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return here.run()
+
+
+@wrong("weights-of-other-sizes")
+def _(here: Here) -> str:
+    here.change_config(hidden_size=64)
+    return here.run()
+
+
+@wrong("tensor-missing")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights.pop("model.layers.0.mlp.experts.1.up_proj.weight"))
+    return here.run()
+
+
+@wrong("tensor-extra")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights.update({"model.layers.0.mlp.experts.7.up_proj.weight": torch.ones(2)}))
+    return here.run()
+
+
+@wrong("tensor-nan")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights["model.norm.weight"][3:4].fill_(float("nan")))
+    return here.run()
+
+
+@wrong("index-names-missing-file")
+def _(here: Here) -> str:
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}}
+    here.write("model/model.safetensors.index.json", json.dumps(index))
+    return here.run()
+
+
+@wrong("index-damaged")
+def _(here: Here) -> str:
+    here.write("model/model.safetensors.index.json", "{}")
+    return here.run()
+
+
+@wrong("no-tokenizer")
+def _(here: Here) -> str:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (here.folder / "model" / name).unlink()
+    return here.run()
+
+
+@wrong("vocabulary-mismatch")
+def _(here: Here) -> str:
+    train_tokenizer([" ".join(f"word{n * 37} other{n * 91}" for n in range(300))], 700).save_pretrained("model")
+    return here.run()
+
+
+@wrong("parent-not-run")
+def _(here: Here) -> str:
+    data = {"train": [{"kind": "file", "path": "rows.jsonl"}]}
+    stages = {"sft": {"kind": "sft", "data": data}, "more": {"kind": "sft", "init_from": "sft", "data": data}}
+    return here.run("--only", "more", stages=stages)
+
+
+@wrong("parent-folder-empty")
+def _(here: Here) -> str:
+    return here.run(init_from="./nowhere")
+
+
+@wrong("scratch-unknown-key")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": {"hiden_size": 32}})
+
+
+@wrong("scratch-impossible-sizes")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"moe_topk": 4}})
+
+
+@wrong("scratch-wrong-type")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"hidden_size": "wide"}})
+
+
+@wrong("scratch-without-tokenizer")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "scratch", "tokenizer": "./nowhere", "config": SIZES})
+
+
+@wrong("hot-start-not-llama")
+def _(here: Here) -> str:
+    return here.align("convert", "hot-start", "model", "grown")
+
+
+@wrong("hot-start-not-empty")
+def _(here: Here) -> str:
+    return here.align("convert", "hot-start", "model", "model")
+
+
+@wrong("hot-start-width")
+def _(here: Here) -> str:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_experts"}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained("dense")
+    said = here.align("convert", "hot-start", "dense", "grown", "--expert-width", "12")
+    assert not (here.folder / "grown").exists()
+    return said

@@ -1,0 +1,211 @@
+"""Recipes that cannot be read or do not make sense."""
+
+from __future__ import annotations
+
+from .here import Here, sample_stage, wrong
+
+
+@wrong("unknown-key")
+def _(here: Here) -> str:
+    return here.check(bach_size=8)
+
+
+@wrong("unknown-section-key")
+def _(here: Here) -> str:
+    return here.check(lora={"xyz": 8})
+
+
+@wrong("missing-key")
+def _(here: Here) -> str:
+    return here.check(stages={"sft": {"kind": "sft"}})
+
+
+@wrong("missing-kind")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"path": "rows.jsonl"}]})
+
+
+@wrong("unknown-kind")
+def _(here: Here) -> str:
+    return here.check(kind="stf")
+
+
+@wrong("unknown-choice")
+def _(here: Here) -> str:
+    return here.check(optimizer={"schedule": "cosin"})
+
+
+@wrong("not-a-whole-number")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "seed=abc")
+
+
+@wrong("number-in-quotes")
+def _(here: Here) -> str:
+    return here.check(batch_size="8")
+
+
+@wrong("time-for-a-number")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "seed=1:30")
+
+
+@wrong("true-for-a-number")
+def _(here: Here) -> str:
+    return here.check(batch_size=True)
+
+
+@wrong("number-for-text")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": 7}]})
+
+
+@wrong("not-finite")
+def _(here: Here) -> str:
+    return here.check(epochs=float("inf"))
+
+
+@wrong("not-true-or-false")
+def _(here: Here) -> str:
+    return here.check(assistant_only_loss="perhaps")
+
+
+@wrong("not-a-list")
+def _(here: Here) -> str:
+    return here.check(data={"train": "rows.jsonl"})
+
+
+@wrong("not-a-section")
+def _(here: Here) -> str:
+    return here.check(optimizer=3)
+
+
+@wrong("empty-list")
+def _(here: Here) -> str:
+    return here.check(data={"train": []})
+
+
+@wrong("too-small")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "max_length": 3})
+
+
+@wrong("too-large")
+def _(here: Here) -> str:
+    return here.check(optimizer={"learning_rate": 5})
+
+
+@wrong("bad-name")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("show", "recipe.yaml", "name=my run")
+
+
+@wrong("duplicate-key")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nseed: 1\nseed: 2\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("leading-zero")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nseed: 010\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("endless-number")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", f"name: t\nseed: {'9' * 5000}\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("nested-too-deep")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nmodel: " + "[" * 5000 + "]" * 5000)
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("circular-alias")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nmodel: {kind: hot_start, config: &a {b: [*a]}}\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("aliases-of-aliases")
+def _(here: Here) -> str:
+    levels = "".join(f"l{n}: &l{n} [{', '.join(9 * [f'*l{n - 1}'])}]\n" for n in range(1, 10))
+    here.write("recipe.yaml", "name: t\nl0: &l0 [1]\n" + levels)
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("yaml-tag")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nseed: !!int abc\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("not-yaml")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "name: t\nstages: [a\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("not-a-mapping")
+def _(here: Here) -> str:
+    here.write("recipe.yaml", "- sft\n- dpo\n")
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("not-utf8")
+def _(here: Here) -> str:
+    (here.folder / "recipe.yaml").write_bytes("name: é".encode("latin-1"))
+    return here.align("check", "recipe.yaml")
+
+
+@wrong("missing-recipe")
+def _(here: Here) -> str:
+    return here.align("run", "nowhere.yaml")
+
+
+@wrong("recipe-name-too-long")
+def _(here: Here) -> str:
+    return here.align("check", "r" * 5000)
+
+
+@wrong("unknown-parent")
+def _(here: Here) -> str:
+    return here.check(init_from="pretrain")
+
+
+@wrong("parent-of-another-kind")
+def _(here: Here) -> str:
+    pairs = sample_stage(max_new_tokens=8, max_model_length=64)
+    dpo = {"kind": "dpo", "init_from": "pairs", "data": {"train": [{"kind": "stage", "stage": "pairs"}]}}
+    return here.check(stages={"pairs": pairs, "dpo": dpo})
+
+
+@wrong("bad-stage-name")
+def _(here: Here) -> str:
+    return here.check(stages={"SFT 1": {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}})
+
+
+@wrong("batches-do-not-divide")
+def _(here: Here) -> str:
+    return here.check(batch_size=8, micro_batch_size=3)
+
+
+@wrong("dropout-in-experts")
+def _(here: Here) -> str:
+    return here.check(lora={"dropout": 0.1})
+
+
+@wrong("more-chosen-than-experts")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})
+
+
+@wrong("no-room-for-a-prompt")
+def _(here: Here) -> str:
+    return here.check(stages={"pairs": sample_stage(max_new_tokens=64, max_model_length=64)})

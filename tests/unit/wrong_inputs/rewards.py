@@ -1,0 +1,142 @@
+"""Rewards: of a recipe, of users' functions, of servers."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from align.reward.process import FunctionProcess, UserFunction
+
+from .here import Here, wrong
+
+
+def ppo_stage(*rewards: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "ppo", "prompts": [{"kind": "file", "path": "rows.jsonl"}], "rewards": list(rewards)}
+
+
+def check(here: Here, *rewards: dict[str, Any]) -> str:
+    return here.check(stages={"ppo": ppo_stage(*rewards)})
+
+
+def run(here: Here, *rewards: dict[str, Any]) -> str:
+    return here.run(stages={"ppo": ppo_stage(*rewards)})
+
+
+def score_with(here: Here, body: str, timeout_s: float = 30.0) -> None:
+    here.write("mine.py", f"def score(prompts, completions, rows):\n    {body}\n")
+    functions = FunctionProcess()
+    try:
+        function = UserFunction("mine.py:score", "mine.py", "score", batched=True, timeout_s=timeout_s)
+        functions.score(function, ["a", "b"], ["c", "d"], [{}, {}])
+    finally:
+        functions.close()
+
+
+@wrong("rewards-of-one-name")
+def _(here: Here) -> str:
+    return check(here, {"kind": "regex", "pattern": "a"}, {"kind": "regex", "pattern": "b"})
+
+
+@wrong("reward-url")
+def _(here: Here) -> str:
+    return check(here, {"kind": "remote", "url": "localhost:8100"})
+
+
+@wrong("reward-pattern")
+def _(here: Here) -> str:
+    return check(here, {"kind": "regex", "pattern": "(a"})
+
+
+@wrong("reward-pattern-without-group")
+def _(here: Here) -> str:
+    return check(here, {"kind": "regex", "pattern": "is .*", "column": "answer"})
+
+
+@wrong("reward-lengths-crossed")
+def _(here: Here) -> str:
+    return check(here, {"kind": "length", "min_tokens": 9, "max_tokens": 8})
+
+
+@wrong("reward-file-missing")
+def _(here: Here) -> str:
+    said = run(here, {"kind": "function", "path": "mine.py:score"})
+    assert not (here.folder / "run" / "base").exists()  # refused before the model was loaded
+    return said
+
+
+@wrong("reward-without-function")
+def _(here: Here) -> str:
+    here.write("mine.py", "x = 1\n")
+    said = run(here, {"kind": "function", "path": "mine.py:score"})
+    assert not (here.folder / "run" / "ppo").exists()
+    return said
+
+
+@wrong("reward-other-arguments")
+def _(here: Here) -> str:
+    here.write("mine.py", "def score(completions): return [0.0]\n")
+    return run(here, {"kind": "function", "path": "mine.py:score"})
+
+
+@wrong("reward-import-raises")
+def _(here: Here) -> str:
+    here.write("mine.py", "import nothing_like_it\n")
+    return run(here, {"kind": "function", "path": "mine.py:score"})
+
+
+@wrong("reward-raises")
+def _(here: Here) -> None:
+    score_with(here, "return [len(row['answer']) for row in rows]")
+
+
+@wrong("reward-hangs")
+def _(here: Here) -> None:
+    score_with(here, "while True: pass", timeout_s=0.5)
+
+
+@wrong("reward-ends-its-process")
+def _(here: Here) -> None:
+    score_with(here, "import os; os._exit(7)")
+
+
+@wrong("reward-wrong-length")
+def _(here: Here) -> None:
+    score_with(here, "return [1.0]")
+
+
+@wrong("reward-not-a-list")
+def _(here: Here) -> None:
+    score_with(here, "pass")
+
+
+@wrong("reward-nan")
+def _(here: Here) -> None:
+    score_with(here, "return [0.5, float('nan')]")
+
+
+@wrong("reward-server-down")
+def _(here: Here) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    said = run(here, {"kind": "remote", "url": f"http://127.0.0.1:{port}", "retries": 0})
+    assert not (here.folder / "run" / "ppo").exists()
+    return said
+
+
+@wrong("serve-language-model")
+def _(here: Here) -> str:
+    return here.align("serve-reward", "model", "--port", "0")
+
+
+@wrong("serve-port-in-use")
+def _(here: Here) -> str:
+    from align.reward.server import RewardServer
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        RewardServer("127.0.0.1", listener.getsockname()[1], lambda questions: [], {})
+    raise AssertionError("it listened on a port in use")
+
+
+@wrong("serve-without-tokens")
+def _(here: Here) -> str:
+    return here.align("serve-reward", "model", "--micro-batch-tokens", "0")

@@ -1,0 +1,129 @@
+"""The run folder, and a disk that is full."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from align.models.hunyuan import HunYuanForCausalLM
+from align.train.run_folder import MetricsWriter
+
+from .here import SIZES, Here, full_disk, wrong
+
+
+@wrong("run-folder-in-use")
+def _(here: Here) -> str:
+    code = (
+        "import sys, time, pathlib; from align.train.run_folder import locked\n"
+        "with locked(pathlib.Path('run')): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        said = here.run()
+        assert f"process {holder.pid};" in said
+        assert not (here.folder / "run" / "recipe.json").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    return said
+
+
+@wrong("run-folder-is-a-file")
+def _(here: Here) -> str:
+    here.write("run", "")
+    return here.run()
+
+
+@wrong("interrupted")
+def _(here: Here) -> str:
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/config.json", "{}")
+    return here.run()
+
+
+@wrong("interrupted-with-other-settings")
+def _(here: Here) -> str:
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/config.json", '{"seed": 1}')
+    return here.run("--resume")
+
+
+@wrong("changed-settings")
+def _(here: Here) -> str:
+    from align.config import load_recipe
+    from align.pipeline import stage_settings
+
+    here.recipe()
+    before = stage_settings(load_recipe("recipe.yaml"), "sft")
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/manifest.json", json.dumps({"status": "finished", "config": before}))
+    said = here.run(max_steps=2)
+    assert not (here.folder / "run" / "recipe.json").exists()  # still the recipe of the finished run
+    return said
+
+
+@wrong("changed-parent")
+def _(here: Here) -> str:
+    from align.config import load_recipe
+    from align.pipeline import stage_settings
+
+    here.recipe()
+    settings = stage_settings(load_recipe("recipe.yaml"), "sft")
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    finished = {"status": "finished", "config": settings, "parent_ids": {"base": "of an earlier result"}}
+    here.write("run/sft/manifest.json", json.dumps(finished))
+    return here.run()
+
+
+@wrong("damaged-manifest")
+def _(here: Here) -> str:
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/manifest.json", '{"status": "fini')
+    return here.run()
+
+
+@wrong("disk-full-settings")
+def _(here: Here) -> str:
+    here.monkeypatch.setattr("align.train.run_folder.os.replace", full_disk)
+    return here.run()
+
+
+@wrong("disk-full-model")
+def _(here: Here) -> str:
+    def serialize(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    here.monkeypatch.setattr(HunYuanForCausalLM, "save_pretrained", serialize)
+    return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES})
+
+
+@wrong("disk-full-metrics")
+def _(here: Here) -> None:
+    if not Path("/dev/full").is_char_device():
+        full_disk_file: Any = type("Full", (), {"write": full_disk, "close": lambda self: None})()
+    else:
+        full_disk_file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closed below)
+    writer = MetricsWriter(Path("run/sft/metrics.jsonl"))
+    writer.close()
+    writer._file = full_disk_file
+    try:
+        writer.write(1, {"loss": 1.0})
+    finally:
+        with contextlib.suppress(OSError):
+            full_disk_file.close()
+
+
+@wrong("disk-full-training")
+def _(here: Here) -> str:
+    from align.recipes import sft
+
+    here.monkeypatch.setattr(sft, "fit", full_disk)
+    return here.run()
