@@ -13,6 +13,8 @@ from align.errors import UserError, missing_dependency
 
 # vLLM silently raises smaller temperatures to this one and so samples from another distribution than asked.
 LOWEST_TEMPERATURE = 0.01
+CPU_BLOCK = 32
+CPU_BATCH_TOKENS = 4096
 
 
 def prepare_vllm() -> None:
@@ -62,6 +64,15 @@ def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int)
         "generation_config": "vllm",
         "weight_transfer_config": {"backend": "align_host"},
     }
+    if not has_gpu:
+        # vLLM's default on a CPU is 128, so that shorter prompts would share nothing; its kernel wants multiples of 32.
+        options["block_size"] = CPU_BLOCK
+        # A prompt computed in pieces draws a token that is thrown away after each, and vLLM 0.32 then rewinds the
+        # request's generator, which it can on a GPU only ("CPU Generator does not use offset").
+        options |= {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCH_TOKENS, rollout.max_model_length),
+        }
     if rollout.sleep and has_gpu:
         options["enable_sleep_mode"] = True
     if rollout.return_routing and has_gpu:

@@ -157,6 +157,16 @@ def test_all_completions_cut(engine):
     assert all(len(c.token_ids) == 5 and not c.finished for row in rows for c in row)
 
 
+def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
+    """64 prompts of 100 tokens: vLLM would compute some of them in pieces, which fails with seeds on a CPU."""
+    engine = start(model, tmp_path, Rollout(max_model_length=512, cache_gib=0.1, max_sequences=64))
+    try:
+        rows = engine.generate([[i] * 100 for i in range(64)], SamplingSettings(4, seed=3))
+        assert error(model, rows[::7], 1.0) < TOLERANCE
+    finally:
+        engine.close()
+
+
 def test_a_prompts_beginning_is_computed_once(engine, model):
     """Four completions of prompts of 96 tokens: three read the prompt's whole blocks from the cache."""
     settings = SamplingSettings(8, seed=3, n=4)
@@ -185,7 +195,7 @@ def test_a_prefix_cached_under_old_weights_does_not_outlive_them(engine, model):
         assert engine.last_generation.cached_tokens == 0
         assert error(model, rows, 1.0) < TOLERANCE
     finally:
-        model.load_state_dict(old)
+        model.load_state_dict(old, strict=False)  # the tied head is not among them
         engine.update_weights(published_weights(model), 0)
 
 
