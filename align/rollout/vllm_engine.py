@@ -69,12 +69,7 @@ class VllmEngine:
         requests, parameters = [], []
         for index, prompt in enumerate(prompts):
             for sample in range(sampling.n):
-                options = sampling_options(
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    seed=completion_seed(sampling.seed, index, sample),
-                    stop_token_ids=sampling.stop_token_ids,
-                )
+                options = sampling_options(sampling, completion_seed(sampling.seed, index, sample))
                 # Tokens that are read from the cache are routed nowhere that could be recorded.
                 parameters.append(SamplingParams(**options, skip_reading_prefix_cache=True if self._recorder else None))
                 requests.append(TokensPrompt(prompt_token_ids=list(prompt)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from align.config.stages import Rollout
 from align.errors import UserError, missing_dependency
+from align.rollout.base import SamplingSettings
 
 # vLLM silently raises smaller temperatures to this one and so samples from another distribution than asked.
 LOWEST_TEMPERATURE = 0.01
@@ -82,15 +83,13 @@ def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int)
     return options
 
 
-def sampling_options(
-    *, max_new_tokens: int, temperature: float, seed: int, stop_token_ids: tuple[int, ...]
-) -> dict[str, Any]:
+def sampling_options(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
     """vLLM's `SamplingParams` for one completion, the same in the process and over HTTP."""
     return {
-        "max_tokens": max_new_tokens,
-        "temperature": temperature,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
         "seed": seed,
-        "stop_token_ids": list(stop_token_ids),
+        "stop_token_ids": list(sampling.stop_token_ids),
         # Only our stop tokens count, not those of the checkpoint's configuration.
         "ignore_eos": True,
         "logprobs": 0,
