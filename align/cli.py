@@ -128,6 +128,32 @@ def build_parser() -> argparse.ArgumentParser:
     serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="padded tokens in a forward pass")
     serve_reward.set_defaults(command=_serve_reward)
 
+    server = commands.add_parser(
+        "serve-rollout",
+        help="serve a checkpoint to trainers with rollout.engine: remote",
+        description="Start a vLLM server that a trainer samples from and sends its weights to. Given a recipe, it serves "
+        "the parent of its PPO stage (or of --stage) with that stage's settings; flags change them.",
+    )
+    server.add_argument("target", metavar="CHECKPOINT|RECIPE")
+    server.add_argument(
+        "--host", default="127.0.0.1", help="who reaches the port controls the server; default loopback"
+    )
+    server.add_argument("--port", type=int, default=8001)
+    server.add_argument("--stage", help="stage of the recipe")
+    server.add_argument("--run-dir", type=Path, help="folder of the recipe's run (default: runs/<name>)")
+    server.add_argument("--dtype", choices=["float32", "bfloat16"])
+    server.add_argument("--seed", type=int)
+    server.add_argument("--max-model-length", type=int, help="prompt and completion together, in tokens")
+    server.add_argument("--max-sequences", type=int, help="sequences decoded at a time")
+    server.add_argument("--cache-gib", type=float, help="memory for the key/value cache")
+    server.add_argument("--tensor-parallel-size", type=int, help="devices that share the model")
+    server.add_argument("--no-prefix-caching", action="store_false", dest="prefix_caching", default=None)
+    server.add_argument("--return-routing", action="store_true", default=None, help="return routed experts (GPU)")
+    server.add_argument(
+        "--weight-transfer", choices=["host", "nccl", "ipc"], help="how weights come (default: host; nccl on a GPU)"
+    )
+    server.set_defaults(command=_serve_rollout)
+
     doctor = commands.add_parser(
         "doctor",
         help="what is installed and what will be used",
@@ -299,6 +325,22 @@ def _serve_reward(options: argparse.Namespace) -> None:
         micro_batch_tokens=options.micro_batch_tokens,
         say=_say,
     )
+
+
+def _serve_rollout(options: argparse.Namespace) -> None:
+    from align.rollout.serve import serve, what_to_serve
+
+    names = [
+        "max_model_length",
+        "max_sequences",
+        "cache_gib",
+        "tensor_parallel_size",
+        "prefix_caching",
+        "return_routing",
+    ]
+    changes = {name: getattr(options, name) for name in [*names, "dtype", "seed"]}
+    what = what_to_serve(options.target, options.stage, options.run_dir, changes)
+    serve(what, host=options.host, port=options.port, transfer=options.weight_transfer)
 
 
 def _doctor(options: argparse.Namespace) -> None:

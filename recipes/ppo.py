@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 from align.config.ppo import PpoStage
 from align.data import prepare_prompts, stop_token_ids
 from align.losses.kl import adapted_kl_coef
+from align.models.lora import AnyModel
 from align.rl.draw import Sampler
 from align.rl.log import RoundLog
 from align.rl.look_back import look_back
@@ -14,6 +16,7 @@ from align.rl.score import scored_round
 from align.rl.state import Checkpoint, Progress
 from align.rl.team import build_team
 from align.rl.update import update
+from align.rollout.base import RolloutEngine
 from align.rollout.build import build_engine
 from align.rollout.scoring import Scorer
 from align.rollout.weights import published_weights
@@ -59,7 +62,7 @@ def run(context: StageContext) -> dict:
             remove_folder(checkpoint.folder)  # of an earlier run of this stage
         elif checkpoint.exists:
             progress = checkpoint.load()
-            engine.update_weights(published_weights(policy), version=progress.step)
+            send_weights(engine, policy, version=progress.step)
             context.say(f"  resuming at step {progress.step}")
         else:
             checkpoint.resume_sampler(position=0)
@@ -74,7 +77,9 @@ def run(context: StageContext) -> dict:
                 checkpoint.save_drawn(drawn)
             with log.clock("score"):
                 scored = scored_round(stage, sampler, drawn, scorer)
-            if stage.overlap and progress.step + 1 < stage.steps:
+            if not stage.overlap:
+                engine.sleep()
+            elif progress.step + 1 < stage.steps:
                 sampler.begin()
             with log.clock("logprobs"):
                 metrics = scored.metrics | look_back(stage, team, scored.batch, progress.kl_coef)
@@ -88,7 +93,8 @@ def run(context: StageContext) -> dict:
                 with log.clock("generate"):
                     sampler.wait()
             with log.clock("sync"):
-                engine.update_weights(published_weights(policy), version=progress.step + 1)
+                engine.wake()
+                metrics |= send_weights(engine, policy, version=progress.step + 1)
             progress = advanced(stage, progress, metrics)
             log.finish_round(scored, metrics)
             if progress.step % stage.checkpoint_every == 0:
@@ -96,6 +102,13 @@ def run(context: StageContext) -> dict:
     with ema.applied(policy) if ema is not None else nullcontext():
         save_model(policy, tokenizer, context.dir, context.recipe.dtype)
     return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
+
+
+def send_weights(engine: RolloutEngine, policy: AnyModel, version: int) -> dict[str, float]:
+    """Give the sampler the policy's weights; what it took."""
+    engine.update_weights(published_weights(policy), version=version)
+    engine.offer_weights(partial(published_weights, policy))
+    return engine.last_sync.metrics() if engine.last_sync is not None else {}
 
 
 def advanced(stage: PpoStage, progress: Progress, metrics: dict[str, float]) -> Progress:

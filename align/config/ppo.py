@@ -190,6 +190,15 @@ class PpoStage(StageBase):
                 f"dynamic_sampling replaces groups of equal scores, which algorithm {self.algorithm} does not have; "
                 "set it to 0, or use grpo, dr_grpo or rloo"
             )
+        if self.overlap and self.rollout.engine != "remote":
+            raise ValueError(
+                f"overlap samples while the trainer computes, which rollout.engine {self.rollout.engine} cannot; set "
+                "overlap to false, or use remote engines"
+            )
+        if self.routing_replay == "rollout" and not self.rollout.return_routing:
+            raise ValueError(
+                "routing_replay rollout needs the sampler's routing; set rollout.return_routing to true, or use trainer"
+            )
         if self.overlong_buffer > self.rollout.max_new_tokens:
             raise ValueError(
                 f"overlong_buffer {self.overlong_buffer} exceeds rollout.max_new_tokens {self.rollout.max_new_tokens}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from align.config.ppo import PpoStage
@@ -20,6 +20,8 @@ class Draw:
     position: int
     rows: list[PromptRow]
     completions: list[Completion]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the engine: see `GenerationReport`."""
 
 
 class Sampler:
@@ -92,7 +94,13 @@ class Sampler:
             n=each,
         )
         groups = self.engine.generate([list(row.ids) for row in rows[::each]], sampling)
-        return Draw(position, rows, [completion for group in groups for completion in group])
+        report = self.engine.last_generation
+        return Draw(
+            position,
+            rows,
+            [completion for group in groups for completion in group],
+            report.metrics() if report is not None else {},
+        )
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,15 +78,15 @@ def score_draw(stage: PpoStage, drawn: Draw, scorer: Scorer) -> Round:
         metrics["overlong_penalty"] = -shaping.mean().item()
         scores = scores + shaping
     batch.score = scores
-    return Round(drawn.rows, drawn.completions, batch, metrics)
+    return Round(drawn.rows, drawn.completions, batch, drawn.metrics | metrics)
 
 
-def to_experience(completions: Iterable[Completion]) -> Experience:
-    completions = list(completions)
+def to_experience(completions: Sequence[Completion]) -> Experience:
     return build_experience(
         [c.prompt_ids for c in completions],
         [c.token_ids for c in completions],
         [c.logprobs for c in completions],
+        [c.routed_experts for c in completions if c.routed_experts is not None],
     )
 
 

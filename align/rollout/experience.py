@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -86,8 +87,12 @@ def build_experience(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     logprobs: Sequence[Sequence[float]],
+    routed_experts: Sequence[numpy.ndarray] = (),
 ) -> Experience:
-    """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS."""
+    """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS.
+
+    routed_experts: none, or for each sequence the sampler's [layers, tokens - 1, k].
+    """
     sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
     mask = _pad([[1.0] * len(c) for c in completions], torch.float32)
     return Experience(
@@ -97,7 +102,17 @@ def build_experience(
         mask=mask,
         rollout_logprobs=_pad(logprobs, torch.float32),
         loss_mask=mask,
+        routed_experts=_pad_routing(routed_experts, max(len(s) for s in sequences)) if len(routed_experts) else None,
     )
+
+
+def _pad_routing(routed_experts: Sequence[numpy.ndarray], length: int) -> Tensor:
+    """[B, length, layers, k]; -1 at the last token, which the sampler never computed, and behind it."""
+    layers, _, width = routed_experts[0].shape
+    table = torch.full((len(routed_experts), length, layers, width), -1, dtype=torch.int16)
+    for row, routing in enumerate(routed_experts):
+        table[row, : routing.shape[1]] = torch.from_numpy(routing.transpose(1, 0, 2).copy())
+    return table
 
 
 def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

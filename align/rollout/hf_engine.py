@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from align.config.rollout import Rollout
-from align.rollout.base import Completion, SamplingSettings, SyncReport, check_prompts, completion_seed
+from align.rollout.base import (
+    Completion,
+    GenerationReport,
+    SamplingSettings,
+    SyncReport,
+    WeightSource,
+    check_prompts,
+    completion_seed,
+)
 from align.rollout.weights import load_published
 
 
@@ -26,6 +34,8 @@ class HuggingFaceEngine:
     def __init__(self, model: Any, rollout: Rollout):
         self.rollout = rollout
         self.version = 0
+        self.last_generation: GenerationReport | None = None
+        self.last_sync: SyncReport | None = None
         self.model = model.eval()
 
     @torch.no_grad()
@@ -36,6 +46,7 @@ class HuggingFaceEngine:
             for index, prompt in enumerate(prompts)
             for sample in range(sampling.n)
         ]
+        started = time.perf_counter()
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
         completions: dict[int, Completion] = {}
@@ -44,13 +55,29 @@ class HuggingFaceEngine:
             sampled = self._decode([requests[i][0] for i in batch], [requests[i][1] for i in batch], sampling)
             completions.update(zip(batch, sampled))
         flat = [completions[i] for i in range(len(requests))]
+        self.last_generation = GenerationReport(
+            seconds=time.perf_counter() - started,
+            completions=len(flat),
+            prompt_tokens=sum(len(c.prompt_ids) for c in flat),
+            completion_tokens=sum(len(c.token_ids) for c in flat),
+        )
         return [flat[i : i + sampling.n] for i in range(0, len(flat), sampling.n)]
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         start = time.perf_counter()
         size = load_published(self.model, named_tensors)
         self.version = version
-        return SyncReport(size, time.perf_counter() - start, version)
+        self.last_sync = SyncReport(size, time.perf_counter() - start, version)
+        return self.last_sync
+
+    def offer_weights(self, source: WeightSource) -> None:
+        """Not needed: this engine lives and dies with the trainer."""
+
+    def sleep(self) -> None:
+        """This engine keeps its memory."""
+
+    def wake(self) -> None:
+        """It was never asleep."""
 
     def close(self) -> None:
         self.model = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ PREFIX = "drawn."
 
 def completion_tensors(position: int, completions: Sequence[Completion]) -> dict[str, Tensor]:
     """Flat tensors of completions that were drawn at a sampler's `position`; log-probabilities keep every bit."""
-    return {
+    tensors = {
         f"{PREFIX}position": torch.tensor(position),
         f"{PREFIX}prompt_lengths": torch.tensor([len(c.prompt_ids) for c in completions]),
         f"{PREFIX}lengths": torch.tensor([len(c.token_ids) for c in completions]),
@@ -24,6 +25,11 @@ def completion_tensors(position: int, completions: Sequence[Completion]) -> dict
         f"{PREFIX}finished": torch.tensor([c.finished for c in completions]),
         f"{PREFIX}weight_version": torch.tensor([c.weight_version for c in completions]),
     }
+    routings = [c.routed_experts for c in completions if c.routed_experts is not None]
+    if routings:
+        # [layers, tokens - 1, k] of each behind each other.
+        tensors[f"{PREFIX}routed_experts"] = torch.from_numpy(numpy.concatenate(routings, axis=1))
+    return tensors
 
 
 def stored_completions(tensors: dict[str, Tensor]) -> tuple[int, list[Completion]] | None:
@@ -35,7 +41,20 @@ def stored_completions(tensors: dict[str, Tensor]) -> tuple[int, list[Completion
     prompts, tokens = found["prompt_ids"].split(prompt_lengths), found["token_ids"].split(lengths)
     logprobs = found["logprobs"].split(lengths)
     flags = zip(found["finished"].tolist(), found["weight_version"].tolist(), strict=True)
+    routings: Sequence[Tensor | None] = [None] * len(tokens)
+    if (routed := found.get("routed_experts")) is not None:
+        computed = [max(p + n - 1, 0) for p, n in zip(prompt_lengths, lengths, strict=True)]
+        routings = routed.split(computed, dim=1)
     return int(found["position"]), [
-        Completion(prompt.tolist(), token_ids.tolist(), values.tolist(), finished, version)
-        for prompt, token_ids, values, (finished, version) in zip(prompts, tokens, logprobs, flags, strict=True)
+        Completion(
+            prompt.tolist(),
+            token_ids.tolist(),
+            values.tolist(),
+            finished,
+            version,
+            None if routing is None else routing.numpy(),
+        )
+        for prompt, token_ids, values, (finished, version), routing in zip(
+            prompts, tokens, logprobs, flags, routings, strict=True
+        )
     ]

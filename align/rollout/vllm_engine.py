@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import random
 import time
@@ -17,11 +15,24 @@ import torch
 from torch import Tensor
 
 from align.config.rollout import Rollout
-from align.errors import UserError, missing_dependency
-from align.rollout.base import Completion, SamplingSettings, SyncReport, check_prompts, completion_seed
-
-# vLLM silently raises smaller temperatures to this one and so samples from another distribution than asked.
-LOWEST_TEMPERATURE = 0.01
+from align.rollout.base import (
+    Completion,
+    GenerationReport,
+    SamplingSettings,
+    SyncReport,
+    WeightSource,
+    check_prompts,
+    completion_seed,
+)
+from align.rollout.routing import RoutingRecorder, checked_routing, moe_layers
+from align.rollout.sync import InProcess, send_weights
+from align.rollout.vllm_options import (
+    check_checkpoint,
+    check_temperature,
+    engine_options,
+    prepare_vllm,
+    sampling_options,
+)
 
 
 class VllmEngine:
@@ -33,65 +44,78 @@ class VllmEngine:
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
-        self.max_length = rollout.max_model_length
-        self.version = 0
-        _check_checkpoint(checkpoint, rollout)
+        self.rollout = rollout
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.last_generation: GenerationReport | None = None
+        self.last_sync: SyncReport | None = None
+        self._recorder: RoutingRecorder | None = None
+        check_checkpoint(checkpoint, rollout)
         with undisturbed_torch():
             self._owns_process_group = not _process_group_exists()
             self._llm: Any = _start(checkpoint, rollout, dtype, seed)
+            self._llm.update_weight_version("0")
+            self._complete = True
+            if rollout.return_routing:
+                self._record_routing()
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        check_prompts(prompts, sampling, self.max_length)
-        if 0 < sampling.temperature < LOWEST_TEMPERATURE:
-            raise UserError(
-                f"temperature {sampling.temperature} is below vLLM's lowest, {LOWEST_TEMPERATURE}: "
-                "use 0 for greedy decoding."
-            )
+        check_prompts(prompts, sampling, self.rollout.max_model_length)
+        check_temperature(sampling.temperature)
+        if not self._complete:
+            raise RuntimeError("the last update of the weights broke off; update them before generating")
         requests, parameters = [], []
         for index, prompt in enumerate(prompts):
             for sample in range(sampling.n):
+                options = sampling_options(sampling, completion_seed(sampling.seed, index, sample))
+                # Tokens that are read from the cache are routed nowhere that could be recorded.
+                parameters.append(SamplingParams(**options, skip_reading_prefix_cache=True if self._recorder else None))
                 requests.append(TokensPrompt(prompt_token_ids=list(prompt)))
-                parameters.append(
-                    SamplingParams(
-                        max_tokens=sampling.max_new_tokens,
-                        temperature=sampling.temperature,
-                        seed=completion_seed(sampling.seed, index, sample),
-                        stop_token_ids=list(sampling.stop_token_ids),
-                        # Only our stop tokens count, not those of the checkpoint's configuration.
-                        ignore_eos=True,
-                        logprobs=0,
-                        detokenize=False,
-                    )
-                )
+        started = time.perf_counter()
         # force_eager: vLLM compiles one tiny sampling function at its first use, 20 s on two cores.
         with undisturbed_torch(), torch.compiler.set_stance("force_eager"):
             torch.set_num_threads(generation_threads())
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         completions = [self._completion(output) for output in outputs]
+        self.last_generation = GenerationReport(
+            seconds=time.perf_counter() - started,
+            completions=len(completions),
+            prompt_tokens=sum(len(c.prompt_ids) for c in completions),
+            completion_tokens=sum(len(c.token_ids) for c in completions),
+            cached_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
+        )
         return [completions[i : i + sampling.n] for i in range(0, len(completions), sampling.n)]
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        start = time.perf_counter()
-        size = 0
-
-        def counted() -> Iterator[tuple[str, Tensor]]:
-            nonlocal size
-            for name, tensor in named_tensors:
-                size += tensor.numel() * tensor.element_size()
-                yield name, tensor
-
-        # Not vLLM's `reload_weights`, which replaces and repacks parameters: ours are read live, a copy is
-        # enough.
-        def load(model: Any) -> None:
-            model.load_weights(counted())
-
+        self._complete = False
         with undisturbed_torch():
-            self._llm.apply_model(load)
-        self.version = version
-        return SyncReport(size, time.perf_counter() - start, version)
+            # A prefix cached under the old weights must not outlive them.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not empty its prefix cache")
+            report = send_weights(
+                named_tensors,
+                InProcess(self._llm),
+                version,
+                bucket_mib=self.rollout.bucket_mib,
+                dtype=self.dtype,
+            )
+        self._complete = True
+        self.last_sync = report
+        return report
+
+    def offer_weights(self, source: WeightSource) -> None:
+        """Not needed: this engine lives and dies with the trainer."""
+
+    def sleep(self) -> None:
+        """Move the weights to host memory and drop the cache (GPU, with `rollout.sleep`; else nothing happens)."""
+        if self._sleeps():
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._sleeps():
+            self._llm.wake_up()
 
     def close(self) -> None:
         if self._llm is None:
@@ -101,6 +125,7 @@ class VllmEngine:
         with undisturbed_torch():
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+            self._recorder = None
             if self._owns_process_group:
                 cleanup_dist_env_and_memory()
 
@@ -109,15 +134,34 @@ class VllmEngine:
         cache = self._llm.llm_engine.vllm_config.cache_config
         return cache.num_gpu_blocks, cache.block_size
 
+    def _sleeps(self) -> bool:
+        return bool(self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
+
+    def _record_routing(self) -> None:
+        self._moe_layers = moe_layers(self._llm.llm_engine.vllm_config.model_config.hf_config)
+        if self._llm.llm_engine.vllm_config.aux_output_config.enabled:
+            return  # vLLM returns it itself
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self._recorder = RoutingRecorder(runner)
+
     def _completion(self, output: Any) -> Completion:
         (sampled,) = output.outputs
         tokens = list(sampled.token_ids)
+        if not tokens:
+            raise RuntimeError(f"vLLM returned no tokens for a prompt ({sampled.finish_reason})")
+        (span,) = sampled.weight_versions
+        routing = None
+        if self._recorder is not None:
+            routing = self._recorder.take(output.request_id, len(output.prompt_token_ids) + len(tokens) - 1)
+        elif self.rollout.return_routing:
+            routing = checked_routing(sampled.routed_experts, self._moe_layers)
         return Completion(
             prompt_ids=list(output.prompt_token_ids),
             token_ids=tokens,
             logprobs=[at[token].logprob for at, token in zip(sampled.logprobs, tokens, strict=True)],
             finished=sampled.finish_reason == "stop",
-            weight_version=self.version,
+            weight_version=int(span.version),
+            routed_experts=routing,
         )
 
 
@@ -155,62 +199,12 @@ def undisturbed_torch() -> Iterator[None]:
         numpy.random.set_state(numpy_state)
 
 
-def _start(checkpoint: Path, rollout: Rollout, dtype: Any, seed: int) -> Any:
-    # Read by vLLM when it is imported or started. A user who sets VLLM_LOGGING_LEVEL sees its log.
+def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # This variable holds whole GiB only and would override `cache_gib`.
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    quiet = "VLLM_LOGGING_LEVEL" not in os.environ
-    if quiet:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    try:
-        from vllm import LLM, ModelRegistry
-        from vllm.plugins import load_general_plugins
-    except ImportError as error:
-        raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install .[cpu]") from error
-    if quiet:
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    from align.models.hunyuan import vllm_plugin
-    from align.models.hunyuan.vllm import HunYuanForCausalLM
+    prepare_vllm()
+    from vllm import LLM
 
-    # The plugin registers the class by name, which vLLM then inspects in a second process. Here it is at
-    # hand.
-    load_general_plugins()
-    vllm_plugin.register()
-    ModelRegistry.register_model(vllm_plugin.ARCHITECTURE, HunYuanForCausalLM)
-    return LLM(
-        model=str(checkpoint),
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        seed=seed,
-        max_model_len=rollout.max_model_length,
-        max_num_seqs=rollout.max_sequences,
-        kv_cache_memory_bytes=int(rollout.cache_gib * 2**30),
-        enforce_eager=True,
-        # A prefix cached under old weights would outlive an update.
-        enable_prefix_caching=False,
-        # The log-probabilities of the distribution that is sampled: after the temperature.
-        logprobs_mode="processed_logprobs",
-        generation_config="vllm",
-        use_tqdm_on_load=False,
-    )
-
-
-def _check_checkpoint(checkpoint: Path, rollout: Rollout) -> None:
-    path = checkpoint / "config.json"
-    if not path.exists():
-        raise UserError(f"'{checkpoint}' is not a checkpoint: it has no config.json.")
-    longest = json.loads(path.read_text()).get("max_position_embeddings")
-    if longest is not None and rollout.max_model_length > longest:
-        raise UserError(
-            f"rollout.max_model_length {rollout.max_model_length} exceeds the model's "
-            f"max_position_embeddings {longest}."
-        )
-    # Without an index vLLM reads every safetensors file of the folder as part of the model.
-    stray = sorted(file.name for file in checkpoint.glob("*.safetensors") if file.name != "model.safetensors")
-    if stray and not (checkpoint / "model.safetensors.index.json").exists():
-        raise UserError(f"'{checkpoint}' holds {stray[0]} beside the model: keep it in a folder of its own.")
+    return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed))
 
 
 def _process_group_exists() -> bool:

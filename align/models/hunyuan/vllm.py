@@ -6,8 +6,8 @@ log-probability by 0.19). So linear layers, the head and the experts compute wit
 and an update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every
 device: vLLM's fused kernels would be faster on a GPU, but have not been proved against our model there.
 
-Tensor parallelism splits heads and the MLPs' width; the router is replicated. It is written but was only run
-with one rank. No pipeline parallelism, no quantization.
+Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on
+a CPU. No pipeline parallelism, no quantization.
 
 Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
 k experts a token, F expert width; H, K and F are one rank's share.
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +52,7 @@ from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.modeling import RMSNorm, unit_rms
 from align.models.hunyuan.moe import route
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
+from align.models.weight_stream import digest
 
 
 class LiveLinear(UnquantizedLinearMethod):
@@ -241,10 +243,16 @@ class Router(nn.Module):
 
 
 class MoeBlock(nn.Module):
-    """Shared expert plus weighted routed experts."""
+    """Shared expert plus weighted routed experts.
+
+    `layer_id` and `capture_fn` are what vLLM's RoutedExpertsCaptureSource has: a function that is set is called with
+    each forward's chosen experts [T, k].
+    """
 
     def __init__(self, config: HunYuanConfig, layer: int, prefix: str):
         super().__init__()
+        self.layer_id = layer
+        self.capture_fn: Callable[[Tensor], None] | None = None
         self.top_k = config.top_k_in(layer)
         self.gate = Router(config, layer)
         self.experts = Experts(config, layer)
@@ -253,6 +261,8 @@ class MoeBlock(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         routing = route(self.gate(hidden_TD), self.top_k)
+        if self.capture_fn is not None:
+            self.capture_fn(routing.chosen_Tk)
         output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk)
         return output if self.shared_mlp is None else output + self.shared_mlp(hidden_TD)
 
@@ -300,6 +310,14 @@ class HunYuanModel(nn.Module):
         return self.norm(hidden)
 
 
+@dataclass
+class Update:
+    """What has come of an update in parts: the pieces of each parameter, a digest of each weight."""
+
+    pieces: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    digests: dict[str, str] = field(default_factory=dict)
+
+
 class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     """The language model, in the form vLLM asks for.
 
@@ -321,6 +339,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.model.embed_tokens.quant_method = LiveHead()
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self._update: Update | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -339,15 +358,35 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def begin_update(self) -> None:
+        """From here to `finish_update`, `load_weights` may be called many times, each with a part of the weights."""
+        self._update = Update()
+
+    def finish_update(self) -> dict[str, str]:
+        """All weights must have come. Returns a digest of each under its published name.
+
+        With one rank they are of the parameters that the model computes with, so they prove the copying too; with
+        several they are of what was received.
+        """
+        update, self._update = self._update, None
+        if update is None:
+            raise RuntimeError("no update of the weights has begun")
+        self._require_all(update.pieces)
+        if get_tensor_model_parallel_world_size() > 1:
+            return update.digests
+        return {name: digest(self._live(name)) for name in update.digests}
+
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy all published weights into the live parameters: at the start and at every update.
+        """Copy published weights into the live parameters: all of them at the start, or a part within an update.
 
         Returns the names of the loaded parameters. A name that is not the model's, or a parameter of which a
         piece is missing, is an error: a half-updated model would sample from a policy that never existed.
         """
         parameters = dict(self.named_parameters())
-        loaded: dict[str, set[str]] = defaultdict(set)
+        pieces = defaultdict(set) if self._update is None else self._update.pieces
+        several = get_tensor_model_parallel_world_size() > 1
+        loaded = set()
         for name, weight in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
@@ -363,12 +402,37 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
                 parameter.weight_loader(parameter, weight, shard)
             else:
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
-            loaded[target].add(piece)
-        for target, parameter in parameters.items():
-            pieces = self._pieces(target, parameter)
-            if len(loaded[target]) != pieces:
-                raise ValueError(f"'{target}' got {len(loaded[target])} of its {pieces} published weights")
-        return set(loaded)
+            pieces[target].add(piece)
+            loaded.add(target)
+            if self._update is not None:
+                self._update.digests[name] = digest(weight) if several else ""
+        if self._update is None:
+            self._require_all(pieces)
+        return loaded
+
+    def _require_all(self, pieces: dict[str, set[str]]) -> None:
+        for target, parameter in self.named_parameters():
+            count = self._pieces(target, parameter)
+            if len(pieces[target]) != count:
+                raise ValueError(f"'{target}' got {len(pieces[target])} of its {count} published weights")
+
+    def _live(self, name: str) -> Tensor:
+        """The part of a live parameter that a published weight fills (one rank)."""
+        target, piece, _ = self._destination(name)
+        parameter = self.get_parameter(target).data
+        if target.endswith((".experts.w13", ".experts.w2")):
+            expert, projection = piece.split(".")
+            matrix = parameter[int(expert)]
+            return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
+        if piece in ("q_proj", "k_proj", "v_proj"):
+            attention: Any = self.get_submodule(target.rpartition(".qkv_proj")[0])
+            sizes = [attention.query_size, attention.kv_size, attention.kv_size]
+            return parameter.split(sizes)[("q_proj", "k_proj", "v_proj").index(piece)]
+        if piece in ("gate_proj", "up_proj"):
+            return parameter.chunk(2)[piece == "up_proj"]
+        if target in ("model.embed_tokens.weight", "lm_head.weight"):
+            return parameter[: self.config.vocab_size]  # vLLM pads the vocabulary
+        return parameter
 
     def _destination(self, name: str) -> tuple[str, str, str | int | None]:
         """Of a published name: our parameter, which of its pieces it is, and its shard in vLLM's loaders."""

@@ -45,6 +45,8 @@ class Table(nn.Module):
 class TableEngine:
     """Samples from a table as it is now."""
 
+    last_generation = last_sync = None
+
     def __init__(self, table: Table):
         self.table = table
 

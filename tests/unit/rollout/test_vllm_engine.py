@@ -18,6 +18,7 @@ import align.models  # noqa: F401
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.weight_stream import combined_digest, digest
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.weights import published_weights
 
@@ -27,7 +28,8 @@ from align.rollout.vllm_engine import VllmEngine
 pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
-ROLLOUT = Rollout(max_model_length=128, cache_gib=0.05, max_sequences=8)
+ROLLOUT = Rollout(max_model_length=128, cache_gib=0.05, max_sequences=8, bucket_mib=1)
+LONG = [list(range(100 + i, 196 + i)) for i in range(0, 24, 8)]
 TOLERANCE = 1e-4
 
 
@@ -140,6 +142,63 @@ def test_stop_token_is_part_of_the_completion(engine):
     assert len(cut.logprobs) == len(cut.token_ids)
 
 
+def test_a_first_token_that_stops_is_the_whole_completion(engine, model):
+    """There is no empty completion: the stop token is part of it, has its log-probability and can be learnt."""
+    greedy = engine.generate(PROMPTS[:1], SamplingSettings(8, temperature=0.0))[0][0]
+    stop = greedy.token_ids[0]
+    rows = engine.generate(PROMPTS[:1], SamplingSettings(8, temperature=0.0, stop_token_ids=(stop,)))
+    assert rows[0][0].token_ids == [stop]
+    assert rows[0][0].finished
+    assert error(model, rows, 1.0) < TOLERANCE
+
+
+def test_all_completions_cut(engine):
+    rows = engine.generate(PROMPTS, SamplingSettings(5, seed=3, n=2))
+    assert all(len(c.token_ids) == 5 and not c.finished for row in rows for c in row)
+
+
+def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
+    """64 prompts of 100 tokens: vLLM would compute some of them in pieces, which fails with seeds on a CPU."""
+    engine = start(model, tmp_path, Rollout(max_model_length=512, cache_gib=0.1, max_sequences=64))
+    try:
+        rows = engine.generate([[i] * 100 for i in range(64)], SamplingSettings(4, seed=3))
+        assert error(model, rows[::7], 1.0) < TOLERANCE
+    finally:
+        engine.close()
+
+
+def test_a_prompts_beginning_is_computed_once(engine, model):
+    """Four completions of prompts of 96 tokens: three read the prompt's whole blocks from the cache."""
+    settings = SamplingSettings(8, seed=3, n=4)
+    engine.update_weights(published_weights(model), 0)
+    rows = engine.generate(LONG, settings)
+    report = engine.last_generation
+    assert report.completions == 12
+    assert report.prompt_tokens == 12 * 96
+    assert report.completion_tokens == 12 * 8
+    block = engine.cache_blocks()[1]
+    assert report.cached_tokens >= 9 * (95 // block * block) > 0
+    assert error(model, rows, 1.0) < TOLERANCE
+    assert report.metrics()["rollout/tokens_per_second"] > 0
+
+
+def test_a_prefix_cached_under_old_weights_does_not_outlive_them(engine, model):
+    settings = SamplingSettings(8, seed=3)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine.generate(LONG, settings)
+    engine.generate(LONG, settings)
+    assert engine.last_generation.cached_tokens > 0
+    perturb(model)
+    try:
+        engine.update_weights(published_weights(model), 1)
+        rows = engine.generate(LONG, settings)
+        assert engine.last_generation.cached_tokens == 0
+        assert error(model, rows, 1.0) < TOLERANCE
+    finally:
+        model.load_state_dict(old, strict=False)  # the tied head is not among them
+        engine.update_weights(published_weights(model), 0)
+
+
 def test_the_trainers_torch_is_left_alone(engine, model):
     def state():
         return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()
@@ -173,6 +232,8 @@ def test_updated_weights_are_the_ones_that_sample(engine, model):
             report = engine.update_weights(published_weights(model), version)
             assert report.version == version
             assert report.bytes == sum(p.numel() * 4 for p in model.parameters())
+            assert report.buckets == -(-report.bytes // 2**20)
+            assert report.checksum == combined_digest({n: digest(t) for n, t in published_weights(model)})
             rows = engine.generate(PROMPTS, settings)
             assert {c.weight_version for row in rows for c in row} == {version}
             assert error(model, rows, 1.0) < TOLERANCE
@@ -206,6 +267,42 @@ def test_incomplete_or_foreign_weights_are_refused(engine, model):
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.self_attn\.k_proj\.weight' is not part"):
         engine.update_weights(iter([*weights, ("model.layers.1.self_attn.k_proj.weight", weights[0][1])]), 1)
     engine.update_weights(iter(weights), 0)
+
+
+def test_an_update_that_broke_off_must_be_made_again(engine, model):
+    def breaking():
+        for i, pair in enumerate(published_weights(model)):
+            if i == 5:
+                raise OSError("the trainer's own trouble")
+            yield pair
+
+    with pytest.raises(OSError, match="own trouble"):
+        engine.update_weights(breaking(), 1)
+    with pytest.raises(RuntimeError, match="broke off"):
+        engine.generate(PROMPTS, SamplingSettings(4))
+    engine.update_weights(published_weights(model), 0)
+    assert error(model, engine.generate(PROMPTS, SamplingSettings(4)), 1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "0.self_attn.k_proj", "experts.3.up_proj", "shared_mlp.gate_proj"])
+def test_weights_that_are_not_held_as_sent_are_an_error(engine, model, part, monkeypatch):
+    """A copy that goes wrong on the receiving side, in one value."""
+    load = type(engine_model(engine)).load_weights
+
+    def wrong(self, weights):
+        return load(
+            self, [(n, t + (torch.arange(t.numel()) == 7).view(t.shape) if part in n else t) for n, t in weights]
+        )
+
+    monkeypatch.setattr(type(engine_model(engine)), "load_weights", wrong)
+    with pytest.raises(ValueError, match=rf"weights differ from those that were sent.*{part}"):
+        engine.update_weights(published_weights(model), 1)
+    monkeypatch.undo()
+    engine.update_weights(published_weights(model), 0)
+
+
+def engine_model(engine):
+    return engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
 
 def test_stray_weights_in_the_folder_are_refused(tmp_path):

@@ -1,0 +1,100 @@
+"""The experts that an engine's tokens went to, for the trainer to replay.
+
+On a GPU vLLM returns them itself; its CPU build cannot (that needs its second model runner, which needs Triton), so
+there our model class reports each forward's choice and the recorder here sorts it by request.
+
+Shapes: T tokens of one forward (of all running sequences), k experts a token. A completion's routing is int16
+[layers, tokens - 1, k], -1 where a layer has no routed experts or fewer than k.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from align.models.hunyuan.configuration import HunYuanConfig
+
+
+def moe_layers(config: HunYuanConfig) -> list[int]:
+    """For each layer how many experts a token goes to; 0 where there is no choice."""
+    return [config.top_k_in(layer) if config.experts_in(layer) > 1 else 0 for layer in range(config.num_hidden_layers)]
+
+
+class RoutingRecorder:
+    """Listens to the model of a vLLM model runner in this process.
+
+    Each forward mixes tokens of many requests: whole prompts, pieces of them, single new tokens. The runner knows whose
+    they are, the positions say where they belong. A request that was pre-empted computes its tokens again and the
+    later routing stands. Tokens read from a prefix cache are never computed, so the engine must not read it.
+    """
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        model: Any = runner.get_model()
+        self.top_k = moe_layers(model.config)
+        self.layers = len(self.top_k)
+        self._step: Tensor | None = None
+        self._pieces: dict[str, list[tuple[numpy.ndarray, numpy.ndarray]]] = defaultdict(list)
+        for module in model.modules():
+            if hasattr(module, "capture_fn"):
+                module.capture_fn = partial(self._capture, module.layer_id)
+        model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.model.register_forward_hook(self._end, with_kwargs=True)
+
+    def take(self, request_id: str, tokens: int) -> numpy.ndarray:
+        """[layers, tokens, k] of a finished request, which is then forgotten."""
+        routing = numpy.full((self.layers, tokens, max(1, *self.top_k)), -1, dtype=numpy.int16)
+        seen = numpy.zeros(tokens, dtype=bool)
+        for positions, piece in self._pieces.pop(request_id, []):
+            # One token may have been computed behind the last sampled one, where vLLM schedules ahead.
+            inside = positions < tokens
+            routing[:, positions[inside]] = piece[:, inside]
+            seen[positions[inside]] = True
+        if not seen.all():
+            raise RuntimeError(f"the routing of {int((~seen).sum())} of {tokens} tokens was not recorded")
+        return routing
+
+    def _begin(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        self._positions = arguments[1] if len(arguments) > 1 else named["positions"]
+        self._step = torch.full((self.layers, len(self._positions), max(1, *self.top_k)), -1, dtype=torch.int16)
+
+    def _capture(self, layer: int, experts_Tk: Tensor) -> None:
+        if self._step is not None:
+            self._step[layer, :, : experts_Tk.shape[1]] = experts_Tk
+
+    def _end(self, module: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
+        batch = self.runner.input_batch
+        step, positions = self._step, self._positions.numpy().copy()
+        self._step = None
+        assert step is not None
+        starts = self.runner.query_start_loc.np[: batch.num_reqs + 1]
+        for request, start, end in zip(batch.req_ids, starts[:-1], starts[1:]):
+            # vLLM appends a random suffix to the number that it gave the request.
+            self._pieces[request.rpartition("-")[0]].append((positions[start:end], step[:, start:end].numpy()))
+
+
+def checked_routing(returned: numpy.ndarray | None, top_k: list[int]) -> numpy.ndarray:
+    """What vLLM returned, [tokens - 1, layers, k], in the form of a completion's routing.
+
+    A token's k > 1 experts differ, so a row of zeros was never written (vLLM issue 54730). With k = 1 zeros are a
+    possible choice, but not for most tokens in every layer.
+    """
+    if returned is None:
+        raise RuntimeError("rollout.return_routing is set, but vLLM returned no routed experts")
+    routing = returned.astype(numpy.int16).transpose(1, 0, 2)
+    routed = [layer for layer, k in enumerate(top_k) if k]
+    empty = (routing[routed] == 0).all(axis=(0, 2))
+    several = any(k > 1 for k in top_k)
+    if empty.any() and (several or empty.mean() > 0.5):
+        raise RuntimeError(
+            f"vLLM returned no routing for {int(empty.sum())} of {len(empty)} tokens (their rows are all zero); "
+            "set rollout.return_routing: false"
+        )
+    for layer, k in enumerate(top_k):
+        routing[layer, :, k:] = -1
+    return routing

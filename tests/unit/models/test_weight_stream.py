@@ -1,0 +1,96 @@
+"""Buckets keep the stream whole and in order; a digest sees any change; packed bytes are a safetensors file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from align.models.weight_stream import buckets, combined_digest, digest, pack, packed_size
+
+
+def stream(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    shapes = [(3, 5), (64, 33), (7,), (2048, 3), (), (40, 40)]
+    return [(f"w{i}", torch.randn(shape).to(dtype)) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("size", [1, 100, 9000, 10**9])
+def test_buckets_hold_the_stream_once_and_in_order(size):
+    pairs = stream()
+    cut = list(buckets(iter(pairs), size, torch.float32))
+    flat = [pair for bucket in cut for pair in bucket]
+    assert [name for name, _ in flat] == [name for name, _ in pairs]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(flat, pairs))
+    for bucket in cut:
+        assert len(bucket) == 1 or sum(t.numel() * 4 for _, t in bucket) <= size
+    if size == 1:
+        assert len(cut) == len(pairs)
+    if size == 10**9:
+        assert len(cut) == 1
+
+
+def test_only_one_bucket_is_drawn_at_a_time():
+    """What a stream merges or gathers must not pile up."""
+    drawn = []
+
+    def lazily():
+        for name, tensor in stream():
+            drawn.append(name)
+            yield name, tensor
+
+    cut = buckets(lazily(), 9000, torch.float32)
+    next(cut)
+    assert drawn == ["w0", "w1", "w2", "w3"]  # the first three, and the one that no longer fitted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_bytes_are_a_safetensors_file(dtype):
+    bucket = stream(dtype)
+    buffer = torch.zeros(packed_size(bucket) + 100, dtype=torch.uint8)
+    pack(bucket, buffer)
+    read = load(buffer[: packed_size(bucket)].numpy().tobytes())
+    assert set(read) == {name for name, _ in bucket}
+    for name, tensor in bucket:
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (4096, 7), (1,), ()])
+def test_a_digest_sees_every_single_change(dtype, shape):
+    torch.manual_seed(0)
+    tensor = torch.randn(shape).to(dtype)
+    before = digest(tensor)
+    assert before == digest(tensor.clone())
+    places = torch.randperm(tensor.numel())[:50]
+    for place in places:
+        changed = tensor.clone()
+        bits = changed.view(-1).view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+        bits[place] ^= 1
+        assert digest(changed) != before
+
+
+def test_a_digest_sees_moved_values_shapes_and_types():
+    torch.manual_seed(0)
+    tensor = torch.randn(64, 4096)
+    before = digest(tensor)
+    for first, second in [((0, 0), (0, 2)), ((0, 0), (5, 0)), ((1, 4095), (60, 2))]:
+        moved = tensor.clone()
+        moved[first], moved[second] = tensor[second], tensor[first]
+        assert digest(moved) != before
+    rows = tensor.clone()
+    rows[[3, 9]] = tensor[[9, 3]]
+    assert len({before, digest(rows), digest(tensor.T), digest(tensor.view(32, 8192)), digest(tensor.int())}) == 5
+
+
+def test_a_digest_does_not_depend_on_where_the_tensor_lies():
+    """Views with any offset: a row of a stack, a slice of a bf16 matrix."""
+    base = torch.randn(9, 31).to(torch.bfloat16)
+    for view in (base[1], base[:, 3:5], base.T[2:7]):
+        assert digest(view) == digest(view.clone().contiguous())
+
+
+def test_the_combined_digest_names_what_it_hashes():
+    assert combined_digest({"a": "1", "b": "2"}) == combined_digest({"b": "2", "a": "1"})
+    assert combined_digest({"a": "1", "b": "2"}) != combined_digest({"a": "2", "b": "1"})
