@@ -95,7 +95,7 @@ class FunctionReward(RewardBase):
 
     @property
     def label(self) -> str:
-        return self.name or self.path
+        return self.name or self.path.rpartition("/")[2]
 
 
 class MathReward(RewardBase):

@@ -26,7 +26,7 @@ def run_to_the_end(run_dir: Path, *arguments: str) -> None:
 def metrics(run_dir: Path, stage: str) -> list[dict]:
     lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "speed/", "memory/"))}
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "speed/", "memory/", "rollout/"))}
         for line in lines
     ]
 

@@ -68,6 +68,6 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """What a run has recorded, but for what differs from run to run."""
-    noise = ("time/", "speed/", "memory/")
+    noise = ("time/", "speed/", "memory/", "rollout/")
     text = (run_dir / "ppo" / name).read_text(encoding="utf-8")
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(noise)} for line in text.splitlines()]

@@ -179,7 +179,7 @@ def test_a_prompts_beginning_is_computed_once(engine, model):
     block = engine.cache_blocks()[1]
     assert report.cached_tokens >= 9 * (95 // block * block) > 0
     assert error(model, rows, 1.0) < TOLERANCE
-    assert report.metrics()["rollout/tokens_per_second"] > 0
+    assert report.metrics()["speed/rollout"] > 0
 
 
 def test_a_prefix_cached_under_old_weights_does_not_outlive_them(engine, model):
