@@ -117,6 +117,8 @@ class RemoteEngine:
         if not answering:
             self._await(self.servers, restart=True)
             answering = [server for server in self.servers if server.failure is None]
+        if not answering:
+            raise UserError(self._none_answers(self.servers))
         self.version = version
         self.last_sync = self._synchronise(named_tensors, version, answering)
         return self.last_sync
