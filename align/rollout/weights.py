@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align.models.hunyuan.checkpoint import place
 from align.models.lora_merge import merged_parameters
 
 
@@ -48,28 +48,14 @@ def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> i
     for name, tensor in named_tensors:
         if name == "lm_head.weight" and tied:
             continue
-        parameter, place = _place(parameters, name)
-        place.copy_(tensor)
+        part = place(name)
+        if part.parameter not in parameters:
+            raise ValueError(f"the weight '{name}' is not part of this model")
+        parameter = parameters[part.parameter]
+        part.within(parameter).copy_(tensor)
         missing[id(parameter)] -= tensor.numel()
         size += tensor.numel() * tensor.element_size()
     incomplete = [name for name, parameter in parameters.items() if missing[id(parameter)]]
     if incomplete:
         raise ValueError(f"weights are missing for {', '.join(incomplete[:5])}")
     return size
-
-
-def _place(parameters: dict[str, nn.Parameter], name: str) -> tuple[nn.Parameter, Tensor]:
-    """The parameter that a published name belongs to, and the part of it that it fills."""
-    if name.endswith(".mlp.gate.wg.weight"):
-        name = name.replace(".wg.", ".")
-    expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name)
-    if expert is None:
-        if name not in parameters:
-            raise ValueError(f"the weight '{name}' is not part of this model")
-        return parameters[name], parameters[name].data
-    stack = parameters[f"{expert[1]}.{'down_proj' if expert[3] == 'down_proj' else 'gate_up_proj'}"]
-    matrix = stack.data[int(expert[2])]
-    if expert[3] == "down_proj":
-        return stack, matrix
-    gate, up = matrix.chunk(2)
-    return stack, gate if expert[3] == "gate_proj" else up

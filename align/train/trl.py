@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.stages import TrainingStage
 from align.models.hunyuan import HunYuanModel
+from align.models.hunyuan.checkpoint import read_weights
 from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer, schedule_factor
@@ -104,8 +105,7 @@ class AlignTrainer:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         # The file has the published names. `Trainer` would silently skip those that it does not know: the experts.
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        read_weights(model, Path(resume_from_checkpoint))
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

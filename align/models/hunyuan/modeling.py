@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, d hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
+from align.models.hunyuan.checkpoint import device_for_pieces, load_pieces
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.moe import (
     Experts,
@@ -220,6 +223,21 @@ class HunYuanPreTrainedModel(PreTrainedModel):
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
         super().gradient_checkpointing_enable(settings, *args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        *args: Any,
+    ) -> tuple[LoadStateDictInfo, Any]:
+        """The step of `from_pretrained` that reads the weights: with `load_pieces`, which holds nothing twice."""
+        files = [Path(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        device = device_for_pieces(model, load_config)
+        if state_dict is None and files and device is not None:
+            return load_pieces(model, files, device), None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,120 @@
+"""Tensors in safetensors files, read straight into memory that is already there.
+
+Mapping the files would be less code, but mapped pages count as the process's memory until the file is closed, and a
+conversion of type would hold a tensor twice. Here the headers say where every tensor lies, and reading one needs no
+memory beside its destination, or a few megabytes where the type or the device differs.
+
+Source of the format: https://github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK = 2**15
+"""Values that are read, checked and converted at a time: they stay in the processor's cache, and are no more than torch
+computes without starting threads, of which every reader would have its own."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` bytes from the start of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill `target`, contiguous, of this shape, any floating type and any device; `UserError` for values that are
+        not finite and for a file that ends too early."""
+        if tuple(target.shape) != self.shape:
+            raise ValueError(f"'{self.name}' has the shape {self.shape}, its destination {tuple(target.shape)}")
+        values = target.view(-1)
+        in_place = target.dtype == self.dtype and target.device.type == "cpu"
+        buffer = None if in_place else torch.empty(min(CHUNK, len(values)), dtype=self.dtype)
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            for part in values.split(CHUNK):
+                piece = part if buffer is None else buffer[: len(part)]
+                if file.readinto(piece.view(torch.uint8).numpy()) != piece.nbytes:  # type: ignore[arg-type]
+                    raise damaged(self.file, "it ends too early")
+                if not _all_finite(piece):
+                    raise UserError(
+                        f"{self.file.parent}: the tensor '{self.name}' holds values that are not finite; take an "
+                        "earlier checkpoint."
+                    )
+                if buffer is not None:
+                    part.copy_(piece)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """A sum is finite only where all of its terms are. One that is not may have overflowed: then look at each."""
+    return math.isfinite(values.sum()) or bool(values.isfinite().all())
+
+
+def stored_tensors(files: list[Path]) -> list[StoredTensor]:
+    """Every tensor of the files, in the order in which they lie there; only headers are read."""
+    return [tensor for file in files for tensor in _read_header(file)]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """Raise `UserError` for a file that is no safetensors file, is cut off, or holds a type that no weight has."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise damaged(file, "its header is cut off")
+        try:
+            header = json.loads(content.read(length))
+            header.pop("__metadata__", None)
+            tensors = [_stored(name, file, 8 + length, **entry) for name, entry in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(file, f"its header is not valid: {error}") from error
+    tensors.sort(key=lambda tensor: tensor.offset)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise damaged(file, f"the bytes of '{tensor.name}' are not where they should be")
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+    if end != size:
+        raise damaged(file, f"it has {size} bytes, but its header says {end}")
+    return tensors
+
+
+def _stored(name: str, file: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
+    if dtype not in DTYPES:
+        raise UserError(f"{file}: the tensor '{name}' is of type {dtype}; save the weights in float32 or bfloat16.")
+    first, last = data_offsets
+    if any(size < 0 for size in shape) or last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"'{name}' has not the bytes of its shape")
+    return StoredTensor(name, file, DTYPES[dtype], tuple(shape), start + first)
+
+
+def damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file.parent}: the weights cannot be read ({file.name}: {reason}); copy or download them again.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; raises `UserError` for an index that does not fit them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{index}: not a valid index of safetensors files; copy or download it again.") from None
+    for name in named:
+        if not (folder / name).is_file():
+            raise UserError(f"{index} names the file '{name}', which is not there; copy or download it.")
+    return [folder / name for name in named]
