@@ -33,7 +33,7 @@ def prepare_vllm() -> None:
         from vllm import ModelRegistry
         from vllm.plugins import load_general_plugins
     except ImportError as error:
-        raise missing_dependency("vllm", "rollouts with vLLM", "pip install .[cpu]") from error
+        raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install .[cpu]") from error
     if quiet:
         logging.getLogger("vllm").setLevel(logging.ERROR)
     from align.models.hunyuan import vllm_plugin
