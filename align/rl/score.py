@@ -91,14 +91,25 @@ def to_experience(completions: Sequence[Completion]) -> Experience:
 
 
 def joined(rounds: list[Round]) -> Round:
-    """Several draws as one; their metrics are averaged by their sizes."""
+    """Several draws as one."""
     if len(rounds) == 1:
         return rounds[0]
     completions = [c for r in rounds for c in r.completions]
     batch = to_experience(completions)
     batch.score = torch.cat([known(r.batch.score) for r in rounds])
-    metrics = {name: sum(r.metrics[name] * len(r.batch) for r in rounds) / len(batch) for name in rounds[0].metrics}
+    sizes = [len(r.batch) for r in rounds]
+    metrics = {name: pooled(name, [r.metrics[name] for r in rounds], sizes) for name in rounds[0].metrics}
     return Round([row for r in rounds for row in r.rows], completions, batch, metrics)
+
+
+def pooled(name: str, values: list[float], sizes: list[int]) -> float:
+    """One draw's metric for several of these sizes: extremes stay extremes, times add up, means are weighted (also of
+    standard deviations, which are then those within a draw)."""
+    if name.endswith(("/min", "/max")):
+        return min(values) if name.endswith("/min") else max(values)
+    if name.startswith("time/") or name in ("rollout/prompt_tokens", "rollout/retried"):
+        return sum(values)
+    return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
 def picked(whole: Round, index: Tensor) -> Round:

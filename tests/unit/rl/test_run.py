@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from pathlib import Path
 
 import pytest
 
+from align.errors import UserError
 from align.pipeline import run
 from align.recipes import ppo
 from align.rollout.hf_engine import HuggingFaceEngine
+from align.train import state
 from tests.unit.rl.runs import lines, recipe
 
 KINDS = {
@@ -70,3 +75,37 @@ def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[i
 
     monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch) -> None:
+    made = recipe(tmp_path, checkpoint_every=1)
+    whole, cut = start("whole"), start("cut")
+    quietly(made, whole)
+    with monkeypatch.context() as patched:
+        original, calls = state.save_file, []
+
+        def full(tensors, file):
+            calls.append(1)
+            original(tensors, file)
+            if len(calls) == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+        patched.setattr(state, "save_file", full)
+        with pytest.raises(UserError, match="the disk is full; free some space and continue with --resume"):
+            quietly(made, cut)
+    assert sorted(path.name for path in (cut / "ppo/checkpoints").iterdir()) == ["drawn.safetensors", "last"]
+    assert json.loads((cut / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 2
+    quietly(made, cut, resume=True)
+    assert lines(cut) == lines(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_servers_sample_the_next_round_while_this_one_is_learned_from(tmp_path, start) -> None:
+    rollout = {"engine": "remote", "start_servers": 1, "cache_gib": 0.1, "max_sequences": 8}
+    made = recipe(tmp_path, rollout=rollout, overlap=True, steps=3)
+    folder = start("run")
+    quietly(made, folder)
+    versions = {(line["step"], line["weight_version"]) for line in lines(folder, "samples.jsonl")}
+    assert versions == {(1, 0), (2, 0), (3, 1)}
+    assert all(line["mismatch_max"] < 1e-3 for line in lines(folder)[:1])
