@@ -30,6 +30,7 @@ from align.reward.remote import RewardClient
 from align.rollout.base import Completion
 from align.rollout.experience import Experience, build_experience, sequence_scores
 from align.train.checkpoint import load_reward_model, load_tokenizer
+from align.train.device import training_device
 
 Metrics = dict[str, float]
 
@@ -58,18 +59,29 @@ class Round:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The data's columns, and `reference` where the row has one under another name."""
-        return [{"reference": row.reference, **row.row} if row.reference else row.row for row in self.prompt_rows]
+        return [columns(row) for row in self.prompt_rows]
 
-    def column(self, name: str, reward: config.RewardBase) -> list[Any]:
-        """A column of the data; raises UserError where a row has nothing in it."""
-        for row in self.rows:
-            if row.get(name) is None:
+    def column(self, name: str) -> list[Any]:
+        return [row[name] for row in self.rows]
+
+
+def columns(row: PromptRow) -> dict[str, Any]:
+    """What a row holds for a reward; None in a column that its source lacks."""
+    has_another = row.reference is not None and row.row.get("reference") is None
+    return row.row | {"reference": row.reference} if has_another else row.row
+
+
+def require_columns(rewards: Sequence[config.Reward], prompts: Sequence[PromptRow]) -> None:
+    """Raises UserError where a reward compares with a column that is empty in a row."""
+    for reward in rewards:
+        name = getattr(reward, "column", None)
+        for row in prompts if name is not None else ():
+            found = {key for key, value in columns(row).items() if value is not None}
+            if name not in found:
                 raise UserError(
                     f"reward '{reward.label}': a row has nothing in the column '{name}', but only in "
-                    f"{', '.join(sorted(key for key, value in row.items() if value is not None))}; correct the "
-                    "reward's `column`, or rename with the source's `columns`."
+                    f"{', '.join(sorted(found))}; correct the reward's `column`, or rename with the source's `columns`."
                 )
-        return [row[name] for row in self.rows]
 
 
 Component = Callable[[Round], Scored]
@@ -78,14 +90,16 @@ Component = Callable[[Round], Scored]
 class Scorer:
     """The rewards of a stage, loaded once.
 
-    tokenizer: the policy's. checkpoint: the folder of a stage, as `StageContext.checkpoint`. gather: where completions
-    are spread over processes, gives the moments of all of them for one's own, so that all normalise alike. Raises
-    UserError for what can be seen to be wrong now: files, checkpoints, servers.
+    prompts: all that will be asked. tokenizer: the policy's. checkpoint: the folder of a stage, as
+    `StageContext.checkpoint`. gather: where completions are spread over processes, gives the moments of all of them
+    for one's own, so that all normalise alike. Raises UserError for what can be seen to be wrong now: columns, files,
+    checkpoints, servers.
     """
 
     def __init__(
         self,
         rewards: Sequence[config.Reward],
+        prompts: Sequence[PromptRow],
         tokenizer: PreTrainedTokenizerBase,
         *,
         checkpoint: Callable[[str], Path],
@@ -94,6 +108,7 @@ class Scorer:
         say: Callable[[str], None] = print,
         gather: Callable[[Moments], Sequence[Moments]] = lambda moments: [moments],
     ):
+        require_columns(rewards, prompts)
         self.rewards, self.tokenizer, self.say, self.gather = rewards, tokenizer, say, gather
         self.moments = {reward.label: Moments() for reward in rewards if reward.normalise == "running"}
         self.process = FunctionProcess()
@@ -170,14 +185,14 @@ class Scorer:
                 return lambda asked: Scored(
                     [
                         verifiers.math_score(text, answer, reward.format)
-                        for text, answer in zip(asked.texts, asked.column(reward.column, reward), strict=True)
+                        for text, answer in zip(asked.texts, asked.column(reward.column), strict=True)
                     ]
                 )
             case config.ExactReward():
                 return lambda asked: Scored(
                     [
                         verifiers.exact_score(text, answer, ignore_case=reward.ignore_case)
-                        for text, answer in zip(asked.texts, asked.column(reward.column, reward), strict=True)
+                        for text, answer in zip(asked.texts, asked.column(reward.column), strict=True)
                     ]
                 )
             case config.FormatReward():
@@ -263,7 +278,7 @@ class Scorer:
         )
 
         def component(asked: Round) -> Scored:
-            expected = [None] * len(asked) if reward.column is None else asked.column(reward.column, reward)
+            expected = [None] * len(asked) if reward.column is None else asked.column(reward.column)
             rows = [{"pattern": reward.pattern, "expected": value} for value in expected]
             return self.process.score(function, asked.prompts, asked.texts, rows)
 
@@ -275,7 +290,8 @@ class ModelScorer:
 
     def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int):
         self.tokenizer = load_tokenizer(folder)
-        self.model: AnyModel = load_reward_model(folder, dtype)
+        self.device = training_device()
+        self.model: AnyModel = load_reward_model(folder, dtype).to(self.device)
         self.max_length = int(self.model.config.max_position_embeddings)
         ends = stop_token_ids(self.tokenizer)
         self._end = ends[-1] if ends else None
@@ -292,7 +308,7 @@ class ModelScorer:
             )
         scores = torch.zeros(len(batch))
         for micro in batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens):
-            scores[micro] = sequence_scores(self.model, batch.rows(micro))
+            scores[micro] = sequence_scores(self.model, batch.rows(micro).to(self.device)).cpu()
         return scores
 
     def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:

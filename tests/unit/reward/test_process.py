@@ -228,6 +228,7 @@ def test_a_hang_names_the_completion(functions, name: str) -> None:
 def test_a_hang_among_awaited_calls_names_no_completion(functions, monkeypatch) -> None:
     """Any of them may be the one that blocks the others, so that none can say that its time is over."""
     monkeypatch.setattr(process_module, "GRACE_S", 0.2)
+    functions.load(mine("blocks_the_loop", batched=False))
     function = mine("blocks_the_loop", batched=False, timeout_s=0.5, tolerant=True)
     assert refusal(functions, function) == "took longer than 0.5 s; mend the function, or raise its timeout_s."
 

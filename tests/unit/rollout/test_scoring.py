@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +100,7 @@ class Made:
     def __call__(self, *rewards: dict, **options: Any) -> Scorer:
         parsed = TypeAdapter(Rewards).validate_python(list(rewards))
         settings = {"checkpoint": Path, "dtype": "float32", "micro_batch_tokens": 64, "say": self.said.append}
-        self.scorers.append(Scorer(parsed, self.tokenizer, **settings | options))
+        self.scorers.append(Scorer(parsed, options.pop("prompts", []), self.tokenizer, **settings | options))
         return self.scorers[-1]
 
 
@@ -207,8 +210,11 @@ def test_a_pattern_that_backtracks_for_ever_is_ended(scorer, tokenizer, asked) -
 
 
 def test_a_missing_column_is_a_users_error(scorer, asked) -> None:
-    with pytest.raises(UserError, match="nothing in the column 'solution', but only in answer, prompt, reference"):
-        scorer({"kind": "math", "column": "solution"}).score(*asked)
+    with pytest.raises(
+        UserError, match="'math': a row has nothing in the column 'solution', but only in answer, prompt, "
+    ):
+        scorer({"kind": "math", "column": "solution"}, prompts=asked[1])
+    scorer({"kind": "math", "column": "reference"}, prompts=asked[1])
 
 
 # --- a server ------------------------------------------------------------------------------------------------
@@ -374,3 +380,22 @@ def test_a_sequence_beyond_the_models_context_is_refused(scorer, tmp_path, token
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     with pytest.raises(UserError, match="more than the reward model's max_position_embeddings 32"):
         scorer({"kind": "model", "init_from": str(folder)}).score(*asked)
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_stop(scorer, model, asked) -> None:
+    command = [sys.executable, "-m", "align.cli", "serve-reward", str(model), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert url is not None, line
+        served, _ = scorer({"kind": "remote", "url": url.group()}).score(*asked)
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, "")
+    at_home, _ = scorer({"kind": "model", "init_from": str(model)}).score(*asked)
+    assert served.tolist() == pytest.approx(at_home.tolist(), abs=1e-6)

@@ -114,6 +114,11 @@ def _(here: Here) -> None:
     score_with(here, "return [0.5, float('nan')]")
 
 
+@wrong("reward-column")
+def _(here: Here) -> str:
+    return run(here, {"kind": "math"})
+
+
 @wrong("reward-server-down")
 def _(here: Here) -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -1,0 +1,43 @@
+"""A run whose reward fails in the middle is mended and resumed, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.pipeline import run
+from tests.unit.rl.runs import lines, recipe
+
+FUNCTION = """
+from pathlib import Path
+calls = 0
+def score(prompts, completions, rows):
+    global calls
+    calls += 1
+    if Path("fail").exists() and calls == 3:
+        raise ConnectionError("the judge is gone")
+    return [len(set(completion)) for completion in completions]
+"""
+
+
+def test_a_run_goes_on_after_its_reward_was_mended(tmp_path: Path, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FUNCTION, encoding="utf-8")
+    scored = {"kind": "function", "path": "mine.py:score", "normalise": "running"}
+    short = {"kind": "length", "max_tokens": 4, "buffer": 20}
+    plan, whole, cut = recipe(tmp_path, rewards=[scored, short], checkpoint_every=1), start("whole"), start("cut")
+    said: list[str] = []
+    run(plan, whole, say=said.append)
+    (tmp_path / "fail").touch()
+    with pytest.raises(
+        UserError, match=r"'mine.py:score' raised ConnectionError: the judge is gone \(mine.py line 8\)"
+    ):
+        run(plan, cut, say=said.append)
+    assert len(lines(cut)) == 2
+    (tmp_path / "fail").unlink()
+    run(plan, cut, resume=True, say=said.append)
+    assert "  resuming at step 2" in said
+    assert lines(cut) == lines(whole)
+    assert len({line["reward/mine.py:score"] for line in lines(whole)}) > 1
