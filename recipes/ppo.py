@@ -37,21 +37,21 @@ def run(context: StageContext) -> dict:
         stage_dirs=context.stage_dirs,
     )
     context.say(f"  data: {report.summary()}")
-    scorer = Scorer(
-        stage.rewards,
-        prompts,
-        tokenizer,
-        checkpoint=context.checkpoint,
-        dtype=context.recipe.dtype,
-        micro_batch_tokens=stage.micro_batch_tokens,
-        say=context.say,
-    )
-    team = build_team(context)
-    policy = team.policy.model
-    parameters = count_parameters(policy)
-    ema = Ema(policy, stage.ema_decay) if stage.ema_decay is not None else None
     with ExitStack() as stack:
+        scorer = Scorer(
+            stage.rewards,
+            prompts,
+            tokenizer,
+            checkpoint=context.checkpoint,
+            dtype=context.recipe.dtype,
+            micro_batch_tokens=stage.micro_batch_tokens,
+            say=context.say,
+        )
         stack.callback(scorer.close)
+        team = build_team(context)
+        policy = team.policy.model
+        parameters = count_parameters(policy)
+        ema = Ema(policy, stage.ema_decay) if stage.ema_decay is not None else None
         engine = build_engine(parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed)
         stack.callback(engine.close)
         sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
