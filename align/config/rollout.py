@@ -45,8 +45,8 @@ class Rollout(Part):
     """remote: devices of a server that the trainer starts."""
     weight_transfer: Literal["auto", "shared_memory", "http", "ipc", "nccl"] = "auto"
     """remote: how weights travel. shared_memory: a file in /dev/shm, servers on the trainer's machine; http: in the
-    request, anywhere; ipc: servers on the trainer's own GPU; nccl: on other GPUs. auto: nccl where the trainer has a
-    GPU, else shared_memory for loopback addresses and http for others."""
+    request, anywhere; ipc: servers on the trainer's own GPU; nccl: on other GPUs. auto: nccl for servers on a GPU, else
+    shared_memory for loopback addresses and http for others."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300
     """remote: how long servers may take to start."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600

@@ -290,6 +290,10 @@ class RemoteEngine:
             )
         if kind == "shared_memory" and not local:
             raise UserError("rollout.weight_transfer shared_memory needs servers on this machine: set it to http.")
+        if kind in ("nccl", "ipc") and not torch.cuda.is_available():
+            raise UserError(
+                f"rollout.weight_transfer {kind} needs a GPU here too: start the servers with --weight-transfer host."
+            )
         return kind
 
     # --- completions -----------------------------------------------------------------------------------------

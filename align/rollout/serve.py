@@ -47,7 +47,8 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
         for flag, given in (("--stage", stage), ("--run-dir", run_dir)):
             if given is not None:
                 raise UserError(f"{flag} belongs to a recipe, but {target} is a checkpoint; leave it out.")
-        checkpoint, settings = checkpoint_folder(Path(target)), {}
+        checkpoint = checkpoint_folder(Path(target))
+        settings = {"max_model_length": min(Rollout().max_model_length, _longest(checkpoint))}
         dtype, seed = "float32", 0
     else:
         from align.config import load_recipe
@@ -73,6 +74,12 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
         flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
         raise UserError(f"--{flag}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
     return Served(checkpoint, rollout, dtype, seed)
+
+
+def _longest(checkpoint: Path) -> int:
+    path = checkpoint / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values.get("max_position_embeddings", Rollout().max_model_length)
 
 
 def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:

@@ -249,7 +249,9 @@ def test_a_server_that_hangs_is_left_out(connect, servers):
 def test_when_none_is_left_the_error_says_so(connect, servers):
     engine = connect()
     servers[0].dies_after = servers[1].dies_after = 0
-    with pytest.raises(UserError, match=rf"no rollout server answers: none of 2 .*{servers[0].port}.*{servers[1].port}"):
+    with pytest.raises(
+        UserError, match=rf"no rollout server answers: none of 2 .*{servers[0].port}.*{servers[1].port}"
+    ):
         engine.generate(PROMPTS, SETTINGS)
     with pytest.raises(UserError, match="no rollout server answers"):
         engine.update_weights(iter(WEIGHTS.items()), 1)

@@ -305,6 +305,31 @@ def engine_model(engine):
     return engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
 
+def test_sleep_and_wake_change_nothing_on_a_cpu(engine, model):
+    if torch.cuda.is_available():
+        pytest.skip("this is the CPU's behaviour")
+    engine.sleep()
+    engine.wake()
+    assert error(model, engine.generate(PROMPTS, SamplingSettings(4)), 1.0) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sleeping moves GPU memory; there is no GPU")
+def test_a_sleeping_engine_gives_its_gpu_memory_back(model, tmp_path):
+    engine = start(model, tmp_path, Rollout(max_model_length=128, cache_gib=1.0, max_sequences=8, sleep=True))
+    try:
+        before = engine.generate(PROMPTS, SamplingSettings(8, seed=1))
+        awake = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - awake > 0.9 * 2**30
+        engine.wake()
+        assert engine.generate(PROMPTS, SamplingSettings(8, seed=1)) == before
+        engine.update_weights(published_weights(model), 1)
+        engine.generate(PROMPTS, SamplingSettings(8, seed=1))
+    finally:
+        engine.close()
+
+
 def test_stray_weights_in_the_folder_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors")

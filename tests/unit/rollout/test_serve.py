@@ -1,0 +1,187 @@
+"""What `align serve-rollout` makes of its arguments, and what a recipe may say about servers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from align import cli
+from align.config.stages import Rollout
+from align.errors import UserError
+from align.rollout.serve import StartedServer, _cores_a_rank, command_line, what_to_serve
+
+PROMPTS = {"kind": "file", "path": "prompts.jsonl"}
+
+
+def write_recipe(folder: Path, stages: dict) -> str:
+    values = {"name": "r", "seed": 5, "model": {"kind": "pretrained", "path": "m"}, "stages": stages}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+def ppo(**rollout) -> dict:
+    rewards = [{"kind": "function", "path": "length"}]
+    settings = {"max_new_tokens": 8, "max_model_length": 96} | rollout
+    return {"kind": "ppo", "prompts": [PROMPTS], "max_prompt_length": 64, "rewards": rewards, "rollout": settings}
+
+
+def make_checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
+    return folder
+
+
+def test_a_checkpoint_with_flags(tmp_path):
+    stage = tmp_path / "sft"
+    make_checkpoint(stage / "model")
+    served = what_to_serve(str(stage), None, None, {"max_model_length": 100, "cache_gib": None, "dtype": "bfloat16"})
+    assert served.checkpoint == stage / "model"
+    assert (served.rollout.max_model_length, served.rollout.cache_gib, served.dtype) == (100, 0.5, "bfloat16")
+
+
+def test_a_recipes_stage_with_its_settings(tmp_path):
+    recipe = write_recipe(tmp_path, {"first": ppo(), "second": ppo(max_sequences=7) | {"init_from": "first"}})
+    make_checkpoint(tmp_path / "run" / "base" / "model")
+    make_checkpoint(tmp_path / "run" / "first" / "model")
+    served = what_to_serve(recipe, None, tmp_path / "run", {})
+    assert served.checkpoint == tmp_path / "run" / "base" / "model"
+    assert (served.seed, served.rollout.max_model_length, served.rollout.max_sequences) == (5, 96, 64)
+    served = what_to_serve(recipe, "second", tmp_path / "run", {"max_sequences": 9, "tensor_parallel_size": 2})
+    assert served.checkpoint == tmp_path / "run" / "first" / "model"
+    assert (served.rollout.max_sequences, served.rollout.tensor_parallel_size) == (9, 2)
+
+
+def test_what_cannot_be_served(tmp_path):
+    recipe = write_recipe(tmp_path, {"first": ppo()})
+    with pytest.raises(UserError, match="--stage must name a stage that samples; it has first"):
+        what_to_serve(recipe, "sft", None, {})
+    with pytest.raises(UserError, match="run it first"):
+        what_to_serve(recipe, None, tmp_path / "run", {})
+    with pytest.raises(UserError, match="there is no such recipe file"):
+        what_to_serve(str(tmp_path / "nowhere.yaml"), None, None, {})
+    folder = make_checkpoint(tmp_path / "model")
+    with pytest.raises(UserError, match="--stage belongs to a recipe"):
+        what_to_serve(str(folder), "ppo", None, {})
+    with pytest.raises(UserError, match=r"--cache-gib: input should be greater than 0\."):
+        what_to_serve(str(folder), None, None, {"cache_gib": -1.0})
+
+
+def said(*arguments: str) -> str:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
+        cli.main(["serve-rollout", *arguments])
+    assert stopped.value.code == 2
+    return error.getvalue()
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path):
+    folder = str(make_checkpoint(tmp_path / "model"))
+    assert "max_position_embeddings 128" in said(folder, "--max-model-length", "200")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1:{port}" in said(folder, "--max-model-length", "100", "--port", port)
+    (tmp_path / "empty").mkdir()
+    assert "is not a checkpoint" in said(str(tmp_path / "empty"))
+
+
+def test_a_model_shorter_than_the_default(tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    assert what_to_serve(str(folder), None, None, {}).rollout.max_model_length == 128
+
+
+def test_flags_of_vllm():
+    options = {"max_model_len": 96, "enforce_eager": True, "enable_prefix_caching": False, "a": {"backend": "b"}}
+    expected = ["--max-model-len", "96", "--enforce-eager", "--no-enable-prefix-caching", "--a", '{"backend": "b"}']
+    assert command_line(options) == expected
+
+
+def test_a_started_server_is_told_everything(tmp_path):
+    """The command's own parser reads back what the engine was given."""
+    rollout = Rollout(
+        engine="remote",
+        start_servers=1,
+        max_model_length=100,
+        max_sequences=3,
+        cache_gib=0.25,
+        tensor_parallel_size=2,
+        prefix_caching=False,
+        return_routing=True,
+        weight_transfer="http",
+    )
+    server = StartedServer(tmp_path, rollout, dtype="bfloat16", seed=4, port=1234, devices=["3"])
+    options = vars(cli.parse(server._command[3:]))
+    assert {key: options[key] for key in ("port", "dtype", "seed", "weight_transfer", "host")} == {
+        "port": 1234,
+        "dtype": "bfloat16",
+        "seed": 4,
+        "weight_transfer": "host",
+        "host": "127.0.0.1",
+    }
+    for name in ("max_model_length", "max_sequences", "cache_gib", "tensor_parallel_size", "prefix_caching"):
+        assert options[name] == getattr(rollout, name)
+    assert options["return_routing"] is True
+    assert server._environment["CUDA_VISIBLE_DEVICES"] == "3"
+    server.forget()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    """It ends at once, so nobody waits for the start's time limit."""
+    from align.rollout.remote import RemoteEngine
+
+    folder = make_checkpoint(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "nonsense"}))
+    rollout = Rollout(engine="remote", start_servers=1, max_model_length=100)
+    with pytest.raises(UserError, match=r"no rollout server answers: http://127\.0\.0\.1:\d+ \(it ended: "):
+        RemoteEngine(folder, rollout, dtype="float32", seed=0)
+
+
+def test_cores_of_each_rank(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4})
+    assert _cores_a_rank(2) == "0,1|2,3"
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7})
+    assert _cores_a_rank(2) == "7|7"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "remote"}, "rollout.engine remote has neither servers nor start_servers; give one of them"),
+        (
+            {"engine": "remote", "servers": ["http://a:1"], "start_servers": 1},
+            "rollout.engine remote has both servers and start_servers; give one of them",
+        ),
+        ({"servers": ["http://a:1"]}, "rollout.servers needs rollout.engine remote; set that, or remove servers"),
+        ({"start_servers": 2}, "rollout.start_servers needs rollout.engine remote; set that, or remove start_servers"),
+        (
+            {"tensor_parallel_size": 2},
+            "rollout.tensor_parallel_size 2 needs rollout.engine remote; set that, or remove tensor_parallel_size",
+        ),
+        (
+            {"engine": "remote", "servers": ["localhost:8001"]},
+            "rollout.servers has 'localhost:8001', which is no address; write it as http://HOST:PORT",
+        ),
+        (
+            {"engine": "remote", "servers": ["http://a:1", "http://a:1"]},
+            "rollout.servers names a server twice; keep one of them",
+        ),
+        (
+            {"engine": "huggingface", "return_routing": True},
+            "rollout.return_routing needs rollout.engine vllm; change one of them",
+        ),
+    ],
+)
+def test_a_recipe_that_contradicts_itself(changes, message):
+    with pytest.raises(ValidationError) as error:
+        Rollout(**changes)
+    assert error.value.errors()[0]["msg"] == f"Value error, {message}"
