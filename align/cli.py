@@ -131,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     server = commands.add_parser(
         "serve-rollout",
         help="serve a checkpoint to trainers with rollout.engine: remote",
-        description="Start a vLLM server that a trainer samples from and sends its weights to. Given a recipe, it serves "
-        "the parent of its PPO stage (or of --stage) with that stage's settings; flags change them.",
+        description="Start a vLLM server that a trainer samples from and sends its weights to. Given a recipe, it "
+        "serves the parent of its PPO stage (or of --stage) with that stage's settings; flags change them.",
     )
     server.add_argument("target", metavar="CHECKPOINT|RECIPE")
     server.add_argument(

@@ -23,7 +23,7 @@ import torch
 from harness import compare, medians, ratio, write
 from transformers import DynamicCache
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.presets import PRESETS
 from align.models.weight_stream import digest

@@ -48,7 +48,7 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
             if given is not None:
                 raise UserError(f"{flag} belongs to a recipe, but {target} is a checkpoint; leave it out.")
         checkpoint = checkpoint_folder(Path(target))
-        settings = {"max_model_length": min(Rollout().max_model_length, _longest(checkpoint))}
+        settings: dict[str, Any] = {"max_model_length": min(Rollout().max_model_length, _longest(checkpoint))}
         dtype, seed = "float32", 0
     else:
         from align.config import load_recipe
@@ -115,7 +115,7 @@ def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:
         "uvicorn_log_level": "error",
     }
     facts = {"dtype": dtype, "transfer": transfer, "routing": str(bool(options.get("enable_return_routed_experts")))}
-    arguments = command_line(options) + ["--served-model-name", MARK, *(f"{k}={v}" for k, v in facts.items())]
+    arguments = [*command_line(options), "--served-model-name", MARK, *(f"{k}={v}" for k, v in facts.items())]
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:

@@ -19,7 +19,10 @@ from align.rollout.base import SyncReport
 class Transport(Protocol):
     """Carries an update to one or several engines."""
 
-    engines: int
+    @property
+    def engines(self) -> int:
+        """How many take the weights; those that fail on the way no longer count."""
+        ...
 
     def start(self) -> None:
         """Begin an update; one that was left unfinished is abandoned."""

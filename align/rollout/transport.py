@@ -139,7 +139,7 @@ class InTheRequest:
     def prepare(self, bucket: Bucket) -> str:
         buffer = torch.empty(packed_size(bucket), dtype=torch.uint8)
         pack(bucket, buffer)
-        return base64.b64encode(buffer.numpy()).decode()
+        return base64.b64encode(buffer.numpy().data).decode()
 
     def deliver(self, prepared: str, servers: list[Server], timeout: float) -> None:
         everywhere(servers, lambda s: s.call("POST", "/update_weights", _update(body=prepared), timeout=timeout))

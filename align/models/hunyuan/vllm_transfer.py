@@ -37,7 +37,7 @@ class LiveTransfer:
         self.model.begin_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """A bucket; `{"digests": {name: digest}}` as the last; `{"abandon": true}` ends a session that was left open."""
+        """A bucket, or `{"digests": {name: digest}}` as the last; `{"abandon": true}` ends a session left open."""
         if "abandon" in update_info:
             raise RuntimeError("this update of the weights was abandoned")
         if "digests" in update_info:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.weight_stream import digest
 from align.rollout.base import SamplingSettings

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weight_stream import combined_digest, digest
 from align.rollout.base import Completion, SamplingSettings
@@ -218,7 +218,8 @@ def test_a_server_ends_with_the_trainer_that_started_it(tmp_path):
     trainer = tmp_path / "trainer.py"
     trainer.write_text(
         "import subprocess, sys, time\n"
-        f"server = subprocess.Popen([sys.executable, {str(server)!r}], stdout=subprocess.PIPE, start_new_session=True)\n"
+        f"command = [sys.executable, {str(server)!r}]\n"
+        "server = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)\n"
         "print(server.pid, server.stdout.readline().decode().strip(), flush=True)\n"
         "time.sleep(600)\n"
     )

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from align import cli
-from align.config.stages import Rollout
+from align.config.rollout import Rollout
 from align.errors import UserError
 from align.rollout.serve import StartedServer, _cores_a_rank, command_line, what_to_serve
 
