@@ -1,6 +1,6 @@
 """The mixture-of-experts block: router, routed experts, shared expert.
 
-Shapes: T tokens, D hidden, E experts, k experts a token, F expert width.
+Shapes: T tokens, D hidden, E experts, k experts a token, F expert width, G = 2F.
 """
 
 from __future__ import annotations
@@ -119,17 +119,111 @@ class Router(nn.Module):
         return route(logits, self.top_k, limit, replay_Tk)
 
 
-class Permute(torch.autograd.Function):
-    """Rows in another order. The gradient takes the inverse order, where indexing's own would accumulate."""
+class Gather(torch.autograd.Function):
+    """Each row `copies` times, in another order: row `order[i] // copies` is the i-th of the result.
+
+    The gradient takes the inverse order and adds a row's copies up, where indexing's own would scatter one by one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_ND: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows_ND.index_select(0, order)
+        ctx.copies = copies
+        return rows_ND.index_select(0, order.div(copies, rounding_mode="floor") if copies > 1 else order)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        return grad_ND.index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        grads = grad_ND.index_select(0, *ctx.saved_tensors)
+        return grads.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grads, None, None, None
+
+
+class SortedProduct(torch.autograd.Function):
+    """x W_e^T for rows that are sorted by expert, `counts` of each; zero for those behind the last expert's.
+
+    Every product writes into its part of one result, forward and backward. Written as a loop under autograd the
+    parts would be copied together, and those of the weights' gradient are as large as all experts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_NI: Tensor, weights_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows_NI, weights_EOI)
+        ctx.counts = counts
+        return SortedProduct.product(rows_NI, weights_EOI.transpose(1, 2), counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_NI, weights_EOI = ctx.saved_tensors
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = SortedProduct.product(grad_NO, weights_EOI, ctx.counts)
+        if ctx.needs_input_grad[1]:
+            grad_weights = torch.empty_like(weights_EOI)
+            # An expert without rows takes part, so that its gradient is zero and not missing.
+            for rows, grad, out in zip(rows_NI.split(ctx.counts), grad_NO.split(ctx.counts), grad_weights):
+                torch.mm(grad.T, rows, out=out)
+        return grad_rows, grad_weights, None
+
+    @staticmethod
+    def product(rows_NI: Tensor, matrices_EIO: Tensor, counts: list[int]) -> Tensor:
+        result = rows_NI.new_empty(len(rows_NI), matrices_EIO.shape[2])
+        *parts, rest = result.split(counts)
+        for rows, matrix, part in zip(rows_NI.split(counts), matrices_EIO, parts):
+            if len(rows):
+                torch.mm(rows, matrix, out=part)
+        rest.zero_()
+        return result
+
+
+def loop_over_experts(
+    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
+) -> Tensor:
+    """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
+    counts = counts_E.tolist()
+    counts.append(len(rows_ND) - sum(counts))
+    gate, up = SortedProduct.apply(rows_ND, gate_up_EGD, counts).chunk(2, dim=-1)
+    return SortedProduct.apply(act(gate) * up, down_EDF, counts)
+
+
+def grouped_products(
+    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
+) -> Tensor:
+    """The same as two grouped products, which never wait for the counts to reach the host."""
+    ends = counts_E.cumsum(0).to(torch.int32)
+    # What lies behind the last group is never written, neither in the products nor in their gradients.
+    written = (torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1])[:, None]
+    rows_ND = torch.where(written, rows_ND, 0)
+    gate, up = nn.functional.grouped_mm(rows_ND, gate_up_EGD.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    outputs = nn.functional.grouped_mm(act(gate) * up, down_EDF.transpose(1, 2), offs=ends)
+    return torch.where(written, outputs, 0)
+
+
+def mix_experts(
+    hidden_TD: Tensor,
+    experts_Tk: Tensor,
+    weights_Tk: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Sum over a token's experts of weight * expert(token), [T, D]; -1 stands for no expert.
+
+    Expert e is down_e(act(gate) * up), with (gate, up) the halves of gate_up_e(token). Tokens are sorted by expert, so
+    that each expert is one dense product over its own rows and no work is done for a token that it does not have.
+    """
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):  # which leaves products alone that write into given memory
+        dtype = torch.get_autocast_dtype(device)
+        hidden_TD, gate_up_EGD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_EGD, down_EDF))
+    flat, num_experts = experts_Tk.flatten(), len(gate_up_EGD)
+    bucket = torch.where(flat < 0, num_experts, flat)  # tokens without an expert come last
+    order = bucket.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
+    compute = grouped_products if hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16 else loop_over_experts
+    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), gate_up_EGD, down_EDF, act, counts)
+    outputs_TkD = Gather.apply(outputs, inverse, order, 1).unflatten(0, experts_Tk.shape)
+    return torch.einsum("tk,tkd->td", weights_Tk.to(outputs.dtype), outputs_TkD)
 
 
 class Experts(nn.Module):
@@ -144,45 +238,8 @@ class Experts(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Sum over a token's experts of weight * expert(token); -1 stands for no expert.
-
-        Tokens are sorted by expert, so that each expert is one dense product over its own rows and no work is done for
-        a token that an expert does not have.
-        """
-        tokens, top_k = experts_Tk.shape
-        flat = experts_Tk.flatten()
-        bucket = torch.where(flat < 0, self.num_experts, flat)  # tokens without an expert come last
-        order = bucket.argsort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(bucket, minlength=self.num_experts + 1)
-        rows = Permute.apply(hidden_TD[:, None].expand(-1, top_k, -1).reshape(len(flat), -1), order, inverse)
-        grouped = hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16
-        outputs = self.grouped(rows, counts) if grouped else self.one_by_one(rows, counts)
-        outputs_TkD = Permute.apply(outputs, inverse, order).view(tokens, top_k, -1)
-        return (outputs_TkD * weights_Tk[..., None].to(outputs.dtype)).sum(1)
-
-    def one_by_one(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
-        """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
-        *mine, rest = rows_ND.split(counts.tolist())
-        # Unbound and not indexed: an index's gradient is a zero-filled copy of the whole stack, for every expert.
-        weights = zip(mine, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        outputs = []
-        for rows, gate_up_proj, down_proj in weights:
-            # An expert without tokens still takes part, so that its gradient is zero and not missing.
-            gate, up = nn.functional.linear(rows, gate_up_proj).chunk(2, dim=-1)
-            outputs.append(nn.functional.linear(self.act(gate) * up, down_proj))
-        return torch.cat([*outputs, torch.zeros_like(rest)])
-
-    def grouped(self, rows_ND: Tensor, counts: Tensor) -> Tensor:
-        """The same as two grouped products, which never wait for the counts to reach the host."""
-        ends = counts[:-1].cumsum(0).to(torch.int32)
-        # What lies behind the last group is never written, neither in the products nor in their gradients.
-        written = (torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1])[:, None]
-        rows_ND = torch.where(written, rows_ND, 0)
-        gate, up = nn.functional.grouped_mm(rows_ND, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        outputs = nn.functional.grouped_mm(self.act(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-        return torch.where(written, outputs, 0)
+        """As `mix_experts`."""
+        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act)
 
 
 class SwiGlu(nn.Module):

@@ -3,8 +3,8 @@
 Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack
 once, after the first load; those go stale when weights change (measured: reloading the same weights moved a
 log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly,
-and an update is a plain `load_weights`. The routed experts use the loop over experts of `moe.py` on every
-device: vLLM's fused kernels would be faster on a GPU, but have not been proved against our model there.
+and an update is a plain `load_weights`. The routed experts are computed by `moe.mix_experts`, as in training:
+vLLM's fused kernels may be faster on a GPU, but have not been proved against our model there.
 
 Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on
 a CPU. No pipeline parallelism, no quantization.
@@ -50,7 +50,7 @@ from vllm.platforms import current_platform
 
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.modeling import RMSNorm, unit_rms
-from align.models.hunyuan.moe import route
+from align.models.hunyuan.moe import mix_experts, route
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
 from align.models.weight_stream import digest
 
@@ -215,19 +215,8 @@ class Experts(nn.Module):
             (gate if projection == "gate_proj" else up).copy_(weight[first : first + self.width])
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Sum over the k experts of weight * expert(token); tokens sorted by expert as in `moe.Experts`."""
-        top_k = experts_Tk.shape[1]
-        order = experts_Tk.flatten().argsort(stable=True)
-        token = order // top_k
-        counts = torch.bincount(experts_Tk.flatten(), minlength=self.num_experts).tolist()
-        outputs = []
-        for expert, rows in enumerate(hidden_TD[token].split(counts)):
-            if counts[expert]:
-                gate, up = nn.functional.linear(rows, self.w13[expert]).chunk(2, dim=-1)
-                outputs.append(nn.functional.linear(self.act(gate) * up, self.w2[expert]))
-        weights = weights_Tk.flatten()[order].to(hidden_TD.dtype)
-        weighted = torch.cat(outputs) * weights[:, None]
-        output = torch.zeros_like(hidden_TD).index_add(0, token, weighted)
+        """As `moe.mix_experts`, summed over the ranks."""
+        output = mix_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2, self.act)
         return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.moe import Experts, Router, limit_capacity, route
+from align.models.hunyuan.moe import Experts, Router, grouped_products, limit_capacity, loop_over_experts, route
 
 
 def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
@@ -141,17 +141,57 @@ def test_grouped_products_compute_what_the_loop_does() -> None:
     experts = Experts(config, 0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
-    rows, counts, factors = torch.randn(9, 16, requires_grad=True), torch.tensor([4, 0, 3, 2]), torch.randn(9, 16)
+    rows, counts, factors = torch.randn(9, 16, requires_grad=True), torch.tensor([4, 0, 3]), torch.randn(9, 16)
     results = []
-    for way in (experts.one_by_one, experts.grouped):
+    for way in (loop_over_experts, grouped_products):
         experts.zero_grad()
         rows.grad = None
-        output = way(rows, counts)
+        output = way(rows, experts.gate_up_proj, experts.down_proj, experts.act, counts)
         (output * factors).sum().backward()
         results.append((output.detach(), rows.grad, experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()))
     assert results[0][0][7:].abs().max() == results[0][1][7:].abs().max() == 0
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_experts_and_frozen_tokens_have_no_gradient() -> None:
+    torch.manual_seed(0)
+    config = HunYuanConfig(hidden_size=16, intermediate_size=8, num_experts=3, num_attention_heads=2)
+    experts, chosen, weights = Experts(config, 0), torch.tensor([[0, 2], [2, 1], [0, 1]]), torch.rand(3, 2)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(3, 16, requires_grad=True)
+    experts(hidden, chosen, weights).sum().backward()
+    wanted, hidden.grad = hidden.grad, None
+    experts.zero_grad()
+    experts.requires_grad_(False)
+    experts(hidden, chosen, weights).sum().backward()
+    assert torch.equal(hidden.grad, wanted)
+    assert experts.down_proj.grad is None
+    experts.down_proj.requires_grad_(True)
+    experts(hidden.detach(), chosen, weights).sum().backward()
+    assert experts.down_proj.grad.abs().sum() > 0
+
+
+def test_autocast_computes_the_experts_in_its_type() -> None:
+    torch.manual_seed(0)
+    config = HunYuanConfig(hidden_size=64, intermediate_size=32, num_experts=4, num_attention_heads=2)
+    experts, chosen, weights = Experts(config, 0), torch.randint(0, 4, (20, 2)), torch.rand(20, 2)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    hidden = torch.randn(20, 64, requires_grad=True)
+    results = []
+    for enabled in (False, True):
+        hidden.grad = None
+        experts.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = experts(hidden, chosen, weights)
+        output.float().square().sum().backward()
+        assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+        assert experts.down_proj.grad.dtype == hidden.grad.dtype == torch.float32
+        results.append((output.float(), hidden.grad, experts.down_proj.grad.clone()))
+    for full, half in zip(*results):
+        assert 0 < (half - full).norm() / full.norm() < 0.02
 
 
 def tiny(**changes) -> HunYuanForCausalLM:
