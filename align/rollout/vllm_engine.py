@@ -51,8 +51,12 @@ class VllmEngine:
         self._recorder: RoutingRecorder | None = None
         check_checkpoint(checkpoint, rollout)
         with undisturbed_torch():
-            self._owns_process_group = not _process_group_exists()
-            self._llm: Any = _start(checkpoint, rollout, dtype, seed)
+            GROUPS.enter()
+            try:
+                self._llm: Any = _start(checkpoint, rollout, dtype, seed)
+            except BaseException:
+                GROUPS.leave()
+                raise
             self._llm.update_weight_version("0")
             self._complete = True
             if rollout.return_routing:
@@ -120,14 +124,11 @@ class VllmEngine:
     def close(self) -> None:
         if self._llm is None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        with undisturbed_torch():
+        with undisturbed_torch(), GROUPS.kept():
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             self._recorder = None
-            if self._owns_process_group:
-                cleanup_dist_env_and_memory()
+            GROUPS.leave()
 
     def cache_blocks(self) -> tuple[int, int]:
         """Blocks of the key/value cache, and tokens in a block."""
@@ -207,5 +208,44 @@ def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed))
 
 
-def _process_group_exists() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+class ProcessGroups:
+    """Who uses vLLM's process groups, which are the process's and not an engine's.
+
+    An engine that ends takes all of them down, torch's own included: under torchrun the trainer's, and another
+    engine's where there are two. Here the last engine takes down vLLM's, and torch's only if vLLM made it.
+    """
+
+    def __init__(self) -> None:
+        self._engines = 0
+        self._of_the_trainer = False
+
+    def enter(self) -> None:
+        if not self._engines:
+            self._of_the_trainer = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._engines += 1
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within it, an engine that shuts down leaves the groups alone."""
+        from vllm.v1.engine import core
+
+        cleanup = core.cleanup_dist_env_and_memory
+        core.cleanup_dist_env_and_memory = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            core.cleanup_dist_env_and_memory = cleanup
+
+    def leave(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
+
+        self._engines -= 1
+        if self._engines:
+            return
+        if self._of_the_trainer:
+            destroy_model_parallel()
+        else:
+            cleanup_dist_env_and_memory()
+
+
+GROUPS = ProcessGroups()

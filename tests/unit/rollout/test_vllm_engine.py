@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -165,6 +167,20 @@ def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
         assert error(model, rows[::7], 1.0) < TOLERANCE
     finally:
         engine.close()
+
+
+def test_closing_one_engine_leaves_another_alone(engine, model):
+    """The test before this one closed a second engine; vLLM's own shutdown takes the first one's groups with it."""
+    engine.update_weights(published_weights(model), 0)
+    assert error(model, engine.generate(PROMPTS, SamplingSettings(4, seed=3)), 1.0) < TOLERANCE
+
+
+def test_the_trainers_process_group_outlives_the_engine(tmp_path):
+    """As under torchrun: a group that was there before the engine can still reduce after it."""
+    script = Path(__file__).parent / "engine_beside_group.py"
+    ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.splitlines()[-1] == "3.0 3.0"
 
 
 def test_a_prompts_beginning_is_computed_once(engine, model):
