@@ -1,4 +1,4 @@
-"""Two engines, one after the other, in a process that has a process group of its own; prints what it reduces after each."""
+"""Two engines, one after the other, in a process that has its own process group; prints what it reduces after each."""
 
 from __future__ import annotations
 
