@@ -171,6 +171,11 @@ def _kernel_head_dim(head_dim: int) -> int:
     return min(size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= head_dim)
 
 
+def _layer_of(name: str) -> int:
+    """The number of the layer that a parameter or module belongs to."""
+    return int(re.search(r"layers\.(\d+)\.", name)[1])  # type: ignore[index]
+
+
 def _name_of(layer: int, prefix: str) -> str:
     """The name of another layer's module: `prefix` with its layer number replaced."""
     return re.sub(r"(?<=\.layers\.)\d+", str(layer), prefix)
@@ -363,7 +368,8 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         self._require_all(update.pieces)
         if get_tensor_model_parallel_world_size() > 1:
             return update.digests
-        return {name: digest(self._live(name)) for name in update.digests}
+        parameters = dict(self.named_parameters())
+        return {name: digest(self._live(parameters, name)) for name in update.digests}
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -405,16 +411,17 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
             if len(pieces[target]) != count:
                 raise ValueError(f"'{target}' got {len(pieces[target])} of its {count} published weights")
 
-    def _live(self, name: str) -> Tensor:
+    def _live(self, parameters: dict[str, nn.Parameter], name: str) -> Tensor:
         """The part of a live parameter that a published weight fills (one rank)."""
         target, piece, _ = self._destination(name)
-        parameter = self.get_parameter(target).data
+        parameter = parameters[target].data
         if target.endswith((".experts.w13", ".experts.w2")):
             expert, projection = piece.split(".")
             matrix = parameter[int(expert)]
             return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
         if piece in ("q_proj", "k_proj", "v_proj"):
-            attention: Any = self.get_submodule(target.rpartition(".qkv_proj")[0])
+            layer: Any = self.model.layers[_layer_of(name)]
+            attention = layer.self_attn
             sizes = [attention.query_size, attention.kv_size, attention.kv_size]
             return parameter.split(sizes)[("q_proj", "k_proj", "v_proj").index(piece)]
         if piece in ("gate_proj", "up_proj"):
@@ -438,7 +445,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         return name, "", None
 
     def _owns_kv(self, module: str) -> bool:
-        layer = int(re.search(r"layers\.(\d+)\.", module)[1])  # type: ignore[index]
+        layer = _layer_of(module)
         return self.config.kv_owner(layer) == layer
 
     @staticmethod

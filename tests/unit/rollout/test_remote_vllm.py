@@ -25,7 +25,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SETTINGS = SamplingSettings(max_new_tokens=200, seed=3, n=3)
+SETTINGS = SamplingSettings(max_new_tokens=100, seed=3, n=3)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
 SIZES = {"max_model_length": 288, "cache_gib": 0.05, "max_sequences": 4, "bucket_mib": 1}
 
@@ -101,15 +101,15 @@ def assert_same(rows, expected) -> None:
 
 def test_servers_make_the_completions_of_the_in_process_engine(engine, local):
     assert_same(engine.generate(PROMPTS, SETTINGS), local)
-    assert engine.last_generation.completion_tokens == 12 * 200
+    assert engine.last_generation.completion_tokens == 12 * 100
 
 
 def test_stop_tokens_end_a_completion(engine, local):
     stop = local[0][0].token_ids[9]
-    settings = SamplingSettings(max_new_tokens=200, seed=3, n=3, stop_token_ids=(stop,))
+    settings = SamplingSettings(max_new_tokens=100, seed=3, n=3, stop_token_ids=(stop,))
     for row, free in zip(engine.generate(PROMPTS, settings), local):
         for completion, other in zip(row, free):
-            length = other.token_ids.index(stop) + 1 if stop in other.token_ids else 200
+            length = other.token_ids.index(stop) + 1 if stop in other.token_ids else 100
             assert completion.token_ids == other.token_ids[:length]
             assert completion.finished == (stop in other.token_ids)
 
@@ -140,9 +140,9 @@ def test_a_server_killed_in_mid_generation_changes_no_completion(engine, local, 
     timer = threading.Timer(0.4, front.kill)
     timer.start()
     started = time.monotonic()
-    rows = engine.generate(PROMPTS * 8, SETTINGS)
+    rows = engine.generate(PROMPTS * 6, SETTINGS)
     timer.join()
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 300  # a request may take 600
     assert engine.last_generation.retried > 0
     assert_same(rows[:4], local)
     assert engine.update_weights(published_weights(model), 0).engines == 1  # the other is being started again
