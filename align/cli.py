@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="run a recipe's stages",
         description="Run the stages of a recipe in order. A finished stage is kept.",
     )
-    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart)")
+    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, gsm8k_grpo, ...)")
     run.add_argument(
         "overrides",
         nargs="*",
@@ -71,7 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="validate recipes", description="Validate recipes without loading anything heavy."
     )
-    check.add_argument("recipes", nargs="+", metavar="RECIPE")
+    check.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="YAML files or shipped recipes; key.subkey=value behind them are changes, as `align run` takes them",
+    )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(command=_check)
 
@@ -259,9 +264,13 @@ def _check(options: argparse.Namespace) -> None:
     from align.config import load_recipe
 
     problems: dict[str, str | None] = {}
-    for path in options.recipes:
+    changes = [value for value in options.recipes if "=" in value]
+    recipes = [value for value in options.recipes if "=" not in value]
+    if not recipes:
+        raise UserError("there are only changes here and no recipe; put a recipe's name or file in front of them.")
+    for path in recipes:
         try:
-            load_recipe(path)
+            load_recipe(path, changes)
             problems[path] = None
         except UserError as error:
             problems[path] = str(error)
