@@ -66,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
     run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
+    run.add_argument("--nproc", type=int, metavar="N", help="processes; the same as parallel.processes=N")
+    run.add_argument("--hostfile", metavar="FILE", help="machines; the same as parallel.hostfile=FILE")
     run.set_defaults(command=_run)
 
     check = commands.add_parser(
@@ -253,11 +255,30 @@ def _run(options: argparse.Namespace) -> None:
     from align import pipeline
     from align.config import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    overrides = [*options.overrides]
+    if options.nproc is not None:
+        overrides.append(f"parallel.processes={options.nproc}")
+    if options.hostfile is not None:
+        overrides.append(f"parallel.hostfile={options.hostfile}")
+    recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
+    if recipe.parallel is not None:
+        from align.distributed import launch
+
+        if not launch.is_rank():
+            launch.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
+            return
     pipeline.run(
         recipe, run_dir, resume=options.resume, only=options.only, start=options.start, say=_say, status=_status
     )
+
+
+def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The words behind `align` that start the same run again."""
+    words = ["run", options.recipe, *overrides]
+    for flag, value in (("--run-dir", options.run_dir), ("--only", options.only), ("--from", options.start)):
+        words += [flag, str(value)] if value is not None else []
+    return [*words, "--resume"] if options.resume else words
 
 
 def _check(options: argparse.Namespace) -> None:

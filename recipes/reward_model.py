@@ -23,7 +23,7 @@ def run(context: StageContext) -> dict:
     data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the head is random
-    model = load_scorer(parent, context.trained_dtype)
+    model = load_scorer(parent, context.trained_dtype, parallel=context.recipe.parallel)
     if stage.lora:
         model = add_lora(model, stage.lora, task="SEQ_CLS")
     parameters = count_parameters(model)
@@ -40,5 +40,5 @@ def run(context: StageContext) -> dict:
         processing_class=tokenizer,
     )
     metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype)
+    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

@@ -27,7 +27,7 @@ def run(context: StageContext) -> dict:
         stage_dirs=context.stage_dirs,
     )
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype)
+    model = load_policy(parent, context.trained_dtype, context.recipe.parallel)
     if stage.lora:
         model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
@@ -40,5 +40,5 @@ def run(context: StageContext) -> dict:
         processing_class=tokenizer,
     )
     metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype)
+    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}

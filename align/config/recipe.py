@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.config.parallel import Parallel
 from align.config.parts import Model, Part, Source
 from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward
-from align.config.stages import EvaluateStage, Stage
+from align.config.stages import EvaluateStage, Stage, TrainingStage
 
 BASE = "base"
 """The name under which stages refer to the recipe's model."""
@@ -34,6 +35,8 @@ class Recipe(Part):
     """CPU threads; by default torch's own choice."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     """Experiment trackers that are sent every stage's metrics, beside metrics.jsonl; they must be installed."""
+    parallel: Parallel | None = None
+    """Several processes: ZeRO, expert parallelism, offload; by default one process without DeepSpeed."""
     model: Model
     """The model that stages call `base`."""
     stages: dict[str, Stage] = Field(min_length=1)
@@ -64,6 +67,24 @@ class Recipe(Part):
                     f"earlier ones are: {known} (a folder is written with a '/')"
                 )
             seen.append(name)
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit_the_processes(self) -> Recipe:
+        for name, stage in self.stages.items():
+            if self.parallel is None or not isinstance(stage, TrainingStage):
+                continue
+            if stage.lora is not None:
+                raise ValueError(
+                    f"stages.{name}.lora: adapters are trained by one process only; remove lora, or run this stage "
+                    "with --only and without parallel"
+                )
+            a_pass = stage.micro_batch_size * self.parallel.processes
+            if stage.batch_size % a_pass:
+                raise ValueError(
+                    f"stages.{name}: micro_batch_size {stage.micro_batch_size} on {self.parallel.processes} processes "
+                    f"makes passes of {a_pass} rows, which does not divide batch_size {stage.batch_size}; change one"
+                )
         return self
 
 

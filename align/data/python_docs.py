@@ -158,6 +158,8 @@ def _imported_entries(module: str) -> Iterator[DocEntry]:
     namespace = importlib.import_module(module)
     yield from _entry(module, module, "module", "", namespace.__doc__)
     for name, value in sorted(vars(namespace).items()):
+        if module == "sys":  # hooks that a library has put in the place of Python's own are not documentation
+            value = getattr(namespace, f"__{name}__", value)
         home = getattr(value, "__module__", None) or module
         # A name that another public module defines is documented there (threading.get_ident is _thread's:
         # keep).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +22,13 @@ from transformers import (
 )
 
 import align.models  # noqa: F401 (registers HunYuan)
+from align.config.parallel import Parallel
 from align.data.chat import prepare_chat_template
+from align.distributed.layout import whole_shape, world
+from align.distributed.room import require_room
 from align.errors import UserError
-from align.models.hunyuan import HunYuanConfig
-from align.models.hunyuan.checkpoint import check_weights
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
+from align.models.hunyuan.checkpoint import check_weights, published_shapes
 from align.models.lora import AnyModel, merge_lora
 from align.train.run_folder import MODEL, replace_folder
 
@@ -121,14 +126,39 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
 
 
-def load_policy(folder: Path, dtype: str) -> AnyModel:
-    """A causal language model."""
+def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
+    """A causal language model; under `parallel`, with this rank's share of its experts."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
     with _damage_explained(folder):
-        check_weights(folder, AutoConfig.from_pretrained(folder))
+        settings = AutoConfig.from_pretrained(folder)
+        check_weights(folder, settings)
+        if parallel is not None:
+            return _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def _load_spread(model_class: type, config: HunYuanConfig, folder: Path, dtype: str, parallel: Parallel) -> AnyModel:
+    """The model of which this rank holds its part."""
+    check_parallel(config, parallel, dtype)
+    from align.distributed.load import load_spread
+
+    return load_spread(model_class, config, folder, getattr(torch, dtype), parallel)
+
+
+def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str) -> None:
+    """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
+    for layer in range(config.num_hidden_layers):
+        experts = config.experts_in(layer)
+        if experts > 1 and experts % parallel.expert_parallel_size:
+            raise UserError(
+                f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide the {experts} experts "
+                f"of layer {layer}; choose a divisor."
+            )
+    machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
+    parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
+    require_room(parallel, parameters, dtype, machines)
 
 
 def load_reward_model(folder: Path, dtype: str) -> AnyModel:
@@ -138,8 +168,8 @@ def load_reward_model(folder: Path, dtype: str) -> AnyModel:
     return load_scorer(folder, dtype).eval()
 
 
-def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyModel:
-    """A model with one scalar head, for the reward model and the critic.
+def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False, parallel: Parallel | None = None) -> AnyModel:
+    """A model with one scalar head, for the reward model and the critic; `parallel` as for `load_policy`.
 
     From a language model the head is random, so that the trunk has a gradient from the first step. With `fresh_head`
     it is zero: a critic's first values are then 0 instead of another quantity's scores.
@@ -148,16 +178,29 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False) -> AnyMod
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
+        if parallel is not None:
+            return _load_spread(HunYuanForSequenceClassification, settings, folder, dtype, parallel)
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
     if fresh_head:
         nn.init.zeros_(model.score.weight)
     return model
 
 
-def save_model(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: str) -> AnyModel:
-    """Write stage_dir/model (merged, complete, in `dtype`) and, for LoRA, stage_dir/adapter; the merged model."""
-    is_peft = hasattr(model, "peft_config")
-    if is_peft:
+def save_model(
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stage_dir: Path,
+    dtype: str,
+    parallel: Parallel | None = None,
+) -> None:
+    """Write stage_dir/model (merged, complete, in `dtype`) and, for LoRA, stage_dir/adapter.
+
+    Under `parallel` every rank takes part and rank 0 writes.
+    """
+    if parallel is not None:
+        _save_spread(model, tokenizer, stage_dir, dtype)
+        return
+    if hasattr(model, "peft_config"):
         replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
     merged = merge_lora(model).to(getattr(torch, dtype))
 
@@ -166,7 +209,19 @@ def save_model(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: P
         tokenizer.save_pretrained(folder)
 
     replace_folder(stage_dir / "model", write)
-    return merged
+
+
+def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: str) -> None:
+    from align.distributed.export import save_spread_model
+
+    def write(folder: Path) -> None:
+        save_spread_model(model, folder, getattr(torch, dtype))
+        tokenizer.save_pretrained(folder)
+
+    if world()[0] == 0:
+        replace_folder(stage_dir / "model", write)
+    else:
+        save_spread_model(model, stage_dir / "model", getattr(torch, dtype))
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:
@@ -175,13 +230,14 @@ def count_parameters(model: AnyModel) -> dict[str, int]:
     config = model.config
     for name, parameter in model.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
-            trainable += parameter.numel() if parameter.requires_grad else 0
+            trainable += math.prod(whole_shape(parameter)) if parameter.requires_grad else 0
             continue
-        total += parameter.numel()
-        trainable += parameter.numel() if parameter.requires_grad else 0
+        numel = math.prod(whole_shape(parameter))
+        total += numel
+        trainable += numel if parameter.requires_grad else 0
         share = 1.0
-        if ".experts." in name and parameter.ndim == 3:
+        if ".experts." in name and len(whole_shape(parameter)) == 3:
             layer = int(name.split("layers.")[1].split(".")[0])
             share = config.top_k_in(layer) / config.experts_in(layer)
-        active += int(parameter.numel() * share)
+        active += int(numel * share)
     return {"total": total, "active": active, "trainable": trainable}

@@ -148,9 +148,9 @@ class StageContext:
         """Precision in which the model that this stage trains is loaded.
 
         Full fine-tuning keeps float32 weights, or bf16's 8 bits would swallow most of an update; under LoRA the frozen
-        weights have the recipe's precision and the adapters float32.
+        weights have the recipe's precision and the adapters float32. DeepSpeed keeps float32 weights of its own.
         """
-        return self.recipe.dtype if self.stage.lora else "float32"
+        return self.recipe.dtype if self.stage.lora or self.recipe.parallel else "float32"
 
     @property
     def dir(self) -> Path:

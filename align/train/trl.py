@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,14 +16,20 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
+from align.distributed.settings import accumulation_steps, deepspeed_config
 from align.models.hunyuan import HunYuanModel
 from align.models.hunyuan.checkpoint import read_weights
 from align.models.hunyuan.moe import RouterReport
 from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.run_folder import MetricsWriter, StageContext
+from align.train.shared_batches import SHARE, SharedBatches, SharedLoader, gather_uneven
 from align.train.trackers import tracker_arguments
+
+TRAINING_STATE = "training_state"
+"""Folder of a checkpoint that several processes write."""
 
 COMPLETE = "complete"
 """A checkpoint without this file was cut off while it was written."""
@@ -34,8 +40,8 @@ NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "nu
 def trainer_arguments(context: StageContext) -> dict[str, Any]:
     """Keyword arguments that every TRL config takes."""
     stage: TrainingStage = context.stage
-    optimizer = stage.optimizer
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    optimizer, parallel = stage.optimizer, context.recipe.parallel
+    accumulation = accumulation_steps(parallel, stage.batch_size, stage.micro_batch_size)
     return {
         "output_dir": str(context.dir / "checkpoints"),
         "seed": context.seed,
@@ -44,7 +50,7 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         "max_steps": stage.max_steps or -1,
         "per_device_train_batch_size": stage.micro_batch_size,
         "per_device_eval_batch_size": stage.micro_batch_size,
-        "gradient_accumulation_steps": max(1, stage.batch_size // (stage.micro_batch_size * processes)),
+        "gradient_accumulation_steps": accumulation,
         "learning_rate": optimizer.learning_rate,
         "max_grad_norm": optimizer.max_grad_norm,
         "use_cpu": not torch.cuda.is_available(),
@@ -59,7 +65,20 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **(parallel_arguments(parallel, context, accumulation) if parallel else {}),
     }
+
+
+def parallel_arguments(parallel: Parallel, context: StageContext, accumulation: int) -> dict[str, Any]:
+    """What is added where the stage runs under DeepSpeed."""
+    config = deepspeed_config(
+        parallel,
+        micro_batch_size=context.stage.micro_batch_size,
+        accumulation=accumulation,
+        max_grad_norm=context.stage.optimizer.max_grad_norm,
+        dtype=context.recipe.dtype,
+    )
+    return {"deepspeed": config}
 
 
 class AlignTrainer:
@@ -70,12 +89,14 @@ class AlignTrainer:
     `trainer_arguments`), and the typed output of our backbone is read by a hook instead.
     """
 
-    def __init__(self, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
+    def __init__(self: Any, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
+        if self.is_deepspeed_enabled:
+            self.accelerator.gather = gather_uneven(self.accelerator.gather)
         self.router: RouterReport | None = None
         for module in self.model.modules():
             if isinstance(module, HunYuanModel):
@@ -99,6 +120,21 @@ class AlignTrainer:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         return LengthGroups(row_lengths(self.train_dataset), self.align_stage.batch_size, self.args.data_seed)
 
+    def get_train_dataloader(self: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        rows, stage, seed = self.train_dataset, self.align_stage, self.args.data_seed
+        # The order in which accelerate gives the rows to a single process.
+        order = self._get_train_sampler() if stage.group_by_length else SeedableRandomSampler(rows, data_seed=seed)
+        batches = SharedBatches(
+            order,
+            micro_batch_size=stage.micro_batch_size,
+            micro_batches=stage.batch_size // stage.micro_batch_size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        return SharedLoader(rows, batches, self.data_collator, pin_memory=self.args.dataloader_pin_memory)
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
         if not isinstance(model, PreTrainedModel):
@@ -106,6 +142,37 @@ class AlignTrainer:
             return
         # The file has the published names. `Trainer` would silently skip those that it does not know: the experts.
         read_weights(model, Path(resume_from_checkpoint))
+
+    def _prepare_for_training(
+        self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        # DeepSpeed's own checkpoints fit one number of processes.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        if resume_from_checkpoint is not None:
+            from align.distributed.state import load_training_state
+
+            load_training_state(self.model_wrapped, Path(resume_from_checkpoint) / TRAINING_STATE)
+            step = self.lr_scheduler.last_epoch = self.state.global_step
+            factor = schedule_factor(step, max_steps, self.align_stage.optimizer)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        return prepared
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint of several processes holds the weights in its training state, and nowhere else."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        from align.distributed.state import save_training_state
+
+        save_training_state(self.model_wrapped, Path(output_dir) / TRAINING_STATE)
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -129,17 +196,26 @@ class AlignTrainer:
         num_items_in_batch: Any = None,
     ) -> Any:
         self.router = None
+        share = inputs.pop(SHARE, 1.0)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss, *outputs = result if return_outputs else (result,)
+        if num_items_in_batch is None:
+            loss = loss * share
         router = self.router
         if router is None:
-            return result
-        loss, *outputs = result if return_outputs else (result,)
+            return (loss, *outputs) if return_outputs else loss
         # A loss that is divided by the step's tokens is not divided by its micro-batches again; this mean must be.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = loss + router.loss(self.model.config) / parts
-        for name, value in router.metrics().items():
+        loss = loss + share * router.loss(self.model.config) / parts
+        for name, value in self._mean_over_ranks(router.metrics(), share).items():
             self._metrics["train"][name].append(value)
         return (loss, *outputs) if return_outputs else loss
+
+    def _mean_over_ranks(self: Any, metrics: dict[str, float], share: float) -> dict[str, float]:
+        if self.args.world_size == 1:
+            return metrics
+        values = share * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
 class LengthGroups(Sampler):
@@ -168,12 +244,12 @@ def row_lengths(dataset: Dataset) -> list[int]:
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks finished checkpoints, prints a line now and then."""
 
-    def __init__(self, context: StageContext, writer: MetricsWriter):
+    def __init__(self, context: StageContext, writer: MetricsWriter | None):
         self.context, self.writer = context, writer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         metrics = {k: v for k, v in (logs or {}).items() if not any(part in k for part in NOT_METRICS)}
-        if not metrics:
+        if not metrics or self.writer is None:
             return
         self.writer.write(state.global_step, metrics)
         loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
@@ -191,7 +267,10 @@ class Recorder(TrainerCallback):
         self.context.status("  evaluating on held-out rows")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -203,20 +282,37 @@ def last_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def fit(trainer: Any, context: StageContext) -> dict[str, float]:
-    """Train from the start or from the last checkpoint; returns the metrics on held-out data before and after."""
+def find_checkpoint(context: StageContext) -> Path | None:
+    """Where to resume; without it, whatever checkpoints there are belong to an earlier start and are removed."""
     checkpoint = last_checkpoint(context.dir / "checkpoints") if context.resume else None
     if checkpoint is None:
         shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
+    return checkpoint
+
+
+def fit(trainer: Any, context: StageContext) -> dict[str, float]:
+    """Train from the start or from the last checkpoint; returns the metrics on held-out data before and after."""
+    if context.recipe.parallel is None:
+        checkpoint = find_checkpoint(context)
+    else:
+        from align.distributed.processes import from_rank_0
+
+        checkpoint = from_rank_0(lambda: find_checkpoint(context))
     step = int(checkpoint.name.split("-")[1]) if checkpoint else None
-    writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
+    writer = None
+    if trainer.args.process_index == 0:
+        writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder(context, writer))
     if checkpoint:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:
-        trainer.evaluate()
+        if trainer.is_deepspeed_enabled:
+            trainer.args.eval_on_start = True  # an engine of its own, only to evaluate, could not be trained any more
+        else:
+            trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    writer.close()
+    if writer is not None:
+        writer.close()
     return {k: v for k, v in final.items() if not any(part in k for part in NOT_METRICS)}

@@ -210,20 +210,53 @@ def mix_experts(
     Expert e is down_e(act(gate) * up), with (gate, up) the halves of gate_up_e(token). Tokens are sorted by expert, so
     that each expert is one dense product over its own rows and no work is done for a token that it does not have.
     """
-    device = hidden_TD.device.type
-    if torch.is_autocast_enabled(device):  # which leaves products alone that write into given memory
-        dtype = torch.get_autocast_dtype(device)
-        hidden_TD, gate_up_EGD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_EGD, down_EDF))
-    flat, num_experts = experts_Tk.flatten(), len(gate_up_EGD)
+    hidden_TD, gate_up_EGD, down_EDF = in_autocast_dtype(hidden_TD, gate_up_EGD, down_EDF)
+
+    def compute(rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+
+    return mix_outputs(hidden_TD, experts_Tk, weights_Tk, len(gate_up_EGD), compute)
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would have them, which leaves products alone that write into given memory."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def expert_outputs(
+    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
+) -> Tensor:
+    """As `loop_over_experts`, in the way that suits the device."""
+    grouped = rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16
+    return (grouped_products if grouped else loop_over_experts)(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+
+
+def mix_outputs(
+    hidden_TD: Tensor,
+    experts_Tk: Tensor,
+    weights_Tk: Tensor,
+    num_experts: int,
+    compute: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """As `mix_experts`; `compute` takes rows sorted by expert and the experts' counts, wherever the experts are."""
+    flat = experts_Tk.flatten()
     bucket = torch.where(flat < 0, num_experts, flat)  # tokens without an expert come last
-    order = bucket.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
+    order, inverse = sorting(bucket)
     counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
-    compute = grouped_products if hidden_TD.is_cuda and hidden_TD.dtype == torch.bfloat16 else loop_over_experts
-    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), gate_up_EGD, down_EDF, act, counts)
+    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), counts)
     outputs_TkD = Gather.apply(outputs, inverse, order, 1).unflatten(0, experts_Tk.shape)
     return torch.einsum("tk,tkd->td", weights_Tk.to(outputs.dtype), outputs_TkD)
+
+
+def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The stable order that sorts keys, and its inverse."""
+    order = keys_N.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return order, inverse
 
 
 class Experts(nn.Module):

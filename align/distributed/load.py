@@ -1,0 +1,114 @@
+"""Build a model of which every rank reads and keeps only its own: its experts, and under ZeRO 3 its run of each tensor.
+
+Parameters get memory one after the other. Under ZeRO 3 each is laid out whole for a moment, but only this rank's run of
+it is read, and then cut down to that run; untouched memory is never backed by the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from deepspeed import zero
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from align.config.parallel import Parallel
+from align.distributed.experts import spread_experts
+from align.distributed.layout import expert_share, world
+from align.distributed.settings import deepspeed_config
+from align.errors import UserError
+from align.models.hunyuan.checkpoint import Place, place
+from align.models.hunyuan.weight_files import StoredTensor, stored_tensors, weight_files
+
+
+class OwnRuns(zero.Init):
+    """DeepSpeed's way to cut a parameter up, without sending rank 0's values to all: each rank has read its own."""
+
+    def _zero_init_param(self, parameter: Any) -> None:
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    def cut(self, parameter: Any) -> None:
+        self._convert_to_zero_parameters([parameter])
+
+
+def load_spread(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, parallel: Parallel) -> Any:
+    """A model in evaluation mode, as `from_pretrained` would give it; a head that is not in the files is random."""
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=dtype)
+    model.tie_weights()
+    spread_experts(model, parallel.expert_parallel_size)
+    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    settings = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=1.0, dtype=name)
+    own_runs = None
+    if parallel.zero_stage == 3:
+        settings["train_batch_size"] = world()[1]
+        own_runs = OwnRuns(config_dict_or_path=settings, dtype=dtype)
+    stored = by_parameter(stored_tensors(weight_files(folder)))
+    for parameter_name, empty in list(model.named_parameters()):
+        parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
+        parameter.__dict__.update(empty.__dict__)
+        pieces = stored.get(parameter_name)
+        if pieces is not None:
+            fill(parameter.data, pieces, *own_range(parameter, parallel))
+        elif parameter_name == "score.weight":
+            nn.init.normal_(parameter, std=config.initializer_range)
+        else:
+            raise UserError(f"{folder}: there is no tensor for '{parameter_name}'; copy the missing files.")
+        replace(model, empty, parameter)
+        if own_runs is not None:
+            own_runs.cut(parameter)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def by_parameter(stored: list[StoredTensor]) -> dict[str, list[tuple[StoredTensor, Place]]]:
+    """The stored tensors of each parameter of the model."""
+    found: dict[str, list[tuple[StoredTensor, Place]]] = {}
+    for tensor in stored:
+        where = place(tensor.name)
+        found.setdefault(where.parameter, []).append((tensor, where))
+    return found
+
+
+def own_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
+    """(first expert of this rank's share, first and last element of its run of the flattened share)."""
+    rank, ranks = world()
+    share = expert_share(parameter)
+    spread = share.ranks if share else 1
+    first = (rank % spread) * parameter.shape[0] if share else 0
+    if parallel.zero_stage < 3:
+        return first, 0, parameter.numel()
+    run = math.ceil(parameter.numel() / (ranks // spread))
+    start = min(parameter.numel(), rank // spread * run)
+    return first, start, min(parameter.numel(), start + run)
+
+
+def fill(target: Tensor, pieces: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
+    """Read elements start to stop of a parameter that holds the experts from `first` on."""
+    flat = target.view(-1)
+    for tensor, where in pieces:
+        if where.expert is None:
+            base = 0
+        elif first <= where.expert < first + len(target):
+            matrix = target[0].numel()
+            base = (where.expert - first) * matrix + (where.half or 0) * (matrix // 2)
+        else:
+            continue
+        low, high = max(start, base), min(stop, base + math.prod(tensor.shape))
+        if low < high:
+            offset = tensor.offset + (low - base) * tensor.dtype.itemsize
+            StoredTensor(tensor.name, tensor.file, tensor.dtype, (high - low,), offset).read_into(flat[low:high])
+
+
+def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another, wherever that stands."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[name] = new

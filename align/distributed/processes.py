@@ -1,0 +1,135 @@
+"""The processes of a run: how they meet, and how rank 0 leads the others from stage to stage."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from align.config.recipe import Recipe
+from align.distributed.room import require_async_io
+from align.errors import UserError
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
+so none waits for that."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(recipe: Recipe) -> None:
+    """Meet the other processes of this run; a `UserError` on each where they do not fit together."""
+    parallel = recipe.parallel
+    assert parallel is not None
+    world = int(os.environ["WORLD_SIZE"])
+    if world != parallel.processes:
+        raise UserError(
+            f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
+            f"(parallel.processes={world})."
+        )
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quieten_deepspeed()
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=PATIENCE, verbose=False)
+    check_equal(fingerprint(recipe))
+    if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
+        require_async_io()
+
+
+def quieten_deepspeed() -> None:
+    """DeepSpeed reports every setting at the start; what matters of it is in the recipe."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+
+
+def fingerprint(recipe: Recipe) -> dict[str, str]:
+    """What must be equal on all ranks: this package's code, the recipe, the libraries that compute."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    folders = os.walk(package, followlinks=True)  # reward, eval and recipes are links
+    for file in sorted(Path(folder) / name for folder, _, names in folders for name in names if name.endswith(".py")):
+        code.update(file.relative_to(package).as_posix().encode())
+        code.update(file.read_bytes())
+    libraries = {}
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    recipe_hash = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    return {"the code of align": code.hexdigest(), "the recipe": recipe_hash, **libraries}
+
+
+def check_equal(own: dict[str, str]) -> None:
+    """Raise the same `UserError` on every rank where one differs from rank 0."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for number, other in enumerate(everyone):
+        for what, value in everyone[0].items():
+            if other.get(what) != value:
+                raise UserError(
+                    f"rank {number} differs from rank 0 in {what}; install and start the same on every machine."
+                )
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, which alone calls it, on every rank."""
+    return broadcast(make() if rank() == 0 else None)
+
+
+def follow(work: Callable[[str, bool], None]) -> None:
+    """What ranks other than 0 do: the stages that rank 0 announces, until it says that there are no more."""
+    while (order := broadcast(None)) is not None:
+        name, resume = order
+        work(name, resume)
+        finished()
+
+
+def lead(name: str, resume: bool) -> None:
+    """Announce a stage to the ranks that follow."""
+    broadcast((name, resume))
+
+
+def forget_last_stage() -> None:
+    """Free what an earlier stage's engine held; transformers would build the next model inside its ZeRO settings."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+def finished() -> None:
+    """Wait until every rank has done its part of the stage."""
+    dist.barrier()
+
+
+def leave() -> None:
+    """The end of the run, on every rank."""
+    if dist.is_initialized():
+        if rank() == 0:
+            broadcast(None)
+        dist.destroy_process_group()

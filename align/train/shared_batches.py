@@ -1,0 +1,97 @@
+"""Micro-batches of an epoch dealt out to the ranks, so that every step is the step of a single process.
+
+One process takes `batch_size / micro_batch_size` micro-batches a step, and fewer in the epoch's last one. With R ranks
+micro-batch j of a step goes to rank j mod R. Where the last step has not enough for all, the others repeat its first
+one with a share of nothing: every rank takes part in every pass, as ZeRO needs it, and the update is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+SHARE = "share"
+"""Key of a batch: its weight in the mean over the ranks and their passes; 1 but in an epoch's last step."""
+
+
+class SharedBatches(Sampler):
+    """This rank's micro-batches of an epoch: lists of (row, share)."""
+
+    def __init__(self, rows: Any, *, micro_batch_size: int, micro_batches: int, rank: int, ranks: int):
+        """rows: a sampler of row numbers. micro_batches: of all ranks in a full step, a multiple of ranks."""
+        self.rows, self.micro_batch_size, self.micro_batches = rows, micro_batch_size, micro_batches
+        self.rank, self.ranks = rank, ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        full, rest = divmod(math.ceil(len(self.rows) / self.micro_batch_size), self.micro_batches)
+        return (full * self.micro_batches) // self.ranks + math.ceil(rest / self.ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        order, size = list(self.rows), self.micro_batch_size
+        micros = [order[start : start + size] for start in range(0, len(order), size)]
+        for start in range(0, len(micros), self.micro_batches):
+            step = micros[start : start + self.micro_batches]
+            passes = math.ceil(len(step) / self.ranks)
+            for number in range(passes):
+                place = number * self.ranks + self.rank
+                if place < len(step):
+                    share = passes * self.ranks / len(step)
+                    yield [(row, share) for row in step[place]]
+                else:
+                    yield [(row, 0.0) for row in step[0]]
+
+
+class SharedRows(Dataset):
+    """Rows by (number, share), which are returned together."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, float]) -> tuple[dict[str, Any], float]:
+        row, share = key
+        return self.rows[row], share
+
+
+def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`Accelerator.gather` for tensors whose length differs from rank to rank, as in an epoch's last micro-batch."""
+
+    def gathered(tensor: Any) -> Any:
+        if not torch.is_tensor(tensor) or tensor.ndim == 0:
+            return gather(tensor)
+        sizes = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = gather(padded).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gathered
+
+
+class SharedLoader(DataLoader):
+    """Batches of a trainer's collator with their share; labels of a repeated one count nothing."""
+
+    def __init__(
+        self, rows: Any, batches: SharedBatches, collate: Callable[[list[dict]], dict[str, Any]], **kwargs: Any
+    ):
+        def with_share(items: list[tuple[dict[str, Any], float]]) -> dict[str, Any]:
+            batch = collate([row for row, _ in items])
+            share = items[0][1]
+            if share == 0 and "labels" in batch:
+                batch["labels"].fill_(-100)
+            return {**batch, SHARE: share}
+
+        super().__init__(SharedRows(rows), batch_sampler=batches, collate_fn=with_share, **kwargs)
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, SharedBatches)
+        self.batch_sampler.set_epoch(epoch)

@@ -1,0 +1,190 @@
+"""One recipe on one process and on several: the same losses, the same model, and a run that survives its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from align.train.checkpoint import load_policy
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
+STEPS = 7
+TRAINING = {
+    "optimizer": {"learning_rate": 5e-3, "expert_learning_rate_scale": 0.5, "weight_decay": 0.01},
+    "batch_size": 16,
+    "micro_batch_size": 2,
+    "max_steps": STEPS,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second epoch begins in step 4 or 5: an epoch's last step is smaller, and its last micro-batch one row."""
+    folder = tmp_path_factory.mktemp("recipe")
+    pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(61)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        name: {"train": [{"kind": "file", "path": str(folder / f"{name}.jsonl")}], "max_length": 96}
+        for name in ("rows", "pairs")
+    }
+    content = {
+        "name": "parallel",
+        "model": {
+            "kind": "scratch",
+            "tokenizer": {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text", "limit": 20}]},
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_experts": 8,
+                "moe_topk": 1,
+                "num_shared_expert": 1,
+                "initializer_range": 0.1,
+                "router_aux_loss_coef": 0.02,
+                "router_z_loss_coef": 0.001,
+            },
+        },
+        "stages": {
+            "sft": {"kind": "sft", "data": data["rows"], **TRAINING},
+            "reward_model": {"kind": "reward_model", "init_from": "sft", "data": data["pairs"], **TRAINING},
+            "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
+        },
+    }
+    path = folder / "parallel.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(recipe: Path, run_dir: Path, *words: str) -> str:
+    process = start(recipe, run_dir, *words)
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(one: list[dict], other: list[dict]) -> float:
+    """The largest relative difference in loss, gradient norm and balance loss."""
+    assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, STEPS + 1))
+    keys = ("loss", "grad_norm", "aux_loss", "router_z_loss", "learning_rate")
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(one, other, strict=True) for key in keys)
+
+
+@pytest.fixture(scope="module")
+def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "single"
+    run(recipe, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def several(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("runs") / "several"
+    return run_dir, run(recipe, run_dir, "--nproc", "2", "parallel.expert_parallel_size=2")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, several, stage: str) -> None:
+    assert difference(metrics(several[0], stage), metrics(single, stage)) < 1e-5
+
+
+def test_only_rank_0_prints(several) -> None:
+    lines = several[1].splitlines()
+    assert len([line for line in lines if line.startswith("sft: done")]) == 1
+    assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 3
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
+    ours = {
+        key: value
+        for file in (several[0] / stage / "model").glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
+    theirs = load_file(single / stage / "model" / "model.safetensors")
+    assert set(ours) == set(theirs)
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4  # after seven steps of AdamW
+    configs = [json.loads((folder / stage / "model" / "config.json").read_text()) for folder in (single, several[0])]
+    assert configs[0] == configs[1]
+    names = [
+        {f.name for f in (d / stage / "model").iterdir() if "safetensors" not in f.name} for d in (single, several[0])
+    ]
+    assert names[0] == names[1]
+    if stage != "reward_model":
+        load_policy(several[0] / stage / "model", "float32")
+
+
+@pytest.fixture(scope="module")
+def killed(recipe: Path, several, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks of which one is killed in a step, and whose newest checkpoint was not finished."""
+    run_dir = tmp_path_factory.mktemp("runs") / "killed"
+    run_dir.mkdir()
+    shutil.copytree(several[0] / "base", run_dir / "base")
+    process = start(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
+    written = run_dir / "sft" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not written.is_file() or len(written.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    clock = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert time.monotonic() - clock < 30
+    assert "rank 1 was ended by SIGKILL" in output
+    newest = sorted((run_dir / "sft" / "checkpoints").glob("checkpoint-*"))[-1]
+    (newest / "complete").unlink(missing_ok=True)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("processes", "experts_over", "tolerance"), [(2, 2, 0.0), (1, 1, 1e-5), (2, 1, 1e-5), (4, 2, 1e-5)]
+)
+def test_a_killed_run_goes_on_with_any_number_of_processes(
+    recipe: Path, several, killed: Path, tmp_path: Path, processes: int, experts_over: int, tolerance: float
+) -> None:
+    run_dir = tmp_path / "again"
+    shutil.copytree(killed, run_dir)
+    words = ["--nproc", str(processes), f"parallel.expert_parallel_size={experts_over}"]
+    output = run(recipe, run_dir, "--only", "sft", "--resume", *words)
+    assert "resuming at step 2" in output
+    assert difference(metrics(run_dir, "sft"), metrics(several[0], "sft")) <= tolerance
+
+
+def test_what_does_not_fit_is_refused(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path / "run", "--nproc", "3", "parallel.expert_parallel_size=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "does not divide batch_size 16" in output
+    assert "Traceback" not in output

@@ -1,0 +1,171 @@
+"""Starting ranks and ending them together; places from hostfiles, Slurm and torchrun; what is refused before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align.cli import parse, run_command
+from align.config.parallel import Offload, Parallel
+from align.distributed import launch
+from align.distributed.room import available_memory, require_room
+from align.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12],login", "gpu07"), ("node3", "node3"), ("a,b", "a"), ("n-1[2,4]", "n-12")],
+)
+def test_first_host_of_slurms_short_form(nodes: str, first: str) -> None:
+    assert launch.first_host(nodes) == first
+
+
+def test_slurms_variables_become_torchruns() -> None:
+    task = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "gpu[3-6]",
+        "SLURM_JOB_ID": "123456",
+    }
+    assert launch.slurm_place(task) == {
+        "RANK": "5",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu3",
+        "MASTER_PORT": "23456",
+    }
+
+
+def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the cluster\nfirst.test slots=2\n\nsecond.test slots=3  # bigger\n")
+    monkeypatch.setattr(launch, "resolve", lambda host, where: {"10.0.0." + ("1" if "first" in host else "2")})
+    monkeypatch.setattr(socket, "gethostname", lambda: "second.test")
+    monkeypatch.setenv("MASTER_PORT", "29777")
+    places, address, port = launch.local_places(Parallel(processes=5, hostfile=str(hosts)))
+    assert [(place["RANK"], place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"]) for place in places] == [
+        ("2", "0", "3"),
+        ("3", "1", "3"),
+        ("4", "2", "3"),
+    ]
+    assert (address, port) == ("first.test", 29777)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("one\n", "line 1: write each machine once, as 'host slots=N'"),
+        ("one slots=0\n", "line 1: write each machine once"),
+        ("one slots=1\none slots=1\n", "line 2: write each machine once"),
+        ("# none\n", "no machine in it"),
+        ("localhost slots=3\n", "3 slots for 2 processes"),
+        ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be found"),
+    ],
+)
+def test_a_hostfile_that_does_not_fit_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        launch.local_places(Parallel(processes=2, hostfile=str(hosts)))
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use"):
+            launch.require_free(port)
+
+
+def test_the_words_of_a_run_are_passed_on() -> None:
+    words = ["run", "tiny", "seed=3", "--run-dir", "x", "--only", "sft", "--resume", "--nproc", "2"]
+    again = run_command(parse(words), ["seed=3", "parallel.processes=2"])
+    assert again == ["run", "tiny", "seed=3", "parallel.processes=2", "--run-dir", "x", "--only", "sft", "--resume"]
+    assert parse(again).only == "sft"
+
+
+def test_offload_without_room_is_refused(tmp_path: Path) -> None:
+    free = available_memory()
+    assert 2**28 < free < 2**46
+    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
+        require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1)
+    require_room(Parallel(offload=Offload(optimizer="cpu")), free // 64, "float32", machines=1)
+    with pytest.raises(UserError, match="the disk of"):
+        require_room(Parallel(offload=Offload(parameters="nvme", path=str(tmp_path))), 10**15, "bfloat16", machines=2)
+    with pytest.raises(UserError, match="no folder that can be written to"):
+        require_room(Parallel(offload=Offload(parameters="nvme", path="/no/such")), 1, "bfloat16", machines=1)
+
+
+def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> float:
+    """Start Python programs as ranks in the place of `align`; the seconds until all had ended."""
+    started: list[subprocess.Popen] = []
+    real = subprocess.Popen
+
+    def popen(command: list[str], **kwargs):
+        started.append(real([sys.executable, "-c", codes[int(kwargs["env"]["RANK"])]], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    clock = time.monotonic()
+    try:
+        launch.start(["run"], Parallel(processes=len(codes)), logs)
+    finally:
+        assert all(process.poll() is not None for process in started), "a rank was left behind"
+        assert len(started) == len(codes)
+    return time.monotonic() - clock
+
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def test_a_users_error_on_any_rank_ends_all_and_is_the_error(monkeypatch, tmp_path) -> None:
+    fails = "import sys; print('error: rank three is unhappy; cheer it up.', file=sys.stderr); sys.exit(2)"
+    clock = time.monotonic()
+    with pytest.raises(UserError, match=r"^rank three is unhappy; cheer it up\.$"):
+        ranks([SLEEP, SLEEP, SLEEP, fails], monkeypatch, tmp_path)
+    assert time.monotonic() - clock < 10
+
+
+def test_a_killed_rank_is_named(monkeypatch, tmp_path) -> None:
+    dies = f"import os; os.kill(os.getpid(), {signal.SIGKILL.value})"
+    with pytest.raises(UserError, match=r"rank 1 was ended by SIGKILL .*rank-1\.log.*--resume"):
+        ranks([SLEEP, dies], monkeypatch, tmp_path)
+
+
+def test_a_bug_on_a_rank_shows_its_traceback(monkeypatch, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ranks([SLEEP, "raise KeyError('lost')"], monkeypatch, tmp_path)
+    assert ended.value.code == 1
+    assert "KeyError: 'lost'" in capsys.readouterr().err
+
+
+def test_a_rank_that_ignores_the_request_to_end_is_killed(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
+    late = "import time, sys; time.sleep(1); sys.exit(2)"
+    clock = time.monotonic()
+    with pytest.raises(SystemExit):
+        ranks([stubborn, late], monkeypatch, tmp_path)
+    assert time.monotonic() - clock < 15
+
+
+def test_ranks_that_finish_are_waited_for(monkeypatch, tmp_path) -> None:
+    ranks(["import os; assert os.environ['WORLD_SIZE'] == '2'"] * 2, monkeypatch, tmp_path)
+
+
+def test_a_process_that_torchrun_started_is_a_rank(monkeypatch) -> None:
+    for key in [key for key in os.environ if key.startswith("SLURM") or key in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(key)
+    assert not launch.is_rank()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.is_rank()

@@ -1,0 +1,94 @@
+"""Dealing an epoch's micro-batches out to ranks changes no optimizer step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align.train.shared_batches import SHARE, SharedBatches, SharedLoader, gather_uneven
+
+
+class Order(list):
+    def set_epoch(self, epoch: int) -> None:
+        self[:] = self[epoch:] + self[:epoch]
+
+
+def epoch(rows: int, ranks: int, micro_batches: int = 4, micro_batch_size: int = 2) -> list[list]:
+    return [
+        list(
+            SharedBatches(
+                Order(range(rows)),
+                micro_batch_size=micro_batch_size,
+                micro_batches=micro_batches,
+                rank=rank,
+                ranks=ranks,
+            )
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("rows", range(1, 34))
+def test_each_step_has_the_mean_gradient_of_one_process(rows: int, ranks: int) -> None:
+    """The gradient of a micro-batch is the mean of its rows; a step's, the mean over its micro-batches."""
+    value = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+
+    def micro(batch: list) -> float:
+        return value[[row for row, _ in batch]].mean().item()
+
+    (single,), shared = epoch(rows, 1), epoch(rows, ranks)
+    assert len({len(batches) for batches in shared}) == 1, "a rank would wait for one that has finished"
+    passes = 4 // ranks
+    for step, start in enumerate(range(0, len(single), 4)):
+        one = [micro(batch) for batch in single[start : start + 4]]
+        several = [
+            [batch[0][1] * micro(batch) for batch in batches[step * passes : (step + 1) * passes]] for batches in shared
+        ]
+        expected = sum(one) / len(one)
+        mean_over_ranks = sum(sum(values) / len(values) for values in several) / ranks
+        assert mean_over_ranks == pytest.approx(expected, rel=1e-12)
+    counted = sorted(row for batches in shared for batch in batches for row, share in batch if share)
+    assert counted == list(range(rows))
+
+
+def test_the_length_is_known_and_epochs_reach_the_sampler() -> None:
+    batches = SharedBatches(Order(range(11)), micro_batch_size=2, micro_batches=4, rank=1, ranks=2)
+    assert len(batches) == len(list(batches))
+    first = [row for row, _ in next(iter(batches))]
+    batches.set_epoch(3)
+    assert [row for row, _ in next(iter(batches))] == [row + 3 for row in first]
+
+
+def test_a_repeated_batch_has_no_share_and_no_labels() -> None:
+    rows = [{"labels": row} for row in range(2)]
+
+    def collate(batch: list[dict]) -> dict:
+        return {"labels": torch.tensor([row["labels"] for row in batch])}
+
+    loaders = [
+        SharedLoader(
+            rows,
+            SharedBatches(Order(range(2)), micro_batch_size=2, micro_batches=2, rank=rank, ranks=2),
+            collate,
+        )
+        for rank in range(2)
+    ]
+    ((first,), (second,)) = map(list, loaders)
+    assert first["labels"].tolist() == [0, 1]
+    assert first[SHARE] == 2.0
+    assert second["labels"].tolist() == [-100, -100]
+    assert second[SHARE] == 0.0
+
+
+def test_lengths_that_differ_are_gathered_whole() -> None:
+    """A stand-in for two ranks: the other one always holds three sevens."""
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        other = torch.tensor([3]) if tensor.dtype == torch.int64 else torch.zeros_like(tensor)
+        if tensor.dtype != torch.int64:
+            other[:3] = 7.0
+        return torch.cat([tensor, other])
+
+    assert gather_uneven(gather)(torch.tensor([1.0])).tolist() == [1.0, 7.0, 7.0, 7.0]
+    assert gather_uneven(lambda scalar: scalar.view(1))(torch.tensor(2.0)).tolist() == [2.0]
