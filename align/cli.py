@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve_reward.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask, whoever they are")
     serve_reward.add_argument("--port", type=int, default=8100, help="0 is any free one")
     serve_reward.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="padded tokens in a forward pass")
+    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens in a forward pass")
     serve_reward.set_defaults(command=_serve_reward)
 
     server = commands.add_parser(

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/model.md from benchmarks/results/*.json; no figure there is typed by hand."""
+"""Writes the tables of the guides from benchmarks/results/*.json; no figure there is typed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "model.md"
+PAGES = [ROOT / "docs" / name for name in ("model.md", "ppo.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -100,6 +100,34 @@ def tokenizer(results: dict[str, Any]) -> str:
     return table(["one thread", "align, MB/s", "tiktoken, MB/s"], rows)
 
 
+def ppo_vs_trl(results: dict[str, Any]) -> str:
+    sides = {"align": "align", "trl": "TRL 1.12"}
+    cases = {name: found for name, found in results.items() if "target" in found}
+    speeds, times, curves = [], [], []
+    for name, found in cases.items():
+        ratio = f"{found['align / TRL, episodes/s']:.2f} (at least {found['target']})"
+        trials = found["TRL by experts_implementation, episodes/s"]
+        trl = "TRL 1.12, " + max(trials, key=trials.__getitem__)
+        for side, label in (("align", "align"), ("trl", trl)):
+            measured = found[side]
+            cells = [f"{measured['episodes_per_second']:.2f}", ratio if side == "align" else ""]
+            speeds.append([name, label, *cells, f"{measured['peak_mib']:,} MiB"])
+            seconds = measured["seconds_of_a_round"]
+            times.append([name, label, *(f"{seconds[phase]:.2f}" if phase in seconds else "–" for phase in PHASES)])
+        if "learning" in found:
+            last, whole = (found["learning"][f"score of {part}"] for part in ("the last quarter", "all rounds"))
+            curves += [[name, label, f"{last[side]:.3f}", f"{whole[side]:.3f}"] for side, label in sides.items()]
+    tables = [
+        table(["", "", "episodes/s", "align / TRL", "peak memory"], speeds),
+        table(["seconds of a round", "", *PHASES], times),
+    ]
+    if curves:
+        tables.append(table(["mean score", "", "last quarter of the rounds", "all rounds"], curves))
+    return "\n\n".join(tables)
+
+
+PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
@@ -107,6 +135,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoding": decoding,
     "loading": loading,
     "tokenizer": tokenizer,
+    "ppo_vs_trl": ppo_vs_trl,
 }
 
 
@@ -114,7 +143,10 @@ def fill(page: str) -> str:
     """The page with every `<!-- table NAME -->` section made from NAME.json."""
 
     def section(match: re.Match[str]) -> str:
-        facts = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
+        path = RESULTS / f"{match[1]}.json"
+        if not path.exists():
+            return f"<!-- table {match[1]} -->\nNot measured yet.\n<!-- end -->"
+        facts = json.loads(path.read_text(encoding="utf-8"))
         hardware = facts["hardware"]
         where = hardware["accelerator"] or f"{hardware['cores']} cores of {hardware['cpu']}"
         source = f"`{facts['command']}`, {facts['date'][:10]}, {where}, torch {facts['packages']['torch']}."
@@ -124,4 +156,5 @@ def fill(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Resolve requirements/cpu.in into requirements/cpu.lock (run by `make lock`).
+"""Resolve each requirements/NAME.in into NAME.lock, or those that are named: `python make_lock.py [NAME ...]`.
 
 Left out on purpose: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds and break
 transformers
@@ -28,16 +28,16 @@ LEFT_OUT = {
 }
 
 
-def main() -> None:
-    here = Path(__file__).parent
+def resolve(wanted: Path) -> None:
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        subprocess.run([*command, "--report", report.name, "-r", str(here / "cpu.in")], check=True)
+        subprocess.run([*command, "--report", report.name, "-r", str(wanted)], check=True)
         resolved = json.loads(Path(report.name).read_text(encoding="utf-8"))["install"]
     pins = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved}
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
-    (here / "cpu.lock").write_text("".join(lines), encoding="utf-8")
+    wanted.with_suffix(".lock").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or ("cpu", "bench-trl"):
+        resolve(Path(__file__).parent / f"{name}.in")

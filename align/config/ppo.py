@@ -106,7 +106,7 @@ class PpoStage(StageBase):
     mini_batch_size: Positive = 16
     """Completions in an optimizer step."""
     micro_batch_tokens: Positive = 4096
-    """Padded tokens in a forward pass; completions are sorted by length to waste little."""
+    """Tokens in a forward pass, prompts and completions; there is no padding among them."""
     gamma: Fraction = 1.0
     """Discount factor of a token's later rewards (1: none)."""
     lam: Fraction = 0.95

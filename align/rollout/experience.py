@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align.losses.linear_head import linear_logprobs
 from align.models.hunyuan.moe import RouterReport
+from align.models.hunyuan.packing import Packing
 from align.models.lora import AnyModel
 
 OF_ALL_TOKENS = ("input_ids", "routed_experts")
@@ -74,13 +75,16 @@ class Experience:
         return Experience(**moved)
 
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
-        """Split rows into groups of similar length whose padded size is at most max_tokens (or one row)."""
+        """Split rows into groups of similar length, of at most max_tokens each (or one row)."""
         order = index[self.lengths[index].argsort(descending=True, stable=True)]
-        start = 0
-        while start < len(order):
-            size = max(1, max_tokens // int(self.lengths[order[start]]))
-            yield order[start : start + size]
-            start += size
+        start = tokens = 0
+        for end, length in enumerate(self.lengths[order].tolist()):
+            if end > start and tokens + length > max_tokens:
+                yield order[start:end]
+                start, tokens = end, 0
+            tokens += length
+        if len(order):
+            yield order[start:]
 
 
 def build_experience(
@@ -120,20 +124,40 @@ def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=dtype)
 
 
-def attention_mask(batch: Experience) -> Tensor:
-    """[B, L], 1 on real tokens."""
-    positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
-    return (positions[None] < batch.lengths[:, None]).long()
+class PackedRows:
+    """A batch's tokens without its padding, as a model reads them, and where the answers stand in its hidden states."""
 
+    def __init__(self, batch: Experience):
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
+        self.real_BL = positions < batch.lengths[:, None]
+        self.packing = Packing(batch.lengths)
+        row, token = batch.mask.bool().nonzero(as_tuple=True)
+        self.predicting_N = self.packing.starts_S[row] + batch.prompt_lengths[row] - 1 + token
+        self.batch = batch
 
-def predicting_hidden(hidden_BLD: Tensor, batch: Experience) -> Tensor:
-    """Hidden states [N, D] from which each of the N valid completion tokens is predicted, row after row."""
-    row, token = batch.mask.bool().nonzero(as_tuple=True)
-    return hidden_BLD[row, batch.prompt_lengths[row] - 1 + token]
+    def read_by(self, model: AnyModel, **options: Any) -> Any:
+        """The trunk's output; its hidden states are [1, tokens, D]."""
+        return model.model(
+            input_ids=self.batch.input_ids[self.real_BL][None], packing=self.packing, use_cache=False, **options
+        )
+
+    def predicting(self, hidden_1LD: Tensor) -> Tensor:
+        """Hidden states [N, D] from which each of the N valid completion tokens is predicted, row after row."""
+        return hidden_1LD[0].index_select(0, self.predicting_N)
+
+    def last(self, hidden_1LD: Tensor) -> Tensor:
+        """Hidden states [B, D] of the rows' last tokens."""
+        return hidden_1LD[0].index_select(0, self.packing.last_S)
+
+    def padded(self, values: Tensor, fill: int) -> Tensor:
+        """[1, tokens, ...] to [B, L, ...]."""
+        table = values.new_full((*self.real_BL.shape, *values.shape[2:]), fill)
+        table[self.real_BL] = values[0]
+        return table
 
 
 def completion_tokens(batch: Experience) -> Tensor:
-    """The N valid completion tokens, in the order of `predicting_hidden`."""
+    """The N valid completion tokens, in the order of `PackedRows.predicting`."""
     row, token = batch.mask.bool().nonzero(as_tuple=True)
     return batch.input_ids[row, batch.prompt_lengths[row] + token]
 
@@ -159,23 +183,21 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
     Only completion tokens meet the vocabulary; adapters inside the policy take part. replay: tokens go to the experts
     that the batch has for them.
     """
-    model = unwrap(policy)
-    outputs = model.model(
-        input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch),
-        use_cache=False,
-        output_router_logits=True,
-        routed_experts=batch.routed_experts if replay else None,
-    )
-    hidden = predicting_hidden(outputs.last_hidden_state, batch)
+    model, packed = unwrap(policy), PackedRows(batch)
+    routed_experts = None
+    if replay and batch.routed_experts is not None:
+        routed_experts = batch.routed_experts[packed.real_BL][None]
+    outputs = packed.read_by(model, output_router_logits=True, routed_experts=routed_experts)
+    hidden = packed.predicting(outputs.last_hidden_state)
     logprobs, entropy = linear_logprobs(hidden, model.lm_head.weight, completion_tokens(batch), temperature)
-    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router, outputs.routed_experts)
+    routed_experts = None if outputs.routed_experts is None else packed.padded(outputs.routed_experts, fill=-1)
+    return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router, routed_experts)
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
     """Hidden state [B, T, D] from which the value of each completion token's state is read."""
-    hidden = unwrap(critic).model(input_ids=batch.input_ids, attention_mask=attention_mask(batch), use_cache=False)
-    features = predicting_hidden(hidden.last_hidden_state, batch)
+    packed = PackedRows(batch)
+    features = packed.predicting(packed.read_by(unwrap(critic)).last_hidden_state)
     padded = features.new_zeros(*batch.mask.shape, features.shape[-1])
     padded[batch.mask.bool()] = features
     return padded
@@ -190,7 +212,8 @@ def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
 
 def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:
     """The reward model's score [B], read at the last completion token."""
-    return scorer(input_ids=batch.input_ids, attention_mask=attention_mask(batch)).logits.squeeze(-1).float()
+    model, packed = unwrap(scorer), PackedRows(batch)
+    return model.score(packed.last(packed.read_by(model).last_hidden_state)).squeeze(-1).float()
 
 
 def unwrap(model: AnyModel) -> AnyModel:

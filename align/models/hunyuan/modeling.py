@@ -31,6 +31,8 @@ from align.models.hunyuan.moe import (
     choices_of_layers,
     report_routing,
 )
+from align.models.hunyuan.norm import RMSNorm, unit_rms
+from align.models.hunyuan.packing import Packing
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
 
 
@@ -73,24 +75,6 @@ class HunYuanSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
     router: RouterReport | None = None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * unit_rms(x, self.eps)
-
-
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, computed in fp32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def eager_attention(
@@ -152,6 +136,7 @@ class Attention(nn.Module):
         attention_mask: Tensor | None,
         shared_kv: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns the attention's output [B, T, D] and the group's (key, value), each [B, K, S, d]."""
@@ -162,7 +147,10 @@ class Attention(nn.Module):
 
         query = rotate(heads(self.q_proj(hidden_BTD)), *rotation)
         if self.config.use_qk_norm:
-            query = self.query_layernorm(query) * self.key_layernorm.weight
+            # The two weights meet first: they are vectors, and the queries are large.
+            query = unit_rms(query, self.config.rms_norm_eps) * (
+                self.query_layernorm.weight * self.key_layernorm.weight
+            )
         if self.owns_kv:
             key = rotate(heads(self.k_proj(hidden_BTD)), *rotation)
             if self.config.use_qk_norm:
@@ -172,8 +160,11 @@ class Attention(nn.Module):
                 key, value = past_key_values.update(key, value, self.cache_slot)
             shared_kv = (key, value)
         assert shared_kv is not None
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if packing is not None:
+            output = packing.attend(query, *shared_kv, scaling=self.scaling, dropout=dropout)
+            return self.o_proj(output.reshape(batch, length, -1)), shared_kv
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, _ = attend(self, query, *shared_kv, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), shared_kv
 
@@ -278,9 +269,14 @@ class HunYuanModel(HunYuanPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         routed_experts: Tensor | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> HunYuanModelOutput:
-        """routed_experts [B, T, layers, k]: experts that tokens go to, -1 where the router is to choose."""
+        """routed_experts [B, T, layers, k]: experts that tokens go to, -1 where the router is to choose.
+
+        packing: the input is one row of several sequences, and each attends to itself alone, by PyTorch's own kernels
+        whatever `attn_implementation` says. Raises `ValueError` together with a cache, a mask or positions.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.gradient_checkpointing and self.training:
@@ -290,15 +286,23 @@ class HunYuanModel(HunYuanPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
+        if packing is not None:
+            if hidden.shape[:2] != (1, packing.total):
+                raise ValueError(f"{packing.total} packed tokens are one row, not {tuple(hidden.shape[:2])}")
+            if any(given is not None for given in (past_key_values, attention_mask, position_ids)):
+                raise ValueError("packed sequences have neither a cache nor a mask or positions beside their packing")
+            position_ids = packing.position_ids
+        elif position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        if packing is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         rotation = rotation_tables(self.inv_freq, position_ids, hidden.dtype)
 
         token_mask = None
@@ -320,6 +324,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
                 attention_mask=causal_mask,
                 shared_kv=shared_kv,
                 past_key_values=past_key_values,
+                packing=packing,
                 **kwargs,
             )
             states.append(hidden)

@@ -49,8 +49,8 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms import current_platform
 
 from align.models.hunyuan.configuration import HunYuanConfig
-from align.models.hunyuan.modeling import RMSNorm, unit_rms
 from align.models.hunyuan.moe import mix_experts, route
+from align.models.hunyuan.norm import RMSNorm, unit_rms
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
 from align.models.weight_stream import digest
 
@@ -145,7 +145,9 @@ class Attention(nn.Module):
             query, _ = self.q_proj(hidden_TD)
         query = rotate(self._heads(query), *rotation)
         if self.config.use_qk_norm:
-            query = self.query_layernorm(query) * self.key_layernorm.weight
+            query = unit_rms(query, self.config.rms_norm_eps) * (
+                self.query_layernorm.weight * self.key_layernorm.weight
+            )
         return self.o_proj(self._attend(query, key, value))[0]
 
     def _attend(self, query: Any, key: Tensor | None, value: Tensor | None) -> Tensor:

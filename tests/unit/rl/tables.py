@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
 from align.data import PromptRow
+from align.models.hunyuan.packing import Packing
 from align.rl.draw import Sampler
 from align.rl.look_back import look_back
 from align.rl.score import Round, scored_round
@@ -36,8 +37,9 @@ class Table(nn.Module):
         nn.init.zeros_(self.lm_head.weight)
         nn.init.zeros_(self.score.weight)
 
-    def model(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        place = torch.arange(input_ids.shape[1]).clamp_max(self.horizon - 1)
+    def model(self, input_ids: Tensor, packing: Packing | None = None, **_: Any) -> SimpleNamespace:
+        place = torch.arange(input_ids.shape[1]) if packing is None else packing.position_ids
+        place = place.clamp_max(self.horizon - 1)
         states = nn.functional.one_hot(place * self.tokens + input_ids, self.horizon * self.tokens)
         return SimpleNamespace(last_hidden_state=states.to(self.lm_head.weight.dtype), router=None, routed_experts=None)
 

@@ -1,0 +1,75 @@
+"""RMSNorm with its gradient written out.
+
+Normalising is cheap arithmetic on large tensors, so its time is that of reading and writing them; autograd's chain of
+small steps takes about twice as many passes over memory as the closed form does.
+
+Shapes: D is the last dimension, over which the mean is taken; r = 1 / sqrt(mean(x^2) + eps).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class RMSNorm(nn.Module):
+    """x * r * weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return _RmsNorm.apply(x, self.weight, self.eps)
+        return self.weight * unit_rms(x, self.eps)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x * r over the last dimension, computed in fp32."""
+    return _UnitRms.apply(x.float(), eps).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _UnitRms(torch.autograd.Function):
+    """y = r x; dx = r (dy - y mean(dy . y))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        r = _inverse_rms(x, eps)
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, r = ctx.saved_tensors
+        mean = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, mean, value=-1).mul_(r), None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = r x w; dw = sum over rows of r x dy; dx = r w dy - r^3 x mean(w dy . x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        product = (grad * x).reshape(-1, x.shape[-1])  # both sums below are matrix-vector products with it
+        d_weight = r.reshape(-1) @ product
+        along_x = (product @ weight).view_as(r).mul_(r**3).div_(x.shape[-1])
+        return (grad * weight).mul_(r).addcmul_(x, along_x, value=-1), d_weight, None

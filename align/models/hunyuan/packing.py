@@ -1,0 +1,100 @@
+"""Sequences of different lengths laid one behind the other, so that nothing is computed for padding.
+
+Only attention needs to know where one ends: everything else treats tokens one by one.
+
+Shapes: S sequences, N tokens of all of them, H query heads, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from align.models.hunyuan.moe import Gather
+
+SHORTEST = 0.75
+"""Attention pads sequences to the longest of a group; one that is shorter than this share of it opens another."""
+
+
+class Packing:
+    """Where each of S sequences lies among N tokens.
+
+    lengths_S: in the order in which they are laid out. Raises `ValueError` for one without tokens.
+    """
+
+    def __init__(self, lengths_S: Tensor):
+        lengths: list[int] = lengths_S.tolist()
+        if not lengths or min(lengths) < 1:
+            raise ValueError("a sequence without tokens cannot be packed")
+        device = lengths_S.device
+        self.total = sum(lengths)
+        self.starts_S = lengths_S.cumsum(0) - lengths_S
+        self.last_S = self.starts_S + lengths_S - 1
+        tokens = torch.arange(self.total, device=device)
+        self.position_ids = (tokens - self.starts_S.repeat_interleave(lengths_S, output_size=self.total))[None]
+        self._equal = len(set(lengths)) == 1  # then tokens already lie where attention wants them
+        groups = _of_similar_length(lengths)
+        self._shapes = [(len(group), lengths[group[0]]) for group in groups]
+        # slots: which token each padded place of a group holds, groups one behind the other. Padding holds its
+        # sequence's last token again. places: where each token is among those.
+        slots, places, first = [], torch.empty_like(tokens), 0
+        for group, (count, width) in zip(groups, self._shapes, strict=True):
+            rows = torch.tensor(group, device=device)[:, None]
+            token = torch.minimum(self.starts_S[rows] + tokens[:width], self.last_S[rows])
+            real = tokens[:width] < lengths_S[rows]
+            places[token[real]] = first + real.flatten().nonzero()[:, 0]
+            slots.append(token.flatten())
+            first += count * width
+        self._slots, self._places = torch.cat(slots), places
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
+        """Causal attention inside each sequence: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d]."""
+        outputs = []
+        for q, k, v in zip(*(self._groups(x) for x in (query, key, value)), strict=True):
+            # Padding stands behind what is real, so that causality alone hides it.
+            attended = scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        if self._equal:
+            return outputs[0][None]
+        return _Unpad.apply(torch.cat(outputs), self._places)[None]
+
+    def _groups(self, x: Tensor) -> Iterator[Tensor]:
+        """[1, heads, N, d] -> [sequences, heads, width, d] of each group."""
+        rows = x[0].transpose(0, 1)
+        if not self._equal:
+            # Its gradient takes nothing from padding, and there is none: what attends to padding is dropped.
+            rows = Gather.apply(rows, self._slots, self._places, 1)
+        sizes = [count * width for count, width in self._shapes]
+        for part, shape in zip(rows.split(sizes), self._shapes, strict=True):
+            yield part.unflatten(0, shape).transpose(1, 2)
+
+
+class _Unpad(torch.autograd.Function):
+    """Tokens out of their padded places. Padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(padded)
+        return padded.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, places, grad), None
+
+
+def _of_similar_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of sequences, those of similar length together, each group's longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or lengths[i] < SHORTEST * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

@@ -1,0 +1,121 @@
+"""Sequences laid one behind the other against the same model on each of them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan.packing import SHORTEST, Packing
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "moe_topk": 2,
+    "num_shared_expert": 1,
+    "cla_share_factor": 2,
+    "router_aux_loss_coef": 0.0,
+}
+LENGTHS = {
+    "several groups": [3, 17, 1, 9, 16, 1, 8],
+    "all of one length": [6, 6, 6],
+    "one sequence": [5],
+    "single tokens": [1, 1, 1],
+    "one group": [8, 7, 6],
+}
+
+
+def build(**changes) -> HunYuanForCausalLM:
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, **changes}))
+    with torch.no_grad():  # norms whose weights are one would hide that a weight is left out
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def tokens_of(lengths: list[int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator) for length in lengths]
+
+
+def read(model: HunYuanForCausalLM, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Hidden states [N, D] of the packed sequences."""
+    packing = Packing(torch.tensor([len(ids) for ids in sequences]))
+    return model.model(input_ids=torch.cat(sequences)[None], packing=packing, use_cache=False).last_hidden_state[0]
+
+
+def gradients(model: HunYuanForCausalLM, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a sum in which every hidden number has a weight of its own."""
+    model.zero_grad()
+    (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("changes", [{}, {"use_cla": False, "num_key_value_heads": 4}], ids=["shared", "own keys"])
+def test_packed_sequences_equal_each_alone_in_values_and_gradients(case, changes) -> None:
+    model, sequences = build(**changes), tokens_of(LENGTHS[case])
+    alone = torch.cat([model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in sequences])
+    packed = read(model, sequences)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    expected, found = gradients(model, alone), gradients(model, packed)
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * max(1.0, largest), rtol=1e-5)
+
+
+def test_a_sequence_does_not_feel_its_neighbours() -> None:
+    model, (first, second, third) = build(), tokens_of([7, 12, 4])
+    before = read(model, [first, second, third])
+    after = read(model, [first, (second + 1) % SIZES["vocab_size"], third])
+    torch.testing.assert_close(after[:7], before[:7], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after[19:], before[19:], atol=1e-6, rtol=0)
+    assert (after[7:19] - before[7:19]).abs().max() > 1e-2
+
+
+def test_gradient_checkpointing_of_packed_sequences_is_exact() -> None:
+    model, sequences = build().train(), tokens_of(LENGTHS["several groups"])
+    plain = gradients(model, read(model, sequences))
+    model.gradient_checkpointing_enable()
+    again = gradients(model, read(model, sequences))
+    assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
+
+
+def test_attention_pads_little() -> None:
+    lengths = torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(0))
+    packing = Packing(lengths)
+    assert packing.total == lengths.sum() <= len(packing._slots) < packing.total / SHORTEST
+
+
+def test_attention_dropout_acts_in_training_and_keeps_the_mean() -> None:
+    packing = Packing(torch.tensor([2, 64]))
+    query, key = torch.zeros(1, 1, 66, 4), torch.zeros(1, 1, 66, 4)
+    drawn = packing.attend(query, key, torch.ones(1, 1, 66, 4), scaling=1.0, dropout=0.5)[0, 2:, 0, 0]
+    assert drawn.std() > 0.05
+    assert drawn[8:].mean().item() == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0]])
+def test_a_sequence_without_tokens_is_refused(lengths) -> None:
+    with pytest.raises(ValueError, match="without tokens"):
+        Packing(torch.tensor(lengths, dtype=torch.long))
+
+
+def test_what_contradicts_a_packing_is_refused() -> None:
+    model, packing = build(), Packing(torch.tensor([2, 3]))
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="one row"):
+        model.model(input_ids=ids[:, :4], packing=packing, use_cache=False)
+    for beside in ({"attention_mask": torch.ones_like(ids)}, {"position_ids": torch.arange(5)[None]}):
+        with pytest.raises(ValueError, match="neither a cache"):
+            model.model(input_ids=ids, packing=packing, use_cache=False, **beside)
+    with pytest.raises(ValueError, match="neither a cache"):
+        model.model(input_ids=ids, packing=packing, use_cache=True)

@@ -1,0 +1,63 @@
+"""Gradients that are written out against the formulas under autograd, and against finite differences in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from align.models.hunyuan.norm import RMSNorm, _RmsNorm, _UnitRms, unit_rms
+from align.models.hunyuan.rope import _Rotation, rotate, rotation_tables
+
+EPS = 1e-3
+"""Large enough to be seen in the numbers."""
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape))
+    ).requires_grad_()
+
+
+def test_norm_gradients_equal_finite_differences() -> None:
+    assert torch.autograd.gradcheck(lambda x: _UnitRms.apply(x, EPS), (doubles(2, 3, 5),))
+    assert torch.autograd.gradcheck(lambda x, weight: _RmsNorm.apply(x, weight, EPS), (doubles(2, 3, 5), doubles(5)))
+
+
+def test_rotation_gradients_equal_finite_differences() -> None:
+    cos, sin = (t.double() for t in tables(torch.float32))
+    assert torch.autograd.gradcheck(lambda x: _Rotation.apply(x, cos, sin), (doubles(2, 3, 4, 6),))
+
+
+def tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 7]])
+    return rotation_tables(torch.tensor([1.0, 0.3, 0.01]), positions, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_the_formula(dtype) -> None:
+    x, weight = (doubles(*shape).detach().to(dtype).requires_grad_() for shape in ((2, 3, 8), (8,)))
+    wide = x.double()
+    unit = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    module = RMSNorm(8, EPS).to(dtype)
+    module.weight.data.copy_(weight.data)
+    for found, expected in ((unit_rms(x, EPS), unit), (module(x), unit * weight.double())):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, **tolerance)
+    d_x, d_weight = torch.autograd.grad((module(x).float() * 2).square().sum(), (x, module.weight))
+    e_x, e_weight = torch.autograd.grad((unit * weight.double() * 2).square().sum(), (x, weight))
+    torch.testing.assert_close(d_x.double(), e_x.double(), atol=tolerance["atol"] * 40, rtol=tolerance["rtol"] * 10)
+    torch.testing.assert_close(
+        d_weight.double(), e_weight.double(), atol=tolerance["atol"] * 40, rtol=tolerance["rtol"] * 10
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_is_a_multiplication_by_a_complex_number(dtype) -> None:
+    x = doubles(2, 3, 4, 6).detach().to(dtype)
+    angles = torch.tensor([[0.0, 1, 2, 3], [0, 1, 0, 7]])[:, None, :, None] * torch.tensor([1.0, 0.3, 0.01])
+    low, high = x.double().chunk(2, dim=-1)
+    turned = torch.complex(low, high) * torch.polar(torch.ones_like(angles.double()), angles.double())
+    found = rotate(x, *tables(dtype))
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 3e-2, rtol=1e-2)
