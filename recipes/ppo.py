@@ -8,24 +8,25 @@ from functools import partial
 from align.config.ppo import PpoStage
 from align.data import prepare_prompts, stop_token_ids
 from align.losses.kl import adapted_kl_coef
-from align.models.lora import AnyModel
 from align.rl.draw import Sampler
+from align.rl.follow import follow, is_follower, policy_weights, spread_learners, tell
 from align.rl.log import RoundLog
 from align.rl.look_back import look_back
 from align.rl.score import scored_round
 from align.rl.state import Checkpoint, Progress
-from align.rl.team import build_team
+from align.rl.team import Team, build_team
 from align.rl.update import update
 from align.rollout.base import RolloutEngine
 from align.rollout.build import build_engine
 from align.rollout.scoring import Scorer
-from align.rollout.weights import published_weights
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
 from align.train.ema import Ema
 from align.train.run_folder import StageContext, remove_folder
 
 
 def run(context: StageContext) -> dict:
+    if is_follower():
+        return follow(context)
     stage: PpoStage = context.stage
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
@@ -63,7 +64,7 @@ def run(context: StageContext) -> dict:
             remove_folder(checkpoint.folder)  # of an earlier run of this stage
         elif checkpoint.exists:
             progress = checkpoint.load()
-            send_weights(engine, policy, version=progress.step)
+            send_weights(engine, team, version=progress.step)
             context.say(f"  resuming at step {progress.step}")
         else:
             checkpoint.resume_sampler(position=0)
@@ -83,8 +84,10 @@ def run(context: StageContext) -> dict:
             elif progress.step + 1 < stage.steps:
                 sampler.begin()
             with log.clock("logprobs"):
+                tell("look_back", scored.batch, progress.kl_coef)
                 metrics = scored.metrics | look_back(stage, team, scored.batch, progress.kl_coef)
             with log.clock("update"):
+                tell("update", progress.step, progress.kl_coef)
                 metrics |= update(
                     stage, team, scored.batch, step=progress.step, seed=context.seed, kl_coef=progress.kl_coef
                 )
@@ -95,20 +98,23 @@ def run(context: StageContext) -> dict:
                     sampler.wait()
             with log.clock("sync"):
                 engine.wake()
-                metrics |= send_weights(engine, policy, version=progress.step + 1)
+                metrics |= send_weights(engine, team, version=progress.step + 1)
             progress = advanced(stage, progress, metrics)
             log.finish_round(scored, metrics)
             if progress.step % stage.checkpoint_every == 0:
                 checkpoint.save(progress)
+    tell("finish")
     with ema.applied(policy) if ema is not None else nullcontext():
-        save_model(policy, tokenizer, context.dir, context.recipe.dtype)
+        save_model(policy, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
 
 
-def send_weights(engine: RolloutEngine, policy: AnyModel, version: int) -> dict[str, float]:
+def send_weights(engine: RolloutEngine, team: Team, version: int) -> dict[str, float]:
     """Give the sampler the policy's weights; what it took."""
-    engine.update_weights(published_weights(policy), version=version)
-    engine.offer_weights(partial(published_weights, policy))
+    tell("send")
+    engine.update_weights(policy_weights(team), version=version)
+    if not spread_learners(team):  # their ranks do not stand by to send the weights again
+        engine.offer_weights(partial(policy_weights, team))
     return engine.last_sync.metrics() if engine.last_sync is not None else {}
 
 

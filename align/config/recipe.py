@@ -72,13 +72,17 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
         for name, stage in self.stages.items():
-            if self.parallel is None or not isinstance(stage, TrainingStage):
+            if self.parallel is None or not isinstance(stage, TrainingStage | PpoStage):
                 continue
-            if stage.lora is not None:
+            critic = ".critic" if isinstance(stage, PpoStage) and stage.critic.lora is not None else ""
+            if stage.lora is not None or critic:
                 raise ValueError(
-                    f"stages.{name}.lora: adapters are trained by one process only; remove lora, or run this stage "
-                    "with --only and without parallel"
+                    f"stages.{name}{critic}.lora: adapters are trained by one process only; remove lora, or run this "
+                    "stage with --only and without parallel"
                 )
+            if isinstance(stage, PpoStage):
+                fit_for_several(name, stage, self.parallel)
+                continue
             a_pass = stage.micro_batch_size * self.parallel.processes
             if stage.batch_size % a_pass:
                 raise ValueError(
@@ -86,6 +90,19 @@ class Recipe(Part):
                     f"makes passes of {a_pass} rows, which does not divide batch_size {stage.batch_size}; change one"
                 )
         return self
+
+
+def fit_for_several(name: str, stage: PpoStage, parallel: Parallel) -> None:
+    """Raise ValueError for what policy optimisation cannot do under DeepSpeed."""
+    if parallel.zero_stage == 0:
+        raise ValueError(f"stages.{name}: PPO needs zero_stage 1, 2 or 3, and zero_stage is 0; change it")
+    if stage.ema_decay is not None:
+        raise ValueError(f"stages.{name}.ema_decay: weights are averaged by one process only; remove it, or parallel")
+    if stage.rollout.engine == "vllm" and parallel.processes > 1:
+        raise ValueError(
+            f"stages.{name}.rollout.engine: vLLM inside one of {parallel.processes} processes would take the others "
+            "for its own; write remote, with start_servers: 1"
+        )
 
 
 LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"

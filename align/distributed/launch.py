@@ -25,6 +25,14 @@ GRACE = 5.0
 """Seconds between asking the other ranks to end and killing them."""
 
 
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_of_its_own() -> dict[str, str]:
+    """For a process that a rank starts and that must not take itself for that rank."""
+    return {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
+
+
 def is_rank() -> bool:
     """True in a process that something has started as one of several (torchrun, accelerate, Slurm, this module)."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:

@@ -75,7 +75,11 @@ def own_piece(parameter: Any) -> Piece | None:
     return next((piece for piece in pieces(parameter) if piece.rank == rank), None)
 
 
+def held_values(parameter: Any) -> Tensor:
+    """The memory in which this rank has its part of a parameter."""
+    return parameter.ds_tensor if is_partitioned(parameter) else parameter
+
+
 def own_values(parameter: Any, piece: Piece) -> Tensor:
     """The elements of this rank's run, flat, in the precision of the forward pass."""
-    held = parameter.ds_tensor if is_partitioned(parameter) else parameter.detach().flatten()
-    return held.detach()[: piece.size]
+    return held_values(parameter).detach().flatten()[: piece.size]

@@ -78,32 +78,38 @@ def save_training_state(engine: Any, folder: Path) -> None:
     """Every rank writes its file; the folder holds the whole state once all have returned."""
     rank, processes = world()
     folder.mkdir(parents=True, exist_ok=True)
+    steps = adam_steps(engine)
+    kinds = KINDS if steps else KINDS[:1]  # before its first step AdamW has no moments
     tensors = {
         f"{kind}:{held.name}@{held.start}": held.read(kind).to("cpu", copy=True).contiguous()
         for held in held_parameters(engine)
         if held.count
-        for kind in KINDS
+        for kind in kinds
     }
     path = folder / f"state-{rank:05d}-of-{processes:05d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     partial.rename(path)
     if rank == 0:
-        (folder / "state.json").write_text(json.dumps({"processes": processes, "steps": adam_steps(engine)}))
+        (folder / "state.json").write_text(json.dumps({"processes": processes, "steps": steps}))
     if dist.is_initialized():
         dist.barrier()
 
 
 def load_training_state(engine: Any, folder: Path) -> None:
     """Put every rank's part back, whatever the number of processes that wrote it; raises `UserError` for a hole."""
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder.parent} was written by a run without `parallel`; resume it without, or start again.")
     about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    kinds = KINDS if about["steps"] else KINDS[:1]
     files = [folder / f"state-{r:05d}-of-{about['processes']:05d}.safetensors" for r in range(about["processes"])]
     for file in files:
         if not file.is_file():
             raise UserError(
                 f"{file} is missing; copy it, or remove {folder.parent} to resume from an earlier checkpoint."
             )
-    set_adam_steps(engine, about["steps"])
+    if about["steps"]:
+        set_adam_steps(engine, about["steps"])
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         runs: dict[str, list[tuple[int, Any, str]]] = {}
@@ -112,7 +118,7 @@ def load_training_state(engine: Any, folder: Path) -> None:
                 what, _, start = key.rpartition("@")
                 runs.setdefault(what, []).append((int(start), tensors, key))
         for held in held_parameters(engine):
-            for kind in KINDS if held.count else ():
+            for kind in kinds if held.count else ():
                 held.write(kind, assemble(runs.get(f"{kind}:{held.name}", []), held, folder))
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()

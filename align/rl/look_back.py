@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
+from align.distributed.passes import largest, shared_passes, summed
 from align.losses import advantages
 from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance
@@ -42,28 +43,36 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     batch.old_logprobs, batch.ref_logprobs, entropy = (torch.zeros(shape) for _ in range(3))
     if team.critic is not None:
         batch.values = torch.zeros(shape)
-    for micro in batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens):
+    for micro, counts in shared_passes(list(batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens))):
         rows = batch.rows(micro).to(team.device)
         width = rows.mask.shape[1]
-        output = policy_output(
-            team.policy.model, rows, stage.rollout.temperature, replay=stage.routing_replay == "rollout"
-        )
+        replay = stage.routing_replay == "rollout"
+        output = team.policy.ask(policy_output, rows, stage.rollout.temperature, replay=replay)
         if stage.routing_replay == "trainer" and output.routed_experts is not None:
             keep_routing(batch, micro, output.routed_experts.cpu())
-        batch.old_logprobs[micro, :width] = output.logprobs.cpu()
-        entropy[micro, :width] = output.entropy.cpu()
-        with team.reference() as reference:
-            logprobs = policy_output(reference, rows, stage.rollout.temperature).logprobs
-        batch.ref_logprobs[micro, :width] = logprobs.cpu()
+        batch.old_logprobs[micro, :width] = counts * output.logprobs.cpu()
+        entropy[micro, :width] = counts * output.entropy.cpu()
+        logprobs = team.ask_reference(policy_output, rows, stage.rollout.temperature).logprobs
+        batch.ref_logprobs[micro, :width] = counts * logprobs.cpu()
         if team.critic is None or batch.values is None:
             continue
         if stage.critic.trainable == "head":
-            rows.features = critic_features(team.critic.model, rows)
+            rows.features = team.critic.ask(critic_features, rows)
             if batch.features is None:
                 batch.features = torch.zeros(*shape, rows.features.shape[-1])
-            batch.features[micro, :width] = rows.features.float().cpu()
-        batch.values[micro, :width] = critic_values(team.critic.model, rows).cpu()
+            batch.features[micro, :width] = counts * rows.features.float().cpu()
+        batch.values[micro, :width] = counts * team.critic.ask(critic_values, rows).cpu()
+    exchange(batch, entropy, team.device)
     return {"entropy": masked_mean(entropy, batch.mask).item()}
+
+
+def exchange(batch: Experience, entropy: Tensor, device: torch.device) -> None:
+    """Each rank has filled its own rows and left the others zero; afterwards all have all."""
+    for tensor in (batch.old_logprobs, batch.ref_logprobs, entropy, batch.values, batch.features):
+        if tensor is not None:
+            tensor.copy_(summed(tensor, device))
+    if batch.routed_experts is not None:
+        batch.routed_experts = largest(batch.routed_experts, device)
 
 
 def keep_routing(batch: Experience, rows: Tensor, routed_experts: Tensor) -> None:

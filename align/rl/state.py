@@ -7,12 +7,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from align.errors import UserError
 from align.rl.draw import Draw, Sampler
+from align.rl.follow import load_learners, save_learners, spread_learners, tell
 from align.rl.team import Team
 from align.rollout.scoring import Scorer
 from align.rollout.store import completion_tensors, stored_completions
 from align.train.ema import Ema
-from align.train.run_folder import replace_file
+from align.train.learner import Learner
+from align.train.run_folder import remove_folder, replace_file
 from align.train.state import load_state, save_state
 
 DRAWN = "drawn.safetensors"
@@ -46,7 +49,12 @@ class Checkpoint:
         tensors = {f"ema.{name}": tensor for name, tensor in (self.ema.average if self.ema else {}).items()}
         if ahead is not None:
             tensors |= completion_tensors(ahead.position, ahead.completions)
-        learners = self.team.learners
+        learners, parts = self._own_learners(), None
+        if spread_learners(self.team):
+            parts = self.folder / "next"
+            remove_folder(parts)
+            tell("save", parts)
+            save_learners(self.team, parts)
         save_state(
             self.folder / "last",
             {name: learner.model for name, learner in learners.items()},
@@ -58,7 +66,13 @@ class Checkpoint:
                 "scorer": self.scorer.state_dict(),
             },
             tensors,
+            parts,
         )
+
+    def _own_learners(self) -> dict[str, Learner]:
+        """Those that this process holds whole."""
+        spread = spread_learners(self.team)
+        return {name: learner for name, learner in self.team.learners.items() if name not in spread}
 
     def save_drawn(self, drawn: Draw) -> None:
         """Keep a round between its sampling and its update."""
@@ -67,9 +81,17 @@ class Checkpoint:
 
     def load(self) -> Progress:
         """Put everything back."""
-        learners = self.team.learners
+        learners, last = self._own_learners(), self.folder / "last"
+        if (last / "policy").is_dir() != bool(spread_learners(self.team)):
+            raise UserError(
+                f"{last}: of the interrupted run and this one, one has a `parallel` section and one has none; give "
+                "both or neither (parallel.processes may differ), or start the stage again without --resume."
+            )
+        if spread_learners(self.team):
+            tell("load", last)
+            load_learners(self.team, last)
         counters, tensors = load_state(
-            self.folder / "last",
+            last,
             {name: learner.model for name, learner in learners.items()},
             {name: learner.optimizer for name, learner in learners.items()},
         )

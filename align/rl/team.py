@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,44 +16,48 @@ from align.train.checkpoint import load_policy, load_scorer
 from align.train.device import training_device
 from align.train.learner import Learner
 from align.train.run_folder import StageContext
+from align.train.spread_learner import SpreadLearner, frozen_engine
 
 
 @dataclass
 class Team:
     """Who learns and who is only asked. ref_model: None when it is the policy with its adapters off; critic: None for
-    the algorithms that have none."""
+    the algorithms that have none; ref_engine: what brings a spread ref_model together."""
 
     policy: Learner
     ref_model: AnyModel | None = None
     critic: Learner | None = None
+    ref_engine: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
 
-    @contextmanager
-    def reference(self) -> Iterator[AnyModel]:
-        """The reference policy, for the length of a with block."""
+    def ask_reference(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        """question(reference policy, ...)."""
+        if self.ref_engine is not None:
+            return self.ref_engine(question, *arguments)
         if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with self.policy.model.disable_adapter():
-                yield self.policy.model
+            return question(self.ref_model, *arguments)
+        with self.policy.model.disable_adapter():
+            return self.policy.ask(question, *arguments)
 
 
 def build_team(context: StageContext) -> Team:
     """Everyone from the checkpoints that the stage names; in evaluation mode, for dropout would make the same tokens'
     log-probabilities differ between passes."""
     stage: PpoStage = context.stage
-    device = training_device()
+    device, parallel = training_device(), context.recipe.parallel
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
-    policy = load_policy(parent, context.trained_dtype).to(device)
+    policy = load_policy(parent, context.trained_dtype, parallel).to(device)
     if stage.lora:
         policy = add_lora(policy, stage.lora, task="CAUSAL_LM")
     critic = build_critic(context).to(device) if stage.algorithm == "ppo" else None
-    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype).requires_grad_(False).to(device)
+    ref_model = (
+        None if stage.lora else load_policy(parent, context.trained_dtype, parallel).requires_grad_(False).to(device)
+    )
     for model in (policy, critic, ref_model):
         if model is not None:
             model.eval()
@@ -60,10 +65,17 @@ def build_team(context: StageContext) -> Team:
     critic_settings = stage.optimizer.model_copy(
         update={"learning_rate": stage.critic.learning_rate, "max_grad_norm": clipping}
     )
+    learner: Callable[..., Learner] = Learner
+    ref_engine = None
+    if parallel is not None:
+        learner = partial(SpreadLearner, parallel=parallel, dtype=context.trained_dtype)
+        if ref_model is not None:
+            ref_engine = frozen_engine(ref_model, parallel, context.trained_dtype)
     return Team(
-        policy=Learner(policy, stage.optimizer, total=stage.steps),
+        policy=learner(policy, stage.optimizer, total=stage.steps),
         ref_model=ref_model,
-        critic=None if critic is None else Learner(critic, critic_settings, total=stage.steps),
+        critic=None if critic is None else learner(critic, critic_settings, total=stage.steps),
+        ref_engine=ref_engine,
         device=device,
     )
 
@@ -74,7 +86,9 @@ def build_critic(context: StageContext) -> AnyModel:
     scorers = [reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)]
     parent = stage.critic.init_from or (scorers[0] if scorers else stage.init_from)
     full = stage.critic.trainable == "all" and not stage.critic.lora
-    critic = load_scorer(context.checkpoint(parent), "float32" if full else context.recipe.dtype, fresh_head=True)
+    parallel = context.recipe.parallel
+    dtype = "float32" if full and parallel is None else context.recipe.dtype  # as in `trained_dtype`
+    critic = load_scorer(context.checkpoint(parent), dtype, fresh_head=True, parallel=parallel)
     if stage.critic.lora:
         critic = add_lora(critic, stage.critic.lora, task="SEQ_CLS")
     if stage.critic.trainable == "head":

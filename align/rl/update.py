@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
+from align.distributed.passes import shared_passes, summed
 from align.losses.kl import kl_loss
 from align.losses.ppo import importance_weight, policy_loss, value_loss
 from align.losses.reduce import averaging_weights
@@ -62,20 +63,23 @@ def gather_gradients(
 ) -> Metrics:
     """Gradients of a mini-batch, in as many passes as its tokens need; their split changes nothing."""
     found: Metrics = {}
-    for micro in batch.micro_batches(mini, stage.micro_batch_tokens):
+    for micro, counts in shared_passes(list(batch.micro_batches(mini, stage.micro_batch_tokens))):
         rows = batch.rows(micro).to(team.device)
+        if not counts:
+            rows.loss_mask = torch.zeros_like(rows.loss_mask)
         parts = learn_policy(stage, team, rows, whole, kl_coef) if policy_learns else {}
         if team.critic is not None:
             parts |= learn_values(stage, team, rows, whole)
         for name, value in parts.items():
             found[name] = found.get(name, 0.0) + float(value)
-    return found
+    sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), team.device)
+    return dict(zip(found, sums.tolist(), strict=True))
 
 
 def learn_policy(stage: PpoStage, team: Team, rows: Experience, whole: Whole, kl_coef: float) -> dict[str, Tensor]:
     """Gradients of the policy's loss on some rows, as their share of the whole mini-batch."""
     replay = stage.routing_replay != "none"
-    output = policy_output(team.policy.model, rows, stage.rollout.temperature, replay=replay)
+    output = team.policy.ask(policy_output, rows, stage.rollout.temperature, replay=replay)
     old, mask = known(rows.old_logprobs), rows.loss_mask
     average = averaging_weights(
         mask,
@@ -134,7 +138,7 @@ def learn_values(stage: PpoStage, team: Team, rows: Experience, whole: Whole) ->
     """Gradients of the critic's loss on some rows, as their share of the whole mini-batch."""
     assert team.critic is not None
     loss, metrics = value_loss(
-        critic_values(team.critic.model, rows),
+        team.critic.ask(critic_values, rows),
         known(rows.values),
         known(rows.returns),
         rows.loss_mask,

@@ -13,7 +13,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from align.losses.linear_head import linear_logprobs
 from align.models.hunyuan.moe import RouterReport
 from align.models.hunyuan.packing import Packing
 from align.models.lora import AnyModel
@@ -189,7 +188,7 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
         routed_experts = batch.routed_experts[packed.real_BL][None]
     outputs = packed.read_by(model, output_router_logits=True, routed_experts=routed_experts)
     hidden = packed.predicting(outputs.last_hidden_state)
-    logprobs, entropy = linear_logprobs(hidden, model.lm_head.weight, completion_tokens(batch), temperature)
+    logprobs, entropy = model.lm_head(hidden, completion_tokens(batch), temperature)
     routed_experts = None if outputs.routed_experts is None else packed.padded(outputs.routed_experts, fill=-1)
     return PolicyOutput(spread(logprobs, batch), spread(entropy, batch), outputs.router, routed_experts)
 

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from align.config.rollout import Rollout
+from align.distributed.launch import environment_of_its_own
 from align.errors import UserError
 from align.rollout.server import MARK, Server
 from align.rollout.vllm_options import check_checkpoint, engine_options, prepare_vllm
@@ -201,7 +202,7 @@ class StartedServer(Server):
         self._command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         self._command += ["--no-prefix-caching"] * (not rollout.prefix_caching)
         self._command += ["--return-routing"] * rollout.return_routing
-        self._environment = {**os.environ, PARENT: str(os.getpid())}
+        self._environment = {**environment_of_its_own(), PARENT: str(os.getpid())}
         # The in-process engine's setting; a server's front and its engine are two processes.
         self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         if devices is not None:

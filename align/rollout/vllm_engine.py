@@ -51,6 +51,8 @@ class VllmEngine:
         self._recorder: RoutingRecorder | None = None
         check_checkpoint(checkpoint, rollout)
         with undisturbed_torch():
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            prepare_vllm()
             GROUPS.enter()
             try:
                 self._llm: Any = _start(checkpoint, rollout, dtype, seed)
@@ -201,8 +203,6 @@ def undisturbed_torch() -> Iterator[None]:
 
 
 def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    prepare_vllm()
     from vllm import LLM
 
     return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed))

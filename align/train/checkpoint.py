@@ -24,7 +24,7 @@ from transformers import (
 import align.models  # noqa: F401 (registers HunYuan)
 from align.config.parallel import Parallel
 from align.data.chat import prepare_chat_template
-from align.distributed.layout import whole_shape, world
+from align.distributed.layout import held_values, whole_shape, world
 from align.distributed.room import require_room
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
@@ -179,10 +179,13 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False, parallel:
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
         if parallel is not None:
-            return _load_spread(HunYuanForSequenceClassification, settings, folder, dtype, parallel)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
+            model = _load_spread(HunYuanForSequenceClassification, settings, folder, dtype, parallel)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=settings, dtype=getattr(torch, dtype)
+            )
     if fresh_head:
-        nn.init.zeros_(model.score.weight)
+        nn.init.zeros_(held_values(model.score.weight))
     return model
 
 

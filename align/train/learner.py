@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,10 @@ class Learner:
         factor = schedule_factor(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
+
+    def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """question(model, ...): whatever looks at the model does it through here."""
+        return question(self.model, *arguments, **options)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -19,8 +19,10 @@ def save_state(
     optimizers: dict[str, torch.optim.Optimizer],
     counters: dict[str, Any],
     others: dict[str, Tensor] | None = None,
+    parts: Path | None = None,
 ) -> None:
-    """Write `folder` whole or not at all. others: further tensors, under names of the caller's."""
+    """Write `folder` whole or not at all. others: further tensors, under names of the caller's; parts: a folder whose
+    content becomes part of this one."""
     tensors = {"rng": torch.get_rng_state()}
     tensors |= {f"other.{name}": tensor.contiguous() for name, tensor in (others or {}).items()}
     for key, model in models.items():
@@ -34,6 +36,8 @@ def save_state(
     def write(target: Path) -> None:
         save_file(tensors, target / "state.safetensors")
         (target / "state.json").write_text(json.dumps(counters), encoding="utf-8")
+        for part in parts.iterdir() if parts is not None else ():
+            part.rename(target / part.name)
 
     replace_folder(folder, write)
 

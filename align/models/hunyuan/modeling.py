@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from align.losses.linear_head import linear_logprobs
 from align.models.hunyuan.checkpoint import device_for_pieces, load_pieces
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.moe import (
@@ -349,6 +350,18 @@ class HunYuanModel(HunYuanPreTrainedModel):
         )
 
 
+class TokenHead(nn.Linear):
+    """Scores of the vocabulary; given `tokens_N`, their log-probabilities and the entropy, as `linear_logprobs`.
+
+    A module's own call and not a look at its weight: ZeRO 3 brings the weight together for calls.
+    """
+
+    def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
+        if tokens_N is None:
+            return super().forward(hidden)
+        return linear_logprobs(hidden, self.weight, tokens_N, temperature)
+
+
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     """The language model."""
 
@@ -357,7 +370,7 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
         self.model = HunYuanModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TokenHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from align.distributed.launch import free_port
+from tests.unit.distributed.started import run_ranks
 
-ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    place = {"WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder)],
-            env={
-                **os.environ,
-                **place,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "PYTHONWARNINGS": "ignore",
-            },
-            stderr=open(folder / f"{rank}.log", "wb"),  # noqa: SIM115 (lives as long as the rank)
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        codes = [rank.wait(560) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * request.param, (folder / "0.log").read_text()[-3000:]
+    run_ranks("ranks.py", request.param, folder)
     return json.loads((folder / "rank-0.json").read_text())
 
 

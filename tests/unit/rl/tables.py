@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
 from align.data import PromptRow
+from align.models.hunyuan.modeling import TokenHead
 from align.models.hunyuan.packing import Packing
 from align.rl.draw import Sampler
 from align.rl.look_back import look_back
@@ -32,7 +33,7 @@ class Table(nn.Module):
     def __init__(self, horizon: int, tokens: int):
         super().__init__()
         self.horizon, self.tokens = horizon, tokens
-        self.lm_head = nn.Linear(horizon * tokens, tokens, bias=False)
+        self.lm_head = TokenHead(horizon * tokens, tokens, bias=False)
         self.score = nn.Linear(horizon * tokens, 1, bias=False)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.zeros_(self.score.weight)

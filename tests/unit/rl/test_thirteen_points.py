@@ -180,7 +180,7 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
     stage = settings(rewards=[{"kind": "model", "init_from": str(tmp_path / "rm")}])
 
     class Context:
-        recipe = type("Recipe", (), {"dtype": "float32"})
+        recipe = type("Recipe", (), {"dtype": "float32", "parallel": None})
         checkpoint = staticmethod(lambda reference: tmp_path / "rm" if reference.endswith("rm") else None)
 
     Context.stage = stage

@@ -1,0 +1,54 @@
+"""A model that all ranks train together in a loop of our own, under DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from align.config.parallel import Parallel
+from align.config.parts import Optimizer
+from align.distributed.layout import world
+from align.models.lora import AnyModel
+from align.train.learner import Learner
+
+
+class SpreadLearner(Learner):
+    """`Learner` whose gradient is the sum over all ranks' passes, as if one process had done them all.
+
+    Every rank asks, goes backward and steps as often as the others.
+    """
+
+    def __init__(self, model: AnyModel, settings: Optimizer, *, total: int, parallel: Parallel, dtype: str):
+        from align.distributed.engine import learning_engine
+
+        super().__init__(model, settings, total=total)
+        self.engine = learning_engine(
+            model, self.optimizer, parallel, max_grad_norm=settings.max_grad_norm, dtype=dtype
+        )
+        self.engine.eval()
+        self.optimizer = self.engine.optimizer
+
+    def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self.engine(question, *arguments, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * world()[1])  # DeepSpeed takes the mean over the ranks
+
+    def step(self) -> float | None:
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+
+    def discard(self) -> None:
+        from align.distributed.engine import forget_gradients
+
+        forget_gradients(self.engine)
+
+
+def frozen_engine(model: AnyModel, parallel: Parallel, dtype: str) -> Callable[..., Any]:
+    """asked(question, ...) for a spread model that does not learn."""
+    from align.distributed.engine import asking_engine
+
+    engine: Callable[..., Any] = asking_engine(model, parallel, dtype=dtype)
+    return engine
