@@ -7,6 +7,7 @@ from functools import partial
 
 from align.config.ppo import PpoStage
 from align.data import prepare_prompts, stop_token_ids
+from align.distributed.layout import world
 from align.losses.kl import adapted_kl_coef
 from align.rl.draw import Sampler
 from align.rl.follow import follow, is_follower, policy_weights, spread_learners, tell
@@ -53,7 +54,9 @@ def run(context: StageContext) -> dict:
         policy = team.policy.model
         parameters = count_parameters(policy)
         ema = Ema(policy, stage.ema_decay) if stage.ema_decay is not None else None
-        engine = build_engine(parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed)
+        engine = build_engine(
+            parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed, beside_ranks=world()[1] > 1
+        )
         stack.callback(engine.close)
         sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)

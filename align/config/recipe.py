@@ -98,11 +98,6 @@ def fit_for_several(name: str, stage: PpoStage, parallel: Parallel) -> None:
         raise ValueError(f"stages.{name}: PPO needs zero_stage 1, 2 or 3, and zero_stage is 0; change it")
     if stage.ema_decay is not None:
         raise ValueError(f"stages.{name}.ema_decay: weights are averaged by one process only; remove it, or parallel")
-    if stage.rollout.engine == "vllm" and parallel.processes > 1:
-        raise ValueError(
-            f"stages.{name}.rollout.engine: vLLM inside one of {parallel.processes} processes would take the others "
-            "for its own; write remote, with start_servers: 1"
-        )
 
 
 LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"

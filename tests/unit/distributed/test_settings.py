@@ -74,7 +74,6 @@ FULL += ["stages.dpo.lora=null"]
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("parallel={processes: 2}", "stages.ppo.rollout.engine: vLLM inside one of 2 processes"),
         ("parallel={zero_stage: 0}", "PPO needs zero_stage 1, 2 or 3"),
         ("stages.ppo.lora={}", "stages.ppo.lora: adapters are trained by one process only"),
         ("stages.ppo.critic.lora={}", "stages.ppo.critic.lora: adapters are trained by one process only"),

@@ -1,0 +1,155 @@
+"""One PPO recipe on one process and on several: the same updates from the same completions, and it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
+STEPS = 3
+MEASURED = (
+    *("score_mean", "kl", "kl_k3", "entropy", "mismatch_mean", "explained_variance", "policy_loss", "update_kl"),
+    *("value_loss", "clip_fraction", "aux_loss", "router_entropy", "policy_grad_norm", "critic_grad_norm"),
+)
+"""What both sides must agree on; `mismatch` and the like are compared with what a value of 1 would differ by."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = [{"prompt": f"Say {n}" + " please" * (n % 3)} for n in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "name": "parallel_ppo",
+        "model": {
+            "kind": "scratch",
+            "tokenizer": {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text", "limit": 20}]},
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_experts": 8,
+                "moe_topk": 1,
+                "num_shared_expert": 1,
+                "initializer_range": 0.2,
+                "router_aux_loss_coef": 0.02,
+                "router_z_loss_coef": 0.001,
+            },
+        },
+        "stages": {
+            "ppo": {
+                "kind": "ppo",
+                "prompts": [{"kind": "file", "path": str(folder / "prompts.jsonl")}],
+                "max_prompt_length": 48,
+                "rewards": [{"kind": "length", "min_tokens": 4, "max_tokens": 8}],
+                "rollout": {"engine": "huggingface", "max_new_tokens": 12, "max_model_length": 64},
+                "optimizer": {"learning_rate": 2e-3, "eps": 1e-5, "max_grad_norm": 0.3, "weight_decay": 0.01},
+                "critic": {"learning_rate": 5e-3},
+                "kl": {"coef": 0.1},
+                "steps": STEPS,
+                "batch_size": 16,
+                "mini_batch_size": 8,
+                "epochs": 2,
+                "micro_batch_tokens": 120,
+                "checkpoint_every": 2,
+            },
+        },
+    }
+    path = folder / "ppo.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def run(recipe: Path, run_dir: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(one: dict, other: dict) -> dict[str, float]:
+    return {key: abs(one[key] - other[key]) / max(abs(other[key]), 0.05) for key in MEASURED}
+
+
+def weights(run_dir: Path) -> dict:
+    files = (run_dir / "ppo" / "model").glob("*.safetensors")
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "single"
+    run(recipe, run_dir)
+    return run_dir
+
+
+TWO = ("--nproc", "2", "parallel.expert_parallel_size=2")
+
+
+@pytest.fixture(scope="module")
+def two(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    run(recipe, run_dir, *TWO)
+    return run_dir
+
+
+def require_equal_updates(one: Path, other: Path) -> None:
+    ours, theirs = metrics(one), metrics(other)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    found = difference(ours[0], theirs[0])
+    assert max(found.values()) < 1e-5, found
+    expected = weights(other)
+    assert expected.keys() == weights(one).keys()
+    # AdamW makes the last bits of gradients near zero visible, round after round.
+    assert max((tensor - expected[name]).abs().max().item() for name, tensor in weights(one).items()) < 5e-3
+
+
+def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: Path, two: Path) -> None:
+    require_equal_updates(two, single)
+
+
+def test_vllm_beside_a_rank_has_its_weights(recipe: Path, tmp_path: Path) -> None:
+    """vLLM in a process of its own: after two rounds it still samples from what the ranks have learnt."""
+    run(recipe, tmp_path / "run", "--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
+    lines = metrics(tmp_path / "run")
+    assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
+    assert max(line["mismatch_max"] for line in lines) < 1e-3
+
+
+@pytest.mark.parametrize(("words", "tolerance"), [(TWO, 0.0), (("--nproc", "1"), 1e-4)], ids=["two", "one"])
+def test_a_run_resumes_with_any_number_of_processes(recipe: Path, two: Path, tmp_path: Path, words, tolerance) -> None:
+    """The third round of a run that was cut off before its end, from the checkpoint behind the second."""
+    shutil.copytree(two, tmp_path / "run")
+    (tmp_path / "run" / "ppo" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "ppo" / "model")
+    assert "resuming at step 2" in run(recipe, tmp_path / "run", "--resume", *words)
+    found = difference(metrics(tmp_path / "run")[2], metrics(two)[2])
+    assert max(found.values()) <= tolerance, found
+
+
+def test_what_needs_one_process_is_refused(recipe: Path, tmp_path: Path) -> None:
+    for words in (["stages.ppo.ema_decay=0.9"], ["stages.ppo.lora={rank: 2}"], ["parallel.zero_stage=0"]):
+        output = run(recipe, tmp_path / "run", "--nproc", "2", *words, code=2)
+        assert "stages.ppo" in output
+        assert "Traceback" not in output
