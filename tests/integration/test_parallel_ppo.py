@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+
+from align.config.rollout import Rollout
+from align.rollout.base import SamplingSettings
+from align.train.checkpoint import load_policy
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -135,6 +140,24 @@ def test_vllm_beside_a_rank_has_its_weights(recipe: Path, tmp_path: Path) -> Non
     lines = metrics(tmp_path / "run")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
     assert max(line["mismatch_max"] for line in lines) < 1e-3
+
+
+def test_what_ranks_export_loads_in_vllm_and_transformers(two: Path) -> None:
+    from align.rollout.vllm_engine import VllmEngine
+
+    folder = two / "ppo" / "model"
+    model = load_policy(folder, "float32").eval()
+    rollout = Rollout(max_model_length=64, cache_gib=0.05, max_sequences=8)
+    engine = VllmEngine(folder, rollout, dtype="float32", seed=0)
+    try:
+        ((completion,),) = engine.generate([[5, 6, 7]], SamplingSettings(16, seed=1))
+    finally:
+        engine.close()
+    ids = torch.tensor([completion.prompt_ids + completion.token_ids])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    assert (expected - torch.tensor(completion.logprobs)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("words", "tolerance"), [(TWO, 0.0), (("--nproc", "1"), 1e-4)], ids=["two", "one"])
