@@ -14,8 +14,11 @@ export HF_HUB_OFFLINE := 1
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
 
+# Test files are dealt out to this many processes of one thread each; small models gain nothing from more threads.
+JOBS ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
