@@ -102,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
     show_model.set_defaults(command=_show_model)
 
+    _add_plan(commands)
+
     report = commands.add_parser(
         "report",
         help="write a run's report again",
@@ -201,11 +203,57 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe needs of a cluster",
+        description="Memory by component, traffic and time of every stage on a cluster, before anything is started; "
+        "what does not fit, and the smallest changes that would. GB are 1e9 bytes.",
+    )
+    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    numbers: list[tuple[str, type, str]] = [
+        ("--gpus", int, "GPUs, one process each (default: the recipe's parallel.processes)"),
+        ("--hosts", int, "machines that they are in (default: one for eight GPUs)"),
+        ("--gpu-memory", float, "GB of one GPU"),
+        ("--host-memory", float, "GB of one machine (default: as much as is needed)"),
+        ("--nvme", float, "GB of one machine's disk (default: nothing is offloaded to a disk)"),
+        ("--reserve", float, "GB of a GPU for CUDA, NCCL and fragmentation (default: 4)"),
+        ("--tflops", float, "measured TFLOP/s of one GPU, instead of a share of its peak"),
+        ("--link", float, "measured GB/s of one GPU within a machine"),
+        ("--network", float, "measured GB/s of one GPU between machines"),
+        ("--host-link", float, "measured GB/s of one GPU to its machine's memory"),
+        ("--show", int, "settings that --search lists for a stage (default: 10)"),
+    ]
+    for flag, kind, words in numbers:
+        plan.add_argument(flag, type=kind, metavar="N", help=words)
+    plan.add_argument("--gpu", metavar="NAME", help="memory and peak rates by name: a100, h20, h100, h200, b200, ...")
+    plan.add_argument(
+        "--model", metavar="NAME", help="a preset or folder, for checkpoints that are not on this machine"
+    )
+    plan.add_argument("--stage", metavar="STAGE", help="this stage alone")
+    plan.add_argument("--search", action="store_true", help="list the settings that fit, by estimated speed")
+    plan.add_argument("--json", action="store_true", help="print the result as JSON")
+    plan.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from align.config import load_recipe
+    from align.distributed.plan.command import Question, answer
+
+    given = {field.name: getattr(options, field.name) for field in fields(Question)}
+    question = Question(**{name: value for name, value in given.items() if value is not None})
+    print(answer(load_recipe(options.recipe, options.overrides), question))
+
+
 def _show_model(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from align.config.presets import PRESETS
     from align.models.hunyuan import HunYuanConfig
-    from align.models.hunyuan.presets import PRESETS, model_cost
+    from align.models.hunyuan.cost import model_cost
     from align.train.checkpoint import check_checkpoint, checked_config, checkpoint_folder
 
     folder = checkpoint_folder(Path(options.model))

@@ -23,9 +23,9 @@ import torch
 from harness import compare, medians, ratio, write
 from transformers import DynamicCache
 
+from align.config.presets import PRESETS
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.presets import PRESETS
 from align.models.weight_stream import digest
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.remote import RemoteEngine

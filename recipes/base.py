@@ -11,12 +11,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
+from align.config.presets import PRESETS
 from align.data import corpus, train_tokenizer
 from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.presets import PRESETS
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
 from align.train.run_folder import StageContext, remove_folder, replace_folder, write_json
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from align import cli
+from align.config.presets import PRESETS
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.presets import PRESETS, model_cost
+from align.models.hunyuan.cost import model_cost
 
 
 def test_hunyuan_large_counts_as_the_report_does() -> None:

@@ -1,0 +1,61 @@
+"""Named sizes of the family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FAMILY: dict[str, Any] = {"num_shared_expert": 1, "use_mixed_mlp_moe": True, "use_cla": True, "use_qk_norm": True}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hunyuan-large": _FAMILY
+    | {
+        "vocab_size": 128_512,
+        "hidden_size": 6400,
+        "intermediate_size": 18_304,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "num_experts": 16,
+        "moe_topk": 1,
+        "max_position_embeddings": 131_072,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    },
+    "medium": _FAMILY
+    | {
+        "vocab_size": 128_512,
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 64,
+        "num_experts": 16,
+        "moe_topk": 1,
+        "max_position_embeddings": 32_768,
+    },
+    "small": _FAMILY
+    | {
+        "vocab_size": 49_152,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "moe_topk": 1,
+        "max_position_embeddings": 8192,
+    },
+    "tiny": _FAMILY
+    | {
+        "vocab_size": 1024,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "moe_topk": 1,
+        "max_position_embeddings": 512,
+    },
+}
+"""Keys of `HunYuanConfig`. hunyuan-large is the published instruct model; the others keep its shape at other sizes."""

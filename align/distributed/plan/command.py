@@ -1,0 +1,162 @@
+"""`align plan`: from a recipe and a cluster to text or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from align.config.recipe import Recipe
+from align.distributed.plan import report
+from align.distributed.plan.job import Job, jobs_of
+from align.distributed.plan.search import Plan, Remedy, evaluate, feasible, joint, micro_batches, remedies
+from align.distributed.plan.setting import GB, Cluster, Setting, setting_of, unusable
+from align.distributed.plan.speed import GPUS, TFLOPS_EFFICIENCY, WIRE_EFFICIENCY, Gpu, Rates
+from align.errors import UserError
+
+DEFAULT_GPU = "h100"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the command line says; memory in GB (1e9 bytes), rates as reached and not as on a data sheet."""
+
+    gpus: int | None = None
+    hosts: int | None = None
+    gpu: str | None = None
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+    nvme: float | None = None
+    reserve: float = 4.0
+    tflops: float | None = None
+    link: float | None = None
+    network: float | None = None
+    host_link: float | None = None
+    model: str | None = None
+    stage: str | None = None
+    search: bool = False
+    show: int = 10
+    json: bool = False
+
+
+def answer(recipe: Recipe, question: Question) -> str:
+    """What `align plan` prints."""
+    cluster, (rates, source) = cluster_of(recipe, question), rates_of(question)
+    jobs = jobs_of(recipe, question.model, question.stage)
+    for job in jobs:
+        _check(job, recipe, cluster)
+    if question.search:
+        return _search(jobs, cluster, rates, source, question)
+    plans, found, reasons = [], [], []
+    for job in jobs:
+        setting = setting_of(job, recipe.parallel, cluster.gpus)
+        reasons.append(unusable(job, setting))
+        # One example a pass is the least, so its memory answers where the passes cannot be as written.
+        plans.append(evaluate(job, setting, cluster, rates))
+        fits = plans[-1].fits and reasons[-1] is None
+        found.append([] if fits else remedies(plans[-1], rates))
+    if question.json:
+        values = [
+            report.plan_values(plan) | {"cannot_run": reason, "remedies": [_remedy_values(r) for r in changes]}
+            for plan, reason, changes in zip(plans, reasons, found, strict=True)
+        ]
+        return _json(cluster, rates, source, values)
+    blocks = [report.header(jobs[0], cluster, rates, source)]
+    blocks += [report.text(plan, changes, why) for plan, changes, why in zip(plans, found, reasons, strict=True)]
+    if len(jobs) > 1 and any(found):
+        blocks.append(report.joint_text(joint(jobs, cluster, rates)))
+    return "\n\n".join(blocks)
+
+
+def _search(jobs: Sequence[Job], cluster: Cluster, rates: Rates, source: str, question: Question) -> str:
+    found = [(job, feasible(job, cluster, rates)) for job in jobs]
+    if question.json:
+        plans = [report.plan_values(plan) for _, some in found for plan in some[: question.show]]
+        return _json(cluster, rates, source, plans)
+    blocks = [report.header(jobs[0], cluster, rates, source)]
+    blocks += [report.search_text(job, plans, question.show) for job, plans in found]
+    return "\n\n".join([*blocks, report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else blocks)
+
+
+def _json(cluster: Cluster, rates: Rates, source: str, plans: list[report.Values]) -> str:
+    values = {"cluster": asdict(cluster), "rates": asdict(rates) | {"source": source}, "plans": plans}
+    return json.dumps(values, indent=2)
+
+
+def _remedy_values(remedy: Remedy) -> report.Values:
+    plan: Plan = remedy.plan
+    return {
+        "what": remedy.what,
+        "changes": remedy.changes,
+        "overrides": [*report.overrides(plan), *remedy.also],
+        "not_yet": report.not_yet(plan),
+        "tokens_a_row": plan.job.length,
+        "settings": report.setting_values(plan),
+        "gpu_bytes": plan.memory.gpu_bytes,
+        "seconds_a_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest},
+    }
+
+
+def _check(job: Job, recipe: Recipe, cluster: Cluster) -> None:
+    """Refuse what no setting can mend."""
+    if not micro_batches(job, cluster.gpus):
+        what = "mini_batch_size" if job.kind == "ppo" else "batch_size"
+        raise UserError(
+            f"stages.{job.name}: {cluster.gpus} GPUs cannot share {what} {job.batch} evenly; change it, or use "
+            "a number of GPUs that divides it (--gpus)."
+        )
+    ep = recipe.parallel.expert_parallel_size if recipe.parallel else 1
+    alone = Setting(cluster.gpus, True, 3, ep)
+    if (reason := unusable(replace(job, batch=cluster.gpus), alone)) is not None:
+        raise UserError(f"parallel: {reason}; change parallel.expert_parallel_size.")
+
+
+def cluster_of(recipe: Recipe, question: Question) -> Cluster:
+    gpus = question.gpus
+    if gpus is None:
+        gpus = recipe.parallel.processes if recipe.parallel else 1
+    hosts = question.hosts if question.hosts is not None else -(-gpus // 8)
+    for flag, number in (("--gpus", gpus), ("--hosts", hosts)):
+        if number < 1:
+            raise UserError(f"{flag} {number}: must be 1 or more.")
+    if gpus % hosts:
+        raise UserError(f"--hosts {hosts} does not divide {gpus} GPUs; every host has the same number.")
+    if question.gpu_memory is None and question.gpu is None:
+        raise UserError("the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with a name.")
+    memory = _gpu(question.gpu).memory_gb if question.gpu_memory is None and question.gpu else question.gpu_memory
+    assert memory is not None
+    sizes = {"--gpu-memory": memory, "--host-memory": question.host_memory, "--nvme": question.nvme}
+    for flag, size in sizes.items():
+        if size is not None and not 0 < size < float("inf"):
+            raise UserError(f"{flag} {size:g}: must be more than 0 GB.")
+    if not 0 <= question.reserve < memory:
+        raise UserError(f"--reserve {question.reserve:g}: must be 0 or more and less than the GPU's {memory:g} GB.")
+    return Cluster(
+        gpus=gpus,
+        hosts=hosts,
+        gpu_memory=memory * GB,
+        host_memory=question.host_memory * GB if question.host_memory else None,
+        nvme=question.nvme * GB if question.nvme else None,
+        reserve=question.reserve * GB,
+    )
+
+
+def _gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others give --gpu-memory and --tflops.")
+    return GPUS[name]
+
+
+def rates_of(question: Question) -> tuple[Rates, str]:
+    """The rates to reckon with, and where they come from in words."""
+    name = question.gpu or DEFAULT_GPU
+    rates = _gpu(name).rates
+    given = {"tflops": question.tflops, "link": question.link, "network": question.network, "host": question.host_link}
+    measured = {field: rate for field, rate in given.items() if rate is not None}
+    for field, rate in measured.items():
+        if not 0 < rate < float("inf"):
+            raise UserError(f"--{field.replace('host', 'host-link')} {rate:g}: a rate must be more than 0.")
+    source = f"{TFLOPS_EFFICIENCY:.0%} and {WIRE_EFFICIENCY:.0%} of {name}'s peak rates"
+    if measured:
+        source = f"given: {', '.join(measured)}; else {source}"
+    return replace(rates, **measured), source

@@ -1,0 +1,293 @@
+"""The planner's peak memory against that of real runs of small models on a CPU, stage by stage.
+
+Each case has processes of its own. Tensors are counted by torch's allocator, every allocation and release in order, so
+interpreter, imports and fragmentation are not in the number; the peak over the steps is compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
+from align.config import load_recipe
+from align.config.parallel import Parallel
+from align.config.parts import Optimizer
+from align.config.presets import PRESETS
+from align.config.recipe import BASE, Recipe
+from align.distributed.plan.job import Job, Member, jobs_of
+from align.distributed.plan.memory import memory
+from align.distributed.plan.setting import Setting, setting_of
+from align.distributed.plan.shape import shape_of
+from align.distributed.settings import deepspeed_config
+
+NARROW = {"num_hidden_layers": 4}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_experts": 16,
+}
+LORA = {"rank": 8, "experts": False}
+STEPS = 3
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # name: (kind, model, changes to the stage)
+    "pretrain, narrow": ("pretrain", NARROW, {}),
+    "pretrain, wide": ("pretrain", WIDE, {}),
+    "pretrain, wide, accumulation 2": ("pretrain", WIDE, {"batch_size": 16}),
+    "pretrain, wide, checkpointing": ("pretrain", WIDE, {"gradient_checkpointing": True}),
+    "sft, narrow": ("sft", NARROW, {}),
+    "sft, wide": ("sft", WIDE, {}),
+    "sft, wide, LoRA": ("sft", WIDE, {"lora": LORA}),
+    "sft, wide, LoRA on experts": ("sft", WIDE, {"lora": {"rank": 8}}),
+    "reward_model, narrow": ("reward_model", NARROW, {}),
+    "reward_model, wide": ("reward_model", WIDE, {}),
+    "dpo, narrow": ("dpo", NARROW, {}),
+    "dpo, wide": ("dpo", WIDE, {}),
+    "dpo, wide, LoRA": ("dpo", WIDE, {"lora": LORA}),
+    "ppo, narrow": ("ppo", NARROW, {}),
+    "ppo, wide": ("ppo", WIDE, {}),
+}
+
+SHARDED: dict[str, tuple[str, Setting]] = {
+    # name: (dtype, setting); full fine-tuning of WIDE under DeepSpeed with the loss of the SFT stage
+    name: (dtype, Setting(gpus, True, stage, ep, gradient_checkpointing="checkpointing" in name, micro_batch=8))
+    for name, gpus, stage, ep, dtype in (
+        ("2 processes, ZeRO-1", 2, 1, 1, "float32"),
+        ("2 processes, ZeRO-2", 2, 2, 1, "float32"),
+        ("2 processes, ZeRO-3", 2, 3, 1, "float32"),
+        ("2 processes, ZeRO-3, bfloat16", 2, 3, 1, "bfloat16"),
+        ("2 processes, ZeRO-3, checkpointing", 2, 3, 1, "float32"),
+        ("2 processes, ZeRO-3, experts over 2", 2, 3, 2, "float32"),
+        ("4 processes, ZeRO-2", 4, 2, 1, "float32"),
+        ("4 processes, ZeRO-3", 4, 3, 1, "float32"),
+        ("4 processes, ZeRO-3, bfloat16", 4, 3, 1, "bfloat16"),
+        ("4 processes, ZeRO-3, experts over 2", 4, 3, 2, "float32"),
+    )
+}
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Alike but for one word, so that every row is as long as planned and batches still have padding."""
+    words = " ".join(f"word{i % 7}" for i in range(12))
+    made: list[dict[str, Any]] = []
+    for i in range(64):
+        text = words if i % 2 else words + " more"
+        if kind == "pretrain":
+            made.append({"text": " ".join([words] * 20)})
+        elif kind == "ppo":
+            made.append({"prompt": words, "reference": words})
+        elif kind == "sft":
+            made.append({"prompt": words, "completion": text})
+        else:
+            made.append({"prompt": words, "chosen": text, "rejected": words.replace("word1", "other")})
+    return made
+
+
+def recipe_for(kind: str, model: dict[str, Any], changes: dict[str, Any], folder: Path, length: int) -> Recipe:
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(kind)), encoding="utf-8")
+    source = {"kind": "file", "path": str(data)}
+    stage: dict[str, Any] = {"kind": kind, "batch_size": 8}
+    if kind == "ppo":
+        stage |= {
+            "prompts": [source],
+            "steps": STEPS,
+            "max_prompt_length": length,
+            "mini_batch_size": 8,
+            "micro_batch_tokens": 8 * (length + 32),
+            "epochs": 1,
+            "rewards": [{"kind": "function", "path": "reference_f1"}],
+            "rollout": {"engine": "huggingface", "max_new_tokens": 32, "max_model_length": length + 32},
+        }
+    else:
+        stage |= {"data": {"train": [source], "max_length": length}, "micro_batch_size": 8, "max_steps": STEPS}
+    tokenizer = {"vocab_size": 1024, "data": [{"kind": "python_docs", "view": "text", "limit": 200}]}
+    values = {
+        "name": "plan",
+        "model": {"kind": "scratch", "preset": "tiny", "config": model, "tokenizer": tokenizer},
+        "stages": {"measured": stage | changes},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_recipe(path)
+
+
+def measure(case: str) -> dict[str, Any]:
+    """Run the case's stage under torch's memory profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from align import pipeline
+    from align.train.run_folder import StageContext
+
+    kind, model, changes = CASES[case]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draft = recipe_for(kind, model, changes, folder, 512)
+        pipeline.run(draft, folder / "run", only=BASE, say=lambda line: None)
+        length = longest_row(draft, folder) if kind != "pretrain" else 128
+        recipe = recipe_for(kind, model, changes, folder, length)
+        context = StageContext(recipe, "measured", folder / "run", say=lambda line: None)
+        stage = pipeline.importlib.import_module(f"align.recipes.{kind}")
+        loaded: list[tuple[int, int]] = []
+        mark = "RoundLog" if kind == "ppo" else "count_parameters"
+        call = getattr(stage, mark)  # which the stage calls when its models are loaded and nothing else is there
+
+        def note_and_call(*arguments: Any, **named: Any) -> Any:
+            loaded.append((time.time_ns(), live_tensor_bytes()))
+            return call(*arguments, **named)
+
+        setattr(stage, mark, note_and_call)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            stage.run(context)
+        (job,) = jobs_of(recipe, str(folder / "run" / BASE), None)
+    return {"measured": peak_of(profiler, *loaded[0]), **planned(job, setting_of(job, recipe.parallel, 1))}
+
+
+def peak_of(profiler: Any, start: int, now: int) -> int:
+    """Bytes at the fullest moment after `start`, at which there were `now`.
+
+    Weights come from mapped files, which the allocator never sees, so the count starts with what was there once they
+    were loaded.
+    """
+    peak = now
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.start_ns() >= start:
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def measure_sharded(case: str) -> dict[str, Any]:
+    """One rank of a DeepSpeed run under torchrun: three steps of the SFT stage's loss; every rank's peak."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+    from trl.trainer.utils import add_fused_lm_head
+
+    from align.distributed.experts import spread_experts
+    from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+    from align.train.optimizer import build_optimizer
+
+    dtype, setting = SHARDED[case]
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(0)
+    values = {**PRESETS["tiny"], **WIDE}
+    model = HunYuanForCausalLM(HunYuanConfig(**values)).to(getattr(torch, dtype))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if setting.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    length, rows = 128, setting.micro_batch
+    spread_experts(model, setting.expert_parallel_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, Optimizer()), config=deepspeed_settings(setting, dtype)
+        )
+        start, now = time.time_ns(), live_tensor_bytes()
+        for _ in range(STEPS):
+            ids = torch.randint(0, values["vocab_size"], (rows, length))
+            outputs = engine(input_ids=ids, labels=ids, output_router_logits=False, fused_lm_head=True)
+            engine.backward(outputs.loss)
+            del outputs
+            engine.step()
+    peak = peak_of(profiler, start, now)
+    peaks: list[Any] = [None] * setting.gpus
+    dist.all_gather_object(peaks, peak)
+    policy = Member("policy", shape_of("wide", values), "all")
+    job = Job("measured", "sft", (policy,), dtype, rows * setting.gpus, rows, length, padded=False)
+    return {"measured": max(peaks), "ranks": peaks, **planned(job, setting)}
+
+
+def deepspeed_settings(setting: Setting, dtype: str) -> dict[str, Any]:
+    """What a recipe's `parallel` section becomes, for one setting."""
+    parallel = Parallel(processes=setting.gpus, zero_stage=setting.zero_stage)
+    return deepspeed_config(
+        parallel, micro_batch_size=setting.micro_batch, accumulation=1, max_grad_norm=1.0, dtype=dtype
+    )
+
+
+def run_sharded(case: str) -> dict[str, Any]:
+    """Start the ranks; rank 0 prints one line of JSON last."""
+    ranks = str(SHARDED[case][1].gpus)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, __file__, case]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"measured"')]
+    if done.returncode or not lines:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(lines[0])
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all storages that Python can reach."""
+    import torch
+
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def longest_row(recipe: Recipe, folder: Path) -> int:
+    """Tokens of the longest row, which then is the stage's limit."""
+    from align.data import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
+    from align.train.checkpoint import load_tokenizer
+    from align.train.trl import row_lengths
+
+    tokenizer = load_tokenizer(folder / "run" / BASE / "model")
+    stage: Any = recipe.stages["measured"]
+    if stage.kind == "ppo":
+        found, _ = prepare_prompts(stage.prompts, tokenizer, max_prompt_length=512, seed=0, stage_dirs={})
+        return max(len(row.ids) for row in found)
+    if stage.kind == "sft":
+        data = prepare_sft(stage.data, tokenizer, assistant_only_loss=True, seed=0, stage_dirs={})
+        return max(row_lengths(data.train))
+    if stage.kind == "reward_model":
+        return max(row_lengths(prepare_reward_pairs(stage.data, tokenizer, seed=0, stage_dirs={}).train))
+    pairs = prepare_dpo_pairs(stage.data, tokenizer, seed=0, stage_dirs={}).train
+    return max(len(ids) for ids in pairs["prompt_ids"]) + max(row_lengths(pairs))
+
+
+def planned(job: Job, setting: Setting) -> dict[str, Any]:
+    found = memory(job, setting, on_cpu=True)
+    return {
+        "planned": round(found.gpu_bytes),
+        "moment": found.fullest,
+        "components": {name: round(size) for name, size in found.gpu.items()},
+    }
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        case = sys.argv[1]
+        found = measure_sharded(case) if case in SHARDED else measure(case)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
+        return
+    results = {}
+    for case in [*CASES, *SHARDED]:
+        found = run_sharded(case) if case in SHARDED else harness.in_a_process_of_its_own(case)
+        found["planned / measured"] = round(found["planned"] / found["measured"], 3)
+        results[case] = found
+        print(case, found["planned / measured"], found["moment"], flush=True)
+    harness.write("plan", results)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

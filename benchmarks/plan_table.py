@@ -1,0 +1,137 @@
+"""Writes the tables of docs/plan.md: Hunyuan-Large on 1 to 512 GPUs by the planner, and what bench_plan.py measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import table
+
+from align.config import load_recipe
+from align.distributed.plan.job import Job, jobs_of
+from align.distributed.plan.report import described
+from align.distributed.plan.search import (
+    SMALL_LORA,
+    Plan,
+    evaluate,
+    feasible,
+    micro_batches,
+    structures,
+    with_micro_batch,
+)
+from align.distributed.plan.setting import GB, Cluster
+from align.distributed.plan.speed import GPUS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "plan.md"
+RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
+GPU, HOST_GB = "h20", 2000
+SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
+BATCH = 1536  # 512 and 24 divide it
+
+
+def cluster(gpus: int, host_gb: float = HOST_GB) -> Cluster:
+    return Cluster(gpus, -(-gpus // 8), GPUS[GPU].memory_gb * GB, host_gb * GB)
+
+
+def jobs() -> dict[str, Job]:
+    """Full and LoRA fine-tuning at 2048 tokens, and PPO in full, of the shipped recipe."""
+    batches = [
+        f"stages.sft.batch_size={BATCH}",
+        f"stages.ppo.batch_size={BATCH}",
+        f"stages.ppo.mini_batch_size={BATCH}",
+    ]
+    recipe = load_recipe("hunyuan-large", batches)
+    found = {job.name: job for job in jobs_of(recipe, "hunyuan-large", None)}
+    return {
+        "full SFT": found["sft"],
+        "SFT, LoRA on attention": found["sft"].with_lora(SMALL_LORA),
+        "PPO in full": found["ppo"],
+    }
+
+
+def cell(job: Job, where: Cluster) -> str:
+    plans = feasible(job, where, GPUS[GPU].rates)
+    if not plans:
+        return f"no: {least_short(job, where)}"
+    best = plans[0]
+    needed = [f"{(best.memory.gpu_bytes + where.reserve) / GB:.0f}"]
+    if best.memory.host_bytes:
+        needed.append(f"{best.memory.host_bytes * where.gpus_a_host / GB:,.0f}")
+    spread = re.sub(r", \d+ (row|completion).*", "", described(job, best.setting))
+    return f"{' / '.join(needed)} GB; {spread}; {best.duration.fastest:,.0f}–{best.duration.slowest:,.0f} s"
+
+
+def least_short(job: Job, where: Cluster) -> str:
+    """What is missing under the setting that is nearest to fitting."""
+    plans = [
+        evaluate(job, with_micro_batch(setting, micro_batches(job, where.gpus)[-1]), where, GPUS[GPU].rates)
+        for setting in structures(job, where)
+    ]
+    nearest = min((plan for plan in plans if plan.setting.deepspeed), key=lack)
+    worst = max(nearest.shortages, key=lambda short: short.needed / short.available)
+    return f"{worst.needed / GB:,.0f} of {worst.available / GB:,.0f} GB a {worst.where}"
+
+
+def lack(plan: Plan) -> float:
+    return max(short.needed / short.available if short.available else float("inf") for short in plan.shortages)
+
+
+def clusters_table() -> str:
+    kinds = jobs()
+    rows = [
+        [f"{gpus} in {cluster(gpus).hosts}", *(cell(job, cluster(gpus)) for job in kinds.values())] for gpus in SIZES
+    ]
+    return table(["GPUs in hosts", *kinds], rows)
+
+
+def least_gpus(job: Job, host_gb: float) -> int | None:
+    """The fewest whole hosts of eight GPUs that any setting fits on."""
+    for hosts in range(1, 65):
+        where = cluster(8 * hosts, host_gb)
+        if feasible(replace(job, batch=where.gpus), where, GPUS[GPU].rates):
+            return where.gpus
+    return None
+
+
+def hosts_table() -> str:
+    kinds = {name: job for name, job in jobs().items() if name.startswith(("full", "SFT"))}
+    rows = [
+        [f"{host_gb:,} GB", *(str(least_gpus(job, host_gb)) for job in kinds.values())]
+        for host_gb in (1000, 1500, 1800, 2000, 2300, 3000, 4000)
+    ]
+    return table(["memory of a host", *kinds], rows)
+
+
+def measured_table() -> str:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [
+        [case, f"{one['measured'] / 1e6:,.1f}", f"{one['planned'] / 1e6:,.1f}", f"{one['planned / measured']:.3f}"]
+        for case, one in found["results"].items()
+    ]
+    made = (
+        f"`{found['command']}`, {found['date'][:10]}, {found['hardware']['cores']} cores of {found['hardware']['cpu']}."
+    )
+    return table(["run", "measured, MB", "planned, MB", "planned / measured"], rows) + f"\n\n{made}"
+
+
+TABLES = {"clusters": clusters_table, "hosts": hosts_table, "measured": measured_table}
+
+
+def written(page: str) -> str:
+    """The page with its tables made again."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition(end)
+        assert after, name
+        page = before + start + make() + end + after
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
