@@ -206,7 +206,7 @@ def run_side(side: str, case: dict[str, Any], trl_python: str) -> dict[str, Any]
                 peak_bytes = watch_memory(process)
             if process.returncode:
                 log.seek(0)
-                raise RuntimeError(f"{side} failed:\n{log.read()[-3000:]}")
+                raise RuntimeError(f"{side} ended with code {process.returncode}:\n{log.read()[-3000:]}")
         return json.loads(result_file.read_text(encoding="utf-8")) | {"peak_bytes": peak_bytes}
 
 
@@ -259,9 +259,14 @@ def phases(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    speeds = {}
+    speeds, failures = {}, {}
     for implementation in IMPLEMENTATIONS:
-        trial = run_side("trl", {**case, "experts_implementation": implementation}, options.trl)
+        try:
+            trial = run_side("trl", {**case, "experts_implementation": implementation}, options.trl)
+        except RuntimeError as error:  # one that copies an expert's weights for every token runs out of memory
+            failures[implementation] = str(error).splitlines()[0]
+            say(f"{name}: TRL {implementation} does not run: {failures[implementation]}")
+            continue
         speeds[implementation] = round(episodes_per_second(case, trial), 3)
         say(f"{name}: TRL {implementation} {speeds[implementation]} episodes/s")
     case = {**case, "experts_implementation": max(speeds, key=speeds.__getitem__)}
@@ -277,6 +282,7 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
     ratios = [t["seconds"] / a["seconds"] for a, t in zip(results["align"], results["trl"], strict=True)]
     summary: dict[str, Any] = {
         "TRL by experts_implementation, episodes/s": speeds,
+        "TRL by experts_implementation, failures": failures,
         "align / TRL, episodes/s": round(statistics.median(ratios), 3),
         "align / TRL, each pair of runs": [round(r, 3) for r in ratios],
         "target": case["target"],
