@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
 from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.hunyuan.swiglu import gated, gated_halves
 
 
 class Routing(NamedTuple):
@@ -180,8 +181,8 @@ def loop_over_experts(
     """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
     counts = counts_E.tolist()
     counts.append(len(rows_ND) - sum(counts))
-    gate, up = SortedProduct.apply(rows_ND, gate_up_EGD, counts).chunk(2, dim=-1)
-    return SortedProduct.apply(act(gate) * up, down_EDF, counts)
+    gate_up = SortedProduct.apply(rows_ND, gate_up_EGD, counts)
+    return SortedProduct.apply(gated_halves(act, gate_up), down_EDF, counts)
 
 
 def grouped_products(
@@ -192,8 +193,8 @@ def grouped_products(
     # What lies behind the last group is never written, neither in the products nor in their gradients.
     written = (torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1])[:, None]
     rows_ND = torch.where(written, rows_ND, 0)
-    gate, up = nn.functional.grouped_mm(rows_ND, gate_up_EGD.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    outputs = nn.functional.grouped_mm(act(gate) * up, down_EDF.transpose(1, 2), offs=ends)
+    gate_up = nn.functional.grouped_mm(rows_ND, gate_up_EGD.transpose(1, 2), offs=ends)
+    outputs = nn.functional.grouped_mm(gated_halves(act, gate_up), down_EDF.transpose(1, 2), offs=ends)
     return torch.where(written, outputs, 0)
 
 
@@ -286,7 +287,7 @@ class SwiGlu(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
 
 
 class MoeBlock(nn.Module):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from align.models.hunyuan.moe import Gather
+from align.models.hunyuan.short_attention import causal_attention
 
 SHORTEST = 0.75
 """Attention pads sequences to the longest of a group; one that is shorter than this share of it opens another."""
@@ -56,9 +56,7 @@ class Packing:
         outputs = []
         for q, k, v in zip(*(self._groups(x) for x in (query, key, value)), strict=True):
             # Padding stands behind what is real, so that causality alone hides it.
-            attended = scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            attended = causal_attention(q, k, v, scaling=scaling, dropout=dropout)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         if self._equal:
             return outputs[0][None]

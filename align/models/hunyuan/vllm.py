@@ -3,8 +3,9 @@
 Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack
 once, after the first load; those go stale when weights change (measured: reloading the same weights moved a
 log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly,
-and an update is a plain `load_weights`. The routed experts are computed by `moe.mix_experts`, as in training:
-vLLM's fused kernels may be faster on a GPU, but have not been proved against our model there.
+and an update is a plain `load_weights`. On a CPU the routed experts are computed by vLLM's kernel, whose order of
+weights their parameters keep; elsewhere by `moe.mix_experts`, as in training: vLLM's fused kernels may be faster on
+a GPU, but have not been proved against our model there.
 
 Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on
 a CPU. No pipeline parallelism, no quantization.
@@ -50,8 +51,15 @@ from vllm.platforms import current_platform
 
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.moe import mix_experts, route
-from align.models.hunyuan.norm import RMSNorm, unit_rms
-from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
+from align.models.hunyuan.vllm_kernels import (
+    BLOCK,
+    RMSNorm,
+    Rotation,
+    fused_experts,
+    has_fused_experts,
+    in_rows,
+    rms_norm,
+)
 from align.models.weight_stream import digest
 
 
@@ -131,23 +139,24 @@ class Attention(nn.Module):
             prefix=f"{prefix}.attn",
             kv_sharing_target_layer_name=None if self.owns_kv else _name_of(owner, prefix) + ".attn",
         )
+        self.attn.use_direct_call = True  # a custom op serves torch.compile, which is not used here
 
-    def forward(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden_TD: Tensor, positions: Tensor, rotate: Rotation) -> Tensor:
+        eps = self.config.rms_norm_eps
         key = value = None
         if self.owns_kv:
             projected, _ = self.qkv_proj(hidden_TD)
             query, key, value = projected.split([self.query_size, self.kv_size, self.kv_size], dim=-1)
-            key = rotate(self._heads(key), *rotation)
+            rotate(positions, query, key)
+            key, value = self._heads(key), self._heads(value).contiguous()
             if self.config.use_qk_norm:
-                key = unit_rms(key, self.config.rms_norm_eps)
-            value = self._heads(value).contiguous()
+                key = rms_norm(key, None, eps)
         else:
             query, _ = self.q_proj(hidden_TD)
-        query = rotate(self._heads(query), *rotation)
+            rotate(positions, query, None)
+        query = self._heads(query)
         if self.config.use_qk_norm:
-            query = unit_rms(query, self.config.rms_norm_eps) * (
-                self.query_layernorm.weight * self.key_layernorm.weight
-            )
+            query = rms_norm(query, self.query_layernorm.weight * self.key_layernorm.weight, eps)
         return self.o_proj(self._attend(query, key, value))[0]
 
     def _attend(self, query: Any, key: Tensor | None, value: Tensor | None) -> Tensor:
@@ -197,33 +206,43 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)[0]
+        return self.down_proj(self.act(gate).mul_(up))[0]
 
 
 class Experts(nn.Module):
-    """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F]."""
+    """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
+
+    Where vLLM's kernel computes them, their memory is in its order: see `matrix`.
+    """
 
     def __init__(self, config: HunYuanConfig, layer: int):
         super().__init__()
         self.ranks = get_tensor_model_parallel_world_size()
         self.num_experts = config.experts_in(layer)
         self.width = config.intermediate_size // self.ranks
+        self.fused = has_fused_experts(config, self.width)
         self.w13 = nn.Parameter(torch.empty(self.num_experts, 2 * self.width, config.hidden_size), requires_grad=False)
         self.w2 = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, self.width), requires_grad=False)
         self.act = ACT2FN[config.hidden_act]
 
+    def matrix(self, expert: int, projection: str) -> Tensor:
+        """This rank's share of one expert's published matrix, in the live parameter: [N, K], or [N/16, 16, K]."""
+        stack = self.w2.data if projection == "down_proj" else self.w13.data
+        rows = in_rows(stack[expert]) if self.fused else stack[expert]
+        return rows if projection == "down_proj" else rows.chunk(2)[projection == "up_proj"]
+
     def load(self, expert: int, projection: str, weight: Tensor) -> None:
         """Copy this rank's share of one expert's published matrix."""
-        first = get_tensor_model_parallel_rank() * self.width
-        if projection == "down_proj":
-            self.w2.data[expert].copy_(weight[:, first : first + self.width])
-        else:
-            gate, up = self.w13.data[expert].split(self.width)
-            (gate if projection == "gate_proj" else up).copy_(weight[first : first + self.width])
+        rank = get_tensor_model_parallel_rank()
+        share = weight.chunk(self.ranks, dim=1 if projection == "down_proj" else 0)[rank]
+        self.matrix(expert, projection).copy_(share.unflatten(0, (-1, BLOCK)) if self.fused else share)
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         """As `moe.mix_experts`, summed over the ranks."""
-        output = mix_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2, self.act)
+        if self.fused:
+            output = fused_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2)
+        else:
+            output = mix_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2, self.act)
         return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
 
 
@@ -260,7 +279,7 @@ class MoeBlock(nn.Module):
         if self.capture_fn is not None:
             self.capture_fn(routing.chosen_Tk)
         output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk)
-        return output if self.shared_mlp is None else output + self.shared_mlp(hidden_TD)
+        return output if self.shared_mlp is None else output.add_(self.shared_mlp(hidden_TD))
 
 
 class DecoderLayer(nn.Module):
@@ -276,9 +295,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_TD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), rotation)
-        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+    def forward(self, hidden_TD: Tensor | None, sum_TD: Tensor, positions: Tensor, rotate: Rotation) -> Tensor:
+        """Adds what the layer before has put out (nothing, in the first) to the residual stream, in place, and its own
+        attention's output; returns the MLP's."""
+        norm = self.input_layernorm
+        hidden_TD = norm(sum_TD) if hidden_TD is None else norm.add(hidden_TD, sum_TD)
+        hidden_TD = self.self_attn(hidden_TD, positions, rotate)
+        return self.mlp(self.post_attention_layernorm.add(hidden_TD, sum_TD))
 
 
 class HunYuanModel(nn.Module):
@@ -295,15 +318,16 @@ class HunYuanModel(nn.Module):
             ]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.inv_freq = inverse_frequencies(config)
+        model: Any = vllm_config.model_config
+        self.rotate = Rotation(config, model.max_model_len, model.dtype)
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = rotation_tables(self.inv_freq, positions[None], hidden.dtype)
-        rotation = cos[0, 0, :, None], sin[0, 0, :, None]  # [T, 1, d]
+        # The layers add to it in place.
+        residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
+        hidden = None
         for layer in self.layers:
-            hidden = layer(hidden, rotation)
-        return self.norm(hidden)
+            hidden = layer(hidden, residual, positions, self.rotate)
+        return self.norm(residual) if hidden is None else self.norm.add(hidden, residual)
 
 
 @dataclass
@@ -419,8 +443,9 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         parameter = parameters[target].data
         if target.endswith((".experts.w13", ".experts.w2")):
             expert, projection = piece.split(".")
-            matrix = parameter[int(expert)]
-            return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
+            experts: Any = self.get_submodule(target.rpartition(".")[0])
+            matrix: Tensor = experts.matrix(int(expert), projection)
+            return matrix.flatten(0, -2)
         if piece in ("q_proj", "k_proj", "v_proj"):
             layer: Any = self.model.layers[_layer_of(name)]
             attention = layer.self_attn

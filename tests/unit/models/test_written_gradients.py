@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from align.models.hunyuan.norm import RMSNorm, _RmsNorm, _UnitRms, unit_rms
 from align.models.hunyuan.rope import _Rotation, rotate, rotation_tables
+from align.models.hunyuan.short_attention import LONGEST, _ShortAttention, causal_attention
+from align.models.hunyuan.swiglu import _GatedSilu, _GatedSiluOfHalves, gated, gated_halves
 
 EPS = 1e-3
 """Large enough to be seen in the numbers."""
@@ -26,6 +29,50 @@ def test_norm_gradients_equal_finite_differences() -> None:
 def test_rotation_gradients_equal_finite_differences() -> None:
     cos, sin = (t.double() for t in tables(torch.float32))
     assert torch.autograd.gradcheck(lambda x: _Rotation.apply(x, cos, sin), (doubles(2, 3, 4, 6),))
+
+
+def test_gated_silu_gradients_equal_finite_differences() -> None:
+    assert torch.autograd.gradcheck(_GatedSilu.apply, (doubles(2, 3, 5), doubles(2, 3, 5) + 1))
+    assert torch.autograd.gradcheck(_GatedSiluOfHalves.apply, (doubles(3, 6),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_gated_activations_equal_autograds_bit_for_bit(dtype, act) -> None:
+    gate_up = doubles(7, 10).detach().to(dtype).requires_grad_()
+    upstream = doubles(2, 7, 5).detach()[0].to(dtype)
+    act = ACT2FN[act]
+    gate, up = gate_up.chunk(2, dim=-1)
+    found = []
+    for product in (act(gate) * up, gated_halves(act, gate_up), gated(act, gate, up)):
+        (gradient,) = torch.autograd.grad(product, gate_up, upstream)
+        found.append((product, gradient))
+    for product, gradient in found[1:]:
+        assert torch.equal(product, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+def test_short_attention_gradients_equal_finite_differences() -> None:
+    query, key, value = doubles(2, 4, 5, 3), doubles(2, 2, 5, 3) + 1, doubles(2, 2, 5, 3) - 1
+    assert torch.autograd.gradcheck(lambda *x: _ShortAttention.apply(*x, 0.7), (query, key, value))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, LONGEST])
+def test_short_attention_is_causal_grouped_attention(tokens) -> None:
+    heads, kv_heads, size = 4, 2, 8
+    # As packing hands them over: tokens first in memory.
+    shapes = [(2, tokens, h, size) for h in (heads, kv_heads, kv_heads)]
+    query, key, value = ((doubles(*shape).detach() + i).float() for i, shape in enumerate(shapes))
+    query.requires_grad_()
+    found = causal_attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling=0.3, dropout=0.0)
+    assert "_ShortAttention" in type(found.grad_fn).__name__
+    for head in range(heads):
+        own = (x[:, :, h].double() for x, h in ((query, head), (key, head // 2), (value, head // 2)))
+        q, k, v = own
+        scores = 0.3 * torch.einsum("bqd,bkd->bqk", q, k)
+        hidden = torch.ones(tokens, tokens).triu(1).bool()
+        expected = torch.einsum("bqk,bkd->bqd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        torch.testing.assert_close(found[:, head].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
