@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,7 +16,10 @@ from align.train.checkpoint import load_policy, load_scorer
 from align.train.device import training_device
 from align.train.learner import Learner
 from align.train.run_folder import StageContext
+from align.train.side_by_side import side_by_side
 from align.train.spread_learner import SpreadLearner, frozen_engine
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -33,6 +36,13 @@ class Team:
     @property
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
+
+    def together(self, works: Sequence[Callable[[], Answer]]) -> list[Answer]:
+        """What each of them returns: one model's work each, done at once where they are this process's, on its CPU."""
+        spread = isinstance(self.policy, SpreadLearner)  # ranks must all exchange in the same order
+        if self.device.type == "cpu" and not spread:
+            return side_by_side(works)
+        return [work() for work in works]
 
     def ask_reference(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """question(reference policy, ...)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,10 +68,10 @@ def gather_gradients(
         rows = batch.rows(micro).to(team.device)
         if not counts:
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
-        parts = learn_policy(stage, team, rows, whole, kl_coef) if policy_learns else {}
-        if team.critic is not None:
-            parts |= learn_values(stage, team, rows, whole)
-        for name, value in parts.items():
+        works = [partial(learn_policy, stage, team, rows, whole, kl_coef)] if policy_learns else []
+        works += [partial(learn_values, stage, team, rows, whole)] if team.critic is not None else []
+        parts = team.together(works)
+        for name, value in (item for part in parts for item in part.items()):
             found[name] = found.get(name, 0.0) + float(value)
     sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), team.device)
     return dict(zip(found, sums.tolist(), strict=True))

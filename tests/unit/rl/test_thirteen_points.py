@@ -153,9 +153,10 @@ def test_10_token_ids_go_through_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("average", ["tokens", "completions", "constant"])
-def test_11_the_split_into_micro_batches_changes_nothing(batch, average) -> None:
-    found = []
-    for tokens in (5, 1000):
+def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, average) -> None:
+    found, before = [], torch.get_num_threads()
+    for tokens, threads in ((5, 1), (1000, 1), (5, 2)):  # with two threads, policy and critic learn side by side
+        torch.set_num_threads(threads)
         team = build(router_aux_loss_coef=0.0)
         batch.score = torch.tensor([1.0, -1.0, 2.0])
         batch.features = None
@@ -163,13 +164,15 @@ def test_11_the_split_into_micro_batches_changes_nothing(batch, average) -> None
         look_back(stage, team, batch, 0.05)
         update(stage, team, batch, step=0, seed=0, kl_coef=0.05)
         found.append([p.detach().clone() for m in team.learners.values() for p in m.model.parameters()])
+    torch.set_num_threads(before)
     assert len(list(batch.micro_batches(torch.arange(3), 5))) == 3
     start = [
         p.detach().clone() for m in build(router_aux_loss_coef=0.0).learners.values() for p in m.model.parameters()
     ]
     assert any((after - before).abs().max() > 1e-3 for after, before in zip(found[0], start, strict=True))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
 
 def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) -> None:

@@ -1,0 +1,59 @@
+"""Two works at once: that they really are, what they return, and that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from align.train.side_by_side import side_by_side
+
+
+@pytest.fixture(autouse=True)
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_works_go_at_the_same_time_on_half_of_the_threads_each() -> None:
+    meeting = threading.Barrier(2)
+
+    def work():
+        meeting.wait(timeout=30)  # breaks unless both are here
+        return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():
+        first, second = side_by_side([work, work])
+    assert first[0] != second[0]
+    assert first[1:] == second[1:] == (2, False)
+    assert torch.get_num_threads() == 4
+
+
+def test_one_work_has_all_threads_and_two_on_one_thread_take_turns() -> None:
+    assert side_by_side([torch.get_num_threads]) == [4]
+    torch.set_num_threads(1)
+    order: list[int] = []
+    side_by_side([lambda: order.append(1), lambda: order.append(2)])
+    assert order == [1, 2]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_comes_through_when_both_have_ended(failing) -> None:
+    ended = threading.Event()
+
+    def good():
+        ended.wait(timeout=0.2)
+        ended.set()
+
+    def bad():
+        raise ArithmeticError("of one work")
+
+    works = [good, good]
+    works[failing] = bad
+    with pytest.raises(ArithmeticError, match="of one work"):
+        side_by_side(works)
+    assert ended.is_set()
+    assert torch.get_num_threads() == 4
