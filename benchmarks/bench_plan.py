@@ -290,4 +290,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # With several threads PPO's policy and critic learn side by side, which they do on no GPU.
+    os.environ["OMP_NUM_THREADS"] = "1"
     main()

@@ -56,8 +56,8 @@ def attention_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 
 
 def mlp_bytes(width: int, a: int, *, trained: bool = True) -> int:
-    """SwiGLU of one token: gate, up, silu(gate), and the product, which only the gradient of a matrix needs."""
-    return (4 if trained else 3) * width * a
+    """SwiGLU of one token: gate, up, and their product, which only the gradient of a matrix needs."""
+    return (3 if trained else 2) * width * a
 
 
 def experts_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:

@@ -84,8 +84,8 @@ class Job:
 
     batch: examples in an optimizer step, over all processes; micro_batch: examples in a forward pass of one process.
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
-    models over the same examples (PPO; 1 elsewhere). padded: whether rows of a forward pass differ in length
-    and are padded; PPO packs them.
+    models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
+    has several differ in length and are padded; PPO packs them.
     """
 
     name: str
@@ -170,7 +170,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         micro_batch=stage.micro_batch_size,
         length=stage.data.max_length,
         sequences=2 if pairs else 1,
-        padded=stage.kind != "pretrain" and (pairs or stage.micro_batch_size > 1),
+        padded=stage.kind != "pretrain",
         gradient_checkpointing=stage.gradient_checkpointing,
     )
 

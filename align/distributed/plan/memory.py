@@ -328,11 +328,10 @@ class _Rank:
         }
 
     def run(self, member: Member) -> Pass:
-        tokens = self.setting.micro_batch * self.job.sequences * self.job.length
+        rows, length = self.setting.micro_batch * self.job.sequences, self.job.length
+        padded = self.job.padded and rows > 1
         value, weight = self.value_bytes(member), self.weight_bytes(member)
-        return Pass(
-            tokens, self.job.length, self.job.padded, value, weight, member.lora, looped=self.on_cpu or value == 4
-        )
+        return Pass(rows * length, length, padded, value, weight, member.lora, looped=self.on_cpu or value == 4)
 
     def outside_bytes(self, member: Member, run: Pass) -> float:
         """Saved outside the layers: the final norm, embedding's ids, masks and RoPE's tables."""

@@ -40,7 +40,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
     sizes = {
         "vocab_size": 384,
         "hidden_size": 64,
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
