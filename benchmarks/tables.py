@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("model.md", "ppo.md")]
+PAGES = [ROOT / "docs" / name for name in ("model.md", "ppo.md", "rollouts.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -126,6 +126,27 @@ def ppo_vs_trl(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def rollout(results: dict[str, Any]) -> str:
+    tables = []
+    for model, found in results.items():
+        if not isinstance(found, dict):
+            continue
+        speeds = [
+            [case, *(f"{value:,.0f}" for value in measured["tokens_per_second"].values()), f"{measured[RATIO]:.1f}"]
+            for case, measured in found["speed"].items()
+        ]
+        sync, times = found["sync"], found["sync"]["milliseconds"]
+        updates = [[name, f"{times[name]:.0f} ms", f"{ratio:.1f}"] for name, ratio in sync["times_the_copy"].items()]
+        size = f"{found['parameters'] / 1e6:.1f}M parameters"
+        moved = f"{sync['mib']:.0f} MiB in {sync['tensors']} tensors; copied in {times['copy']:.0f} ms"
+        tables += [
+            table([f"{model}, {size}", "vLLM, tokens/s", "generate, tokens/s", "ratio"], speeds),
+            table([moved, "time", "of the copy's"], updates),
+        ]
+    return "\n\n".join(tables)
+
+
+RATIO = "engine_over_generate"
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -136,6 +157,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "loading": loading,
     "tokenizer": tokenizer,
     "ppo_vs_trl": ppo_vs_trl,
+    "rollout": rollout,
 }
 
 
