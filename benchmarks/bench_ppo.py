@@ -352,7 +352,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = {**prepare(CASES[name], Path(folder)), "threads": options.threads}
             results[name] = {**CASES[name], **measure(name, case, options)}
-    write("ppo_vs_trl", results)
+        write("ppo_vs_trl", results)  # after each, for it takes long
 
 
 if __name__ == "__main__":
