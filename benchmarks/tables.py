@@ -105,7 +105,8 @@ def ppo_vs_trl(results: dict[str, Any]) -> str:
     cases = {name: found for name, found in results.items() if "target" in found}
     speeds, times, curves = [], [], []
     for name, found in cases.items():
-        ratio = f"{found['align / TRL, episodes/s']:.2f} (at least {found['target']})"
+        pairs = ", ".join(f"{pair:.2f}" for pair in found["align / TRL, each pair of runs"])
+        ratio = f"{found['align / TRL, episodes/s']:.2f} (pairs of runs: {pairs}; target {found['target']})"
         trials = found["TRL by experts_implementation, episodes/s"]
         trl = "TRL 1.12, " + max(trials, key=trials.__getitem__)
         for side, label in (("align", "align"), ("trl", trl)):

@@ -16,6 +16,7 @@ from align.config import load_recipe
 from align.config.presets import PRESETS
 from align.distributed.plan.command import Question, answer
 from align.distributed.plan.job import Job, jobs_of
+from align.distributed.plan.memory import memory
 from align.distributed.plan.search import SMALL_LORA, changed, evaluate, feasible, joint, remedies
 from align.distributed.plan.setting import GB, Cluster, Setting, setting_of
 from align.distributed.plan.speed import GPUS
@@ -190,6 +191,13 @@ def test_search_prints_settings_that_the_recipe_takes(capsys: pytest.CaptureFixt
     assert recipe.parallel is not None
     assert recipe.parallel.processes == 64
     assert "does not fit" not in printed(capsys, *arguments, *proposal)
+
+
+def test_a_micro_batch_costs_the_same_whether_the_search_or_the_recipe_asks_for_it() -> None:
+    one, two = (large(f"stages.sft.micro_batch_size={size}")["sft"] for size in (1, 2))
+    setting = setting_of(two, None, 64)
+    assert setting.micro_batch == 2
+    assert memory(one, setting).gpu_bytes == memory(two, setting).gpu_bytes
 
 
 def test_every_shipped_recipe_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
