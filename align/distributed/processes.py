@@ -78,12 +78,15 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 
 def check_equal(own: dict[str, str]) -> None:
-    """Raise the same `UserError` on every rank where one differs from rank 0."""
+    """Raise the same `UserError` on every rank where one differs from rank 0, after all have parted."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     for number, other in enumerate(everyone):
         for what, value in everyone[0].items():
             if other.get(what) != value:
+                # A process that ends while another still holds their connection can take it down with it (SIGABRT).
+                dist.barrier()
+                dist.destroy_process_group()
                 raise UserError(
                     f"rank {number} differs from rank 0 in {what}; install and start the same on every machine."
                 )

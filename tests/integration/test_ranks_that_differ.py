@@ -49,7 +49,7 @@ FITTING += ["stages.dpo.lora=null"]
 def test_another_recipe(tmp_path: Path) -> None:
     changes = [[], ["stages.pretrain.optimizer.learning_rate=1e-4"]]
     for code, output in start_two(tmp_path / "run", [ROOT, ROOT], changes):
-        assert code == 2
+        assert code == 2, output
         assert "rank 1 differs from rank 0 in the recipe" in output
         assert "Traceback" not in output
     assert not (tmp_path / "run" / "base").exists()
@@ -62,5 +62,5 @@ def test_other_code(tmp_path: Path) -> None:
     with (other / "align" / "losses" / "ppo.py").open("a", encoding="utf-8") as file:
         file.write("\nCHANGED = True\n")
     for code, output in start_two(tmp_path / "run", [ROOT, other], [[], []]):
-        assert code == 2
+        assert code == 2, output
         assert "rank 1 differs from rank 0 in the code of align" in output
