@@ -2,14 +2,27 @@
 
 Targets at 2048 tokens, hidden 512, FFN 1024, 8 experts, top-1 + shared, fp32: at most 1.10 times two dense MLPs, at
 least 8 times faster than the einsum dispatch, not slower than transformers' best `experts_implementation`.
+
+Two more figures say what the first target costs on this machine. "products alone" is that ratio if a block were nothing
+but its matrix products: the experts' have fewer rows each and all experts' weights. "freed memory kept" is the ratio
+where the C library keeps what was freed (glibc, MALLOC_MMAP_MAX_=0): else a gradient of 32 MiB, as the experts have
+here, goes back to the kernel and its pages are cleared anew at every step, and the smaller ones of a dense MLP do not.
+
+On a GPU: the block in bf16 and the share of a dense product's rate that it reaches.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import statistics
+import sys
+import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from harness import compare, medians, ratio, write
+from harness import compare, in_a_process_of_its_own, medians, ratio, write
 from torch import Tensor, nn
 from transformers import HunYuanMoEV1Config
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Moe
@@ -24,6 +37,9 @@ SHAPES = {
 }
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 """The third, batched_mm, copies the weights of each token's experts (8.6 GB here): it is made for decoding."""
+
+DENSE = "dense MLPs of the active size"
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 class EinsumDispatch(nn.Module):
@@ -54,18 +70,23 @@ class EinsumDispatch(nn.Module):
         return routed + self.block.shared_mlp(hidden_BTD)
 
 
-def blocks(shape: dict[str, int]) -> dict[str, Callable[[Tensor], Tensor]]:
+class Variant(NamedTuple):
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+
+
+def blocks(shape: dict[str, int]) -> dict[str, Variant]:
     torch.manual_seed(0)
     config = HunYuanConfig(hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=8, **shape)
     ours = MoeBlock(config, 0)
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.02)
-    dense_shared = SwiGlu(config, shape["intermediate_size"])
-    dense_active = SwiGlu(config, shape["intermediate_size"] * shape["moe_topk"])
-    found: dict[str, Callable[[Tensor], Tensor]] = {
-        "align": lambda x: ours(x)[0],
-        "dense MLPs of the active size": lambda x: dense_shared(x) + dense_active(x),
-        "one-hot einsum": EinsumDispatch(ours),
+    shared = SwiGlu(config, shape["intermediate_size"])
+    active = SwiGlu(config, shape["intermediate_size"] * shape["moe_topk"])
+    found = {
+        "align": Variant(lambda x: ours(x)[0], [*ours.parameters()]),
+        DENSE: Variant(lambda x: shared(x) + active(x), [*shared.parameters(), *active.parameters()]),
+        "one-hot einsum": Variant(EinsumDispatch(ours), [*ours.parameters()]),
     }
     for implementation in IMPLEMENTATIONS:
         theirs_config = HunYuanMoEV1Config(
@@ -75,32 +96,129 @@ def blocks(shape: dict[str, int]) -> dict[str, Callable[[Tensor], Tensor]]:
         theirs = HunYuanMoEV1Moe(theirs_config, 0)
         for parameter in theirs.parameters():
             nn.init.normal_(parameter, std=0.02)
-        found[f"transformers {implementation}"] = theirs
+        found[f"transformers {implementation}"] = Variant(theirs, [*theirs.parameters()])
     return found
 
 
+def steps(variants: dict[str, Variant]) -> dict[str, Callable[[], None]]:
+    """A training step's forward and backward pass of each, with gradients that are none at its start."""
+    x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
+
+    def step(variant: Variant) -> None:
+        for leaf in (x, *variant.parameters):
+            leaf.grad = None
+        variant.forward(x).square().mean().backward()
+
+    return {name: lambda v=variant: step(v) for name, variant in variants.items()}
+
+
+def products_alone(shape: dict[str, int]) -> float:
+    """(shared + experts) / (shared + dense of the active size), each only its matrix products, forward and backward.
+
+    The tokens are spread as evenly as they can be, which no router does better.
+    """
+    num_experts, top_k, width = shape["num_experts"], shape["moe_topk"], shape["intermediate_size"]
+
+    def swiglu(rows: int, width: int, copies: int) -> Callable[[], None]:
+        sizes = [(rows, HIDDEN, 2 * width), (rows, width, HIDDEN)]  # rows, into, out
+        operands = [
+            (torch.randn(copies, m, k), torch.randn(copies, n, k), torch.randn(copies, m, n)) for m, k, n in sizes
+        ]
+        results = [tuple(map(torch.empty_like, (d_out, x, weights))) for x, weights, d_out in operands]
+
+        def run() -> None:
+            for (x, weights, d_out), (out, d_x, d_weights) in zip(operands, results, strict=True):
+                for i in range(copies):
+                    torch.mm(x[i], weights[i].T, out=out[i])
+                    torch.mm(d_out[i], weights[i], out=d_x[i])
+                    torch.mm(d_out[i].T, x[i], out=d_weights[i])
+
+        return run
+
+    shared = swiglu(TOKENS, width, 1)
+    experts = swiglu(TOKENS * top_k // num_experts, width, num_experts)
+    dense = swiglu(TOKENS, width * top_k, 1)
+    runs = {"experts": lambda: (shared(), experts()), "dense": lambda: (shared(), dense())}
+    return ratio(compare(runs, rounds=15), "experts", "dense")
+
+
+def align_against_dense(shape: dict[str, int]) -> float:
+    runs = steps(blocks(shape))
+    return ratio(compare({name: runs[name] for name in ("align", DENSE)}, rounds=15), "align", DENSE)
+
+
+def on_a_gpu(device: str, tokens: int, hidden: int, width: int, num_experts: int) -> dict[str, float]:
+    """bf16, top-1 + shared: the block's FLOPs a second, forward and backward, against one dense product's."""
+
+    def seconds(work: Callable[[], Any], rounds: int = 20) -> float:
+        times = []
+        for _ in range(rounds + 3):
+            start = time.perf_counter()
+            work()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[3:])
+
+    config = HunYuanConfig(
+        hidden_size=hidden,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=num_experts,
+        moe_topk=1,
+        intermediate_size=width,
+    )
+    with torch.device(device):
+        block = MoeBlock(config, 0).bfloat16()
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        x = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+        rows, matrix = torch.randn(tokens, hidden).bfloat16(), torch.randn(hidden, 2 * width).bfloat16()
+
+    def step() -> None:
+        for leaf in (x, *block.parameters()):
+            leaf.grad = None
+        block(x)[0].square().mean().backward()
+
+    block_rate = 2 * 18 * tokens * hidden * width / seconds(step)  # two SwiGLUs, three products of 6 FLOPs each
+    dense_rate = 4 * tokens * hidden * width / seconds(lambda: rows @ matrix)
+    return {
+        "block, TFLOP/s": round(block_rate / 1e12, 3),
+        "dense product, TFLOP/s": round(dense_rate / 1e12, 3),
+        "block / dense product": round(block_rate / dense_rate, 3),
+    }
+
+
 def main() -> None:
-    results = {}
+    if len(sys.argv) > 1:  # a process of its own, for the C library reads its settings at the start
+        print(json.dumps({"ratio": align_against_dense(SHAPES[sys.argv[1]])}))
+        return
+    results: dict[str, Any] = {}
     for label, shape in SHAPES.items():
-        x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
         variants = blocks(shape)
-        torch.testing.assert_close(variants["align"](x), variants["one-hot einsum"](x), atol=1e-5, rtol=1e-4)
-
-        def step(block: Callable[[Tensor], Tensor], x: Tensor = x) -> None:
-            x.grad = None
-            block(x).square().mean().backward()
-
-        runs = {name: lambda b=block: step(b) for name, block in variants.items()}
+        x = torch.randn(1, TOKENS, HIDDEN)
+        torch.testing.assert_close(
+            variants["align"].forward(x), variants["one-hot einsum"].forward(x), atol=1e-5, rtol=1e-4
+        )
+        runs = steps(variants)
         with_einsum = compare({name: runs[name] for name in ("align", "one-hot einsum")}, rounds=3)
         seconds = compare({name: run for name, run in runs.items() if name != "one-hot einsum"}, rounds=15)
         best = min((n for n in seconds if n.startswith("transformers")), key=lambda n: medians(seconds)[n])
         times = medians(with_einsum) | medians(seconds)
+        os.environ.update(KEEP_FREED_MEMORY)
+        kept = in_a_process_of_its_own(label)["ratio"]
+        for name in KEEP_FREED_MEMORY:
+            del os.environ[name]
         results[label] = {
             "milliseconds": {name: round(1000 * value, 2) for name, value in times.items()},
-            "align / dense": round(ratio(seconds, "align", "dense MLPs of the active size"), 3),
+            "align / dense": round(ratio(seconds, "align", DENSE), 3),
+            "align / dense, freed memory kept": round(kept, 3),
+            "experts / dense, products alone": round(products_alone(shape), 3),
             "einsum / align": round(ratio(with_einsum, "one-hot einsum", "align"), 2),
             f"align / best of transformers ({best})": round(ratio(seconds, "align", best), 3),
         }
+    if torch.cuda.is_available():
+        results["GPU, bf16"] = on_a_gpu("cuda", tokens=16384, hidden=4096, width=8192, num_experts=8)
     write("moe_block", results)
 
 

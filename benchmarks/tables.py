@@ -41,7 +41,7 @@ def _measure(value: Any) -> str:
 def moe_block(results: dict[str, Any]) -> str:
     rows = []
     for shape, found in results.items():
-        times = ", ".join(f"{name} {value:.0f}" for name, value in found["milliseconds"].items())
+        times = ", ".join(f"{name} {value:.0f}" for name, value in found.get("milliseconds", {}).items())
         ratios = ", ".join(f"{name}: {value:.2f}" for name, value in found.items() if isinstance(value, float))
         rows.append([shape, times, ratios])
     return table(["2048 tokens, hidden 512", "milliseconds, forward + backward", "ratios"], rows)
