@@ -177,7 +177,7 @@ def main() -> None:
             other = folder / f"run-{number}"
             apart = {stage: trained_apart(other, alone, stage) for stage in stages}
             results["layouts"][layout] = {**apart, "ppo": update_apart(other, alone), "seconds": seconds}
-    write("parallel_equality", results)
+            write("parallel_equality", results)
 
 
 if __name__ == "__main__":

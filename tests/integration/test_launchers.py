@@ -6,8 +6,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,16 +62,22 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """What each printed; all must have ended well."""
+    """What each printed; all must have ended well. When one has not, nobody waits for the others."""
+    deadline = time.monotonic() + 400
     try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
+        while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)[-4000:]
     return outputs
 
