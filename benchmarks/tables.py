@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("model.md", "ppo.md", "rollouts.md")]
+PAGES = [ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -147,6 +147,26 @@ def rollout(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def parallel_equality(results: dict[str, Any]) -> str:
+    layouts = results["layouts"]
+    one = next(iter(layouts.values()))
+    stages = [stage for stage in one if stage not in ("ppo", "seconds")]
+    plain = [stage for stage in stages if not stage.startswith("sft_")]
+    trained, written = [], []
+    for layout, found in layouts.items():
+        pairs = (" / ".join(f"{found[stage][key]:.1e}" for key in ("loss", "grad_norm")) for stage in plain)
+        trained.append([layout, *pairs, f"{found['ppo']['metric']:.1e}"])
+        apart = (f"{found[stage]['weight']:.0e} ({found[stage]['weights above 1e-6']:,})" for stage in stages)
+        written.append([layout, *apart])
+    names = {"reward_model": "reward model", "sft_eps_1e_5": "sft, eps 1e-5", "sft_rate_1e_5": "sft, rate 1e-5"}
+    losses = [f"{results['steps']} steps: loss / gradient norm", *(names.get(stage, stage) for stage in plain)]
+    weights = [
+        f"largest difference of a weight (how many of {one['sft']['weights']:,} differ by more than 1e-6)",
+        *(names.get(stage, stage) for stage in stages),
+    ]
+    return table([*losses, "PPO's first update"], trained) + "\n\n" + table(weights, written)
+
+
 RATIO = "engine_over_generate"
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
@@ -157,6 +177,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoding": decoding,
     "loading": loading,
     "tokenizer": tokenizer,
+    "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
     "rollout": rollout,
 }

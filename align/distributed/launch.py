@@ -44,10 +44,13 @@ def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
     """torchrun's variables from those that `srun` sets for a task."""
     first = first_host(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost")
     job = int(slurm.get("SLURM_JOB_ID", "0"))
+    machines = int(slurm.get("SLURM_STEP_NUM_NODES") or slurm.get("SLURM_NNODES") or "1")
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+        # Offloading asks how many ranks share a machine's memory.
+        "LOCAL_WORLD_SIZE": str(max(1, int(slurm["SLURM_NTASKS"]) // machines)),
         "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
         # Two jobs on a machine must not meet: each has a port of its own.
         "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from align.train.checkpoint import load_policy
+from align.train.run_folder import read_jsonl
+from tests.integration.kills import kill_rank_1
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -165,41 +167,54 @@ def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several,
         load_policy(several[0] / stage / "model", "float32")
 
 
+def half_written(checkpoints: Path) -> bool:
+    """One checkpoint is there, and rank 1 has not yet written its part of a newer one."""
+    found = sorted(checkpoints.glob("checkpoint-*"))
+    return len(found) > 1 and not (found[-1] / "training_state" / "state-00001-of-00002.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
-def killed(recipe: Path, several, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks of which one is killed in a step, and whose newest checkpoint was not finished."""
-    run_dir = tmp_path_factory.mktemp("runs") / "killed"
-    run_dir.mkdir()
-    shutil.copytree(several[0] / "base", run_dir / "base")
-    process = start(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
-    written = run_dir / "sft" / "metrics.jsonl"
-    deadline = time.monotonic() + 600
-    while not written.is_file() or len(written.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    clock = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert time.monotonic() - clock < 30
-    assert "rank 1 was ended by SIGKILL" in output
-    newest = sorted((run_dir / "sft" / "checkpoints").glob("checkpoint-*"))[-1]
-    (newest / "complete").unlink(missing_ok=True)
-    return run_dir
+def killed(recipe: Path, several, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two ranks of which one was killed: between two checkpoints, and while one was written."""
+    moments: dict[str, Callable[[Path], bool]] = {
+        "in a step": lambda stage: len(read_jsonl(stage / "metrics.jsonl")) == 5,
+        "in a checkpoint": lambda stage: half_written(stage / "checkpoints"),
+    }
+    folders = {}
+    for name, moment in moments.items():
+        folders[name] = run_dir = tmp_path_factory.mktemp("killed") / "run"
+        shutil.copytree(several[0] / "base", run_dir / "base")
+        launcher = start(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
+        kill_rank_1(launcher, partial(moment, run_dir / "sft"))
+    assert half_written(folders["in a checkpoint"] / "sft" / "checkpoints")
+    return folders
 
 
-@pytest.mark.parametrize(("processes", "experts_over", "tolerance"), [(2, 2, 0.0), (1, 1, 1e-5), (4, 2, 1e-5)])
+@pytest.mark.parametrize(
+    ("when", "processes", "experts_over", "tolerance"),
+    [
+        ("in a step", 2, 2, 0.0),
+        ("in a step", 1, 1, 1e-5),
+        ("in a checkpoint", 2, 2, 0.0),
+        ("in a checkpoint", 4, 2, 1e-5),
+    ],
+)
 def test_a_killed_run_goes_on_with_any_number_of_processes(
-    recipe: Path, several, killed: Path, tmp_path: Path, processes: int, experts_over: int, tolerance: float
+    recipe: Path, several, killed, tmp_path: Path, when: str, processes: int, experts_over: int, tolerance: float
 ) -> None:
     run_dir = tmp_path / "again"
-    shutil.copytree(killed, run_dir)
+    shutil.copytree(killed[when], run_dir)
+    newest = max((run_dir / "sft" / "checkpoints").glob("*/complete"), key=lambda file: int(file.parent.name[11:]))
     words = ["--nproc", str(processes), f"parallel.expert_parallel_size={experts_over}"]
     output = run(recipe, run_dir, "--only", "sft", "--resume", *words)
-    assert "resuming at step 2" in output
+    assert f"resuming at step {newest.parent.name[11:]}\n" in output
     assert difference(metrics(run_dir, "sft"), metrics(several[0], "sft")) <= tolerance
+    if not tolerance:
+        assert exported(run_dir, "sft") == exported(several[0], "sft")
+
+
+def exported(run_dir: Path, stage: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (run_dir / stage / "model").glob("*.safetensors")}
 
 
 def test_what_does_not_fit_is_refused(recipe: Path, tmp_path: Path) -> None:

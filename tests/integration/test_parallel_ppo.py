@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.train.checkpoint import load_policy
+from align.train.run_folder import read_jsonl
+from tests.integration.kills import kill_rank_1
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -76,17 +79,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(recipe: Path, run_dir: Path, *words: str, code: int = 0) -> str:
-    done = subprocess.run(
+def start(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
     )
-    assert done.returncode == code, done.stdout[-3000:]
-    return done.stdout
+
+
+def run(recipe: Path, run_dir: Path, *words: str, code: int = 0) -> str:
+    process = start(recipe, run_dir, *words)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == code, output[-3000:]
+    return output
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -110,6 +117,7 @@ def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TWO = ("--nproc", "2", "parallel.expert_parallel_size=2")
+EVERY_ROUND = "stages.ppo.checkpoint_every=1"
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +168,42 @@ def test_what_ranks_export_loads_in_vllm_and_transformers(two: Path) -> None:
     assert (expected - torch.tensor(completion.logprobs)).abs().max() < 1e-4
 
 
+@pytest.fixture(scope="module")
+def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks of which one was killed in the second round's updates and, resumed, while that round's
+    checkpoint was written."""
+    run_dir = tmp_path_factory.mktemp("killed") / "run"
+    stage, state = run_dir / "ppo", "state-00001-of-00002.safetensors"
+    drawn, following = stage / "checkpoints" / "drawn.safetensors", stage / "checkpoints" / "next"
+
+    def in_the_updates() -> bool:
+        lines = stage / "metrics.jsonl"
+        sampled = len(read_jsonl(lines)) == 1 and drawn.stat().st_mtime > lines.stat().st_mtime
+        return sampled and time.time() - drawn.stat().st_mtime > 0.2
+
+    def in_a_checkpoint() -> bool:
+        return (following / "policy").is_dir() and not (following / "critic" / state).exists()
+
+    kill_rank_1(start(recipe, run_dir, *TWO, EVERY_ROUND), in_the_updates)
+    assert len(read_jsonl(stage / "metrics.jsonl")) == 1
+    kill_rank_1(start(recipe, run_dir, *TWO, EVERY_ROUND, "--resume"), in_a_checkpoint)
+    assert following.is_dir()
+    assert (stage / "checkpoints" / "last").is_dir()
+    return run_dir
+
+
 @pytest.mark.parametrize(("words", "tolerance"), [(TWO, 0.0), (("--nproc", "1"), 1e-4)], ids=["two", "one"])
-def test_a_run_resumes_with_any_number_of_processes(recipe: Path, two: Path, tmp_path: Path, words, tolerance) -> None:
-    """The third round of a run that was cut off before its end, from the checkpoint behind the second."""
-    shutil.copytree(two, tmp_path / "run")
-    (tmp_path / "run" / "ppo" / "manifest.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "ppo" / "model")
-    assert "resuming at step 2" in run(recipe, tmp_path / "run", "--resume", *words)
-    found = difference(metrics(tmp_path / "run")[2], metrics(two)[2])
-    assert max(found.values()) <= tolerance, found
+def test_a_killed_run_goes_on_with_any_number_of_processes(
+    recipe: Path, two: Path, killed: Path, tmp_path: Path, words: tuple[str, ...], tolerance: float
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed, run_dir)
+    assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND)
+    found = [difference(*lines) for lines in zip(metrics(run_dir), metrics(two), strict=True)]
+    assert max(max(line.values()) for line in found) <= tolerance, found
+    if not tolerance:
+        expected = weights(two)
+        assert all(tensor.equal(expected[name]) for name, tensor in weights(run_dir).items())
 
 
 def test_what_needs_one_process_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_slurms_variables_become_torchruns() -> None:
         "SLURM_PROCID": "5",
         "SLURM_NTASKS": "16",
         "SLURM_LOCALID": "1",
+        "SLURM_NNODES": "4",
         "SLURM_JOB_NODELIST": "gpu[3-6]",
         "SLURM_JOB_ID": "123456",
     }
@@ -39,6 +40,7 @@ def test_slurms_variables_become_torchruns() -> None:
         "RANK": "5",
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu3",
         "MASTER_PORT": "23456",
     }
