@@ -35,7 +35,8 @@ def environment_of_its_own() -> dict[str, str]:
 
 def is_rank() -> bool:
     """True in a process that something has started as one of several (torchrun, accelerate, Slurm, this module)."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    # In a batch script Slurm sets SLURM_PROCID and SLURM_NTASKS too; only srun's tasks are in a step.
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         os.environ.update(slurm_place(dict(os.environ)))
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -47,10 +48,10 @@ def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
     machines = int(slurm.get("SLURM_STEP_NUM_NODES") or slurm.get("SLURM_NNODES") or "1")
     return {
         "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
         # Offloading asks how many ranks share a machine's memory.
-        "LOCAL_WORLD_SIZE": str(max(1, int(slurm["SLURM_NTASKS"]) // machines)),
+        "LOCAL_WORLD_SIZE": str(max(1, int(slurm["SLURM_STEP_NUM_TASKS"]) // machines)),
         "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
         # Two jobs on a machine must not meet: each has a port of its own.
         "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),
@@ -171,6 +172,8 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     processes: dict[int, subprocess.Popen[bytes]] = {}
     files: dict[int, Path] = {}
+    # A launcher that is asked to end must not leave its ranks behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for place in places:
             rank = int(place["RANK"])
@@ -186,6 +189,7 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
         failed = wait(processes)
     finally:
         end(processes)
+        signal.signal(signal.SIGTERM, before)
     if failed is None:
         return
     rank = failed

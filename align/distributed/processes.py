@@ -23,6 +23,9 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
 so none waits for that."""
 
+MEETING = timedelta(minutes=15)
+"""How long a rank waits for all to have started: machines may be at different speed, but one may also never come."""
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -46,10 +49,27 @@ def join(recipe: Recipe) -> None:
     quieten_deepspeed()
     import deepspeed
 
-    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=PATIENCE, verbose=False)
+    backend = "nccl" if gpu else "gloo"
+    meet(backend)
+    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)  # takes what is there
     check_equal(fingerprint(recipe))
     if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
         require_async_io()
+
+
+def meet(backend: str) -> None:
+    """Connect all ranks; a `UserError` where not all come within `MEETING`."""
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=PATIENCE)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank()} did not meet the others at {place} ({reason}); start every machine within "
+            f"{MEETING.total_seconds() / 60:.0f} minutes, and look whether all of them can reach that address and port."
+        ) from None
+    store.set_timeout(PATIENCE)
 
 
 def quieten_deepspeed() -> None:

@@ -133,7 +133,12 @@ def test_accelerate_launch(ours: Path, run_dir: Path, words: list[str]) -> None:
 
 def test_slurm(ours: Path, run_dir: Path, words: list[str]) -> None:
     """The variables that `srun --ntasks 2` gives to its tasks."""
-    job = {"SLURM_JOB_ID": free_job(), "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_NODELIST": "localhost"}
+    job = {
+        "SLURM_JOB_ID": free_job(),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
     tasks = [
         start([sys.executable, "-m", "align.cli", *words], **job, SLURM_PROCID=task, SLURM_LOCALID=task)
         for task in ("0", "1")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_first_host_of_slurms_short_form(nodes: str, first: str) -> None:
 def test_slurms_variables_become_torchruns() -> None:
     task = {
         "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "16",
+        "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_LOCALID": "1",
         "SLURM_NNODES": "4",
         "SLURM_JOB_NODELIST": "gpu[3-6]",
@@ -44,6 +45,16 @@ def test_slurms_variables_become_torchruns() -> None:
         "MASTER_ADDR": "gpu3",
         "MASTER_PORT": "23456",
     }
+
+
+def test_a_batch_script_of_slurm_is_not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch gives its script a number and the job's tasks; `align run` in it has ranks to start."""
+    for name in launch.PLACE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert not launch.is_rank()
 
 
 def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +169,28 @@ def test_a_rank_that_ignores_the_request_to_end_is_killed(monkeypatch, tmp_path)
     with pytest.raises(SystemExit):
         ranks([stubborn, late], monkeypatch, tmp_path)
     assert time.monotonic() - clock < 15
+
+
+def test_a_launcher_that_is_asked_to_end_takes_its_ranks_along(monkeypatch, tmp_path) -> None:
+    asks = f"import os; os.kill(os.getppid(), {signal.SIGTERM.value}); {SLEEP}"
+    clock = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        ranks([SLEEP, asks], monkeypatch, tmp_path)
+    assert ended.value.code == 143
+    assert time.monotonic() - clock < 15
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_whose_others_never_come_says_so(number: int, monkeypatch) -> None:
+    from align.distributed import processes
+
+    place = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    for key, value in place.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    sentence = rf"^rank {number} did not meet the others at 127\.0\.0\.1:\d+ \(.*\); start every machine within"
+    with pytest.raises(UserError, match=sentence):
+        processes.meet("gloo")
 
 
 def test_ranks_that_finish_are_waited_for(monkeypatch, tmp_path) -> None:
