@@ -19,7 +19,15 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from align.distributed.layout import Share
-from align.models.hunyuan.moe import Experts, Gather, expert_outputs, in_autocast_dtype, mix_outputs, sorting
+from align.models.hunyuan.moe import (
+    Correction,
+    Experts,
+    Gather,
+    expert_outputs,
+    in_autocast_dtype,
+    mix_outputs,
+    sorting,
+)
 
 
 class Exchange(torch.autograd.Function):
@@ -50,7 +58,7 @@ class SpreadExperts(Experts, AutoEPMoELayer):
 
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
-        self.group, self.ranks = group, dist.get_world_size(group)
+        self.group, self.group_name, self.ranks = group, group_name, dist.get_world_size(group)
         self.num_experts = whole.num_experts
         self.local = whole.num_experts // self.ranks
         self.first = self.local * dist.get_rank(group)
@@ -64,7 +72,13 @@ class SpreadExperts(Experts, AutoEPMoELayer):
     def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
         """DeepSpeed's own layer looks up its groups here; ours has been given them."""
 
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    @property
+    def held(self) -> slice:
+        return slice(self.first, self.first + self.local)
+
+    def forward(
+        self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction
+    ) -> Tensor:
         """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 stands for no expert.
 
         Every rank of the group takes part, with however few tokens, so none waits for another in vain.
@@ -72,7 +86,7 @@ class SpreadExperts(Experts, AutoEPMoELayer):
         hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
 
         def compute(rows_ND: Tensor, counts_L: Tensor) -> Tensor:
-            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L)
+            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L, corrections)
 
         return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.elsewhere, compute))
 
@@ -115,3 +129,13 @@ def spread_experts(model: nn.Module, size: int) -> None:
         for key, child in list(parent.named_children()):
             if type(child) is Experts:
                 setattr(parent, key, SpreadExperts(child, group, name))
+
+
+def mark_adapters(model: nn.Module) -> None:
+    """Tell DeepSpeed that the adapters of spread experts are spread with them."""
+    from align.models.lora_experts import ExpertAdapter
+
+    for module in model.modules():
+        if isinstance(module, ExpertAdapter) and isinstance(experts := module.get_base_layer(), SpreadExperts):
+            for parameter in module.factors():
+                mark(parameter, experts.group_name, Share(experts.num_experts, experts.ranks))
