@@ -90,12 +90,6 @@ def fit_for_several(name: str, stage: PpoStage, parallel: Parallel) -> None:
     """Raise ValueError for what policy optimisation cannot do under DeepSpeed."""
     if parallel.zero_stage == 0:
         raise ValueError(f"stages.{name}: PPO needs zero_stage 1, 2 or 3, and zero_stage is 0; change it")
-    critic = ".critic" if stage.critic.lora is not None else ""
-    if stage.lora is not None or critic:
-        raise ValueError(
-            f"stages.{name}{critic}.lora: PPO trains adapters in one process only; remove lora, or run this stage with "
-            "--only and without parallel"
-        )
     if stage.ema_decay is not None:
         raise ValueError(f"stages.{name}.ema_decay: weights are averaged by one process only; remove it, or parallel")
 

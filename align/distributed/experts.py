@@ -49,12 +49,8 @@ def _all_to_all(rows_ND: Tensor, sent: list[int], received: list[int], group: An
     return arrived
 
 
-class SpreadExperts(Experts, AutoEPMoELayer):
-    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them.
-
-    DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class; nothing
-    else of that class is used.
-    """
+class SpreadExperts(Experts):
+    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them."""
 
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
@@ -69,16 +65,11 @@ class SpreadExperts(Experts, AutoEPMoELayer):
             self.register_parameter(name, mark(parameter, group_name, Share(self.num_experts, self.ranks)))
         self.train(whole.training)
 
-    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
-
     @property
     def held(self) -> slice:
         return slice(self.first, self.first + self.local)
 
-    def forward(
-        self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction
-    ) -> Tensor:
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
         """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 stands for no expert.
 
         Every rank of the group takes part, with however few tokens, so none waits for another in vain.
@@ -107,6 +98,14 @@ class SpreadExperts(Experts, AutoEPMoELayer):
         return torch.cat([answers, answers.new_zeros(len(rows_ND) - len(answers), answers.shape[1])])
 
 
+class TrainedSpreadExperts(SpreadExperts, AutoEPMoELayer):
+    """DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class, and
+    below ZeRO 3 stops if there are none. Nothing else of that class is used."""
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
+
+
 def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter:
     """Tell DeepSpeed that a parameter differs within the expert-parallel group and is sharded over its replicas."""
     parameter.expert_share = share
@@ -118,8 +117,11 @@ def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter
     return parameter
 
 
-def spread_experts(model: nn.Module, size: int) -> None:
-    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group."""
+def spread_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
+    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group.
+
+    trained: something of the experts learns, they themselves or adapters.
+    """
     if size == 1:
         return
     name = f"ep_size_{size}"
@@ -128,7 +130,8 @@ def spread_experts(model: nn.Module, size: int) -> None:
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is Experts:
-                setattr(parent, key, SpreadExperts(child, group, name))
+                kind = TrainedSpreadExperts if trained else SpreadExperts
+                setattr(parent, key, kind(child, group, name))
 
 
 def mark_adapters(model: nn.Module) -> None:

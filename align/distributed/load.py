@@ -51,7 +51,7 @@ def load_spread(
         model = model_class._from_config(config, dtype=dtype)
     model.name_or_path = str(folder)
     model.tie_weights()
-    spread_experts(model, parallel.expert_parallel_size)
+    spread_experts(model, parallel.expert_parallel_size, trained=lora is None or lora.experts)
     head = None
     if hasattr(model, "score") and "score.weight" not in stored:
         head = nn.init.normal_(torch.empty(model.score.weight.shape, dtype=dtype), std=config.initializer_range)

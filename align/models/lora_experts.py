@@ -27,7 +27,8 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight_EOI)
 
     def forward(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
-        return sorted_product(*in_autocast_dtype(rows_NI, self.weight), counts_E)
+        rows_NI, weight_EOI = in_autocast_dtype(rows_NI, self.weight)
+        return sorted_product(rows_NI, weight_EOI, counts_E)
 
 
 class ExpertAdapter(ParamWrapper):
@@ -59,8 +60,9 @@ class ExpertAdapter(ParamWrapper):
     def correction(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
         """s B_e A_e x of the rows, [N, O]."""
         (name,) = self.active_adapters
-        inner_Nr = self.lora_A[name](rows_NI, counts_E)
-        outputs: Tensor = self.lora_B[name](inner_Nr, counts_E) * self.scaling[name]
+        factor_a: nn.Module = self.lora_A[name]
+        factor_b: nn.Module = self.lora_B[name]
+        outputs: Tensor = factor_b(factor_a(rows_NI, counts_E), counts_E) * self.scaling[name]
         return outputs
 
 

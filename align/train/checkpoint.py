@@ -127,9 +127,7 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
 
 
-def load_policy(
-    folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None
-) -> AnyModel:
+def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None) -> AnyModel:
     """A causal language model; under `parallel`, with this rank's share of its experts; with fresh adapters, if `lora`
     says so."""
     config = check_checkpoint(folder)
@@ -148,13 +146,13 @@ def _load_spread(
     model_class: type, config: HunYuanConfig, folder: Path, dtype: str, parallel: Parallel, lora: Lora | None
 ) -> AnyModel:
     """The model of which this rank holds its part."""
-    check_parallel(config, parallel, dtype)
+    check_parallel(config, parallel, dtype, lora)
     from align.distributed.load import load_spread
 
     return load_spread(model_class, config, folder, getattr(torch, dtype), parallel, lora)
 
 
-def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str) -> None:
+def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str, lora: Lora | None = None) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
         experts = config.experts_in(layer)
@@ -165,7 +163,12 @@ def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str) -> Non
             )
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
-    require_room(parallel, parameters, dtype, machines)
+    trained = None
+    if lora is not None:
+        from align.distributed.plan.shape import shape_of
+
+        trained = sum(shape_of("", config.to_dict()).adapters(lora))
+    require_room(parallel, parameters, dtype, machines, trained)
 
 
 def load_reward_model(folder: Path, dtype: str) -> AnyModel:

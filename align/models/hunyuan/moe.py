@@ -18,7 +18,6 @@ from align.losses.moe import balance_loss, expert_load, router_entropy, router_z
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.swiglu import gated, gated_halves
 
-
 Correction = Callable[[Tensor, Tensor], Tensor]
 """(rows sorted by expert [N, I], their counts [E]) -> what is added to the rows' product with a stack [E, O, I]."""
 NO_CORRECTIONS: Mapping[str, Correction] = {}
@@ -307,9 +306,7 @@ class Experts(nn.Module):
         """The experts of the layer that this module has."""
         return slice(0, self.num_experts)
 
-    def forward(
-        self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction
-    ) -> Tensor:
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
         """As `mix_experts`; `corrections` as for `expert_outputs`."""
         return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act, corrections)
 
