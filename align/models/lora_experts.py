@@ -41,11 +41,12 @@ class ExpertAdapter(ParamWrapper):
     def __init__(self, made: ParamWrapper):
         nn.Module.__init__(self)
         self.__dict__.update(made.__dict__)
-        held = self.get_base_layer().held
+        experts: Any = self.get_base_layer()
         for name in list(self.lora_A):
-            a_EI, b_OE = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
-            self.lora_A[name] = Factor(a_EI.unflatten(0, (self.num_experts, -1))[held].clone())
-            self.lora_B[name] = Factor(b_OE.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)[held].clone())
+            linear: Any = self.lora_A[name], self.lora_B[name]
+            a_EI, b_OE = (factor.weight.detach() for factor in linear)
+            self.lora_A[name] = Factor(a_EI.unflatten(0, (self.num_experts, -1))[experts.held].clone())
+            self.lora_B[name] = Factor(b_OE.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)[experts.held].clone())
 
     def factors(self) -> Iterator[nn.Parameter]:
         yield from self.lora_A.parameters()
@@ -60,9 +61,7 @@ class ExpertAdapter(ParamWrapper):
     def correction(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
         """s B_e A_e x of the rows, [N, O]."""
         (name,) = self.active_adapters
-        factor_a: nn.Module = self.lora_A[name]
-        factor_b: nn.Module = self.lora_B[name]
-        outputs: Tensor = factor_b(factor_a(rows_NI, counts_E), counts_E) * self.scaling[name]
+        outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, counts_E), counts_E) * self.scaling[name]
         return outputs
 
 
