@@ -258,11 +258,24 @@ def corrected(
 
 
 def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """x W_e^T for rows that are sorted by expert, [N, O]; zero for those behind the last expert's."""
+    """x W_e^T for rows that are sorted by expert, [N, O], in the way that suits the device; zero for those behind the
+    last expert's."""
+    aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # to 16 bytes, as grouped products want it
+    if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
+        return grouped_product(rows_NI, weights_EOI, counts_E)
     counts = counts_E.tolist()
     counts.append(len(rows_NI) - sum(counts))
     product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, counts)
     return product
+
+
+def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """As `sorted_product`, without waiting for the counts to reach the host."""
+    ends = counts_E.cumsum(0).to(torch.int32)
+    # What lies behind the last group is never written, neither in the product nor in its gradient.
+    written = (torch.arange(len(rows_NI), device=rows_NI.device) < ends[-1])[:, None]
+    product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EOI.transpose(1, 2), offs=ends)
+    return torch.where(written, product, 0)
 
 
 def mix_outputs(
