@@ -83,7 +83,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reward_model": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **TRAINING},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
             "ppo": {**ppo, "init_from": "sft"},
-            "sft_lora": {"kind": "sft", "data": data["rows"], **LORA},
+            "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA},
             "reward_lora": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **LORA},
             "dpo_lora": {"kind": "dpo", "init_from": "sft_lora", "data": data["pairs"], "sft_coef": 0.1, **LORA},
             "ppo_lora": {**ppo, "init_from": "dpo_lora", "lora": LORA["lora"], "critic": {"lora": LORA["lora"]}},
