@@ -93,8 +93,7 @@ class AlignTrainer:
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
-        # For adapters under ZeRO 3 TRL asks for torch's older way to recompute, which loses the gradient of the router's
-        # losses; the model refuses it, and the newer way is right here.
+        # For adapters under ZeRO 3 TRL asks for torch's older way to recompute, which the model refuses.
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
