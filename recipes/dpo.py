@@ -7,24 +7,18 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer
 
 from align.data import prepare_dpo_pairs
-from align.models.lora import add_lora
+from align.models.lora import AnyModel, one_adapter
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
 from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 
 class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both name `optimizer`
-    """TRL's DPO trainer on pairs that are tokenised already.
+    """TRL's DPO trainer on pairs that are tokenised already."""
 
-    TRL gives a wrapped model a second adapter as its reference. Ours begin as the parent, so the parent itself, with
-    adapters off, is the same reference for less; and `Trainer` would not restore the first of two adapters on resume.
-    """
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        model: Any = self.model
-        if "ref" in getattr(model, "peft_config", {}):
-            model.delete_adapter("ref")
+    def __init__(self, *, model: AnyModel, **kwargs: Any):
+        with one_adapter(model):
+            super().__init__(model=model, **kwargs)
 
 
 def run(context: StageContext) -> dict:
@@ -33,11 +27,9 @@ def run(context: StageContext) -> dict:
     tokenizer = load_tokenizer(parent)
     data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype, context.recipe.parallel)
+    model = load_policy(parent, context.trained_dtype, context.recipe.parallel, stage.lora)
     # With adapters the reference is the model with its adapters off; without them it is a second copy.
     ref_model = None if stage.lora else load_policy(parent, context.trained_dtype, context.recipe.parallel)
-    if stage.lora:
-        model = add_lora(model, stage.lora, task="CAUSAL_LM")
     parameters = count_parameters(model)
     losses: dict[str, Any] = (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}

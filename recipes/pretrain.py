@@ -5,7 +5,6 @@ from __future__ import annotations
 from trl import SFTConfig, SFTTrainer
 
 from align.data import prepare_text
-from align.models.lora import add_lora
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
 from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
@@ -21,9 +20,7 @@ def run(context: StageContext) -> dict:
     tokenizer = load_tokenizer(parent)
     data = prepare_text(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype, context.recipe.parallel)
-    if stage.lora:
-        model = add_lora(model, stage.lora, task="CAUSAL_LM")
+    model = load_policy(parent, context.trained_dtype, context.recipe.parallel, stage.lora)
     parameters = count_parameters(model)
     trainer = PretrainTrainer(
         stage=stage,

@@ -6,7 +6,6 @@ import torch
 from trl import RewardConfig, RewardTrainer
 
 from align.data import prepare_reward_pairs
-from align.models.lora import add_lora
 from align.train.checkpoint import count_parameters, load_scorer, load_tokenizer, save_model
 from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
@@ -23,9 +22,7 @@ def run(context: StageContext) -> dict:
     data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the head is random
-    model = load_scorer(parent, context.trained_dtype, parallel=context.recipe.parallel)
-    if stage.lora:
-        model = add_lora(model, stage.lora, task="SEQ_CLS")
+    model = load_scorer(parent, context.trained_dtype, parallel=context.recipe.parallel, lora=stage.lora)
     parameters = count_parameters(model)
     trainer = AlignRewardTrainer(
         stage=stage,

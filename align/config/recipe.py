@@ -74,12 +74,6 @@ class Recipe(Part):
         for name, stage in self.stages.items():
             if self.parallel is None or not isinstance(stage, TrainingStage | PpoStage):
                 continue
-            critic = ".critic" if isinstance(stage, PpoStage) and stage.critic.lora is not None else ""
-            if stage.lora is not None or critic:
-                raise ValueError(
-                    f"stages.{name}{critic}.lora: adapters are trained by one process only; remove lora, or run this "
-                    "stage with --only and without parallel"
-                )
             if isinstance(stage, PpoStage):
                 fit_for_several(name, stage, self.parallel)
                 continue

@@ -19,7 +19,15 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from align.distributed.layout import Share
-from align.models.hunyuan.moe import Experts, Gather, expert_outputs, in_autocast_dtype, mix_outputs, sorting
+from align.models.hunyuan.moe import (
+    Correction,
+    Experts,
+    Gather,
+    expert_outputs,
+    in_autocast_dtype,
+    mix_outputs,
+    sorting,
+)
 
 
 class Exchange(torch.autograd.Function):
@@ -41,16 +49,12 @@ def _all_to_all(rows_ND: Tensor, sent: list[int], received: list[int], group: An
     return arrived
 
 
-class SpreadExperts(Experts, AutoEPMoELayer):
-    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them.
-
-    DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class; nothing
-    else of that class is used.
-    """
+class SpreadExperts(Experts):
+    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them."""
 
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
-        self.group, self.ranks = group, dist.get_world_size(group)
+        self.group, self.group_name, self.ranks = group, group_name, dist.get_world_size(group)
         self.num_experts = whole.num_experts
         self.local = whole.num_experts // self.ranks
         self.first = self.local * dist.get_rank(group)
@@ -61,10 +65,11 @@ class SpreadExperts(Experts, AutoEPMoELayer):
             self.register_parameter(name, mark(parameter, group_name, Share(self.num_experts, self.ranks)))
         self.train(whole.training)
 
-    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
+    @property
+    def held(self) -> slice:
+        return slice(self.first, self.first + self.local)
 
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
         """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 stands for no expert.
 
         Every rank of the group takes part, with however few tokens, so none waits for another in vain.
@@ -72,7 +77,7 @@ class SpreadExperts(Experts, AutoEPMoELayer):
         hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
 
         def compute(rows_ND: Tensor, counts_L: Tensor) -> Tensor:
-            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L)
+            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L, corrections)
 
         return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.elsewhere, compute))
 
@@ -93,6 +98,14 @@ class SpreadExperts(Experts, AutoEPMoELayer):
         return torch.cat([answers, answers.new_zeros(len(rows_ND) - len(answers), answers.shape[1])])
 
 
+class TrainedSpreadExperts(SpreadExperts, AutoEPMoELayer):
+    """DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class, and
+    below ZeRO 3 stops if there are none. Nothing else of that class is used."""
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
+
+
 def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter:
     """Tell DeepSpeed that a parameter differs within the expert-parallel group and is sharded over its replicas."""
     parameter.expert_share = share
@@ -104,8 +117,11 @@ def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter
     return parameter
 
 
-def spread_experts(model: nn.Module, size: int) -> None:
-    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group."""
+def spread_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
+    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group.
+
+    trained: something of the experts learns, they themselves or adapters.
+    """
     if size == 1:
         return
     name = f"ep_size_{size}"
@@ -114,4 +130,15 @@ def spread_experts(model: nn.Module, size: int) -> None:
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is Experts:
-                setattr(parent, key, SpreadExperts(child, group, name))
+                kind = TrainedSpreadExperts if trained else SpreadExperts
+                setattr(parent, key, kind(child, group, name))
+
+
+def mark_adapters(model: nn.Module) -> None:
+    """Tell DeepSpeed that the adapters of spread experts are spread with them."""
+    from align.models.lora_experts import ExpertAdapter
+
+    for module in model.modules():
+        if isinstance(module, ExpertAdapter) and isinstance(experts := module.get_base_layer(), SpreadExperts):
+            for parameter in module.factors():
+                mark(parameter, experts.group_name, Share(experts.num_experts, experts.ranks))

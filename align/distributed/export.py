@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.distributed.layout import own_values, pieces, whole_shape, world
+from align.models.lora import is_factor
+from align.models.lora_experts import delta, peft_shape
+from align.models.lora_merge import plain_parameters
 
 INDEX = "model.safetensors.index.json"
 
@@ -23,11 +26,30 @@ INDEX = "model.safetensors.index.json"
 def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name in our layout, whole tensor on the CPU) of every parameter, on rank 0; every rank must iterate to the end.
 
-    The others send what they hold and see empty tensors. Peak extra memory: one tensor, on rank 0.
+    The others send what they hold and see empty tensors. Adapters are merged. Peak extra memory: one tensor, on rank 0,
+    and with it what an adapter adds to it.
     """
     rank, _ = world()
+    for name, parameter, adapters in plain_parameters(model):
+        whole = gather(parameter, dtype, rank)
+        for adapter in adapters:
+            for key in adapter.active_adapters:
+                a, b = (gather(f[key].weight, torch.float32, rank) for f in (adapter.lora_A, adapter.lora_B))
+                if rank == 0:
+                    whole += delta(adapter, key, a, b).to(dtype)
+        yield name, whole
+
+
+@torch.no_grad()
+def save_spread_adapter(model: Any, folder: Path) -> None:
+    """Write `folder` (on rank 0) from all ranks, as PEFT writes the adapter of a single process."""
+    rank, _ = world()
+    tensors = {}
     for name, parameter in model.named_parameters():
-        yield name, gather(parameter, dtype, rank)
+        if is_factor(name) or ".modules_to_save." in name:
+            tensors[name] = peft_shape(name, gather(parameter, torch.float32, rank))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=tensors)
 
 
 def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
@@ -108,4 +130,5 @@ def file_name(shard: int, files: int) -> str:
 
 def save_spread_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write `folder` (on rank 0) from all ranks."""
-    write_model(model, gathered(model, dtype), folder, dtype)
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    write_model(plain, gathered(model, dtype), folder, dtype)

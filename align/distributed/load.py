@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from align.config.parallel import Parallel
-from align.distributed.experts import spread_experts
-from align.distributed.layout import expert_share, world
+from align.config.parts import Lora
+from align.distributed.experts import mark_adapters, spread_experts
+from align.distributed.layout import expert_share, whole_shape, world
 from align.distributed.settings import deepspeed_config
 from align.errors import UserError
 from align.models.hunyuan.checkpoint import Place, place
 from align.models.hunyuan.weight_files import StoredTensor, stored_tensors, weight_files
+from align.models.lora import add_lora, is_factor, plain_name
 
 
 class OwnRuns(zero.Init):
@@ -36,27 +38,48 @@ class OwnRuns(zero.Init):
         self._convert_to_zero_parameters([parameter])
 
 
-def load_spread(model_class: Any, config: Any, folder: Path, dtype: torch.dtype, parallel: Parallel) -> Any:
-    """A model in evaluation mode, as `from_pretrained` would give it; a head that is not in the files is random."""
+def load_spread(
+    model_class: Any,
+    config: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    parallel: Parallel,
+    lora: Lora | None = None,
+    *,
+    head_only: bool = False,
+) -> Any:
+    """A model in evaluation mode, as `from_pretrained` would give it; a head that is not in the files is random.
+
+    With `lora` it is wrapped by PEFT and only the adapters train. Their first values are those of a single process: a
+    rank draws them all, one layer after the other, and keeps its own. head_only: nothing but the head will train.
+    """
+    stored = by_parameter(stored_tensors(weight_files(folder)))
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)
+    model.name_or_path = str(folder)
     model.tie_weights()
-    spread_experts(model, parallel.expert_parallel_size)
+    spread_experts(model, parallel.expert_parallel_size, trained=not head_only and (lora is None or lora.experts))
+    head = None
+    if hasattr(model, "score") and "score.weight" not in stored:
+        head = nn.init.normal_(torch.empty(model.score.weight.shape, dtype=dtype), std=config.initializer_range)
+    if lora is not None:
+        model = wrapped(model, lora)
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"
     settings = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=1.0, dtype=name)
     own_runs = None
     if parallel.zero_stage == 3:
         settings["train_batch_size"] = world()[1]
         own_runs = OwnRuns(config_dict_or_path=settings, dtype=dtype)
-    stored = by_parameter(stored_tensors(weight_files(folder)))
     for parameter_name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
         parameter.__dict__.update(empty.__dict__)
-        pieces = stored.get(parameter_name)
-        if pieces is not None:
+        pieces = stored.get(plain_name(parameter_name))
+        if is_factor(parameter_name):
+            parameter.data.copy_(empty.data)
+        elif pieces is not None:
             fill(parameter.data, pieces, *own_range(parameter, parallel))
-        elif parameter_name == "score.weight":
-            nn.init.normal_(parameter, std=config.initializer_range)
+        elif head is not None and plain_name(parameter_name) == "score.weight":
+            parameter.data.copy_(head)
         else:
             raise UserError(f"{folder}: there is no tensor for '{parameter_name}'; copy the missing files.")
         replace(model, empty, parameter)
@@ -65,6 +88,27 @@ def load_spread(model_class: Any, config: Any, folder: Path, dtype: torch.dtype,
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def wrapped(model: Any, lora: Lora) -> Any:
+    """An empty model with adapters that have their first values.
+
+    PEFT makes adapters of a weight's shape and puts them where it is. So meanwhile each weight has the shape that it
+    would have on a single process, and one element of memory.
+    """
+    from align.models.lora_experts import adapt_by_row
+
+    stand_ins = {}
+    for empty in list(model.parameters()):
+        stand_ins[empty] = nn.Parameter(torch.empty((), dtype=empty.dtype).expand(whole_shape(empty)))
+        replace(model, empty, stand_ins[empty])
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    model = add_lora(model, lora, task=task, in_float32=False)  # DeepSpeed keeps float32 weights of its own
+    for empty, stand_in in stand_ins.items():
+        replace(model, stand_in, empty.requires_grad_(False))
+    adapt_by_row(model)
+    mark_adapters(model)
+    return model
 
 
 def by_parameter(stored: list[StoredTensor]) -> dict[str, list[tuple[StoredTensor, Place]]]:

@@ -10,18 +10,19 @@ from align.config.parallel import Parallel
 from align.errors import UserError
 
 OPTIMIZER_BYTES = 16
-"""A parameter's float32 weight, gradient and two moments."""
+"""A trained parameter's float32 weight, gradient and two moments."""
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def require_room(parallel: Parallel, parameters: int, dtype: str, machines: int) -> None:
-    """Raise `UserError` where this machine's memory or disk does not hold its part of a model's `parameters`."""
+def require_room(parallel: Parallel, parameters: int, dtype: str, machines: int, trained: int | None = None) -> None:
+    """Raise `UserError` where this machine's memory or disk does not hold its part of a model's `parameters`, of which
+    `trained` learn (None: all; adapters come on top)."""
     offload = parallel.offload
     for place, free, where in (
         ("cpu", available_memory(), "this machine's memory"),
         ("nvme", free_disk(offload.path), f"the disk of {offload.path}"),
     ):
-        need = OPTIMIZER_BYTES * parameters * (offload.optimizer == place)
+        need = OPTIMIZER_BYTES * (parameters if trained is None else trained) * (offload.optimizer == place)
         need += WEIGHT_BYTES[dtype] * parameters * (offload.parameters == place)
         need //= machines
         if need > free:

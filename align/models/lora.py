@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from align.config.parts import Lora
@@ -34,11 +36,43 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
     )
 
 
-def add_lora(model: AnyModel, lora: Lora, *, task: str) -> AnyModel:
-    """Wrap the model; only adapters (and the router, if asked) train."""
+def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:
+    """Wrap the model; only adapters (and the router, if asked) train. in_float32: adapters do not have the model's
+    precision."""
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(lora, model, task=task))
+    return get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of a wrapped model is one of an adapter's two factors."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def plain_name(name: str) -> str:
+    """What the parameter of which a wrapped model has this one is called without the wrapping."""
+    for part in (".base_layer", ".original_module", ".modules_to_save.default"):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.")
+
+
+@contextmanager
+def one_adapter(model: AnyModel) -> Iterator[None]:
+    """While TRL makes a trainer for DPO: the copy of the adapter that it wants as reference is not made.
+
+    Our adapters begin as the parent, so the model with its adapter off is the same reference for less. `Trainer` would
+    not restore the first of two adapters on resume, and a model that is cut up has no values that could be copied.
+    """
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    find = model.get_parameter
+    model.add_adapter = lambda *_, **__: None
+    model.get_parameter = lambda name: find(name.replace(".ref.", ".default."))
+    try:
+        yield
+    finally:
+        del model.add_adapter, model.get_parameter
 
 
 def merge_lora(model: AnyModel) -> AnyModel:

@@ -18,12 +18,21 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     are switched off or already merged are not added. A plain model's parameters come as they are, shared ones
     once.
     """
+    for name, parameter, adapters in plain_parameters(model):
+        merged = parameter.detach()
+        for adapter in adapters:
+            merged = _add(merged, adapter)
+        yield name, merged
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Any]]]:
+    """(name in the plain model, parameter, the LoRA layers that add to it) of every parameter, shared ones once."""
     from peft import PeftModel
 
     yield from _walk(model.get_base_model() if isinstance(model, PeftModel) else model, "", set())
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Parameter, list[Any]]]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -42,11 +51,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        merged = parameter.detach()
-        for adapter in adapters:
-            if getattr(adapter, "parameter_name", "weight") == name:
-                merged = _add(merged, adapter)
-        yield prefix + name, merged
+        yield prefix + name, parameter, [a for a in adapters if getattr(a, "parameter_name", "weight") == name]
     for name, child in module.named_children():
         yield from _walk(child, f"{prefix}{name}.", seen)
 

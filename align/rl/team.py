@@ -11,7 +11,7 @@ import torch
 
 from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward
-from align.models.lora import AnyModel, add_lora
+from align.models.lora import AnyModel
 from align.train.checkpoint import load_policy, load_scorer
 from align.train.device import training_device
 from align.train.learner import Learner
@@ -61,9 +61,7 @@ def build_team(context: StageContext) -> Team:
     device, parallel = training_device(), context.recipe.parallel
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
-    policy = load_policy(parent, context.trained_dtype, parallel).to(device)
-    if stage.lora:
-        policy = add_lora(policy, stage.lora, task="CAUSAL_LM")
+    policy = load_policy(parent, context.trained_dtype, parallel, stage.lora).to(device)
     critic = build_critic(context).to(device) if stage.algorithm == "ppo" else None
     ref_model = (
         None if stage.lora else load_policy(parent, context.trained_dtype, parallel).requires_grad_(False).to(device)
@@ -98,11 +96,11 @@ def build_critic(context: StageContext) -> AnyModel:
     full = stage.critic.trainable == "all" and not stage.critic.lora
     parallel = context.recipe.parallel
     dtype = "float32" if full and parallel is None else context.recipe.dtype  # as in `trained_dtype`
-    critic = load_scorer(context.checkpoint(parent), dtype, fresh_head=True, parallel=parallel)
-    if stage.critic.lora:
-        critic = add_lora(critic, stage.critic.lora, task="SEQ_CLS")
-    if stage.critic.trainable == "head":
-        critic.requires_grad_(False)
-        for name, parameter in critic.named_parameters():
-            parameter.requires_grad_("score" in name and "original_module" not in name)
-    return critic
+    return load_scorer(
+        context.checkpoint(parent),
+        dtype,
+        fresh_head=True,
+        head_only=stage.critic.trainable == "head",
+        parallel=parallel,
+        lora=stage.critic.lora,
+    )

@@ -23,13 +23,14 @@ from transformers import (
 
 import align.models  # noqa: F401 (registers HunYuan)
 from align.config.parallel import Parallel
+from align.config.parts import Lora
 from align.data.chat import prepare_chat_template
 from align.distributed.layout import held_values, whole_shape, world
 from align.distributed.room import require_room
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.checkpoint import check_weights, published_shapes
-from align.models.lora import AnyModel, merge_lora
+from align.models.lora import AnyModel, add_lora, merge_lora, plain_name
 from align.train.run_folder import MODEL, replace_folder
 
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
@@ -126,8 +127,9 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
 
 
-def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
-    """A causal language model; under `parallel`, with this rank's share of its experts."""
+def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None) -> AnyModel:
+    """A causal language model; under `parallel`, with this rank's share of its experts; with fresh adapters, if `lora`
+    says so."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
@@ -135,19 +137,29 @@ def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None) -> A
         settings = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
         if parallel is not None:
-            return _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            return _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel, lora)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
 
 
-def _load_spread(model_class: type, config: HunYuanConfig, folder: Path, dtype: str, parallel: Parallel) -> AnyModel:
+def _load_spread(
+    model_class: type,
+    config: HunYuanConfig,
+    folder: Path,
+    dtype: str,
+    parallel: Parallel,
+    lora: Lora | None,
+    *,
+    head_only: bool = False,
+) -> AnyModel:
     """The model of which this rank holds its part."""
-    check_parallel(config, parallel, dtype)
+    check_parallel(config, parallel, dtype, lora)
     from align.distributed.load import load_spread
 
-    return load_spread(model_class, config, folder, getattr(torch, dtype), parallel)
+    return load_spread(model_class, config, folder, getattr(torch, dtype), parallel, lora, head_only=head_only)
 
 
-def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str) -> None:
+def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str, lora: Lora | None = None) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
         experts = config.experts_in(layer)
@@ -158,7 +170,12 @@ def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str) -> Non
             )
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
-    require_room(parallel, parameters, dtype, machines)
+    trained = None
+    if lora is not None:
+        from align.distributed.plan.shape import shape_of
+
+        trained = sum(shape_of("", config.to_dict()).adapters(lora))
+    require_room(parallel, parameters, dtype, machines, trained)
 
 
 def load_reward_model(folder: Path, dtype: str) -> AnyModel:
@@ -168,8 +185,17 @@ def load_reward_model(folder: Path, dtype: str) -> AnyModel:
     return load_scorer(folder, dtype).eval()
 
 
-def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False, parallel: Parallel | None = None) -> AnyModel:
-    """A model with one scalar head, for the reward model and the critic; `parallel` as for `load_policy`.
+def load_scorer(
+    folder: Path,
+    dtype: str,
+    *,
+    fresh_head: bool = False,
+    head_only: bool = False,
+    parallel: Parallel | None = None,
+    lora: Lora | None = None,
+) -> AnyModel:
+    """A model with one scalar head, for the reward model and the critic; `parallel` and `lora` as for `load_policy`.
+    head_only: nothing but the head trains.
 
     From a language model the head is random, so that the trunk has a gradient from the first step. With `fresh_head`
     it is zero: a critic's first values are then 0 instead of another quantity's scores.
@@ -179,13 +205,23 @@ def load_scorer(folder: Path, dtype: str, *, fresh_head: bool = False, parallel:
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
         if parallel is not None:
-            model = _load_spread(HunYuanForSequenceClassification, settings, folder, dtype, parallel)
+            model = _load_spread(
+                HunYuanForSequenceClassification, settings, folder, dtype, parallel, lora, head_only=head_only
+            )
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=settings, dtype=getattr(torch, dtype)
             )
+            if lora is not None:
+                model = add_lora(model, lora, task="SEQ_CLS")
     if fresh_head:
-        nn.init.zeros_(held_values(model.score.weight))
+        for name, parameter in model.named_parameters():
+            if plain_name(name) == "score.weight":  # with adapters there are two, the frozen one and the trained
+                nn.init.zeros_(held_values(parameter))
+    if head_only:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("score" in name and "original_module" not in name)
     return model
 
 
@@ -201,7 +237,7 @@ def save_model(
     Under `parallel` every rank takes part and rank 0 writes.
     """
     if parallel is not None:
-        _save_spread(model, tokenizer, stage_dir, dtype)
+        _save_spread(model, tokenizer, stage_dir, getattr(torch, dtype))
         return
     if hasattr(model, "peft_config"):
         replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
@@ -214,17 +250,22 @@ def save_model(
     replace_folder(stage_dir / "model", write)
 
 
-def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: str) -> None:
-    from align.distributed.export import save_spread_model
+def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
+    from align.distributed.export import save_spread_adapter, save_spread_model
 
     def write(folder: Path) -> None:
-        save_spread_model(model, folder, getattr(torch, dtype))
+        save_spread_model(model, folder, dtype)
         tokenizer.save_pretrained(folder)
 
-    if world()[0] == 0:
-        replace_folder(stage_dir / "model", write)
-    else:
-        save_spread_model(model, stage_dir / "model", getattr(torch, dtype))
+    def write_adapter(folder: Path) -> None:
+        save_spread_adapter(model, folder)
+
+    folders = {"adapter": write_adapter} if hasattr(model, "peft_config") else {}
+    for name, work in (folders | {"model": write}).items():
+        if world()[0] == 0:
+            replace_folder(stage_dir / name, work)
+        else:
+            work(stage_dir / name)
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:

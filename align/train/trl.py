@@ -93,6 +93,8 @@ class AlignTrainer:
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
+        # For adapters under ZeRO 3 TRL asks for torch's older way to recompute, which the model refuses.
+        self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
         if self.is_deepspeed_enabled:

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from align.train.checkpoint import load_policy
@@ -29,6 +31,9 @@ TRAINING = {
     "max_steps": STEPS,
     "checkpoint_every": 2,
 }
+LORA_STEPS = 4
+LORA = {**TRAINING, "max_steps": LORA_STEPS, "lora": {"rank": 2, "alpha": 8.0}}
+TRAINED = ["sft", "reward_model", "dpo", "sft_lora", "reward_lora", "dpo_lora"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ppo = {
+        "kind": "ppo",
+        "prompts": [{"kind": "file", "path": str(folder / "pairs.jsonl")}],
+        "rewards": [{"kind": "model", "init_from": "reward_model"}],
+        "rollout": {"engine": "huggingface", "max_new_tokens": 8, "max_model_length": 64},
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5},
+        "max_prompt_length": 48,
+        "steps": 1,
+        "batch_size": 10,
+        "mini_batch_size": 5,
+        "micro_batch_tokens": 96,
+    }
     data = {
         name: {"train": [{"kind": "file", "path": str(folder / f"{name}.jsonl")}], "max_length": 96}
         for name in ("rows", "pairs")
@@ -67,19 +84,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # From the same bits in every run: this stage makes 1e-4 of a difference in its parent's last ones.
             "reward_model": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **TRAINING},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
-            "ppo": {
-                "kind": "ppo",
-                "init_from": "sft",
-                "prompts": [{"kind": "file", "path": str(folder / "pairs.jsonl")}],
-                "rewards": [{"kind": "model", "init_from": "reward_model"}],
-                "rollout": {"engine": "huggingface", "max_new_tokens": 8, "max_model_length": 64},
-                "optimizer": {"learning_rate": 1e-3, "eps": 1e-5},
-                "max_prompt_length": 48,
-                "steps": 1,
-                "batch_size": 10,
-                "mini_batch_size": 5,
-                "micro_batch_tokens": 96,
-            },
+            "ppo": {**ppo, "init_from": "sft"},
+            "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA},
+            "reward_lora": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **LORA},
+            "dpo_lora": {"kind": "dpo", "init_from": "sft_lora", "data": data["pairs"], "sft_coef": 0.1, **LORA},
+            "ppo_lora": {**ppo, "init_from": "dpo_lora", "lora": LORA["lora"], "critic": {"lora": LORA["lora"]}},
         },
     }
     path = folder / "parallel.yaml"
@@ -110,7 +119,8 @@ def metrics(run_dir: Path, stage: str) -> list[dict]:
 
 def difference(one: list[dict], other: list[dict]) -> float:
     """The largest relative difference in loss, gradient norm and balance loss."""
-    assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    assert len(one) in (STEPS, LORA_STEPS)
     keys = ("loss", "grad_norm", "aux_loss", "router_z_loss", "learning_rate")
     return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(one, other, strict=True) for key in keys)
 
@@ -128,14 +138,15 @@ def several(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return run_dir, run(recipe, run_dir, "--nproc", "2", "parallel.expert_parallel_size=2")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("stage", TRAINED)
 def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, several, stage: str) -> None:
     assert difference(metrics(several[0], stage), metrics(single, stage)) < 1e-5
 
 
-def test_the_first_update_of_ppo_is_that_of_one_process(single, several) -> None:
+@pytest.mark.parametrize("stage", ["ppo", "ppo_lora"])
+def test_the_first_update_of_ppo_is_that_of_one_process(single, several, stage: str) -> None:
     """From the same rollouts; the parents differ in their last bits, so this also bounds what those do."""
-    (ours,), (theirs,) = metrics(several[0], "ppo"), metrics(single, "ppo")
+    (ours,), (theirs,) = metrics(several[0], stage), metrics(single, stage)
     assert ours["completion_length"] == theirs["completion_length"]
     for key in ("policy_grad_norm", "critic_grad_norm", "value_loss", "entropy", "kl_k3", "aux_loss", "score_mean"):
         assert abs(ours[key] - theirs[key]) < 1e-4 * max(abs(theirs[key]), 1e-2), key
@@ -144,10 +155,10 @@ def test_the_first_update_of_ppo_is_that_of_one_process(single, several) -> None
 def test_only_rank_0_prints(several) -> None:
     lines = several[1].splitlines()
     assert len([line for line in lines if line.startswith("sft: done")]) == 1
-    assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 3
+    assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 3  # sft, reward_model and dpo
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("stage", TRAINED)
 def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
     ours = {
         key: value
@@ -163,7 +174,7 @@ def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several,
         {f.name for f in (d / stage / "model").iterdir() if "safetensors" not in f.name} for d in (single, several[0])
     ]
     assert names[0] == names[1]
-    if stage != "reward_model":
+    if not stage.startswith("reward"):
         load_policy(several[0] / stage / "model", "float32")
 
 
@@ -171,6 +182,35 @@ def half_written(checkpoints: Path) -> bool:
     """One checkpoint is there, and rank 1 has not yet written its part of a newer one."""
     found = sorted(checkpoints.glob("checkpoint-*"))
     return len(found) > 1 and not (found[-1] / "training_state" / "state-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft_lora", "reward_lora", "dpo_lora", "ppo_lora"])
+def test_the_adapter_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
+    ours, theirs = (
+        load_file(run_dir / stage / "adapter" / "adapter_model.safetensors") for run_dir in (several[0], single)
+    )
+    assert {key: (value.shape, value.dtype) for key, value in ours.items()} == {
+        key: (value.shape, value.dtype) for key, value in theirs.items()
+    }
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 2e-5
+    settings = [json.loads((d / stage / "adapter" / "adapter_config.json").read_text()) for d in (single, several[0])]
+    for run_dir, config in zip((single, several[0]), settings, strict=True):
+        assert config.pop("base_model_name_or_path").startswith(str(run_dir))
+        config["target_modules"].sort()
+    assert settings[0] == settings[1]
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapter(several) -> None:
+    """Its adapter on the parent computes what the merged checkpoint computes."""
+    ids = torch.arange(1, 40)[None]
+    parent = load_policy(several[0] / "sft_lora" / "model", "float32")
+    adapted = PeftModel.from_pretrained(parent, several[0] / "dpo_lora" / "adapter").eval()
+    merged = load_policy(several[0] / "dpo_lora" / "model", "float32").eval()
+    found, plain = adapted(ids).logits, merged(ids).logits
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
+    with adapted.disable_adapter():
+        assert (adapted(ids).logits - plain).abs().max() > 1e-2  # the adapter does something
 
 
 @pytest.fixture(scope="module")

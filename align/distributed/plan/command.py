@@ -89,7 +89,6 @@ def _remedy_values(remedy: Remedy) -> report.Values:
         "what": remedy.what,
         "changes": remedy.changes,
         "overrides": [*report.overrides(plan), *remedy.also],
-        "not_yet": report.not_yet(plan),
         "tokens_a_row": plan.job.length,
         "settings": report.setting_values(plan),
         "gpu_bytes": plan.memory.gpu_bytes,

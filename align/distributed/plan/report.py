@@ -28,7 +28,6 @@ def plan_values(plan: Plan) -> Values:
         "tokens_a_row": plan.job.length,
         "settings": setting_values(plan),
         "fits": plan.fits,
-        "not_yet": not_yet(plan),
         "shortages": [{"where": s.where, "needed": s.needed, "available": s.available} for s in plan.shortages],
         "gpu_bytes": found.gpu_bytes,
         "fullest_moment": found.fullest,
@@ -120,21 +119,12 @@ def text(plan: Plan, remedies: Sequence[Remedy], why_not: str | None = None) -> 
         lines.append(f"  cannot run    {why_not}")
     else:
         lines += [f"  {verdict(plan)}", *_memory_table(plan), *_step_lines(plan)]
-    if (missing := not_yet(plan)) is not None:
-        lines.append(f"  not yet       {missing}")
     if remedies:
         lines.append("  smallest changes that make it fit:" if why_not is None else "  smallest changes:")
         lines += [line for remedy in remedies for line in _remedy_lines(remedy)]
     elif not plan.fits or why_not is not None:
         lines.append("  no setting, number of GPUs, LoRA or shorter rows that were tried make it fit")
     return "\n".join(lines)
-
-
-def not_yet(plan: Plan) -> str | None:
-    """What a plan counts and `align run` does not do yet."""
-    if plan.setting.deepspeed and any(member.trained == "adapters" for member in plan.job.members):
-        return "adapters are trained by one process only so far"
-    return None
 
 
 def verdict(plan: Plan) -> str:
@@ -198,8 +188,6 @@ def _remedy_lines(remedy: Remedy) -> list[str]:
     where = f" on {plan.setting.gpus} GPUs in {plan.cluster.hosts} hosts" if remedy.what == "more GPUs" else ""
     lines = [f"    {remedy.what}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
     written = [*overrides(plan), *remedy.also]
-    if (missing := not_yet(plan)) is not None:
-        lines.append(f"      not yet: {missing}")
     if written:
         lines.append(f"      {' '.join(written)}")
     return lines

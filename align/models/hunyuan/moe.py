@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden, E experts, k experts a token, F expert width, G = 2F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ from transformers.activations import ACT2FN
 from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.swiglu import gated, gated_halves
+
+Correction = Callable[[Tensor, Tensor], Tensor]
+"""(rows sorted by expert [N, I], their counts [E]) -> what is added to the rows' product with a stack [E, O, I]."""
+NO_CORRECTIONS: Mapping[str, Correction] = {}
 
 
 class Routing(NamedTuple):
@@ -205,6 +209,7 @@ def mix_experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     act: Callable[[Tensor], Tensor],
+    corrections: Mapping[str, Correction] = NO_CORRECTIONS,
 ) -> Tensor:
     """Sum over a token's experts of weight * expert(token), [T, D]; -1 stands for no expert.
 
@@ -214,7 +219,7 @@ def mix_experts(
     hidden_TD, gate_up_EGD, down_EDF = in_autocast_dtype(hidden_TD, gate_up_EGD, down_EDF)
 
     def compute(rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, counts_E, corrections)
 
     return mix_outputs(hidden_TD, experts_Tk, weights_Tk, len(gate_up_EGD), compute)
 
@@ -228,11 +233,49 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def expert_outputs(
-    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
+    rows_ND: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    act: Callable[[Tensor], Tensor],
+    counts_E: Tensor,
+    corrections: Mapping[str, Correction] = NO_CORRECTIONS,
 ) -> Tensor:
-    """As `loop_over_experts`, in the way that suits the device."""
-    grouped = rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16
-    return (grouped_products if grouped else loop_over_experts)(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+    """As `loop_over_experts`, in the way that suits the device; `corrections`: what adapters add to the outputs of
+    `gate_up_proj` and of `down_proj`."""
+    if not corrections:
+        grouped = rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16
+        return (grouped_products if grouped else loop_over_experts)(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+    hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, counts_E, corrections))
+    return corrected("down_proj", hidden, down_EDF, counts_E, corrections)
+
+
+def corrected(
+    name: str, rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor, corrections: Mapping[str, Correction]
+) -> Tensor:
+    """The product with the stack `name`, [N, O], and what an adapter adds to it."""
+    product = sorted_product(rows_NI, weights_EOI, counts_E)
+    return product + corrections[name](rows_NI, counts_E) if name in corrections else product
+
+
+def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """x W_e^T for rows that are sorted by expert, [N, O], in the way that suits the device; zero for those behind the
+    last expert's."""
+    aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # to 16 bytes, as grouped products want it
+    if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
+        return grouped_product(rows_NI, weights_EOI, counts_E)
+    counts = counts_E.tolist()
+    counts.append(len(rows_NI) - sum(counts))
+    product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, counts)
+    return product
+
+
+def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """As `sorted_product`, without waiting for the counts to reach the host."""
+    ends = counts_E.cumsum(0).to(torch.int32)
+    # What lies behind the last group is never written, neither in the product nor in its gradient.
+    written = (torch.arange(len(rows_NI), device=rows_NI.device) < ends[-1])[:, None]
+    product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EOI.transpose(1, 2), offs=ends)
+    return torch.where(written, product, 0)
 
 
 def mix_outputs(
@@ -271,9 +314,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
         self.act = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """As `mix_experts`."""
-        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act)
+    @property
+    def held(self) -> slice:
+        """The experts of the layer that this module has."""
+        return slice(0, self.num_experts)
+
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
+        """As `mix_experts`; `corrections` as for `expert_outputs`."""
+        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act, corrections)
 
 
 class SwiGlu(nn.Module):

@@ -26,6 +26,7 @@ from align.rl.score import to_experience
 from align.rl.team import Team
 from align.rl.update import update
 from align.rollout.experience import Experience
+from align.train.learner import Learner
 from align.train.spread_learner import SpreadLearner, frozen_engine
 from tests.unit.rl.small import build, completions, settings
 
@@ -48,6 +49,7 @@ CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
         ONE,
         {"algorithm": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
     ),
+    "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
     "left out, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
     "left out, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
 }
@@ -95,6 +97,9 @@ def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Team]:
 
 def whole(stage: PpoStage) -> Team:
     team = build()
+    if team.critic is not None and stage.critic.trainable == "head":
+        team.critic.model.requires_grad_(False).score.requires_grad_(True)
+        team = Team(team.policy, team.ref_model, critic=Learner(team.critic.model, team.critic.settings, total=1))
     return team if stage.algorithm == "ppo" else Team(team.policy, team.ref_model)
 
 
@@ -103,7 +108,8 @@ def spread(stage: PpoStage, parallel: Parallel) -> Team:
     learner = partial(SpreadLearner, total=1, parallel=parallel, dtype="float32")
     models = [m for m in (team.policy.model, team.ref_model, team.critic and team.critic.model) if m is not None]
     for model in models:
-        spread_experts(model, parallel.expert_parallel_size)
+        trained = model is team.policy.model or stage.critic.trainable == "all"
+        spread_experts(model, parallel.expert_parallel_size, trained=trained)
     assert team.ref_model is not None
     return Team(
         policy=learner(team.policy.model, team.policy.settings),

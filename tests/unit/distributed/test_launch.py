@@ -112,6 +112,9 @@ def test_offload_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
         require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1)
     require_room(Parallel(offload=Offload(optimizer="cpu")), free // 64, "float32", machines=1)
+    require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1, trained=free // 64)
+    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
+        require_room(Parallel(offload=Offload(optimizer="cpu")), 1, "float32", machines=1, trained=free)
     with pytest.raises(UserError, match="the disk of"):
         require_room(Parallel(offload=Offload(parameters="nvme", path=str(tmp_path))), 10**15, "bfloat16", machines=2)
     with pytest.raises(UserError, match="no folder that can be written to"):

@@ -170,19 +170,6 @@ def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> No
             assert " ".join(remedy["overrides"]) in text
 
 
-@pytest.mark.parametrize(("gpus", "said"), [("1", False), ("2", True)])
-def test_what_is_counted_and_not_trained_yet_is_said(capsys: pytest.CaptureFixture[str], gpus: str, said: bool) -> None:
-    lora = ["stages.sft.lora.rank=8", "stages.sft.micro_batch_size=4"]
-    arguments = ["tiny", "--gpu", "h100", "--gpus", gpus, "--stage", "sft", *lora]
-    sentence = "adapters are trained by one process only so far"
-    assert (f"  not yet       {sentence}" in printed(capsys, *arguments)) is said
-    (plan,) = json.loads(printed(capsys, *arguments, "--json"))["plans"]
-    assert plan["not_yet"] == (sentence if said else None)
-    if said:  # and it is so: a recipe is refused that has it with `parallel`
-        with pytest.raises(UserError, match="adapters are trained by one process only"):
-            load_recipe("hunyuan-large", lora[:1])
-
-
 def test_search_prints_settings_that_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["hunyuan-large", "--model", "hunyuan-large", "--gpu", "h200", "--host-memory", "2000"]
     found = printed(capsys, *arguments, "--search", "--show", "2")

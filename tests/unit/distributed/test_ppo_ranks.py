@@ -13,6 +13,7 @@ CASES = [
     "zero 3",
     "zero 3, experts over 2",
     "zero 1, experts over 2",
+    "zero 2, experts over 2, the critic's head",
     "left out, zero 3",
     "left out, zero 2",
 ]

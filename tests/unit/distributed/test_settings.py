@@ -75,8 +75,6 @@ FULL += ["stages.dpo.lora=null"]
     ("change", "sentence"),
     [
         ("parallel={zero_stage: 0}", "PPO needs zero_stage 1, 2 or 3"),
-        ("stages.ppo.lora={}", "stages.ppo.lora: adapters are trained by one process only"),
-        ("stages.ppo.critic.lora={}", "stages.ppo.critic.lora: adapters are trained by one process only"),
         ("stages.ppo.ema_decay=0.9", "stages.ppo.ema_decay: weights are averaged by one process only"),
     ],
 )

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.moe import Experts, Router, grouped_products, limit_capacity, loop_over_experts, route
+from align.models.hunyuan.moe import (
+    Experts,
+    Router,
+    grouped_product,
+    grouped_products,
+    limit_capacity,
+    loop_over_experts,
+    route,
+    sorted_product,
+)
 
 
 def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
@@ -150,6 +159,22 @@ def test_grouped_products_compute_what_the_loop_does() -> None:
         (output * factors).sum().backward()
         results.append((output.detach(), rows.grad, experts.gate_up_proj.grad.clone(), experts.down_proj.grad.clone()))
     assert results[0][0][7:].abs().max() == results[0][1][7:].abs().max() == 0
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
+
+
+def test_a_grouped_product_is_that_of_the_loop() -> None:
+    torch.manual_seed(0)
+    weights, counts, factors = torch.randn(3, 8, 16, requires_grad=True), torch.tensor([4, 0, 3]), torch.randn(9, 8)
+    rows = torch.randn(9, 16, requires_grad=True)
+    results = []
+    for way in (sorted_product, grouped_product):
+        weights.grad = rows.grad = None
+        output = way(rows, weights, counts)
+        (output * factors).sum().backward()
+        results.append((output.detach(), rows.grad, weights.grad))
+    expected = torch.cat([rows[:4] @ weights[0].T, rows[4:7] @ weights[2].T, torch.zeros(2, 8)])
+    torch.testing.assert_close(results[0][0], expected.detach(), atol=1e-5, rtol=1e-5)
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
 
