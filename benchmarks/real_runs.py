@@ -19,7 +19,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from curves import RESULTS as CURVES
+from harness import write
 
 HERE = Path(__file__).resolve().parent
 
@@ -146,6 +149,25 @@ def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
             shutil.copyfile(source, folder / target)
 
 
+def summary() -> dict[str, Any]:
+    """Of every run that was drawn: each metric's mean over the first and the last tenth of the steps."""
+    found = {}
+    for path in sorted(CURVES.glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        tenth = max(1, len(facts["steps"]) // 10)
+        found[path.stem] = {
+            "recipe": facts["recipe"],
+            "stage": facts["stage"],
+            "steps": facts["steps"][-1],
+            "minutes": round(facts["seconds"] / 60, 1),
+            "first and last tenth": {
+                name: [round(sum(part) / len(part), 3) for part in (values[:tenth], values[-tenth:])]
+                for name, values in ((n, [v for v in all_ if v is not None]) for n, all_ in facts["curves"].items())
+            },
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RUNS)
@@ -165,6 +187,7 @@ def main() -> None:
     for picture, stage, metrics in run.curves:
         script = [sys.executable, str(HERE / "curves.py"), picture, str(run_dir), stage, ",".join(metrics)]
         subprocess.run(script, check=True)
+    write("real_runs", summary())
 
 
 if __name__ == "__main__":

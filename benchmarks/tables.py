@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md")]
+PAGES = [ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -167,6 +167,15 @@ def parallel_equality(results: dict[str, Any]) -> str:
     return table([*losses, "PPO's first update"], trained) + "\n\n" + table(weights, written)
 
 
+def real_runs(results: dict[str, Any]) -> str:
+    rows = []
+    for found in results.values():
+        metrics = found["first and last tenth"].items()
+        learnt = ", ".join(f"{name} {first:.3g} → {last:.3g}" for name, (first, last) in metrics)
+        rows.append([found["recipe"], found["stage"], str(found["steps"]), f"{found['minutes']:.0f}", learnt])
+    return table(["recipe", "stage", "steps", "minutes", "mean of the first tenth of the steps → of the last"], rows)
+
+
 RATIO = "engine_over_generate"
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
@@ -180,6 +189,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
     "rollout": rollout,
+    "real_runs": real_runs,
 }
 
 
