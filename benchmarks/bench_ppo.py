@@ -261,7 +261,7 @@ def phases(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     speeds, failures = {}, {}
-    for implementation in IMPLEMENTATIONS:
+    for implementation in options.implementations.split(","):
         try:
             trial = run_side("trl", {**case, "experts_implementation": implementation}, options.trl)
         except RuntimeError as error:  # one that copies an expert's weights for every token runs out of memory
@@ -333,6 +333,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--align", nargs=2, metavar=("CASE", "RESULT"), help=argparse.SUPPRESS)
     parser.add_argument("--cases", default=",".join(CASES), help="some of: " + ", ".join(CASES))
+    parser.add_argument(
+        "--implementations", default=",".join(IMPLEMENTATIONS), help="TRL's `experts_implementation`s to choose from"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--learning", type=int, default=24, metavar="ROUNDS", help="rounds of the learning curves")
     parser.add_argument("--seeds", type=int, default=3, help="learning curves of each side")
