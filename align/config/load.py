@@ -258,10 +258,7 @@ def _sentence(values: dict[str, Any], problem: Any) -> str:
     where = ".".join(location)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
-        return f"unknown key '{where}'; {hint}"
+        return f"unknown key '{where}'; {_hint(problem['loc'])}"
     if kind == "missing":
         return f"the key '{where}' is missing; add it."
     if kind in ("union_tag_invalid", "literal_error"):
@@ -353,6 +350,16 @@ def _written_path(values: Any, loc: tuple) -> list[str]:
 def _is_tag(node: Any, key: Any) -> bool:
     """True where pydantic's location names the member of a union, which the recipe writes as `kind`."""
     return isinstance(node, dict) and key not in node and node.get("kind", "file") == key
+
+
+def _hint(loc: tuple) -> str:
+    """What may have been meant by a key that the section above it does not have."""
+    section, key = loc[:-1], str(loc[-1])
+    known = _known_keys(section)
+    within = {inner: set(_known_keys((*section, inner))) - set(known) for inner in known}
+    deeper = [f"{inner}.{key}" for inner, keys in within.items() if key in keys]
+    near = deeper or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys are {', '.join(known)}."
 
 
 def _known_keys(loc: tuple) -> list[str]:

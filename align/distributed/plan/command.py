@@ -99,9 +99,8 @@ def _remedy_values(remedy: Remedy) -> report.Values:
 def _check(job: Job, recipe: Recipe, cluster: Cluster) -> None:
     """Refuse what no setting can mend."""
     if not micro_batches(job, cluster.gpus):
-        what = "mini_batch_size" if job.kind == "ppo" else "batch_size"
         raise UserError(
-            f"stages.{job.name}: {cluster.gpus} GPUs cannot share {what} {job.batch} evenly; change it, or use "
+            f"stages.{job.name}: {cluster.gpus} GPUs cannot share batch_size {job.batch} evenly; change it, or use "
             "a number of GPUs that divides it (--gpus)."
         )
     ep = recipe.parallel.expert_parallel_size if recipe.parallel else 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from align.config.parallel import Parallel
 from align.config.parts import HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
 from align.config.ppo import PpoStage
 from align.config.presets import PRESETS
@@ -85,7 +86,7 @@ class Job:
     batch: examples in an optimizer step, over all processes; micro_batch: examples in a forward pass of one process.
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
     models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
-    has several differ in length and are padded; PPO packs them.
+    has several differ in length and are padded; PPO packs them. parallel: what the recipe has.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Job:
     gradient_checkpointing: bool = False
     can_checkpoint: bool = True
     rollouts: Rollouts | None = None
+    parallel: Parallel | None = None
 
     @property
     def learners(self) -> tuple[Member, ...]:
@@ -126,7 +128,7 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
         raise UserError(f"--stage {only}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
     shapes = _shapes(recipe, model)
     jobs = [
-        job_of(name, stage, recipe.dtype, shapes)
+        replace(job_of(name, stage, recipe.dtype, shapes), parallel=recipe.parallel)
         for name, stage in recipe.stages.items()
         if isinstance(stage, TrainingStage | PpoStage) and only in (None, name)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from align.config.parallel import Parallel
 from align.distributed.plan.job import Job, Rollouts
 from align.distributed.plan.memory import engine_bytes
 from align.distributed.plan.search import Plan, Remedy
@@ -66,13 +67,20 @@ def overrides(plan: Plan) -> list[str]:
     setting, stage = plan.setting, f"stages.{plan.job.name}"
     found = []
     if setting.deepspeed:
+        written = plan.job.parallel or Parallel(processes=setting.gpus)
         found += [f"parallel.processes={setting.gpus}", f"parallel.zero_stage={setting.zero_stage}"]
-        if setting.expert_parallel_size > 1:
+        if setting.expert_parallel_size > 1 or written.expert_parallel_size > 1:
             found.append(f"parallel.expert_parallel_size={setting.expert_parallel_size}")
-        places = (("optimizer", setting.offload_optimizer), ("parameters", setting.offload_parameters))
-        found += [f"parallel.offload.{what}={place}" for what, place in places if place]
+        before = written.offload
+        places = (
+            ("optimizer", setting.offload_optimizer, before.optimizer),
+            ("parameters", setting.offload_parameters, before.parameters),
+        )
+        found += [f"parallel.offload.{what}={now or 'null'}" for what, now, was in places if now or was]
         if "nvme" in (setting.offload_optimizer, setting.offload_parameters):
-            found.append("parallel.offload.path=FOLDER")
+            found.append(f"parallel.offload.path={before.path or 'FOLDER'}")
+        elif before.path:
+            found.append("parallel.offload.path=null")
     if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
         found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
     if setting.micro_batch != plan.job.micro_batch:

@@ -108,10 +108,10 @@ def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
 
 
 def micro_batches(job: Job, gpus: int) -> list[int]:
-    """Sizes that split the batch evenly over the ranks, the largest first."""
-    if job.batch % gpus:
+    """Sizes that split the batch evenly over the ranks, the largest first; PPO's last pass may be a smaller one."""
+    if job.batch % gpus and job.kind != "ppo":
         return []
-    share = job.batch // gpus
+    share = -(-job.batch // gpus)
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 

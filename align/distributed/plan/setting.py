@@ -98,7 +98,7 @@ def unusable(job: Job, setting: Setting) -> str | None:
                 )
             if not layer.experts and ep > 1 and not member.shape.experts:
                 return f"expert_parallel_size {ep}: {member.shape.name} has no experts"
-    if job.batch % (setting.micro_batch * gpus):
+    if job.kind != "ppo" and job.batch % (setting.micro_batch * gpus):  # PPO's ranks may have unequal shares
         return (
             f"{gpus} GPUs with {setting.micro_batch} {'pairs' if job.sequences > 1 else 'rows'} each do not divide "
             f"the batch of {job.batch}"

@@ -17,6 +17,7 @@ from align.config.presets import PRESETS
 from align.distributed.plan.command import Question, answer
 from align.distributed.plan.job import Job, jobs_of
 from align.distributed.plan.memory import memory
+from align.distributed.plan.report import overrides
 from align.distributed.plan.search import SMALL_LORA, changed, evaluate, feasible, joint, remedies
 from align.distributed.plan.setting import GB, Cluster, Setting, setting_of
 from align.distributed.plan.speed import GPUS
@@ -92,6 +93,26 @@ def test_a_remedy_changes_as_little_as_can_be() -> None:
     assert len(changed(near.setting, wanted)) == min(
         len(changed(replace(p.setting, micro_batch=1), wanted)) for p in everything
     )
+
+
+@pytest.mark.parametrize(
+    "written", [[], ["parallel={processes: 64, expert_parallel_size: 4, offload: {optimizer: cpu}}"]]
+)
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: list[str], stage: str) -> None:
+    for plan in feasible(large(*written)[stage], h20(8), H20)[::7]:
+        recipe = load_recipe("hunyuan-large", [*written, *overrides(plan)])
+        (job,) = jobs_of(recipe, "hunyuan-large", stage)
+        assert setting_of(job, recipe.parallel, 64) == replace(
+            plan.setting, rollout_gpus=job.rollouts.gpus_a_server if job.rollouts else 1
+        )
+
+
+def test_ranks_of_ppo_may_have_unequal_shares() -> None:
+    job = large("stages.ppo.mini_batch_size=128", "stages.ppo.batch_size=512")["ppo"]
+    plans = feasible(job, Cluster(96, 12, 140 * GB, 2000 * GB), H20)
+    assert plans
+    assert all(plan.setting.accumulation(job) * plan.setting.micro_batch * 96 >= 128 for plan in plans)
 
 
 def test_what_search_lists_fits_and_is_ordered() -> None:
