@@ -108,6 +108,14 @@ def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: lis
         )
 
 
+def test_a_reward_model_that_rank_0_holds_whole_is_named(capsys) -> None:
+    words = ["plan", "hunyuan-large", "--model", "hunyuan-large", "--gpus", "128", "--gpu", "h200", "--stage", "ppo"]
+    cli.main([*words, "--host-memory", "2000"])
+    assert "rank 0 holds a local reward model whole (777 GB)" in capsys.readouterr().out
+    cli.main([*words, "--host-memory", "2000", "stages.ppo.rewards=[{kind: remote, url: 'http://127.0.0.1:8100'}]"])
+    assert "reward model" not in capsys.readouterr().out
+
+
 def test_ranks_of_ppo_may_have_unequal_shares() -> None:
     job = large("stages.ppo.mini_batch_size=128", "stages.ppo.batch_size=512")["ppo"]
     plans = feasible(job, Cluster(96, 12, 140 * GB, 2000 * GB), H20)
