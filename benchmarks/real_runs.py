@@ -126,7 +126,8 @@ def sums() -> str:
 
 def short_problems(file: Path) -> str:
     """Rows whose question has at most 200 characters and whose answer at most 180."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as text:  # whose lines end at a newline only, as JSON lines do
+        rows = [json.loads(line) for line in text]
     fields = ("question", "answer")
     return lines(
         [{f: row[f] for f in fields} for row in rows if len(row["question"]) <= 200 and len(row["answer"]) <= 180]

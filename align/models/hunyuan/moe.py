@@ -179,29 +179,6 @@ class SortedProduct(torch.autograd.Function):
         return result
 
 
-def loop_over_experts(
-    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
-) -> Tensor:
-    """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's."""
-    counts = counts_E.tolist()
-    counts.append(len(rows_ND) - sum(counts))
-    gate_up = SortedProduct.apply(rows_ND, gate_up_EGD, counts)
-    return SortedProduct.apply(gated_halves(act, gate_up), down_EDF, counts)
-
-
-def grouped_products(
-    rows_ND: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, act: Callable[[Tensor], Tensor], counts_E: Tensor
-) -> Tensor:
-    """The same as two grouped products, which never wait for the counts to reach the host."""
-    ends = counts_E.cumsum(0).to(torch.int32)
-    # What lies behind the last group is never written, neither in the products nor in their gradients.
-    written = (torch.arange(len(rows_ND), device=rows_ND.device) < ends[-1])[:, None]
-    rows_ND = torch.where(written, rows_ND, 0)
-    gate_up = nn.functional.grouped_mm(rows_ND, gate_up_EGD.transpose(1, 2), offs=ends)
-    outputs = nn.functional.grouped_mm(gated_halves(act, gate_up), down_EDF.transpose(1, 2), offs=ends)
-    return torch.where(written, outputs, 0)
-
-
 def mix_experts(
     hidden_TD: Tensor,
     experts_Tk: Tensor,
@@ -240,11 +217,8 @@ def expert_outputs(
     counts_E: Tensor,
     corrections: Mapping[str, Correction] = NO_CORRECTIONS,
 ) -> Tensor:
-    """As `loop_over_experts`, in the way that suits the device; `corrections`: what adapters add to the outputs of
-    `gate_up_proj` and of `down_proj`."""
-    if not corrections:
-        grouped = rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16
-        return (grouped_products if grouped else loop_over_experts)(rows_ND, gate_up_EGD, down_EDF, act, counts_E)
+    """Outputs [N, D] of rows that are sorted by expert; zero for those behind the last expert's. `corrections`: what
+    adapters add to the outputs of `gate_up_proj` and of `down_proj`."""
     hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, counts_E, corrections))
     return corrected("down_proj", hidden, down_EDF, counts_E, corrections)
 
