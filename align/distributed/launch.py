@@ -14,13 +14,15 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from align.config.parallel import Parallel
+from align.distributed.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
 from align.errors import UserError
 
 PORT = 29500
-"""Where rank 0 listens when there are several machines; on one machine a free port is taken."""
+"""Where the launcher on the first of several machines listens, unless MASTER_PORT says otherwise."""
 GRACE = 5.0
 """Seconds between asking the other ranks to end and killing them."""
 
@@ -70,7 +72,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"parallel.hostfile: {path} cannot be read ({error}); check the path.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"parallel.hostfile: {path} cannot be read ({reason}); check the path.") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -85,41 +88,67 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def local_places(parallel: Parallel) -> tuple[list[dict[str, str]], str, int]:
-    """(variables of each rank of this machine, address of rank 0, its port)."""
+def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
+    """(slots of each machine of a run, which of them this is)."""
     if parallel.hostfile is None:
-        hosts, here, address, port = {"localhost": parallel.processes}, "localhost", "127.0.0.1", free_port()
+        return {"localhost": parallel.processes}, "localhost"
+    hosts = read_hostfile(Path(parallel.hostfile))
+    total = sum(hosts.values())
+    if total != parallel.processes:
+        raise UserError(
+            f"{parallel.hostfile}: {total} slots for {parallel.processes} processes; make parallel.processes and "
+            "the sum of the slots equal."
+        )
+    for host in hosts:
+        resolve(host, parallel.hostfile)
+    return hosts, this_machine(hosts, parallel.hostfile)
+
+
+def meet_others(hosts: dict[str, int], here: str) -> tuple[Others, str, int]:
+    """(the other machines, address and port where all ranks meet), when all machines are there."""
+    if len(hosts) == 1:
+        return Alone(), "127.0.0.1", free_port()
+    first, port = next(iter(hosts)), master_port()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    others: Leader | Follower
+    if here == first:
+        others = Leader(hosts, here, port)
+        meeting_port = partial(others.gather, say, free_port(""))
     else:
-        hosts = read_hostfile(Path(parallel.hostfile))
-        total = sum(hosts.values())
-        if total != parallel.processes:
-            raise UserError(
-                f"{parallel.hostfile}: {total} slots for {parallel.processes} processes; make parallel.processes and "
-                "the sum of the slots equal."
-            )
-        for host in hosts:
-            resolve(host, parallel.hostfile)
-        here = this_machine(hosts, parallel.hostfile)
-        address, port = next(iter(hosts)), int(os.environ.get("MASTER_PORT", PORT))
-        if here == address:
-            require_free(port)
-    first = 0
-    for host, slots in hosts.items():
-        if host == here:
-            break
-        first += slots
-    places = [
+        others = Follower(hosts, here, port)
+        meeting_port = partial(others.gather, say)
+    try:
+        return others, first, meeting_port()
+    except BaseException:
+        others.close()
+        raise
+
+
+def master_port() -> int:
+    text = os.environ.get("MASTER_PORT", str(PORT))
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) < 65536):
+        raise UserError(f"MASTER_PORT is '{text}', but must be a port's number, 1 to 65535.")
+    return int(text)
+
+
+def local_places(hosts: dict[str, int], here: str, address: str, port: int) -> list[dict[str, str]]:
+    """Variables of each rank of this machine; ranks are numbered through the machines in their order."""
+    names = list(hosts)
+    first = sum(hosts[name] for name in names[: names.index(here)])
+    return [
         {
             "RANK": str(first + local),
             "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(parallel.processes),
+            "WORLD_SIZE": str(sum(hosts.values())),
             "LOCAL_WORLD_SIZE": str(hosts[here]),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
         for local in range(hosts[here])
     ]
-    return places, address, port
 
 
 def resolve(host: str, where: str) -> set[str]:
@@ -130,55 +159,55 @@ def resolve(host: str, where: str) -> set[str]:
 
 
 def this_machine(hosts: dict[str, int], where: str) -> str:
+    """The machine of `hosts` that this is: by its name, or because it has the address."""
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
-    addresses = {"127.0.0.1", "::1"}
-    for name in own:
-        try:
-            addresses |= resolve(name, where)
-        except UserError:
-            continue
     for host in hosts:
-        if host in own or resolve(host, where) & addresses:
+        if host in own:
+            return host
+    for host in hosts:
+        if any(is_own(address) for address in resolve(host, where)):
             return host
     raise UserError(
         f"{where}: this machine ({socket.gethostname()}) is not among {', '.join(hosts)}; start `align run` on those."
     )
 
 
-def free_port() -> int:
+def is_own(address: str) -> bool:
+    """True for an address of this machine: only to those can a socket be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(address: str = "127.0.0.1") -> int:
     with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
-def require_free(port: int) -> None:
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            raise UserError(
-                f"port {port} is in use on this machine; end what uses it, or set MASTER_PORT to another everywhere."
-            ) from None
-
-
 def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
-    """Run `align ARGUMENTS` as this machine's ranks; returns when all have finished.
+    """Run `align ARGUMENTS` as this machine's ranks; returns when all have finished, on all machines.
 
-    Rank 0 prints. What a rank writes to stderr goes to logs/rank-N.log. When one fails the others are ended, its
-    error is printed and the process exits with its code.
+    Rank 0 prints. What a rank writes to stderr goes to logs/rank-N.log. When one fails, on whatever machine, the others
+    are ended, its error is printed and the process exits with its code.
     """
-    places, _, _ = local_places(parallel)
+    hosts, here = machines_of(parallel)
     logs.mkdir(parents=True, exist_ok=True)
     processes: dict[int, subprocess.Popen[bytes]] = {}
     files: dict[int, Path] = {}
     # A launcher that is asked to end must not leave its ranks behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    others: Others = Alone()
     try:
-        for place in places:
+        others, address, port = meet_others(hosts, here)
+        for place in local_places(hosts, here, address, port):
             rank = int(place["RANK"])
             files[rank] = logs / f"rank-{rank}.log"
-            threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share_of_cores(len(places)))}
+            threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share_of_cores(hosts[here]))}
             with open(files[rank], "wb") as log:
                 processes[rank] = subprocess.Popen(
                     [sys.executable, "-m", "align.cli", *arguments],
@@ -186,44 +215,56 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
                     stdout=None if rank == 0 else log,
                     stderr=log,
                 )
-        failed = wait(processes)
+        failure = wait(processes, files, others, f" on {here}" if len(hosts) > 1 else "")
     finally:
         end(processes)
+        others.close()
         signal.signal(signal.SIGTERM, before)
-    if failed is None:
+    if failure is None:
         return
-    rank = failed
-    text = files[rank].read_text(encoding="utf-8", errors="replace").strip()
-    code = processes[rank].returncode
+    if failure.sentence is not None:
+        raise UserError(failure.sentence)
+    print(failure.log, file=sys.stderr)
+    print(failure.where, file=sys.stderr)
+    sys.exit(failure.code)
+
+
+def failure_of(rank: int, code: int, file: Path, on: str) -> Failure:
+    """What a rank that ended with `code` has to say; `on` names its machine where there are several."""
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
     if code < 0:
         name = signal.Signals(-code).name
-        raise UserError(f"rank {rank} was ended by {name} (see {files[rank]}); continue with --resume.")
-    sentence = re.search(r"error:(?:\x1b\[0m)? (.*)", text, re.DOTALL)
-    if code == 2 and sentence:
-        raise UserError(sentence[1])
-    print(text, file=sys.stderr)
-    print(f"rank {rank} failed; the whole of its log is {files[rank]}", file=sys.stderr)
-    sys.exit(code)
+        sentence = f"rank {rank}{on} was ended by {name} (see {file}); continue with --resume."
+        return Failure(2, sentence, cause=code == -signal.SIGKILL)
+    said = re.search(r"error:(?:\x1b\[0m)? (.*)", text, re.DOTALL)
+    if code == 2 and said:
+        return Failure(2, said[1], cause=True)
+    where = f"rank {rank}{on} failed; the whole of its log is {file}"
+    return Failure(code, None, log=text[-LOG_SENT:], where=where)
 
 
 def share_of_cores(ranks: int) -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
-def wait(processes: dict[int, subprocess.Popen[bytes]]) -> int | None:
-    """The first rank that failed, or None when all have finished well.
+def wait(
+    processes: dict[int, subprocess.Popen[bytes]], files: dict[int, Path], others: Others, on: str
+) -> Failure | None:
+    """The failure that speaks for all, or None when all have finished well.
 
     Ranks that meet the same error end within moments of each other; the lowest one speaks for all. One that was
     killed, or that failed alone, drags the others along with errors about their connection: it comes before them.
     """
+    own: Failure | None = None
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
-        bad = [rank for rank, code in sorted(codes.items()) if code not in (None, 0)]
-        if bad:
-            return min(bad, key=lambda rank: (codes[rank] not in (2, -signal.SIGKILL), rank))
-        if all(code == 0 for code in codes.values()):
-            return None
-        time.sleep(0.1)
+        bad = {rank: code for rank, code in codes.items() if code not in (None, 0)}
+        if bad and own is None:
+            rank = min(bad, key=lambda rank: (bad[rank] not in (2, -signal.SIGKILL), rank))
+            own = failure_of(rank, bad[rank] or 0, files[rank], on)
+        over, failure = others.turn(own, all(code == 0 for code in codes.values()))
+        if over:
+            return failure
 
 
 def end(processes: dict[int, subprocess.Popen[bytes]]) -> None:

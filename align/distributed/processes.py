@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import ipaddress
+import json
 import os
+import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from align.config.recipe import Recipe
+from align.distributed import machines
 from align.distributed.room import require_async_io
 from align.errors import UserError
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
 so none waits for that."""
-
-MEETING = timedelta(minutes=15)
-"""How long a rank waits for all to have started: machines may be at different speed, but one may also never come."""
 
 
 def rank() -> int:
@@ -41,35 +43,80 @@ def join(recipe: Recipe) -> None:
             f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
             f"(parallel.processes={world})."
         )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE says that this is one of {world} ranks, but {missing[0]} is not set; start it with torchrun "
+            "or with --nproc alone, or unset WORLD_SIZE and RANK."
+        )
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quieten_deepspeed()
-    import deepspeed
-
     backend = "nccl" if gpu else "gloo"
     meet(backend)
-    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)  # takes what is there
+    start_deepspeed(backend)
     check_equal(fingerprint(recipe))
     if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
         require_async_io()
 
 
+def start_deepspeed(backend: str) -> None:
+    """Let DeepSpeed communicate, over torch's process group where there is one.
+
+    Its collectives over shared memory, which only inference uses, are left out: to load them a rank holds a lock file
+    in the user's cache, which stays behind if the rank is killed, and for which every later run would wait without end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
+
+
 def meet(backend: str) -> None:
-    """Connect all ranks; a `UserError` where not all come within `MEETING`."""
+    """Connect all ranks; a `UserError` where not all come within `MEETING`, or cannot reach each other."""
+    meeting = timedelta(seconds=machines.MEETING)
     try:
-        store, number, world = next(dist.rendezvous("env://", timeout=MEETING))
+        store, number, world = next(dist.rendezvous("env://", timeout=meeting))
+        choose_interface(store, number, world)
+        # A group's timeout also holds for every wait in it: all find each other with one, and then work with another.
+        first = dist.PrefixStore("meeting", store)
+        dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=meeting)
+        dist.barrier()
+        dist.destroy_process_group()
+        store.set_timeout(PATIENCE)
         dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=PATIENCE)
-    except dist.DistError as error:
+    except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise UserError(
             f"rank {rank()} did not meet the others at {place} ({reason}); start every machine within "
-            f"{MEETING.total_seconds() / 60:.0f} minutes, and look whether all of them can reach that address and port."
+            f"{machines.MEETING / 60:.0f} minutes, and look whether all of them can reach each other."
         ) from None
-    store.set_timeout(PATIENCE)
+
+
+def choose_interface(store: dist.Store, number: int, world: int) -> None:
+    """Let gloo use the network through which the ranks have met.
+
+    By itself it takes the address of this machine's name, which often is one of the loopback network (Debian's
+    /etc/hosts has 127.0.1.1) that no other machine can reach.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, *_, there = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        probe.connect(there)  # sends nothing
+        here = probe.getsockname()[0]
+    store.set(f"route/{number}", json.dumps([here, there[0]]))
+    routes = [json.loads(store.get(f"route/{other}")) for other in range(world)]
+    # On the first machine the way to itself is the loopback; others know the address by which it is reached.
+    seen = [to for own, to in routes if not ipaddress.ip_address(own).is_loopback and own != to]
+    if ipaddress.ip_address(here).is_loopback and seen:
+        here = seen[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in (entry.address.partition("%")[0] for entry in addresses) and seen:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def quieten_deepspeed() -> None:
@@ -93,7 +140,9 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed"):
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
-    recipe_hash = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    # Machines may keep the hostfile in different places; that it says the same was seen when they met.
+    settings = recipe.model_dump_json(exclude={"parallel": {"hostfile"}})
+    recipe_hash = hashlib.sha256(settings.encode()).hexdigest()
     return {"the code of align": code.hexdigest(), "the recipe": recipe_hash, **libraries}
 
 

@@ -52,6 +52,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-5},
         "max_prompt_length": 48,
         "steps": 1,
+        "ema_decay": 0.5,
         "batch_size": 10,
         "mini_batch_size": 5,
         "micro_batch_tokens": 96,
@@ -158,7 +159,7 @@ def test_only_rank_0_prints(several) -> None:
     assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 3  # sft, reward_model and dpo
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("stage", [*TRAINED, "ppo", "ppo_lora"])
 def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
     ours = {
         key: value

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -62,14 +61,17 @@ def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: py
     hosts.write_text("# the cluster\nfirst.test slots=2\n\nsecond.test slots=3  # bigger\n")
     monkeypatch.setattr(launch, "resolve", lambda host, where: {"10.0.0." + ("1" if "first" in host else "2")})
     monkeypatch.setattr(socket, "gethostname", lambda: "second.test")
-    monkeypatch.setenv("MASTER_PORT", "29777")
-    places, address, port = launch.local_places(Parallel(processes=5, hostfile=str(hosts)))
+    machines = launch.machines_of(Parallel(processes=5, hostfile=str(hosts)))
+    assert machines == ({"first.test": 2, "second.test": 3}, "second.test")
+    places = launch.local_places(*machines, "first.test", 29777)
     assert [(place["RANK"], place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"]) for place in places] == [
         ("2", "0", "3"),
         ("3", "1", "3"),
         ("4", "2", "3"),
     ]
-    assert (address, port) == ("first.test", 29777)
+    assert {(place["MASTER_ADDR"], place["MASTER_PORT"], place["WORLD_SIZE"]) for place in places} == {
+        ("first.test", "29777", "5")
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,16 +89,32 @@ def test_a_hostfile_that_does_not_fit_is_refused(tmp_path: Path, text: str, sent
     hosts = tmp_path / "hosts"
     hosts.write_text(text)
     with pytest.raises(UserError, match=sentence):
-        launch.local_places(Parallel(processes=2, hostfile=str(hosts)))
+        launch.machines_of(Parallel(processes=2, hostfile=str(hosts)))
 
 
-def test_a_port_in_use_is_named() -> None:
-    with socket.socket() as holder:
-        holder.bind(("", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} is in use"):
-            launch.require_free(port)
+@pytest.mark.parametrize(("words", "processes"), [([], 5), (["--nproc", "2"], 2), (["parallel.processes=4"], 4)])
+def test_a_hostfile_says_how_many_processes_unless_the_command_does(tmp_path, monkeypatch, words, processes) -> None:
+    class Seen(Exception):
+        pass
+
+    def load_recipe(name: str, overrides: list[str]) -> None:
+        raise Seen(overrides)
+
+    monkeypatch.setattr("align.config.load_recipe", load_recipe)
+    (tmp_path / "hosts").write_text("one slots=2\ntwo slots=3\n")
+    options = parse(["run", "tiny", "--hostfile", str(tmp_path / "hosts"), *words])
+    with pytest.raises(Seen) as seen:
+        options.command(options)
+    assert [o for o in seen.value.args[0] if o.startswith("parallel.processes")] == [f"parallel.processes={processes}"]
+
+
+def test_a_machine_is_found_by_name_before_address_and_by_any_of_its_addresses(monkeypatch) -> None:
+    """All of 127.0.0.0/8 are this machine's; 192.0.2.7 is nobody's."""
+    hosts = {"127.0.0.2": 1, "192.0.2.7": 1, "here.test": 1}
+    monkeypatch.setattr(launch, "resolve", lambda host, where: {host})
+    assert launch.this_machine({"192.0.2.7": 1, "127.0.0.3": 1}, "hosts") == "127.0.0.3"
+    monkeypatch.setattr(socket, "gethostname", lambda: "here.test")
+    assert launch.this_machine(hosts, "hosts") == "here.test"
 
 
 def test_the_words_of_a_run_are_passed_on() -> None:
@@ -185,12 +203,12 @@ def test_a_launcher_that_is_asked_to_end_takes_its_ranks_along(monkeypatch, tmp_
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_whose_others_never_come_says_so(number: int, monkeypatch) -> None:
-    from align.distributed import processes
+    from align.distributed import machines, processes
 
     place = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
     for key, value in place.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(machines, "MEETING", 1.0)
     sentence = rf"^rank {number} did not meet the others at 127\.0\.0\.1:\d+ \(.*\); start every machine within"
     with pytest.raises(UserError, match=sentence):
         processes.meet("gloo")
@@ -207,3 +225,14 @@ def test_a_process_that_torchrun_started_is_a_rank(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.is_rank()
+
+
+def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
+    """DeepSpeed's shared-memory collectives are loaded under a lock file, for which torch waits without end."""
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    (folder / "lock").touch()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(launch.free_port()), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    script = "from align.distributed.processes import start_deepspeed; start_deepspeed('gloo')"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, **place}, timeout=120, check=True)

@@ -1,0 +1,213 @@
+"""Two machines with networks of their own (Linux's network namespaces), and what happens to one while they train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.distributed.launch import PLACE
+from align.distributed.machines import SILENCE
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+ADDRESSES = {"a": "10.177.0.1", "b": "10.177.0.2"}
+TEXTS = [f"{n} and {n + 1} make {2 * n + 1}." for n in range(60)]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+}
+
+
+class Network:
+    """Two machines, a cable between them, and a hostfile that names them by address."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, list[subprocess.Popen]()
+        mark = f"align{os.getpid()}"
+        self.names = {machine: f"{mark}{machine}" for machine in ADDRESSES}
+        (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
+
+    def plug(self) -> None:
+        for name in self.names.values():
+            ip("netns", "add", name)
+        one, other = self.names.values()
+        ip("link", "add", "net0", "netns", one, "type", "veth", "peer", "name", "net0", "netns", other)
+        for machine, name in self.names.items():
+            ip("-n", name, "address", "add", f"{ADDRESSES[machine]}/24", "dev", "net0")
+            ip("-n", name, "link", "set", "net0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def unplug(self) -> None:
+        for process in self.started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for name in self.names.values():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    def cut(self) -> None:
+        """The cable is drawn: nobody is told."""
+        ip("-n", self.names["b"], "link", "set", "net0", "down")
+
+    def start(self, machine: str, *command: str) -> subprocess.Popen:
+        plain = {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
+        plain |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        self.started.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", self.names[machine], *command],
+                env=plain,
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return self.started[-1]
+
+    def align(self, machine: str, run_dir: str, *words: str) -> subprocess.Popen:
+        run = ["run", "two.yaml", "--run-dir", run_dir, "--hostfile", "hosts", *words]
+        return self.start(machine, sys.executable, "-m", "align.cli", *run)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    if shutil.which("ip") is None:
+        pytest.skip("two machines are made with iproute2, which is not installed")
+    network = Network(tmp_path_factory.mktemp("network"))
+    try:
+        try:
+            network.plug()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"two machines are made with network namespaces, which are not allowed here: {error.stderr}")
+        write_recipe(network.folder)
+        yield network
+    finally:
+        network.unplug()
+
+
+def write_recipe(folder: Path) -> None:
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    texts = [{"kind": "file", "path": "texts.jsonl"}]
+    pretrain = {"kind": "pretrain", "data": {"train": texts, "max_length": 32}, "max_steps": 3}
+    content = {
+        "name": "two",
+        "parallel": {"processes": 2, "expert_parallel_size": 2},
+        "model": {"kind": "scratch", "tokenizer": {"vocab_size": 300, "data": texts}, "config": SIZES},
+        "stages": {"pretrain": {**pretrain, "batch_size": 8, "micro_batch_size": 2}},
+    }
+    (folder / "two.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
+    return [process.communicate(timeout=limit)[0] for process in processes]
+
+
+def steps(run_dir: Path) -> int:
+    with suppress(FileNotFoundError):
+        return len((run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines())
+    return 0
+
+
+def until(moment: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 300
+    while not moment():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), outputs(processes)
+        time.sleep(0.05)
+
+
+def test_two_machines_train_as_two_processes_of_one(network: Network) -> None:
+    machines = [network.align("b", "run"), network.align("a", "run")]
+    said = outputs(machines)
+    assert [process.returncode for process in machines] == [0, 0], said
+    assert [output.count("pretrain: done") for output in said] == [0, 1]
+    one = network.start("a", sys.executable, "-m", "align.cli", "run", "two.yaml", "--run-dir", "one")
+    (text,) = outputs([one])
+    assert one.returncode == 0, text
+    files = ["metrics.jsonl", *(f"model/{file.name}" for file in (network.folder / "one/pretrain/model").iterdir())]
+    for file in files:
+        ours, theirs = ((network.folder / run / "pretrain" / file).read_bytes() for run in ("run", "one"))
+        assert ours == theirs, file
+
+
+LONG = ("stages.pretrain.max_steps=5000",)
+
+
+@pytest.fixture
+def training(network: Network, request: pytest.FixtureRequest) -> tuple[list[subprocess.Popen], str]:
+    """Both machines in the middle of a stage, and the name of the run's folder."""
+    name = request.node.name
+    machines = [network.align(machine, name, *LONG) for machine in ("a", "b")]
+    until(lambda: steps(network.folder / name) > 2, machines)
+    return machines, name
+
+
+def test_a_rank_killed_on_one_machine_ends_both_with_its_name(network: Network, training) -> None:
+    machines, name = training
+    (rank,) = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    os.kill(int(rank), signal.SIGKILL)
+    clock = time.monotonic()
+    said = outputs(machines, 30)
+    assert time.monotonic() - clock < 15
+    sentence = f"rank 1 on {ADDRESSES['b']} was ended by SIGKILL (see {name}/logs/rank-1.log); continue with --resume."
+    for process, output in zip(machines, said, strict=True):
+        assert process.returncode == 2
+        assert output.splitlines()[-1] == f"error: {sentence}"
+        assert "Traceback" not in output
+
+
+def test_a_machine_that_vanishes_is_missed(network: Network, training) -> None:
+    machines, _ = training
+    network.cut()
+    clock = time.monotonic()
+    try:
+        said = outputs(machines, 120)
+    finally:
+        ip("-n", network.names["b"], "link", "set", "net0", "up")
+    assert SILENCE - 2 < time.monotonic() - clock < SILENCE + 20
+    for process, output, other in zip(machines, said, ("b", "a"), strict=True):
+        assert process.returncode == 2
+        assert f"error: {ADDRESSES[other]} has not answered for 30 seconds" in output.splitlines()[-1]
+
+
+def test_the_other_machine_has_another_recipe(network: Network) -> None:
+    machines = [network.align("a", "differs"), network.align("b", "differs", "seed=3")]
+    for process, output in zip(machines, outputs(machines, 120), strict=True):
+        assert process.returncode == 2
+        assert output.splitlines()[-1].startswith("error: rank 1 differs from rank 0 in the recipe")
+    assert not (network.folder / "differs" / "base").exists()
+
+
+def test_the_port_is_in_use(network: Network) -> None:
+    """The first machine ends at once. The other has not met it, and finds what listens there."""
+    listener = "import socket; s = socket.create_server(('', 29500)); print('ready', flush=True)"
+    listener += "\nfor _ in range(9): c = s.accept()[0]; c.recv(9); c.sendall(b'no'); c.close()"
+    holder = network.start("a", sys.executable, "-c", listener)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "ready\n"
+    machines = [network.align("a", "port"), network.align("b", "port")]
+    first, second = outputs(machines, 60)
+    assert first.startswith("error: port 29500 is in use on this machine (Address already in use)")
+    place = f"{ADDRESSES['a']}:29500"
+    assert second.splitlines()[-1].startswith(f"error: {place} is answered by something else than `align run`")
+    assert [process.returncode for process in machines] == [2, 2]
