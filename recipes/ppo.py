@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 from align.config.ppo import PpoStage
@@ -15,13 +15,12 @@ from align.rl.log import RoundLog
 from align.rl.look_back import look_back
 from align.rl.score import scored_round
 from align.rl.state import Checkpoint, Progress
-from align.rl.team import Team, build_team
+from align.rl.team import Team, build_team, load_reward_models
 from align.rl.update import update
 from align.rollout.base import RolloutEngine
 from align.rollout.build import build_engine
 from align.rollout.scoring import Scorer
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
-from align.train.ema import Ema
 from align.train.run_folder import StageContext, remove_folder
 
 
@@ -44,16 +43,14 @@ def run(context: StageContext) -> dict:
             stage.rewards,
             prompts,
             tokenizer,
-            checkpoint=context.checkpoint,
-            dtype=context.recipe.dtype,
-            micro_batch_tokens=stage.micro_batch_tokens,
+            load_models=partial(load_reward_models, context),
+            announce=partial(tell, "score"),
             say=context.say,
         )
         stack.callback(scorer.close)
         team = build_team(context)
         policy = team.policy.model
         parameters = count_parameters(policy)
-        ema = Ema(policy, stage.ema_decay) if stage.ema_decay is not None else None
         engine = build_engine(
             parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed, beside_ranks=world()[1] > 1
         )
@@ -61,7 +58,7 @@ def run(context: StageContext) -> dict:
         sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)
 
-        checkpoint = Checkpoint(context.dir / "checkpoints", team, sampler, scorer, ema)
+        checkpoint = Checkpoint(context.dir / "checkpoints", team, sampler, scorer)
         progress = Progress(step=0, kl_coef=stage.kl.coef)
         if not context.resume:
             remove_folder(checkpoint.folder)  # of an earlier run of this stage
@@ -94,8 +91,6 @@ def run(context: StageContext) -> dict:
                 metrics |= update(
                     stage, team, scored.batch, step=progress.step, seed=context.seed, kl_coef=progress.kl_coef
                 )
-                if ema is not None:
-                    ema.update(policy)
             if stage.overlap:
                 with log.clock("generate"):
                     sampler.wait()
@@ -107,8 +102,8 @@ def run(context: StageContext) -> dict:
             if progress.step % stage.checkpoint_every == 0:
                 checkpoint.save(progress)
     tell("finish")
-    with ema.applied(policy) if ema is not None else nullcontext():
-        save_model(policy, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
+    team.take_average()  # for good: saving merges adapters into the model
+    save_model(policy, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
 
 

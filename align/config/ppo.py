@@ -184,7 +184,9 @@ class PpoStage(StageBase):
                 f"{self.completions_per_prompt}; set it to 2 or more"
             )
         if self.algorithm != "ppo" and self.critic != Critic():
-            raise ValueError(f"algorithm {self.algorithm} has no critic; remove the section, or use algorithm ppo")
+            raise ValueError(
+                f"algorithm {self.algorithm} has no critic; remove the section critic, or use algorithm ppo"
+            )
         if self.dynamic_sampling and not grouped:
             raise ValueError(
                 f"dynamic_sampling replaces groups of equal scores, which algorithm {self.algorithm} does not have; "

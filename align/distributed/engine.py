@@ -51,6 +51,9 @@ def asking_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any:
 def forget_gradients(engine: Any) -> None:
     """Drop what was gathered since the last step, on all ranks alike: what DeepSpeed does in a step that overflows."""
     optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        engine.zero_grad()
+        return
     optimizer.zero_grad()
     optimizer.reset_cpu_buffers()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -7,6 +7,7 @@ it is read, and then cut down to that run; untouched memory is never backed by t
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class OwnRuns(zero.Init):
         self._convert_to_zero_parameters([parameter])
 
 
+MODELS = count()
+"""Numbers the models that this process has loaded."""
+
+
 def load_spread(
     model_class: Any,
     config: Any,
@@ -51,7 +56,7 @@ def load_spread(
     """A model in evaluation mode, as `from_pretrained` would give it; a head that is not in the files is random.
 
     With `lora` it is wrapped by PEFT and only the adapters train. Their first values are those of a single process: a
-    rank draws them all, one layer after the other, and keeps its own. head_only: nothing but the head will train.
+    rank draws them all, one layer after the other, and keeps its own. head_only: at most the head will train.
     """
     stored = by_parameter(stored_tensors(weight_files(folder)))
     with init_empty_weights(include_buffers=False):
@@ -69,7 +74,10 @@ def load_spread(
     own_runs = None
     if parallel.zero_stage == 3:
         settings["train_batch_size"] = world()[1]
-        own_runs = OwnRuns(config_dict_or_path=settings, dtype=dtype)
+        if parallel.offload.parameters == "nvme":
+            settings["zero_optimization"]["offload_param"] |= on_disk(model, parallel)
+        # Given a dtype as well, DeepSpeed takes bfloat16 wherever the processor has no float16.
+        own_runs = OwnRuns(config_dict_or_path=settings)
     for parameter_name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
         parameter.__dict__.update(empty.__dict__)
@@ -88,6 +96,20 @@ def load_spread(
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def on_disk(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
+    """Where this model's slices go on the disk, and through how large buffers."""
+    ranks = world()[1]
+    return {
+        # DeepSpeed empties the folder before it writes a model there, and a policy's critic is still to come.
+        "nvme_path": str(Path(str(parallel.offload.path)) / f"model-{next(MODELS)}"),
+        # A buffer holds the largest slice. DeepSpeed's default is 100 million elements for each of five buffers.
+        "buffer_size": max(
+            -(-parameter.numel() // (ranks // parallel.expert_parallel_size if expert_share(parameter) else ranks))
+            for parameter in model.parameters()
+        ),
+    }
 
 
 def wrapped(model: Any, lora: Lora) -> Any:

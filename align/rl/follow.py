@@ -1,4 +1,4 @@
-"""How rank 0, which alone samples and scores, has the other ranks look back and learn with it."""
+"""How rank 0, which alone samples, has the other ranks ask its reward models, look back and learn with it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from align.distributed.layout import world
 from align.rl.look_back import look_back
-from align.rl.team import Team, build_team
+from align.rl.team import Team, build_team, load_reward_models
 from align.rl.update import update
 from align.rollout.experience import Experience
 from align.rollout.weights import published_weights
 from align.train.checkpoint import load_tokenizer, save_model
+from align.train.learner import Learner
 from align.train.run_folder import StageContext
 from align.train.spread_learner import SpreadLearner
 
@@ -37,11 +38,14 @@ def follow(context: StageContext) -> dict:
     from align.distributed.processes import broadcast
 
     stage, seed = context.stage, context.seed
+    reward_models = load_reward_models(context)
     team = build_team(context)
     batch: Experience | None = None
     while True:
         order, details = broadcast(None)
         match order, details:
+            case "score", (name, asked):
+                reward_models[name].scores(asked)
             case "look_back", (batch, kl_coef):
                 look_back(stage, team, batch, kl_coef)
             case "update", (step, kl_coef):
@@ -56,6 +60,7 @@ def follow(context: StageContext) -> dict:
                 load_learners(team, folder)
             case "finish", ():
                 tokenizer = load_tokenizer(context.checkpoint(stage.init_from))
+                team.take_average()
                 save_model(team.policy.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
                 return {}
 
@@ -76,18 +81,23 @@ def spread_weights(team: Team) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_learners(team: Team, folder: Path) -> None:
-    """Every rank's part of the learners under DeepSpeed; others are the caller's to save."""
+    """Every rank's part of the learners under DeepSpeed and of the policy's average; the caller saves others."""
     from align.distributed.state import save_training_state
 
     for name, learner in spread_learners(team).items():
-        save_training_state(learner.engine, folder / name)
+        save_training_state(learner.engine, folder / name, average_of(team, learner))
 
 
 def load_learners(team: Team, folder: Path) -> None:
     from align.distributed.state import load_training_state
 
     for name, learner in spread_learners(team).items():
-        load_training_state(learner.engine, folder / name)
+        load_training_state(learner.engine, folder / name, average_of(team, learner))
+
+
+def average_of(team: Team, learner: Learner) -> dict[str, Tensor] | None:
+    """This process's part of a learner's average, where it has one."""
+    return team.average.average if team.average is not None and team.average.learner is learner else None
 
 
 def spread_learners(team: Team) -> dict[str, SpreadLearner]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +17,13 @@ from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance
 from align.losses.reduce import masked_mean
 from align.rl.team import Team
-from align.rollout.experience import Experience, critic_features, critic_values, policy_output
+from align.rollout.experience import OF_ALL_TOKENS, Experience, critic_features, critic_values, policy_output
+from align.train.learner import Learner
 
 Metrics = dict[str, float]
+Answer = dict[str, Tensor]
+"""Fields of `Experience` and the entropy, [b, T] or [b, L]."""
+ROUTING = "routed_experts"
 
 
 @torch.no_grad()
@@ -39,48 +48,54 @@ def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) ->
 
 def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     """One pass of each model over the round."""
-    shape = batch.mask.shape
-    batch.old_logprobs, batch.ref_logprobs, entropy = (torch.zeros(shape) for _ in range(3))
-    if team.critic is not None:
-        batch.values = torch.zeros(shape)
-    for micro, counts in shared_passes(list(batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens))):
-        rows = batch.rows(micro).to(team.device)
-        width = rows.mask.shape[1]
-        replay = stage.routing_replay == "rollout"
-        output = team.policy.ask(policy_output, rows, stage.rollout.temperature, replay=replay)
-        if stage.routing_replay == "trainer" and output.routed_experts is not None:
-            keep_routing(batch, micro, output.routed_experts.cpu())
-        batch.old_logprobs[micro, :width] = counts * output.logprobs.cpu()
-        entropy[micro, :width] = counts * output.entropy.cpu()
-        logprobs = team.ask_reference(policy_output, rows, stage.rollout.temperature).logprobs
-        batch.ref_logprobs[micro, :width] = counts * logprobs.cpu()
-        if team.critic is None or batch.values is None:
-            continue
-        if stage.critic.trainable == "head":
-            rows.features = team.critic.ask(critic_features, rows)
-            if batch.features is None:
-                batch.features = torch.zeros(*shape, rows.features.shape[-1])
-            batch.features[micro, :width] = counts * rows.features.float().cpu()
-        batch.values[micro, :width] = counts * team.critic.ask(critic_values, rows).cpu()
-    exchange(batch, entropy, team.device)
+    parts = list(shared_passes(list(batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens))))
+
+    def asked(of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
+        return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]
+
+    critic = asked(ask_critic, team, team.critic) if team.critic is not None else []
+    answers = team.together([*asked(ask_policy, team), *critic])
+    with team.reference() as reference:
+        answers += team.together(asked(ask_reference, team, reference))
+
+    tables: Answer = {}
+    for answer, (rows, counts) in zip(answers, cycle(parts)):
+        for name, values in answer.items():
+            if name not in tables:
+                size = batch.input_ids.shape[1] if name in OF_ALL_TOKENS else batch.mask.shape[1]
+                tables[name] = values.new_full((len(batch), size, *values.shape[2:]), -1 if name == ROUTING else 0)
+            if counts:
+                tables[name][rows, : values.shape[1]] = values
+    # Each rank has filled its own rows; now all have all. A place that nobody filled has less than any expert's number.
+    for name, table in tables.items():
+        tables[name] = largest(table, team.device) if name == ROUTING else summed(table, team.device)
+    entropy = tables.pop("entropy")
+    for name, table in tables.items():
+        setattr(batch, name, table)
     return {"entropy": masked_mean(entropy, batch.mask).item()}
 
 
-def exchange(batch: Experience, entropy: Tensor, device: torch.device) -> None:
-    """Each rank has filled its own rows and left the others zero; afterwards all have all."""
-    for tensor in (batch.old_logprobs, batch.ref_logprobs, entropy, batch.values, batch.features):
-        if tensor is not None:
-            tensor.copy_(summed(tensor, device))
-    if batch.routed_experts is not None:
-        batch.routed_experts = largest(batch.routed_experts, device)
+def ask_policy(team: Team, stage: PpoStage, batch: Experience) -> Answer:
+    """Fields of some rows, in host memory; here and below."""
+    replay = stage.routing_replay == "rollout"
+    output = team.policy.ask(policy_output, batch.to(team.device), stage.rollout.temperature, replay=replay)
+    answer = {"old_logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu()}
+    if stage.routing_replay == "trainer" and output.routed_experts is not None:
+        answer[ROUTING] = output.routed_experts.cpu().to(torch.int16)
+    return answer
 
 
-def keep_routing(batch: Experience, rows: Tensor, routed_experts: Tensor) -> None:
-    """Put the experts that some rows' tokens went to in their place."""
-    if batch.routed_experts is None:
-        shape = (*batch.input_ids.shape, *routed_experts.shape[2:])
-        batch.routed_experts = torch.full(shape, -1, dtype=torch.int16)
-    batch.routed_experts[rows, : routed_experts.shape[1]] = routed_experts
+def ask_critic(team: Team, critic: Learner, stage: PpoStage, batch: Experience) -> Answer:
+    rows, answer = batch.to(team.device), {}
+    if stage.critic.trainable == "head":  # its trunk stays as it is, and so do the features
+        rows.features = critic.ask(critic_features, rows)
+        answer["features"] = rows.features.float().cpu()
+    return answer | {"values": critic.ask(critic_values, rows).cpu()}
+
+
+def ask_reference(team: Team, reference: Callable[..., Any], stage: PpoStage, batch: Experience) -> Answer:
+    output = reference(policy_output, batch.to(team.device), stage.rollout.temperature)
+    return {"ref_logprobs": output.logprobs.cpu()}
 
 
 def estimate_advantages(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from align.errors import UserError
 from align.rl.draw import Draw, Sampler
@@ -13,7 +14,6 @@ from align.rl.follow import load_learners, save_learners, spread_learners, tell
 from align.rl.team import Team
 from align.rollout.scoring import Scorer
 from align.rollout.store import completion_tensors, stored_completions
-from align.train.ema import Ema
 from align.train.learner import Learner
 from align.train.run_folder import remove_folder, replace_file
 from align.train.state import load_state, save_state
@@ -36,8 +36,8 @@ class Checkpoint:
     coefficient, running means of the rewards, and a round that is sampled but not yet learned from.
     """
 
-    def __init__(self, folder: Path, team: Team, sampler: Sampler, scorer: Scorer, ema: Ema | None):
-        self.folder, self.team, self.sampler, self.scorer, self.ema = folder, team, sampler, scorer, ema
+    def __init__(self, folder: Path, team: Team, sampler: Sampler, scorer: Scorer):
+        self.folder, self.team, self.sampler, self.scorer = folder, team, sampler, scorer
 
     @property
     def exists(self) -> bool:
@@ -46,7 +46,7 @@ class Checkpoint:
     def save(self, progress: Progress) -> None:
         """Write all of it, or leave what was there."""
         ahead = self.sampler.wait()
-        tensors = {f"ema.{name}": tensor for name, tensor in (self.ema.average if self.ema else {}).items()}
+        tensors = {f"ema.{name}": tensor for name, tensor in self._own_average().items()}
         if ahead is not None:
             tensors |= completion_tensors(ahead.position, ahead.completions)
         learners, parts = self._own_learners(), None
@@ -74,6 +74,11 @@ class Checkpoint:
         spread = spread_learners(self.team)
         return {name: learner for name, learner in self.team.learners.items() if name not in spread}
 
+    def _own_average(self) -> dict[str, Tensor]:
+        """The policy's average, if this process holds it whole."""
+        average = self.team.average
+        return average.average if average is not None and "policy" in self._own_learners() else {}
+
     def save_drawn(self, drawn: Draw) -> None:
         """Keep a round between its sampling and its update."""
         tensors = completion_tensors(drawn.position, drawn.completions)
@@ -95,9 +100,8 @@ class Checkpoint:
             {name: learner.model for name, learner in learners.items()},
             {name: learner.optimizer for name, learner in learners.items()},
         )
-        if self.ema is not None:
-            for name, average in self.ema.average.items():
-                average.copy_(tensors[f"ema.{name}"])
+        for name, average in self._own_average().items():
+            average.copy_(tensors[f"ema.{name}"])
         self.scorer.load_state_dict(counters["scorer"])
         self.resume_sampler(counters["position"], tensors)
         return Progress(counters["step"], counters["kl_coef"])

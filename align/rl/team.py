@@ -1,8 +1,9 @@
-"""The models of a run: policy, reference, critic."""
+"""The models of a run: policy, reference, critic, reward models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -12,8 +13,10 @@ import torch
 from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward
 from align.models.lora import AnyModel
+from align.rollout.scoring import ModelScorer
 from align.train.checkpoint import load_policy, load_scorer
 from align.train.device import training_device
+from align.train.ema import Ema
 from align.train.learner import Learner
 from align.train.run_folder import StageContext
 from align.train.side_by_side import side_by_side
@@ -25,12 +28,14 @@ Answer = TypeVar("Answer")
 @dataclass
 class Team:
     """Who learns and who is only asked. ref_model: None when it is the policy with its adapters off; critic: None for
-    the algorithms that have none; ref_engine: what brings a spread ref_model together."""
+    the algorithms that have none; ref_engine: what brings a spread ref_model together; average: of the policy's
+    weights over the rounds, which is then what is saved."""
 
     policy: Learner
     ref_model: AnyModel | None = None
     critic: Learner | None = None
     ref_engine: Any = None
+    average: Ema | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -38,20 +43,29 @@ class Team:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
 
     def together(self, works: Sequence[Callable[[], Answer]]) -> list[Answer]:
-        """What each of them returns: one model's work each, done at once where they are this process's, on its CPU."""
+        """What each of the works returns. Where the models are this process's, on its CPU, two are done at a time: no
+        two may then change the same model."""
         spread = isinstance(self.policy, SpreadLearner)  # ranks must all exchange in the same order
         if self.device.type == "cpu" and not spread:
             return side_by_side(works)
         return [work() for work in works]
 
-    def ask_reference(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """question(reference policy, ...)."""
+    def take_average(self) -> None:
+        """Give the policy the weights with which it is to be saved, when all rounds are over."""
+        if self.average is not None:
+            self.average.exchange()
+
+    @contextmanager
+    def reference(self) -> Iterator[Callable[..., Any]]:
+        """ask(question, ...) for question(reference policy, ...). The policy itself is not to be asked meanwhile: it
+        may be what answers, with its adapters off."""
         if self.ref_engine is not None:
-            return self.ref_engine(question, *arguments)
-        if self.ref_model is not None:
-            return question(self.ref_model, *arguments)
-        with self.policy.model.disable_adapter():
-            return self.policy.ask(question, *arguments)
+            yield self.ref_engine
+        elif self.ref_model is not None:
+            yield lambda question, *arguments: question(self.ref_model, *arguments)
+        else:
+            with self.policy.model.disable_adapter():
+                yield self.policy.ask
 
 
 def build_team(context: StageContext) -> Team:
@@ -63,9 +77,7 @@ def build_team(context: StageContext) -> Team:
     torch.manual_seed(context.seed)
     policy = load_policy(parent, context.trained_dtype, parallel, stage.lora).to(device)
     critic = build_critic(context).to(device) if stage.algorithm == "ppo" else None
-    ref_model = (
-        None if stage.lora else load_policy(parent, context.trained_dtype, parallel).requires_grad_(False).to(device)
-    )
+    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype, parallel, frozen=True).to(device)
     for model in (policy, critic, ref_model):
         if model is not None:
             model.eval()
@@ -79,19 +91,37 @@ def build_team(context: StageContext) -> Team:
         learner = partial(SpreadLearner, parallel=parallel, dtype=context.trained_dtype)
         if ref_model is not None:
             ref_engine = frozen_engine(ref_model, parallel, context.trained_dtype)
+    policy_learner = learner(policy, stage.optimizer, total=stage.steps)
     return Team(
-        policy=learner(policy, stage.optimizer, total=stage.steps),
+        policy=policy_learner,
         ref_model=ref_model,
         critic=None if critic is None else learner(critic, critic_settings, total=stage.steps),
         ref_engine=ref_engine,
+        average=None if stage.ema_decay is None else Ema(policy_learner, stage.ema_decay),
         device=device,
     )
+
+
+def load_reward_models(context: StageContext) -> dict[str, ModelScorer]:
+    """The stage's own reward models under the names that the recipe has for them; under `parallel` all ranks load them
+    together."""
+    stage: PpoStage = context.stage
+    dtype, parallel = context.recipe.dtype, context.recipe.parallel
+    return {
+        name: ModelScorer(context.checkpoint(name), dtype, stage.micro_batch_tokens, parallel)
+        for name in local_reward_models(stage)
+    }
+
+
+def local_reward_models(stage: PpoStage) -> list[str]:
+    """The checkpoints that the stage's rewards name, each once."""
+    return list(dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)))
 
 
 def build_critic(context: StageContext) -> AnyModel:
     """From the stage that the recipe names, else the first reward model, else the policy's parent; its head is zero."""
     stage: PpoStage = context.stage
-    scorers = [reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)]
+    scorers = local_reward_models(stage)
     parent = stage.critic.init_from or (scorers[0] if scorers else stage.init_from)
     full = stage.critic.trainable == "all" and not stage.critic.lora
     parallel = context.recipe.parallel

@@ -28,7 +28,8 @@ class Whole:
 
 
 def update(stage: PpoStage, team: Team, batch: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
-    """Means over the mini-batches of what was measured in them, and the numbers of updates made and skipped."""
+    """Means over the mini-batches of what was measured in them, and the numbers of updates made and skipped. The
+    policy's average, where there is one, moves on by a round."""
     measured: dict[str, list[float]] = {}
     counts = {"policy_updates": 0.0, "skipped_updates": 0.0}
     active = dict(team.learners)
@@ -56,6 +57,8 @@ def update(stage: PpoStage, team: Team, batch: Experience, *, step: int, seed: i
                     counts["policy_updates"] += name == "policy"
             for name, value in found.items():
                 measured.setdefault(name, []).append(value)
+    if team.average is not None:
+        team.average.update()
     return counts | {name: mean_of_finite(values) for name, values in measured.items()}
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config import rewards as config
+from align.config.parallel import Parallel
 from align.data import PromptRow, encode_prompt, stop_token_ids
 from align.data.chat import encode_answer, tokenizer_fingerprint
+from align.distributed.passes import shared_passes, summed
 from align.errors import UserError
 from align.models.lora import AnyModel
 from align.reward import verifiers
@@ -31,6 +33,7 @@ from align.rollout.base import Completion
 from align.rollout.experience import Experience, build_experience, sequence_scores
 from align.train.checkpoint import load_reward_model, load_tokenizer
 from align.train.device import training_device
+from align.train.spread_learner import frozen_engine
 
 Metrics = dict[str, float]
 
@@ -90,8 +93,9 @@ Component = Callable[[Round], Scored]
 class Scorer:
     """The rewards of a stage, loaded once.
 
-    prompts: all that will be asked. tokenizer: the policy's. checkpoint: the folder of a stage, as
-    `StageContext.checkpoint`. gather: where completions are spread over processes, gives the moments of all of them
+    prompts: all that will be asked. tokenizer: the policy's. load_models: the reward models by their `init_from`.
+    announce: is told a model's name and the rows that it is about to be asked for, so that other processes which hold
+    a part of it do the same. gather: where completions are spread over processes, gives the moments of all of them
     for one's own, so that all normalise alike. Raises UserError for what can be seen to be wrong now: columns, files,
     checkpoints, servers.
     """
@@ -102,20 +106,22 @@ class Scorer:
         prompts: Sequence[PromptRow],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        checkpoint: Callable[[str], Path],
-        dtype: str,
-        micro_batch_tokens: int,
+        load_models: Callable[[], Mapping[str, ModelScorer]],
+        announce: Callable[[str, Experience], None] = lambda name, batch: None,
         say: Callable[[str], None] = print,
         gather: Callable[[Moments], Sequence[Moments]] = lambda moments: [moments],
     ):
         require_columns(rewards, prompts)
-        self.rewards, self.tokenizer, self.say, self.gather = rewards, tokenizer, say, gather
+        self.rewards, self.tokenizer = rewards, tokenizer
+        self.announce, self.say, self.gather = announce, say, gather
         self.moments = {reward.label: Moments() for reward in rewards if reward.normalise == "running"}
         self.process = FunctionProcess()
-        self._checkpoint, self._dtype, self._micro_batch_tokens = checkpoint, dtype, micro_batch_tokens
-        # Functions first: what is wrong with one is known in a second, a model may take minutes to load.
-        order = sorted(rewards, key=lambda reward: isinstance(reward, config.ModelReward))
-        self.components = {reward.label: self._component(reward) for reward in order}
+        # Models last: what is wrong with a function is known in a second, and they may take minutes to load.
+        self.components = {r.label: self._component(r) for r in rewards if not isinstance(r, config.ModelReward)}
+        models = load_models()
+        self.components |= {
+            r.label: self._model(r, models[r.init_from]) for r in rewards if isinstance(r, config.ModelReward)
+        }
 
     @torch.no_grad()
     def score(
@@ -173,8 +179,6 @@ class Scorer:
 
     def _component(self, reward: config.RewardBase) -> Component:
         match reward:
-            case config.ModelReward():
-                return self._model(reward)
             case config.RemoteReward():
                 return self._remote(reward)
             case config.FunctionReward():
@@ -211,20 +215,20 @@ class Scorer:
                 )
         raise TypeError(f"no component for {reward!r}")
 
-    def _model(self, reward: config.ModelReward) -> Component:
-        folder = self._checkpoint(reward.init_from)
-        scorer = ModelScorer(folder, self._dtype, self._micro_batch_tokens)
+    def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Component:
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
             self.say(f"  reward '{reward.label}': another tokenizer or chat template; completions are encoded again")
 
         def component(asked: Round) -> Scored:
-            batch = asked.batch
+            batch = replace(asked.batch, routed_experts=None)  # of the policy
             if not same:
                 texts = zip(asked.prompt_rows, asked.texts, asked.completions, strict=True)
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
-            scores = scorer(batch).tolist()
+            scorer.require_room(batch)
+            self.announce(reward.init_from, batch)
+            scores = scorer.scores(batch).tolist()
             _require_finite(f"reward model '{reward.label}'", scores, asked, "take an earlier checkpoint")
             return Scored(scores)
 
@@ -286,30 +290,42 @@ class Scorer:
 
 
 class ModelScorer:
-    """A reward model with its tokenizer."""
+    """A reward model with its tokenizer. parallel: all ranks load and ask it together, and each holds its part."""
 
-    def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int):
+    def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int, parallel: Parallel | None = None):
         self.tokenizer = load_tokenizer(folder)
         self.device = training_device()
-        self.model: AnyModel = load_reward_model(folder, dtype).to(self.device)
+        self.model: AnyModel = load_reward_model(folder, dtype, parallel).to(self.device)
+        self._ask = frozen_engine(self.model, parallel, dtype)
         self.max_length = int(self.model.config.max_position_embeddings)
         ends = stop_token_ids(self.tokenizer)
         self._end = ends[-1] if ends else None
         self._folder, self._micro_batch_tokens = folder, micro_batch_tokens
 
-    @torch.no_grad()
     def __call__(self, batch: Experience) -> Tensor:
-        """Scores [B], in micro-batches of similar length."""
+        """Scores [B]."""
+        self.require_room(batch)
+        return self.scores(batch)
+
+    def require_room(self, batch: Experience) -> None:
+        """Raises UserError where a row is too long for the model."""
         longest = int(batch.lengths.max())
         if longest > self.max_length:
             raise UserError(
                 f"{self._folder}: a completion has {longest} tokens with its prompt, more than the reward model's "
                 f"max_position_embeddings {self.max_length}; lower rollout.max_model_length, or take another model."
             )
+
+    @torch.no_grad()
+    def scores(self, batch: Experience) -> Tensor:
+        """Scores [B] on every rank, in micro-batches of similar length; each rank does its share of them."""
         scores = torch.zeros(len(batch))
-        for micro in batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens):
-            scores[micro] = sequence_scores(self.model, batch.rows(micro).to(self.device)).cpu()
-        return scores
+        micros = list(batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens))
+        for micro, counts in shared_passes(micros):
+            found = self._ask(sequence_scores, batch.rows(micro).to(self.device)).cpu()
+            if counts:
+                scores[micro] = found
+        return summed(scores, self.device)
 
     def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
         """Ids of prompt and completion in this model's own chat template; one that was cut has no end of turn."""

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from align.train.state import trainable
+from align.train.learner import Learner
 
 
 class Ema:
-    """average <- decay * average + (1 - decay) * weights, of the trained parameters alone; kept in float32."""
+    """average <- decay * average + (1 - decay) * weights, of the trained parameters alone; kept in float32.
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+    Where ranks train the model together, each averages what it holds of it.
+    """
+
+    def __init__(self, learner: Learner, decay: float):
+        self.learner, self.decay = learner, decay
         self.average: dict[str, Tensor] = {
-            name: parameter.detach().float().clone() for name, parameter in trainable(model).items()
+            name: weights.to(torch.float32, copy=True) for name, weights in learner.weights()
         }
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        for name, parameter in trainable(model).items():
-            self.average[name].lerp_(parameter.float(), 1 - self.decay)
+    def update(self) -> None:
+        for name, weights in self.learner.weights():
+            self.average[name].lerp_(weights.float(), 1 - self.decay)
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averaged weights, for the length of a with block."""
-        self._exchange(model)
-        try:
-            yield
-        finally:
-            self._exchange(model)
-
-    @torch.no_grad()
-    def _exchange(self, model: nn.Module) -> None:
-        for name, parameter in trainable(model).items():
-            present = parameter.detach().float().clone()
-            parameter.copy_(self.average[name])
-            self.average[name] = present
+    def exchange(self) -> None:
+        """Give the model the averaged weights, and keep its own in their place; a second call undoes the first."""
+        self.learner.exchange(self.average)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align.config.parts import Optimizer
 from align.models.lora import AnyModel
 from align.train.optimizer import build_optimizer, schedule_factor
+from align.train.state import trainable
 
 
 class Learner:
@@ -41,10 +42,12 @@ class Learner:
     def step(self) -> float | None:
         """Apply the gradients that were gathered; their norm before clipping, or None where it was not finite: then
         nothing is changed."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         finite = bool(torch.isfinite(norm))
         if finite:
+            if norm > self.settings.max_grad_norm:  # a factor of one would cost a pass over all gradients
+                nn.utils.clip_grads_with_norm_(trained, self.settings.max_grad_norm, norm)
             self.optimizer.step()
         self.discard()
         return norm.item() if finite else None
@@ -52,3 +55,16 @@ class Learner:
     def discard(self) -> None:
         """Forget the gradients that were gathered."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of each trained parameter, as far as this process holds it and in its best precision."""
+        for name, parameter in trainable(self.model).items():
+            yield name, parameter.detach()
+
+    @torch.no_grad()
+    def exchange(self, values: dict[str, Tensor]) -> None:
+        """Give the trained parameters other values, by the names of `weights`; `values` gets those that were there."""
+        for name, parameter in trainable(self.model).items():
+            present = parameter.detach().to(torch.float32, copy=True)
+            parameter.copy_(values[name])
+            values[name] = present

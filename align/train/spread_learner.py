@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,9 @@ class SpreadLearner(Learner):
             model, self.optimizer, parallel, max_grad_norm=settings.max_grad_norm, dtype=dtype
         )
         self.engine.eval()
+        # At ZeRO 0 in float32 DeepSpeed clips by a norm that it does not tell, and steps where that is not finite.
+        self.steps_alone = self.engine.optimizer is self.optimizer
+        self.offloaded = parallel.offload.optimizer is not None
         self.optimizer = self.engine.optimizer
 
     def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -37,6 +40,9 @@ class SpreadLearner(Learner):
         self.engine.backward(loss * world()[1])  # DeepSpeed takes the mean over the ranks
 
     def step(self) -> float | None:
+        if self.steps_alone:
+            self.engine.buffered_allreduce_fallback()
+            return super().step()
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
 
@@ -45,9 +51,24 @@ class SpreadLearner(Learner):
 
         forget_gradients(self.engine)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Flat, in float32, and in the host's memory where the optimizer is there."""
+        from align.distributed.state import held_parameters
 
-def frozen_engine(model: AnyModel, parallel: Parallel, dtype: str) -> Callable[..., Any]:
-    """asked(question, ...) for a spread model that does not learn."""
+        for held in held_parameters(self.engine):
+            values = held.read("weight")
+            yield held.name, values.cpu() if self.offloaded else values
+
+    def exchange(self, values: dict[str, Tensor]) -> None:
+        from align.distributed.state import exchange_weights
+
+        exchange_weights(self.engine, values)
+
+
+def frozen_engine(model: AnyModel, parallel: Parallel | None, dtype: str) -> Callable[..., Any]:
+    """asked(question, ...) for a model that does not learn; under `parallel` all ranks ask it together."""
+    if parallel is None:
+        return lambda question, *arguments: question(model, *arguments)
     from align.distributed.engine import asking_engine
 
     engine: Callable[..., Any] = asking_engine(model, parallel, dtype=dtype)

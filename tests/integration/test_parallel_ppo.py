@@ -70,6 +70,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "mini_batch_size": 8,
                 "epochs": 2,
                 "micro_batch_tokens": 120,
+                "ema_decay": 0.6,
                 "checkpoint_every": 2,
             },
         },
@@ -192,7 +193,11 @@ def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("words", "tolerance"), [(TWO, 0.0), (("--nproc", "1"), 1e-4)], ids=["two", "one"])
+@pytest.mark.parametrize(
+    ("words", "tolerance"),
+    [(TWO, 0.0), (("--nproc", "1"), 1e-4), (("--nproc", "2", "parallel.zero_stage=0"), 1e-4)],
+    ids=["two", "one", "two, zero 0"],
+)
 def test_a_killed_run_goes_on_with_any_number_of_processes(
     recipe: Path, two: Path, killed: Path, tmp_path: Path, words: tuple[str, ...], tolerance: float
 ) -> None:
@@ -201,13 +206,17 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(
     assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND)
     found = [difference(*lines) for lines in zip(metrics(run_dir), metrics(two), strict=True)]
     assert max(max(line.values()) for line in found) <= tolerance, found
-    if not tolerance:
-        expected = weights(two)
-        assert all(tensor.equal(expected[name]) for name, tensor in weights(run_dir).items())
+    expected = weights(two)  # the average's
+    apart = max((tensor - expected[name]).abs().max().item() for name, tensor in weights(run_dir).items())
+    assert apart <= tolerance
 
 
-def test_what_needs_one_process_is_refused(recipe: Path, tmp_path: Path) -> None:
-    for words in (["stages.ppo.ema_decay=0.9"], ["parallel.zero_stage=0"]):
-        output = run(recipe, tmp_path / "run", "--nproc", "2", *words, code=2)
-        assert "stages.ppo" in output
-        assert "Traceback" not in output
+def test_a_reward_that_fails_on_rank_0_ends_all_with_its_sentence(recipe: Path, two: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def broken(prompts, completions, rows): raise ValueError('not today')\n")
+    rewards = f"stages.ppo.rewards=[{{kind: function, path: '{tmp_path}/mine.py:broken'}}]"
+    shutil.copytree(two / "base", tmp_path / "run" / "base")
+    before = time.monotonic()
+    output = run(recipe, tmp_path / "run", *TWO, rewards, code=2)
+    assert "ValueError: not today" in output
+    assert "Traceback" not in output
+    assert time.monotonic() - before < 240  # ten seconds alone; a rank that waits would wait for ever

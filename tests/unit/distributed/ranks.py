@@ -24,6 +24,7 @@ from align.config.parts import Optimizer
 from align.distributed.experts import spread_experts
 from align.distributed.export import save_spread_model
 from align.distributed.load import load_spread
+from align.distributed.processes import start_deepspeed
 from align.distributed.settings import deepspeed_config
 from align.distributed.state import load_training_state, save_training_state
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -183,7 +184,7 @@ def loaded(parallel: Parallel, folder: Path) -> tuple[Any, float]:
 
 
 def main(out: Path) -> None:
-    deepspeed.init_distributed("gloo", verbose=False)
+    start_deepspeed("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {}
     witness = alone()
@@ -225,6 +226,10 @@ def main(out: Path) -> None:
         made = engine(settings[name])
         load_training_state(made, out / "state")
         found[f"state read by {name}"] = difference(train(made, range(half, STEPS)), rest)
+    made = engine(Parallel(processes=ranks, zero_stage=0))
+    load_training_state(made, out / "state")
+    losses = train(made, range(half, STEPS))["losses"]  # DeepSpeed tells no norms there
+    found["state read by zero 0"] = max(abs(a - b) / b for a, b in zip(losses, rest["losses"], strict=True))
     for name in ("zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "offload"):
         made, share = loaded(settings[name], out / "start")
         shares = torch.zeros(ranks)

@@ -46,7 +46,7 @@ def test_an_export_is_what_one_process_saves(found: dict) -> None:
 
 @pytest.mark.parametrize(
     "reader",
-    ["zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "zero 1, experts over 2", "offload"],
+    ["zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "zero 1, experts over 2", "offload", "zero 0"],
 )
 def test_a_state_is_read_by_any_other_arrangement(found: dict, reader: str) -> None:
     assert found[f"state read by {reader}"] < 1e-5

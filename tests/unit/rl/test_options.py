@@ -17,6 +17,8 @@ from align.rl.score import scored_round, to_experience
 from align.rollout.base import Completion
 from align.rollout.experience import policy_output
 from align.train.ema import Ema
+from align.train.learner import Learner
+from tests.unit.rl import small
 from tests.unit.rl.runs import lines, recipe
 from tests.unit.rl.tables import Task
 
@@ -82,13 +84,14 @@ def test_the_average_of_the_weights_is_the_closed_form() -> None:
     model = nn.Linear(1, 1, bias=False)
     values = [1.0, 3.0, -2.0]
     model.weight.data.fill_(values[0])
-    ema = Ema(model, decay=0.75)
+    ema = Ema(Learner(model, small.settings().optimizer, total=1), decay=0.75)
     for value in values[1:]:
         model.weight.data.fill_(value)
-        ema.update(model)
+        ema.update()
     expected = 0.75**2 * 1.0 + 0.25 * 0.75 * 3.0 + 0.25 * -2.0
-    with ema.applied(model):
-        assert model.weight.item() == pytest.approx(expected)
+    ema.exchange()
+    assert model.weight.item() == pytest.approx(expected)
+    ema.exchange()
     assert model.weight.item() == -2.0
 
 

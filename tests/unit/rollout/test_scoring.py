@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from transformers import AutoModelForSequenceClassification
 
 from align.config.parts import Data, FileSource
-from align.config.rewards import Rewards
+from align.config.rewards import ModelReward, Rewards
 from align.data import PromptRow, encode_prompt, prepare_reward_pairs, stop_token_ids, train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
@@ -27,7 +27,7 @@ from align.reward.moments import Moments
 from align.rollout.base import Completion
 from align.rollout.experience import Experience, build_experience
 from align.rollout.reward_server import build_server
-from align.rollout.scoring import Scorer
+from align.rollout.scoring import ModelScorer, Scorer
 
 SIZES = {
     "hidden_size": 32,
@@ -99,7 +99,11 @@ class Made:
 
     def __call__(self, *rewards: dict, **options: Any) -> Scorer:
         parsed = TypeAdapter(Rewards).validate_python(list(rewards))
-        settings = {"checkpoint": Path, "dtype": "float32", "micro_batch_tokens": 64, "say": self.said.append}
+        names = {reward.init_from for reward in parsed if isinstance(reward, ModelReward)}
+        settings = {
+            "load_models": lambda: {name: ModelScorer(Path(name), "float32", micro_batch_tokens=64) for name in names},
+            "say": self.said.append,
+        }
         self.scorers.append(Scorer(parsed, options.pop("prompts", []), self.tokenizer, **settings | options))
         return self.scorers[-1]
 

@@ -1,8 +1,9 @@
-"""Two works at once: that they really are, what they return, and that nothing of it is left behind."""
+"""Two works at a time: that they really are, what they return, and that nothing of it is left behind."""
 
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -40,20 +41,35 @@ def test_one_work_has_all_threads_and_two_on_one_thread_take_turns() -> None:
     assert order == [1, 2]
 
 
+def test_of_many_works_each_is_done_once_and_answers_keep_their_order() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> int:
+        threading.Event().wait(0.01 * (number % 3))
+        done.append(number)
+        return -number
+
+    assert side_by_side([partial(work, number) for number in range(7)]) == [-number for number in range(7)]
+    assert sorted(done) == list(range(7))
+
+
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_comes_through_when_both_have_ended(failing) -> None:
-    ended = threading.Event()
+def test_an_error_comes_through_when_what_has_begun_is_done(failing) -> None:
+    meeting, ended, never = threading.Barrier(2), threading.Event(), threading.Event()
 
     def good():
+        meeting.wait(timeout=30)
         ended.wait(timeout=0.2)
         ended.set()
 
     def bad():
+        meeting.wait(timeout=30)
         raise ArithmeticError("of one work")
 
-    works = [good, good]
+    works = [good, good, never.set]
     works[failing] = bad
     with pytest.raises(ArithmeticError, match="of one work"):
         side_by_side(works)
     assert ended.is_set()
+    assert not never.is_set()
     assert torch.get_num_threads() == 5
