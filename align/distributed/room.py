@@ -47,7 +47,7 @@ def free_disk(path: str | None) -> int:
 
 
 def require_async_io() -> None:
-    """Raise `UserError` where DeepSpeed cannot reach an NVMe disk."""
+    """Raise `UserError` where DeepSpeed cannot reach an NVMe disk. It compiles what it needs for that, once."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -55,3 +55,11 @@ def require_async_io() -> None:
             "parallel.offload: DeepSpeed reaches nvme through libaio, which is not installed; install libaio-dev, or "
             "write cpu."
         )
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"parallel.offload: what DeepSpeed reaches nvme with cannot be compiled ({reason}); install a C++ compiler "
+            "and ninja, or write cpu."
+        ) from None

@@ -1,42 +1,55 @@
 """Training state that any number of processes can write and any other number can read.
 
-Every rank writes the runs it holds of float32 weights and AdamW's two moments, under the parameter's name and the place
-of the run in the whole tensor. A reader takes from the files whatever overlaps what it holds, however many wrote them.
+Every rank writes the runs it holds of float32 weights and AdamW's two moments, and of the weights' average where there
+is one, under the parameter's name and the place of the run in the whole tensor. A reader takes from the files whatever
+overlaps what it holds, however many wrote them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.distributed.layout import is_partitioned, own_piece, world
 from align.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+AVERAGE = "average"
 
 
 class Held:
-    """What this rank's optimizer holds of one parameter: flat float32 tensors by kind, which start at `start`."""
+    """What this rank's optimizer holds of one parameter: flat float32 tensors by kind, which start at `start`.
 
-    def __init__(self, name: str, parameter: Any, optimizer: Any):
-        self.name, self.parameter, self.optimizer = name, parameter, optimizer
-        piece = own_piece(parameter)
-        self.start, self.count = (piece.start, piece.size) if piece else (0, 0)
+    master: what AdamW updates where ZeRO cuts nothing: the parameter, or its copy in float32. saves: no rank before
+    this one holds the same.
+    """
+
+    def __init__(self, name: str, parameter: Any, optimizer: Any, master: Tensor):
+        self.name, self.parameter, self.optimizer, self.master = name, parameter, optimizer, master
         self.mapping = getattr(parameter, "_hp_mapping", None)
-        if not is_partitioned(parameter) and hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2 cut the optimizer only
+        piece = own_piece(parameter)
+        if is_partitioned(parameter):
+            self.start, self.count = (piece.start, piece.size) if piece else (0, 0)
+        elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2 cut the optimizer only
             address = self.mapping.lp_fragment_address if self.mapping else None
             base = first_element(parameter)
             self.start, self.count = (base + address.start, address.numel) if address else (0, 0)
+        else:
+            self.start, self.count = first_element(parameter), parameter.numel()
+            self.saves = piece is not None
+            return
+        self.saves = self.count > 0
 
     def read(self, kind: str) -> Tensor:
         if is_partitioned(self.parameter):
@@ -44,7 +57,7 @@ class Held:
             return self.optimizer.get_local_fp32_param(self.parameter, key)[: self.count]
         if self.mapping is not None:
             return self.mapping.get_hp_fragment(None if kind == "weight" else kind)
-        whole = self.parameter.detach() if kind == "weight" else self.optimizer.state[self.parameter][kind]
+        whole = self.master.detach() if kind == "weight" else self.optimizer.state[self.master][kind]
         return whole.flatten()
 
     def write(self, kind: str, values: Tensor) -> None:
@@ -54,11 +67,22 @@ class Held:
             padded[: self.count] = values
             self.optimizer.set_local_hp_param(padded, self.parameter, None if kind == "weight" else kind)
             if kind == "weight":
-                held.data.copy_(padded)
+                put_slice(self.parameter, padded)
         elif self.mapping is not None:
             self.read(kind).data.copy_(values)
         else:
             self.read(kind).copy_(values)
+            if kind == "weight":
+                self.parameter.data.copy_(self.master.data)
+
+
+def put_slice(parameter: Any, values: Tensor) -> None:
+    """Give ZeRO 3's slice of a parameter other values, in memory or on the disk that it is offloaded to."""
+    held = parameter.ds_tensor
+    if held.status == PartitionedParamStatus.AVAILABLE:
+        held.data.copy_(values)
+    else:
+        parameter.nvme_swapper.swap_out_partitioned_params(dst_fp16_params=[parameter], src_fp32_params=[values])
 
 
 def first_element(parameter: Any) -> int:
@@ -68,24 +92,55 @@ def first_element(parameter: Any) -> int:
 
 
 def held_parameters(engine: Any) -> Iterator[Held]:
+    """What this rank has a part of, of all that learns."""
     optimizer = engine.optimizer
+    masters = float32_copies(optimizer)
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            yield Held(name, parameter, optimizer)
+            held = Held(name, parameter, optimizer, masters.get(parameter, parameter))
+            if held.count:
+                yield held
 
 
-def save_training_state(engine: Any, folder: Path) -> None:
-    """Every rank writes its file; the folder holds the whole state once all have returned."""
+def float32_copies(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Without ZeRO, DeepSpeed keeps one of each bf16 parameter."""
+    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
+    return {parameter: copy for group in groups for parameter, copy in zip(*group, strict=True)}
+
+
+def exchange_weights(engine: Any, values: dict[str, Tensor]) -> None:
+    """Give all that learns other weights, by the names of `held_parameters`; `values` gets those that were there."""
+    for held in held_parameters(engine):
+        other = values[held.name]
+        present = held.read("weight").to(other.device, copy=True)
+        held.write("weight", other)
+        values[held.name] = present
+    spread_float32_weights(engine)
+
+
+def spread_float32_weights(engine: Any) -> None:
+    """Under ZeRO 1 and 2, whose ranks have updated a part each, give all ranks all weights."""
+    if hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+
+
+def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
+    """Every rank writes its file; the folder holds the whole state once all have returned.
+
+    average: this rank's part of the weights' average, by the names of `held_parameters`.
+    """
     rank, processes = world()
     folder.mkdir(parents=True, exist_ok=True)
     steps = adam_steps(engine)
     kinds = KINDS if steps else KINDS[:1]  # before its first step AdamW has no moments
+    own = [held for held in held_parameters(engine) if held.saves]
     tensors = {
         f"{kind}:{held.name}@{held.start}": held.read(kind).to("cpu", copy=True).contiguous()
-        for held in held_parameters(engine)
-        if held.count
+        for held in own
         for kind in kinds
     }
+    if average is not None:
+        tensors |= {f"{AVERAGE}:{held.name}@{held.start}": average[held.name].to("cpu", copy=True) for held in own}
     path = folder / f"state-{rank:05d}-of-{processes:05d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
@@ -96,7 +151,7 @@ def save_training_state(engine: Any, folder: Path) -> None:
         dist.barrier()
 
 
-def load_training_state(engine: Any, folder: Path) -> None:
+def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
     """Put every rank's part back, whatever the number of processes that wrote it; raises `UserError` for a hole."""
     if not (folder / "state.json").is_file():
         raise UserError(f"{folder.parent} was written by a run without `parallel`; resume it without, or start again.")
@@ -118,10 +173,11 @@ def load_training_state(engine: Any, folder: Path) -> None:
                 what, _, start = key.rpartition("@")
                 runs.setdefault(what, []).append((int(start), tensors, key))
         for held in held_parameters(engine):
-            for kind in kinds if held.count else ():
+            for kind in kinds:
                 held.write(kind, assemble(runs.get(f"{kind}:{held.name}", []), held, folder))
-    if hasattr(engine.optimizer, "update_lp_params"):
-        engine.optimizer.update_lp_params()
+            if average is not None:
+                average[held.name].copy_(assemble(runs.get(f"{AVERAGE}:{held.name}", []), held, folder))
+    spread_float32_weights(engine)
 
 
 def assemble(runs: list[tuple[int, Any, str]], held: Held, folder: Path) -> Tensor:
@@ -155,13 +211,25 @@ def adam_steps(engine: Any) -> int:
 def set_adam_steps(engine: Any, steps: int) -> None:
     """AdamW makes its state in the first step; here it must exist before."""
     optimizer, states = engine.optimizer, adam_states(engine)
-    for flat in flat_parameters(optimizer):
-        state = states.setdefault(flat, {})
-        for kind in MOMENTS:
-            state.setdefault(kind, torch.zeros_like(flat))
-        state["step"] = torch.tensor(float(steps))
+    for group, flat in enumerate(flat_parameters(optimizer)):
+        with in_memory(optimizer, group):
+            state = states.setdefault(flat, {})
+            for kind in MOMENTS:
+                state.setdefault(kind, torch.zeros_like(flat))
+            state["step"] = torch.tensor(float(steps))
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def in_memory(optimizer: Any, group: int) -> Iterator[None]:
+    """Within it, what AdamW holds of a group is in memory; where it is offloaded to a disk it goes back to it."""
+    on_disk = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+    if on_disk:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield
+    if on_disk:
+        optimizer._optimizer_states_and_gradient_swap_out(group)
 
 
 def flat_parameters(optimizer: Any) -> list[Tensor]:

@@ -127,9 +127,11 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the weights cannot be read ({error}); copy or download them again.") from error
 
 
-def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None) -> AnyModel:
+def load_policy(
+    folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None, *, frozen: bool = False
+) -> AnyModel:
     """A causal language model; under `parallel`, with this rank's share of its experts; with fresh adapters, if `lora`
-    says so."""
+    says so; if `frozen`, one of which nothing will train."""
     config = check_checkpoint(folder)
     if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
@@ -137,9 +139,11 @@ def load_policy(folder: Path, dtype: str, parallel: Parallel | None = None, lora
         settings = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
         if parallel is not None:
-            return _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel, lora)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
+            model = _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel, lora, frozen=frozen)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
+    return model.requires_grad_(False) if frozen else model
 
 
 def _load_spread(
@@ -151,15 +155,19 @@ def _load_spread(
     lora: Lora | None,
     *,
     head_only: bool = False,
+    frozen: bool = False,
 ) -> AnyModel:
     """The model of which this rank holds its part."""
-    check_parallel(config, parallel, dtype, lora)
+    check_parallel(config, parallel, dtype, lora, trunk_trains=not (head_only or frozen))
     from align.distributed.load import load_spread
 
+    head_only = head_only or frozen
     return load_spread(model_class, config, folder, getattr(torch, dtype), parallel, lora, head_only=head_only)
 
 
-def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str, lora: Lora | None = None) -> None:
+def check_parallel(
+    config: HunYuanConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
+) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
         experts = config.experts_in(layer)
@@ -170,7 +178,7 @@ def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str, lora: 
             )
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
-    trained = None
+    trained = None if trunk_trains else 0
     if lora is not None:
         from align.distributed.plan.shape import shape_of
 
@@ -178,11 +186,12 @@ def check_parallel(config: HunYuanConfig, parallel: Parallel, dtype: str, lora: 
     require_room(parallel, parameters, dtype, machines, trained)
 
 
-def load_reward_model(folder: Path, dtype: str) -> AnyModel:
-    """A trained reward model, ready to score; a checkpoint without a trained head is refused."""
+def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
+    """A trained reward model, ready to score; a checkpoint without a trained head is refused. `parallel` as for
+    `load_policy`."""
     if SEQUENCE_CLASSIFIER not in (check_checkpoint(folder).get("architectures") or []):
         raise UserError(f"{folder}: a language model, where a reward model is needed; name the stage that trained one.")
-    return load_scorer(folder, dtype).eval()
+    return load_scorer(folder, dtype, parallel=parallel, frozen=True).eval()
 
 
 def load_scorer(
@@ -191,11 +200,12 @@ def load_scorer(
     *,
     fresh_head: bool = False,
     head_only: bool = False,
+    frozen: bool = False,
     parallel: Parallel | None = None,
     lora: Lora | None = None,
 ) -> AnyModel:
-    """A model with one scalar head, for the reward model and the critic; `parallel` and `lora` as for `load_policy`.
-    head_only: nothing but the head trains.
+    """A model with one scalar head, for the reward model and the critic; `parallel`, `lora` and `frozen` as for
+    `load_policy`. head_only: nothing but the head trains.
 
     From a language model the head is random, so that the trunk has a gradient from the first step. With `fresh_head`
     it is zero: a critic's first values are then 0 instead of another quantity's scores.
@@ -205,9 +215,8 @@ def load_scorer(
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
         if parallel is not None:
-            model = _load_spread(
-                HunYuanForSequenceClassification, settings, folder, dtype, parallel, lora, head_only=head_only
-            )
+            scorer = HunYuanForSequenceClassification
+            model = _load_spread(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=settings, dtype=getattr(torch, dtype)
@@ -218,7 +227,9 @@ def load_scorer(
         for name, parameter in model.named_parameters():
             if plain_name(name) == "score.weight":  # with adapters there are two, the frozen one and the trained
                 nn.init.zeros_(held_values(parameter))
-    if head_only:
+    if frozen:
+        model.requires_grad_(False)
+    elif head_only:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("score" in name and "original_module" not in name)

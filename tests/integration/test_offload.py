@@ -1,0 +1,175 @@
+"""What leaves the accelerator's memory changes no result: optimizer and weights on the CPU and on a disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.train.run_folder import read_jsonl
+from tests.integration.kills import kill_rank_1
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
+STEPS = {"sft": 5, "ppo": 4}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}." * (1 + n % 4)} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_file = [{"kind": "file", "path": str(folder / "rows.jsonl")}]
+    sft = {
+        "kind": "sft",
+        "data": {"train": rows_file, "max_length": 96},
+        "optimizer": {"learning_rate": 5e-3, "expert_learning_rate_scale": 0.5, "weight_decay": 0.01},
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "max_steps": STEPS["sft"],
+        "checkpoint_every": 2,
+    }
+    ppo = {
+        "kind": "ppo",
+        "prompts": rows_file,
+        "max_prompt_length": 48,
+        "rewards": [{"kind": "length", "min_tokens": 4, "max_tokens": 8}],
+        "rollout": {"engine": "huggingface", "max_new_tokens": 8, "max_model_length": 64},
+        "optimizer": {"learning_rate": 2e-3, "eps": 1e-5, "max_grad_norm": 0.3},
+        "critic": {"learning_rate": 5e-3},
+        "steps": STEPS["ppo"],
+        "batch_size": 8,
+        "mini_batch_size": 4,
+        "micro_batch_tokens": 120,
+        "checkpoint_every": 2,
+    }
+    content = {
+        "name": "offload",
+        "parallel": {"processes": 2, "expert_parallel_size": 2},
+        "model": {
+            "kind": "scratch",
+            "tokenizer": {"vocab_size": 300, "data": rows_file},
+            "config": {
+                "hidden_size": 256,  # DeepSpeed leaves what is smaller than 1 MiB in memory: a layer's experts are not
+                "intermediate_size": 512,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_experts": 4,
+                "num_shared_expert": 1,
+                "initializer_range": 0.05,
+                "router_aux_loss_coef": 0.02,
+            },
+        },
+        "stages": {"sft": sft, "ppo": ppo},
+    }
+    (folder / "offload.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return folder / "offload.yaml"
+
+
+def start(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(recipe: Path, run_dir: Path, *words: str) -> str:
+    process = start(recipe, run_dir, *words)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def kept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in which everything stays where it is."""
+    run_dir = tmp_path_factory.mktemp("kept") / "run"
+    run(recipe, run_dir)
+    return run_dir
+
+
+def offload(place: str, folder: Path) -> list[str]:
+    words = [f"parallel.offload.{what}={place}" for what in ("optimizer", "parameters")]
+    if place == "nvme":
+        require_async_io()
+        words.append(f"parallel.offload.path={folder}")
+    return words
+
+
+def require_async_io() -> None:
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("nvme needs libaio with its headers (libaio-dev), which is not installed")
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles what reaches the disk, and there is no C++ compiler")
+
+
+@pytest.fixture(scope="module", params=["cpu", "nvme"])
+def offloaded(request: pytest.FixtureRequest, recipe: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory):
+    """(run folder, the words of its settings, the stage that is to be killed)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "disk").mkdir()
+    words = offload(request.param, folder / "disk")
+    shutil.copytree(kept / "base", folder / "run" / "base")
+    launcher, found = start(recipe, folder / "run", *words), set[str]()
+    while launcher.poll() is None:
+        found |= {file.parent.parent.name for file in (folder / "disk").rglob("*.swp")}
+        time.sleep(0.2)
+    assert launcher.returncode == 0, launcher.communicate()[0][-3000:]
+    assert len(found) == (2 if request.param == "nvme" else 0), found  # weights, and what AdamW keeps
+    return folder / "run", words, "ppo" if request.param == "cpu" else "sft"
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict]:
+    """The log without what the clock and the machine's memory say."""
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "rollout/"))}
+        for line in read_jsonl(run_dir / stage / "metrics.jsonl")
+    ]
+    assert [line["step"] for line in lines] == list(range(1, STEPS[stage] + 1))
+    return lines
+
+
+COMPARED = {
+    "sft": ("loss", "grad_norm", "aux_loss"),
+    "ppo": ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm", "entropy", "aux_loss", "score_mean"),
+}
+
+
+def differences(one: Path, other: Path, stage: str) -> list[float]:
+    """The largest relative difference of each step."""
+    pairs = zip(metrics(one, stage), metrics(other, stage), strict=True)
+    return [max(abs(a[key] - b[key]) / max(abs(b[key]), 0.05) for key in COMPARED[stage]) for a, b in pairs]
+
+
+def test_offloading_changes_no_result(kept: Path, offloaded) -> None:
+    whole, *_ = offloaded
+    assert max(differences(whole, kept, "sft")) <= 1e-6
+    rounds = differences(whole, kept, "ppo")
+    assert rounds[0] <= 1e-6
+    assert max(rounds) <= 2e-5  # a policy's loss is a small difference of large terms
+
+
+def test_a_killed_run_goes_on_to_the_same_result(recipe: Path, offloaded, tmp_path: Path) -> None:
+    whole, words, stage = offloaded
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / stage)
+    launcher = start(recipe, run_dir, "--only", stage, *words)
+    kill_rank_1(launcher, lambda: len(read_jsonl(run_dir / stage / "metrics.jsonl")) == 3)
+    assert "resuming at step 2\n" in run(recipe, run_dir, "--only", stage, "--resume", *words)
+    assert metrics(run_dir, stage) == metrics(whole, stage)
+    models = [run_dir / stage / "model", whole / stage / "model"]
+    ours, theirs = ({file.name: file.read_bytes() for file in model.glob("*.safetensors")} for model in models)
+    assert ours == theirs
