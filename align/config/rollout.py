@@ -33,7 +33,8 @@ class Rollout(Part):
     """Completions carry the experts that their tokens went to, for the trainer to replay. On a CPU this takes the
     in-process engine, and each completion of a prompt computes the prompt again."""
     sleep: bool = False
-    """Let the in-process engine give its GPU memory to the trainer between rollouts."""
+    """Let the engine give its GPU memory to the trainer between rollouts: the one in the trainer's process, servers
+    that the trainer starts, and those that were started with `--sleep`."""
     bucket_mib: Positive = 256
     """New weights go to the engines in pieces of this size."""
     servers: list[str] = Field(default_factory=list)

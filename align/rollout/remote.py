@@ -31,7 +31,7 @@ from align.rollout.base import (
 )
 from align.rollout.routing import moe_layers
 from align.rollout.serve import StartedServer
-from align.rollout.server import Server, ServerFailure
+from align.rollout.server import Server, ServerFailure, everywhere
 from align.rollout.sync import checkpoint_weights, send_weights
 from align.rollout.transport import Delivery, GpuTransfer, InTheRequest, SharedMemory, ToServers, free_port
 from align.rollout.vllm_options import check_checkpoint, check_temperature, sampling_options
@@ -116,7 +116,7 @@ class RemoteEngine:
         answering = [server for server in self.servers if server.failure is None or self._answers(server)]
         if not answering:
             self._await(self.servers, restart=True)
-            answering = [server for server in self.servers if server.failure is None]
+            answering = self._in_use()
         if not answering:
             raise UserError(self._none_answers(self.servers))
         self.version = version
@@ -127,10 +127,13 @@ class RemoteEngine:
         self._source = source
 
     def sleep(self) -> None:
-        """Servers keep their memory."""
+        """With `rollout.sleep`, let the servers that were started for it give their GPU memory to the trainer."""
+        if self.rollout.sleep:
+            everywhere(self._in_use(), lambda server: server.sleep(self.rollout.request_timeout_seconds))
 
     def wake(self) -> None:
-        """They were never asleep."""
+        if self.rollout.sleep:
+            everywhere(self._in_use(), lambda server: server.wake(self.rollout.request_timeout_seconds))
 
     def close(self) -> None:
         """End the servers that were started here; others go on."""
@@ -174,6 +177,7 @@ class RemoteEngine:
             return False
         try:
             server.read_facts()
+            server.wake(self.rollout.request_timeout_seconds)  # another trainer may have left it asleep
         except ServerFailure as failure:
             server.failure = str(failure)
             return False
@@ -199,9 +203,12 @@ class RemoteEngine:
                 "with --return-routing, or use rollout.engine vllm."
             )
 
+    def _in_use(self) -> list[Server]:
+        return [server for server in self.servers if server.failure is None]
+
     def _usable(self) -> list[Server]:
         """Servers with the current weights. When none is left they are waited for and given the weights again."""
-        if usable := [server for server in self.servers if server.failure is None]:
+        if usable := self._in_use():
             return usable
         lost = self._none_answers(self.servers)
         self._start_again()
@@ -209,7 +216,7 @@ class RemoteEngine:
         for server in self.servers:
             if server.failure is not None and not isinstance(server, StartedServer):
                 self._answers(server)
-        found = [server for server in self.servers if server.failure is None]
+        found = self._in_use()
         if not found:
             raise UserError(lost)
         if self._source is None:

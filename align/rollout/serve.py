@@ -115,7 +115,12 @@ def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "error",
     }
-    facts = {"dtype": dtype, "transfer": transfer, "routing": str(bool(options.get("enable_return_routed_experts")))}
+    facts = {
+        "dtype": dtype,
+        "transfer": transfer,
+        "routing": str(bool(options.get("enable_return_routed_experts"))),
+        "sleeps": str(bool(options.get("enable_sleep_mode"))),
+    }
     arguments = [*command_line(options), "--served-model-name", MARK, *(f"{k}={v}" for k, v in facts.items())]
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
@@ -195,13 +200,16 @@ class StartedServer(Server):
             "cache-gib": rollout.cache_gib,
             "tensor-parallel-size": rollout.tensor_parallel_size,
         }
-        if rollout.weight_transfer != "auto":
-            host = rollout.weight_transfer in ("shared_memory", "http")
-            flags["weight-transfer"] = "host" if host else rollout.weight_transfer
+        transfer = rollout.weight_transfer
+        if transfer == "auto" and rollout.sleep:
+            transfer = "shared_memory"  # it may share the trainer's GPUs, and NCCL wants others
+        if transfer != "auto":
+            flags["weight-transfer"] = "host" if transfer in ("shared_memory", "http") else transfer
         self._command = [sys.executable, "-m", "align.cli", "serve-rollout", str(checkpoint)]
         self._command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         self._command += ["--no-prefix-caching"] * (not rollout.prefix_caching)
         self._command += ["--return-routing"] * rollout.return_routing
+        self._command += ["--sleep"] * rollout.sleep
         self._environment = {**environment_of_its_own(), PARENT: str(os.getpid())}
         # The in-process engine's setting; a server's front and its engine are two processes.
         self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

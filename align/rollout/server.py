@@ -84,6 +84,16 @@ class Server:
         self.facts["max_model_length"] = str(models[0]["max_model_len"])
         self.facts["ranks"] = str(self.call("GET", "/get_world_size")["world_size"])
 
+    def sleep(self, timeout: float) -> None:
+        """Move the weights to host memory and drop the cache, where it was started for it."""
+        if self.facts.get("sleeps") == "True":
+            self.call("POST", "/sleep?level=1", timeout=timeout)
+
+    def wake(self, timeout: float) -> None:
+        """Take the memory back; nothing happens to one that is awake."""
+        if self.facts.get("sleeps") == "True":
+            self.call("POST", "/wake_up", timeout=timeout)
+
     def generate(
         self, prompt: list[int], sampling: dict[str, Any], label: str, *, timeout: float, top_k: list[int] | None
     ) -> Completion:

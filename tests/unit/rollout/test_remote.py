@@ -213,6 +213,35 @@ def test_work_is_shared_and_in_order(connect, servers):
     assert len({tuple(t) for t in tokens(rows)}) == 12
 
 
+def test_servers_that_can_sleep_do_between_rollouts(connect, servers):
+    servers[0].facts["sleeps"] = "True"
+    engine = connect(sleep=True)
+    asked = [server.calls for server in servers]
+    before = asked[0]["/wake_up"]
+    engine.sleep()
+    assert asked[0]["/sleep"] == 1
+    engine.wake()
+    assert asked[0]["/wake_up"] == before + 1
+    assert not asked[1]["/sleep"] + asked[1]["/wake_up"]
+    connect().sleep()  # the recipe does not ask for it
+    assert asked[0]["/sleep"] == 1
+
+
+def test_a_server_that_comes_back_asleep_is_woken_before_it_gets_weights(connect, servers):
+    for server in servers:
+        server.facts["sleeps"] = "True"
+    engine = connect(sleep=True)
+    engine.sleep()
+    servers[0].stop()
+    engine.wake()
+    assert [server.failure is None for server in engine.servers] == [False, True]
+    servers[0].come_back()
+    woken = servers[0].calls["/wake_up"]
+    engine.update_weights(iter(WEIGHTS.items()), version=1)
+    assert servers[0].calls["/wake_up"] == woken + 1
+    assert servers[0].weights.keys() == WEIGHTS.keys()
+
+
 def test_a_server_that_dies_changes_nothing_in_the_result(connect, servers):
     engine = connect()
     expected = tokens(engine.generate(PROMPTS, SETTINGS))
