@@ -67,11 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
     run.add_argument("--nproc", type=int, metavar="N", help="processes; the same as parallel.processes=N")
-    run.add_argument("--hostfile", metavar="FILE", help="machines; the same as parallel.hostfile=FILE")
+    run.add_argument("--hostfile", metavar="FILE", help="machines, for as many processes as it has slots")
     run.set_defaults(command=_run)
 
     check = commands.add_parser(
-        "check", help="validate recipes", description="Validate recipes without loading anything heavy."
+        "check",
+        help="validate recipes",
+        description="Validate recipes and look whether their files are there, without loading anything heavy.",
     )
     check.add_argument(
         "recipes",
@@ -80,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML files or shipped recipes; key.subkey=value behind them are changes, as `align run` takes them",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
+    check.add_argument(
+        "--without-files", action="store_true", help="do not look for data, rewards and checkpoints on this machine"
+    )
     check.set_defaults(command=_check)
 
     show = commands.add_parser(
@@ -158,6 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--tensor-parallel-size", type=int, help="devices that share the model")
     server.add_argument("--no-prefix-caching", action="store_false", dest="prefix_caching", default=None)
     server.add_argument("--return-routing", action="store_true", default=None, help="return routed experts (GPU)")
+    server.add_argument(
+        "--sleep", action="store_true", default=None, help="give GPU memory to the trainer between rollouts"
+    )
     server.add_argument(
         "--weight-transfer", choices=["host", "nccl", "ipc"], help="how weights come (default: host; nccl on a GPU)"
     )
@@ -308,6 +316,10 @@ def _run(options: argparse.Namespace) -> None:
         overrides.append(f"parallel.processes={options.nproc}")
     if options.hostfile is not None:
         overrides.append(f"parallel.hostfile={options.hostfile}")
+        if not any(override.startswith("parallel.processes=") for override in overrides):
+            from align.distributed.launch import read_hostfile
+
+            overrides.append(f"parallel.processes={sum(read_hostfile(Path(options.hostfile)).values())}")
     recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
     if recipe.parallel is not None:
@@ -331,6 +343,8 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 def _check(options: argparse.Namespace) -> None:
     from align.config import load_recipe
+    from align.config.recipe import BASE
+    from align.train.inputs import missing
 
     problems: dict[str, str | None] = {}
     changes = [value for value in options.recipes if "=" in value]
@@ -339,8 +353,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("there are only changes here and no recipe; put a recipe's name or file in front of them.")
     for path in recipes:
         try:
-            load_recipe(path, changes)
-            problems[path] = None
+            recipe = load_recipe(path, changes)
+            absent = [] if options.without_files else missing(recipe, [BASE, *recipe.stages])
+            problems[path] = "\n".join(f"{path}: {problem}" for problem in absent) or None
         except UserError as error:
             problems[path] = str(error)
     if options.json:
@@ -415,6 +430,7 @@ def _serve_rollout(options: argparse.Namespace) -> None:
         "tensor_parallel_size",
         "prefix_caching",
         "return_routing",
+        "sleep",
     ]
     changes = {name: getattr(options, name) for name in [*names, "dtype", "seed"]}
     what = what_to_serve(options.target, options.stage, options.run_dir, changes)

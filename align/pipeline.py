@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe import BASE, Recipe, is_path, references, sources
+from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
-from align.reward.functions import find_reward_function
+from align.train.inputs import missing
 from align.train.run_folder import (
     MANIFEST,
     StageContext,
@@ -66,6 +66,9 @@ def run(
             StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
             for name in chosen
         ]
+        to_run = [name for name in chosen if name in again or read_manifest(run_dir / name) is None]
+        if problems := missing(recipe, to_run):
+            raise UserError("\n".join(problems))
         for context in contexts:
             _check_stage(context, redo=context.name in again)
         for name in again:
@@ -103,8 +106,6 @@ def _joined(recipe: Recipe, run_dir: Path) -> bool:
 def _check_stage(context: StageContext, *, redo: bool) -> None:
     """Refuse what can be seen to be wrong before anything is written or loaded."""
     name, folder = context.name, context.dir
-    if name != BASE and (redo or read_manifest(folder) is None):
-        _check_inputs(context)
     if redo:
         return
     settings = stage_settings(context.recipe, name)
@@ -134,19 +135,6 @@ def _check_stage(context: StageContext, *, redo: bool) -> None:
                 f"{folder}: the interrupted run had other settings ({changed[0]}); restore them, or start the stage "
                 f"again with --from {name}."
             )
-
-
-def _check_inputs(context: StageContext) -> None:
-    """Files and folders that a stage will read, so that the last stage's missing file is not found hours later."""
-    for reward in getattr(context.stage, "rewards", ()):
-        if reward.kind == "function":
-            find_reward_function(reward.path)
-    for where, reference in references(context.stage):
-        if where != "data" and is_path(reference):
-            context.checkpoint(reference)
-    for source in sources(context.stage):
-        if source.kind == "file" and not Path(source.path).exists():
-            raise UserError(f"{source.path} does not exist (paths are relative to {Path.cwd()}).")
 
 
 def _run_stage(context: StageContext, *, redo: bool) -> None:

@@ -176,7 +176,7 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_sentence(values, problem) for problem in error.errors()]
+        problems = [line for problem in error.errors() for line in _sentence(values, problem).splitlines()]
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 

@@ -17,7 +17,7 @@ class Offload(Part):
     parameters: Literal["cpu", "nvme"] | None = None
     """Where a rank's slices of the weights live; needs `zero_stage` 3."""
     path: str | None = None
-    """Folder on a fast local disk, where something is offloaded to `nvme`."""
+    """Folder on a fast local disk, for this run alone, where something is offloaded to `nvme`."""
 
     @model_validator(mode="after")
     def _nvme_has_a_path(self) -> Offload:

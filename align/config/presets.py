@@ -59,3 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Keys of `HunYuanConfig`. hunyuan-large is the published instruct model; the others keep its shape at other sizes."""
+
+PUBLISHED = {f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")}
+"""The preset that has the sizes of a published checkpoint, by the name of its folder in lower case."""

@@ -71,27 +71,31 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
+        problems = []
         for name, stage in self.stages.items():
-            if self.parallel is None or not isinstance(stage, TrainingStage | PpoStage):
+            if self.parallel is None or not isinstance(stage, TrainingStage):
                 continue
-            if isinstance(stage, PpoStage):
-                fit_for_several(name, stage, self.parallel)
-                continue
-            a_pass = stage.micro_batch_size * self.parallel.processes
-            if stage.batch_size % a_pass:
-                raise ValueError(
-                    f"stages.{name}: micro_batch_size {stage.micro_batch_size} on {self.parallel.processes} processes "
-                    f"makes passes of {a_pass} rows, which does not divide batch_size {stage.batch_size}; change one"
-                )
+            if problem := _uneven(stage, self.parallel.processes):
+                problems.append(f"stages.{name}: {problem}")
+        if problems:
+            raise ValueError(".\n".join(problems))
         return self
 
 
-def fit_for_several(name: str, stage: PpoStage, parallel: Parallel) -> None:
-    """Raise ValueError for what policy optimisation cannot do under DeepSpeed."""
-    if parallel.zero_stage == 0:
-        raise ValueError(f"stages.{name}: PPO needs zero_stage 1, 2 or 3, and zero_stage is 0; change it")
-    if stage.ema_decay is not None:
-        raise ValueError(f"stages.{name}.ema_decay: weights are averaged by one process only; remove it, or parallel")
+def _uneven(stage: TrainingStage, processes: int) -> str | None:
+    """What is wrong where `processes` cannot share a step's rows, with the nearest values that work."""
+    batch, micro = stage.batch_size, stage.micro_batch_size
+    a_pass = micro * processes
+    if batch % a_pass == 0:
+        return None
+    ways = [f"batch_size to {a_pass * -(-batch // a_pass)}"]
+    if batch % processes == 0:
+        share = batch // processes
+        ways.insert(0, f"micro_batch_size to {next(m for m in range(min(micro, share), 0, -1) if share % m == 0)}")
+    return (
+        f"micro_batch_size {micro} on {processes} processes makes passes of {a_pass} rows, which does not divide "
+        f"batch_size {batch}; set {' or '.join(ways)}"
+    )
 
 
 LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"

@@ -96,7 +96,8 @@ def test_recipes_validate_without_torch_in_a_second() -> None:
     assert recipes
     code = (
         "import sys, align.cli\n"
-        f"align.cli.main(['check', *{recipes!r}])\n"
+        f"align.cli.main(['check', '--without-files', *{recipes!r}])\n"
+        "align.cli.main(['check', 'tiny', 'quickstart'])\n"
         f"assert not set(sys.modules) & {HEAVY!r}, set(sys.modules) & {HEAVY!r}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)

@@ -22,6 +22,7 @@ class Runs:
         self.folder, self.done, self.fails = folder, [], None
         monkeypatch.chdir(folder)
         (folder / "rows.jsonl").touch()
+        (folder / "model").mkdir()
         for module in ("base", "sft"):
             monkeypatch.setattr(importlib.import_module(f"align.recipes.{module}"), "run", self.stage)
 

@@ -139,7 +139,7 @@ def _(here: Here) -> str:
 
 @wrong("scratch-without-tokenizer")
 def _(here: Here) -> str:
-    return here.run(model={"kind": "scratch", "tokenizer": "./nowhere", "config": SIZES})
+    return here.run(model={"kind": "scratch", "tokenizer": "nobody/nothing", "config": SIZES})
 
 
 @wrong("hot-start-not-llama")

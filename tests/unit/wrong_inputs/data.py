@@ -46,6 +46,11 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.json1"}]})
 
 
+@wrong("missing-data-file-checked")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": "rows.json1"}]})
+
+
 @wrong("unknown-data-format")
 def _(here: Here) -> str:
     here.write("rows.csv", "a,b\n")

@@ -209,3 +209,17 @@ def _(here: Here) -> str:
 @wrong("no-room-for-a-prompt")
 def _(here: Here) -> str:
     return here.check(stages={"pairs": sample_stage(max_new_tokens=64, max_model_length=64)})
+
+
+@wrong("processes-without-a-share")
+def _(here: Here) -> str:
+    here.recipe(batch_size=8, micro_batch_size=8)
+    return here.align("check", "recipe.yaml", "parallel.processes=4")
+
+
+@wrong("critic-without-ppo")
+def _(here: Here) -> str:
+    rewards = [{"kind": "length", "max_tokens": 8}]
+    ppo = {"kind": "ppo", "prompts": [{"kind": "file", "path": "rows.jsonl"}], "rewards": rewards}
+    critic = {"learning_rate": 1e-3}
+    return here.check(stages={"ppo": ppo | {"algorithm": "dr_grpo", "completions_per_prompt": 2, "critic": critic}})

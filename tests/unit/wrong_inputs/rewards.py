@@ -64,6 +64,11 @@ def _(here: Here) -> str:
     return said
 
 
+@wrong("reward-file-missing-checked")
+def _(here: Here) -> str:
+    return check(here, {"kind": "function", "path": "mine.py:score"})
+
+
 @wrong("reward-without-function")
 def _(here: Here) -> str:
     here.write("mine.py", "x = 1\n")

@@ -17,8 +17,8 @@ from align.errors import UserError
 
 from .here import CASES, Here
 
-SECTIONS = ("recipes", "command_line", "data", "checkpoints", "templates", "run_folder", "rewards", "generation")
-for section in SECTIONS:  # in the page's order
+NAMES = "recipes command_line data checkpoints templates run_folder rewards generation several"
+for section in NAMES.split():  # in the page's order
     import_module(f"{__package__}.{section}")
 PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
 
