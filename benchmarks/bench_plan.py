@@ -180,11 +180,12 @@ def measure_sharded(case: str) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     from align.distributed.experts import spread_experts
+    from align.distributed.processes import start_deepspeed
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
     from align.train.optimizer import build_optimizer
 
     dtype, setting = SHARDED[case]
-    deepspeed.init_distributed("gloo")
+    start_deepspeed("gloo")
     torch.manual_seed(0)
     values = {**PRESETS["tiny"], **WIDE}
     model = HunYuanForCausalLM(HunYuanConfig(**values)).to(getattr(torch, dtype))

@@ -176,6 +176,25 @@ def real_runs(results: dict[str, Any]) -> str:
     return table(["recipe", "stage", "steps", "minutes", "mean of the first tenth of the steps → of the last"], rows)
 
 
+def expert_parallel(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if not isinstance(found, dict):
+            continue
+        ratio = found["spread_over_gathered"]
+        for variant in ("gathered", "spread"):
+            of = found[variant]
+            cells = [
+                (f"{of['seconds']:.2f}", ratio["seconds"]),
+                (f"{of['megabytes_sent_a_rank_and_step']:.1f}", ratio["bytes"]),
+                (f"{of['peak_megabytes_a_rank']:.0f}", ratio["peak"]),
+            ]
+            rows.append([name, variant, *(f"{cell} ({r:.2g})" if variant == "spread" else cell for cell, r in cells)])
+    return table(
+        ["spread (of gathered)", "experts", "seconds a step", "MB sent, a rank and step", "peak MB a rank"], rows
+    )
+
+
 RATIO = "engine_over_generate"
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
@@ -189,6 +208,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
     "rollout": rollout,
+    "expert_parallel": expert_parallel,
     "real_runs": real_runs,
 }
 

@@ -100,8 +100,8 @@ def _check(job: Job, recipe: Recipe, cluster: Cluster) -> None:
     """Refuse what no setting can mend."""
     if not micro_batches(job, cluster.gpus):
         raise UserError(
-            f"stages.{job.name}: {cluster.gpus} GPUs cannot share batch_size {job.batch} evenly; change it, or use "
-            "a number of GPUs that divides it (--gpus)."
+            f"stages.{job.name}: {cluster.gpus} GPUs cannot share batch_size {job.batch} evenly; set it to "
+            f"{cluster.gpus * -(-job.batch // cluster.gpus)}, or use a number of GPUs that divides it (--gpus)."
         )
     ep = recipe.parallel.expert_parallel_size if recipe.parallel else 1
     alone = Setting(cluster.gpus, True, 3, ep)
@@ -120,7 +120,9 @@ def cluster_of(recipe: Recipe, question: Question) -> Cluster:
     if gpus % hosts:
         raise UserError(f"--hosts {hosts} does not divide {gpus} GPUs; every host has the same number.")
     if question.gpu_memory is None and question.gpu is None:
-        raise UserError("the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with a name.")
+        raise UserError(
+            f"the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with one of {', '.join(GPUS)}."
+        )
     memory = _gpu(question.gpu).memory_gb if question.gpu_memory is None and question.gpu else question.gpu_memory
     assert memory is not None
     sizes = {"--gpu-memory": memory, "--host-memory": question.host_memory, "--nvme": question.nvme}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from align.config.parallel import Parallel
 from align.config.parts import HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
 from align.config.ppo import PpoStage
-from align.config.presets import PRESETS
+from align.config.presets import PRESETS, PUBLISHED
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import ModelReward
 from align.config.stages import DpoStage, RewardModelStage, TrainingStage
@@ -43,6 +43,11 @@ class Member:
     trained: Trained
     scorer: bool = False
     lora: Lora | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its layers are only asked."""
+        return self.trained in ("nothing", "head")
 
     @property
     def parameters(self) -> int:
@@ -86,7 +91,8 @@ class Job:
     batch: examples in an optimizer step, over all processes; micro_batch: examples in a forward pass of one process.
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
     models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
-    has several differ in length and are padded; PPO packs them. parallel: what the recipe has.
+    has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
+    parallel: what the recipe has.
     """
 
     name: str
@@ -102,6 +108,7 @@ class Job:
     gradient_checkpointing: bool = False
     can_checkpoint: bool = True
     rollouts: Rollouts | None = None
+    averaged: bool = False
     parallel: Parallel | None = None
 
     @property
@@ -204,6 +211,7 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         padded=False,
         gradient_checkpointing=getattr(stage, "gradient_checkpointing", False),
         can_checkpoint="gradient_checkpointing" in type(stage).model_fields,
+        averaged=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(4 if dtype == "float32" else 2) * length),
     )
 
@@ -236,15 +244,21 @@ def _shapes(recipe: Recipe, given: str | None) -> Shapes:
             folder = Path(reference)
             if (found := _config_in(folder)) is not None:
                 return shape_of(reference, found)
-            if stand_in is None:
-                raise _not_here(reference)
-            return stand_in
+            return stand_in or _published(reference, {})
         if reference == BASE:
             return stand_in or base
         return shape(getattr(recipe.stages[reference], "init_from", BASE))
 
     base = stand_in or _base(recipe)
     return shape
+
+
+def _published(path: str, changes: dict[str, Any]) -> ModelShape:
+    """The sizes of a checkpoint that is not on this machine but has the name of a published one."""
+    preset = PUBLISHED.get(Path(path).name.lower())
+    if preset is None:
+        raise _not_here(path)
+    return shape_of(f"{path} (not here, so with the sizes of {preset})", PRESETS[preset] | changes)
 
 
 def _not_here(path: str) -> UserError:
@@ -276,7 +290,7 @@ def _base(recipe: Recipe) -> ModelShape:
     assert isinstance(model, PretrainedModel)
     config = _config_in(Path(model.path))
     if config is None:
-        raise _not_here(model.path)
+        return _published(model.path, model.config)
     return shape_of(model.path, config | model.config)
 
 

@@ -18,6 +18,7 @@ from align.distributed.settings import BUCKET
 
 Bytes = dict[str, float]
 FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
+ASKED = "asked"
 LAST_LAYER, FIRST_LAYER = "backward, last layer", "backward, first layer"
 TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
 """TRL's loss meets the vocabulary in tiles of these sizes."""
@@ -33,6 +34,7 @@ class Buffers:
     prefetch: int = BUCKET
     max_reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    all_reduce: int = 500_000_000
     swap_buffers: int = 4
 
 
@@ -79,6 +81,9 @@ def memory(job: Job, setting: Setting, buffers: Buffers | None = None, *, on_cpu
         waiting = {f"{m.role} gradients": rank.kept_gradients(m) for m in others if m is not member}
         for name, there in rank.moments(member).items():
             moments[f"{member.role}: {name}" if several else name] = _sum(held, waiting, there)
+    for member in job.members:
+        if member.frozen:
+            moments[f"{member.role}: {ASKED}"] = _sum(held, rank.asked(member))
     if job.rollouts is not None:
         moments[GENERATE] = _sum({**held, **rank.rollout()})
         if setting.rollout_sleep:
@@ -176,6 +181,8 @@ class _Rank:
         place = {None: gpu, "cpu": host, "nvme": nvme}[offload]
         place[f"{role} fp32 weights"] = master
         place[f"{role} optimizer moments"] = 8 * mine
+        if self.job.averaged and role == "policy":
+            (host if offload else gpu)[f"{role} average"] = 4 * mine
         if offload:
             place[f"{role} fp32 gradients"] = 4 * mine
             host[f"{role} gradients"] = width * mine
@@ -300,6 +307,12 @@ class _Rank:
             STEP: self.step(member),
         }
 
+    def asked(self, member: Member) -> Bytes:
+        """A forward pass of a frozen model, which keeps nothing: its largest layer at work."""
+        run, shape = self.run(member), member.shape
+        working = activations.layer_bytes(shape, shape.largest_layer, run)
+        return {"activations": working, "all-to-all": self.exchanged(member, run), **self.gathered(member)}
+
     def backward(self, member: Member, layer: LayerShape, saved: float, done: float, accumulated: float) -> Bytes:
         """One layer's backward pass at its fuller point: inside its widest MLP, or when its experts' gradients are
         complete and what the MLPs kept is gone. done: gradients of the layers behind it."""
@@ -357,7 +370,8 @@ class _Rank:
         """ZeRO-3's whole matrices: of the module at work, of those fetched ahead and of those soon used again.
 
         What is fetched together arrives in one buffer and is copied out of it. again: in a backward pass, which finds
-        a small model still whole. arriving: whether what is fetched are the experts.
+        a small model still whole. arriving: whether what is fetched are the experts. A frozen model's matrices have no
+        backward pass to be kept for.
         """
         if not (self.setting.deepspeed and self.setting.zero_stage == 3) or self.setting.gpus == 1:
             return {}
@@ -367,7 +381,8 @@ class _Rank:
         experts = self.local_experts(layer) * shared
         largest = max(experts, shape.embedding, layer.mlp / 3)
         everything = member.parameters - shape.experts + shape.experts / self.setting.expert_parallel_size * shared
-        kept = min(max(largest, self.buffers.max_reuse_distance / 2) + ahead, everything)
+        reused = 0 if member.frozen else self.buffers.max_reuse_distance / 2
+        kept = min(max(largest, reused) + ahead, everything)
         buffer = min(max(experts if arriving else 0, ahead), everything)
         if again and kept == everything:
             buffer = 0
@@ -390,11 +405,15 @@ class _Rank:
         return tile + gradient + hidden, gradient
 
     def step(self, member: Member) -> Bytes:
-        """What ZeRO makes of gradients for the step; AdamW itself is fused and has no temporaries."""
+        """What DeepSpeed makes of gradients for the step; AdamW itself is fused and has no temporaries."""
         setting = self.setting
         kept: Bytes = {f"{member.role} gradients": self.kept_gradients(member)}
-        if setting.offload_optimizer or not (setting.deepspeed and setting.zero_stage):
+        if setting.offload_optimizer or not setting.deepspeed:
             return kept
+        if setting.zero_stage == 0:  # flattened for the all-reduce, a bucket at a time; then all of them in fp32
+            trained = sum(member.trained_counts)
+            flat = self.weight_bytes(member) * min(self.buffers.all_reduce, trained)
+            return {**kept, "fp32 gradients": flat if self.wide else max(flat, 4 * trained)}
         group = min(self.buffers.sub_group, self.shard(member.trained_counts, 1))
         # ZeRO-3 flattens a group's gradients and makes them fp32; ZeRO-1 and 2 have them flat.
         flat = (4 if self.wide else 6) if setting.zero_stage == 3 else (0 if self.wide else 4)

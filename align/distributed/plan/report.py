@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from align.config.parallel import Parallel
-from align.distributed.plan.job import Job, Member, Rollouts
+from align.distributed.plan.job import Job, Rollouts
 from align.distributed.plan.memory import engine_bytes
 from align.distributed.plan.search import Plan, Remedy
 from align.distributed.plan.setting import GB, Cluster, Setting
@@ -168,17 +168,7 @@ def _memory_table(plan: Plan) -> list[str]:
     lines.append(f"  {'not for tensors':<{width}}{_gb(plan.cluster.reserve):>10}")
     if plan.job.rollouts is not None and plan.job.rollouts.engine == "remote":
         lines.append(f"  rollouts      {_servers(plan)}")
-    whole = [m.parameters * (4 if plan.job.dtype == "float32" else 2) for m in plan.job.members if is_scored_by(m)]
-    if plan.setting.deepspeed and plan.job.kind == "ppo" and whole:
-        lines.append(
-            f"  not counted   rank 0 holds a local reward model whole ({_gb(sum(whole))} GB); one behind a server "
-            "(`kind: remote`) takes no room here"
-        )
     return lines
-
-
-def is_scored_by(member: Member) -> bool:
-    return member.role == "reward model" and member.trained == "nothing"
 
 
 def _servers(plan: Plan) -> str:

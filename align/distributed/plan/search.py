@@ -89,7 +89,7 @@ def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
     for stage, ep, optimizer, parameters in product((0, 1, 2, 3), sizes if experts else [1], places, places):
         if (parameters or optimizer == "nvme") and stage != 3:
             continue
-        if stage == 0 and (optimizer or ep > 1 or job.kind == "ppo"):
+        if stage == 0 and (optimizer or ep > 1):
             continue
         yield from _variants(job, Setting(gpus, True, stage, ep, optimizer, parameters))
 
@@ -198,8 +198,9 @@ def _with_least_changes(job: Job, wanted: Setting, cluster: Cluster, rates: Rate
     return None if near is None else (len(changed(near.setting, wanted)), near)
 
 
-def larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
-    """The same hosts, more of them; where there is one, first the same host with more GPUs, up to eight."""
+def larger_clusters(cluster: Cluster, *, coarsely: bool = False) -> Iterator[Cluster]:
+    """The same hosts, more of them (coarsely: by an eighth at a time); where there is one, first the same host with
+    more GPUs, up to eight."""
     if cluster.hosts == 1:
         for gpus in (2, 4, 8):
             if gpus > cluster.gpus:
@@ -208,16 +209,16 @@ def larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
     hosts = 2 if cluster.hosts == 1 else cluster.hosts + 1
     while hosts <= MOST_HOSTS:
         yield replace(cluster, gpus=hosts * a_host, hosts=hosts)
-        hosts += max(1, hosts // 8)
+        hosts += max(1, hosts // 8) if coarsely else 1
 
 
 def _more_gpus(plan: Plan, rates: Rates) -> Remedy | None:
-    """The fewest GPUs on which the settings fit as they are, else on which any do."""
+    """The fewest GPUs on which the settings fit as they are, else few on which any do."""
     for cluster in larger_clusters(plan.cluster):
         wanted = _on(plan.setting, cluster.gpus)
         if unusable(plan.job, wanted) is None and evaluate(plan.job, wanted, cluster, rates).fits:
             return Remedy("more GPUs", 1, evaluate(plan.job, wanted, cluster, rates))
-    for cluster in larger_clusters(plan.cluster):
+    for cluster in larger_clusters(plan.cluster, coarsely=True):  # each is a search of its own
         found = _with_least_changes(plan.job, _on(plan.setting, cluster.gpus), cluster, rates)
         if found is not None:
             return Remedy("more GPUs", 1 + found[0], found[1])

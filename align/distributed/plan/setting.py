@@ -86,8 +86,8 @@ def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
 def unusable(job: Job, setting: Setting) -> str | None:
     """Why a setting cannot run, whatever the memory; None where it can."""
     ep, gpus = setting.expert_parallel_size, setting.gpus
-    if setting.deepspeed and setting.zero_stage == 0 and (ep > 1 or job.kind == "ppo"):
-        return f"{'expert_parallel_size' if ep > 1 else 'PPO'} needs zero_stage 1, 2 or 3"
+    if setting.deepspeed and setting.zero_stage == 0 and ep > 1:
+        return "expert_parallel_size needs zero_stage 1, 2 or 3"
     if gpus % ep:
         return f"expert_parallel_size {ep} does not divide {gpus} GPUs"
     for member in job.members:

@@ -18,8 +18,9 @@ from align.distributed.plan.command import Question, answer
 from align.distributed.plan.job import Job, jobs_of
 from align.distributed.plan.memory import memory
 from align.distributed.plan.report import overrides
-from align.distributed.plan.search import SMALL_LORA, changed, evaluate, feasible, joint, remedies
-from align.distributed.plan.setting import GB, Cluster, Setting, setting_of
+from align.distributed.plan.search import SMALL_LORA, changed, evaluate, feasible, joint, micro_batches, remedies
+from align.distributed.plan.setting import GB, Cluster, Setting, setting_of, unusable
+from align.distributed.plan.shape import shape_of
 from align.distributed.plan.speed import GPUS
 from align.errors import UserError
 
@@ -95,32 +96,70 @@ def test_a_remedy_changes_as_little_as_can_be() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "written", [[], ["parallel={processes: 64, expert_parallel_size: 4, offload: {optimizer: cpu}}"]]
-)
+NVME = "offload: {optimizer: nvme, parameters: cpu, path: /scratch}"
+
+
+@pytest.mark.parametrize("written", [[], [f"parallel={{processes: 8, expert_parallel_size: 8, {NVME}}}"]])
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: list[str], stage: str) -> None:
-    for plan in feasible(large(*written)[stage], h20(8), H20)[::7]:
+    """Whatever the recipe has: a small model fits with and without offloading and spread experts, on a disk as well."""
+    (job,) = jobs_of(load_recipe("hunyuan-large", written), "small", stage)
+    plans = feasible(job, Cluster(8, 1, 96 * GB, 2000 * GB, nvme=4000 * GB), H20)
+    kinds = {
+        (s.zero_stage, s.expert_parallel_size, s.offload_optimizer, s.offload_parameters, s.rollout_gpus): plan
+        for plan in plans
+        for s in [plan.setting]
+        if s.zero_stage  # the recipe has a PPO stage, which refuses 0
+    }
+    named = [(3, 1, None, None, 1), (1, 8, "cpu", None, 1), (3, 2, None, "nvme", 1)]
+    for plan in (*(kinds[name] for name in named), *list(kinds.values())[::5]):
         recipe = load_recipe("hunyuan-large", [*written, *overrides(plan)])
-        (job,) = jobs_of(recipe, "hunyuan-large", stage)
-        assert setting_of(job, recipe.parallel, 64) == replace(
-            plan.setting, rollout_gpus=job.rollouts.gpus_a_server if job.rollouts else 1
+        (again,) = jobs_of(recipe, "small", stage)
+        assert setting_of(again, recipe.parallel, 8) == replace(
+            plan.setting, rollout_gpus=again.rollouts.gpus_a_server if again.rollouts else 1
         )
 
 
-def test_a_reward_model_that_rank_0_holds_whole_is_named(capsys) -> None:
-    words = ["plan", "hunyuan-large", "--model", "hunyuan-large", "--gpus", "128", "--gpu", "h200", "--stage", "ppo"]
-    cli.main([*words, "--host-memory", "2000"])
-    assert "rank 0 holds a local reward model whole (777 GB)" in capsys.readouterr().out
-    cli.main([*words, "--host-memory", "2000", "stages.ppo.rewards=[{kind: remote, url: 'http://127.0.0.1:8100'}]"])
-    assert "reward model" not in capsys.readouterr().out
+def test_reward_models_are_spread_over_the_ranks() -> None:
+    # 388.7e9 weights of two bytes over 128 ranks; a server's take no room here
+    setting = Setting(128, True, 3, 16)
+    spread = memory(large()["ppo"], setting)
+    weights = 2 * 388.7e9 / 128
+    assert spread.gpu["reward model weights"] == pytest.approx(weights, rel=1e-3)
+    remote = memory(large("stages.ppo.rewards=[{kind: remote, url: 'http://127.0.0.1:8100'}]")["ppo"], setting)
+    assert spread.gpu_bytes - remote.gpu_bytes == pytest.approx(weights, rel=1e-3)
+    assert "reward model" not in " ".join(remote.moments[remote.fullest])
+
+
+def test_a_reward_model_larger_than_the_policy_can_be_the_fullest() -> None:
+    # Adapters on the policy alone, and nothing learns of the reward model: its layers are gathered where it scores.
+    lora = ["stages.ppo.lora={}", "stages.ppo.algorithm=grpo", "stages.ppo.completions_per_prompt=4"]
+    job = large(*lora)["ppo"]
+    policy, *others = job.members
+    small = replace(job, members=(replace(policy, shape=shape_of("tiny", PRESETS["tiny"])), *others))
+    assert memory(small, Setting(128, True, 3, 1)).fullest == "reward model: asked"
+
+
+def test_an_average_of_the_weights_is_counted() -> None:
+    # 388.7e9 weights of four bytes over 128 ranks, beside the moments: on the GPU, or in the host with them
+    plain, averaged = (large(*change)["ppo"] for change in ([], ["stages.ppo.ema_decay=0.9"]))
+    for place in (None, "cpu"):
+        setting = Setting(128, True, 3, 16, offload_optimizer=place)
+        one, other = memory(plain, setting), memory(averaged, setting)
+        more = [other.gpu_bytes - one.gpu_bytes, other.host_bytes - one.host_bytes]
+        assert more[place == "cpu"] == pytest.approx(4 * 388.7e9 / 128, rel=1e-3)
+        assert more[place != "cpu"] == 0
 
 
 def test_ranks_of_ppo_may_have_unequal_shares() -> None:
     job = large("stages.ppo.mini_batch_size=128", "stages.ppo.batch_size=512")["ppo"]
     plans = feasible(job, Cluster(96, 12, 140 * GB, 2000 * GB), H20)
-    assert plans
     assert all(plan.setting.accumulation(job) * plan.setting.micro_batch * 96 >= 128 for plan in plans)
+    # 128 completions: a third of the ranks has two, the others one
+    assert micro_batches(job, 96) == [2, 1]
+    assert {plan.setting.micro_batch for plan in plans} <= {1, 2}
+    assert all(unusable(job, plan.setting) is None for plan in plans)
+    assert unusable(large()["sft"], plans[0].setting) is not None
 
 
 def test_what_search_lists_fits_and_is_ordered() -> None:
@@ -258,15 +297,11 @@ def test_the_whole_page_is_what_the_planner_says() -> None:
     assert tables.written(page) == page
 
 
-KNOWN = {"4 processes, ZeRO-3, experts over 2": 0.09}
-"""Shares by which cases differ that the page names as exceptions."""
-
-
 def test_the_measured_peaks_are_within_five_per_cent() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))["results"]
     assert len(found) >= 20
     for case, one in found.items():
-        assert one["planned"] == pytest.approx(one["measured"], rel=KNOWN.get(case, 0.05)), case
+        assert one["planned"] == pytest.approx(one["measured"], rel=0.05), case
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
@@ -282,7 +317,7 @@ stages:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tiny"], "the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with a name."),
+        (["tiny"], "the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with one of a100-40, a100,"),
         (["tiny", "--gpu", "h100", "--gpus", "0"], "--gpus 0: must be 1 or more."),
         (["tiny", "--gpu-memory", "0"], "--gpu-memory 0: must be more than 0 GB."),
         (["tiny", "--gpu-memory", "nan"], "--gpu-memory nan: must be more than 0 GB."),
@@ -299,7 +334,7 @@ stages:
         (["tiny", "--gpu", "abacus"], "--gpu abacus: known are a100-40, a100,"),
         (
             ["tiny", "--gpu", "h100", "--gpus", "3"],
-            "stages.pretrain: 3 GPUs cannot share batch_size 8 evenly; change it, or use a number of GPUs that divides",
+            "stages.pretrain: 3 GPUs cannot share batch_size 8 evenly; set it to 9, or use a number of GPUs that",
         ),
         (
             ["hunyuan-large", "--gpu", "h100", "--model", "small"],
@@ -318,7 +353,10 @@ stages:
             ["tiny", "--gpu", "h100", "stages.sft.data.max_length=4096", "--stage", "sft"],
             "stages.sft: rows of 4096 tokens exceed the model's max_position_embeddings 512; shorten them.",
         ),
-        (["hunyuan-large", "--gpu", "h100"], "'models/Hunyuan-A52B-Instruct' is not on this machine, so its sizes are"),
+        (
+            ["hunyuan-large", "--gpu", "h100", "model.path=models/mine"],
+            "'models/mine' is not on this machine, so its",
+        ),
         (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: neither a preset (hunyuan-large, medium,"),
     ],
 )

@@ -66,24 +66,6 @@ def test_a_mix_that_cannot_run_is_refused_with_a_sentence(section: str, sentence
     assert sentence in str(refused.value)
 
 
-FULL = [f"stages.{name}.micro_batch_size=1" for name in ("pretrain", "sft", "reward_model", "dpo")]
-FULL += ["stages.dpo.lora=null"]
-"""What lets the other stages of `tiny` run on two processes."""
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ("parallel={zero_stage: 0}", "PPO needs zero_stage 1, 2 or 3"),
-        ("stages.ppo.ema_decay=0.9", "stages.ppo.ema_decay: weights are averaged by one process only"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(change: str, sentence: str) -> None:
-    with pytest.raises(UserError) as refused:
-        load_recipe("tiny", [*FULL, "parallel={}", change])
-    assert sentence in str(refused.value)
-
-
 @pytest.mark.slow
 def test_a_single_process_has_none_of_this(tmp_path: Path) -> None:
     """A run without a `parallel` section trains a stage without what starts DeepSpeed and joins processes."""
