@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from align.config.recipe import Recipe
 from align.distributed import machines
-from align.distributed.room import require_async_io
+from align.distributed.async_io import require_async_io
 from align.errors import UserError
 
 PATIENCE = timedelta(days=7)

@@ -44,22 +44,3 @@ def free_disk(path: str | None) -> int:
     if not os.access(path, os.W_OK):
         raise UserError(f"parallel.offload.path: {path} is no folder that can be written to; create it.")
     return shutil.disk_usage(path).free
-
-
-def require_async_io() -> None:
-    """Raise `UserError` where DeepSpeed cannot reach an NVMe disk. It compiles what it needs for that, once."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            "parallel.offload: DeepSpeed reaches nvme through libaio, which is not installed; install libaio-dev, or "
-            "write cpu."
-        )
-    try:
-        AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"parallel.offload: what DeepSpeed reaches nvme with cannot be compiled ({reason}); install a C++ compiler "
-            "and ninja, or write cpu."
-        ) from None

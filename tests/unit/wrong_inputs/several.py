@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align.config.parallel import Offload, Parallel
 from align.config.recipe import Recipe
-from align.distributed import launch, machines, processes, room
+from align.distributed import async_io, launch, machines, processes, room
 
 from .here import Here, wrong
 
@@ -147,7 +147,7 @@ def _(here: Here) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     here.monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    room.require_async_io()
+    async_io.require_async_io()
 
 
 @wrong("nvme-without-compiler")
@@ -159,4 +159,4 @@ def _(here: Here) -> None:
 
     here.monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     here.monkeypatch.setattr(AsyncIOBuilder, "load", load)
-    room.require_async_io()
+    async_io.require_async_io()
