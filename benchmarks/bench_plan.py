@@ -60,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dpo, wide, LoRA": ("dpo", WIDE, {"lora": LORA}),
     "ppo, narrow": ("ppo", NARROW, {}),
     "ppo, wide": ("ppo", WIDE, {}),
+    "ppo, wide, checkpointing": ("ppo", WIDE, {"gradient_checkpointing": True}),
+    "ppo, wide, average": ("ppo", WIDE, {"ema_decay": 0.9}),
 }
 
 SHARDED: dict[str, tuple[str, Setting]] = {

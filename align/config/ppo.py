@@ -107,6 +107,8 @@ class PpoStage(StageBase):
     """Completions in an optimizer step."""
     micro_batch_tokens: Positive = 4096
     """Tokens in a forward pass, prompts and completions; there is no padding among them."""
+    gradient_checkpointing: bool = False
+    """Recompute the activations of policy and critic in the backward pass: less memory, more time."""
     gamma: Fraction = 1.0
     """Discount factor of a token's later rewards (1: none)."""
     lam: Fraction = 0.95

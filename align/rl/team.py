@@ -81,6 +81,9 @@ def build_team(context: StageContext) -> Team:
     for model in (policy, critic, ref_model):
         if model is not None:
             model.eval()
+    for model in (policy, critic) if stage.gradient_checkpointing else ():
+        if model is not None:
+            model.gradient_checkpointing_enable()
     clipping = stage.critic.max_grad_norm or stage.optimizer.max_grad_norm
     critic_settings = stage.optimizer.model_copy(
         update={"learning_rate": stage.critic.learning_rate, "max_grad_norm": clipping}

@@ -106,7 +106,6 @@ class Job:
     updates: int = 1
     padded: bool = True
     gradient_checkpointing: bool = False
-    can_checkpoint: bool = True
     rollouts: Rollouts | None = None
     averaged: bool = False
     parallel: Parallel | None = None
@@ -209,8 +208,7 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         length=length,
         updates=stage.epochs * stage.batch_size // stage.mini_batch_size,
         padded=False,
-        gradient_checkpointing=getattr(stage, "gradient_checkpointing", False),
-        can_checkpoint="gradient_checkpointing" in type(stage).model_fields,
+        gradient_checkpointing=stage.gradient_checkpointing,
         averaged=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(4 if dtype == "float32" else 2) * length),
     )

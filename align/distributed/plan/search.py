@@ -98,12 +98,11 @@ def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
     """With and without recomputed activations and sleeping engines, over as many GPUs an engine as there may be."""
     if setting is None:
         return
-    recomputed = (False, True) if job.can_checkpoint else (False,)
     sleeps = (False, True) if job.rollouts is not None and job.rollouts.engine == "vllm" else (False,)
     sizes = engine_sizes(job, setting.gpus) if job.rollouts is not None and job.rollouts.engine == "vllm" else [1]
     if job.rollouts is not None and job.rollouts.engine == "remote":
         sizes = [job.rollouts.gpus_a_server]
-    for checkpointing, sleep, size in product(recomputed, sleeps, sizes):
+    for checkpointing, sleep, size in product((False, True), sleeps, sizes):
         yield replace(setting, gradient_checkpointing=checkpointing, rollout_sleep=sleep, rollout_gpus=size)
 
 

@@ -103,6 +103,4 @@ def unusable(job: Job, setting: Setting) -> str | None:
             f"{gpus} GPUs with {setting.micro_batch} {'pairs' if job.sequences > 1 else 'rows'} each do not divide "
             f"the batch of {job.batch}"
         )
-    if setting.gradient_checkpointing and not job.can_checkpoint:
-        return f"a {job.kind} stage has no gradient_checkpointing"
     return None

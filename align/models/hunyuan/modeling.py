@@ -5,7 +5,9 @@ Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, d hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,8 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
+    _gradient_checkpointing_func: Callable[..., Any]
+
     def __init__(self, config: HunYuanConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -179,6 +183,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Recomputes for gradients in evaluation mode too, in which PPO's models learn; transformers' layers do it in
+        training mode alone. Not with a cache, which a second pass would extend again."""
+        if self.gradient_checkpointing and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+            return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
+        return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(
         self, hidden_BTD: Tensor, token_mask: Tensor | None = None, replay_Tk: Tensor | None = None, **kwargs: Any
@@ -280,7 +291,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

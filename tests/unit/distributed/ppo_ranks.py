@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
         {"algorithm": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
     ),
     "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
+    "zero 3, experts over 2, recomputed": (EXPERTS, {"gradient_checkpointing": True}),
     "left out, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
     "left out, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
     "left out, zero 0": (NONE, {"kl": {"stop": 1e-3}}),
@@ -123,6 +124,8 @@ def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Team:
     for model in models:
         trained = model is team.policy.model or stage.critic.trainable == "all"
         spread_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
+        if stage.gradient_checkpointing and model is not team.ref_model:
+            model.gradient_checkpointing_enable()
     assert team.ref_model is not None
     policy = learner(team.policy.model, team.policy.settings)
     return Team(

@@ -15,6 +15,7 @@ CASES = [
     "zero 3, experts over 2",
     "zero 1, experts over 2",
     "zero 2, experts over 2, the critic's head",
+    "zero 3, experts over 2, recomputed",
     "left out, zero 3",
     "left out, zero 2",
     "left out, zero 0",
@@ -32,8 +33,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_an_update_is_that_of_one_process(found: dict, case: str) -> None:
     """Policy and critic in turn, mini-batches that give the ranks unequal numbers of passes."""
     first, second = found[case]["metrics"]
-    assert first < 1e-5
-    assert second < 1e-4  # AdamW makes more of the last bits of gradients near zero
+    # AdamW makes more of the last bits of gradients near zero, and a round that ends at a limit of the KL is one that
+    # was measured right after an update.
+    assert first < (1e-4 if case.startswith("left out") else 1e-5)
+    assert second < 1e-4
     assert found[case]["weights"] < 1e-4
 
 

@@ -138,10 +138,12 @@ def test_experts_equal_a_sum_over_one_token_at_a_time() -> None:
         torch.testing.assert_close(output[0, t], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_checkpointing_is_exact() -> None:
-    model = build().train()
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_checkpointing_is_exact(training: bool) -> None:
+    model = build().train(training)
     ids = torch.randint(3, 97, (2, 8))
-    gradients = []
+    gradients, passes = [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -149,6 +151,20 @@ def test_gradient_checkpointing_is_exact() -> None:
         model(ids, labels=ids, output_router_logits=True).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert len(passes) == 1 + 2
+
+
+def test_gradient_checkpointing_leaves_a_cache_alone() -> None:
+    model = build().eval()
+    ids = torch.randint(3, 97, (2, 8))
+    whole = model(ids).logits
+    model.gradient_checkpointing_enable()
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    continued = model(ids[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(continued, whole[:, 5:], atol=1e-5, rtol=1e-5)
+    continued.sum().backward()
+    assert cache.get_seq_length() == 8
 
 
 def test_auto_classes_load_what_was_saved(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from align.losses.reduce import averaging_weights, masked_mean
+from align.models.hunyuan.modeling import DecoderLayer
 from align.pipeline import run
 from align.recipes import ppo
 from align.rl.panel import Panel
@@ -107,6 +109,25 @@ def test_the_saved_model_is_the_average(tmp_path, start) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     assert (last[name] - base[name]).abs().max() > 1e-3
     assert (average[name] - base[name]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_recomputed_activations_change_no_result(tmp_path, start, monkeypatch, lora) -> None:
+    passes = Counter()
+    forward = DecoderLayer.forward
+
+    def counted(self, *arguments, **named):
+        passes[folder.name] += 1
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(DecoderLayer, "forward", counted)
+    for recompute in (False, True):
+        folder = start(str(recompute))
+        settings = {"gradient_checkpointing": recompute, "lora": lora, "critic": {"lora": lora}, "steps": 2}
+        run(recipe(tmp_path, **settings), folder, say=lambda line: None)
+    assert lines(tmp_path / "True") == lines(tmp_path / "False")
+    # Two rounds of two epochs of two mini-batches, one pass of each: two layers of policy and critic.
+    assert passes["True"] - passes["False"] == 8 * 2 * 2
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
