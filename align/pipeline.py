@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from align.config.parts import Part, determining
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
 from align.train.inputs import missing
@@ -108,10 +109,9 @@ def _check_stage(context: StageContext, *, redo: bool) -> None:
     name, folder = context.name, context.dir
     if redo:
         return
-    settings = stage_settings(context.recipe, name)
     finished = read_manifest(folder)
     if finished is not None:
-        changed = differences(finished["config"], settings)
+        changed = changes(context.recipe, name, finished["config"])
         if changed:
             raise UserError(
                 f"{folder}: this stage was run with other settings ({changed[0]}); add --from {name} to run it and the "
@@ -129,7 +129,7 @@ def _check_stage(context: StageContext, *, redo: bool) -> None:
                 f"{folder}: an earlier run of this stage was interrupted; add --resume to continue it from its last "
                 f"checkpoint, or --from {name} to start it again."
             )
-        changed = differences(_read_json(folder / "config.json"), settings)
+        changed = changes(context.recipe, name, _read_json(folder / "config.json"))
         if changed:
             raise UserError(
                 f"{folder}: the interrupted run had other settings ({changed[0]}); restore them, or start the stage "
@@ -244,9 +244,19 @@ def _forget_if_nothing_was_done(folder: Path) -> None:
 
 
 def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """What determines a stage's result besides its parents."""
-    part = recipe.model if name == BASE else recipe.stages[name]
-    return {"seed": recipe.seed, "dtype": recipe.dtype, name: part.model_dump(mode="json")}
+    """What makes a stage's result, besides its parents."""
+    return {"seed": recipe.seed, "dtype": recipe.dtype, name: section(recipe, name).model_dump(mode="json")}
+
+
+def section(recipe: Recipe, name: str) -> Part:
+    return recipe.model if name == BASE else recipe.stages[name]
+
+
+def changes(recipe: Recipe, name: str, before: dict[str, Any]) -> list[str]:
+    """Where the settings that determine a stage's result differ from those of an earlier run."""
+    part = section(recipe, name)
+    old, new = ({**s, name: determining(part, s.get(name, {}))} for s in (before, stage_settings(recipe, name)))
+    return differences(old, new)
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -28,6 +28,7 @@ and `align show RECIPE` prints a recipe with all its defaults.
 * A setting without a default (–) must be written. A section that is written replaces the default section as a whole:
   the keys it leaves out take the defaults of the section's own table.
 * Paths of data, models and reward functions are relative to the working directory, not to the recipe's folder.
+* † says how or where a result is made: `--resume` goes on with another value, and a finished stage is kept.
 * PPO computes log-probabilities and values in evaluation mode, in the update too: no dropout, and no capacity limit of
   the experts.
 """
@@ -129,7 +130,8 @@ def section(title: str, model: type[BaseModel]) -> str:
 
 def row(name: str, field: FieldInfo) -> tuple[str, ...]:
     kind, bounds = words(field.annotation), limits(field.annotation, field.metadata)
-    return f"`{name}`", kind, default(field), bounds, one_line(field.description or "")
+    free = " †" if any(isinstance(mark, parts.Manner) for mark in field.metadata) else ""
+    return f"`{name}`{free}", kind, default(field), bounds, one_line(field.description or "")
 
 
 def anchor(model: type[BaseModel]) -> str:

@@ -5,10 +5,17 @@ Every class is frozen and refuses unknown keys; every number has bounds. Nothing
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+
+class Manner:
+    """Marks a setting of how or where a result is made, and not of what it is: a run goes on with another value."""
+
+
+MANNER = Manner()
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -19,6 +26,22 @@ class Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
+    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `MANNER`."""
+    kept = {}
+    for name, value in values.items():
+        field, inner = type(part).model_fields.get(name), getattr(part, name, None)
+        if field is not None and any(isinstance(mark, Manner) for mark in field.metadata):
+            continue
+        if isinstance(inner, Part) and isinstance(value, dict):
+            value = determining(inner, value)
+        elif isinstance(inner, list) and isinstance(value, list):
+            pairs = zip_longest(inner[: len(value)], value)
+            value = [determining(i, v) if isinstance(i, Part) and isinstance(v, dict) else v for i, v in pairs]
+        kept[name] = value
+    return kept
 
 
 # --- model -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
+from align.config.parts import MANNER, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
 from align.config.rewards import Rewards
 from align.config.rollout import Rollout
 
@@ -107,7 +107,7 @@ class PpoStage(StageBase):
     """Completions in an optimizer step."""
     micro_batch_tokens: Positive = 4096
     """Tokens in a forward pass, prompts and completions; there is no padding among them."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MANNER] = False
     """Recompute the activations of policy and critic in the backward pass: less memory, more time."""
     gamma: Fraction = 1.0
     """Discount factor of a token's later rewards (1: none)."""
@@ -154,9 +154,9 @@ class PpoStage(StageBase):
     overlap: bool = False
     """Sample the next round while this one is learned from: faster, and its completions are then one version behind.
     Needs `rollout.engine: remote`."""
-    checkpoint_every: Positive = 10
+    checkpoint_every: Annotated[Positive, MANNER] = 10
     """Rounds between checkpoints from which a killed run resumes."""
-    sample_every: Positive = 5
+    sample_every: Annotated[Positive, MANNER] = 5
     """Rounds between the samples written to samples.jsonl."""
 
     @model_validator(mode="after")

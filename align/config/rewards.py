@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.parts import Part, Positive
+from align.config.parts import MANNER, Part, Positive
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -52,13 +52,13 @@ class RemoteReward(RewardBase):
 
     kind: Literal["remote"]
     """Selects a server."""
-    url: str
+    url: Annotated[str, MANNER]
     """Address, such as `http://127.0.0.1:8100`."""
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, MANNER] = 64
     """Completions in a request."""
-    timeout_s: Seconds = 120.0
+    timeout_s: Annotated[Seconds, MANNER] = 120.0
     """Seconds that a request may take, connecting and reading included."""
-    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    retries: Annotated[int, Field(ge=0, le=20), MANNER] = 5
     """Further tries, 0.5, 1, 2, ... seconds apart, where there is no answer, or status 429 or 500 to 599."""
     send_rows: bool = False
     """Send the data's columns too, for a server that needs more than prompt and completion."""
@@ -87,7 +87,7 @@ class FunctionReward(RewardBase):
     batched: bool = True
     """true: `f(prompts, completions, rows) -> list of numbers`, called once a round; false: `f(prompt, completion, row)
     -> number`, called for each completion. Either may be `async`; one of the second sort then runs for all at once."""
-    timeout_s: Seconds = 120.0
+    timeout_s: Annotated[Seconds, MANNER] = 120.0
     """Seconds that a call may take; a function that takes longer is ended."""
     failure_score: float | None = None
     """Score of a completion for which the function returns None or no finite number or, where it is called for each
@@ -130,7 +130,7 @@ class RegexReward(RewardBase):
     """In Python's syntax; `(?s)`, `(?i)` and `(?m)` at its start set flags."""
     column: str | None = None
     """The pattern's first group must also equal this column of the row."""
-    timeout_s: Seconds = 10.0
+    timeout_s: Annotated[Seconds, MANNER] = 10.0
     """Seconds that a completion may take: some patterns backtrack for ever."""
 
     @model_validator(mode="after")

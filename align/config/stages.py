@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Data, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
+from align.config.parts import MANNER, Data, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
 
@@ -30,9 +30,9 @@ class TrainingStage(StageBase):
     """Sequences (or pairs) in a forward pass of one process."""
     group_by_length: bool = False
     """Put rows of similar length into a batch, so that less is computed on padding; batches stay in random order."""
-    checkpoint_every: Positive = 100
+    checkpoint_every: Annotated[Positive, MANNER] = 100
     """Steps between checkpoints from which a killed run resumes."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MANNER] = False
     """Recompute activations in the backward pass: less memory, more time."""
 
     @model_validator(mode="after")

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from align.config import load_recipe
+from align.config.parts import determining
 from align.errors import UserError
 from align.pipeline import read_manifest, run
+from tests.unit.rl.small import settings
 
 STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}
 
@@ -33,10 +35,12 @@ class Runs:
             raise KeyboardInterrupt
         return {"metrics": {}, "data": {}}
 
-    def run(self, *, rate: float = 1e-3, fails: str | None = None, **how) -> list[tuple[str, bool]]:
+    def run(
+        self, *, rate: float = 1e-3, changes: dict | None = None, fails: str | None = None, **how
+    ) -> list[tuple[str, bool]]:
         """(stage, whether it resumes) in the order in which they ran."""
         second = {**STAGE, "init_from": "first"}
-        stages = {"first": {**STAGE, "optimizer": {"learning_rate": rate}}, "second": second}
+        stages = {"first": {**STAGE, "optimizer": {"learning_rate": rate}, **(changes or {})}, "second": second}
         content = {"name": "t", "model": {"kind": "pretrained", "path": "./model"}, "stages": stages}
         (self.folder / "t.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         self.done, self.fails = [], fails
@@ -88,6 +92,30 @@ def test_an_interrupted_stage_is_not_resumed_with_other_settings(runs) -> None:
     with pytest.raises(UserError, match="the interrupted run had other settings"):
         runs.run(rate=1e-4, only="first", resume=True)
     assert runs.run(rate=1e-4, only="first") == [("first", False)]
+
+
+def test_how_a_result_is_made_may_change(runs) -> None:
+    changes = {"gradient_checkpointing": True, "checkpoint_every": 7}
+    runs.run(fails="first")
+    assert runs.run(changes=changes, resume=True) == [("first", True), ("second", True)]
+    assert read_manifest(runs.folder / "run" / "first")["config"]["first"]["checkpoint_every"] == 7
+    assert runs.run() == []  # finished with another value, and kept
+
+
+def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
+    """Of sections within sections and in lists, and of settings that an earlier version did not know."""
+    rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "weight": 2.0}, {"kind": "length", "max_tokens": 8}]
+    rollout = {"engine": "remote", "servers": ["http://127.0.0.1:2"]}
+    stage = settings(rewards=rewards, rollout=rollout, sample_every=3)
+    kept = determining(stage, {**stage.model_dump(mode="json"), "forgotten": 1})
+    assert kept["forgotten"] == 1
+    assert kept["rewards"][0]["weight"] == 2.0
+    assert kept["rewards"][1]["max_tokens"] == 8
+    assert kept["rollout"]["temperature"] == 1.0
+    assert not {"sample_every", "checkpoint_every", "gradient_checkpointing"} & set(kept)
+    assert not {"url", "timeout_s", "retries"} & set(kept["rewards"][0])
+    assert not {"servers", "sleep"} & set(kept["rollout"])
+    assert determining(stage, {"rewards": []}) == {"rewards": []}
 
 
 @pytest.mark.parametrize("other", [{"resume": True}, {"only": "first"}])
