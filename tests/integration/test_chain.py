@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.runs import metrics
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 COMMAND = [sys.executable, "-m", "align.cli", "run", "tiny"]
 KILL_AFTER = {"pretrain": 30, "sft": 25, "reward_model": 12, "dpo": 8, "ppo": 6}
@@ -21,14 +23,6 @@ KILL_AFTER = {"pretrain": 30, "sft": 25, "reward_model": 12, "dpo": 8, "ppo": 6}
 def run_to_the_end(run_dir: Path, *arguments: str) -> None:
     done = subprocess.run([*COMMAND, "--run-dir", str(run_dir), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-def metrics(run_dir: Path, stage: str) -> list[dict]:
-    lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "speed/", "memory/", "rollout/"))}
-        for line in lines
-    ]
 
 
 def final(run_dir: Path, stage: str) -> dict:

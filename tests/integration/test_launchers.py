@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -15,49 +14,26 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
 
-from align.distributed.launch import PLACE, free_port
+from align.distributed.launch import free_port
+from tests.integration.runs import ROOT, exported, metrics, plain_environment, write_pretraining
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
-
-TEXTS = [f"{n} and {n + 1} make {2 * n + 1}." for n in range(60)]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-}
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of pretraining, with experts and everything else over two ranks."""
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    texts = [{"kind": "file", "path": str(folder / "texts.jsonl")}]
-    pretrain = {"kind": "pretrain", "data": {"train": texts, "max_length": 32}, "max_steps": 2}
-    content = {
-        "name": "launched",
-        "parallel": {"processes": 2, "expert_parallel_size": 2},
-        "model": {"kind": "scratch", "tokenizer": {"vocab_size": 300, "data": texts}, "config": SIZES},
-        "stages": {"pretrain": {**pretrain, "batch_size": 8, "micro_batch_size": 2}},
-    }
-    (folder / "launched.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return folder / "launched.yaml"
+    write_pretraining(folder, folder, steps=2)
+    return folder / "recipe.yaml"
 
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:
     """In an environment where nothing says yet that this is a rank."""
-    plain = {k: v for k, v in os.environ.items() if k not in PLACE and not k.startswith(("SLURM_", "ACCELERATE_"))}
-    plain |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         command,
-        env={**plain, **variables},
+        env={**plain_environment(), **variables},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -82,11 +58,9 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return outputs
 
 
-def result(run_dir: Path) -> tuple[list[dict], bytes]:
+def result(run_dir: Path) -> tuple[list[dict], dict[str, bytes]]:
     """The lines of the metrics, and the weights."""
-    lines = [json.loads(line) for line in (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    files = sorted((run_dir / "pretrain" / "model").glob("*.safetensors"))
-    return lines, b"".join(file.read_bytes() for file in files)
+    return metrics(run_dir, "pretrain"), exported(run_dir, "pretrain")
 
 
 @pytest.fixture(scope="module")

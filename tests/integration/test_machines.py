@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,23 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
 
-from align.distributed.launch import PLACE
 from align.distributed.machines import SILENCE
+from tests.integration.runs import metrics, plain_environment, write_pretraining
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 ADDRESSES = {"a": "10.177.0.1", "b": "10.177.0.2"}
-TEXTS = [f"{n} and {n + 1} make {2 * n + 1}." for n in range(60)]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-}
 
 
 class Network:
@@ -65,12 +53,10 @@ class Network:
         ip("-n", self.names["b"], "link", "set", "net0", "down")
 
     def start(self, machine: str, *command: str) -> subprocess.Popen:
-        plain = {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
-        plain |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         self.started.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", self.names[machine], *command],
-                env=plain,
+                env=plain_environment(),
                 cwd=self.folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -81,7 +67,7 @@ class Network:
         return self.started[-1]
 
     def align(self, machine: str, run_dir: str, *words: str) -> subprocess.Popen:
-        run = ["run", "two.yaml", "--run-dir", run_dir, "--hostfile", "hosts", *words]
+        run = ["run", "recipe.yaml", "--run-dir", run_dir, "--hostfile", "hosts", *words]
         return self.start(machine, sys.executable, "-m", "align.cli", *run)
 
 
@@ -99,33 +85,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
             network.plug()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"two machines are made with network namespaces, which are not allowed here: {error.stderr}")
-        write_recipe(network.folder)
+        write_pretraining(network.folder, Path(), steps=3)
         yield network
     finally:
         network.unplug()
 
 
-def write_recipe(folder: Path) -> None:
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    texts = [{"kind": "file", "path": "texts.jsonl"}]
-    pretrain = {"kind": "pretrain", "data": {"train": texts, "max_length": 32}, "max_steps": 3}
-    content = {
-        "name": "two",
-        "parallel": {"processes": 2, "expert_parallel_size": 2},
-        "model": {"kind": "scratch", "tokenizer": {"vocab_size": 300, "data": texts}, "config": SIZES},
-        "stages": {"pretrain": {**pretrain, "batch_size": 8, "micro_batch_size": 2}},
-    }
-    (folder / "two.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
 def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
     return [process.communicate(timeout=limit)[0] for process in processes]
-
-
-def steps(run_dir: Path) -> int:
-    with suppress(FileNotFoundError):
-        return len((run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines())
-    return 0
 
 
 def until(moment: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
@@ -141,7 +108,7 @@ def test_two_machines_train_as_two_processes_of_one(network: Network) -> None:
     said = outputs(machines)
     assert [process.returncode for process in machines] == [0, 0], said
     assert [output.count("pretrain: done") for output in said] == [0, 1]
-    one = network.start("a", sys.executable, "-m", "align.cli", "run", "two.yaml", "--run-dir", "one")
+    one = network.start("a", sys.executable, "-m", "align.cli", "run", "recipe.yaml", "--run-dir", "one")
     (text,) = outputs([one])
     assert one.returncode == 0, text
     files = ["metrics.jsonl", *(f"model/{file.name}" for file in (network.folder / "one/pretrain/model").iterdir())]
@@ -158,7 +125,7 @@ def training(network: Network, request: pytest.FixtureRequest) -> tuple[list[sub
     """Both machines in the middle of a stage, and the name of the run's folder."""
     name = request.node.name
     machines = [network.align(machine, name, *LONG) for machine in ("a", "b")]
-    until(lambda: steps(network.folder / name) > 2, machines)
+    until(lambda: len(metrics(network.folder / name, "pretrain")) > 2, machines)
     return machines, name
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +11,9 @@ import pytest
 import yaml
 
 from align.train.run_folder import read_jsonl
-from tests.integration.kills import kill_rank_1
+from tests.integration.kills import kill_last_rank
+from tests.integration.runs import exported, metrics, run, small_model, start
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = {"sft": 5, "ppo": 4}
 
@@ -53,42 +50,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {
         "name": "offload",
         "parallel": {"processes": 2, "expert_parallel_size": 2},
-        "model": {
-            "kind": "scratch",
-            "tokenizer": {"vocab_size": 300, "data": rows_file},
-            "config": {
-                "hidden_size": 256,  # DeepSpeed leaves what is smaller than 1 MiB in memory: a layer's experts are not
-                "intermediate_size": 512,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "num_experts": 4,
-                "num_shared_expert": 1,
-                "initializer_range": 0.05,
-                "router_aux_loss_coef": 0.02,
-            },
-        },
+        "model": small_model(
+            rows_file,
+            hidden_size=256,  # DeepSpeed leaves what is smaller than 1 MiB in memory: a layer's experts are not
+            intermediate_size=512,
+            num_shared_expert=1,
+            initializer_range=0.05,
+            router_aux_loss_coef=0.02,
+        ),
         "stages": {"sft": sft, "ppo": ppo},
     }
     (folder / "offload.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return folder / "offload.yaml"
-
-
-def start(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(recipe: Path, run_dir: Path, *words: str) -> str:
-    process = start(recipe, run_dir, *words)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +96,14 @@ def offloaded(request: pytest.FixtureRequest, recipe: Path, kept: Path, tmp_path
     words = offload(request.param, folder / "disk")
     shutil.copytree(kept / "base", folder / "run" / "base")
     launcher, found = start(recipe, folder / "run", *words), set[str]()
+    deadline = time.monotonic() + 900
     while launcher.poll() is None:
+        assert time.monotonic() < deadline
         found |= {file.parent.parent.name for file in (folder / "disk").rglob("*.swp")}
         time.sleep(0.2)
     assert launcher.returncode == 0, launcher.communicate()[0][-3000:]
     assert len(found) == (2 if request.param == "nvme" else 0), found  # weights, and what AdamW keeps
     return folder / "run", words, "ppo" if request.param == "cpu" else "sft"
-
-
-def metrics(run_dir: Path, stage: str) -> list[dict]:
-    """The log without what the clock and the machine's memory say."""
-    lines = [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/", "rollout/"))}
-        for line in read_jsonl(run_dir / stage / "metrics.jsonl")
-    ]
-    assert [line["step"] for line in lines] == list(range(1, STEPS[stage] + 1))
-    return lines
 
 
 COMPARED = {
@@ -149,7 +114,8 @@ COMPARED = {
 
 def differences(one: Path, other: Path, stage: str) -> list[float]:
     """The largest relative difference of each step."""
-    pairs = zip(metrics(one, stage), metrics(other, stage), strict=True)
+    pairs = list(zip(metrics(one, stage), metrics(other, stage), strict=True))
+    assert [line["step"] for line, _ in pairs] == list(range(1, STEPS[stage] + 1))
     return [max(abs(a[key] - b[key]) / max(abs(b[key]), 0.05) for key in COMPARED[stage]) for a, b in pairs]
 
 
@@ -167,9 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_result(recipe: Path, offloaded, tmp_pa
     shutil.copytree(whole, run_dir)
     shutil.rmtree(run_dir / stage)
     launcher = start(recipe, run_dir, "--only", stage, *words)
-    kill_rank_1(launcher, lambda: len(read_jsonl(run_dir / stage / "metrics.jsonl")) == 3)
+    kill_last_rank(launcher, lambda: len(read_jsonl(run_dir / stage / "metrics.jsonl")) == 3)
     assert "resuming at step 2\n" in run(recipe, run_dir, "--only", stage, "--resume", *words)
     assert metrics(run_dir, stage) == metrics(whole, stage)
-    models = [run_dir / stage / "model", whole / stage / "model"]
-    ours, theirs = ({file.name: file.read_bytes() for file in model.glob("*.safetensors")} for model in models)
-    assert ours == theirs
+    assert exported(run_dir, stage) == exported(whole, stage)

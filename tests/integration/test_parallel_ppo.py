@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.train.checkpoint import load_policy
 from align.train.run_folder import read_jsonl
-from tests.integration.kills import kill_rank_1
+from tests.integration.kills import kill_last_rank
+from tests.integration.runs import metrics, run, small_model, start, weights
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 3
 MEASURED = (
@@ -38,23 +34,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
         "name": "parallel_ppo",
-        "model": {
-            "kind": "scratch",
-            "tokenizer": {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text", "limit": 20}]},
-            "config": {
-                "hidden_size": 32,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "num_experts": 8,
-                "moe_topk": 1,
-                "num_shared_expert": 1,
-                "initializer_range": 0.2,
-                "router_aux_loss_coef": 0.02,
-                "router_z_loss_coef": 0.001,
-            },
-        },
+        "model": small_model(
+            [{"kind": "python_docs", "view": "text", "limit": 20}],
+            num_experts=8,
+            moe_topk=1,
+            num_shared_expert=1,
+            initializer_range=0.2,
+            router_aux_loss_coef=0.02,
+            router_z_loss_coef=0.001,
+        ),
         "stages": {
             "ppo": {
                 "kind": "ppo",
@@ -80,34 +68,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(recipe: Path, run_dir: Path, *words: str, code: int = 0) -> str:
-    process = start(recipe, run_dir, *words)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == code, output[-3000:]
-    return output
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").read_text().splitlines()]
-
-
 def difference(one: dict, other: dict) -> dict[str, float]:
     return {key: abs(one[key] - other[key]) / max(abs(other[key]), 0.05) for key in MEASURED}
-
-
-def weights(run_dir: Path) -> dict:
-    files = (run_dir / "ppo" / "model").glob("*.safetensors")
-    return {key: value for file in files for key, value in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +91,14 @@ def two(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_equal_updates(one: Path, other: Path) -> None:
-    ours, theirs = metrics(one), metrics(other)
+    ours, theirs = metrics(one, "ppo"), metrics(other, "ppo")
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     found = difference(ours[0], theirs[0])
     assert max(found.values()) < 1e-5, found
-    expected = weights(other)
-    assert expected.keys() == weights(one).keys()
+    expected = weights(other, "ppo")
+    assert expected.keys() == weights(one, "ppo").keys()
     # AdamW makes the last bits of gradients near zero visible, round after round.
-    assert max((tensor - expected[name]).abs().max().item() for name, tensor in weights(one).items()) < 5e-3
+    assert max((tensor - expected[name]).abs().max().item() for name, tensor in weights(one, "ppo").items()) < 5e-3
 
 
 def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: Path, two: Path) -> None:
@@ -146,7 +108,7 @@ def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: P
 def test_vllm_beside_a_rank_has_its_weights(recipe: Path, tmp_path: Path) -> None:
     """vLLM in a process of its own: after two rounds it still samples from what the ranks have learnt."""
     run(recipe, tmp_path / "run", "--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
-    lines = metrics(tmp_path / "run")
+    lines = metrics(tmp_path / "run", "ppo")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
     assert max(line["mismatch_max"] for line in lines) < 1e-3
 
@@ -185,9 +147,9 @@ def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def in_a_checkpoint() -> bool:
         return (following / "policy").is_dir() and not (following / "critic" / state).exists()
 
-    kill_rank_1(start(recipe, run_dir, *TWO, EVERY_ROUND), in_the_updates)
+    kill_last_rank(start(recipe, run_dir, *TWO, EVERY_ROUND), in_the_updates)
     assert len(read_jsonl(stage / "metrics.jsonl")) == 1
-    kill_rank_1(start(recipe, run_dir, *TWO, EVERY_ROUND, "--resume"), in_a_checkpoint)
+    kill_last_rank(start(recipe, run_dir, *TWO, EVERY_ROUND, "--resume"), in_a_checkpoint)
     assert following.is_dir()
     assert (stage / "checkpoints" / "last").is_dir()
     return run_dir
@@ -204,10 +166,10 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(
     run_dir = tmp_path / "run"
     shutil.copytree(killed, run_dir)
     assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND)
-    found = [difference(*lines) for lines in zip(metrics(run_dir), metrics(two), strict=True)]
+    found = [difference(*lines) for lines in zip(metrics(run_dir, "ppo"), metrics(two, "ppo"), strict=True)]
     assert max(max(line.values()) for line in found) <= tolerance, found
-    expected = weights(two)  # the average's
-    apart = max((tensor - expected[name]).abs().max().item() for name, tensor in weights(run_dir).items())
+    expected = weights(two, "ppo")  # the average's
+    apart = max((tensor - expected[name]).abs().max().item() for name, tensor in weights(run_dir, "ppo").items())
     assert apart <= tolerance
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from align.config import load_recipe
 from align.config.recipe import Recipe
+from tests.integration.runs import NOISE
 
 REWARD = '''
 def score(prompts, completions, rows):
@@ -68,6 +69,5 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """What a run has recorded, but for what differs from run to run."""
-    noise = ("time/", "speed/", "memory/", "rollout/")
     text = (run_dir / "ppo" / name).read_text(encoding="utf-8")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(noise)} for line in text.splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOISE)} for line in text.splitlines()]
