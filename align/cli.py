@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,33 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, with 2 for a user's error, with 130 when interrupted."""
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = 0
     try:
         options.command(options)
     except UserError as error:
         print(f"{_color('error:', 31)} {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted; continue with --resume", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(141)
+        code = 141
+    except Exception:
+        if not _has_met_others():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _has_met_others():
+        sys.modules["align.distributed.processes"].end(code)
+    if code:
+        sys.exit(code)
+
+
+def _has_met_others() -> bool:
+    """True in a rank of a run of several processes."""
+    processes = sys.modules.get("align.distributed.processes")
+    return processes is not None and processes.has_met
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import ipaddress
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -27,6 +29,10 @@ from align.errors import UserError
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
 so none waits for that."""
+
+
+has_met = False
+"""Whether this process has met the others of its run."""
 
 
 def rank() -> int:
@@ -77,6 +83,7 @@ def start_deepspeed(backend: str) -> None:
 
 def meet(backend: str) -> None:
     """Connect all ranks; a `UserError` where not all come within `MEETING`, or cannot reach each other."""
+    global has_met
     meeting = timedelta(seconds=machines.MEETING)
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=meeting))
@@ -84,6 +91,7 @@ def meet(backend: str) -> None:
         # A group's timeout also holds for every wait in it: all find each other with one, and then work with another.
         first = dist.PrefixStore("meeting", store)
         dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=meeting)
+        has_met = True
         dist.barrier()
         dist.destroy_process_group()
         store.set_timeout(PATIENCE)
@@ -197,6 +205,19 @@ def forget_last_stage() -> None:
 def finished() -> None:
     """Wait until every rank has done its part of the stage."""
     dist.barrier()
+
+
+def end(code: int) -> NoReturn:
+    """End this process with `code`, without taking Python apart.
+
+    Threads of torch's process groups may still want something of it, and are then stopped in a way that takes the
+    whole process down with SIGABRT, also one that has done all its work.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, OSError):  # closed, or nobody reads
+            stream.flush()
+    os._exit(code)
 
 
 def leave() -> None:

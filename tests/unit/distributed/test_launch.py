@@ -236,3 +236,36 @@ def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
     place |= {"MASTER_PORT": str(launch.free_port()), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     script = "from align.distributed.processes import start_deepspeed; start_deepspeed('gloo')"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **place}, timeout=120, check=True)
+
+
+TRAPPED = """
+import atexit, ctypes, sys
+from align import cli
+from align.distributed import processes
+
+# Python calls abort() when it is taken apart, as torch's threads now and then do.
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
+atexit.register(print, "closed")
+processes.has_met = sys.argv.pop(1) == "rank"
+cli._check = lambda options: 1 / 0
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["show", "tiny"], 0, "name: tiny"),
+        (["show", "nowhere"], 2, "error: "),
+        (["check", "tiny"], 1, "ZeroDivisionError: "),
+    ],
+)
+def test_a_rank_ends_without_taking_python_apart(words: list[str], code: int, said: str) -> None:
+    def run(who: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", TRAPPED, who, *words], capture_output=True, text=True)
+
+    rank = run("rank")
+    assert rank.returncode == code, rank.stderr
+    assert said in rank.stdout + rank.stderr
+    assert "closed" in rank.stdout
+    assert run("nobody").returncode == -signal.SIGABRT
