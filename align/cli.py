@@ -52,11 +52,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; overrides may also stand behind `--flags`, where argparse would not look for them."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(options, "overrides")]
+    # `check` takes changes among its recipes.
+    takes = next((name for name in ("overrides", "recipes") if hasattr(options, name)), None)
+    late = [word for word in rest if "=" in word and not word.startswith("-") and takes is not None]
     if unknown := [word for word in rest if word not in late]:
         parser.error(f"'{unknown[0]}' is not understood; see `{parser.prog} COMMAND --help`.")
-    if late:
-        options.overrides = [*options.overrides, *late]
+    if late and takes is not None:
+        setattr(options, takes, [*getattr(options, takes), *late])
     return options
 
 
@@ -83,8 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
     run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
-    run.add_argument("--nproc", type=int, metavar="N", help="processes; the same as parallel.processes=N")
-    run.add_argument("--hostfile", metavar="FILE", help="machines, for as many processes as it has slots")
     run.set_defaults(command=_run)
 
     check = commands.add_parser(
@@ -103,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--without-files", action="store_true", help="do not look for data, rewards and checkpoints on this machine"
     )
     check.set_defaults(command=_check)
+    for command in (run, check):
+        command.add_argument("--nproc", type=int, metavar="N", help="processes; the same as parallel.processes=N")
+        command.add_argument("--hostfile", metavar="FILE", help="machines, for as many processes as it has slots")
 
     show = commands.add_parser(
         "show",
@@ -328,26 +331,30 @@ def _run(options: argparse.Namespace) -> None:
     from align import pipeline
     from align.config import load_recipe
 
-    overrides = [*options.overrides]
-    if options.nproc is not None:
-        overrides.append(f"parallel.processes={options.nproc}")
-    if options.hostfile is not None:
-        overrides.append(f"parallel.hostfile={options.hostfile}")
-        if not any(override.startswith("parallel.processes=") for override in overrides):
-            from align.distributed.launch import read_hostfile
-
-            overrides.append(f"parallel.processes={sum(read_hostfile(Path(options.hostfile)).values())}")
+    overrides = [*options.overrides, *_processes(options, options.overrides)]
     recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
+    which = {"resume": options.resume, "only": options.only, "start": options.start}
     if recipe.parallel is not None:
         from align.distributed import launch
 
         if not launch.is_rank():
+            pipeline.refuse_early(recipe, run_dir, **which)
             launch.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
             return
-    pipeline.run(
-        recipe, run_dir, resume=options.resume, only=options.only, start=options.start, say=_say, status=_status
-    )
+    pipeline.run(recipe, run_dir, **which, say=_say, status=_status)
+
+
+def _processes(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """--nproc and --hostfile as changes to the recipe, behind the `overrides` that are given."""
+    found = [] if options.nproc is None else [f"parallel.processes={options.nproc}"]
+    if options.hostfile is not None:
+        found.append(f"parallel.hostfile={options.hostfile}")
+        if not any(override.startswith("parallel.processes=") for override in [*overrides, *found]):
+            from align.distributed.launch import read_hostfile
+
+            found.append(f"parallel.processes={sum(read_hostfile(Path(options.hostfile)).values())}")
+    return found
 
 
 def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
@@ -361,18 +368,19 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 def _check(options: argparse.Namespace) -> None:
     from align.config import load_recipe
     from align.config.recipe import BASE
-    from align.train.inputs import missing
+    from align.train.inputs import problems as problems_of
 
     problems: dict[str, str | None] = {}
     changes = [value for value in options.recipes if "=" in value]
     recipes = [value for value in options.recipes if "=" not in value]
     if not recipes:
         raise UserError("there are only changes here and no recipe; put a recipe's name or file in front of them.")
+    changes += _processes(options, changes)
     for path in recipes:
         try:
             recipe = load_recipe(path, changes)
-            absent = [] if options.without_files else missing(recipe, [BASE, *recipe.stages])
-            problems[path] = "\n".join(f"{path}: {problem}" for problem in absent) or None
+            found = problems_of(recipe, [BASE, *recipe.stages], files=not options.without_files)
+            problems[path] = "\n".join(f"{path}: {problem}" for problem in found) or None
         except UserError as error:
             problems[path] = str(error)
     if options.json:

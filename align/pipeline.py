@@ -21,7 +21,7 @@ from typing import Any
 from align.config.parts import Part, determining
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
-from align.train.inputs import missing
+from align.train.inputs import problems
 from align.train.run_folder import (
     MANIFEST,
     StageContext,
@@ -49,27 +49,15 @@ def run(
     status: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
-    if start is not None and (resume or only is not None):
-        other = "--resume" if resume else f"--only {only}"
-        raise UserError(f"--from {start} starts stages again, which {other} contradicts; give one of them.")
-    order = [BASE, *recipe.stages]
-    for flag, name in (("--only", only), ("--from", start)):
-        if name is not None and name not in order:
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
-    chosen = order if only is None else list(dict.fromkeys([BASE, only]))
+    choose(recipe, run_dir, resume=resume, only=only, start=start)
     if recipe.parallel is not None and not _joined(recipe, run_dir):
         return
     with locked(run_dir):
-        again = set(order[order.index(start) :]) if start is not None else set()
-        if only is not None and (not resume or read_manifest(run_dir / only) is not None):
-            again = {only}
+        chosen, again = refuse_early(recipe, run_dir, resume=resume, only=only, start=start)
         contexts = [
             StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
             for name in chosen
         ]
-        to_run = [name for name in chosen if name in again or read_manifest(run_dir / name) is None]
-        if problems := missing(recipe, to_run):
-            raise UserError("\n".join(problems))
         for context in contexts:
             _check_stage(context, redo=context.name in again)
         for name in again:
@@ -82,6 +70,35 @@ def run(
         _processes().leave()
     if any(stage.kind == "evaluate" for stage in recipe.stages.values()):
         say(f"report: {run_dir / 'report.html'}")
+
+
+def choose(
+    recipe: Recipe, run_dir: Path, *, resume: bool, only: str | None, start: str | None
+) -> tuple[list[str], set[str]]:
+    """(the stages that are asked for, those of them that run even where they are finished)."""
+    if start is not None and (resume or only is not None):
+        other = "--resume" if resume else f"--only {only}"
+        raise UserError(f"--from {start} starts stages again, which {other} contradicts; give one of them.")
+    order = [BASE, *recipe.stages]
+    for flag, name in (("--only", only), ("--from", start)):
+        if name is not None and name not in order:
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
+    if only is not None:
+        goes_on = resume and read_manifest(run_dir / only) is None
+        return list(dict.fromkeys([BASE, only])), set() if goes_on else {only}
+    return order, set() if start is None else set(order[order.index(start) :])
+
+
+def refuse_early(
+    recipe: Recipe, run_dir: Path, *, resume: bool, only: str | None, start: str | None
+) -> tuple[list[str], set[str]]:
+    """What `choose` says; raises `UserError` where the stages that are still to run cannot, as far as that can be seen
+    without loading anything."""
+    chosen, again = choose(recipe, run_dir, resume=resume, only=only, start=start)
+    to_run = [name for name in chosen if name in again or read_manifest(run_dir / name) is None]
+    if found := problems(recipe, to_run):
+        raise UserError("\n".join(found))
+    return chosen, again
 
 
 def _processes() -> Any:

@@ -44,6 +44,16 @@ class Parallel(Part):
     hostfile: str | None = None
     """File with a line `host slots=N` for each machine. `align run` is then started on every one of them."""
 
+    def misfit(self, experts: int, owner: str) -> str | None:
+        """What is wrong where the ranks of a group cannot have equally many of the `experts` that `owner` has in a
+        layer; one expert means a dense layer."""
+        if experts <= 1 or experts % self.expert_parallel_size == 0:
+            return None
+        return (
+            f"parallel.expert_parallel_size {self.expert_parallel_size} does not divide the {experts} experts of "
+            f"{owner}; choose a divisor."
+        )
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Parallel:
         if self.processes % self.expert_parallel_size:

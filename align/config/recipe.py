@@ -71,11 +71,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
+        processes = self.parallel.processes if self.parallel is not None else 1
         problems = []
         for name, stage in self.stages.items():
-            if self.parallel is None or not isinstance(stage, TrainingStage):
-                continue
-            if problem := _uneven(stage, self.parallel.processes):
+            if isinstance(stage, TrainingStage) and (problem := _uneven(stage, processes)):
                 problems.append(f"stages.{name}: {problem}")
         if problems:
             raise ValueError(".\n".join(problems))
@@ -85,17 +84,27 @@ class Recipe(Part):
 def _uneven(stage: TrainingStage, processes: int) -> str | None:
     """What is wrong where `processes` cannot share a step's rows, with the nearest values that work."""
     batch, micro = stage.batch_size, stage.micro_batch_size
-    a_pass = micro * processes
-    if batch % a_pass == 0:
+    share, rest = divmod(batch, processes)
+    if rest:
+        return (
+            f"{processes} processes (parallel.processes, --nproc) cannot share batch_size {batch} evenly; set "
+            f"batch_size to {nearest_batch(batch, micro, processes)}, or use a number of processes that divides it"
+        )
+    if share % stage.rows_a_pass(processes) == 0:
         return None
-    ways = [f"batch_size to {a_pass * -(-batch // a_pass)}"]
-    if batch % processes == 0:
-        share = batch // processes
-        ways.insert(0, f"micro_batch_size to {next(m for m in range(min(micro, share), 0, -1) if share % m == 0)}")
+    divided = f"batch_size {batch}" if processes == 1 else f"the {share} rows that each of {processes} processes has"
     return (
-        f"micro_batch_size {micro} on {processes} processes makes passes of {a_pass} rows, which does not divide "
-        f"batch_size {batch}; set {' or '.join(ways)}"
+        f"micro_batch_size {micro} does not divide {divided}; set micro_batch_size to "
+        f"{next(size for size in range(micro, 0, -1) if share % size == 0)} or batch_size to "
+        f"{nearest_batch(batch, micro, processes)}"
     )
+
+
+def nearest_batch(batch: int, micro: int, processes: int) -> int:
+    """The smallest batch size, not below `batch`, of which all processes have equally many full passes."""
+    share = -(-batch // processes)
+    rows = min(micro, share)
+    return processes * rows * -(-share // rows)
 
 
 LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"

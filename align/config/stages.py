@@ -27,7 +27,7 @@ class TrainingStage(StageBase):
     batch_size: Positive = 8
     """Sequences (or pairs) in an optimizer step, over all processes."""
     micro_batch_size: Positive = 8
-    """Sequences (or pairs) in a forward pass of one process."""
+    """Sequences (or pairs) in a forward pass of one process; fewer where its share of `batch_size` is less."""
     group_by_length: bool = False
     """Put rows of similar length into a batch, so that less is computed on padding; batches stay in random order."""
     checkpoint_every: Annotated[Positive, MANNER] = 100
@@ -35,13 +35,9 @@ class TrainingStage(StageBase):
     gradient_checkpointing: Annotated[bool, MANNER] = False
     """Recompute activations in the backward pass: less memory, more time."""
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> TrainingStage:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; change one"
-            )
-        return self
+    def rows_a_pass(self, processes: int) -> int:
+        """Sequences (or pairs) in a forward pass of one of `processes`, which divide `batch_size`."""
+        return min(self.micro_batch_size, self.batch_size // processes)
 
 
 class PretrainStage(TrainingStage):

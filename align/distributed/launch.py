@@ -88,17 +88,25 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
-    """(slots of each machine of a run, which of them this is)."""
+def slots_of(parallel: Parallel) -> dict[str, int]:
+    """Slots of each machine of a run, as many as it has processes."""
     if parallel.hostfile is None:
-        return {"localhost": parallel.processes}, "localhost"
+        return {"localhost": parallel.processes}
     hosts = read_hostfile(Path(parallel.hostfile))
     total = sum(hosts.values())
     if total != parallel.processes:
         raise UserError(
-            f"{parallel.hostfile}: {total} slots for {parallel.processes} processes; make parallel.processes and "
-            "the sum of the slots equal."
+            f"{parallel.hostfile}: the sum of its slots is {total}, but parallel.processes is {parallel.processes}; "
+            "make them equal."
         )
+    return hosts
+
+
+def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
+    """(slots of each machine of a run, which of them this is)."""
+    hosts = slots_of(parallel)
+    if parallel.hostfile is None:
+        return hosts, "localhost"
     for host in hosts:
         resolve(host, parallel.hostfile)
     return hosts, this_machine(hosts, parallel.hostfile)

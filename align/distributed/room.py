@@ -41,6 +41,10 @@ def available_memory() -> int:
 def free_disk(path: str | None) -> int:
     if path is None:
         return 0
-    if not os.access(path, os.W_OK):
-        raise UserError(f"parallel.offload.path: {path} is no folder that can be written to; create it.")
+    require_folder(path)
     return shutil.disk_usage(path).free
+
+
+def require_folder(path: str) -> None:
+    if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        raise UserError(f"parallel.offload.path: {path} is no folder that can be written to; create it.")

@@ -170,12 +170,8 @@ def check_parallel(
 ) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
-        experts = config.experts_in(layer)
-        if experts > 1 and experts % parallel.expert_parallel_size:
-            raise UserError(
-                f"parallel.expert_parallel_size {parallel.expert_parallel_size} does not divide the {experts} experts "
-                f"of layer {layer}; choose a divisor."
-            )
+        if problem := parallel.misfit(config.experts_in(layer), f"layer {layer}"):
+            raise UserError(problem)
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
     trained = None if trunk_trains else 0

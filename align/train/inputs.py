@@ -1,27 +1,41 @@
-"""What a recipe's stages read from disk: whether it is there, asked before anything is loaded. No torch here."""
+"""Whether a recipe's files are there and its processes suit its models, asked before anything is loaded. No torch
+here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel, Source
 from align.config.ppo import PpoStage
+from align.config.presets import PRESETS
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.config.rewards import FunctionReward
-from align.config.stages import Stage
+from align.config.stages import Stage, TrainingStage
+from align.distributed.room import require_folder
 from align.errors import UserError
 from align.reward.functions import find_reward_function
 from align.train.run_folder import MODEL
 
 
-def missing(recipe: Recipe, stages: Iterable[str]) -> list[str]:
-    """One sentence for each file or folder that is not there; what earlier stages make is not looked for."""
-    found: list[str] = []
-    for name in stages:
-        absent = _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
-        found += (sentence for sentence in absent if sentence not in found)
-    return found
+def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
+    """One sentence for each thing that keeps `stages` from running; what earlier stages make is not looked for.
+
+    files: look at this machine's files; without, only the recipe itself is judged.
+    """
+    stages, found = list(stages), list[str]()
+    if files:
+        for name in stages:
+            found += _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
+    if recipe.parallel is not None:
+        found += _of_machines(recipe.parallel) if files else []
+        for name in stages:
+            if name != BASE:
+                found += _of_experts(recipe, name, recipe.parallel, files)
+    return list(dict.fromkeys(found))
 
 
 def _of_model(model: Model) -> Iterator[str]:
@@ -53,6 +67,65 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
                     find_reward_function(reward.path)
                 except UserError as error:
                     yield f"stages.{name}.rewards: {error}"
+
+
+def _of_machines(parallel: Parallel) -> Iterator[str]:
+    from align.distributed.launch import slots_of  # only runs of several processes load it
+
+    try:
+        slots_of(parallel)
+    except UserError as error:
+        yield str(error)
+    if parallel.offload.path is not None:
+        try:
+            require_folder(parallel.offload.path)
+        except UserError as error:
+            yield str(error)
+
+
+def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> Iterator[str]:
+    """Models of a stage that all processes work on whose experts these cannot share."""
+    from align.distributed.plan.shape import expert_counts
+
+    stage = recipe.stages[name]
+    if not isinstance(stage, TrainingStage | PpoStage):
+        return
+    for where, reference in references(stage):
+        if where == "data":
+            continue
+        owner = f"stages.{name}.{where}"
+        while reference in recipe.stages:
+            reference = getattr(recipe.stages[reference], "init_from", BASE)
+        if reference == BASE:
+            owner, config = "model", _config_of(recipe.model, files)
+        else:
+            config = _config_in(reference) if files else None
+        for experts in expert_counts(config) if config is not None else ():
+            if problem := parallel.misfit(experts, owner):
+                yield problem
+
+
+def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
+    """The keys of config.json on which a model's experts depend; None where they are not known here."""
+    match model:
+        case ScratchModel(preset=preset, config=changes):
+            return (PRESETS[preset] if preset else {}) | changes
+        case HotStartModel(experts=experts, config=changes):
+            return {"num_experts": experts} | changes
+        case PretrainedModel(path=path, config=changes):
+            config = _config_in(path) if files else None
+            return None if config is None else config | changes
+
+
+def _config_in(path: str) -> dict[str, Any] | None:
+    """A checkpoint's config.json; one that is damaged or not there is for others to tell."""
+    for folder in (Path(path) / MODEL, Path(path)):
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return values if isinstance(values, dict) else None
+    return None
 
 
 def _files(where: str, sources: Iterable[Source]) -> Iterator[str]:

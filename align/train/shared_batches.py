@@ -1,8 +1,9 @@
 """Micro-batches of an epoch dealt out to the ranks, so that every step is the step of a single process.
 
 One process takes `batch_size / micro_batch_size` micro-batches a step, and fewer in the epoch's last one. With R ranks
-micro-batch j of a step goes to rank j mod R. Where the last step has not enough for all, the others repeat its first
-one with a share of nothing: every rank takes part in every pass, as ZeRO needs it, and the update is the same.
+micro-batch j of a step goes to rank j mod R. A micro-batch counts by its rows, of which the last may have fewer. Where
+the last step has not enough micro-batches for all, the others repeat its first one with a share of nothing: every rank
+takes part in every pass, as ZeRO needs it, and the update is the same.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class SharedBatches(Sampler):
         for start in range(0, len(micros), self.micro_batches):
             step = micros[start : start + self.micro_batches]
             passes = math.ceil(len(step) / self.ranks)
+            rows = sum(map(len, step))
             for number in range(passes):
                 place = number * self.ranks + self.rank
                 if place < len(step):
-                    share = passes * self.ranks / len(step)
+                    share = passes * self.ranks * len(step[place]) / rows
                     yield [(row, share) for row in step[place]]
                 else:
                     yield [(row, 0.0) for row in step[0]]

@@ -41,15 +41,16 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
     """Keyword arguments that every TRL config takes."""
     stage: TrainingStage = context.stage
     optimizer, parallel = stage.optimizer, context.recipe.parallel
-    accumulation = accumulation_steps(parallel, stage.batch_size, stage.micro_batch_size)
+    rows = stage.rows_a_pass(parallel.processes if parallel else 1)
+    accumulation = accumulation_steps(parallel, stage.batch_size, rows)
     return {
         "output_dir": str(context.dir / "checkpoints"),
         "seed": context.seed,
         "data_seed": context.seed,
         "num_train_epochs": stage.epochs,
         "max_steps": stage.max_steps or -1,
-        "per_device_train_batch_size": stage.micro_batch_size,
-        "per_device_eval_batch_size": stage.micro_batch_size,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": optimizer.learning_rate,
         "max_grad_norm": optimizer.max_grad_norm,
@@ -65,15 +66,15 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        **(parallel_arguments(parallel, context, accumulation) if parallel else {}),
+        **(parallel_arguments(parallel, context, rows, accumulation) if parallel else {}),
     }
 
 
-def parallel_arguments(parallel: Parallel, context: StageContext, accumulation: int) -> dict[str, Any]:
+def parallel_arguments(parallel: Parallel, context: StageContext, rows: int, accumulation: int) -> dict[str, Any]:
     """What is added where the stage runs under DeepSpeed."""
     config = deepspeed_config(
         parallel,
-        micro_batch_size=context.stage.micro_batch_size,
+        micro_batch_size=rows,
         accumulation=accumulation,
         max_grad_norm=context.stage.optimizer.max_grad_norm,
         dtype=context.recipe.dtype,
@@ -130,12 +131,22 @@ class AlignTrainer:
         order = self._get_train_sampler() if stage.group_by_length else SeedableRandomSampler(rows, data_seed=seed)
         batches = SharedBatches(
             order,
-            micro_batch_size=stage.micro_batch_size,
-            micro_batches=stage.batch_size // stage.micro_batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            micro_batches=stage.batch_size // self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             ranks=self.args.world_size,
         )
         return SharedLoader(rows, batches, self.data_collator, pin_memory=self.args.dataloader_pin_memory)
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """An optimizer step's micro-batches. In an epoch's last step the last one may have fewer rows; each then counts
+        by its rows, as `SharedBatches` has it for several processes."""
+        micros, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        rows = [len(micro["input_ids"]) for micro in micros]
+        if not self.is_deepspeed_enabled and len(set(rows)) > 1:
+            for micro, own in zip(micros, rows, strict=True):
+                micro[SHARE] = own * len(rows) / sum(rows)
+        return micros, items
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
@@ -215,7 +226,7 @@ class AlignTrainer:
 
     def _mean_over_ranks(self: Any, metrics: dict[str, float], share: float) -> dict[str, float]:
         if self.args.world_size == 1:
-            return metrics
+            return {name: share * value for name, value in metrics.items()}
         values = share * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 

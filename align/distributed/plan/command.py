@@ -44,42 +44,61 @@ def answer(recipe: Recipe, question: Question) -> str:
     cluster, (rates, source) = cluster_of(recipe, question), rates_of(question)
     jobs = jobs_of(recipe, question.model, question.stage)
     for job in jobs:
-        _check(job, recipe, cluster)
+        _check(job, cluster)
     if question.search:
-        return _search(jobs, cluster, rates, source, question)
-    plans, found, reasons = [], [], []
-    for job in jobs:
-        setting = setting_of(job, recipe.parallel, cluster.gpus)
-        reasons.append(unusable(job, setting))
-        # One example a pass is the least, so its memory answers where the passes cannot be as written.
-        plans.append(evaluate(job, setting, cluster, rates))
-        fits = plans[-1].fits and reasons[-1] is None
-        found.append([] if fits else remedies(plans[-1], rates))
+        return _search(jobs, recipe, cluster, rates, source, question)
+    answers = [_stage(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates) for job in jobs]
     if question.json:
-        values = [
-            report.plan_values(plan) | {"cannot_run": reason, "remedies": [_remedy_values(r) for r in changes]}
-            for plan, reason, changes in zip(plans, reasons, found, strict=True)
-        ]
-        return _json(cluster, rates, source, values)
+        return _json(cluster, rates, source, [_stage_values(*one, cluster) for one in answers])
     blocks = [report.header(jobs[0], cluster, rates, source)]
-    blocks += [report.text(plan, changes, why) for plan, changes, why in zip(plans, found, reasons, strict=True)]
-    if len(jobs) > 1 and any(found):
+    blocks += [report.text(*one) for one in answers]
+    if len(jobs) > 1 and any(changes for *_, changes in answers):
         blocks.append(report.joint_text(joint(jobs, cluster, rates)))
     return "\n\n".join(blocks)
 
 
-def _search(jobs: Sequence[Job], cluster: Cluster, rates: Rates, source: str, question: Question) -> str:
+Answer = tuple[Job, Setting, Plan | str, list[Remedy]]
+
+
+def _stage(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> Answer:
+    """(the stage, what is wanted of it, its plan or why there can be none, what would make it fit)."""
+    plan = unusable(job, wanted) or evaluate(job, wanted, cluster, rates)
+    fits = not isinstance(plan, str) and plan.fits
+    return job, wanted, plan, [] if fits else remedies(job, wanted, cluster, rates)
+
+
+def _stage_values(
+    job: Job, setting: Setting, plan: Plan | str, changes: Sequence[Remedy], cluster: Cluster
+) -> report.Values:
+    reason = plan if isinstance(plan, str) else None
+    if isinstance(plan, str):
+        values = report.stage_values(job, setting, cluster) | {"fits": False}
+    else:
+        values = report.plan_values(plan)
+    return values | {"cannot_run": reason, "remedies": [_remedy_values(remedy) for remedy in changes]}
+
+
+def _search(
+    jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, rates: Rates, source: str, question: Question
+) -> str:
     found = [(job, feasible(job, cluster, rates)) for job in jobs]
+    changes = {
+        job.name: [] if some else remedies(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates)
+        for job, some in found
+    }
     if question.json:
         plans = [report.plan_values(plan) for _, some in found for plan in some[: question.show]]
-        return _json(cluster, rates, source, plans)
+        nothing = {
+            job.name: [_remedy_values(remedy) for remedy in changes[job.name]] for job, some in found if not some
+        }
+        return _json(cluster, rates, source, plans, nothing_fits=nothing)
     blocks = [report.header(jobs[0], cluster, rates, source)]
-    blocks += [report.search_text(job, plans, question.show) for job, plans in found]
+    blocks += [report.search_text(job, plans, question.show, changes[job.name]) for job, plans in found]
     return "\n\n".join([*blocks, report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else blocks)
 
 
-def _json(cluster: Cluster, rates: Rates, source: str, plans: list[report.Values]) -> str:
-    values = {"cluster": asdict(cluster), "rates": asdict(rates) | {"source": source}, "plans": plans}
+def _json(cluster: Cluster, rates: Rates, source: str, plans: list[report.Values], **more: report.Values) -> str:
+    values = {"cluster": asdict(cluster), "rates": asdict(rates) | {"source": source}, "plans": plans, **more}
     return json.dumps(values, indent=2)
 
 
@@ -88,25 +107,21 @@ def _remedy_values(remedy: Remedy) -> report.Values:
     return {
         "what": remedy.what,
         "changes": remedy.changes,
-        "overrides": [*report.overrides(plan), *remedy.also],
+        "overrides": report.written_as(remedy),
         "tokens_a_row": plan.job.length,
-        "settings": report.setting_values(plan),
+        "settings": report.setting_values(plan.job, plan.setting, plan.cluster),
         "gpu_bytes": plan.memory.gpu_bytes,
         "seconds_a_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest},
     }
 
 
-def _check(job: Job, recipe: Recipe, cluster: Cluster) -> None:
+def _check(job: Job, cluster: Cluster) -> None:
     """Refuse what no setting can mend."""
     if not micro_batches(job, cluster.gpus):
         raise UserError(
             f"stages.{job.name}: {cluster.gpus} GPUs cannot share batch_size {job.batch} evenly; set it to "
             f"{cluster.gpus * -(-job.batch // cluster.gpus)}, or use a number of GPUs that divides it (--gpus)."
         )
-    ep = recipe.parallel.expert_parallel_size if recipe.parallel else 1
-    alone = Setting(cluster.gpus, True, 3, ep)
-    if (reason := unusable(replace(job, batch=cluster.gpus), alone)) is not None:
-        raise UserError(f"parallel: {reason}; change parallel.expert_parallel_size.")
 
 
 def cluster_of(recipe: Recipe, question: Question) -> Cluster:
@@ -117,6 +132,13 @@ def cluster_of(recipe: Recipe, question: Question) -> Cluster:
     for flag, number in (("--gpus", gpus), ("--hosts", hosts)):
         if number < 1:
             raise UserError(f"{flag} {number}: must be 1 or more.")
+    if gpus % hosts and question.hosts is None:
+        even = [number for number in range(1, 2 * gpus) if number % -(-number // 8) == 0]
+        below, above = max(n for n in even if n < gpus), min(n for n in even if n > gpus)
+        raise UserError(
+            f"--gpus {gpus}: {hosts} hosts of at most eight GPUs cannot all have the same number; use {below} or "
+            f"{above}, or say with --hosts how many hosts there are."
+        )
     if gpus % hosts:
         raise UserError(f"--hosts {hosts} does not divide {gpus} GPUs; every host has the same number.")
     if question.gpu_memory is None and question.gpu is None:

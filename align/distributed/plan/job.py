@@ -92,7 +92,7 @@ class Job:
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
     models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
     has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
-    parallel: what the recipe has.
+    parallel: what the recipe has. beside: name, batch_size and micro_batch_size of the recipe's other stages.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Job:
     rollouts: Rollouts | None = None
     averaged: bool = False
     parallel: Parallel | None = None
+    beside: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def learners(self) -> tuple[Member, ...]:
@@ -133,8 +134,17 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     if only is not None and only not in recipe.stages:
         raise UserError(f"--stage {only}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
     shapes = _shapes(recipe, model)
+    sizes = [
+        (name, stage.batch_size, stage.micro_batch_size)
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, TrainingStage)
+    ]
     jobs = [
-        replace(job_of(name, stage, recipe.dtype, shapes), parallel=recipe.parallel)
+        replace(
+            job_of(name, stage, recipe.dtype, shapes),
+            parallel=recipe.parallel,
+            beside=tuple(other for other in sizes if other[0] != name),
+        )
         for name, stage in recipe.stages.items()
         if isinstance(stage, TrainingStage | PpoStage) and only in (None, name)
     ]

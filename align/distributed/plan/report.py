@@ -6,28 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from align.config.parallel import Parallel
+from align.config.recipe import nearest_batch
 from align.distributed.plan.job import Job, Rollouts
 from align.distributed.plan.memory import engine_bytes
 from align.distributed.plan.search import Plan, Remedy
-from align.distributed.plan.setting import GB, Cluster, Setting
+from align.distributed.plan.setting import GB, Cluster, Setting, counted, rows_a_pass
 from align.distributed.plan.speed import Rates, server_gpus
 from align.distributed.plan.traffic import traffic
 
 Values = dict[str, Any]
 
 
+def stage_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
+    """What a stage is and how it is spread."""
+    return {
+        "stage": job.name,
+        "kind": job.kind,
+        "models": [
+            {"role": m.role, "sizes": m.shape.name, "parameters": m.parameters, "trained": sum(m.trained_counts)}
+            for m in job.members
+        ],
+        "tokens_a_row": job.length,
+        "settings": setting_values(job, setting, cluster),
+    }
+
+
 def plan_values(plan: Plan) -> Values:
     """Everything that is known of a plan; bytes, seconds."""
     found = plan.memory
-    return {
-        "stage": plan.job.name,
-        "kind": plan.job.kind,
-        "models": [
-            {"role": m.role, "sizes": m.shape.name, "parameters": m.parameters, "trained": sum(m.trained_counts)}
-            for m in plan.job.members
-        ],
-        "tokens_a_row": plan.job.length,
-        "settings": setting_values(plan),
+    return stage_values(plan.job, plan.setting, plan.cluster) | {
         "fits": plan.fits,
         "shortages": [{"where": s.where, "needed": s.needed, "available": s.available} for s in plan.shortages],
         "gpu_bytes": found.gpu_bytes,
@@ -43,11 +50,10 @@ def plan_values(plan: Plan) -> Values:
     }
 
 
-def setting_values(plan: Plan) -> Values:
-    setting = plan.setting
+def setting_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
     values: Values = {
         "gpus": setting.gpus,
-        "hosts": plan.cluster.hosts,
+        "hosts": cluster.hosts,
         "deepspeed": setting.deepspeed,
         "zero_stage": setting.zero_stage,
         "expert_parallel_size": setting.expert_parallel_size,
@@ -55,9 +61,10 @@ def setting_values(plan: Plan) -> Values:
         "offload_parameters": setting.offload_parameters,
         "gradient_checkpointing": setting.gradient_checkpointing,
         "micro_batch": setting.micro_batch,
-        "accumulation": setting.accumulation(plan.job),
+        "accumulation": setting.accumulation(job),
+        "idle_gpus": setting.idle(job),
     }
-    if plan.job.rollouts is not None:
+    if job.rollouts is not None:
         values |= {"rollout_gpus": setting.rollout_gpus, "rollout_sleep": setting.rollout_sleep}
     return values
 
@@ -81,9 +88,11 @@ def overrides(plan: Plan) -> list[str]:
             found.append(f"parallel.offload.path={before.path or 'FOLDER'}")
         elif before.path:
             found.append("parallel.offload.path=null")
+    elif plan.job.parallel is not None:
+        found.append("parallel=null")
     if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
         found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
-    if setting.micro_batch != plan.job.micro_batch:
+    if setting.micro_batch != rows_a_pass(plan.job, setting.gpus):
         if plan.job.kind == "ppo":
             found.append(f"{stage}.micro_batch_tokens={setting.micro_batch * plan.job.length}")
         else:
@@ -91,6 +100,12 @@ def overrides(plan: Plan) -> list[str]:
     if plan.job.rollouts is not None and setting.rollout_sleep != plan.job.rollouts.sleeps:
         found.append(f"{stage}.rollout.sleep={str(setting.rollout_sleep).lower()}")
     return found
+
+
+def beside(plan: Plan) -> list[str]:
+    """Changes to the recipe's other stages without which the plan's processes could not share their batches."""
+    batches = {name: (batch, nearest_batch(batch, micro, plan.setting.gpus)) for name, batch, micro in plan.job.beside}
+    return [f"stages.{name}.batch_size={even}" for name, (batch, even) in batches.items() if even != batch]
 
 
 def described(job: Job, setting: Setting) -> str:
@@ -104,8 +119,9 @@ def described(job: Job, setting: Setting) -> str:
     if setting.gradient_checkpointing:
         parts.append("activations recomputed")
     unit = "pair" if job.sequences > 1 else "completion" if job.kind == "ppo" else "row"
-    passes = setting.accumulation(job)
-    parts.append(f"{setting.micro_batch} {unit}{'s' * (setting.micro_batch > 1)} x {passes} pass{'es' * (passes > 1)}")
+    parts.append(f"{counted(setting.micro_batch, unit)} x {counted(setting.accumulation(job), 'pass')}")
+    if idle := setting.idle(job):
+        parts.append(f"{idle} of {counted(setting.gpus, 'GPU')} idle")
     if job.rollouts is not None and setting.gpus > 1:
         parts.append(_engine(job.rollouts, setting))
     return ", ".join(parts)
@@ -113,26 +129,39 @@ def described(job: Job, setting: Setting) -> str:
 
 def _engine(rollouts: Rollouts, setting: Setting) -> str:
     if rollouts.engine == "remote":
-        return f"{rollouts.servers} rollout server{'s' * (rollouts.servers > 1)} elsewhere"
+        return f"{counted(rollouts.servers, 'rollout server')} elsewhere"
     return f"vLLM over {setting.rollout_gpus}{', which sleeps' * setting.rollout_sleep}"
 
 
-def text(plan: Plan, remedies: Sequence[Remedy], why_not: str | None = None) -> str:
-    """One stage's plan. why_not: what keeps it from running whatever the memory."""
-    job = plan.job
+def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy]) -> str:
+    """One stage's plan, or what keeps `setting` from running whatever the memory."""
     kinds = sorted({"full" if m.trained == "all" else "LoRA" for m in job.learners if m.trained != "head"})
     head = f"{job.name}: {job.kind}, {' and '.join(kinds)}, {job.length:,} tokens a row, batch {job.batch:,}"
-    lines = [head, f"  as written    {described(job, plan.setting)}"]
-    if why_not is not None:
-        lines.append(f"  cannot run    {why_not}")
+    lines = [head, f"  as written    {described(job, setting)}", *_idle_lines(job, setting)]
+    if isinstance(plan, str):
+        lines.append(f"  cannot run    {plan}")
     else:
         lines += [f"  {verdict(plan)}", *_memory_table(plan), *_step_lines(plan)]
-    if remedies:
-        lines.append("  smallest changes that make it fit:" if why_not is None else "  smallest changes:")
-        lines += [line for remedy in remedies for line in _remedy_lines(remedy)]
-    elif not plan.fits or why_not is not None:
-        lines.append("  no setting, number of GPUs, LoRA or shorter rows that were tried make it fit")
+    if isinstance(plan, str) or not plan.fits:
+        lines += _all_remedies(remedies)
     return "\n".join(lines)
+
+
+def _idle_lines(job: Job, setting: Setting) -> list[str]:
+    """What would give every rank a pass of its own, where some have none."""
+    if not setting.idle(job):
+        return []
+    stage, gpus, made = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)
+    tokens = f"lower {stage}.micro_batch_tokens to {max(1, job.batch // gpus) * job.length}"
+    rows = f"raise {stage}.mini_batch_size to {gpus} or more, or use at most {counted(job.batch, 'GPU')}"
+    needed = [tokens] * (setting.micro_batch > 1) + [rows] * (job.batch < gpus)
+    return [f"  idle          a mini-batch of {job.batch} is {counted(made, 'pass')}; {'; '.join(needed)}"]
+
+
+def _all_remedies(remedies: Sequence[Remedy]) -> list[str]:
+    if not remedies:
+        return ["  no setting, number of GPUs, LoRA or shorter rows that were tried make it fit"]
+    return ["  smallest changes that make it fit:", *(line for remedy in remedies for line in _remedy_lines(remedy))]
 
 
 def verdict(plan: Plan) -> str:
@@ -193,12 +222,18 @@ def _step_lines(plan: Plan) -> list[str]:
 
 def _remedy_lines(remedy: Remedy) -> list[str]:
     plan = remedy.plan
-    where = f" on {plan.setting.gpus} GPUs in {plan.cluster.hosts} hosts" if remedy.what == "more GPUs" else ""
+    where = ""
+    if remedy.what == "more GPUs":
+        where = f" on {counted(plan.setting.gpus, 'GPU')} in {counted(plan.cluster.hosts, 'host')}"
     lines = [f"    {remedy.what}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
-    written = [*overrides(plan), *remedy.also]
-    if written:
+    if written := written_as(remedy):
         lines.append(f"      {' '.join(written)}")
     return lines
+
+
+def written_as(remedy: Remedy) -> list[str]:
+    """A remedy as changes to the whole recipe."""
+    return [*overrides(remedy.plan), *remedy.also, *beside(remedy.plan)]
 
 
 def _gpu_share(plan: Plan) -> str:
@@ -209,15 +244,16 @@ def _pace(plan: Plan) -> str:
     return f"{_seconds(plan.duration.fastest)} to {_seconds(plan.duration.slowest)}"
 
 
-def search_text(job: Job, plans: Sequence[Plan], shown: int) -> str:
-    """Feasible settings, the fastest first."""
+def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[Remedy]) -> str:
+    """Feasible settings, the fastest first, or what would make some feasible."""
     if not plans:
-        return f"{job.name}: nothing fits"
-    lines = [f"{job.name}: {len(plans)} settings fit; estimated seconds a {'round' if job.rollouts else 'step'}"]
+        return "\n".join([f"{job.name}: nothing fits", *_all_remedies(remedies)])
+    fit = "1 setting fits" if len(plans) == 1 else f"{len(plans)} settings fit"
+    lines = [f"{job.name}: {fit}; estimated seconds a {'round' if job.rollouts else 'step'}"]
     for plan in plans[:shown]:
         host = plan.memory.host_bytes * plan.cluster.gpus_a_host
-        beside = f", {_gb(host)} GB a host" if host else ""
-        lines.append(f"  {_pace(plan):>18}  {_gpu_share(plan)}{beside}  {described(job, plan.setting)}")
+        hosts = f", {_gb(host)} GB a host" if host else ""
+        lines.append(f"  {_pace(plan):>18}  {_gpu_share(plan)}{hosts}  {described(job, plan.setting)}")
     if len(plans) > shown:
         lines.append(f"  and {len(plans) - shown} more (--show)")
     return "\n".join(lines)
@@ -233,11 +269,11 @@ def joint_text(plans: Sequence[Plan] | None) -> str:
 
 def header(job: Job, cluster: Cluster, rates: Rates, source: str) -> str:
     shape = job.members[0].shape
-    hosts = f"{cluster.hosts} host{'s' * (cluster.hosts > 1)}"
     memory = f" with {_gb(cluster.host_memory)} GB" if cluster.host_memory else ""
     return (
         f"{shape.name}: {shape.parameters():,} parameters, {shape.active:,} active a token\n"
-        f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} of {_gb(cluster.gpu_memory)} GB in {hosts}{memory}; times from "
+        f"{counted(cluster.gpus, 'GPU')} of {_gb(cluster.gpu_memory)} GB in {counted(cluster.hosts, 'host')}{memory}; "
+        "times from "
         f"{rates.tflops:.0f} TFLOP/s, {rates.link:.0f} GB/s in a host, {rates.network:.0f} GB/s between ({source})"
     )
 

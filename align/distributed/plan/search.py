@@ -10,7 +10,7 @@ from itertools import product
 from align.config.parts import Lora
 from align.distributed.plan.job import Job
 from align.distributed.plan.memory import Memory, memory
-from align.distributed.plan.setting import Cluster, Place, Setting, unusable
+from align.distributed.plan.setting import Cluster, Place, Setting, rows_a_pass, unusable
 from align.distributed.plan.speed import Duration, Rates, duration, engine_sizes
 
 SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False, train_router=False)
@@ -177,14 +177,14 @@ def _order(plan: Plan, wanted: Setting) -> tuple[int, float]:
     return len(changed(plan.setting, wanted)), plan.duration.seconds
 
 
-def remedies(plan: Plan, rates: Rates) -> list[Remedy]:
-    """Changes that make a plan fit, one of each sort, the smallest first."""
-    job, wanted, cluster = plan.job, plan.setting, plan.cluster
+def remedies(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> list[Remedy]:
+    """Changes to what is `wanted`, which does not fit or cannot run, one of each sort, the smallest first."""
     found = []
     near = nearest(job, wanted, cluster, rates)
     if near is not None:
         found.append(Remedy("other settings", len(changed(near.setting, wanted)), near))
-    found += [remedy for remedy in (_more_gpus(plan, rates), _adapters(plan, rates), _shorter(plan, rates)) if remedy]
+    others = (sort(job, wanted, cluster, rates) for sort in (_more_gpus, _adapters, _shorter))
+    found += [remedy for remedy in others if remedy]
     return sorted(found, key=lambda remedy: remedy.changes)
 
 
@@ -211,46 +211,50 @@ def larger_clusters(cluster: Cluster, *, coarsely: bool = False) -> Iterator[Clu
         hosts += max(1, hosts // 8) if coarsely else 1
 
 
-def _more_gpus(plan: Plan, rates: Rates) -> Remedy | None:
+def _more_gpus(job: Job, setting: Setting, given: Cluster, rates: Rates) -> Remedy | None:
     """The fewest GPUs on which the settings fit as they are, else few on which any do."""
-    for cluster in larger_clusters(plan.cluster):
-        wanted = _on(plan.setting, cluster.gpus)
-        if unusable(plan.job, wanted) is None and evaluate(plan.job, wanted, cluster, rates).fits:
-            return Remedy("more GPUs", 1, evaluate(plan.job, wanted, cluster, rates))
-    for cluster in larger_clusters(plan.cluster, coarsely=True):  # each is a search of its own
-        found = _with_least_changes(plan.job, _on(plan.setting, cluster.gpus), cluster, rates)
+    for cluster in larger_clusters(given):
+        wanted = _on(job, setting, cluster.gpus)
+        if unusable(job, wanted) is None and evaluate(job, wanted, cluster, rates).fits:
+            return Remedy("more GPUs", 1, evaluate(job, wanted, cluster, rates))
+    for cluster in larger_clusters(given, coarsely=True):  # each is a search of its own
+        found = _with_least_changes(job, _on(job, setting, cluster.gpus), cluster, rates)
         if found is not None:
             return Remedy("more GPUs", 1 + found[0], found[1])
     return None
 
 
-def _on(setting: Setting, gpus: int) -> Setting:
-    return replace(setting, gpus=gpus, deepspeed=True, zero_stage=setting.zero_stage if setting.deepspeed else 3)
+def _on(job: Job, setting: Setting, gpus: int) -> Setting:
+    zero_stage = setting.zero_stage if setting.deepspeed else 3
+    return replace(setting, gpus=gpus, deepspeed=True, zero_stage=zero_stage, micro_batch=rows_a_pass(job, gpus))
 
 
-def _adapters(plan: Plan, rates: Rates) -> Remedy | None:
-    if not plan.job.full_fine_tuning:
+def _adapters(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Remedy | None:
+    if not job.full_fine_tuning:
         return None
-    found = _with_least_changes(plan.job.with_lora(SMALL_LORA), plan.setting, plan.cluster, rates)
-    stage = f"stages.{plan.job.name}"
-    sections = [stage if member.role != "critic" else f"{stage}.critic" for member in plan.job.learners]
+    found = _with_least_changes(job.with_lora(SMALL_LORA), setting, cluster, rates)
+    stage = f"stages.{job.name}"
+    sections = [stage if member.role != "critic" else f"{stage}.critic" for member in job.learners]
     off = ("shared_mlp", "experts", "train_router")
     also = tuple(f"{section}.lora.{key}=false" for section in sections for key in off)
     return None if found is None else Remedy("LoRA on attention", 1 + found[0], found[1], also)
 
 
-def _shorter(plan: Plan, rates: Rates) -> Remedy | None:
-    stage, length = f"stages.{plan.job.name}", plan.job.length // 2
+def _shorter(whole: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Remedy | None:
+    stage, length = f"stages.{whole.name}", whole.length // 2
+    if unusable(whole, setting) is not None:
+        return None
     while length >= 128:
-        job = replace(plan.job, length=length)
+        job = replace(whole, length=length)
         also: tuple[str, ...] = (f"{stage}.data.max_length={length}",)
         if job.rollouts is not None:
-            completion = job.rollouts.max_new_tokens * length // plan.job.length
+            completion = job.rollouts.max_new_tokens * length // whole.length
             job = replace(job, rollouts=replace(job.rollouts, max_new_tokens=max(1, completion)))
             prompt = f"{stage}.max_prompt_length={length - completion}"
-            also = (prompt, f"{stage}.rollout.max_new_tokens={completion}")
-        found = evaluate(job, plan.setting, plan.cluster, rates)
-        if unusable(job, plan.setting) is None and found.fits:
+            tokens = f"{stage}.micro_batch_tokens={setting.micro_batch * length}"
+            also = (prompt, f"{stage}.rollout.max_new_tokens={completion}", tokens)
+        found = evaluate(job, setting, cluster, rates)
+        if found.fits:
             return Remedy(f"rows of {length} tokens", 1, found, also)
         length //= 2
     return None

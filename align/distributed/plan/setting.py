@@ -41,6 +41,10 @@ class Setting:
         """Forward passes of a rank in an optimizer step."""
         return max(1, -(-job.batch // (self.micro_batch * self.gpus)))
 
+    def idle(self, job: Job) -> int:
+        """Ranks that have no pass of their own in an optimizer step: PPO deals out a mini-batch's passes whole."""
+        return max(0, self.gpus - -(-job.batch // self.micro_batch))
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -62,6 +66,17 @@ class Cluster:
         return -(-self.gpus // self.hosts)
 
 
+def rows_a_pass(job: Job, gpus: int) -> int:
+    """Examples in a forward pass as the recipe has it, on `gpus` ranks."""
+    if job.kind == "ppo":
+        return job.micro_batch
+    return min(job.micro_batch, max(1, job.batch // gpus))
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
+
+
 def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
     """What the recipe says, on `gpus` GPUs; ZeRO-3 on several of them where it has no `parallel` section."""
     if parallel is None:
@@ -77,7 +92,7 @@ def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
         offload_optimizer=parallel.offload.optimizer,
         offload_parameters=parallel.offload.parameters,
         gradient_checkpointing=job.gradient_checkpointing,
-        micro_batch=job.micro_batch,
+        micro_batch=rows_a_pass(job, gpus),
         rollout_gpus=job.rollouts.gpus_a_server if job.rollouts else 1,
         rollout_sleep=job.rollouts.sleeps if job.rollouts else False,
     )
@@ -89,7 +104,7 @@ def unusable(job: Job, setting: Setting) -> str | None:
     if setting.deepspeed and setting.zero_stage == 0 and ep > 1:
         return "expert_parallel_size needs zero_stage 1, 2 or 3"
     if gpus % ep:
-        return f"expert_parallel_size {ep} does not divide {gpus} GPUs"
+        return f"expert_parallel_size {ep} does not divide {counted(gpus, 'GPU')}"
     for member in job.members:
         for layer in member.shape.layers:
             if layer.experts and layer.num_experts % ep:
@@ -100,7 +115,7 @@ def unusable(job: Job, setting: Setting) -> str | None:
                 return f"expert_parallel_size {ep}: {member.shape.name} has no experts"
     if job.kind != "ppo" and job.batch % (setting.micro_batch * gpus):  # PPO's ranks may have unequal shares
         return (
-            f"{gpus} GPUs with {setting.micro_batch} {'pairs' if job.sequences > 1 else 'rows'} each do not divide "
-            f"the batch of {job.batch}"
+            f"{counted(gpus, 'GPU')} with {counted(setting.micro_batch, 'pair' if job.sequences > 1 else 'row')} a "
+            f"pass cannot share the batch of {job.batch} evenly"
         )
     return None

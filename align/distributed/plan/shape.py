@@ -206,3 +206,11 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
 
 def _of_layer(value: Any, index: int) -> int:
     return value[index] if isinstance(value, list) else value
+
+
+def expert_counts(config: Mapping[str, Any]) -> list[int]:
+    """The different numbers of experts that layers of a config.json have; whatever is no number is left out."""
+    experts = config.get("num_experts", DEFAULTS["num_experts"])
+    layers = config.get("num_hidden_layers", DEFAULTS["num_hidden_layers"])
+    listed = experts[: layers if isinstance(layers, int) else None] if isinstance(experts, list) else [experts]
+    return [count for count in dict.fromkeys(listed) if isinstance(count, int)]

@@ -11,6 +11,8 @@ import yaml
 
 from align.cli import main
 from align.config import load_recipe
+from align.config.stages import TrainingStage
+from align.distributed import launch
 from align.errors import UserError
 
 
@@ -48,21 +50,129 @@ def test_an_unknown_key_is_met_with_what_may_have_been_meant(change: str, hint: 
     assert hint in str(error.value)
 
 
-@pytest.mark.parametrize("processes", [3, 4, 16])
+@pytest.mark.parametrize("processes", [3, 5, 32])
 def test_batches_that_processes_cannot_share_are_told_for_all_stages_with_values_that_work(processes: int) -> None:
     """Each of the named values is written into the recipe, and the recipe is then taken."""
     wanted = [f"parallel.processes={processes}"]
     with pytest.raises(UserError) as error:
         load_recipe("tiny", wanted)
     lines = str(error.value).splitlines()
-    named = [re.search(r"stages\.(\w+): micro.*; set (.*)\.$", line) for line in lines]
+    named = [re.search(r"stages\.(\w+): \d+ processes .*; set batch_size to (\d+),", line) for line in lines]
     assert [match[1] for match in named if match] == ["pretrain", "sft", "reward_model", "dpo"]
-    for way in ("micro_batch_size", "batch_size"):
-        values = [(match[1], re.search(rf"\b{way} to (\d+)", match[2])) for match in named if match]
-        changes = [f"stages.{stage}.{way}={value[1]}" for stage, value in values if value]
-        if way == "batch_size" or processes == 4:
-            assert len(changes) == 4
-            load_recipe("tiny", [*wanted, *changes])
+    load_recipe("tiny", wanted + [f"stages.{match[1]}.batch_size={match[2]}" for match in named if match])
+
+
+@pytest.mark.parametrize(("batch", "micro", "processes"), [(12, 4, 2), (30, 5, 5), (7, 3, 1), (96, 5, 8)])
+def test_passes_that_do_not_fill_a_share_are_told_with_values_that_work(batch, micro, processes) -> None:
+    wanted = [f"stages.sft.batch_size={batch}", f"stages.sft.micro_batch_size={micro}", "stages.pretrain.batch_size=40"]
+    wanted += [f"stages.{name}.batch_size=40" for name in ("reward_model", "dpo")]
+    wanted += ["stages.reward_model.micro_batch_size=1", "stages.dpo.micro_batch_size=1"]
+    wanted += ["stages.pretrain.micro_batch_size=1", f"parallel.processes={processes}"]
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny", wanted)
+    ways = re.search(r"; set micro_batch_size to (\d+) or batch_size to (\d+)\.$", str(error.value))
+    assert ways is not None
+    for key, value in zip(("micro_batch_size", "batch_size"), ways.groups(), strict=True):
+        load_recipe("tiny", [*wanted, f"stages.sft.{key}={value}"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_first_recipes_run_on_one_two_and_four_processes(processes: int, capsys) -> None:
+    main(["check", "tiny", "quickstart", "--nproc", str(processes)])
+    assert capsys.readouterr().out == "tiny: ok\nquickstart: ok\n"
+
+
+def test_a_pass_has_the_rows_of_a_process_where_those_are_fewer() -> None:
+    stage = load_recipe("tiny").stages["dpo"]
+    assert isinstance(stage, TrainingStage)
+    assert (stage.batch_size, stage.micro_batch_size) == (16, 16)
+    assert [stage.rows_a_pass(processes) for processes in (1, 2, 4)] == [16, 8, 4]
+
+
+DENSE = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num_experts: 1}}"
+LAYERS = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num_experts: [8, 6, 1, 8, 5]}}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "changes", "told"),
+    [
+        ("tiny", 4, [], None),  # the preset has 8
+        ("tiny", 16, [], 8),
+        ("tiny", 16, ["model.config.num_experts=16"], None),
+        ("tiny", 16, [DENSE], None),
+        ("tiny", 4, [LAYERS], 6),  # of four layers; a fifth number means nothing
+        ("quickstart", 4, [], None),
+        ("quickstart", 8, [], 4),
+        ("quickstart", 8, ["model.experts=8"], None),
+        ("quickstart", 8, ["model.path=./nowhere"], "unknown key"),
+    ],
+)
+def test_experts_that_ranks_cannot_share_are_told_without_a_file(
+    recipe: str, size: int, changes: list[str], told: int | str | None, capsys
+) -> None:
+    """From the recipe alone; hand-counted."""
+    batches = [f"stages.{stage}.batch_size=16" for stage in ("sft", "reward_model", "dpo")]
+    batches += ["stages.pretrain.batch_size=16"] if recipe == "tiny" else []
+    words = ["check", "--without-files", recipe, f"parallel={{processes: 16, expert_parallel_size: {size}}}"]
+    if told is None:
+        main([*words, *batches, *changes])
+        assert capsys.readouterr().out == f"{recipe}: ok\n"
+        return
+    with pytest.raises(SystemExit):
+        main([*words, *batches, *changes])
+    sentence = f"parallel.expert_parallel_size {size} does not divide the {told} experts of model; choose a divisor."
+    said = capsys.readouterr().err
+    assert told in said if isinstance(told, str) else said == f"{recipe}: {sentence}\n"
+
+
+def checkpoint(folder: Path, **config: object) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["model.path", "stages.dpo.init_from", "stages.ppo.rewards.0.init_from"])
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, capsys, where: str, inside: str) -> None:
+    """Also one in a stage's folder; its config.json is a file, so not with --without-files."""
+    path = recipe_with(tmp_path, rewards=[{"kind": "model", "init_from": checkpoint(tmp_path / "six", num_experts=6)}])
+    eight = tmp_path / "eight"
+    checkpoint(eight / inside, num_experts=8)
+    words = ["check", path, f"{where}={eight}", "parallel={processes: 6, expert_parallel_size: 6}"]
+    words.append("stages.dpo.batch_size=6")
+    with pytest.raises(SystemExit):
+        main(words)
+    owner = {"model.path": "model", "stages.ppo.rewards.0.init_from": "stages.ppo.rewards"}.get(where, where)
+    sentence = f"parallel.expert_parallel_size 6 does not divide the 8 experts of {owner}; choose a divisor."
+    assert capsys.readouterr().err == f"{path}: {sentence}\n"
+    main([*words, "--without-files"])
+
+
+def test_stages_of_one_process_share_no_experts(tmp_path: Path, capsys) -> None:
+    path = recipe_with(tmp_path, rewards=[{"kind": "model", "init_from": checkpoint(tmp_path / "two", num_experts=2)}])
+    evaluate = "{kind: evaluate, models: [base], prompts: [{kind: file, path: " + str(tmp_path / "rows.jsonl") + "}]}"
+    words = [f"model.path={checkpoint(tmp_path / 'nine', num_experts=9)}", f"stages={{evaluate: {evaluate}}}"]
+    main(["check", path, *words, "parallel={processes: 2, expert_parallel_size: 2}"])
+    assert capsys.readouterr().out == f"{path}: ok\n"
+
+
+def test_a_launcher_says_what_is_wrong_before_it_starts_a_rank(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in launch.PLACE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("ranks are started"))
+    path = recipe_with(tmp_path)
+    (tmp_path / "hosts").write_text("here slots=3\n")
+    two = checkpoint(tmp_path / "two", num_experts=2)
+    offload = f"offload: {{optimizer: nvme, path: {tmp_path / 'nowhere'}}}"
+    parallel = f"{{processes: 4, expert_parallel_size: 4, hostfile: {tmp_path / 'hosts'}, {offload}}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", path, "--run-dir", str(tmp_path / "run"), f"model.path={two}", f"parallel={parallel}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "the sum of its slots is 3, but parallel.processes is 4" in said
+    assert "nowhere is no folder that can be written to" in said
+    assert "does not divide the 2 experts of model" in said
+    assert not (tmp_path / "run").exists()
 
 
 def recipe_with(tmp_path: Path, **ppo: object) -> str:

@@ -81,7 +81,7 @@ def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: py
         ("one slots=0\n", "line 1: write each machine once"),
         ("one slots=1\none slots=1\n", "line 2: write each machine once"),
         ("# none\n", "no machine in it"),
-        ("localhost slots=3\n", "3 slots for 2 processes"),
+        ("localhost slots=3\n", "its slots is 3, but parallel.processes is 2"),
         ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be found"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -77,7 +78,7 @@ def test_the_smallest_change_is_found_not_written() -> None:
     recipe = load_recipe("hunyuan-large", ["parallel.expert_parallel_size=8"])
     plan = evaluate(job, setting_of(job, recipe.parallel, 8), cluster, H20)
     assert [short.where for short in plan.shortages] == ["GPU", "host"]
-    found = {remedy.what: remedy for remedy in remedies(plan, H20)}
+    found = {remedy.what: remedy for remedy in remedies(job, plan.setting, cluster, H20)}
     assert found["more GPUs"].plan.setting.gpus == 32
     assert found["more GPUs"].changes == 1
     assert found["LoRA on attention"].plan.fits
@@ -89,7 +90,7 @@ def test_a_remedy_changes_as_little_as_can_be() -> None:
     wanted = Setting(64, True, 1, 16, None, None, True, 1)
     plan = evaluate(job, wanted, h20(8), H20)
     assert not plan.fits
-    (near,) = (remedy.plan for remedy in remedies(plan, H20) if remedy.what == "other settings")
+    (near,) = (remedy.plan for remedy in remedies(job, wanted, h20(8), H20) if remedy.what == "other settings")
     everything = feasible(job, h20(8), H20)
     assert len(changed(near.setting, wanted)) == min(
         len(changed(replace(p.setting, micro_batch=1), wanted)) for p in everything
@@ -118,6 +119,12 @@ def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: lis
         assert setting_of(again, recipe.parallel, 8) == replace(
             plan.setting, rollout_gpus=again.rollouts.gpus_a_server if again.rollouts else 1
         )
+
+
+def test_one_process_without_deepspeed_is_proposed_without_the_section() -> None:
+    (job,) = jobs_of(load_recipe("hunyuan-large"), "small", "sft")
+    plan = next(plan for plan in feasible(job, Cluster(1, 1, 96 * GB), H20) if not plan.setting.deepspeed)
+    assert load_recipe("hunyuan-large", overrides(plan)).parallel is None
 
 
 def test_reward_models_are_spread_over_the_ranks() -> None:
@@ -248,6 +255,149 @@ def test_search_prints_settings_that_the_recipe_takes(capsys: pytest.CaptureFixt
     assert "does not fit" not in printed(capsys, *arguments, *proposal)
 
 
+ROWS_OF_512 = ["max_prompt_length=480", "rollout.max_model_length=512"]
+ALONE = ["parallel.processes=1", "parallel.expert_parallel_size=1"]
+LARGE = ["hunyuan-large", "--model", "hunyuan-large"]
+
+
+def proposals(found: str) -> list[list[str]]:
+    """The lines of a plan that change the recipe."""
+    return [line.split() for line in found.splitlines() if re.fullmatch(r" +\S+=\S+( \S+=\S+)*", line)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        ([*LARGE, "--gpus", "8", "--gpu", "h20"], 8),
+        ([*LARGE, "--gpus", "24", "--gpu", "h20", "--host-memory", "2000", "--stage", "ppo"], 2),
+        ([*LARGE, "--gpus", "1", "--gpu", "b200", *ALONE, "stages.sft.batch_size=3", "stages.dpo.batch_size=5"], 4),
+        (["tiny", "--gpu-memory", "4.1"], 4),
+        (["tiny", "--gpu-memory", "4.1", "stages.dpo.batch_size=9", "stages.dpo.micro_batch_size=3"], 4),
+        (["tiny", "--gpu-memory", "4.04", "--search", "stages.pretrain.batch_size=6"], 2),
+        (["quickstart", "--gpu-memory", "4.7", "--stage", "dpo"], 1),
+    ],
+)
+def test_the_recipe_takes_each_proposal_as_a_whole(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], least: int
+) -> None:
+    given = [word for word in arguments if "=" in word]
+    lines = proposals(printed(capsys, *arguments))
+    if "24" in arguments:  # processes cannot share the 128 rows of a stage that is not planned
+        assert all("stages.sft.batch_size=144" in line for line in lines if "parallel.processes=24" in line)
+    assert len(lines) >= least
+    for line in lines:
+        cli.main(["check", "--without-files", arguments[0], *given, *line])
+        assert capsys.readouterr().out == f"{arguments[0]}: ok\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*LARGE, "--gpus", "8", "--gpu", "h20"],
+        [*LARGE, "--gpus", "1", "--gpu", "h20", "--host-memory", "2000"],
+        ["tiny", "--gpu-memory", "4.1"],
+        ["hunyuan-large", "--model", "small", "--gpus", "1", "--gpu-memory", "5"],
+        ["tiny", "--gpu-memory", "4.45", "--stage", "ppo", *(f"stages.ppo.{change}" for change in ROWS_OF_512)],
+    ],
+)
+def test_a_proposal_planned_in_its_turn_is_what_was_proposed(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    plans = json.loads(printed(capsys, *arguments, "--json"))["plans"]
+    found = [(plan["stage"], remedy) for plan in plans for remedy in plan["remedies"]]
+    assert len(found) >= 3
+    for stage, remedy in found:
+        settings = remedy["settings"]
+        cluster = ["--stage", stage, "--gpus", str(settings["gpus"]), "--hosts", str(settings["hosts"]), "--json"]
+        (again,) = json.loads(printed(capsys, *arguments, *cluster, *remedy["overrides"]))["plans"]
+        assert again["fits"], (stage, remedy)
+        assert again["settings"] == settings
+        assert again["gpu_bytes"] == pytest.approx(remedy["gpu_bytes"])
+
+
+def test_gpus_that_the_recipes_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each proposal, planned in its turn on the GPUs that it names, fits."""
+    arguments = [*LARGE, "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
+    found = printed(capsys, *arguments, "--gpus", "8")
+    assert "  cannot run    expert_parallel_size 16 does not divide 8 GPUs\n" in found
+    lines = proposals(found)
+    assert len(lines) == 2  # more GPUs, and adapters
+    for line in lines:
+        again = printed(capsys, *arguments, *line, *(["stages.sft.lora={}", *line] if "lora" in " ".join(line) else []))
+        assert "  fits  " in again
+        assert "cannot run" not in again
+    (plan,) = json.loads(printed(capsys, *arguments, "--gpus", "8", "--json"))["plans"]
+    assert plan["cannot_run"] == "expert_parallel_size 16 does not divide 8 GPUs"
+    assert not plan["fits"]
+    assert [" ".join(remedy["overrides"]) for remedy in plan["remedies"]] == [" ".join(line) for line in lines]
+
+
+def test_experts_that_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "hunyuan-large", "--gpu", "h100", "--model", "small", "--stage", "dpo")
+    assert "  cannot run    expert_parallel_size 16 does not divide the 8 experts of small\n" in found
+    assert any("parallel.expert_parallel_size=8" in line for line in proposals(found))
+
+
+def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*LARGE, "--gpus", "8", "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
+    plain, search = (printed(capsys, *arguments, *flag) for flag in ([], ["--search"]))
+    assert "sft: nothing fits\n  smallest changes that make it fit:\n" in search
+    assert proposals(search) == proposals(plain) != []
+    found = json.loads(printed(capsys, *arguments, "--search", "--json"))
+    assert found["plans"] == []
+    changes = [remedy["overrides"] for remedy in found["nothing_fits"]["sft"]]
+    assert changes == proposals(plain)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "idle", "advice"),
+    [
+        (2, [], 1, "a mini-batch of 16 is 1 pass; lower stages.ppo.micro_batch_tokens to 768"),
+        (2, ["micro_batch_tokens=768"], 0, ""),
+        (16, ["micro_batch_tokens=96"], 0, ""),
+        (
+            32,
+            ["micro_batch_tokens=96"],
+            16,
+            "a mini-batch of 16 is 16 passes; raise stages.ppo.mini_batch_size to 32 or more, or use at most 16 GPUs",
+        ),
+        (32, ["micro_batch_tokens=96", "mini_batch_size=32"], 0, ""),
+    ],
+)
+def test_gpus_without_a_pass_of_their_own_are_counted(
+    capsys: pytest.CaptureFixture[str], gpus: int, changes: list[str], idle: int, advice: str
+) -> None:
+    """By hand: rows of 96 tokens, 4096 or fewer in a pass, 16 or 32 rows in a mini-batch."""
+    words = [f"stages.ppo.{change}" for change in changes]
+    found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", str(gpus), "--stage", "ppo", *words)
+    assert (f"{idle} of {gpus} GPUs idle" in found) is bool(idle)
+    assert f"  idle          {advice}\n" in found if idle else "idle" not in found
+
+
+def test_more_gpus_have_smaller_passes_as_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", "4", "--stage", "sft")  # 8 rows a step, 8 a pass
+    assert "  as written    ZeRO-3, 2 rows x 1 pass\n  fits " in found
+
+
+def test_search_counts_idle_gpus_too(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, *LARGE, "--gpus", "256", "--gpu", "h100", "--stage", "ppo", "--search")
+    settings = [line for line in found.splitlines() if "ZeRO-" in line]
+    assert len(settings) > 2
+    assert all("1 completion x 1 pass, 128 of 256 GPUs idle" in line for line in settings)
+
+
+def test_one_thing_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["tiny", "--gpu-memory", "4.1"],
+        ["tiny", "--gpu-memory", "4.1", "--search"],
+        [*LARGE, "--gpus", "1", "--gpu", "h20"],
+        [*LARGE, "--gpus", "8", "--gpu", "h20"],
+    ):
+        found = printed(capsys, *arguments)
+        assert "1 host" in found
+        assert not re.findall(r"(?<![\d,.])1 (?:\w+ )?(?:GPUs|hosts|processes|passes|rows|pairs|settings)\b", found)
+
+
 def test_a_micro_batch_costs_the_same_whether_the_search_or_the_recipe_asks_for_it() -> None:
     one, two = (large(f"stages.sft.micro_batch_size={size}")["sft"] for size in (1, 2))
     setting = setting_of(two, None, 64)
@@ -337,13 +487,10 @@ stages:
             "stages.pretrain: 3 GPUs cannot share batch_size 8 evenly; set it to 9, or use a number of GPUs that",
         ),
         (
-            ["hunyuan-large", "--gpu", "h100", "--model", "small"],
-            "parallel: expert_parallel_size 16 does not divide the 8 experts of small; change",
+            ["tiny", "--gpu", "h100", "--gpus", "65"],
+            "--gpus 65: 9 hosts of at most eight GPUs cannot all have the same number; use 64 or 72, or say with",
         ),
-        (
-            ["hunyuan-large", "--gpu", "h100", "--model", "hunyuan-large", "--gpus", "8"],
-            "parallel: expert_parallel_size 16 does not divide 8 GPUs; change parallel.expert_parallel_size.",
-        ),
+        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10, or say with --hosts how many hosts there are."),
         (
             ["tiny", "--gpu", "h100", "--stage", "spt"],
             "--stage spt: the recipe has no such stage; it has pretrain, sft,",

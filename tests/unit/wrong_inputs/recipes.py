@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import yaml
+
 from .here import Here, sample_stage, wrong
+
+HUB = {"kind": "pretrained", "path": "owner/name"}
 
 
 @wrong("unknown-key")
@@ -214,7 +220,64 @@ def _(here: Here) -> str:
 @wrong("processes-without-a-share")
 def _(here: Here) -> str:
     here.recipe(batch_size=8, micro_batch_size=8)
-    return here.align("check", "recipe.yaml", "parallel.processes=4")
+    return here.align("check", "recipe.yaml", "--nproc", "3")
+
+
+@wrong("passes-without-a-share")
+def _(here: Here) -> str:
+    here.recipe(batch_size=12, micro_batch_size=4)
+    return here.align("check", "recipe.yaml", "--nproc", "2")
+
+
+def spread(here: Here, **parallel: Any) -> str:
+    """What is said of a recipe's `parallel` section."""
+    here.recipe()
+    return here.align("check", "recipe.yaml", f"parallel={yaml.safe_dump(parallel, default_flow_style=True)}")
+
+
+@wrong("groups-of-processes")
+def _(here: Here) -> str:
+    return spread(here, processes=4, expert_parallel_size=3)
+
+
+@wrong("groups-of-experts")
+def _(here: Here) -> str:
+    return spread(here, processes=4, expert_parallel_size=4)
+
+
+@wrong("groups-of-experts-at-the-start")
+def _(here: Here) -> str:
+    return here.run("parallel={processes: 4, expert_parallel_size: 4}", init_from="./model", model=HUB)
+
+
+@wrong("experts-without-zero")
+def _(here: Here) -> str:
+    return spread(here, processes=2, expert_parallel_size=2, zero_stage=0)
+
+
+@wrong("offload-parameters-without-zero-3")
+def _(here: Here) -> str:
+    return spread(here, zero_stage=2, offload={"parameters": "cpu"})
+
+
+@wrong("offload-optimizer-without-zero")
+def _(here: Here) -> str:
+    return spread(here, zero_stage=0, offload={"optimizer": "cpu"})
+
+
+@wrong("offload-to-nvme-without-zero-3")
+def _(here: Here) -> str:
+    return spread(here, zero_stage=2, offload={"optimizer": "nvme", "path": "."})
+
+
+@wrong("nvme-without-path")
+def _(here: Here) -> str:
+    return spread(here, offload={"parameters": "nvme"})
+
+
+@wrong("path-without-nvme")
+def _(here: Here) -> str:
+    return spread(here, offload={"optimizer": "cpu", "path": "."})
 
 
 @wrong("critic-without-ppo")

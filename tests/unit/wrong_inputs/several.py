@@ -52,6 +52,13 @@ def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
+@wrong("hostfile-slots-checked")
+def _(here: Here) -> str:
+    here.write("hosts", "127.0.0.1 slots=3\n")
+    here.recipe(micro_batch_size=2)
+    return here.align("check", "recipe.yaml", "parallel.processes=2", "--hostfile", "hosts")
+
+
 @wrong("hostfile-unknown-machine")
 def _(here: Here) -> str:
     return started(here, "no-such-machine.invalid slots=1\n")
@@ -140,6 +147,12 @@ def _(here: Here) -> None:
 def _(here: Here) -> None:
     nvme = Offload(optimizer="nvme", path=str(Path("nowhere")))
     room.require_room(Parallel(offload=nvme), 1, "float32", machines=1)
+
+
+@wrong("offload-without-folder-checked")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("check", "recipe.yaml", "parallel.offload={optimizer: nvme, path: rows.jsonl}")
 
 
 @wrong("nvme-without-libaio")
