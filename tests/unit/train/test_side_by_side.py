@@ -29,7 +29,7 @@ def test_two_works_go_at_the_same_time_on_half_of_the_threads_each() -> None:
     with torch.no_grad():
         first, second = side_by_side([work, work])
     assert first[0] != second[0]
-    assert (first[1:], second[1:]) == ((3, False), (2, False))
+    assert {first[1:], second[1:]} == {(3, False), (2, False)}  # whichever thread was first
     assert torch.get_num_threads() == 5
 
 
