@@ -53,7 +53,8 @@ def write_recipe(folder: Path) -> Path:
     """Sixteen sequences a step, two in a pass: a process accumulates eight passes, or four, or two."""
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(61)]
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
-    files = {"rows": rows, "pairs": pairs}
+    texts = [{"text": row["prompt"] + " " + row["completion"]} for row in rows] * 8
+    files = {"texts": texts, "rows": rows, "pairs": pairs}
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     data = {
@@ -84,6 +85,7 @@ def write_recipe(folder: Path) -> Path:
             },
         },
         "stages": {
+            "pretrain": trained("pretrain", "texts"),
             "sft": trained("sft", "rows"),
             "reward_model": trained("reward_model", "pairs"),
             "dpo": {**trained("dpo", "pairs"), "init_from": "base", "sft_coef": 0.1},
@@ -162,7 +164,7 @@ def update_apart(run_dir: Path, alone: Path) -> dict[str, Any]:
 
 def main() -> None:
     results: dict[str, Any] = {"steps": STEPS, "optimizer": OPTIMIZER, "layouts": {}}
-    stages = ("sft", "reward_model", "dpo", *STEADIER)
+    stages = ("pretrain", "sft", "reward_model", "dpo", *STEADIER)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = write_recipe(folder)
