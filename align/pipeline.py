@@ -52,8 +52,8 @@ def run(
     choose(recipe, run_dir, resume=resume, only=only, start=start)
     if recipe.parallel is not None and not _joined(recipe, run_dir):
         return
+    chosen, again = refuse_early(recipe, run_dir, resume=resume, only=only, start=start)
     with locked(run_dir):
-        chosen, again = refuse_early(recipe, run_dir, resume=resume, only=only, start=start)
         contexts = [
             StageContext(recipe, name, run_dir, resume=resume and name not in again, say=say, status=status)
             for name in chosen
@@ -98,6 +98,11 @@ def refuse_early(
     to_run = [name for name in chosen if name in again or read_manifest(run_dir / name) is None]
     if found := problems(recipe, to_run):
         raise UserError("\n".join(found))
+    for name in (name for name in to_run if name != BASE):
+        context = StageContext(recipe, name, run_dir)
+        for where, parent in references(context.stage):
+            if where != "data" and parent not in to_run and not is_path(parent):
+                context.checkpoint(parent)
     return chosen, again
 
 

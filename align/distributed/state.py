@@ -56,7 +56,12 @@ class Held:
             key = None if kind == "weight" else kind
             return self.optimizer.get_local_fp32_param(self.parameter, key)[: self.count]
         if self.mapping is not None:
-            return self.mapping.get_hp_fragment(None if kind == "weight" else kind)
+            if kind == "weight":
+                return self.mapping.get_hp_fragment()
+            # The mapping's own way to the moments is made in the first step, when one parameter group alone has them.
+            flat = flat_parameters(self.optimizer)[self.mapping.param_group_index]
+            address = self.mapping.hp_fragment_address
+            return self.optimizer.optimizer.state[flat][kind].narrow(0, address.start, address.numel)
         whole = self.master.detach() if kind == "weight" else self.optimizer.state[self.master][kind]
         return whole.flatten()
 

@@ -230,6 +230,18 @@ def main(out: Path) -> None:
     load_training_state(made, out / "state")
     losses = train(made, range(half, STEPS))["losses"]  # DeepSpeed tells no norms there
     found["state read by zero 0"] = max(abs(a - b) / b for a, b in zip(losses, rest["losses"], strict=True))
+    for stage, dtype in ((2, "float32"), (1, "float32"), (2, "bfloat16"), (1, "bfloat16")):
+        own = Parallel(processes=ranks, zero_stage=stage)
+        folder = out / f"state-{stage}-{dtype}"
+        made = engine(own, dtype=dtype)
+        train(made, range(half))
+        save_training_state(made, folder)
+        going_on = train(made, range(half, STEPS))
+        for reader, parallel in {"itself": own, "zero 3": settings["zero 3"]}.items():
+            made = engine(parallel, dtype=dtype)
+            load_training_state(made, folder)
+            apart = difference(train(made, range(half, STEPS)), going_on)
+            found[f"state of zero {stage} in {dtype} read by {reader}"] = apart
     for name in ("zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "offload"):
         made, share = loaded(settings[name], out / "start")
         shares = torch.zeros(ranks)

@@ -52,6 +52,14 @@ def test_a_state_is_read_by_any_other_arrangement(found: dict, reader: str) -> N
     assert found[f"state read by {reader}"] < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_state_of_the_lower_stages_is_whole(found: dict, stage: int, dtype: str, tolerance: float) -> None:
+    """Several parameter groups, of which DeepSpeed links the first alone to its moments."""
+    assert found[f"state of zero {stage} in {dtype} read by itself"] == 0
+    assert found[f"state of zero {stage} in {dtype} read by zero 3"] < tolerance
+
+
 @pytest.mark.parametrize("reader", ["zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "offload"])
 def test_each_rank_reads_its_own_part(found: dict, reader: str) -> None:
     assert found[f"loaded for {reader}"] < 1e-5

@@ -33,6 +33,8 @@ class Runs:
         self.done.append((context.name, context.resume))
         if context.name == self.fails:
             raise KeyboardInterrupt
+        (context.dir / "model").mkdir(exist_ok=True)
+        (context.dir / "model" / "config.json").touch()
         return {"metrics": {}, "data": {}}
 
     def run(
@@ -85,6 +87,13 @@ def test_one_interrupted_stage_can_be_resumed_alone(runs) -> None:
     assert read_manifest(runs.folder / "run" / "second") is not None
     assert runs.run(only="second", resume=True) == [("second", False)]  # finished: again, from the start
     assert runs.run(only="second") == [("second", False)]
+
+
+def test_a_stage_without_its_parent_is_refused_before_anything_is_made(runs) -> None:
+    with pytest.raises(UserError, match=r"stages\.second needs the checkpoint of 'first'.*--only first"):
+        runs.run(only="second", resume=True)
+    assert runs.done == []
+    assert not (runs.folder / "run").exists()
 
 
 def test_an_interrupted_stage_is_not_resumed_with_other_settings(runs) -> None:
