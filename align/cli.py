@@ -366,23 +366,11 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from align.config import load_recipe
-    from align.config.recipe import BASE
-    from align.train.inputs import problems as problems_of
-
-    problems: dict[str, str | None] = {}
     changes = [value for value in options.recipes if "=" in value]
     recipes = [value for value in options.recipes if "=" not in value]
     if not recipes:
         raise UserError("there are only changes here and no recipe; put a recipe's name or file in front of them.")
-    changes += _processes(options, changes)
-    for path in recipes:
-        try:
-            recipe = load_recipe(path, changes)
-            found = problems_of(recipe, [BASE, *recipe.stages], files=not options.without_files)
-            problems[path] = "\n".join(f"{path}: {problem}" for problem in found) or None
-        except UserError as error:
-            problems[path] = str(error)
+    problems = {path: _problems(path, changes, options) for path in recipes}
     if options.json:
         print(json.dumps({path: {"ok": p is None, "error": p} for path, p in problems.items()}, indent=2))
     else:
@@ -390,6 +378,24 @@ def _check(options: argparse.Namespace) -> None:
             print(problem if problem else f"{path}: ok", file=sys.stderr if problem else sys.stdout)
     if any(problems.values()):
         sys.exit(2)
+
+
+def _problems(path: str, changes: list[str], options: argparse.Namespace) -> str | None:
+    """What `align check` has to say of one recipe."""
+    from align.config import load_recipe
+    from align.config.recipe import BASE
+    from align.train.inputs import problems
+
+    try:
+        changes = [*changes, *_processes(options, changes)]
+    except UserError as error:  # the hostfile's, which knows no recipe
+        return f"{path}: {error}"
+    try:
+        recipe = load_recipe(path, changes)
+    except UserError as error:
+        return str(error)
+    found = problems(recipe, [BASE, *recipe.stages], files=not options.without_files)
+    return "\n".join(f"{path}: {problem}" for problem in found) or None
 
 
 def _show(options: argparse.Namespace) -> None:

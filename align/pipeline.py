@@ -112,6 +112,7 @@ def _processes() -> Any:
 
 def _joined(recipe: Recipe, run_dir: Path) -> bool:
     """Meet the run's other processes. True on rank 0, which leads; on the others all is done when this returns."""
+    importlib.import_module("align.distributed.launch").require_place(recipe.parallel)  # before torch is loaded
     processes = _processes()
     processes.join(recipe)
     if processes.rank() == 0:

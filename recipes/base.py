@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -16,7 +15,7 @@ from align.data import corpus, train_tokenizer
 from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
-from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan import HunYuanForCausalLM
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
 from align.train.run_folder import StageContext, remove_folder, replace_folder, write_json
 
@@ -65,7 +64,6 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
         tokenizer = train_tokenizer(texts, settings.tokenizer.vocab_size)
-    _require_known(settings.config)
     sizes = PRESETS[settings.preset] if settings.preset else {}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
@@ -76,19 +74,10 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _require_known(config: dict[str, Any]) -> None:
-    unknown = sorted(set(config) - set(HunYuanConfig.__dataclass_fields__))
-    if unknown:
-        near = get_close_matches(unknown[0], HunYuanConfig.__dataclass_fields__, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise UserError(f"model.config: '{unknown[0]}' is not a key of a HunYuan configuration{hint}")
-
-
 def _change_config(folder: Path, changes: dict[str, Any]) -> None:
     """Write the changed keys into a checkpoint's config.json."""
     if not changes:
         return
-    _require_known(changes)
     path = folder / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     checked_config(config, "model.config", "change it")

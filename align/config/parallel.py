@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +18,8 @@ class Offload(Part):
     parameters: Literal["cpu", "nvme"] | None = None
     """Where a rank's slices of the weights live; needs `zero_stage` 3."""
     path: str | None = None
-    """Folder on a fast local disk, for this run alone, where something is offloaded to `nvme`."""
+    """Folder on a fast local disk, for this run alone, where something is offloaded to `nvme`; relative to the working
+    directory."""
 
     @model_validator(mode="after")
     def _nvme_has_a_path(self) -> Offload:
@@ -49,18 +51,27 @@ class Parallel(Part):
         layer; one expert means a dense layer."""
         if experts <= 1 or experts % self.expert_parallel_size == 0:
             return None
+        # Where the processes are at fault as well, as without --nproc, their number is not what to go by.
+        shared = gcd(experts, self.processes) if self.uneven_groups() is None else experts
+        *fewer, most = (str(size) for size in range(1, shared + 1) if shared % size == 0)
+        sizes = f"{', '.join(fewer)} or {most}" if fewer else most
         return (
             f"parallel.expert_parallel_size {self.expert_parallel_size} does not divide the {experts} experts of "
-            f"{owner}; choose a divisor."
+            f"{owner}; set it to {sizes}."
+        )
+
+    def uneven_groups(self) -> str | None:
+        """What is wrong where the processes cannot be divided into groups of `expert_parallel_size`; asked apart from
+        the recipe's validation, because `align plan` is about other processes than the recipe's."""
+        if self.processes % self.expert_parallel_size == 0:
+            return None
+        return (
+            f"parallel.expert_parallel_size {self.expert_parallel_size} does not divide the number of processes, "
+            f"{self.processes} (parallel.processes, --nproc); change one of them."
         )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Parallel:
-        if self.processes % self.expert_parallel_size:
-            raise ValueError(
-                f"expert_parallel_size {self.expert_parallel_size} does not divide processes {self.processes}; "
-                "change one"
-            )
         if self.expert_parallel_size > 1 and self.zero_stage == 0:
             raise ValueError(
                 "expert_parallel_size needs zero_stage 1, 2 or 3: without ZeRO, DeepSpeed clips each rank by a "

@@ -183,9 +183,17 @@ class StageSource(SourceBase):
     """The stage's training pairs, or its held-out ones."""
 
 
+def _kind_of_source(value: Any) -> Any:
+    """By the field's name alone, pydantic would not let `kind` be left out."""
+    return value.get("kind", "file") if isinstance(value, dict) else getattr(value, "kind", "file")
+
+
 Source = Annotated[
-    FileSource | HubSource | PythonDocsSource | StageSource,
-    Field(discriminator="kind"),
+    Annotated[FileSource, Tag("file")]
+    | Annotated[HubSource, Tag("hub")]
+    | Annotated[PythonDocsSource, Tag("python_docs")]
+    | Annotated[StageSource, Tag("stage")],
+    Discriminator(_kind_of_source),
 ]
 ScratchTokenizer.model_rebuild()
 ScratchModel.model_rebuild()

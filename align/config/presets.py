@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 _FAMILY: dict[str, Any] = {"num_shared_expert": 1, "use_mixed_mlp_moe": True, "use_cla": True, "use_qk_norm": True}
@@ -59,6 +60,58 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Keys of `HunYuanConfig`. hunyuan-large is the published instruct model; the others keep its shape at other sizes."""
+
+CONFIG_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attention_head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "rope_theta",
+    "rope_scaling",
+    "rope_inv_freq_dtype",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "hidden_dropout",
+    "use_qk_norm",
+    "use_cla",
+    "cla_share_factor",
+    "num_experts",
+    "moe_topk",
+    "use_mixed_mlp_moe",
+    "num_shared_expert",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "capacity_factor",
+    "moe_drop_tokens",
+    "moe_random_routing_dropped_token",
+    "output_router_logits",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""The fields of `HunYuanConfig`, so that a recipe's are known without transformers."""
+
+
+def unknown_keys(config: dict[str, Any]) -> list[str]:
+    """What is wrong with each key that `HunYuanConfig` does not have."""
+    found = []
+    for key in config:
+        if key not in CONFIG_KEYS:
+            near = get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.5)
+            mend = f"write '{near[0]}', if that is meant" if near else "remove it"
+            found.append(f"model.config: '{key}' is not a key of a HunYuan configuration; {mend}")
+    return found
+
 
 PUBLISHED = {f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")}
 """The preset that has the sizes of a published checkpoint, by the name of its folder in lower case."""

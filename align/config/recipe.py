@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from align.config.parallel import Parallel
 from align.config.parts import Model, Part, Source
 from align.config.ppo import PpoStage
+from align.config.presets import unknown_keys
 from align.config.rewards import ModelReward
 from align.config.stages import EvaluateStage, Stage, TrainingStage
 
@@ -43,6 +44,12 @@ class Recipe(Part):
     """What is done, under names of your own (lower-case letters, digits and `_`); stages run in the order written."""
 
     @model_validator(mode="after")
+    def _model_has_known_keys(self) -> Recipe:
+        if problems := unknown_keys(self.model.config):
+            raise ValueError(".\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
     def _stages_refer_backwards(self) -> Recipe:
         seen: list[str] = []
         for name, stage in self.stages.items():
@@ -71,23 +78,29 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
-        processes = self.parallel.processes if self.parallel is not None else 1
+        processes, source = 1, "parallel.processes, --nproc"
+        if self.parallel is not None:
+            processes = self.parallel.processes
+            source = f"the slots of {self.parallel.hostfile}" if self.parallel.hostfile is not None else source
         problems = []
         for name, stage in self.stages.items():
-            if isinstance(stage, TrainingStage) and (problem := _uneven(stage, processes)):
+            if isinstance(stage, TrainingStage) and (problem := _uneven(stage, processes, source)):
                 problems.append(f"stages.{name}: {problem}")
         if problems:
             raise ValueError(".\n".join(problems))
         return self
 
 
-def _uneven(stage: TrainingStage, processes: int) -> str | None:
-    """What is wrong where `processes` cannot share a step's rows, with the nearest values that work."""
+def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
+    """What is wrong where `processes` cannot share a step's rows, with the nearest values that work.
+
+    source: what says how many processes there are.
+    """
     batch, micro = stage.batch_size, stage.micro_batch_size
     share, rest = divmod(batch, processes)
     if rest:
         return (
-            f"{processes} processes (parallel.processes, --nproc) cannot share batch_size {batch} evenly; set "
+            f"{processes} processes ({source}) cannot share batch_size {batch} evenly; set "
             f"batch_size to {nearest_batch(batch, micro, processes)}, or use a number of processes that divides it"
         )
     if share % stage.rows_a_pass(processes) == 0:

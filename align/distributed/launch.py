@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -38,22 +39,65 @@ def environment_of_its_own() -> dict[str, str]:
 def is_rank() -> bool:
     """True in a process that something has started as one of several (torchrun, accelerate, Slurm, this module)."""
     # In a batch script Slurm sets SLURM_PROCID and SLURM_NTASKS too; only srun's tasks are in a step.
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" not in os.environ and whole_number(os.environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
         os.environ.update(slurm_place(dict(os.environ)))
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        (missing,) = {"RANK", "WORLD_SIZE"} - set(given)
+        raise UserError(
+            f"{given[0]} is set and {missing} is not, so this may be one of several processes and may be none; set "
+            f"both, as torchrun does, or unset {given[0]}."
+        )
+    return bool(given)
+
+
+def whole_number(variables: Mapping[str, str], name: str, default: str = "") -> int:
+    text = variables.get(name, default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"{name} is '{text}', but must be a whole number; start align with a launcher that sets it.")
+    return int(text)
+
+
+def require_place(parallel: Parallel) -> None:
+    """Raise `UserError` where a launcher's variables give this process no place among those of `parallel`."""
+    world = whole_number(os.environ, "WORLD_SIZE")
+    if world != parallel.processes:
+        raise UserError(
+            f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
+            f"(parallel.processes={world})."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE says that this is one of {world} ranks, but {missing[0]} is not set; start it with torchrun "
+            "or with --nproc alone, or unset WORLD_SIZE and RANK."
+        )
+    _require_below(whole_number(os.environ, "RANK"), "RANK", world, "WORLD_SIZE")
+    whole_number(os.environ, "LOCAL_RANK")
+    master_port()
+
+
+def _require_below(number: int, name: str, limit: int, total: str) -> None:
+    if number >= limit:
+        raise UserError(
+            f"{name} is {number}, but {total} is {limit}, so that the last rank is {limit - 1}; start every process "
+            "with a number of its own, beginning with 0."
+        )
 
 
 def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
     """torchrun's variables from those that `srun` sets for a task."""
     first = first_host(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost")
-    job = int(slurm.get("SLURM_JOB_ID", "0"))
+    job = whole_number(slurm, "SLURM_JOB_ID", "0")
+    tasks = whole_number(slurm, "SLURM_STEP_NUM_TASKS")
+    _require_below(whole_number(slurm, "SLURM_PROCID"), "SLURM_PROCID", tasks, "SLURM_STEP_NUM_TASKS")
     machines = int(slurm.get("SLURM_STEP_NUM_NODES") or slurm.get("SLURM_NNODES") or "1")
     return {
         "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
         # Offloading asks how many ranks share a machine's memory.
-        "LOCAL_WORLD_SIZE": str(max(1, int(slurm["SLURM_STEP_NUM_TASKS"]) // machines)),
+        "LOCAL_WORLD_SIZE": str(max(1, tasks // machines)),
         "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
         # Two jobs on a machine must not meet: each has a port of its own.
         "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),
@@ -71,21 +115,38 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Slots of each machine, in the file's order; lines are `host slots=N`, `#` begins a comment."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"parallel.hostfile: {path} cannot be read ({reason}); check the path.") from None
+    except OSError as error:
+        raise UserError(f"parallel.hostfile: {path} cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"parallel.hostfile: {path} is not a text file; write lines 'host slots=N' into one.") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        match = re.fullmatch(r"slots=([1-9][0-9]*)", words[1]) if len(words) == 2 else None
-        if match is None or words[0] in hosts:
-            raise UserError(f"{path}: line {number}: write each machine once, as 'host slots=N'.")
-        hosts[words[0]] = int(match[1])
+        if problem := _line_problem(words, hosts):
+            raise UserError(f"{path}: line {number}: {problem}.")
+        hosts[words[0]] = int(words[1].removeprefix("slots="))
     if not hosts:
         raise UserError(f"{path}: no machine in it; write lines 'host slots=N'.")
     return hosts
+
+
+def _line_problem(words: list[str], hosts: dict[str, int]) -> str | None:
+    """What is wrong with a hostfile's line, behind which `hosts` were read already."""
+    host, *rest = words
+    unknown = [word for word in rest if not word.startswith("slots=")] or rest[1:]
+    if host.startswith("slots="):
+        return f"no machine stands before '{host}'; write 'host {host}'"
+    if host in hosts:
+        return f"the machine '{host}' is there a second time; write it once, with all its slots"
+    if unknown:
+        return f"'{unknown[0]}' is not understood; write 'host slots=N' and nothing else"
+    if not rest:
+        return f"'{host}' has no slots; write '{host} slots=N', N the processes there"
+    if not re.fullmatch("slots=[1-9][0-9]{0,5}", rest[0]):
+        return f"'{rest[0]}' is no number of processes; write slots=1 or more"
+    return None
 
 
 def slots_of(parallel: Parallel) -> dict[str, int]:

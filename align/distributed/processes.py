@@ -43,18 +43,6 @@ def join(recipe: Recipe) -> None:
     """Meet the other processes of this run; a `UserError` on each where they do not fit together."""
     parallel = recipe.parallel
     assert parallel is not None
-    world = int(os.environ["WORLD_SIZE"])
-    if world != parallel.processes:
-        raise UserError(
-            f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
-            f"(parallel.processes={world})."
-        )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"WORLD_SIZE says that this is one of {world} ranks, but {missing[0]} is not set; start it with torchrun "
-            "or with --nproc alone, or unset WORLD_SIZE and RANK."
-        )
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -46,5 +46,12 @@ def free_disk(path: str | None) -> int:
 
 
 def require_folder(path: str) -> None:
-    if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
-        raise UserError(f"parallel.offload.path: {path} is no folder that can be written to; create it.")
+    if not os.path.exists(path):
+        problem = f"does not exist (paths are relative to {Path.cwd()}); create it"
+    elif not os.path.isdir(path):
+        problem = "is a file; name a folder"
+    elif not os.access(path, os.W_OK | os.X_OK):
+        problem = "cannot be written to; mend its permissions, or name another folder"
+    else:
+        return
+    raise UserError(f"parallel.offload.path: {path} {problem}.")

@@ -32,6 +32,8 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
             found += _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
     if recipe.parallel is not None:
         found += _of_machines(recipe.parallel) if files else []
+        if problem := recipe.parallel.uneven_groups():
+            found.append(problem)
         for name in stages:
             if name != BASE:
                 found += _of_experts(recipe, name, recipe.parallel, files)

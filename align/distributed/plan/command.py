@@ -41,6 +41,8 @@ class Question:
 
 def answer(recipe: Recipe, question: Question) -> str:
     """What `align plan` prints."""
+    if question.show < 1:
+        raise UserError(f"--show {question.show}: must be 1 or more.")
     cluster, (rates, source) = cluster_of(recipe, question), rates_of(question)
     jobs = jobs_of(recipe, question.model, question.stage)
     for job in jobs:

@@ -130,6 +130,8 @@ def described(job: Job, setting: Setting) -> str:
 def _engine(rollouts: Rollouts, setting: Setting) -> str:
     if rollouts.engine == "remote":
         return f"{counted(rollouts.servers, 'rollout server')} elsewhere"
+    if rollouts.engine == "huggingface":
+        return "transformers generates in every process"
     return f"vLLM over {setting.rollout_gpus}{', which sleeps' * setting.rollout_sleep}"
 
 
@@ -249,7 +251,7 @@ def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[
     if not plans:
         return "\n".join([f"{job.name}: nothing fits", *_all_remedies(remedies)])
     fit = "1 setting fits" if len(plans) == 1 else f"{len(plans)} settings fit"
-    lines = [f"{job.name}: {fit}; estimated seconds a {'round' if job.rollouts else 'step'}"]
+    lines = [f"{job.name}: {fit}; estimated time a {'round' if job.rollouts else 'step'}"]
     for plan in plans[:shown]:
         host = plan.memory.host_bytes * plan.cluster.gpus_a_host
         hosts = f", {_gb(host)} GB a host" if host else ""
@@ -292,4 +294,6 @@ def _gb(size: float) -> str:
 def _seconds(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:,.0f} s"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import yaml
 
 from align.cli import main
 from align.config import load_recipe
+from align.config.parts import FileSource
+from align.config.recipe import Recipe
 from align.config.stages import TrainingStage
 from align.distributed import launch
 from align.errors import UserError
@@ -120,9 +124,63 @@ def test_experts_that_ranks_cannot_share_are_told_without_a_file(
         return
     with pytest.raises(SystemExit):
         main([*words, *batches, *changes])
-    sentence = f"parallel.expert_parallel_size {size} does not divide the {told} experts of model; choose a divisor."
+    sentence = f"parallel.expert_parallel_size {size} does not divide the {told} experts of model; set it to "
     said = capsys.readouterr().err
-    assert told in said if isinstance(told, str) else said == f"{recipe}: {sentence}\n"
+    assert told in said if isinstance(told, str) else said.startswith(f"{recipe}: {sentence}")
+
+
+@pytest.mark.parametrize(("processes", "experts", "sizes"), [(16, 8, [1, 2, 4, 8]), (6, 8, [1, 2]), (6, 7, [1])])
+def test_sizes_of_groups_are_told_that_work(processes: int, experts: int, sizes: list[int], capsys) -> None:
+    """Every size that is named is taken, and no other one."""
+    changes = [f"stages.{stage}.batch_size={processes}" for stage in ("pretrain", "sft", "reward_model", "dpo")]
+    changes += [f"model.config.num_experts={experts}", f"parallel.processes={processes}"]
+    words = ["check", "--without-files", "tiny", *changes]
+    with pytest.raises(SystemExit):
+        main([*words, f"parallel.expert_parallel_size={processes}"])
+    told = re.search(r"; set it to ([0-9, or]+)\.$", capsys.readouterr().err)
+    assert told is not None
+    assert [int(number) for number in re.findall("[0-9]+", told[1])] == sizes
+    for size in range(1, processes + 1):
+        if size in sizes:
+            main([*words, f"parallel.expert_parallel_size={size}"])
+        else:
+            with pytest.raises(SystemExit):
+                main([*words, f"parallel.expert_parallel_size={size}"])
+
+
+def test_a_forgotten_number_of_processes_is_named_and_does_not_narrow_the_sizes(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--without-files", "tiny", "parallel.expert_parallel_size=16"])
+    processes, experts = capsys.readouterr().err.splitlines()
+    assert "the number of processes, 1 (parallel.processes, --nproc); change one" in processes
+    assert experts.endswith("the 8 experts of model; set it to 1, 2, 4 or 8.")
+
+
+WITHOUT_TORCH = """
+import sys
+from align.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("command", [["check"], ["plan", "--gpu", "h100"], ["run", "--nproc", "2"]])
+def test_unknown_keys_of_a_configuration_are_told_all_at_once_without_torch(command: list[str], tmp_path) -> None:
+    words = [*command, "tiny", "model.config={head_dim: 3, xyz: 4, num_experts: 4}"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "'head_dim' is not a key of a HunYuan configuration; write 'attention_head_dim'" in done.stderr
+    assert "'xyz' is not a key" in done.stderr
+    assert "num_experts" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_without_a_kind_is_a_file() -> None:
+    source = load_recipe("tiny", ["stages.sft.data.train=[{path: rows.jsonl}]"]).stages["sft"].data.train[0]
+    assert isinstance(source, FileSource)
+    assert Recipe.model_validate_json(load_recipe("tiny").model_dump_json()) == load_recipe("tiny")
 
 
 def checkpoint(folder: Path, **config: object) -> str:
@@ -143,7 +201,7 @@ def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, cap
     with pytest.raises(SystemExit):
         main(words)
     owner = {"model.path": "model", "stages.ppo.rewards.0.init_from": "stages.ppo.rewards"}.get(where, where)
-    sentence = f"parallel.expert_parallel_size 6 does not divide the 8 experts of {owner}; choose a divisor."
+    sentence = f"parallel.expert_parallel_size 6 does not divide the 8 experts of {owner}; set it to 1 or 2."
     assert capsys.readouterr().err == f"{path}: {sentence}\n"
     main([*words, "--without-files"])
 
@@ -170,7 +228,7 @@ def test_a_launcher_says_what_is_wrong_before_it_starts_a_rank(tmp_path: Path, c
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "the sum of its slots is 3, but parallel.processes is 4" in said
-    assert "nowhere is no folder that can be written to" in said
+    assert f"nowhere does not exist (paths are relative to {Path.cwd()})" in said
     assert "does not divide the 2 experts of model" in said
     assert not (tmp_path / "run").exists()
 

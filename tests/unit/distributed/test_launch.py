@@ -77,9 +77,11 @@ def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("one\n", "line 1: write each machine once, as 'host slots=N'"),
-        ("one slots=0\n", "line 1: write each machine once"),
-        ("one slots=1\none slots=1\n", "line 2: write each machine once"),
+        ("one\n", "line 1: 'one' has no slots; write 'one slots=N'"),
+        ("one slots=0\n", "line 1: 'slots=0' is no number of processes"),
+        ("one slots=1 slots=2\n", "line 1: 'slots=2' is not understood"),
+        ("one slots=9999999999\n", "line 1: 'slots=9999999999' is no number"),
+        ("one slots=1\none slots=1\n", "line 2: the machine 'one' is there a second time"),
         ("# none\n", "no machine in it"),
         ("localhost slots=3\n", "its slots is 3, but parallel.processes is 2"),
         ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be found"),

@@ -481,6 +481,7 @@ stages:
             ["tiny", "--gpu", "h100", "--gpus", "8", "--hosts", "3"],
             "--hosts 3 does not divide 8 GPUs; every host has the same number.",
         ),
+        (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: must be 1 or more."),
         (["tiny", "--gpu", "abacus"], "--gpu abacus: known are a100-40, a100,"),
         (
             ["tiny", "--gpu", "h100", "--gpus", "3"],
@@ -515,6 +516,26 @@ def test_bad_input_gets_one_sentence(capsys: pytest.CaptureFixture[str], argumen
     assert sentence in written.err
     assert written.err.count("\n") == 1
     assert written.out == ""
+
+
+@pytest.mark.parametrize("size", [16, 3])
+def test_groups_that_the_gpus_do_not_allow_are_judged_against_them(size: int) -> None:
+    """Not against the recipe's processes; the first proposal is taken as it is printed."""
+    recipe = load_recipe("tiny", [f"parallel.expert_parallel_size={size}"])
+    (stage,) = json.loads(answer(recipe, Question(gpus=8, gpu="h100", stage="sft", json=True)))["plans"]
+    assert stage["cannot_run"] == f"expert_parallel_size {size} does not divide 8 GPUs"
+    proposed = load_recipe("tiny", stage["remedies"][0]["overrides"]).parallel
+    assert proposed is not None
+    assert (proposed.processes, proposed.uneven_groups()) == (8, None)
+
+
+def test_rollouts_are_named_by_their_engine_and_small_times_differ() -> None:
+    recipe = load_recipe("tiny", ["stages.ppo.rollout.engine=huggingface", "parallel.processes=2"])
+    said = answer(recipe, Question(gpu="h100"))
+    assert "vLLM" not in said
+    assert "transformers generates" in said
+    assert "0.0 ms" not in said
+    assert len(set(re.findall("[0-9.]+ µs", said))) > 3
 
 
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from align import cli
-from align.config.presets import PRESETS
+from align.config.presets import CONFIG_KEYS, PRESETS
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.cost import model_cost
 
@@ -74,3 +74,7 @@ def test_show_model_refuses_what_is_neither(capsys) -> None:
         cli.main(["show-model", "hunyuan-huge"])
     assert stopped.value.code == 2
     assert "neither a preset" in capsys.readouterr().err
+
+
+def test_the_keys_of_recipes_are_the_configurations_fields() -> None:
+    assert tuple(vars(HunYuanConfig)["__annotations__"]) == CONFIG_KEYS

@@ -127,6 +127,11 @@ def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": {"hiden_size": 32}})
 
 
+@wrong("scratch-strange-key")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "scratch", "tokenizer": "./model", "config": {"xyz": 32}})
+
+
 @wrong("scratch-impossible-sizes")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"moe_topk": 4}})

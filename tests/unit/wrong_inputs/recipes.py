@@ -28,7 +28,7 @@ def _(here: Here) -> str:
 
 @wrong("missing-kind")
 def _(here: Here) -> str:
-    return here.check(data={"train": [{"path": "rows.jsonl"}]})
+    return here.check(model={"path": "model"})
 
 
 @wrong("unknown-kind")
@@ -237,7 +237,7 @@ def spread(here: Here, **parallel: Any) -> str:
 
 @wrong("groups-of-processes")
 def _(here: Here) -> str:
-    return spread(here, processes=4, expert_parallel_size=3)
+    return spread(here, expert_parallel_size=2)
 
 
 @wrong("groups-of-experts")

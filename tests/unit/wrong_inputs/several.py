@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 
 from align.config.parallel import Offload, Parallel
-from align.config.recipe import Recipe
 from align.distributed import async_io, launch, machines, processes, room
 
 from .here import Here, wrong
 
+TWICE = "127.0.0.1 slots=1\n127.0.0.1 slots=1\n"
 TWO = "127.0.0.1 slots=1\n127.0.0.2 slots=1\n"
 
 
@@ -23,6 +23,25 @@ def started(here: Here, hosts: str | None, *words: str, where: str = "hosts") ->
         here.write("hosts", hosts)
     here.recipe(micro_batch_size=2)
     return here.align("run", "recipe.yaml", "--run-dir", "run", "--hostfile", where, *words)
+
+
+def checked(here: Here, hosts: str, *words: str) -> str:
+    here.write("hosts", hosts)
+    here.recipe(micro_batch_size=2)
+    return here.align("check", "recipe.yaml", "--hostfile", "hosts", *words)
+
+
+def in_place(here: Here, **variables: str) -> str:
+    """`align run` for two processes where a launcher has set these variables."""
+    for name in launch.PLACE:
+        here.monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        here.monkeypatch.setenv(name, value)
+    here.recipe(micro_batch_size=2)
+    return here.align("run", "recipe.yaml", "--run-dir", "run", "--nproc", "2")
+
+
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
 
 
 def together(here: Here, port: int, name: str) -> None:
@@ -37,9 +56,40 @@ def _(here: Here) -> str:
     return started(here, None, where="nowhere")
 
 
-@wrong("hostfile-line")
+@wrong("hostfile-not-text")
+def _(here: Here) -> str:
+    (here.folder / "hosts").write_bytes(b"\x7fELF\x80")
+    return started(here, None)
+
+
+@wrong("hostfile-no-slots")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1\n")
+
+
+@wrong("hostfile-slots-in-words")
+def _(here: Here) -> str:
+    return started(here, "127.0.0.1 slots=two\n")
+
+
+@wrong("hostfile-no-machine")
+def _(here: Here) -> str:
+    return started(here, "slots=2\n")
+
+
+@wrong("hostfile-line")
+def _(here: Here) -> str:
+    return started(here, "127.0.0.1 max_slots=4\n")
+
+
+@wrong("hostfile-machine-twice")
+def _(here: Here) -> str:
+    return started(here, TWICE)
+
+
+@wrong("hostfile-machine-twice-checked")
+def _(here: Here) -> str:
+    return checked(here, TWICE)
 
 
 @wrong("hostfile-empty")
@@ -54,9 +104,12 @@ def _(here: Here) -> str:
 
 @wrong("hostfile-slots-checked")
 def _(here: Here) -> str:
-    here.write("hosts", "127.0.0.1 slots=3\n")
-    here.recipe(micro_batch_size=2)
-    return here.align("check", "recipe.yaml", "parallel.processes=2", "--hostfile", "hosts")
+    return checked(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
+
+
+@wrong("hostfile-slots-without-a-share")
+def _(here: Here) -> str:
+    return checked(here, "127.0.0.1 slots=400\n")
 
 
 @wrong("hostfile-unknown-machine")
@@ -117,25 +170,43 @@ def _(here: Here) -> None:
 
 
 @wrong("other-number-of-processes")
-def _(here: Here) -> None:
-    here.monkeypatch.setenv("WORLD_SIZE", "3")
-    processes.join(for_two())
+def _(here: Here) -> str:
+    return in_place(here, **PLACE | {"WORLD_SIZE": "3"})
+
+
+@wrong("world-without-rank")
+def _(here: Here) -> str:
+    return in_place(here, WORLD_SIZE="2")
+
+
+@wrong("rank-without-world")
+def _(here: Here) -> str:
+    return in_place(here, RANK="0")
+
+
+@wrong("rank-in-words")
+def _(here: Here) -> str:
+    return in_place(here, **PLACE | {"RANK": "zero"})
+
+
+@wrong("rank-beyond-the-last")
+def _(here: Here) -> str:
+    return in_place(here, **PLACE | {"RANK": "5"})
+
+
+@wrong("slurm-rank-beyond-the-last")
+def _(here: Here) -> str:
+    return in_place(here, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="9")
+
+
+@wrong("rank-master-port")
+def _(here: Here) -> str:
+    return in_place(here, **PLACE | {"MASTER_PORT": "abc"})
 
 
 @wrong("rank-without-address")
-def _(here: Here) -> None:
-    here.monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
-        here.monkeypatch.delenv(name, raising=False)
-    processes.join(for_two())
-
-
-def for_two() -> Recipe:
-    source = {"kind": "file", "path": "rows.jsonl"}
-    sft = {"kind": "sft", "data": {"train": [source]}, "micro_batch_size": 4}
-    model = {"kind": "pretrained", "path": "model"}
-    values = {"name": "t", "parallel": {"processes": 2}, "model": model, "stages": {"sft": sft}}
-    return Recipe.model_validate(values)
+def _(here: Here) -> str:
+    return in_place(here, RANK="0", WORLD_SIZE="2")
 
 
 @wrong("offload-without-room")
