@@ -131,7 +131,7 @@ def _engine(rollouts: Rollouts, setting: Setting) -> str:
     if rollouts.engine == "remote":
         return f"{counted(rollouts.servers, 'rollout server')} elsewhere"
     if rollouts.engine == "huggingface":
-        return "transformers generates in every process"
+        return "transformers generates in rank 0"
     return f"vLLM over {setting.rollout_gpus}{', which sleeps' * setting.rollout_sleep}"
 
 

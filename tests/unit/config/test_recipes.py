@@ -139,7 +139,7 @@ def test_whole_numbers(minimal: Path, text: str, number: int) -> None:
     [("1.5", 1.5), ("01.5", 1.5), ("2.", 2.0), ("1_0.5", 10.5), ("-1.5E+1", -15), ("-.inf", -math.inf)],
 )
 def test_numbers(minimal: Path, text: str, number: float) -> None:
-    found = load_recipe(minimal, [f"model.config={{x: {text}}}"]).model.config["x"]
+    found = load_recipe(minimal, [f"model.config={{rope_theta: {text}}}"]).model.config["rope_theta"]
     assert (found, type(found)) == (number, float)
 
 
