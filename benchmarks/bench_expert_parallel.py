@@ -206,6 +206,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
+        from align.distributed.processes import end
+
         rank_main(*sys.argv[1:])
+        end(0)
     else:
         main()

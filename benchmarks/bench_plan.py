@@ -287,6 +287,10 @@ def main() -> None:
         found = measure_sharded(case) if case in SHARDED else measure(case)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
+        if case in SHARDED:
+            from align.distributed.processes import end
+
+            end(0)
         return
     results = {}
     for case in [*CASES, *SHARDED]:

@@ -22,7 +22,7 @@ from align.config.parallel import Offload, Parallel
 from align.config.parts import Lora
 from align.distributed.export import save_spread_adapter, save_spread_model
 from align.distributed.layout import held_values
-from align.distributed.processes import quieten_deepspeed, start_deepspeed
+from align.distributed.processes import end, quieten_deepspeed, start_deepspeed
 from align.distributed.settings import deepspeed_config
 from align.distributed.state import load_training_state, save_training_state
 from align.models.lora import merge_lora
@@ -170,3 +170,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

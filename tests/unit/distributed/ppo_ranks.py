@@ -21,7 +21,7 @@ from align.distributed import passes
 from align.distributed.experts import spread_experts
 from align.distributed.export import gathered
 from align.distributed.layout import held_values
-from align.distributed.processes import start_deepspeed
+from align.distributed.processes import end, start_deepspeed
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.rl.follow import load_learners, save_learners
 from align.rl.look_back import look_back
@@ -293,3 +293,4 @@ if __name__ == "__main__":
 
     logger.setLevel(logging.ERROR)
     main(Path(sys.argv[1]))
+    end(0)

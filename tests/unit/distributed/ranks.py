@@ -24,7 +24,7 @@ from align.config.parts import Optimizer
 from align.distributed.experts import spread_experts
 from align.distributed.export import save_spread_model
 from align.distributed.load import load_spread
-from align.distributed.processes import start_deepspeed
+from align.distributed.processes import end, start_deepspeed
 from align.distributed.settings import deepspeed_config
 from align.distributed.state import load_training_state, save_training_state
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -261,3 +261,4 @@ if __name__ == "__main__":
 
         logger.setLevel(logging.ERROR)
     main(Path(sys.argv[1]))
+    end(0)

@@ -236,7 +236,7 @@ def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
     (folder / "lock").touch()
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     place |= {"MASTER_PORT": str(launch.free_port()), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    script = "from align.distributed.processes import start_deepspeed; start_deepspeed('gloo')"
+    script = "from align.distributed import processes; processes.start_deepspeed('gloo'); processes.end(0)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **place}, timeout=120, check=True)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 
 from align.config.rollout import Rollout
+from align.distributed.processes import end
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.rollout.base import SamplingSettings
 from align.rollout.vllm_engine import VllmEngine
@@ -42,3 +43,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)
