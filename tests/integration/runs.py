@@ -35,6 +35,16 @@ def small_model(tokenizer_data: list[dict], **config: Any) -> dict[str, Any]:
     return {"kind": "scratch", "tokenizer": tokenizer, "config": sizes | config}
 
 
+ROUTED: dict[str, Any] = {
+    "num_experts": 8,
+    "moe_topk": 1,
+    "num_shared_expert": 1,
+    "router_aux_loss_coef": 0.02,
+    "router_z_loss_coef": 0.001,
+}
+"""For `small_model`: a top-1 router with both of its losses."""
+
+
 def write_pretraining(folder: Path, path: Path, steps: int) -> None:
     """A recipe of pretraining on two ranks that hold half of the experts each; its texts, in `folder`, are named by
     `path`."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from align.train.checkpoint import load_policy
 from align.train.run_folder import read_jsonl
 from tests.integration.kills import kill_last_rank
-from tests.integration.runs import exported, metrics, run, small_model, start, weights
+from tests.integration.runs import ROUTED, exported, metrics, run, small_model, start, weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 7
@@ -60,15 +60,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     content = {
         "name": "parallel",
-        "model": small_model(
-            [{"kind": "python_docs", "view": "text", "limit": 20}],
-            num_experts=8,
-            moe_topk=1,
-            num_shared_expert=1,
-            initializer_range=0.1,
-            router_aux_loss_coef=0.02,
-            router_z_loss_coef=0.001,
-        ),
+        "model": small_model([{"kind": "python_docs", "view": "text", "limit": 20}], initializer_range=0.1, **ROUTED),
         "stages": {
             "sft": {"kind": "sft", "data": data["rows"], **TRAINING},
             # From the same bits in every run: this stage makes 1e-4 of a difference in its parent's last ones.

@@ -16,7 +16,7 @@ from align.rollout.base import SamplingSettings
 from align.train.checkpoint import load_policy
 from align.train.run_folder import read_jsonl
 from tests.integration.kills import kill_last_rank
-from tests.integration.runs import metrics, run, small_model, start, weights
+from tests.integration.runs import ROUTED, metrics, run, small_model, start, weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 3
@@ -34,15 +34,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
         "name": "parallel_ppo",
-        "model": small_model(
-            [{"kind": "python_docs", "view": "text", "limit": 20}],
-            num_experts=8,
-            moe_topk=1,
-            num_shared_expert=1,
-            initializer_range=0.2,
-            router_aux_loss_coef=0.02,
-            router_z_loss_coef=0.001,
-        ),
+        "model": small_model([{"kind": "python_docs", "view": "text", "limit": 20}], initializer_range=0.2, **ROUTED),
         "stages": {
             "ppo": {
                 "kind": "ppo",

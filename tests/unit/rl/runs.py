@@ -10,7 +10,7 @@ import yaml
 
 from align.config import load_recipe
 from align.config.recipe import Recipe
-from tests.integration.runs import NOISE
+from tests.integration.runs import NOISE, small_model
 
 REWARD = '''
 def score(prompts, completions, rows):
@@ -26,19 +26,7 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     content = {
         "name": "rl",
-        "model": {
-            "kind": "scratch",
-            "tokenizer": {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text", "limit": 20}]},
-            "config": {
-                "hidden_size": 32,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "num_experts": 4,
-                "initializer_range": 0.1,
-            },
-        },
+        "model": small_model([{"kind": "python_docs", "view": "text", "limit": 20}], initializer_range=0.1),
         "stages": {
             "ppo": {
                 "kind": "ppo",
