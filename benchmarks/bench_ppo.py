@@ -151,7 +151,8 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
                 "steps": case["rounds"],
                 "batch_size": case["batch_size"],
                 "mini_batch_size": case["mini_batch_size"],
-                "micro_batch_tokens": 4096,  # a mini-batch; policy and critic learn side by side
+                "micro_batch_tokens": 1536,  # half a mini-batch; policy and critic learn side by side
+                "old_logprobs": "rollout",  # so does TRL: it keeps the logits of its generation
                 "epochs": case["epochs"],
                 "checkpoint_every": case["rounds"] + 1,
                 **case.get("changes", {}),

@@ -131,6 +131,10 @@ class PpoStage(StageBase):
     """Normalise the critic's advantages to mean 0 and variance 1 over the round's completion tokens."""
     kl: Kl = Kl()
     """How the policy is kept near the reference."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Whose log-probabilities stand for the policy before the update. trainer: its own, from a pass over the round, with
+    `importance` between them and the sampler's. rollout: the sampler's as they are, which saves that pass; the trainer
+    then computes them on a sample of the round alone, and entropy and mismatch are that sample's."""
     importance: Importance = Importance()
     """Correction of the sampler's log-probabilities to the trainer's."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"
@@ -198,6 +202,16 @@ class PpoStage(StageBase):
             raise ValueError(
                 f"overlap samples while the trainer computes, which rollout.engine {self.rollout.engine} cannot; set "
                 "overlap to false, or use remote engines"
+            )
+        if self.old_logprobs == "rollout" and self.importance != Importance():
+            raise ValueError(
+                "importance corrects the sampler's log-probabilities to the trainer's, which old_logprobs rollout does "
+                "without; remove the section importance, or set old_logprobs to trainer"
+            )
+        if self.old_logprobs == "rollout" and self.routing_replay == "trainer":
+            raise ValueError(
+                "routing_replay trainer takes the experts of the pass that old_logprobs rollout leaves out; set "
+                "old_logprobs to trainer, or routing_replay to none or rollout"
             )
         if self.routing_replay == "rollout" and not self.rollout.return_routing:
             raise ValueError(

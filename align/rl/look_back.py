@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from align.train.learner import Learner
 
 Metrics = dict[str, float]
 Answer = dict[str, Tensor]
-"""Fields of `Experience` and the entropy, [b, T] or [b, L]."""
+"""Fields of `Experience` and what else was asked for, [b, T] or [b, L]."""
+Part = tuple[Tensor, bool]
+"""Rows of a pass, and whether what is found there counts."""
 ROUTING = "routed_experts"
 
 
@@ -36,30 +38,30 @@ def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) ->
     batch.advantages, batch.returns = estimate_advantages(stage, batch, score, penalty)
     if batch.values is not None and batch.returns is not None:
         metrics["explained_variance"] = explained_variance(batch.values, batch.returns, batch.loss_mask).item()
-    mismatch = (old - batch.rollout_logprobs).abs()
     return metrics | {
         "kl": (kl_estimate(old, ref, "k1") * batch.mask).sum(1).mean().item(),
         "kl_k3": (kl_estimate(old, ref, "k3") * batch.mask).sum(1).mean().item(),
         "kl_coef": kl_coef,
-        "mismatch_mean": masked_mean(mismatch, batch.mask).item(),
-        "mismatch_max": (mismatch * batch.mask).max().item(),
     }
 
 
 def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
-    """One pass of each model over the round."""
+    """One pass of each model over the round; where the sampler's log-probabilities are taken, of the policy over a part
+    of it, to see how far they are from the trainer's."""
     parts = list(shared_passes(list(batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens))))
+    middle = len(parts) // 2  # of middling length: the first part has the longest
+    sample = parts if stage.old_logprobs == "trainer" else parts[middle : middle + 1]
 
-    def asked(of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
+    def asked(parts: list[Part], of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
         return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]
 
-    critic = asked(ask_critic, team, team.critic) if team.critic is not None else []
-    answers = team.together([*asked(ask_policy, team), *critic])
+    critic = asked(parts, ask_critic, team, team.critic) if team.critic is not None else []
+    answers = team.together([*asked(sample, ask_policy, team), *critic])
     with team.reference() as reference:
-        answers += team.together(asked(ask_reference, team, reference))
+        answers += team.together(asked(parts, ask_reference, team, reference))
 
     tables: Answer = {}
-    for answer, (rows, counts) in zip(answers, cycle(parts)):
+    for answer, (rows, counts) in zip(answers, chain(sample, cycle(parts))):
         for name, values in answer.items():
             if name not in tables:
                 size = batch.input_ids.shape[1] if name in OF_ALL_TOKENS else batch.mask.shape[1]
@@ -69,17 +71,23 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     # Each rank has filled its own rows; now all have all. A place that nobody filled has less than any expert's number.
     for name, table in tables.items():
         tables[name] = largest(table, team.device) if name == ROUTING else summed(table, team.device)
-    entropy = tables.pop("entropy")
+    asked_mask, logprobs, entropy = (tables.pop(name) for name in ("asked_mask", "logprobs", "entropy"))
+    batch.old_logprobs = logprobs if stage.old_logprobs == "trainer" else batch.rollout_logprobs
     for name, table in tables.items():
         setattr(batch, name, table)
-    return {"entropy": masked_mean(entropy, batch.mask).item()}
+    mismatch = (logprobs - batch.rollout_logprobs).abs() * asked_mask
+    return {
+        "entropy": masked_mean(entropy, asked_mask).item(),
+        "mismatch_mean": masked_mean(mismatch, asked_mask).item(),
+        "mismatch_max": mismatch.max().item(),
+    }
 
 
 def ask_policy(team: Team, stage: PpoStage, batch: Experience) -> Answer:
-    """Fields of some rows, in host memory; here and below."""
+    """Of some rows, in host memory; here and below."""
     replay = stage.routing_replay == "rollout"
     output = team.policy.ask(policy_output, batch.to(team.device), stage.rollout.temperature, replay=replay)
-    answer = {"old_logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu()}
+    answer = {"logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu(), "asked_mask": batch.mask}
     if stage.routing_replay == "trainer" and output.routed_experts is not None:
         answer[ROUTING] = output.routed_experts.cpu().to(torch.int16)
     return answer

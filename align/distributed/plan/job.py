@@ -71,7 +71,8 @@ class Rollouts:
     """Generation inside a PPO round.
 
     cache_bytes: of keys and values on one GPU, which vLLM takes when it starts; sleeps: whether it gives its memory
-    back between rounds; servers: engines on GPUs of their own (0: the engine is in the training processes).
+    back between rounds; servers: engines on GPUs of their own (0: the engine is in the training processes);
+    trusted: their log-probabilities stand for the policy's, which is asked once, for a sample.
     """
 
     engine: Literal["vllm", "remote", "huggingface"]
@@ -82,6 +83,7 @@ class Rollouts:
     sleeps: bool = False
     servers: int = 0
     gpus_a_server: int = 1
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ def _rollouts(stage: PpoStage, longest_sequence: float) -> Rollouts:
         sleeps=rollout.sleep and rollout.engine == "vllm",
         servers=rollout.start_servers or len(rollout.servers),
         gpus_a_server=rollout.tensor_parallel_size,
+        trusted=stage.old_logprobs == "rollout",
     )
 
 

@@ -44,8 +44,9 @@ def work(job: Job, setting: Setting) -> list[Work]:
         return [*found, Work(by_role.get("reference", policy), passes, False)]
     if job.rollouts is not None:
         round_ = math.ceil(job.rollouts.completions / (setting.micro_batch * setting.gpus))
-        asked = [*job.members, *([] if "reference" in by_role else [policy])]
-        found += [Work(member, round_, False) for member in asked]
+        others = [*job.members[1:], *([] if "reference" in by_role else [policy])]
+        found.append(Work(policy, 1 if job.rollouts.trusted else round_, False))
+        found += [Work(member, round_, False) for member in others]
     return found
 
 

@@ -11,7 +11,7 @@ from align.config.parts import Lora
 from align.config.presets import PRESETS
 from align.distributed.plan import activations
 from align.distributed.plan.activations import Pass
-from align.distributed.plan.job import SMOLLM2_135M, Job, Member
+from align.distributed.plan.job import SMOLLM2_135M, Job, Member, Rollouts
 from align.distributed.plan.memory import Buffers, Memory, memory
 from align.distributed.plan.setting import Setting
 from align.distributed.plan.shape import DEFAULTS, ModelShape, shape_of
@@ -216,3 +216,14 @@ def test_a_step_takes_six_operations_a_parameter(large: ModelShape) -> None:
     assert operations(sft(large, batch=8), Setting(8, True, 3)) == pytest.approx(wanted, rel=0.01)
     recomputed = operations(sft(large, batch=8), Setting(8, True, 3, gradient_checkpointing=True))
     assert recomputed == pytest.approx(wanted * 4 / 3, rel=0.01)
+
+
+def test_a_sampler_whose_logprobs_are_taken_saves_passes_of_the_policy(large: ModelShape) -> None:
+    rollouts = Rollouts("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
+    members = (Member("policy", large, "all"), Member("reference", large, "nothing"))
+    job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
+    trusting = replace(job, rollouts=replace(rollouts, trusted=True))
+    setting = Setting(2, True, 3, micro_batch=4)
+    # Of the eight passes of four completions on each GPU one is left.
+    forward = 4 * 2048 * (2 * 51.3e9 + 4 * 64 * 6400 * 1024)
+    assert operations(job, setting) - operations(trusting, setting) == pytest.approx(7 * forward, rel=0.01)

@@ -280,9 +280,22 @@ def _(here: Here) -> str:
     return spread(here, offload={"optimizer": "cpu", "path": "."})
 
 
-@wrong("critic-without-ppo")
-def _(here: Here) -> str:
+def optimise(here: Here, **settings: Any) -> str:
     rewards = [{"kind": "length", "max_tokens": 8}]
     ppo = {"kind": "ppo", "prompts": [{"kind": "file", "path": "rows.jsonl"}], "rewards": rewards}
-    critic = {"learning_rate": 1e-3}
-    return here.check(stages={"ppo": ppo | {"algorithm": "dr_grpo", "completions_per_prompt": 2, "critic": critic}})
+    return here.check(stages={"ppo": ppo | settings})
+
+
+@wrong("critic-without-ppo")
+def _(here: Here) -> str:
+    return optimise(here, algorithm="dr_grpo", completions_per_prompt=2, critic={"learning_rate": 1e-3})
+
+
+@wrong("importance-without-a-difference")
+def _(here: Here) -> str:
+    return optimise(here, old_logprobs="rollout", importance={"cap": 3.0})
+
+
+@wrong("replay-of-no-pass")
+def _(here: Here) -> str:
+    return optimise(here, old_logprobs="rollout", routing_replay="trainer")
