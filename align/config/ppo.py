@@ -132,9 +132,9 @@ class PpoStage(StageBase):
     kl: Kl = Kl()
     """How the policy is kept near the reference."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Whose log-probabilities stand for the policy before the update. trainer: its own, from a pass over the round, with
-    `importance` between them and the sampler's. rollout: the sampler's as they are, which saves that pass; the trainer
-    then computes them on a sample of the round alone, and entropy and mismatch are that sample's."""
+    """Whose log-probabilities stand for the policy before the update. trainer: its own, from a pass over the round,
+    with `importance` between them and the sampler's. rollout: the sampler's as they are, which saves that pass; the
+    trainer then computes them on a sample of the round alone, and entropy and mismatch are that sample's."""
     importance: Importance = Importance()
     """Correction of the sampler's log-probabilities to the trainer's."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"

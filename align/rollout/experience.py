@@ -27,10 +27,10 @@ class Experience:
 
     input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T], 1 on
     real tokens; loss_mask [B, T], 1 on those that count in the losses;
-    rollout_logprobs by the sampler; old_logprobs (by the trainer or the sampler, as the recipe says) and ref_logprobs
-    before the update, values by the critic; score [B], one a completion; advantages and returns; features [B, T, D], the critic's hidden states when
-    its trunk is frozen; routed_experts [B, L, layers, k], int16, where the policy's tokens are to go, -1 for wherever
-    its router chooses.
+    rollout_logprobs by the sampler; old_logprobs before the update, by the trainer or the sampler as the recipe says;
+    ref_logprobs by the reference, values by the critic; score [B], one a completion; advantages and returns; features
+    [B, T, D], the critic's hidden states when its trunk is frozen; routed_experts [B, L, layers, k], int16, where the
+    policy's tokens are to go, -1 for wherever its router chooses.
     """
 
     input_ids: Tensor
