@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -370,17 +370,23 @@ def _known_keys(loc: tuple) -> list[str]:
 def _models_at(loc: tuple) -> list[type[BaseModel]]:
     """The sections that may stand at `loc` (with pydantic's union tags)."""
     models: list[type[BaseModel]] = [Recipe]
+    names_an_entry = False  # a stage may be called like a kind, and is not of that kind for it
     for key in loc:
-        found: list[type[BaseModel]] = []
-        for model in models:
-            field = model.model_fields.get(str(key))
-            if field is not None:
-                found += _models_in(field.annotation)
+        if names_an_entry:
+            names_an_entry = False
+            continue
+        annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
+        found = [model for annotation in annotations for model in _models_in(annotation)]
         if found:
-            models = found
-        tagged = [m for m in models if _kind_of(m) == key]
-        models = tagged or models
+            names_an_entry = any(map(_holds_several, annotations))
+        models = found or models
+        models = [m for m in models if _kind_of(m) == key] or models
     return models
+
+
+def _holds_several(annotation: Any) -> bool:
+    """Whether what is there has names or numbers of its own."""
+    return get_origin(annotation) in (dict, list, tuple) or any(map(_holds_several, get_args(annotation)))
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:

@@ -70,6 +70,9 @@ class Importance(Part):
     """Largest weight."""
 
 
+LOOKED_AT_ONE_IN = 16
+"""Completions, of which the trainer computes one's log-probabilities under `old_logprobs: rollout`."""
+
 Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
 
 
@@ -134,7 +137,7 @@ class PpoStage(StageBase):
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
     """Whose log-probabilities stand for the policy before the update. trainer: its own, from a pass over the round,
     with `importance` between them and the sampler's. rollout: the sampler's as they are, which saves that pass; the
-    trainer then computes them on a sample of the round alone, and entropy and mismatch are that sample's."""
+    trainer then computes them for one completion in 16 alone, and entropy and mismatch are those completions'."""
     importance: Importance = Importance()
     """Correction of the sampler's log-probabilities to the trainer's."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config.ppo import PpoStage
+from align.config.ppo import LOOKED_AT_ONE_IN, PpoStage
 from align.distributed.passes import largest, shared_passes, summed
 from align.losses import advantages
 from align.losses.kl import kl_estimate
@@ -46,11 +46,14 @@ def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) ->
 
 
 def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
-    """One pass of each model over the round; where the sampler's log-probabilities are taken, of the policy over a part
-    of it, to see how far they are from the trainer's."""
-    parts = list(shared_passes(list(batch.micro_batches(torch.arange(len(batch)), stage.micro_batch_tokens))))
-    middle = len(parts) // 2  # of middling length: the first part has the longest
-    sample = parts if stage.old_logprobs == "trainer" else parts[middle : middle + 1]
+    """One pass of each model over the round; where the sampler's log-probabilities are taken, of the policy over some
+    rows alone, to see how far they are from the trainer's."""
+
+    def parts_of(rows: Tensor) -> list[Part]:
+        return list(shared_passes(list(batch.micro_batches(rows, stage.micro_batch_tokens))))
+
+    parts = parts_of(torch.arange(len(batch)))
+    sample = parts if stage.old_logprobs == "trainer" else parts_of(torch.arange(0, len(batch), LOOKED_AT_ONE_IN))
 
     def asked(parts: list[Part], of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
         return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]

@@ -72,7 +72,7 @@ class Rollouts:
 
     cache_bytes: of keys and values on one GPU, which vLLM takes when it starts; sleeps: whether it gives its memory
     back between rounds; servers: engines on GPUs of their own (0: the engine is in the training processes);
-    trusted: their log-probabilities stand for the policy's, which is asked once, for a sample.
+    trusted: their log-probabilities stand for the policy's, which is asked for a sample alone.
     """
 
     engine: Literal["vllm", "remote", "huggingface"]

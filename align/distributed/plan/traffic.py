@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from align.config.ppo import LOOKED_AT_ONE_IN
 from align.distributed.plan.job import Job, Member
 from align.distributed.plan.memory import adapter_width, value_width, weight_width
 from align.distributed.plan.setting import Setting
@@ -45,7 +46,8 @@ def work(job: Job, setting: Setting) -> list[Work]:
     if job.rollouts is not None:
         round_ = math.ceil(job.rollouts.completions / (setting.micro_batch * setting.gpus))
         others = [*job.members[1:], *([] if "reference" in by_role else [policy])]
-        found.append(Work(policy, 1 if job.rollouts.trusted else round_, False))
+        sample = math.ceil(round_ / LOOKED_AT_ONE_IN)
+        found.append(Work(policy, sample if job.rollouts.trusted else round_, False))
         found += [Work(member, round_, False) for member in others]
     return found
 

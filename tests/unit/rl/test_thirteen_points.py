@@ -135,7 +135,8 @@ def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(
     assert sequence[0].tolist() == pytest.approx([math.exp(2.0 - 0.5 - 0.5)] * 4, rel=1e-4)
 
 
-def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(batch) -> None:
+def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(batch, monkeypatch) -> None:
+    monkeypatch.setattr("align.rl.look_back.LOOKED_AT_ONE_IN", 2)
     team = build()
     batch.score = torch.zeros(3)
     passes = Counter()
@@ -147,14 +148,15 @@ def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(bat
     batch.rollout_logprobs = sampled = (truth + apart) * batch.mask
     stage = settings(old_logprobs="rollout", micro_batch_tokens=5, mini_batch_size=4, batch_size=4, epochs=1)
     metrics = look_back(stage, team, batch, 0.05)
-    # Each of the three rows fills a pass, and of the policy there is one, of the row in the middle.
-    assert passes == {"policy": 1, "reference": 3}
+    # Each of the three rows fills a pass, and the policy has one of the first and the last.
+    assert passes == {"policy": 2, "reference": 3}
     torch.testing.assert_close(batch.old_logprobs, sampled)
-    assert metrics["mismatch_mean"] == pytest.approx(0.2, abs=1e-5)
-    assert metrics["mismatch_max"] == pytest.approx(0.2, abs=1e-5)
-    entropy = -torch.stack([team.policy.model(torch.tensor([[5, *batch.input_ids[1, 1 : 1 + t]]])).logits[0, -1]
-                            for t in range(4)]).detach().log_softmax(-1)  # fmt: skip
-    assert metrics["entropy"] == pytest.approx((entropy * (-entropy).exp()).sum(-1).mean().item(), abs=1e-5)
+    assert metrics["mismatch_mean"] == pytest.approx((3 * 0.1 + 2 * 0.4) / 5, abs=1e-5)
+    assert metrics["mismatch_max"] == pytest.approx(0.4, abs=1e-5)
+    sampled_from = torch.cat([team.policy.model(batch.input_ids[row : row + 1]).logits[0, start:end]
+                              for row, start, end in ((0, 1, 4), (2, 2, 4))]).log_softmax(-1)  # fmt: skip
+    entropy = -(sampled_from * sampled_from.exp()).sum(-1).mean().item()
+    assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5)
     # The first update's ratios are the trainer's to the sampler's.
     found = update(stage, team, batch, step=0, seed=0, kl_coef=0.0)
     wanted = sum(n * (math.exp(-d) - 1 + d) for n, d in ((3, 0.1), (4, 0.2), (2, 0.4))) / 9

@@ -31,6 +31,17 @@ def _(here: Here) -> str:
     return here.check(model={"path": "model"})
 
 
+@wrong("missing-kind-behind-a-name-that-is-one")
+def _(here: Here) -> str:
+    return here.check(stages={"sft": {"batch_size": 8}})
+
+
+@wrong("unknown-key-behind-the-name-of-another-kind")
+def _(here: Here) -> str:
+    rows = [{"kind": "file", "path": "rows.jsonl"}]
+    return here.check(stages={"sft": {"kind": "dpo", "data": {"train": rows}, "betta": 0.2}})
+
+
 @wrong("unknown-kind")
 def _(here: Here) -> str:
     return here.check(kind="stf")
