@@ -25,13 +25,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# bench_ppo.py needs a second environment and an hour of its own.
+# bench_ppo.py needs a second environment and two hours of its own.
 bench: $(STAMP)
 	@for script in $(filter-out benchmarks/bench_ppo.py,$(wildcard benchmarks/bench_*.py)); do \
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 bench-trl: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python
+	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python --curves
 
 $(STAMP): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

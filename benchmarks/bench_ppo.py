@@ -1,12 +1,13 @@
-"""PPO against TRL 1.12's PPOTrainer: episodes a second, time of each phase, peak memory, and what is learnt.
+"""PPO against TRL 1.12's PPOTrainer: episodes a second, time of each phase and peak memory; or, with --curves, what is
+learnt, for which the machine need not be idle.
 
 Both start from the same weights and see the same prompts, reward and settings; each side runs in a process and an
 environment of its own, in turns. TRL computes with transformers' `hunyuan_v1_moe`, which has align's sizes and
 parameters once cross-layer attention is off and differs in one point: it gives a token's only expert the weight 1
 instead of its probability. Its fastest `experts_implementation` is found first, in a run of its own.
 
-`make bench-trl` makes TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs all of it, about an hour;
-`python benchmarks/bench_ppo.py [--cases a,b] [--repeats N] [--learning ROUNDS] [--trl PYTHON]` runs a part.
+`make bench-trl` makes TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs all of it, two hours;
+`python benchmarks/bench_ppo.py [--curves] [--cases a,b] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 384,
@@ -49,8 +50,20 @@ SETTINGS = {
 }
 PHASES = [f"time/{phase}" for phase in ("generate", "score", "logprobs", "update", "sync")]
 CASES = {
-    "variable lengths": {"vocab_size": 64, "stops": True, "max_new_tokens": 256, "target": 3.0},
-    "fixed lengths": {"vocab_size": 1024, "stops": False, "max_new_tokens": 64, "target": 1.2},
+    "variable lengths": {
+        "vocab_size": 64,
+        "stops": True,
+        "max_new_tokens": 256,
+        "target": 3.0,
+        "curves": {"rounds": 12, "learning_rate": 1e-4},
+    },
+    "fixed lengths": {  # each of the many words has to be learnt by itself
+        "vocab_size": 1024,
+        "stops": False,
+        "max_new_tokens": 64,
+        "target": 1.2,
+        "curves": {"rounds": 32, "learning_rate": 3e-4},
+    },
 }
 
 
@@ -283,11 +296,11 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
             )
     ratios = [t["seconds"] / a["seconds"] for a, t in zip(results["align"], results["trl"], strict=True)]
     summary: dict[str, Any] = {
+        **{key: value for key, value in CASES[name].items() if key != "curves"},
         "TRL by experts_implementation, episodes/s": speeds,
         "TRL by experts_implementation, failures": failures,
         "align / TRL, episodes/s": round(statistics.median(ratios), 3),
         "align / TRL, each pair of runs": [round(r, 3) for r in ratios],
-        "target": case["target"],
     }
     for side, runs in results.items():
         summary[side] = {
@@ -299,29 +312,29 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
         }
     summary["align"]["completion_length"] = round(statistics.mean(n for r in results["align"] for n in r["length"]), 1)
     summary["align"]["mismatch_max"] = max(r["mismatch_max"] for r in results["align"])
-    if options.learning:
-        summary["learning"] = learning(name, case, options)
     return summary
 
 
 def learning(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Mean score of each round, for several seeds, and its mean over the last quarter of the rounds."""
+    """Mean score of each round, for several seeds, and its mean over each quarter of the rounds."""
+    case = {**case, "experts_implementation": options.implementations.split(",")[0], **case["curves"]}
     curves: dict[str, list[list[float]]] = {"align": [], "trl": []}
     for seed in range(options.seeds):
         for side, found in curves.items():
-            result = run_side(side, {**case, "seed": seed, "rounds": options.learning}, options.trl)
+            result = run_side(side, {**case, "seed": seed}, options.trl)
             found.append([round(score, 4) for score in result["score"]])
             say(f"{name}: {side} seed {seed}: {found[-1][0]:.3f} -> {found[-1][-1]:.3f}")
-    last = {
-        side: [round(statistics.mean(curve[-max(1, len(curve) // 4) :]), 4) for curve in found]
-        for side, found in curves.items()
-    }
+    part = case["rounds"] // 4
     return {
+        **case["curves"],
+        "seeds": options.seeds,
         "score of each round": curves,
-        "score of the last quarter, each seed": last,
-        "score of the last quarter": {side: round(statistics.mean(values), 4) for side, values in last.items()},
-        "score of all rounds": {
-            side: round(statistics.mean(s for curve in found for s in curve), 4) for side, found in curves.items()
+        "score of each quarter of the rounds": {
+            side: [
+                round(statistics.mean(score for curve in found for score in curve[i * part : (i + 1) * part]), 4)
+                for i in range(4)
+            ]
+            for side, found in curves.items()
         },
     }
 
@@ -338,7 +351,7 @@ def main() -> None:
         "--implementations", default=",".join(IMPLEMENTATIONS), help="TRL's `experts_implementation`s to choose from"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--learning", type=int, default=24, metavar="ROUNDS", help="rounds of the learning curves")
+    parser.add_argument("--curves", action="store_true", help="learning curves instead of speed and memory")
     parser.add_argument("--seeds", type=int, default=3, help="learning curves of each side")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--trl", default=str(HERE.parent / ".venv-trl" / "bin" / "python"))
@@ -355,8 +368,11 @@ def main() -> None:
     for name in options.cases.split(","):
         with tempfile.TemporaryDirectory() as folder:
             case = {**prepare(CASES[name], Path(folder)), "threads": options.threads}
-            results[name] = {**CASES[name], **measure(name, case, options)}
-        write("ppo_vs_trl", results)  # after each, for it takes long
+            results[name] = (learning if options.curves else measure)(name, case, options)
+        if options.curves:  # after each case, for it takes long
+            write("ppo_curves_vs_trl", results, option="--curves")
+        else:
+            write("ppo_vs_trl", results)
 
 
 if __name__ == "__main__":

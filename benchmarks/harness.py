@@ -67,11 +67,12 @@ def in_a_process_of_its_own(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write(name: str, results: dict[str, Any]) -> None:
-    """benchmarks/results/NAME.json, with versions and hardware, and the same on the screen."""
+def write(name: str, results: dict[str, Any], *, option: str = "") -> None:
+    """benchmarks/results/NAME.json, with versions and hardware, and the same on the screen; `option`: with which the
+    script makes these results and not others."""
     facts = {
         "benchmark": name,
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {option}".rstrip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **code_version(),
         "hardware": hardware(),

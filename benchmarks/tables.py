@@ -101,9 +101,8 @@ def tokenizer(results: dict[str, Any]) -> str:
 
 
 def ppo_vs_trl(results: dict[str, Any]) -> str:
-    sides = {"align": "align", "trl": "TRL 1.12"}
     cases = {name: found for name, found in results.items() if "target" in found}
-    speeds, times, curves = [], [], []
+    speeds, times = [], []
     for name, found in cases.items():
         pairs = ", ".join(f"{pair:.2f}" for pair in found["align / TRL, each pair of runs"])
         ratio = f"{found['align / TRL, episodes/s']:.2f} (pairs of runs: {pairs}; target {found['target']})"
@@ -115,16 +114,21 @@ def ppo_vs_trl(results: dict[str, Any]) -> str:
             speeds.append([name, label, *cells, f"{measured['peak_mib']:,} MiB"])
             seconds = measured["seconds_of_a_round"]
             times.append([name, label, *(f"{seconds[phase]:.2f}" if phase in seconds else "–" for phase in PHASES)])
-        if "learning" in found:
-            last, whole = (found["learning"][f"score of {part}"] for part in ("the last quarter", "all rounds"))
-            curves += [[name, label, f"{last[side]:.3f}", f"{whole[side]:.3f}"] for side, label in sides.items()]
     tables = [
         table(["", "", "episodes/s", "align / TRL", "peak memory"], speeds),
         table(["seconds of a round", "", *PHASES], times),
     ]
-    if curves:
-        tables.append(table(["mean score", "", "last quarter of the rounds", "all rounds"], curves))
     return "\n\n".join(tables)
+
+
+def ppo_curves_vs_trl(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if isinstance(found, dict) and "score of each quarter of the rounds" in found:
+            runs = f"{name}, {found['rounds']} rounds at {found['learning_rate']}, seeds: {found['seeds']}"
+            for side, scores in found["score of each quarter of the rounds"].items():
+                rows.append([runs, SIDES[side], *(f"{score:.3f}" for score in scores)])
+    return table(["mean score", "", "first quarter of the rounds", "second", "third", "last"], rows)
 
 
 def rollout(results: dict[str, Any]) -> str:
@@ -196,6 +200,7 @@ def expert_parallel(results: dict[str, Any]) -> str:
 
 
 RATIO = "engine_over_generate"
+SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -207,6 +212,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokenizer": tokenizer,
     "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
+    "ppo_curves_vs_trl": ppo_curves_vs_trl,
     "rollout": rollout,
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
