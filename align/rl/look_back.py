@@ -58,10 +58,12 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     def asked(parts: list[Part], of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
         return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]
 
-    critic = asked(parts, ask_critic, team, team.critic) if team.critic is not None else []
-    answers = team.together([*asked(sample, ask_policy, team), *critic])
+    passes = [(team.policy.model, asked(sample, ask_policy, team))]
+    if team.critic is not None:
+        passes.append((team.critic.model, asked(parts, ask_critic, team, team.critic)))
+    answers = team.together(*passes)
     with team.reference() as reference:
-        answers += team.together(asked(parts, ask_reference, team, reference))
+        answers += team.together((team.ref_model or team.policy.model, asked(parts, ask_reference, team, reference)))
 
     tables: Answer = {}
     for answer, (rows, counts) in zip(answers, chain(sample, cycle(parts))):

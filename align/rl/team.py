@@ -23,6 +23,8 @@ from align.train.side_by_side import side_by_side
 from align.train.spread_learner import SpreadLearner, frozen_engine
 
 Answer = TypeVar("Answer")
+Passes = tuple[AnyModel, Sequence[Callable[[], Answer]]]
+"""A model and passes through it."""
 
 
 @dataclass
@@ -42,13 +44,14 @@ class Team:
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
 
-    def together(self, works: Sequence[Callable[[], Answer]]) -> list[Answer]:
-        """What each of the works returns. Where the models are this process's, on its CPU, two are done at a time: no
-        two may then change the same model."""
+    def together(self, *passes: Passes[Answer]) -> list[Answer]:
+        """What each pass returns, model by model. Where the models are this process's, on its CPU, two passes are done
+        at a time; where they gather gradients, no two may be given that are the same model's."""
         spread = isinstance(self.policy, SpreadLearner)  # ranks must all exchange in the same order
-        if self.device.type == "cpu" and not spread:
-            return side_by_side(works)
-        return [work() for work in works]
+        if self.device.type != "cpu" or spread:
+            return [work() for _, works in passes for work in works]
+        chains = [chain for model, works in passes for chain in ([works] if changes_in_passes(model) else zip(works))]
+        return [answer for answers in side_by_side([partial(in_turn, chain) for chain in chains]) for answer in answers]
 
     def take_average(self) -> None:
         """Give the policy the weights with which it is to be saved, when all rounds are over."""
@@ -66,6 +69,16 @@ class Team:
         else:
             with self.policy.model.disable_adapter():
                 yield self.policy.ask
+
+
+def changes_in_passes(model: AnyModel) -> bool:
+    """Whether a pass alters the model for as long as it takes: PEFT swaps stacked experts for the adapted ones, which a
+    second pass at the same time would adapt again."""
+    return hasattr(model, "peft_config")
+
+
+def in_turn(works: Sequence[Callable[[], Answer]]) -> list[Answer]:
+    return [work() for work in works]
 
 
 def build_team(context: StageContext) -> Team:

@@ -71,9 +71,10 @@ def gather_gradients(
         rows = batch.rows(micro).to(team.device)
         if not counts:
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
-        works = [partial(learn_policy, stage, team, rows, whole, kl_coef)] if policy_learns else []
-        works += [partial(learn_values, stage, team, rows, whole)] if team.critic is not None else []
-        parts = team.together(works)
+        passes = [(team.policy.model, [partial(learn_policy, stage, team, rows, whole, kl_coef)])] * policy_learns
+        if team.critic is not None:
+            passes.append((team.critic.model, [partial(learn_values, stage, team, rows, whole)]))
+        parts = team.together(*passes)
         for name, value in (item for part in parts for item in part.items()):
             found[name] = found.get(name, 0.0) + float(value)
     sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), team.device)

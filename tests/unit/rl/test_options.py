@@ -10,10 +10,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from align.config.parts import Lora
 from align.losses.reduce import averaging_weights, masked_mean
 from align.models.hunyuan.modeling import DecoderLayer
+from align.models.lora import add_lora, is_factor
 from align.pipeline import run
 from align.recipes import ppo
+from align.rl.look_back import look_back
 from align.rl.panel import Panel
 from align.rl.score import scored_round, to_experience
 from align.rollout.base import Completion
@@ -238,3 +241,32 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
     for shown in ("step 3/10", "generate", "1.0 s", "12,345 tokens/s", "score  1.25  0.5", "What is it? → A test."):
         assert shown in " ".join(text.split(" ")) or shown in " ".join(text.split()), shown
     assert "mismatch" not in text
+
+
+def test_passes_through_adapted_experts_do_not_meet() -> None:
+    # PEFT swaps a model's stacked experts for as long as a pass takes; two at a time adapted them twice, or for good.
+    threads = torch.get_num_threads()
+    team = small.build()
+    policy = add_lora(team.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if is_factor(name):
+                parameter.normal_(std=0.3)
+    team.policy, team.ref_model = Learner(policy, small.settings().optimizer, total=1), None
+    team.critic = None
+    batch = to_experience(small.completions(*[([5, 6], [7, 8 + row % 4, row % 7], True) for row in range(32)]))
+    batch.score = torch.zeros(32)
+    with torch.no_grad():
+        truth = policy_output(policy, batch, 1.0).logprobs
+        with policy.disable_adapter():
+            reference = policy_output(policy, batch, 1.0).logprobs
+    stage = small.settings(algorithm="reinforce_plus_plus", micro_batch_tokens=5)
+    torch.set_num_threads(2)
+    try:
+        look_back(stage, team, batch, 0.05)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(batch.old_logprobs, truth)
+    torch.testing.assert_close(batch.ref_logprobs, reference)
+    assert (truth - reference).abs().max() > 0.1
+    assert not any("parametrizations" in name for name, _ in policy.named_parameters())
