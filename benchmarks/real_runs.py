@@ -161,6 +161,7 @@ def summary() -> dict[str, Any]:
             "stage": facts["stage"],
             "steps": facts["steps"][-1],
             "minutes": round(facts["seconds"] / 60, 1),
+            "processor": f"{facts['hardware']['cores']} cores of {facts['hardware']['cpu']}",
             "first and last tenth": {
                 name: [round(sum(part) / len(part), 3) for part in (values[:tenth], values[-tenth:])]
                 for name, values in ((n, [v for v in all_ if v is not None]) for n, all_ in facts["curves"].items())

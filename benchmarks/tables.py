@@ -176,8 +176,10 @@ def real_runs(results: dict[str, Any]) -> str:
     for found in results.values():
         metrics = found["first and last tenth"].items()
         learnt = ", ".join(f"{name} {first:.3g} → {last:.3g}" for name, (first, last) in metrics)
-        rows.append([found["recipe"], found["stage"], str(found["steps"]), f"{found['minutes']:.0f}", learnt])
-    return table(["recipe", "stage", "steps", "minutes", "mean of the first tenth of the steps → of the last"], rows)
+        cells = [found["recipe"], found["stage"], str(found["steps"]), f"{found['minutes']:.0f}", found["processor"]]
+        rows.append([*cells, learnt])
+    learnt = "mean of the first tenth of the steps → of the last"
+    return table(["recipe", "stage", "steps", "minutes", "processor", learnt], rows)
 
 
 def expert_parallel(results: dict[str, Any]) -> str:
