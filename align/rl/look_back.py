@@ -63,7 +63,8 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
         passes.append((team.critic.model, asked(parts, ask_critic, team, team.critic)))
     answers = team.together(*passes)
     with team.reference() as reference:
-        answers += team.together((team.ref_model or team.policy.model, asked(parts, ask_reference, team, reference)))
+        answering = team.policy.model if team.ref_model is None else team.ref_model
+        answers += team.together((answering, asked(parts, ask_reference, team, reference)))
 
     tables: Answer = {}
     for answer, (rows, counts) in zip(answers, chain(sample, cycle(parts))):

@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
     ),
     "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
     "zero 3, experts over 2, recomputed": (EXPERTS, {"gradient_checkpointing": True}),
+    "zero 3, the sampler's log-probabilities": (THREE, {"old_logprobs": "rollout"}),
     "left out, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
     "left out, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
     "left out, zero 0": (NONE, {"kl": {"stop": 1e-3}}),

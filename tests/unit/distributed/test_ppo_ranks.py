@@ -16,6 +16,7 @@ CASES = [
     "zero 1, experts over 2",
     "zero 2, experts over 2, the critic's head",
     "zero 3, experts over 2, recomputed",
+    "zero 3, the sampler's log-probabilities",
     "left out, zero 3",
     "left out, zero 2",
     "left out, zero 0",
