@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import to_jsonable_python
 
 
 class Manner:
@@ -29,10 +30,15 @@ class Part(BaseModel):
 
 
 def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
-    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `MANNER`."""
-    kept = {}
-    for name, value in values.items():
-        field, inner = type(part).model_fields.get(name), getattr(part, name, None)
+    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `MANNER`.
+
+    A setting that an earlier version did not know has its default, which is what that version did.
+    """
+    kept, fields = {}, type(part).model_fields
+    unknown = [name for name, field in fields.items() if name not in values and not field.is_required()]
+    defaults = to_jsonable_python({name: fields[name].get_default(call_default_factory=True) for name in unknown})
+    for name, value in {**defaults, **values}.items():
+        field, inner = fields.get(name), getattr(part, name, None)
         if field is not None and any(isinstance(mark, Manner) for mark in field.metadata):
             continue
         if isinstance(inner, Part) and isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ def test_how_a_result_is_made_may_change(runs) -> None:
     assert runs.run() == []  # finished with another value, and kept
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(runs, finished) -> None:
+    runs.run(fails=None if finished else "first", only="first")
+    path = runs.folder / "run" / "first" / ("manifest.json" if finished else "config.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    config = (record["config"] if finished else record)["first"]
+    del config["group_by_length"], config["optimizer"]["max_grad_norm"], config["data"]["train"][0]["streaming"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    for change in ({"group_by_length": True}, {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.5}}):
+        with pytest.raises(UserError, match="with other settings" if finished else "had other settings"):
+            runs.run(changes=change, resume=not finished)
+    left = [("second", False)] if finished else [("first", True), ("second", True)]
+    assert runs.run(resume=not finished) == left
+
+
 def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
     """Of sections within sections and in lists, and of settings that an earlier version did not know."""
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "weight": 2.0}, {"kind": "length", "max_tokens": 8}]
@@ -124,7 +140,7 @@ def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
     assert not {"sample_every", "checkpoint_every", "gradient_checkpointing"} & set(kept)
     assert not {"url", "timeout_s", "retries"} & set(kept["rewards"][0])
     assert not {"servers", "sleep"} & set(kept["rollout"])
-    assert determining(stage, {"rewards": []}) == {"rewards": []}
+    assert determining(stage, {"rewards": []})["rewards"] == []
 
 
 @pytest.mark.parametrize("other", [{"resume": True}, {"only": "first"}])
