@@ -71,7 +71,9 @@ def gather_gradients(
         rows = batch.rows(micro).to(team.device)
         if not counts:
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
-        passes = [(team.policy.model, [partial(learn_policy, stage, team, rows, whole, kl_coef)])] * policy_learns
+        passes = []
+        if policy_learns:
+            passes.append((team.policy.model, [partial(learn_policy, stage, team, rows, whole, kl_coef)]))
         if team.critic is not None:
             passes.append((team.critic.model, [partial(learn_values, stage, team, rows, whole)]))
         parts = team.together(*passes)
