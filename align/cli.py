@@ -37,14 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
         traceback.print_exc()
         code = 1
     if _has_met_others():
-        sys.modules["align.distributed.processes"].end(code)
+        sys.modules["align.parallel.group"].end(code)
     if code:
         sys.exit(code)
 
 
 def _has_met_others() -> bool:
     """True in a rank of a run of several processes."""
-    processes = sys.modules.get("align.distributed.processes")
+    processes = sys.modules.get("align.parallel.group")
     return processes is not None and processes.has_met
 
 
@@ -269,7 +269,7 @@ def _plan(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from align.config import load_recipe
-    from align.distributed.plan.command import Question, answer
+    from align.plan.command import Question, answer
 
     given = {field.name: getattr(options, field.name) for field in fields(Question)}
     question = Question(**{name: value for name, value in given.items() if value is not None})
@@ -336,7 +336,7 @@ def _run(options: argparse.Namespace) -> None:
     run_dir = options.run_dir or Path("runs") / recipe.name
     which = {"resume": options.resume, "only": options.only, "start": options.start}
     if recipe.parallel is not None:
-        from align.distributed import launch
+        from align.launch import processes as launch
 
         if not launch.is_rank():
             pipeline.refuse_early(recipe, run_dir, **which)
@@ -351,7 +351,7 @@ def _processes(options: argparse.Namespace, overrides: list[str]) -> list[str]:
     if options.hostfile is not None:
         found.append(f"parallel.hostfile={options.hostfile}")
         if not any(override.startswith("parallel.processes=") for override in [*overrides, *found]):
-            from align.distributed.launch import read_hostfile
+            from align.launch.processes import read_hostfile
 
             found.append(f"parallel.processes={sum(read_hostfile(Path(options.hostfile)).values())}")
     return found
@@ -384,7 +384,7 @@ def _problems(path: str, changes: list[str], options: argparse.Namespace) -> str
     """What `align check` has to say of one recipe."""
     from align.config import load_recipe
     from align.config.recipe import BASE
-    from align.train.inputs import problems
+    from align.preflight import problems
 
     try:
         changes = [*changes, *_processes(options, changes)]
@@ -411,7 +411,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from align.eval.report import write_report
+    from align.eval.report.write import write_report
 
     if not (options.run_dir / "recipe.json").is_file():
         raise UserError(
@@ -425,7 +425,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from align.rollout.chat import chat
+    from align.chat import chat
 
     chat(
         options.checkpoint,
@@ -437,7 +437,7 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _serve_reward(options: argparse.Namespace) -> None:
-    from align.rollout.reward_server import serve_reward
+    from align.reward.serve import serve_reward
 
     if options.micro_batch_tokens < 1:
         raise UserError(f"--micro-batch-tokens {options.micro_batch_tokens}: must be at least 1.")

@@ -21,16 +21,9 @@ from typing import Any
 from align.config.parts import Part, determining
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.errors import UserError
-from align.train.inputs import problems
-from align.train.run_folder import (
-    MANIFEST,
-    StageContext,
-    disk_error,
-    is_disk_full,
-    locked,
-    remove_folder,
-    write_json,
-)
+from align.preflight import problems
+from align.run.context import StageContext
+from align.run.folder import MANIFEST, disk_error, is_disk_full, locked, remove_folder, write_json
 
 TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
 """Kinds of stages that all processes of a run work on; rank 0 runs the others."""
@@ -107,12 +100,12 @@ def refuse_early(
 
 
 def _processes() -> Any:
-    return importlib.import_module("align.distributed.processes")
+    return importlib.import_module("align.parallel.group")
 
 
 def _joined(recipe: Recipe, run_dir: Path) -> bool:
     """Meet the run's other processes. True on rank 0, which leads; on the others all is done when this returns."""
-    importlib.import_module("align.distributed.launch").require_place(recipe.parallel)  # before torch is loaded
+    importlib.import_module("align.launch.processes").require_place(recipe.parallel)  # before torch is loaded
     processes = _processes()
     processes.join(recipe)
     if processes.rank() == 0:
@@ -189,7 +182,7 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
     write_json(folder / MANIFEST, _manifest(context, kind, settings, started, seconds, result))
     context.say(f"{name}: done in {seconds:.0f} s")
     if kind == "evaluate":
-        from align.eval.report import write_report
+        from align.eval.report.write import write_report
 
         write_report(context.run_dir)
 
@@ -219,7 +212,7 @@ def _perform_alone(context: StageContext) -> dict[str, Any]:
     other processes for its own."""
     answer = context.dir / ".result.json"
     answer.unlink(missing_ok=True)
-    launch = importlib.import_module("align.distributed.launch")
+    launch = importlib.import_module("align.launch.processes")
     alone = launch.environment_of_its_own()
     alone.pop("OMP_NUM_THREADS", None)  # a rank's share of the cores
     words = [str(context.run_dir), context.name, str(int(context.resume)), str(answer)]

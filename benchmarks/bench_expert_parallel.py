@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import PeakMemory, write
 
-from align.distributed.launch import free_port
+from align.launch.processes import free_port
 
 EXPERTS, LAYERS, HIDDEN, WIDTH, VOCABULARY = 64, 4, 128, 256, 1024
 SEQUENCES, LENGTH, STEPS = 4, 128, 6
@@ -100,10 +100,10 @@ def rank_main(variant: str, out: str) -> None:
 
     from align.config.parallel import Parallel
     from align.config.parts import Optimizer
-    from align.distributed.experts import spread_experts
-    from align.distributed.processes import start_deepspeed
-    from align.distributed.settings import deepspeed_config
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+    from align.parallel.deepspeed_config import deepspeed_config
+    from align.parallel.experts import spread_experts
+    from align.parallel.group import start_deepspeed
     from align.train.optimizer import build_optimizer
 
     logger.setLevel(logging.ERROR)
@@ -206,7 +206,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        from align.distributed.processes import end
+        from align.parallel.group import end
 
         rank_main(*sys.argv[1:])
         end(0)

@@ -26,11 +26,11 @@ from align.config.parallel import Parallel
 from align.config.parts import Optimizer
 from align.config.presets import PRESETS
 from align.config.recipe import BASE, Recipe
-from align.distributed.plan.job import Job, Member, jobs_of
-from align.distributed.plan.memory import memory
-from align.distributed.plan.setting import Setting, setting_of
-from align.distributed.plan.shape import shape_of
-from align.distributed.settings import deepspeed_config
+from align.parallel.deepspeed_config import deepspeed_config
+from align.plan.job import Job, Member, jobs_of
+from align.plan.memory import memory
+from align.plan.setting import Setting, setting_of
+from align.plan.shape import shape_of
 
 NARROW = {"num_hidden_layers": 4}
 WIDE = {
@@ -133,7 +133,7 @@ def measure(case: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from align import pipeline
-    from align.train.run_folder import StageContext
+    from align.run.context import StageContext
 
     kind, model, changes = CASES[case]
     with tempfile.TemporaryDirectory() as name:
@@ -181,9 +181,9 @@ def measure_sharded(case: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
     from trl.trainer.utils import add_fused_lm_head
 
-    from align.distributed.experts import spread_experts
-    from align.distributed.processes import start_deepspeed
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+    from align.parallel.experts import spread_experts
+    from align.parallel.group import start_deepspeed
     from align.train.optimizer import build_optimizer
 
     dtype, setting = SHARDED[case]
@@ -288,7 +288,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
         if case in SHARDED:
-            from align.distributed.processes import end
+            from align.parallel.group import end
 
             end(0)
         return

@@ -26,11 +26,11 @@ from transformers import DynamicCache
 from align.config.presets import PRESETS
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.weight_stream import digest
+from align.models.weights import published_weights
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.remote import RemoteEngine
+from align.rollout.sync.stream import digest
 from align.rollout.vllm_engine import VllmEngine
-from align.rollout.weights import published_weights
 from align.train.checkpoint import checkpoint_folder, load_policy
 from align.train.quiet import quieten
 

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tables import table
 
 from align.config import load_recipe
-from align.distributed.plan.job import Job, jobs_of
-from align.distributed.plan.report import described
-from align.distributed.plan.search import (
+from align.plan.job import Job, jobs_of
+from align.plan.report import described
+from align.plan.search import (
     SMALL_LORA,
     Plan,
     evaluate,
@@ -23,8 +23,8 @@ from align.distributed.plan.search import (
     structures,
     with_micro_batch,
 )
-from align.distributed.plan.setting import GB, Cluster
-from align.distributed.plan.speed import GPUS
+from align.plan.setting import GB, Cluster
+from align.plan.speed import GPUS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"

@@ -16,8 +16,9 @@ from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanForCausalLM
+from align.run.context import StageContext
+from align.run.folder import remove_folder, replace_folder, write_json
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
-from align.train.run_folder import StageContext, remove_folder, replace_folder, write_json
 
 
 def run(context: StageContext) -> dict:

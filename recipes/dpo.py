@@ -7,9 +7,9 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer
 
 from align.data import prepare_dpo_pairs
-from align.models.lora import AnyModel, one_adapter
+from align.models.lora.adapters import AnyModel, one_adapter
+from align.run.context import StageContext
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
-from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 

@@ -10,17 +10,19 @@ import torch
 from align.config.parts import Data
 from align.config.stages import EvaluateStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
+from align.data.experience import Experience, build_experience
 from align.data.prepare import prepare_dpo_pairs
 from align.eval.metrics import pairwise_accuracy
-from align.models.lora import AnyModel
+from align.models.forward import policy_output, sequence_scores
+from align.models.lora.adapters import AnyModel
+from align.models.weights import published_weights
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
-from align.rollout.experience import Experience, build_experience, policy_output, sequence_scores
-from align.rollout.weights import published_weights
+from align.run.context import StageContext
+from align.run.folder import write_json
 from align.train.checkpoint import load_policy, load_reward_model, load_tokenizer
 from align.train.device import training_device
-from align.train.run_folder import StageContext, write_json
 
 MICRO_BATCH_TOKENS = 4096
 

@@ -7,21 +7,22 @@ from functools import partial
 
 from align.config.ppo import PpoStage
 from align.data import prepare_prompts, stop_token_ids
-from align.distributed.layout import world
 from align.losses.kl import adapted_kl_coef
-from align.rl.draw import Sampler
+from align.parallel.sharding import world
+from align.reward.mixture import Scorer
+from align.rl.checkpoint import Checkpoint, Progress
+from align.rl.complete import look_back
 from align.rl.follow import follow, is_follower, policy_weights, spread_learners, tell
 from align.rl.log import RoundLog
-from align.rl.look_back import look_back
+from align.rl.models import Team, build_team, load_reward_models
+from align.rl.sample import Sampler
 from align.rl.score import scored_round
-from align.rl.state import Checkpoint, Progress
-from align.rl.team import Team, build_team, load_reward_models
 from align.rl.update import update
 from align.rollout.base import RolloutEngine
 from align.rollout.build import build_engine
-from align.rollout.scoring import Scorer
+from align.run.context import StageContext
+from align.run.folder import remove_folder
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
-from align.train.run_folder import StageContext, remove_folder
 
 
 def run(context: StageContext) -> dict:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from trl import SFTConfig, SFTTrainer
 
 from align.data import prepare_text
+from align.run.context import StageContext
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
-from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 

@@ -6,8 +6,8 @@ import torch
 from trl import RewardConfig, RewardTrainer
 
 from align.data import prepare_reward_pairs
+from align.run.context import StageContext
 from align.train.checkpoint import count_parameters, load_scorer, load_tokenizer, save_model
-from align.train.run_folder import StageContext
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
 

@@ -8,8 +8,9 @@ import random
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.rollout.base import SamplingSettings
 from align.rollout.build import build_engine
+from align.run.context import StageContext
+from align.run.folder import write_text
 from align.train.checkpoint import load_tokenizer
-from align.train.run_folder import StageContext, write_text
 
 
 def run(context: StageContext) -> dict:

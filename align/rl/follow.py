@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.distributed.layout import world
-from align.rl.look_back import look_back
-from align.rl.team import Team, build_team, load_reward_models
+from align.data.experience import Experience
+from align.models.weights import published_weights
+from align.parallel.sharding import world
+from align.rl.complete import look_back
+from align.rl.models import Team, build_team, load_reward_models
 from align.rl.update import update
-from align.rollout.experience import Experience
-from align.rollout.weights import published_weights
+from align.run.context import StageContext
 from align.train.checkpoint import load_tokenizer, save_model
 from align.train.learner import Learner
-from align.train.run_folder import StageContext
-from align.train.spread_learner import SpreadLearner
+from align.train.sharded_learner import SpreadLearner
 
 
 def is_follower() -> bool:
@@ -28,14 +28,14 @@ def is_follower() -> bool:
 def tell(order: str, *details: Any) -> None:
     """Have the other ranks, where there are any, do what this one is about to do."""
     if world()[1] > 1:
-        from align.distributed.processes import broadcast
+        from align.parallel.group import broadcast
 
         broadcast((order, details))
 
 
 def follow(context: StageContext) -> dict:
     """What ranks other than 0 do in a stage of policy optimisation: the same calls, until the model is saved."""
-    from align.distributed.processes import broadcast
+    from align.parallel.group import broadcast
 
     stage, seed = context.stage, context.seed
     reward_models = load_reward_models(context)
@@ -72,7 +72,7 @@ def policy_weights(team: Team) -> Iterator[tuple[str, Tensor]]:
 
 def spread_weights(team: Team) -> Iterator[tuple[str, Tensor]]:
     """The same from all ranks: rank 0 sees the tensors, and all must iterate to the end."""
-    from align.distributed.export import gathered, published
+    from align.parallel.export import gathered, published
 
     model = team.policy.model
     for name, tensor in gathered(model, getattr(model, "dtype", torch.float32)):
@@ -82,14 +82,14 @@ def spread_weights(team: Team) -> Iterator[tuple[str, Tensor]]:
 
 def save_learners(team: Team, folder: Path) -> None:
     """Every rank's part of the learners under DeepSpeed and of the policy's average; the caller saves others."""
-    from align.distributed.state import save_training_state
+    from align.parallel.state import save_training_state
 
     for name, learner in spread_learners(team).items():
         save_training_state(learner.engine, folder / name, average_of(team, learner))
 
 
 def load_learners(team: Team, folder: Path) -> None:
-    from align.distributed.state import load_training_state
+    from align.parallel.state import load_training_state
 
     for name, learner in spread_learners(team).items():
         load_training_state(learner.engine, folder / name, average_of(team, learner))

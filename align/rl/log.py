@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from align.config.ppo import PpoStage
-from align.rl.look_back import Metrics, known
+from align.rl.complete import Metrics, known
 from align.rl.panel import Panel
 from align.rl.score import Round
-from align.train.run_folder import MetricsWriter, StageContext
+from align.run.context import StageContext
+from align.run.folder import MetricsWriter
 from align.train.trackers import Trackers
 
 PHASES = ("generate", "score", "logprobs", "update", "sync")

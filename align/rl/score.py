@@ -10,12 +10,12 @@ from torch import Tensor
 
 from align.config.ppo import PpoStage
 from align.data import PromptRow
+from align.data.experience import Experience, build_experience
+from align.reward.mixture import Scorer
 from align.reward.shaping import overlong_shaping
-from align.rl.draw import Draw, Sampler
-from align.rl.look_back import Metrics, known
+from align.rl.complete import Metrics, known
+from align.rl.sample import Draw, Sampler
 from align.rollout.base import Completion
-from align.rollout.experience import Experience, build_experience
-from align.rollout.scoring import Scorer
 
 
 @dataclass

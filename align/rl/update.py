@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
-from align.distributed.passes import shared_passes, summed
+from align.data.experience import Experience
 from align.losses.kl import kl_loss
 from align.losses.ppo import importance_weight, policy_loss, value_loss
 from align.losses.reduce import averaging_weights
-from align.rl.look_back import Metrics, known
-from align.rl.team import Team
-from align.rollout.experience import Experience, critic_values, policy_output
+from align.models.forward import critic_values, policy_output
+from align.parallel.micro_batches import shared_passes, summed
+from align.rl.complete import Metrics, known
+from align.rl.models import Team
 
 
 @dataclass(frozen=True)

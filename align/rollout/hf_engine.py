@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.config.rollout import Rollout
+from align.models.weights import load_published
 from align.rollout.base import (
     Completion,
     GenerationReport,
@@ -22,7 +23,6 @@ from align.rollout.base import (
     check_prompts,
     completion_seed,
 )
-from align.rollout.weights import load_published
 
 
 class HuggingFaceEngine:

@@ -32,8 +32,8 @@ from align.rollout.base import (
 from align.rollout.routing import moe_layers
 from align.rollout.serve import StartedServer
 from align.rollout.server import Server, ServerFailure, everywhere
-from align.rollout.sync import checkpoint_weights, send_weights
-from align.rollout.transport import Delivery, GpuTransfer, InTheRequest, SharedMemory, ToServers, free_port
+from align.rollout.sync.send import checkpoint_weights, send_weights
+from align.rollout.sync.transport import Delivery, GpuTransfer, InTheRequest, SharedMemory, ToServers, free_port
 from align.rollout.vllm_options import check_checkpoint, check_temperature, sampling_options
 
 MOST_STARTS = 4

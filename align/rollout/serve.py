@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from align.config.rollout import Rollout
-from align.distributed.launch import environment_of_its_own
 from align.errors import UserError
+from align.launch.processes import environment_of_its_own
 from align.rollout.server import MARK, Server
 from align.rollout.vllm_options import check_checkpoint, engine_options, prepare_vllm
 
@@ -53,7 +53,7 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
         dtype, seed = "float32", 0
     else:
         from align.config import load_recipe
-        from align.train.run_folder import StageContext
+        from align.run.context import StageContext
 
         recipe = load_recipe(target)
         sampling = [name for name, part in recipe.stages.items() if hasattr(part, "rollout")]

@@ -25,7 +25,7 @@ from align.rollout.base import (
     completion_seed,
 )
 from align.rollout.routing import RoutingRecorder, checked_routing, moe_layers
-from align.rollout.sync import InProcess, send_weights
+from align.rollout.sync.send import InProcess, send_weights
 from align.rollout.vllm_options import (
     check_checkpoint,
     check_temperature,

@@ -25,13 +25,13 @@ import align.models  # noqa: F401 (registers HunYuan)
 from align.config.parallel import Parallel
 from align.config.parts import Lora
 from align.data.chat import prepare_chat_template
-from align.distributed.layout import held_values, whole_shape, world
-from align.distributed.room import require_room
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.checkpoint import check_weights, published_shapes
-from align.models.lora import AnyModel, add_lora, merge_lora, plain_name
-from align.train.run_folder import MODEL, replace_folder
+from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
+from align.parallel.offload import require_room
+from align.parallel.sharding import held_values, whole_shape, world
+from align.run.folder import MODEL, replace_folder
 
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
 
@@ -159,7 +159,7 @@ def _load_spread(
 ) -> AnyModel:
     """The model of which this rank holds its part."""
     check_parallel(config, parallel, dtype, lora, trunk_trains=not (head_only or frozen))
-    from align.distributed.load import load_spread
+    from align.parallel.load import load_spread
 
     head_only = head_only or frozen
     return load_spread(model_class, config, folder, getattr(torch, dtype), parallel, lora, head_only=head_only)
@@ -176,7 +176,7 @@ def check_parallel(
     parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
     trained = None if trunk_trains else 0
     if lora is not None:
-        from align.distributed.plan.shape import shape_of
+        from align.plan.shape import shape_of
 
         trained = sum(shape_of("", config.to_dict()).adapters(lora))
     require_room(parallel, parameters, dtype, machines, trained)
@@ -258,7 +258,7 @@ def save_model(
 
 
 def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
-    from align.distributed.export import save_spread_adapter, save_spread_model
+    from align.parallel.export import save_spread_adapter, save_spread_model
 
     def write(folder: Path) -> None:
         save_spread_model(model, folder, dtype)

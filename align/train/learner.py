@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.config.parts import Optimizer
-from align.models.lora import AnyModel
+from align.models.lora.adapters import AnyModel
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.state import trainable
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.train.run_folder import replace_folder
+from align.run.folder import replace_folder
 
 
 def save_state(

@@ -9,7 +9,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from align.config.recipe import Recipe
 from align.errors import UserError
-from align.train.run_folder import StageContext
+from align.run.context import StageContext
 
 
 def tracker_arguments(recipe: Recipe, stage: str) -> dict[str, Any]:

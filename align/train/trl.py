@@ -18,13 +18,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
-from align.distributed.settings import accumulation_steps, deepspeed_config
 from align.models.hunyuan import HunYuanModel
 from align.models.hunyuan.checkpoint import read_weights
 from align.models.hunyuan.moe import RouterReport
-from align.models.lora import AnyModel
+from align.models.lora.adapters import AnyModel
+from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
+from align.run.context import StageContext
+from align.run.folder import MetricsWriter
 from align.train.optimizer import build_optimizer, schedule_factor
-from align.train.run_folder import MetricsWriter, StageContext
 from align.train.shared_batches import SHARE, SharedBatches, SharedLoader, gather_uneven
 from align.train.trackers import tracker_arguments
 
@@ -164,7 +165,7 @@ class AlignTrainer:
         # DeepSpeed's own checkpoints fit one number of processes.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if resume_from_checkpoint is not None:
-            from align.distributed.state import load_training_state
+            from align.parallel.state import load_training_state
 
             load_training_state(self.model_wrapped, Path(resume_from_checkpoint) / TRAINING_STATE)
             step = self.lr_scheduler.last_epoch = self.state.global_step
@@ -183,7 +184,7 @@ class AlignTrainer:
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        from align.distributed.state import save_training_state
+        from align.parallel.state import save_training_state
 
         save_training_state(self.model_wrapped, Path(output_dir) / TRAINING_STATE)
 
@@ -308,7 +309,7 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
     if context.recipe.parallel is None:
         checkpoint = find_checkpoint(context)
     else:
-        from align.distributed.processes import from_rank_0
+        from align.parallel.group import from_rank_0
 
         checkpoint = from_rank_0(lambda: find_checkpoint(context))
     step = int(checkpoint.name.split("-")[1]) if checkpoint else None

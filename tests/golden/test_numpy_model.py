@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.rollout.weights import published_weights
+from align.models.weights import published_weights
 
 SIZES = {
     "vocab_size": 61,

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.distributed.launch import PLACE
-from align.train.run_folder import read_jsonl
+from align.launch.processes import PLACE
+from align.run.folder import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 NOISE = ("time/", "speed/", "memory/", "rollout/")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from align.distributed.launch import free_port
+from align.launch.processes import free_port
 from tests.integration.runs import ROOT, exported, metrics, plain_environment, write_pretraining
 
 BIN = Path(sys.executable).parent

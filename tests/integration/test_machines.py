@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from align.distributed.machines import SILENCE
+from align.launch.machines import SILENCE
 from tests.integration.runs import metrics, plain_environment, write_pretraining
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.train.run_folder import read_jsonl
+from align.run.folder import read_jsonl
 from tests.integration.kills import kill_last_rank
 from tests.integration.runs import exported, metrics, run, small_model, start
 

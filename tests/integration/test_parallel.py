@@ -14,8 +14,8 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from align.run.folder import read_jsonl
 from align.train.checkpoint import load_policy
-from align.train.run_folder import read_jsonl
 from tests.integration.kills import kill_last_rank
 from tests.integration.runs import ROUTED, exported, metrics, run, small_model, start, weights
 

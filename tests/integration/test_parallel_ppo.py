@@ -13,8 +13,8 @@ import yaml
 
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
+from align.run.folder import read_jsonl
 from align.train.checkpoint import load_policy
-from align.train.run_folder import read_jsonl
 from tests.integration.kills import kill_last_rank
 from tests.integration.runs import ROUTED, metrics, run, small_model, start, weights
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from align.distributed.launch import free_port
+from align.launch.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

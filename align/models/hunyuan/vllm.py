@@ -60,7 +60,6 @@ from align.models.hunyuan.vllm_kernels import (
     in_rows,
     rms_norm,
 )
-from align.models.weight_stream import digest
 
 
 class LiveLinear(UnquantizedLinearMethod):
@@ -332,8 +331,10 @@ class HunYuanModel(nn.Module):
 
 @dataclass
 class Update:
-    """What has come of an update in parts: the pieces of each parameter, a digest of each weight."""
+    """A weight update in progress: the function that digests a tensor, the pieces of each parameter that have arrived,
+    and a digest of each weight."""
 
+    digest: Callable[[Tensor], str]
     pieces: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -378,9 +379,12 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
-    def begin_update(self) -> None:
-        """From here to `finish_update`, `load_weights` may be called many times, each with a part of the weights."""
-        self._update = Update()
+    def begin_update(self, digest: Callable[[Tensor], str]) -> None:
+        """Until `finish_update`, `load_weights` may be called many times, each with a part of the weights.
+
+        digest: fingerprints a tensor; sender and receiver use the same function.
+        """
+        self._update = Update(digest)
 
     def finish_update(self) -> dict[str, str]:
         """All weights must have come. Returns a digest of each under its published name.
@@ -395,7 +399,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         if get_tensor_model_parallel_world_size() > 1:
             return update.digests
         parameters = dict(self.named_parameters())
-        return {name: digest(self._live(parameters, name)) for name in update.digests}
+        return {name: update.digest(self._live(parameters, name)) for name in update.digests}
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -426,7 +430,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
             pieces[target].add(piece)
             loaded.add(target)
             if self._update is not None:
-                self._update.digests[name] = digest(weight) if several else ""
+                self._update.digests[name] = self._update.digest(weight) if several else ""
         if self._update is None:
             self._require_all(pieces)
         return loaded

@@ -21,4 +21,4 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "align.models.hunyuan.vllm:HunYuanForCausalLM")
     for name, engine in TRANSFERS.items():
         with suppress(ValueError):  # registered before in this process
-            WeightTransferEngineFactory.register_engine(name, "align.models.hunyuan.vllm_transfer", engine)
+            WeightTransferEngineFactory.register_engine(name, "align.rollout.sync.vllm_side", engine)

@@ -16,8 +16,8 @@ from align.config import load_recipe
 from align.config.parts import FileSource
 from align.config.recipe import Recipe
 from align.config.stages import TrainingStage
-from align.distributed import launch
 from align.errors import UserError
+from align.launch import processes as launch
 
 
 def test_changes_are_judged_with_the_recipe(capsys) -> None:

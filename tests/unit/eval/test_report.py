@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
-from align.eval.formatting import duration, number
-from align.eval.plots import stage_plots
-from align.eval.report import build_report, read_metrics, write_report
+from align.eval.report.formatting import duration, number
+from align.eval.report.plots import stage_plots
+from align.eval.report.write import build_report, read_metrics, write_report
 
 ATTACK = "<script>alert('x')</script> <img src=x onerror=alert(1)> ``` | \x00"
 STAGES = {"sft": "sft", "rm": "reward_model", "dpo": "dpo", "ppo": "ppo", "evaluate": "evaluate"}

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from align.config.parts import Lora
 from align.errors import UserError
 from align.models.hot_start import hot_start
-from align.models.lora import add_lora, merge_lora
+from align.models.lora.adapters import add_lora, merge_lora
 
 
 @pytest.fixture

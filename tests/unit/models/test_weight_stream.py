@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from align.models.weight_stream import buckets, combined_digest, digest, pack, packed_size
+from align.rollout.sync.stream import buckets, combined_digest, digest, pack, packed_size
 
 
 def stream(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:

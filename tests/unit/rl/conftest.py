@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from align.data.experience import Experience
 from align.pipeline import run
 from align.rl.score import to_experience
-from align.rollout.experience import Experience
 from tests.unit.rl.runs import recipe
 from tests.unit.rl.small import EOS, completions
 

@@ -6,7 +6,7 @@ import torch
 
 from align.config.ppo import PpoStage
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
-from align.rl.team import Team
+from align.rl.models import Team
 from align.rollout.base import Completion
 from align.train.learner import Learner
 

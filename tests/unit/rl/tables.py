@@ -14,10 +14,10 @@ from align.config.ppo import PpoStage
 from align.data import PromptRow
 from align.models.hunyuan.modeling import TokenHead
 from align.models.hunyuan.packing import Packing
-from align.rl.draw import Sampler
-from align.rl.look_back import look_back
+from align.rl.complete import look_back
+from align.rl.models import Team
+from align.rl.sample import Sampler
 from align.rl.score import Round, scored_round
-from align.rl.team import Team
 from align.rl.update import update
 from align.rollout.base import Completion, SamplingSettings, SyncReport
 from align.train.learner import Learner

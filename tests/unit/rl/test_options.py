@@ -12,15 +12,15 @@ from torch import nn
 
 from align.config.parts import Lora
 from align.losses.reduce import averaging_weights, masked_mean
+from align.models.forward import policy_output
 from align.models.hunyuan.modeling import DecoderLayer
-from align.models.lora import add_lora, is_factor
+from align.models.lora.adapters import add_lora, is_factor
 from align.pipeline import run
 from align.recipes import ppo
-from align.rl.look_back import look_back
+from align.rl.complete import look_back
 from align.rl.panel import Panel
 from align.rl.score import scored_round, to_experience
 from align.rollout.base import Completion
-from align.rollout.experience import policy_output
 from align.train.ema import Ema
 from align.train.learner import Learner
 from tests.unit.rl import small

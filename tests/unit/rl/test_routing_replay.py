@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from align.models.forward import policy_output
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.moe import MoeBlock
-from align.rl.look_back import look_back
-from align.rollout.experience import policy_output
+from align.rl.complete import look_back
 from tests.unit.rl.small import SIZES, build, settings
 
 

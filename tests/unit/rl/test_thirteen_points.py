@@ -16,12 +16,12 @@ from align.losses.gae import gae
 from align.losses.kl import adapted_kl_coef, kl_estimate, kl_loss
 from align.losses.ppo import importance_weight, policy_loss, value_loss
 from align.losses.reduce import whiten
+from align.models.forward import critic_values, policy_output
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
-from align.rl.look_back import estimate_advantages, look_back
+from align.rl.complete import estimate_advantages, look_back
+from align.rl.models import build_critic
 from align.rl.score import scored_round, to_experience
-from align.rl.team import build_critic
 from align.rl.update import update
-from align.rollout.experience import critic_values, policy_output
 from tests.unit.rl.small import EOS, SIZES, build, completions, settings
 from tests.unit.rl.tables import Task
 
@@ -136,7 +136,7 @@ def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(
 
 
 def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(batch, monkeypatch) -> None:
-    monkeypatch.setattr("align.rl.look_back.LOOKED_AT_ONE_IN", 2)
+    monkeypatch.setattr("align.rl.complete.LOOKED_AT_ONE_IN", 2)
     team = build()
     batch.score = torch.zeros(3)
     passes = Counter()

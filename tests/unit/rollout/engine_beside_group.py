@@ -9,8 +9,8 @@ import torch
 import torch.distributed
 
 from align.config.rollout import Rollout
-from align.distributed.processes import end
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.parallel.group import end
 from align.rollout.base import SamplingSettings
 from align.rollout.vllm_engine import VllmEngine
 

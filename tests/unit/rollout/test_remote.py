@@ -19,10 +19,10 @@ from safetensors.torch import load, load_file, save_file
 
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.models.weight_stream import digest
 from align.rollout.base import SamplingSettings
 from align.rollout.remote import RemoteEngine
-from align.rollout.sync import checkpoint_weights
+from align.rollout.sync.send import checkpoint_weights
+from align.rollout.sync.stream import digest
 
 PROMPTS = [[i, i + 1] for i in range(6)]
 SETTINGS = SamplingSettings(max_new_tokens=4, seed=3, n=2)

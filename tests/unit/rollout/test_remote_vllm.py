@@ -16,10 +16,10 @@ import torch
 
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.weight_stream import combined_digest, digest
+from align.models.weights import published_weights
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.remote import RemoteEngine
-from align.rollout.weights import published_weights
+from align.rollout.sync.stream import combined_digest, digest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine

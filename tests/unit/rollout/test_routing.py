@@ -8,9 +8,9 @@ import torch
 
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.weights import published_weights
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.routing import checked_routing
-from align.rollout.weights import published_weights
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine

@@ -20,9 +20,9 @@ import align.models  # noqa: F401
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.weight_stream import combined_digest, digest
+from align.models.weights import published_weights
 from align.rollout.base import Completion, SamplingSettings
-from align.rollout.weights import published_weights
+from align.rollout.sync.stream import combined_digest, digest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine

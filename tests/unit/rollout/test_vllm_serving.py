@@ -13,7 +13,7 @@ import torch
 
 from align.config.parts import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.lora import add_lora
+from align.models.lora.adapters import add_lora
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

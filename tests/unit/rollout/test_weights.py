@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from align.config.parts import Lora
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.lora import add_lora
-from align.models.lora_merge import merged_parameters
+from align.models.lora.adapters import add_lora
+from align.models.lora.merge import merged_parameters
+from align.models.weights import load_published, published_weights
 from align.rollout.base import SamplingSettings, completion_seed
 from align.rollout.hf_engine import HuggingFaceEngine
-from align.rollout.weights import load_published, published_weights
 
 
 def tiny(**changes) -> HunYuanForCausalLM:

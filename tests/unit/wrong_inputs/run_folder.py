@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from align.models.hunyuan import HunYuanForCausalLM
-from align.train.run_folder import MetricsWriter
+from align.run.folder import MetricsWriter
 
 from .here import SIZES, Here, full_disk, wrong
 
@@ -20,7 +20,7 @@ from .here import SIZES, Here, full_disk, wrong
 @wrong("run-folder-in-use")
 def _(here: Here) -> str:
     code = (
-        "import sys, time, pathlib; from align.train.run_folder import locked\n"
+        "import sys, time, pathlib; from align.run.folder import locked\n"
         "with locked(pathlib.Path('run')): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -92,7 +92,7 @@ def _(here: Here) -> str:
 
 @wrong("disk-full-settings")
 def _(here: Here) -> str:
-    here.monkeypatch.setattr("align.train.run_folder.os.replace", full_disk)
+    here.monkeypatch.setattr("align.run.folder.os.replace", full_disk)
     return here.run()
 
 

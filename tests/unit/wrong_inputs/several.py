@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 
 from align.config.parallel import Offload, Parallel
-from align.distributed import async_io, launch, machines, processes, room
+from align.launch import machines
+from align.launch import processes as launch
+from align.parallel import async_io, offload
+from align.parallel import group as processes
 
 from .here import Here, wrong
 
@@ -209,15 +212,15 @@ def _(here: Here) -> str:
     return in_place(here, RANK="0", WORLD_SIZE="2")
 
 
-@wrong("offload-without-room")
+@wrong("offload-without-offload")
 def _(here: Here) -> None:
-    room.require_room(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
+    offload.require_room(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
 
 
 @wrong("offload-without-folder")
 def _(here: Here) -> None:
     nvme = Offload(optimizer="nvme", path=str(Path("nowhere")))
-    room.require_room(Parallel(offload=nvme), 1, "float32", machines=1)
+    offload.require_room(Parallel(offload=nvme), 1, "float32", machines=1)
 
 
 @wrong("offload-without-folder-checked")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.train.run_folder import replace_folder, write_json
+from align.run.folder import replace_folder, write_json
 
 from .here import SIZES, Here, full_disk
 
@@ -34,7 +34,7 @@ def test_an_interrupted_write_leaves_the_old_folder(tmp_path: Path, failure: Bas
 
 def test_an_interrupted_file_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "manifest.json", {"a": 1})
-    monkeypatch.setattr("align.train.run_folder.os.replace", full_disk)
+    monkeypatch.setattr("align.run.folder.os.replace", full_disk)
     with pytest.raises(UserError, match="the disk is full; free some space"):
         write_json(tmp_path / "manifest.json", {"a": 2})
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}

@@ -1,0 +1,119 @@
+"""Completions as padded tensors, and what a model says about their tokens.
+
+Shapes: B sequences, T completion tokens (right-padded), L prompt and completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+OF_ALL_TOKENS = ("input_ids", "routed_experts")
+"""Fields that have a column for each token of the prompt too."""
+
+
+@dataclass
+class Experience:
+    """One round of completions. Every [B, T] tensor is zero where `mask` is.
+
+    input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T], 1 on
+    real tokens; loss_mask [B, T], 1 on those that count in the losses;
+    rollout_logprobs by the sampler; old_logprobs before the update, by the trainer or the sampler as the recipe says;
+    ref_logprobs by the reference, values by the critic; score [B], one a completion; advantages and returns; features
+    [B, T, D], the critic's hidden states when its trunk is frozen; routed_experts [B, L, layers, k], int16, where the
+    policy's tokens are to go, -1 for wherever its router chooses.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    mask: Tensor
+    rollout_logprobs: Tensor
+    loss_mask: Tensor
+    score: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    features: Tensor | None = None
+    routed_experts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, index: Tensor) -> Experience:
+        """The rows at `index`, with padding that none of them needs cut off."""
+        length = int(self.lengths[index].max())
+        completion = int((self.lengths - self.prompt_lengths)[index].max())
+        picked = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                tensor = tensor[index]
+                if tensor.ndim > 1:
+                    tensor = tensor[:, : length if field.name in OF_ALL_TOKENS else completion]
+            picked[field.name] = tensor
+        return Experience(**picked)
+
+    def to(self, device: torch.device) -> Experience:
+        """Every tensor on `device`."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            moved[field.name] = None if tensor is None else tensor.to(device)
+        return Experience(**moved)
+
+    def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
+        """Split rows into groups of similar length, of at most max_tokens each (or one row)."""
+        order = index[self.lengths[index].argsort(descending=True, stable=True)]
+        start = tokens = 0
+        for end, length in enumerate(self.lengths[order].tolist()):
+            if end > start and tokens + length > max_tokens:
+                yield order[start:end]
+                start, tokens = end, 0
+            tokens += length
+        if len(order):
+            yield order[start:]
+
+
+def build_experience(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    routed_experts: Sequence[numpy.ndarray] = (),
+) -> Experience:
+    """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS.
+
+    routed_experts: none, or for each sequence the sampler's [layers, tokens - 1, k].
+    """
+    sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
+    mask = _pad([[1.0] * len(c) for c in completions], torch.float32)
+    return Experience(
+        input_ids=_pad(sequences, torch.long),
+        lengths=torch.tensor([len(s) for s in sequences]),
+        prompt_lengths=torch.tensor([len(p) for p in prompts]),
+        mask=mask,
+        rollout_logprobs=_pad(logprobs, torch.float32),
+        loss_mask=mask,
+        routed_experts=_pad_routing(routed_experts, max(len(s) for s in sequences)) if len(routed_experts) else None,
+    )
+
+
+def _pad_routing(routed_experts: Sequence[numpy.ndarray], length: int) -> Tensor:
+    """[B, length, layers, k]; -1 at the last token, which the sampler never computed, and behind it."""
+    layers, _, width = routed_experts[0].shape
+    table = torch.full((len(routed_experts), length, layers, width), -1, dtype=torch.int16)
+    for row, routing in enumerate(routed_experts):
+        table[row, : routing.shape[1]] = torch.from_numpy(routing.transpose(1, 0, 2).copy())
+    return table
+
+
+def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    width = max(1, max(len(row) for row in rows))
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=dtype)

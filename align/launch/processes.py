@@ -1,0 +1,350 @@
+"""Start a run's processes on this machine and end them together. Nothing here imports torch or DeepSpeed.
+
+A process finds its place in the variables that torchrun, `accelerate launch` and this module set: RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under `srun` they are made from Slurm's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from align.config.parallel import Parallel
+from align.errors import UserError
+from align.launch.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
+
+PORT = 29500
+"""Where the launcher on the first of several machines listens, unless MASTER_PORT says otherwise."""
+GRACE = 5.0
+"""Seconds between asking the other ranks to end and killing them."""
+
+
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_of_its_own() -> dict[str, str]:
+    """For a process that a rank starts and that must not take itself for that rank."""
+    return {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
+
+
+def is_rank() -> bool:
+    """True in a process that something has started as one of several (torchrun, accelerate, Slurm, this module)."""
+    # In a batch script Slurm sets SLURM_PROCID and SLURM_NTASKS too; only srun's tasks are in a step.
+    if "RANK" not in os.environ and whole_number(os.environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
+        os.environ.update(slurm_place(dict(os.environ)))
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        (missing,) = {"RANK", "WORLD_SIZE"} - set(given)
+        raise UserError(
+            f"{given[0]} is set and {missing} is not, so this may be one of several processes and may be none; set "
+            f"both, as torchrun does, or unset {given[0]}."
+        )
+    return bool(given)
+
+
+def whole_number(variables: Mapping[str, str], name: str, default: str = "") -> int:
+    text = variables.get(name, default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"{name} is '{text}', but must be a whole number; start align with a launcher that sets it.")
+    return int(text)
+
+
+def require_place(parallel: Parallel) -> None:
+    """Raise `UserError` where a launcher's variables give this process no place among those of `parallel`."""
+    world = whole_number(os.environ, "WORLD_SIZE")
+    if world != parallel.processes:
+        raise UserError(
+            f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
+            f"(parallel.processes={world})."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE says that this is one of {world} ranks, but {missing[0]} is not set; start it with torchrun "
+            "or with --nproc alone, or unset WORLD_SIZE and RANK."
+        )
+    _require_below(whole_number(os.environ, "RANK"), "RANK", world, "WORLD_SIZE")
+    whole_number(os.environ, "LOCAL_RANK")
+    master_port()
+
+
+def _require_below(number: int, name: str, limit: int, total: str) -> None:
+    if number >= limit:
+        raise UserError(
+            f"{name} is {number}, but {total} is {limit}, so that the last rank is {limit - 1}; start every process "
+            "with a number of its own, beginning with 0."
+        )
+
+
+def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
+    """torchrun's variables from those that `srun` sets for a task."""
+    first = first_host(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost")
+    job = whole_number(slurm, "SLURM_JOB_ID", "0")
+    tasks = whole_number(slurm, "SLURM_STEP_NUM_TASKS")
+    _require_below(whole_number(slurm, "SLURM_PROCID"), "SLURM_PROCID", tasks, "SLURM_STEP_NUM_TASKS")
+    machines = int(slurm.get("SLURM_STEP_NUM_NODES") or slurm.get("SLURM_NNODES") or "1")
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+        # Offloading asks how many ranks share a machine's memory.
+        "LOCAL_WORLD_SIZE": str(max(1, tasks // machines)),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
+        # Two jobs on a machine must not meet: each has a port of its own.
+        "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """First host of Slurm's short form: `gpu[07-09,12],login` is gpu07."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    assert found is not None, nodes
+    return found[1] + (found[2] or "")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots of each machine, in the file's order; lines are `host slots=N`, `#` begins a comment."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"parallel.hostfile: {path} cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"parallel.hostfile: {path} is not a text file; write lines 'host slots=N' into one.") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if problem := _line_problem(words, hosts):
+            raise UserError(f"{path}: line {number}: {problem}.")
+        hosts[words[0]] = int(words[1].removeprefix("slots="))
+    if not hosts:
+        raise UserError(f"{path}: no machine in it; write lines 'host slots=N'.")
+    return hosts
+
+
+def _line_problem(words: list[str], hosts: dict[str, int]) -> str | None:
+    """What is wrong with a hostfile's line, behind which `hosts` were read already."""
+    host, *rest = words
+    unknown = [word for word in rest if not word.startswith("slots=")] or rest[1:]
+    if host.startswith("slots="):
+        return f"no machine stands before '{host}'; write 'host {host}'"
+    if host in hosts:
+        return f"the machine '{host}' is there a second time; write it once, with all its slots"
+    if unknown:
+        return f"'{unknown[0]}' is not understood; write 'host slots=N' and nothing else"
+    if not rest:
+        return f"'{host}' has no slots; write '{host} slots=N', N the processes there"
+    if not re.fullmatch("slots=[1-9][0-9]{0,5}", rest[0]):
+        return f"'{rest[0]}' is no number of processes; write slots=1 or more"
+    return None
+
+
+def slots_of(parallel: Parallel) -> dict[str, int]:
+    """Slots of each machine of a run, as many as it has processes."""
+    if parallel.hostfile is None:
+        return {"localhost": parallel.processes}
+    hosts = read_hostfile(Path(parallel.hostfile))
+    total = sum(hosts.values())
+    if total != parallel.processes:
+        raise UserError(
+            f"{parallel.hostfile}: the sum of its slots is {total}, but parallel.processes is {parallel.processes}; "
+            "make them equal."
+        )
+    return hosts
+
+
+def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
+    """(slots of each machine of a run, which of them this is)."""
+    hosts = slots_of(parallel)
+    if parallel.hostfile is None:
+        return hosts, "localhost"
+    for host in hosts:
+        resolve(host, parallel.hostfile)
+    return hosts, this_machine(hosts, parallel.hostfile)
+
+
+def meet_others(hosts: dict[str, int], here: str) -> tuple[Others, str, int]:
+    """(the other machines, address and port where all ranks meet), when all machines are there."""
+    if len(hosts) == 1:
+        return Alone(), "127.0.0.1", free_port()
+    first, port = next(iter(hosts)), master_port()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    others: Leader | Follower
+    if here == first:
+        others = Leader(hosts, here, port)
+        meeting_port = partial(others.gather, say, free_port(""))
+    else:
+        others = Follower(hosts, here, port)
+        meeting_port = partial(others.gather, say)
+    try:
+        return others, first, meeting_port()
+    except BaseException:
+        others.close()
+        raise
+
+
+def master_port() -> int:
+    text = os.environ.get("MASTER_PORT", str(PORT))
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) < 65536):
+        raise UserError(f"MASTER_PORT is '{text}', but must be a port's number, 1 to 65535.")
+    return int(text)
+
+
+def local_places(hosts: dict[str, int], here: str, address: str, port: int) -> list[dict[str, str]]:
+    """Variables of each rank of this machine; ranks are numbered through the machines in their order."""
+    names = list(hosts)
+    first = sum(hosts[name] for name in names[: names.index(here)])
+    return [
+        {
+            "RANK": str(first + local),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(sum(hosts.values())),
+            "LOCAL_WORLD_SIZE": str(hosts[here]),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+        for local in range(hosts[here])
+    ]
+
+
+def resolve(host: str, where: str) -> set[str]:
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        raise UserError(f"{where}: the machine '{host}' cannot be found; check its name.") from None
+
+
+def this_machine(hosts: dict[str, int], where: str) -> str:
+    """The machine of `hosts` that this is: by its name, or because it has the address."""
+    own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
+    for host in hosts:
+        if host in own:
+            return host
+    for host in hosts:
+        if any(is_own(address) for address in resolve(host, where)):
+            return host
+    raise UserError(
+        f"{where}: this machine ({socket.gethostname()}) is not among {', '.join(hosts)}; start `align run` on those."
+    )
+
+
+def is_own(address: str) -> bool:
+    """True for an address of this machine: only to those can a socket be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
+    """Run `align ARGUMENTS` as this machine's ranks; returns when all have finished, on all machines.
+
+    Rank 0 prints. What a rank writes to stderr goes to logs/rank-N.log. When one fails, on whatever machine, the others
+    are ended, its error is printed and the process exits with its code.
+    """
+    hosts, here = machines_of(parallel)
+    logs.mkdir(parents=True, exist_ok=True)
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+    files: dict[int, Path] = {}
+    # A launcher that is asked to end must not leave its ranks behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    others: Others = Alone()
+    try:
+        others, address, port = meet_others(hosts, here)
+        for place in local_places(hosts, here, address, port):
+            rank = int(place["RANK"])
+            files[rank] = logs / f"rank-{rank}.log"
+            threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(share_of_cores(hosts[here]))}
+            with open(files[rank], "wb") as log:
+                processes[rank] = subprocess.Popen(
+                    [sys.executable, "-m", "align.cli", *arguments],
+                    env={**os.environ, **threads, **place},
+                    stdout=None if rank == 0 else log,
+                    stderr=log,
+                )
+        failure = wait(processes, files, others, f" on {here}" if len(hosts) > 1 else "")
+    finally:
+        end(processes)
+        others.close()
+        signal.signal(signal.SIGTERM, before)
+    if failure is None:
+        return
+    if failure.sentence is not None:
+        raise UserError(failure.sentence)
+    print(failure.log, file=sys.stderr)
+    print(failure.where, file=sys.stderr)
+    sys.exit(failure.code)
+
+
+def failure_of(rank: int, code: int, file: Path, on: str) -> Failure:
+    """What a rank that ended with `code` has to say; `on` names its machine where there are several."""
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if code < 0:
+        name = signal.Signals(-code).name
+        sentence = f"rank {rank}{on} was ended by {name} (see {file}); continue with --resume."
+        return Failure(2, sentence, cause=code == -signal.SIGKILL)
+    said = re.search(r"error:(?:\x1b\[0m)? (.*)", text, re.DOTALL)
+    if code == 2 and said:
+        return Failure(2, said[1], cause=True)
+    where = f"rank {rank}{on} failed; the whole of its log is {file}"
+    return Failure(code, None, log=text[-LOG_SENT:], where=where)
+
+
+def share_of_cores(ranks: int) -> int:
+    return max(1, (os.cpu_count() or 1) // ranks)
+
+
+def wait(
+    processes: dict[int, subprocess.Popen[bytes]], files: dict[int, Path], others: Others, on: str
+) -> Failure | None:
+    """The failure that speaks for all, or None when all have finished well.
+
+    Ranks that meet the same error end within moments of each other; the lowest one speaks for all. One that was
+    killed, or that failed alone, drags the others along with errors about their connection: it comes before them.
+    """
+    own: Failure | None = None
+    while True:
+        codes = {rank: process.poll() for rank, process in processes.items()}
+        bad = {rank: code for rank, code in codes.items() if code not in (None, 0)}
+        if bad and own is None:
+            rank = min(bad, key=lambda rank: (bad[rank] not in (2, -signal.SIGKILL), rank))
+            own = failure_of(rank, bad[rank] or 0, files[rank], on)
+        over, failure = others.turn(own, all(code == 0 for code in codes.values()))
+        if over:
+            return failure
+
+
+def end(processes: dict[int, subprocess.Popen[bytes]]) -> None:
+    """End what still runs: first asked, then killed."""
+    running = [process for process in processes.values() if process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,54 @@
+"""From the recipe's `parallel` section to DeepSpeed's configuration: pure, and readable without DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.config.parallel import Parallel
+
+BUCKET = 50_000_000
+"""Elements that are gathered or reduced at a time; DeepSpeed's default of 500 million costs 2 GB a buffer in fp32."""
+
+
+def accumulation_steps(parallel: Parallel | None, batch_size: int, micro_batch_size: int) -> int:
+    """Forward passes of one process in an optimizer step of `batch_size` sequences over all processes."""
+    return batch_size // (micro_batch_size * (parallel.processes if parallel else 1))
+
+
+def deepspeed_config(
+    parallel: Parallel, *, micro_batch_size: int, accumulation: int, max_grad_norm: float, dtype: str
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of a training stage. The optimizer and its schedule are ours and not named in it.
+
+    Expert parallelism does not appear either: `align.parallel.experts` gives the parameters their groups.
+    """
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "contiguous_gradients": True,
+    }
+    if parallel.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": BUCKET,
+            # Small parameters are not kept whole: gathering them at once would mix those of different groups.
+            "stage3_param_persistence_threshold": 0,
+        }
+    offload = parallel.offload
+    for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device is not None:
+            zero[key] = {"device": device, "pin_memory": True}
+            if device == "nvme":
+                zero[key]["nvme_path"] = offload.path
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * parallel.processes,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        # The same AdamW on the CPU as elsewhere, not DeepSpeed's own, which needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

@@ -1,0 +1,65 @@
+"""DeepSpeed engines for training loops of our own, which decide themselves when gradients are complete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import nn
+
+from align.config.parallel import Parallel
+from align.parallel.deepspeed_config import deepspeed_config
+
+
+class Asked(nn.Module):
+    """A model in the root module that DeepSpeed wants to be called: questions are functions of the model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, question: Any, *arguments: Any, **options: Any) -> Any:
+        return question(self.model, *arguments, **options)
+
+
+def learning_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel, *, max_grad_norm: float, dtype: str
+) -> Any:
+    """engine(question, ...) asks the model. Its gradients add up until `step`, over however many passes."""
+    config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=max_grad_norm, dtype=dtype)
+    config["managed_gradient_accumulation"] = False
+    config["bf16"]["check_grad_overflow"] = True
+    engine, *_ = deepspeed.initialize(model=Asked(model), optimizer=optimizer, config=config)
+    return engine
+
+
+def asking_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any:
+    """An engine for a model that is asked and never trained."""
+    config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=0.0, dtype=dtype)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if parallel.zero_stage < 3:
+        config["zero_optimization"] = {"stage": 0}
+    engine, *_ = deepspeed.initialize(model=Asked(model), config=config)
+    engine.eval()
+    return engine
+
+
+def forget_gradients(engine: Any) -> None:
+    """Drop what was gathered since the last step, on all ranks alike: what DeepSpeed does in a step that overflows."""
+    optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        engine.zero_grad()
+        return
+    optimizer.zero_grad()
+    optimizer.reset_cpu_buffers()
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.averaged_gradients = {}
+        return
+    optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    optimizer._release_preflattened_grad_buffers()
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None

@@ -1,0 +1,144 @@
+"""Expert parallelism: each rank of a group keeps some of a layer's experts, and tokens travel to them.
+
+The router, the shared expert, capacity, recycling and all that is measured stay as they are: only `Experts`, which is
+given its assignments, is replaced. ZeRO shards what a rank keeps over the ranks that keep the same experts.
+
+Shapes: T tokens, D hidden, E experts, k experts a token, G ranks in an expert-parallel group, N rows that travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from align.models.hunyuan.moe import (
+    Correction,
+    Experts,
+    Gather,
+    expert_outputs,
+    in_autocast_dtype,
+    mix_outputs,
+    sorting,
+)
+from align.parallel.sharding import Share
+
+
+class Exchange(torch.autograd.Function):
+    """Rows sent to the ranks of a group, `sent[r]` to rank r; the gradient travels back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(rows_ND, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad_ND, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_to_all(rows_ND: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
+    dist.all_to_all_single(arrived, rows_ND.contiguous(), received, sent, group=group)
+    return arrived
+
+
+class SpreadExperts(Experts):
+    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them."""
+
+    def __init__(self, whole: Experts, group: Any, group_name: str):
+        nn.Module.__init__(self)
+        self.group, self.group_name, self.ranks = group, group_name, dist.get_world_size(group)
+        self.num_experts = whole.num_experts
+        self.local = whole.num_experts // self.ranks
+        self.first = self.local * dist.get_rank(group)
+        self.act = whole.act
+        for name, stacked in whole.named_parameters(recurse=False):
+            own = stacked.detach()[self.first : self.first + self.local].clone()
+            parameter = nn.Parameter(own, requires_grad=stacked.requires_grad)
+            self.register_parameter(name, mark(parameter, group_name, Share(self.num_experts, self.ranks)))
+        self.train(whole.training)
+
+    @property
+    def held(self) -> slice:
+        return slice(self.first, self.first + self.local)
+
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
+        """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 stands for no expert.
+
+        Every rank of the group takes part, with however few tokens, so none waits for another in vain.
+        """
+        hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
+
+        def compute(rows_ND: Tensor, counts_L: Tensor) -> Tensor:
+            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L, corrections)
+
+        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.elsewhere, compute))
+
+    def elsewhere(self, compute: Callable[[Tensor, Tensor], Tensor], rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Outputs [N, D] of rows that are sorted by expert, computed where those experts are; zero for those behind
+        the last expert's."""
+        arriving_GL = torch.empty_like(counts_E)
+        dist.all_to_all_single(arriving_GL, counts_E, group=self.group)
+        arriving_GL = arriving_GL.view(self.ranks, self.local)
+        sent = counts_E.view(self.ranks, self.local).sum(1).tolist()
+        received = arriving_GL.sum(1).tolist()
+        rows = Exchange.apply(rows_ND[: sum(sent)], sent, received, self.group)
+        # They arrive by rank and then by expert; the experts need them by expert.
+        expert = torch.arange(self.local, device=rows.device).repeat(self.ranks)
+        order, inverse = sorting(expert.repeat_interleave(arriving_GL.flatten()))
+        outputs = compute(Gather.apply(rows, order, inverse, 1), arriving_GL.sum(0))
+        answers = Exchange.apply(Gather.apply(outputs, inverse, order, 1), received, sent, self.group)
+        return torch.cat([answers, answers.new_zeros(len(rows_ND) - len(answers), answers.shape[1])])
+
+
+class TrainedSpreadExperts(SpreadExperts, AutoEPMoELayer):
+    """DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class, and
+    below ZeRO 3 stops if there are none. Nothing else of that class is used."""
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
+
+
+def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter:
+    """Tell DeepSpeed that a parameter differs within the expert-parallel group and is sharded over its replicas."""
+    parameter.expert_share = share
+    parameter.allreduce = False  # ZeRO 1 and 2
+    parameter.group_name = group_name
+    parameter.ds_zero_placement_family = "autoep_expert"  # ZeRO 3
+    parameter.ds_zero_partition_group_name = group_name
+    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+    return parameter
+
+
+def spread_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
+    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group.
+
+    trained: something of the experts learns, they themselves or adapters.
+    """
+    if size == 1:
+        return
+    name = f"ep_size_{size}"
+    groups._create_expert_and_data_parallel(size)
+    group = groups._get_expert_parallel_group(name)
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if type(child) is Experts:
+                kind = TrainedSpreadExperts if trained else SpreadExperts
+                setattr(parent, key, kind(child, group, name))
+
+
+def mark_adapters(model: nn.Module) -> None:
+    """Tell DeepSpeed that the adapters of spread experts are spread with them."""
+    from align.models.lora.experts import ExpertAdapter
+
+    for module in model.modules():
+        if isinstance(module, ExpertAdapter) and isinstance(experts := module.get_base_layer(), SpreadExperts):
+            for parameter in module.factors():
+                mark(parameter, experts.group_name, Share(experts.num_experts, experts.ranks))

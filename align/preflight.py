@@ -1,0 +1,143 @@
+"""Whether a recipe's files are there and its processes suit its models, asked before anything is loaded. No torch
+here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from align.config.parallel import Parallel
+from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel, Source
+from align.config.ppo import PpoStage
+from align.config.presets import PRESETS
+from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.rewards import FunctionReward
+from align.config.stages import Stage, TrainingStage
+from align.errors import UserError
+from align.parallel.offload import require_folder
+from align.reward.functions import find_reward_function
+from align.run.folder import MODEL
+
+
+def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
+    """One sentence for each thing that keeps `stages` from running; what earlier stages make is not looked for.
+
+    files: look at this machine's files; without, only the recipe itself is judged.
+    """
+    stages, found = list(stages), list[str]()
+    if files:
+        for name in stages:
+            found += _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
+    if recipe.parallel is not None:
+        found += _of_machines(recipe.parallel) if files else []
+        if problem := recipe.parallel.uneven_groups():
+            found.append(problem)
+        for name in stages:
+            if name != BASE:
+                found += _of_experts(recipe, name, recipe.parallel, files)
+    return list(dict.fromkeys(found))
+
+
+def _of_model(model: Model) -> Iterator[str]:
+    match model:
+        case ScratchModel(tokenizer=str(path)):
+            yield from _folder("model.tokenizer", path)
+        case ScratchModel(tokenizer=tokenizer) if not isinstance(tokenizer, str):
+            yield from _files("model.tokenizer.data", tokenizer.data)
+        case PretrainedModel(path=path):
+            yield from _folder("model.path", path)
+        case HotStartModel(source=path):
+            yield from _folder("model.source", path)
+
+
+def _of_stage(name: str, stage: Stage) -> Iterator[str]:
+    for holder, where in ((stage, name), (getattr(stage, "data", None), f"{name}.data")):
+        for field in ("train", "held_out", "prompts", "preferences"):
+            yield from _files(f"stages.{where}.{field}", getattr(holder, field, None) or ())
+    for where, reference in references(stage):
+        if where == "data" or not is_path(reference):
+            continue
+        folder = Path(reference)
+        if not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
+            yield f"stages.{name}.{where}: '{reference}' has no config.json; give a checkpoint folder."
+    if isinstance(stage, PpoStage):
+        for reward in stage.rewards:
+            if isinstance(reward, FunctionReward):
+                try:
+                    find_reward_function(reward.path)
+                except UserError as error:
+                    yield f"stages.{name}.rewards: {error}"
+
+
+def _of_machines(parallel: Parallel) -> Iterator[str]:
+    from align.launch.processes import slots_of  # only runs of several processes load it
+
+    try:
+        slots_of(parallel)
+    except UserError as error:
+        yield str(error)
+    if parallel.offload.path is not None:
+        try:
+            require_folder(parallel.offload.path)
+        except UserError as error:
+            yield str(error)
+
+
+def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> Iterator[str]:
+    """Models of a stage that all processes work on whose experts these cannot share."""
+    from align.plan.shape import expert_counts
+
+    stage = recipe.stages[name]
+    if not isinstance(stage, TrainingStage | PpoStage):
+        return
+    for where, reference in references(stage):
+        if where == "data":
+            continue
+        owner = f"stages.{name}.{where}"
+        while reference in recipe.stages:
+            reference = getattr(recipe.stages[reference], "init_from", BASE)
+        if reference == BASE:
+            owner, config = "model", _config_of(recipe.model, files)
+        else:
+            config = _config_in(reference) if files else None
+        for experts in expert_counts(config) if config is not None else ():
+            if problem := parallel.misfit(experts, owner):
+                yield problem
+
+
+def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
+    """The keys of config.json on which a model's experts depend; None where they are not known here."""
+    match model:
+        case ScratchModel(preset=preset, config=changes):
+            return (PRESETS[preset] if preset else {}) | changes
+        case HotStartModel(experts=experts, config=changes):
+            return {"num_experts": experts} | changes
+        case PretrainedModel(path=path, config=changes):
+            config = _config_in(path) if files else None
+            return None if config is None else config | changes
+
+
+def _config_in(path: str) -> dict[str, Any] | None:
+    """A checkpoint's config.json; one that is damaged or not there is for others to tell."""
+    for folder in (Path(path) / MODEL, Path(path)):
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return values if isinstance(values, dict) else None
+    return None
+
+
+def _files(where: str, sources: Iterable[Source]) -> Iterator[str]:
+    for source in sources:
+        if isinstance(source, FileSource) and not Path(source.path).expanduser().exists():
+            yield f"{where}: {source.path} does not exist (paths are relative to {Path.cwd()})."
+
+
+def _folder(where: str, path: str) -> Iterator[str]:
+    """Where the path can be a hub's id, only the hub knows."""
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if is_local and not Path(path).expanduser().exists():
+        yield f"{where}: {path} does not exist (paths are relative to {Path.cwd()})."

@@ -1,0 +1,109 @@
+"""One update of an engine's weights: the published stream in buckets, each digested on the way, proved at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from align.rollout.base import SyncReport
+from align.rollout.sync.stream import Bucket, buckets, combined_digest, digest
+
+
+class Transport(Protocol):
+    """Carries an update to one or several engines."""
+
+    @property
+    def engines(self) -> int:
+        """How many take the weights; those that fail on the way no longer count."""
+        ...
+
+    def start(self) -> None:
+        """Begin an update; one that was left unfinished is abandoned."""
+        ...
+
+    def send(self, bucket: Bucket) -> None:
+        """Deliver a bucket; its tensors may change when this returns."""
+        ...
+
+    def finish(self, digests: dict[str, str], version: int) -> None:
+        """Have the engines compare their weights with the digests and take the version as theirs."""
+        ...
+
+
+def send_weights(
+    stream: Iterable[tuple[str, Tensor]], transport: Transport, version: int, *, bucket_mib: int, dtype: torch.dtype
+) -> SyncReport:
+    """Send the stream; it is read once, and only one bucket of what it merges or gathers exists at a time."""
+    started = time.perf_counter()
+    digests: dict[str, str] = {}
+    size = count = 0
+    transport.start()
+    for bucket in buckets(stream, bucket_mib * 2**20, dtype):
+        digests |= {name: digest(tensor) for name, tensor in bucket}
+        transport.send(bucket)
+        size += sum(tensor.nbytes for _, tensor in bucket)
+        count += 1
+    transport.finish(digests, version)
+    return SyncReport(
+        bytes=size,
+        seconds=time.perf_counter() - started,
+        version=version,
+        buckets=count,
+        checksum=combined_digest(digests),
+        engines=transport.engines,
+    )
+
+
+class InProcess:
+    """To a `vllm.LLM` in this process: buckets are handed over as they are."""
+
+    engines = 1
+
+    def __init__(self, llm: Any):
+        self.llm = llm
+
+    def start(self) -> None:
+        try:
+            self.llm.start_weight_update()
+        except RuntimeError:  # an earlier update broke off in the sender's own stream
+            with_session_ended(self.llm)
+            self.llm.start_weight_update()
+
+    def send(self, bucket: Bucket) -> None:
+        self.llm.update_weights({"update_info": {"tensors": bucket}})
+
+    def finish(self, digests: dict[str, str], version: int) -> None:
+        self.llm.update_weights({"update_info": {"digests": digests}})
+        self.llm.finish_weight_update(str(version))
+
+
+def with_session_ended(llm: Any) -> None:
+    """End an update that was left open; vLLM ends one when its engine raises."""
+    try:
+        llm.update_weights({"update_info": {"abandon": True}})
+    except RuntimeError:
+        return
+
+
+def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The stream of a checkpoint in the published layout, tensor by tensor from its safetensors files.
+
+    A tied head is left out, as in `published_weights`.
+    """
+    tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", True)
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                if not (tied and key == "lm_head.weight"):
+                    yield key, file.get_tensor(key)

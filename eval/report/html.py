@@ -1,0 +1,273 @@
+"""report.html: one page without scripts or requests, from the content of report.json and the curves.
+
+Every text that a recipe, a data set or a model could have written goes through `_text`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, number, plain
+from align.eval.report.markdown import (
+    caveat,
+    commit,
+    find_difference,
+    parameters,
+    parents,
+    reward_model_line,
+    samples_line,
+)
+from align.eval.report.plots import Plot, comparison_plots, stage_plots
+
+STYLE_SHEET = Path(__file__).with_name("report.css")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""Content security policy: the page may load nothing, whatever a sample contains."""
+
+
+def render_html(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
+    """The page for `report`, with plots of `curves` (rows of metrics.jsonl by stage)."""
+    sections = [
+        _section("stages", f"Stages: {duration(report['total_seconds'])} in all", _timeline(report)),
+        *(
+            _section(f"comparison-{i}", f"Comparison{_of(e, report)}", _comparison(e, i))
+            for i, e in enumerate(report["evaluations"])
+        ),
+        _section("training", "Training", _training(report, curves)),
+        *(
+            _section(f"samples-{i}", f"Samples{_of(e, report)}", _samples(e))
+            for i, e in enumerate(report["evaluations"])
+            if e["samples"]
+        ),
+        _section("provenance", "Provenance", _provenance(report)),
+    ]
+    shown = [(anchor, title.partition(":")[0], body) for anchor, title, body in sections if body]
+    links = "".join(f'<a href="#{anchor}">{_text(title)}</a>' for anchor, title, _ in shown)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            f"<title>{_text(report['name'])}: run report</title>",
+            f"<style>{STYLE_SHEET.read_text(encoding='utf-8')}</style></head><body>",
+            *_header(report, links),
+            "<main>",
+            *(body for _, _, body in shown),
+            "</main>",
+            f'<footer class="soft">Generated {_text(report["generated"])}.</footer>',
+            "</body></html>\n",
+        ]
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(plain(value), quote=True)
+
+
+def _section(anchor: str, title: str, parts: Iterable[str]) -> tuple[str, str, str]:
+    body = "\n".join(parts)
+    return anchor, title, f'<section id="{anchor}"><h2>{_text(title)}</h2>\n{body}</section>' if body else ""
+
+
+def _of(evaluation: dict[str, Any], report: dict[str, Any]) -> str:
+    """The stage's name in a title, where several stages evaluate."""
+    return f" ({evaluation['stage']})" if len(report["evaluations"]) > 1 else ""
+
+
+def _header(report: dict[str, Any], links: str) -> Iterator[str]:
+    yield f'<header><p class="soft">Run report</p><h1>{_text(report["name"])}</h1>'
+    if report["recipe"]["description"]:
+        yield f"<p>{_text(report['recipe']['description'])}</p>"
+    lines = "".join(f"<li>{_text(line)}</li>" for line in report["verdict"].rstrip(".").split("; "))
+    yield f'<div class="verdict"><ul>{lines}</ul></div>'
+    if report["notes"]:
+        yield f'<ul class="notes">{"".join(f"<li>{_text(note)}</li>" for note in report["notes"])}</ul>'
+    yield f'<dl class="tiles">{"".join(_tiles(report))}</dl><nav>{links}</nav></header>'
+
+
+def _tiles(report: dict[str, Any]) -> Iterator[str]:
+    finished = sum(stage["status"] == "finished" for stage in report["stages"])
+    yield _tile("Stages finished", f"{finished} of {len(report['stages'])}")
+    yield _tile("Total time", duration(report["total_seconds"]))
+    if report["evaluations"]:
+        evaluation = report["evaluations"][-1]
+        for metric in evaluation["metrics"]:
+            name = next((name for name in reversed(evaluation["models"]) if name in metric["models"]), None)
+            if metric["better"] and name:
+                cell = metric["models"][name]
+                yield _tile(metric["label"], number(cell["mean"]), f"{name} {interval(cell)}")
+
+
+def _tile(term: str, value: str, detail: str = "") -> str:
+    small = f"<small>{_text(detail)}</small>" if detail else ""
+    return f"<div><dt>{_text(term)}</dt><dd>{_text(value)}{small}</dd></div>"
+
+
+def _timeline(report: dict[str, Any]) -> Iterator[str]:
+    """A bar for every stage, placed after the stages before it."""
+    total, start = report["total_seconds"] or 1.0, 0.0
+    yield '<div class="card stages" style="padding:0">'
+    for stage in report["stages"]:
+        seconds = stage["seconds"] or 0.0
+        style = f"margin-left:{98 * start / total:.2f}%;width:{98 * seconds / total:.2f}%"
+        bar = f'<div class="bar" style="{style}"></div>' if seconds else ""
+        time = duration(stage["seconds"]) if stage["seconds"] is not None else stage["status"]
+        kind = "" if stage["kind"] == stage["name"] else f'<span class="soft">{_text(stage["kind"])}</span>'
+        yield (
+            f'<div class="stage"><div><b>{_text(stage["name"])}</b> {kind}</div>'
+            f'<div class="track">{bar}</div><div class="time">{_text(time)}</div></div>'
+        )
+        start += seconds
+    yield "</div>"
+
+
+def _comparison(evaluation: dict[str, Any], index: int) -> Iterator[str]:
+    metrics = evaluation["metrics"]
+    yield f'<p class="soft">{_text(caveat(evaluation))}</p>'
+    labels = [_text(metric["label"]) for metric in metrics]
+    rows = []
+    for name in evaluation["models"]:
+        baseline = ' <span class="soft">baseline</span>' if name == evaluation["baseline"] else ""
+        rows.append([f"{_text(name)}{baseline}", *(_value(metric["models"].get(name)) for metric in metrics)])
+    yield _table(["Model", *labels], rows)
+    if evaluation["pairs"]:
+        yield "<h3>Paired differences</h3>"
+        rows = [
+            [f"{_text(a)} − {_text(b)}", *(_difference(metric, a, b) for metric in metrics)]
+            for a, b in evaluation["pairs"]
+        ]
+        yield _table(["Difference", *labels], rows)
+        yield '<p class="soft">▲ above zero, ▼ below zero, ≈ the interval includes zero, ? no interval.</p>'
+    if line := reward_model_line(evaluation):
+        yield f"<p>{_text(line)}</p>"
+    yield _figures(comparison_plots(evaluation, f"cmp{index}"))
+
+
+def _value(cell: dict[str, Any] | None) -> str:
+    return f"{number(cell['mean'])}<small>{interval(cell)}</small>" if cell else NOTHING
+
+
+def _difference(metric: dict[str, Any], model: str, against: str) -> str:
+    cell = find_difference(metric, model, against)
+    if cell is None:
+        return NOTHING
+    sign = mark(cell)
+    tone = {"▲": "up", "▼": "down"}.get(sign, "") if metric["better"] else ""
+    shown = f"{sign} {number(cell['mean'], signed=True)}"
+    return f'<span class="nowrap {tone}">{shown}</span><small>{interval(cell)}</small>'
+
+
+def _training(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    for i, stage in enumerate(report["stages"]):
+        rows, metrics = curves.get(stage["name"], []), list(flat(stage["metrics"] or {}))
+        if stage["kind"] == "evaluate" or not (rows or metrics):
+            continue
+        about = f"{stage['kind']}, {duration(stage['seconds'])}"
+        if stage["parameters"]:
+            about += f"; parameters (total / active / trained): {parameters(stage)}"
+        yield f"<h3>{_text(stage['name'])}</h3><p class='about soft'>{_text(about)}</p>"
+        yield _figures(stage_plots(stage["kind"], rows, f"s{i}"))
+        if metrics:
+            cells = [[_text(key), _text(number(value))] for key, value in metrics]
+            yield _folded(f"Final metrics ({len(cells)})", _table(["Metric", "Value"], cells))
+
+
+def _figures(plots: list[Plot]) -> str:
+    if not plots:
+        return ""
+    figures = []
+    for plot in plots:
+        caption = f"<figcaption>{_text(plot.caption)}</figcaption>" if plot.caption else ""
+        figures.append(f'<figure><h4>{_text(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
+    yield f'<p class="soft">{_text(samples_line(evaluation))}</p>'
+    for i, sample in enumerate(evaluation["samples"], start=1):
+        answers, reference = [], ""
+        if sample["reference"] is not None:
+            reference = _answer("Reference", sample["reference"], "reference")
+        for model, completion in sample["completions"].items():
+            score = sample["scores"].get(model)
+            answers.append(_answer(model if score is None else f"{model} · score {number(score)}", completion))
+        yield (
+            f'<article class="card"><h3>Prompt {i}</h3>'
+            f'<p class="text prompt" dir="auto">{_text(sample["prompt"])}</p>'
+            f'{reference}<div class="answers">{"".join(answers)}</div></article>'
+        )
+
+
+def _answer(title: str, completion: str, style: str = "") -> str:
+    body = _text(completion) if completion.strip() else '<span class="soft">(empty)</span>'
+    text = f'<p class="text" dir="auto" tabindex="0">{body}</p>'
+    return f'<div class="{style}"><h3>{_text(title)}</h3>{text}</div>'
+
+
+def _provenance(report: dict[str, Any]) -> Iterator[str]:
+    head = ["Stage", "Commit", "Config hash", "Seed", "Made from", "Finished"]
+    rows = [
+        [
+            _text(stage["name"]),
+            f'<span class="nowrap">{_text(commit(stage))}</span>',
+            _text(str(stage["config_hash"] or NOTHING)[:16]),
+            _text(stage["seed"] if stage["seed"] is not None else NOTHING),
+            _text(parents(stage)),
+            f'<span class="nowrap">{_text(_moment(stage["finished"]) or stage["status"])}</span>',
+        ]
+        for stage in report["stages"]
+    ]
+    yield _table(head, rows, wide={4})
+    data = [
+        [f"{_text(stage['name'])}", _text(key), _text(number(value))]
+        for stage in report["stages"]
+        for key, value in flat(stage["data"] or {})
+    ]
+    if data:
+        lost = [[_text(stage), _text(counts)] for stage, counts in _lost(report)]
+        yield "<h3>Data</h3>"
+        yield (
+            _table(["Stage", "Rows dropped or truncated"], lost) if lost else "<p>No row was dropped or truncated.</p>"
+        )
+        yield _folded(f"All data counts ({len(data)})", _table(["Stage", "What", "Value"], data, wide={2}))
+    for machine in report["hardware"]:
+        parts = (f"{key}: {number(value)}" for key, value in machine.items())
+        yield f"<p><b>Machine</b> {_text('; '.join(parts))}</p>"
+    if report["packages"]:
+        cells = [[_text(name), _text(version)] for name, version in report["packages"].items()]
+        yield _folded(f"Packages ({len(cells)})", _table(["Package", "Version"], cells))
+
+
+def _moment(time: str | None) -> str:
+    """An ISO time to the minute."""
+    return time[:16].replace("T", " ") if time else ""
+
+
+def _lost(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """For every stage, the counts above zero of rows that were not used as they were."""
+    for stage in report["stages"]:
+        counts = [
+            f"{key} {number(value)}"
+            for key, value in flat(stage["data"] or {})
+            if ("dropped" in key or "truncated" in key) and isinstance(value, int | float) and value
+        ]
+        if counts:
+            yield stage["name"], ", ".join(counts)
+
+
+def _table(head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
+    """A table in a box of its own that scrolls; the cells are HTML already."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = []
+    for first, *rest in rows:
+        cells = "".join(f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1))
+        body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _folded(summary: str, body: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>{body}</details>"

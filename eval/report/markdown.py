@@ -1,0 +1,166 @@
+"""report.md: the tables of a report as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, number, plain
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The content of `align.eval.report.write.build_report` as one Markdown text."""
+    lines = [f"# Run {_cell(report['name'])}", ""]
+    if report["recipe"]["description"]:
+        lines += [plain(report["recipe"]["description"]), ""]
+    lines += [f"**{_cell(report['verdict'])}**", ""]
+    lines += [f"- {_cell(note)}" for note in report["notes"]]
+    lines += ["", f"## Stages ({duration(report['total_seconds'])} in all)", ""]
+    lines += _table(
+        ["stage", "kind", "status", "time", "parameters: total / active / trained"],
+        [[s["name"], s["kind"], s["status"], duration(s["seconds"]), parameters(s)] for s in report["stages"]],
+    )
+    for evaluation in report["evaluations"]:
+        lines += _comparison(evaluation)
+    lines += ["## Final metrics and data", ""]
+    for stage in report["stages"]:
+        metrics, data = list(flat(stage["metrics"] or {})), list(flat(stage["data"] or {}))
+        if metrics or data:
+            lines += [f"### {stage['name']}", ""]
+            lines += _table(["what", "value"], [[key, number(value)] for key, value in (*metrics, *data)])
+    lines += _provenance(report)
+    for evaluation in report["evaluations"]:
+        lines += _samples(evaluation)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def parameters(stage: dict[str, Any]) -> str:
+    """Total, active and trainable parameters of a stage's model."""
+    counts = stage["parameters"]
+    if not counts:
+        return NOTHING
+    return " / ".join(number(counts.get(key)) for key in ("total", "active", "trainable"))
+
+
+def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
+    metrics = evaluation["metrics"]
+    labels = [metric["label"] for metric in metrics]
+    yield from (f"## Comparison ({_cell(evaluation['stage'])})", "", caveat(evaluation), "")
+    rows = [[name, *(_value(metric["models"].get(name)) for metric in metrics)] for name in evaluation["models"]]
+    yield from _table(["model", *labels], rows)
+    differences = [
+        [f"{model} − {against}", *(_difference(metric, model, against) for metric in metrics)]
+        for model, against in evaluation["pairs"]
+    ]
+    if differences:
+        yield from ("Paired differences (▲ above zero, ▼ below, ≈ the interval includes zero):", "")
+        yield from _table(["difference", *labels], differences)
+    if accuracy := reward_model_line(evaluation):
+        yield from (accuracy, "")
+
+
+def caveat(evaluation: dict[str, Any]) -> str:
+    """What the numbers rest on."""
+    counts = [cell["n"] for metric in evaluation["metrics"] for cell in metric["models"].values() if cell["n"]]
+    unscored = sum(cell["unscored"] for metric in evaluation["metrics"] for cell in metric["models"].values())
+    many = (
+        f"{min(counts)}"
+        if counts and min(counts) == max(counts)
+        else f"{min(counts)} to {max(counts)}"
+        if counts
+        else "0"
+    )
+    text = (
+        f"Means over {many} held-out items with 95 % bootstrap intervals ({number(evaluation['resamples'])} "
+        "resamples); differences are paired by prompt. The intervals cover the choice of prompts, not a "
+        "repetition of the training with another seed."
+    )
+    return text + (f" {unscored} values could not be scored and are left out." if unscored else "")
+
+
+def reward_model_line(evaluation: dict[str, Any]) -> str:
+    """Accuracy of the reward model itself, without which its scores mean little."""
+    accuracy = evaluation["reward_model_accuracy"] or {}
+    if accuracy.get("accuracy") is None:
+        return ""
+    share, pairs = f"{accuracy['accuracy']:.1%}", number(accuracy.get("n"))
+    return f"The reward model orders {share} of {pairs} held-out pairs rightly."
+
+
+def find_difference(metric: dict[str, Any], model: str, against: str) -> dict[str, Any] | None:
+    """The difference of two models in one metric, if it was computed."""
+    wanted = (d for d in metric["differences"] if (d["model"], d["against"]) == (model, against))
+    return next(wanted, None)
+
+
+def _value(cell: dict[str, Any] | None) -> str:
+    return f"{number(cell['mean'])} {interval(cell)}".rstrip() if cell else NOTHING
+
+
+def _difference(metric: dict[str, Any], model: str, against: str) -> str:
+    cell = find_difference(metric, model, against)
+    return f"{number(cell['mean'], signed=True)} {interval(cell)} {mark(cell)}" if cell else NOTHING
+
+
+def _provenance(report: dict[str, Any]) -> Iterator[str]:
+    yield from ("## Provenance", "")
+    rows = [
+        [s["name"], commit(s), s["config_hash"] or NOTHING, number(s["seed"]), parents(s)] for s in report["stages"]
+    ]
+    yield from _table(["stage", "commit", "config hash", "seed", "parents"], rows)
+    machines = (
+        "; ".join(f"{key}: {number(value)}" for key, value in machine.items()) for machine in report["hardware"]
+    )
+    yield from (f"- Machine: {_cell(machine)}" for machine in machines)
+    packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
+    yield from (f"- Packages: {_cell(packages) or NOTHING}", f"- Generated: {report['generated']}", "")
+
+
+def commit(stage: dict[str, Any]) -> str:
+    """The commit that a stage ran from, short, marked if the tree had changes."""
+    if not stage["commit"]:
+        return NOTHING
+    return str(stage["commit"])[:12] + (" + changes" if stage["dirty"] else "")
+
+
+def parents(stage: dict[str, Any]) -> str:
+    """What a stage was made from."""
+    return ", ".join(f"{key}: {value}" for key, value in flat(stage["parents"] or {})) or NOTHING
+
+
+def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
+    if not evaluation["samples"]:
+        return
+    yield from (f"## Samples ({_cell(evaluation['stage'])})", "", samples_line(evaluation), "")
+    for i, sample in enumerate(evaluation["samples"], start=1):
+        yield from (f"### Prompt {i}", "", *_fenced(sample["prompt"]))
+        if sample["reference"] is not None:
+            yield from ("reference:", "", *_fenced(sample["reference"]))
+        for model, completion in sample["completions"].items():
+            score = sample["scores"].get(model)
+            yield from (f"{_cell(model)}{f' (score {number(score)})' if score is not None else ''}:", "")
+            yield from _fenced(completion)
+
+
+def samples_line(evaluation: dict[str, Any]) -> str:
+    """How the shown samples were chosen."""
+    shown = len(evaluation["samples"])
+    return f"The first {shown} of {evaluation['prompts']} stored prompts, not selected by quality."
+
+
+def _fenced(text: str) -> tuple[str, ...]:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return (f"{fence}text", text, fence, "")
+
+
+def _table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(_cell(value) for value in line)} |" for line in lines] + [""]
+
+
+def _cell(value: Any) -> str:
+    """Text that stays inside one table cell or line and is not taken for HTML."""
+    text = plain(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split())

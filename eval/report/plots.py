@@ -1,0 +1,271 @@
+"""Training curves and comparison charts as inline SVG.
+
+Matplotlib's object interface only, so no global figure state; text stays text, ids are unique on a page, and
+the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
+SMOOTH_FROM = 60
+"""Points from which a running mean is drawn over a rough curve."""
+ROUGH = 3.0
+"""A curve is rough if it travels this many times its range: a schedule travels once, noise many times."""
+BARS = 40
+"""Bars in a chart of times; longer runs show means of neighbouring steps."""
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "align",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.edgecolor": "#b9bdc2",
+    "axes.labelcolor": "#4b5057",
+    "text.color": "#2a2e33",
+    "xtick.color": "#4b5057",
+    "ytick.color": "#4b5057",
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e7e9",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-4, 5),
+}
+
+
+class Panel(NamedTuple):
+    """One chart of a stage: its series as (key of metrics.jsonl, label)."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]
+    share: bool = False
+    """The values are shares: the axis runs from 0 to 1."""
+    spread: str = ""
+    """Key of the standard deviation drawn as a band around the first series."""
+
+
+class Plot(NamedTuple):
+    """A drawn chart."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+def _with_eval(key: str) -> tuple[tuple[str, str], ...]:
+    return ((key, "training"), (f"eval_{key}", "held out"))
+
+
+LOSS = Panel("Loss", _with_eval("loss"))
+OPTIMISER = (
+    Panel("Gradient norm", (("grad_norm", "norm"),)),
+    Panel("Learning rate", (("learning_rate", "rate"),)),
+)
+LANGUAGE = (
+    LOSS,
+    Panel("Token accuracy", _with_eval("mean_token_accuracy")),
+    Panel("Entropy (nats per token)", _with_eval("entropy")),
+    Panel("Router balance loss", _with_eval("aux_loss")),
+    *OPTIMISER,
+)
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "pretrain": LANGUAGE,
+    "sft": LANGUAGE,
+    "reward_model": (
+        LOSS,
+        Panel("Accuracy on pairs", _with_eval("accuracy"), share=True),
+        Panel("Margin of the chosen answer", _with_eval("margin")),
+        *OPTIMISER,
+    ),
+    "dpo": (
+        LOSS,
+        Panel("Accuracy of the implicit reward", _with_eval("rewards/accuracies"), share=True),
+        Panel("Margin of the implicit reward", _with_eval("rewards/margins")),
+        Panel("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+        *OPTIMISER,
+    ),
+    "ppo": (
+        Panel("Score", (("score_mean", "mean"),), spread="score_std"),
+        Panel("KL to the reference (nats per token)", (("kl", "k1 estimate"), ("kl_k3", "k3 estimate"))),
+        Panel("Entropy (nats per token)", (("entropy", "entropy"),)),
+        Panel("Completion length (tokens)", (("completion_length", "mean"),)),
+        Panel("How completions end", (("eos_rate", "with EOS"), ("truncated_share", "cut off")), share=True),
+        Panel("Clipped share", (("clip_fraction", "policy"), ("value_clip_fraction", "value"))),
+        Panel("Losses", (("policy_loss", "policy"), ("value_loss", "value"))),
+        Panel("Explained variance of the returns", (("explained_variance", "critic"),)),
+        Panel("Engine mismatch (log-probability)", (("mismatch_mean", "mean"), ("mismatch_max", "largest"))),
+        Panel("Largest share of one expert", (("expert_load_max", "share"),)),
+    ),
+}
+PHASES = ("time/generate", "time/score", "time/logprobs", "time/update", "time/sync")
+
+
+def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot]:
+    """The charts of a stage with the metrics `rows`, without empty series; `prefix` makes ids unique."""
+    plots = []
+    for i, panel in enumerate(PANELS.get(kind, (LOSS,))):
+        if (figure := _curves(panel, rows)) is not None:
+            plots.append(Plot(panel.title, _svg(figure[0], f"{prefix}-{i}-", panel.title), figure[1]))
+    if (figure := _times(rows)) is not None:
+        plots.append(Plot("Time per step (s)", _svg(figure[0], f"{prefix}-time-", "Time per step"), figure[1]))
+    return plots
+
+
+def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
+    """One chart of means and intervals for each metric of `align.eval.compare.compare`."""
+    plots = []
+    for metric in comparison["metrics"]:
+        names = [name for name in comparison["models"] if name in metric["models"]]
+        with matplotlib.rc_context(STYLE):
+            figure, axes = _figure(height=0.75 + 0.27 * len(names))
+            for row, name in enumerate(names):
+                cell, color = metric["models"][name], COLORS[comparison["models"].index(name) % len(COLORS)]
+                if cell["low"] is not None:
+                    axes.plot([cell["low"], cell["high"]], [row, row], color=color, linewidth=2.2, alpha=0.55)
+                axes.plot([cell["mean"]], [row], "o", color=color, markersize=5)
+            axes.set_yticks(range(len(names)), [name if len(name) <= 22 else "…" + name[-21:] for name in names])
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.grid(visible=False, axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            axes.margins(x=0.12)
+        plots.append(Plot(metric["label"], _svg(figure, f"{prefix}-{metric['key']}-", metric["label"]), ""))
+    return plots
+
+
+def points(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one key."""
+    found = [(row["step"], float(row[key])) for row in rows if _is_number(row.get(key)) and "step" in row]
+    return np.array([step for step, _ in found]), np.array([value for _, value in found])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _figure(height: float = 2.25) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.0, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _curves(panel: Panel, rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
+    drawn = [(label, *points(rows, key)) for key, label in panel.series]
+    if not any(steps.size for _, steps, _ in drawn):
+        return None
+    caption = []
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        for color, (label, steps, values) in zip(COLORS, drawn):
+            if steps.size:
+                window = _line(axes, steps, values, color, label)
+                if window:
+                    caption.append(f"bold line: mean of {window} points")
+        band = points(rows, panel.spread) if panel.spread else (np.array([]), np.array([]))
+        if band[0].size and np.array_equal(band[0], drawn[0][1]):
+            _, steps, values = drawn[0]
+            axes.fill_between(steps, values - band[1], values + band[1], color=COLORS[0], alpha=0.13, linewidth=0)
+            caption.append("band: one standard deviation over completions")
+        if sum(steps.size > 0 for _, steps, _ in drawn) > 1 or not drawn[0][1].size:
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=3,
+                frameon=False,
+                borderaxespad=0,
+                handlelength=1.4,
+            )
+        if panel.share:
+            axes.set_ylim(-0.03, 1.03)
+        _finish(axes)
+    return figure, "; ".join(dict.fromkeys(caption))
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
+    """Draw one series; returns the window of its running mean, 0 where the curve needs none."""
+    travel, span = np.abs(np.diff(values)).sum(), np.ptp(values)
+    if values.size < SMOOTH_FROM or travel < ROUGH * span:
+        marker = "o" if values.size <= 25 else None
+        axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=2.6, label=label)
+        return 0
+    window = max(5, values.size // 20)
+    padded = np.concatenate([[0.0], np.cumsum(values)])
+    starts = np.maximum(np.arange(values.size) + 1 - window, 0)
+    ends = np.arange(values.size) + 1
+    axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+    axes.plot(steps, (padded[ends] - padded[starts]) / (ends - starts), color=color, linewidth=1.7, label=label)
+    return window
+
+
+def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
+    """Seconds of every phase as stacked bars."""
+    found = {key for row in rows for key in row if key.startswith("time/")}
+    phases = [key for key in PHASES if key in found] + sorted(found - set(PHASES))
+    timed = [row for row in rows if "step" in row and any(_is_number(row.get(key)) for key in phases)]
+    if not timed:
+        return None
+    group = math.ceil(len(timed) / BARS)
+    starts = range(0, len(timed), group)
+    steps = np.array([timed[start]["step"] for start in starts], dtype=float)
+    width = 0.8 * float(np.min(np.diff(steps), initial=group if len(steps) < 2 else np.inf))
+    bottom = np.zeros(len(steps))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        for color, key in zip(COLORS, phases):
+            seconds = [[row[key] if _is_number(row.get(key)) else 0.0 for row in timed[s : s + group]] for s in starts]
+            heights = np.array([np.mean(part) for part in seconds])
+            axes.bar(steps, heights, width, bottom=bottom, color=color, label=key.removeprefix("time/"))
+            bottom += heights
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=5,
+            frameon=False,
+            borderaxespad=0,
+            handlelength=0.8,
+            handletextpad=0.4,
+            columnspacing=0.9,
+        )
+        _finish(axes)
+    return figure, f"each bar: mean of {group} steps" if group > 1 else ""
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _svg(figure: Figure, prefix: str, title: str) -> str:
+    """The figure as an <svg> that scales with its box, without metadata, its ids starting with `prefix`."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href", "href")
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}", text)
+    text = re.sub(r"font: ([^;\"]*?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    box = re.search(r'viewBox="[^"]+"', text)
+    head = f'<svg {box[0] if box else ""} role="img" aria-label="{_attribute(title)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1).strip()
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -1,0 +1,69 @@
+"""A reward model that scores completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.config.parallel import Parallel
+from align.data import encode_prompt, stop_token_ids
+from align.data.chat import encode_answer
+from align.data.experience import Experience, build_experience
+from align.errors import UserError
+from align.models.forward import sequence_scores
+from align.models.lora.adapters import AnyModel
+from align.parallel.micro_batches import shared_passes, summed
+from align.train.checkpoint import load_reward_model, load_tokenizer
+from align.train.device import training_device
+from align.train.sharded_learner import frozen_engine
+
+
+class ModelScorer:
+    """A reward model with its tokenizer. parallel: all ranks load and ask it together, and each holds its part."""
+
+    def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int, parallel: Parallel | None = None):
+        self.tokenizer = load_tokenizer(folder)
+        self.device = training_device()
+        self.model: AnyModel = load_reward_model(folder, dtype, parallel).to(self.device)
+        self._ask = frozen_engine(self.model, parallel, dtype)
+        self.max_length = int(self.model.config.max_position_embeddings)
+        ends = stop_token_ids(self.tokenizer)
+        self._end = ends[-1] if ends else None
+        self._folder, self._micro_batch_tokens = folder, micro_batch_tokens
+
+    def __call__(self, batch: Experience) -> Tensor:
+        """Scores [B]."""
+        self.require_room(batch)
+        return self.scores(batch)
+
+    def require_room(self, batch: Experience) -> None:
+        """Raises UserError where a row is too long for the model."""
+        longest = int(batch.lengths.max())
+        if longest > self.max_length:
+            raise UserError(
+                f"{self._folder}: a completion has {longest} tokens with its prompt, more than the reward model's "
+                f"max_position_embeddings {self.max_length}; lower rollout.max_model_length, or take another model."
+            )
+
+    @torch.no_grad()
+    def scores(self, batch: Experience) -> Tensor:
+        """Scores [B] on every rank, in micro-batches of similar length; each rank does its share of them."""
+        scores = torch.zeros(len(batch))
+        micros = list(batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens))
+        for micro, counts in shared_passes(micros):
+            found = self._ask(sequence_scores, batch.rows(micro).to(self.device)).cpu()
+            if counts:
+                scores[micro] = found
+        return summed(scores, self.device)
+
+    def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
+        """Ids of prompt and completion in this model's own chat template; one that was cut has no end of turn."""
+        answer = encode_answer(text, self.tokenizer, end=self._end if finished else None)
+        return encode_prompt(self.tokenizer, prompt), answer
+
+    @staticmethod
+    def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Experience:
+        return build_experience(prompts, completions, [[0.0] * len(c) for c in completions])

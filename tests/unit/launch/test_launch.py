@@ -1,0 +1,274 @@
+"""Starting ranks and ending them together; places from hostfiles, Slurm and torchrun; what is refused before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align.cli import parse, run_command
+from align.config.parallel import Offload, Parallel
+from align.errors import UserError
+from align.launch import processes as launch
+from align.parallel.offload import available_memory, require_room
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12],login", "gpu07"), ("node3", "node3"), ("a,b", "a"), ("n-1[2,4]", "n-12")],
+)
+def test_first_host_of_slurms_short_form(nodes: str, first: str) -> None:
+    assert launch.first_host(nodes) == first
+
+
+def test_slurms_variables_become_torchruns() -> None:
+    task = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_NNODES": "4",
+        "SLURM_JOB_NODELIST": "gpu[3-6]",
+        "SLURM_JOB_ID": "123456",
+    }
+    assert launch.slurm_place(task) == {
+        "RANK": "5",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu3",
+        "MASTER_PORT": "23456",
+    }
+
+
+def test_a_batch_script_of_slurm_is_not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch gives its script a number and the job's tasks; `align run` in it has ranks to start."""
+    for name in launch.PLACE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert not launch.is_rank()
+
+
+def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the cluster\nfirst.test slots=2\n\nsecond.test slots=3  # bigger\n")
+    monkeypatch.setattr(launch, "resolve", lambda host, where: {"10.0.0." + ("1" if "first" in host else "2")})
+    monkeypatch.setattr(socket, "gethostname", lambda: "second.test")
+    machines = launch.machines_of(Parallel(processes=5, hostfile=str(hosts)))
+    assert machines == ({"first.test": 2, "second.test": 3}, "second.test")
+    places = launch.local_places(*machines, "first.test", 29777)
+    assert [(place["RANK"], place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"]) for place in places] == [
+        ("2", "0", "3"),
+        ("3", "1", "3"),
+        ("4", "2", "3"),
+    ]
+    assert {(place["MASTER_ADDR"], place["MASTER_PORT"], place["WORLD_SIZE"]) for place in places} == {
+        ("first.test", "29777", "5")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("one\n", "line 1: 'one' has no slots; write 'one slots=N'"),
+        ("one slots=0\n", "line 1: 'slots=0' is no number of processes"),
+        ("one slots=1 slots=2\n", "line 1: 'slots=2' is not understood"),
+        ("one slots=9999999999\n", "line 1: 'slots=9999999999' is no number"),
+        ("one slots=1\none slots=1\n", "line 2: the machine 'one' is there a second time"),
+        ("# none\n", "no machine in it"),
+        ("localhost slots=3\n", "its slots is 3, but parallel.processes is 2"),
+        ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be found"),
+    ],
+)
+def test_a_hostfile_that_does_not_fit_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        launch.machines_of(Parallel(processes=2, hostfile=str(hosts)))
+
+
+@pytest.mark.parametrize(("words", "processes"), [([], 5), (["--nproc", "2"], 2), (["parallel.processes=4"], 4)])
+def test_a_hostfile_says_how_many_processes_unless_the_command_does(tmp_path, monkeypatch, words, processes) -> None:
+    class Seen(Exception):
+        pass
+
+    def load_recipe(name: str, overrides: list[str]) -> None:
+        raise Seen(overrides)
+
+    monkeypatch.setattr("align.config.load_recipe", load_recipe)
+    (tmp_path / "hosts").write_text("one slots=2\ntwo slots=3\n")
+    options = parse(["run", "tiny", "--hostfile", str(tmp_path / "hosts"), *words])
+    with pytest.raises(Seen) as seen:
+        options.command(options)
+    assert [o for o in seen.value.args[0] if o.startswith("parallel.processes")] == [f"parallel.processes={processes}"]
+
+
+def test_a_machine_is_found_by_name_before_address_and_by_any_of_its_addresses(monkeypatch) -> None:
+    """All of 127.0.0.0/8 are this machine's; 192.0.2.7 is nobody's."""
+    hosts = {"127.0.0.2": 1, "192.0.2.7": 1, "here.test": 1}
+    monkeypatch.setattr(launch, "resolve", lambda host, where: {host})
+    assert launch.this_machine({"192.0.2.7": 1, "127.0.0.3": 1}, "hosts") == "127.0.0.3"
+    monkeypatch.setattr(socket, "gethostname", lambda: "here.test")
+    assert launch.this_machine(hosts, "hosts") == "here.test"
+
+
+def test_the_words_of_a_run_are_passed_on() -> None:
+    words = ["run", "tiny", "seed=3", "--run-dir", "x", "--only", "sft", "--resume", "--nproc", "2"]
+    again = run_command(parse(words), ["seed=3", "parallel.processes=2"])
+    assert again == ["run", "tiny", "seed=3", "parallel.processes=2", "--run-dir", "x", "--only", "sft", "--resume"]
+    assert parse(again).only == "sft"
+
+
+def test_offload_without_room_is_refused(tmp_path: Path) -> None:
+    free = available_memory()
+    assert 2**28 < free < 2**46
+    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
+        require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1)
+    require_room(Parallel(offload=Offload(optimizer="cpu")), free // 64, "float32", machines=1)
+    require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1, trained=free // 64)
+    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
+        require_room(Parallel(offload=Offload(optimizer="cpu")), 1, "float32", machines=1, trained=free)
+    with pytest.raises(UserError, match="the disk of"):
+        require_room(Parallel(offload=Offload(parameters="nvme", path=str(tmp_path))), 10**15, "bfloat16", machines=2)
+    with pytest.raises(UserError, match="does not exist"):
+        require_room(Parallel(offload=Offload(parameters="nvme", path="/no/such")), 1, "bfloat16", machines=1)
+
+
+def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> float:
+    """Start Python programs as ranks in the place of `align`; the seconds until all had ended."""
+    started: list[subprocess.Popen] = []
+    real = subprocess.Popen
+
+    def popen(command: list[str], **kwargs):
+        started.append(real([sys.executable, "-c", codes[int(kwargs["env"]["RANK"])]], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    clock = time.monotonic()
+    try:
+        launch.start(["run"], Parallel(processes=len(codes)), logs)
+    finally:
+        assert all(process.poll() is not None for process in started), "a rank was left behind"
+        assert len(started) == len(codes)
+    return time.monotonic() - clock
+
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def test_a_users_error_on_any_rank_ends_all_and_is_the_error(monkeypatch, tmp_path) -> None:
+    fails = "import sys; print('error: rank three is unhappy; cheer it up.', file=sys.stderr); sys.exit(2)"
+    clock = time.monotonic()
+    with pytest.raises(UserError, match=r"^rank three is unhappy; cheer it up\.$"):
+        ranks([SLEEP, SLEEP, SLEEP, fails], monkeypatch, tmp_path)
+    assert time.monotonic() - clock < 10
+
+
+def test_a_killed_rank_is_named(monkeypatch, tmp_path) -> None:
+    dies = f"import os; os.kill(os.getpid(), {signal.SIGKILL.value})"
+    with pytest.raises(UserError, match=r"rank 1 was ended by SIGKILL .*rank-1\.log.*--resume"):
+        ranks([SLEEP, dies], monkeypatch, tmp_path)
+
+
+def test_a_bug_on_a_rank_shows_its_traceback(monkeypatch, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ranks([SLEEP, "raise KeyError('lost')"], monkeypatch, tmp_path)
+    assert ended.value.code == 1
+    assert "KeyError: 'lost'" in capsys.readouterr().err
+
+
+def test_a_rank_that_ignores_the_request_to_end_is_killed(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
+    late = "import time, sys; time.sleep(1); sys.exit(2)"
+    clock = time.monotonic()
+    with pytest.raises(SystemExit):
+        ranks([stubborn, late], monkeypatch, tmp_path)
+    assert time.monotonic() - clock < 15
+
+
+def test_a_launcher_that_is_asked_to_end_takes_its_ranks_along(monkeypatch, tmp_path) -> None:
+    asks = f"import os; os.kill(os.getppid(), {signal.SIGTERM.value}); {SLEEP}"
+    clock = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        ranks([SLEEP, asks], monkeypatch, tmp_path)
+    assert ended.value.code == 143
+    assert time.monotonic() - clock < 15
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_whose_others_never_come_says_so(number: int, monkeypatch) -> None:
+    from align.launch import machines
+    from align.parallel import group as processes
+
+    place = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    for key, value in place.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(machines, "MEETING", 1.0)
+    sentence = rf"^rank {number} did not meet the others at 127\.0\.0\.1:\d+ \(.*\); start every machine within"
+    with pytest.raises(UserError, match=sentence):
+        processes.meet("gloo")
+
+
+def test_ranks_that_finish_are_waited_for(monkeypatch, tmp_path) -> None:
+    ranks(["import os; assert os.environ['WORLD_SIZE'] == '2'"] * 2, monkeypatch, tmp_path)
+
+
+def test_a_process_that_torchrun_started_is_a_rank(monkeypatch) -> None:
+    for key in [key for key in os.environ if key.startswith("SLURM") or key in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(key)
+    assert not launch.is_rank()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.is_rank()
+
+
+def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
+    """DeepSpeed's shared-memory collectives are loaded under a lock file, for which torch waits without end."""
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    (folder / "lock").touch()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(launch.free_port()), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    script = "from align.parallel import group as processes; processes.start_deepspeed('gloo'); processes.end(0)"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, **place}, timeout=120, check=True)
+
+
+TRAPPED = """
+import atexit, ctypes, sys
+from align import cli
+from align.parallel import group as processes
+
+# Python calls abort() when it is taken apart, as torch's threads now and then do.
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
+atexit.register(print, "closed")
+processes.has_met = sys.argv.pop(1) == "rank"
+cli._check = lambda options: 1 / 0
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["show", "tiny"], 0, "name: tiny"),
+        (["show", "nowhere"], 2, "error: "),
+        (["check", "tiny"], 1, "ZeroDivisionError: "),
+    ],
+)
+def test_a_rank_ends_without_taking_python_apart(words: list[str], code: int, said: str) -> None:
+    def run(who: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", TRAPPED, who, *words], capture_output=True, text=True)
+
+    rank = run("rank")
+    assert rank.returncode == code, rank.stderr
+    assert said in rank.stdout + rank.stderr
+    assert "closed" in rank.stdout
+    assert run("nobody").returncode == -signal.SIGABRT

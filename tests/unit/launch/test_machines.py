@@ -1,0 +1,152 @@
+"""The launchers of several machines: they meet, and what happens to one is known to all. Threads stand for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from align.errors import UserError
+from align.launch import machines
+from align.launch.machines import Failure, Follower, Leader, Line
+from align.launch.processes import free_port
+
+HOSTS = {"127.0.0.1": 2, "127.0.0.2": 1, "127.0.0.3": 1}
+CAUSE = Failure(2, "rank 3 was ended by SIGKILL", cause=True)
+CONSEQUENCE = Failure(1, None, log="Connection closed by peer", where="rank 0 failed")
+
+
+def say(line: str) -> None:
+    pass
+
+
+class Met:
+    """Three launchers that have met."""
+
+    def __init__(self, hosts: dict[str, int] = HOSTS):
+        self.port = free_port()
+        names = list(hosts)
+        self.leader = Leader(hosts, names[0], self.port)
+        self.followers = [Follower(hosts, name, self.port) for name in names[1:]]
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(follower.gather, say) for follower in self.followers]
+            assert self.leader.gather(say, 4711) == 4711
+            assert [job.result(20) for job in jobs] == [4711] * len(jobs)
+
+    def turn_until_over(self, own: dict[int, Failure], finished: tuple[bool, ...]) -> list[Failure | None]:
+        """Every machine's word at the end; machine 0 leads."""
+
+        def work(number: int) -> Failure | None:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                over, failure = self.all[number].turn(own.get(number), finished[number])
+                if over:
+                    return failure
+            raise AssertionError("it did not end")
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(work, range(len(self.all))))
+
+    @property
+    def all(self) -> list[Leader | Follower]:
+        return [self.leader, *self.followers]
+
+    def close(self) -> None:
+        for machine in self.all:
+            machine.close()
+
+
+@pytest.fixture
+def met() -> Iterator[Met]:
+    met = Met()
+    yield met
+    met.close()
+
+
+def test_a_run_is_over_when_all_machines_have_finished(met: Met) -> None:
+    """Those that have finished wait for the others."""
+    for _ in range(5):
+        assert met.leader.turn(None, True) == (False, None)
+    assert met.turn_until_over({}, (True, True, True)) == [None] * 3
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_failure_on_one_machine_is_that_of_all(met: Met, number: int) -> None:
+    long = Failure(7, None, log="é" * machines.LOG_SENT, where="rank 1 on 127.0.0.2 failed")
+    clock = time.monotonic()
+    assert met.turn_until_over({number: long}, (False, True, False)) == [long] * 3
+    assert time.monotonic() - clock < 5
+
+
+def test_a_cause_goes_before_what_came_of_it(met: Met) -> None:
+    assert met.turn_until_over({0: CONSEQUENCE, 1: CONSEQUENCE, 2: CAUSE}, (False,) * 3) == [CAUSE] * 3
+
+
+def test_a_machine_whose_launcher_is_gone_ends_the_run(met: Met) -> None:
+    met.followers[1].close()
+    met.followers.pop()
+    said = met.turn_until_over({}, (False, False))
+    assert said == [machines.ended("127.0.0.3")] * 2
+
+
+def test_the_first_machine_gone_ends_the_run(met: Met) -> None:
+    met.leader.close()
+    for follower in met.followers:
+        while not (end := follower.turn(None, False))[0]:
+            pass
+        assert end[1] == machines.ended("127.0.0.1")
+
+
+def test_silence_is_a_loss_after_a_while(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "SILENCE", 2.0)
+    monkeypatch.setattr(met.followers[1], "turn", lambda own, finished: (True, None))  # it hangs, connected
+    clock = time.monotonic()
+    said = met.turn_until_over({}, (False,) * 3)
+    assert 1.0 < time.monotonic() - clock < 8
+    assert said[0] == said[1]
+    assert said[0] is not None
+    assert said[0].sentence is not None
+    assert said[0].sentence.startswith("127.0.0.3 has not answered for 2 seconds")
+
+
+def test_what_does_not_belong_to_the_run_is_turned_away() -> None:
+    met = Met()
+    late, other = Follower(HOSTS, "127.0.0.3", met.port), Follower(HOSTS | {"127.0.0.3": 5}, "127.0.0.3", met.port)
+    for follower, sentence in ((late, "the run on 127.0.0.1 has begun"), (other, "runs with another hostfile")):
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(follower.gather, say)
+            deadline = time.monotonic() + 20
+            while not job.done() and time.monotonic() < deadline:
+                met.leader.turn(None, False)
+            if not job.done():
+                met.close()  # the follower hears that, too
+            with pytest.raises(UserError, match=re.escape(sentence)):
+                job.result()
+    with socket.create_connection(("127.0.0.1", met.port)) as browser:
+        browser.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        for _ in range(3):
+            assert met.leader.turn(None, False) == (False, None)
+    assert met.turn_until_over({}, (True,) * 3) == [None] * 3
+    met.close()
+
+
+def test_a_launcher_may_come_again_before_the_start() -> None:
+    hosts = {"127.0.0.1": 1, "127.0.0.2": 1, "127.0.0.3": 1}
+    port = free_port()
+    leader = Leader(hosts, "127.0.0.1", port)
+    with ThreadPoolExecutor(3) as pool:
+        start = pool.submit(leader.gather, say, 4711)
+        with socket.create_connection(("127.0.0.1", port)) as first:
+            line = Line(first)
+            line.send(host="127.0.0.2", hosts=list(hosts.items()))
+            assert json.loads(first.recv(100)) == {"welcome": "127.0.0.1"}
+        followers = [Follower(hosts, name, port) for name in ("127.0.0.2", "127.0.0.3")]
+        jobs = [pool.submit(follower.gather, say) for follower in followers]
+        assert [start.result(20), *(job.result(20) for job in jobs)] == [4711] * 3
+    for machine in (leader, *followers):
+        machine.close()

@@ -1,0 +1,297 @@
+"""What the ranks of test_ppo_ranks.py do: learn from the same rounds together and, each for itself, alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+
+from align.config.parallel import Parallel
+from align.config.ppo import PpoStage
+from align.data import train_tokenizer
+from align.data.experience import Experience
+from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
+from align.parallel import micro_batches as passes
+from align.parallel.experts import spread_experts
+from align.parallel.export import gathered
+from align.parallel.group import end, start_deepspeed
+from align.parallel.sharding import held_values
+from align.reward.model import ModelScorer
+from align.rl.complete import look_back
+from align.rl.follow import load_learners, save_learners
+from align.rl.models import Team
+from align.rl.score import to_experience
+from align.rl.update import update
+from align.train.ema import Ema
+from align.train.learner import Learner
+from align.train.sharded_learner import SpreadLearner, frozen_engine
+from tests.unit.rl import small
+from tests.unit.rl.small import build, completions, settings
+
+SIZES = {"batch_size": 9, "mini_batch_size": 3, "micro_batch_tokens": 12, "epochs": 2}
+"""Mini-batches of three completions of different lengths are cut into two or three passes, often an odd number."""
+EXPERTS = Parallel(processes=2, expert_parallel_size=2)
+TWO, ONE = (EXPERTS.model_copy(update={"zero_stage": stage}) for stage in (2, 1))
+THREE, NONE = (Parallel(processes=2, zero_stage=stage) for stage in (3, 0))
+DECAY = 0.75
+CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
+    "zero 3": (THREE, {}),
+    "zero 0": (NONE, {}),
+    "zero 3, experts over 2": (
+        EXPERTS,
+        {
+            "critic": {"warmup_steps": 1},
+            "routing_replay": "trainer",
+            "mask_truncated": True,
+            "loss_average": "completions",
+        },
+    ),
+    "zero 1, experts over 2": (
+        ONE,
+        {"algorithm": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
+    ),
+    "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
+    "zero 3, experts over 2, recomputed": (EXPERTS, {"gradient_checkpointing": True}),
+    "zero 3, the sampler's log-probabilities": (THREE, {"old_logprobs": "rollout"}),
+    "left out, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
+    "left out, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
+    "left out, zero 0": (NONE, {"kl": {"stop": 1e-3}}),
+}
+
+
+def experience(seed: int) -> Experience:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        count = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(1, 12, (count,), generator=generator).tolist()
+
+    made = to_experience(completions(*((tokens(1, 3), tokens(1, 6), True) for _ in range(9))))
+    made.score = torch.randn(9, generator=generator)
+    made.loss_mask = made.mask.clone()
+    return made
+
+
+def prepared(stage: PpoStage, step: int) -> Experience:
+    batch = experience(step)
+    if stage.mask_truncated:
+        batch.loss_mask[:5] = 0
+    return batch
+
+
+def rounds(stage: PpoStage, team: Team, steps: range) -> list[dict[str, float]]:
+    found = []
+    for step in steps:
+        batch = prepared(stage, step)
+        measured = look_back(stage, team, batch, 0.1)
+        measured |= update(stage, team, batch, step=step, seed=1, kl_coef=0.1)
+        found.append(measured)
+    return found
+
+
+def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Team]:
+    """The witness: the same loop where the ranks do not know of each other."""
+    real, passes.world = passes.world, lambda: (0, 1)
+    try:
+        team = whole(stage)
+        return rounds(stage, team, steps), team
+    finally:
+        passes.world = real
+
+
+def whole(stage: PpoStage) -> Team:
+    team = build()
+    if team.critic is not None and stage.critic.trainable == "head":
+        team.critic.model.requires_grad_(False).score.requires_grad_(True)
+        team = Team(team.policy, team.ref_model, critic=Learner(team.critic.model, team.critic.settings, total=1))
+    if stage.algorithm != "ppo":
+        team = Team(team.policy, team.ref_model)
+    team.average = Ema(team.policy, DECAY)
+    return team
+
+
+def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Team:
+    team = whole(stage)
+    learner = partial(SpreadLearner, total=1, parallel=parallel, dtype=dtype)
+    models = [m for m in (team.policy.model, team.ref_model, team.critic and team.critic.model) if m is not None]
+    for model in models:
+        trained = model is team.policy.model or stage.critic.trainable == "all"
+        spread_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
+        if stage.gradient_checkpointing and model is not team.ref_model:
+            model.gradient_checkpointing_enable()
+    assert team.ref_model is not None
+    policy = learner(team.policy.model, team.policy.settings)
+    return Team(
+        policy=policy,
+        ref_model=team.ref_model,
+        ref_engine=frozen_engine(team.ref_model.requires_grad_(False), parallel, dtype),
+        critic=team.critic and learner(team.critic.model, team.critic.settings),
+        average=Ema(policy, DECAY),
+    )
+
+
+def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
+    """The largest difference of a metric, relative to it or to 0.01."""
+    worst = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        assert set(one) == set(other), set(one) ^ set(other)
+        worst = max(worst, *(abs(one[key] - other[key]) / max(abs(other[key]), 1e-2) for key in other))
+    return worst
+
+
+def weights(team: Team) -> dict[str, torch.Tensor]:
+    """The policy's, whole, on rank 0; of no elements on the others."""
+    return {name: tensor.clone() for name, tensor in gathered(team.policy.model, torch.float32)}
+
+
+def averages(team: Team) -> dict[str, torch.Tensor]:
+    assert team.average is not None
+    team.average.exchange()
+    found = weights(team)
+    team.average.exchange()
+    return found
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of an element, on rank 0."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one) if dist.get_rank() == 0 else 0.0
+
+
+def against_alone(stage: PpoStage, parallel: Parallel) -> dict[str, Any]:
+    """Two rounds of both, and how far apart they are."""
+    expected, witness = alone(stage, range(2))
+    team = spread(stage, parallel)
+    measured, seen = [], [weights(team)]
+    for step in range(2):
+        measured += rounds(stage, team, range(step, step + 1))
+        seen.append(weights(team))
+    by_hand = {
+        name: DECAY * (DECAY * first + (1 - DECAY) * seen[1][name]) + (1 - DECAY) * seen[2][name]
+        for name, first in seen[0].items()
+    }
+    return {
+        "metrics": [difference(measured[:1], expected[:1]), difference(measured[1:], expected[1:])],
+        "weights": differ(weights(team), weights(witness)),
+        "average": differ(averages(team), averages(witness)),
+        "average by hand": differ(averages(team), by_hand),
+        "weights after averaging": differ(weights(team), seen[2]),
+        "updates": [line["policy_updates"] for line in expected],
+    }
+
+
+def resumed(out: Path) -> dict[str, Any]:
+    """Rounds after a state of `EXPERTS` was read by several arrangements, against those of the run that wrote it."""
+    stage = settings(**SIZES)
+    team = spread(stage, EXPERTS)
+    rounds(stage, team, range(1))
+    save_learners(team, out / "state")
+    expected = rounds(stage, team, range(1, 2))
+    found = {}
+    for name, parallel in {"the same": EXPERTS, "zero 2": TWO, "zero 0": NONE}.items():
+        again = spread(stage, parallel)
+        load_learners(again, out / "state")
+        found[name] = [
+            difference(rounds(stage, again, range(1, 2)), expected),
+            differ(averages(again), averages(team)),
+        ]
+    return found
+
+
+def resumed_narrow(out: Path) -> list[float]:
+    """The same in bf16 without ZeRO, and how far the weights have come on either rank."""
+    stage = settings(**SIZES)
+    team = spread(stage, NONE, "bfloat16")
+    before = {name: tensor.float().clone() for name, tensor in team.policy.model.named_parameters()}
+    rounds(stage, team, range(1))
+    save_learners(team, out / "narrow")
+    expected = rounds(stage, team, range(1, 2))
+    again = spread(stage, NONE, "bfloat16")
+    load_learners(again, out / "narrow")
+    apart = difference(rounds(stage, again, range(1, 2)), expected)
+    pairs = zip(again.policy.model.named_parameters(), team.policy.model.parameters(), strict=True)
+    ranks = torch.tensor([max((ours - theirs).abs().max().item() for (_, ours), theirs in pairs)])
+    dist.all_reduce(ranks, dist.ReduceOp.MAX)
+    moved = max((t.float() - before[name]).abs().max().item() for name, t in team.policy.model.named_parameters())
+    return [apart, ranks.item(), moved]
+
+
+def scored(out: Path) -> dict[str, Any]:
+    """A reward model's scores from all ranks together against a rank's own; the share of it that each holds."""
+    folder = out / "reward"
+    if dist.get_rank() == 0:
+        tokenizer = train_tokenizer(["a"], 259)
+        torch.manual_seed(3)
+        sizes = {**small.SIZES, "vocab_size": len(tokenizer), "num_labels": 1}
+        HunYuanForSequenceClassification(HunYuanConfig(**sizes)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()
+    batch = experience(0)
+    real, passes.world = passes.world, lambda: (0, 1)
+    try:
+        witness = ModelScorer(folder, "float32", 12)
+        expected = witness(batch)
+    finally:
+        passes.world = real
+    found = {}
+    for name, parallel in {
+        "zero 3": THREE,
+        "zero 3, experts over 2": EXPERTS,
+        "zero 2, experts over 2": TWO,
+        "zero 0": NONE,
+    }.items():
+        scorer = ModelScorer(folder, "float32", 12, parallel)
+        held, every = (
+            sum(held_values(parameter).numel() for parameter in model.parameters())
+            for model in (scorer.model, witness.model)
+        )
+        found[name] = {
+            "difference": (scorer(batch) - expected).abs().max().item(),
+            "again": (scorer(batch.rows(torch.tensor([4, 1]))) - expected[[4, 1]]).abs().max().item(),
+            "held": held / every,
+        }
+    found["spread of the scores"] = expected.std().item()
+    return found
+
+
+def poisoned_update(parallel: Parallel) -> dict[str, float]:
+    stage = settings(**{**SIZES, "epochs": 1})
+    team = spread(stage, parallel)
+    poisoned = experience(0)
+    look_back(stage, team, poisoned, 0.1)
+    assert poisoned.advantages is not None
+    poisoned.advantages[0, 0] = float("nan")
+    return update(stage, team, poisoned, step=0, seed=1, kl_coef=0.1)
+
+
+def main(out: Path) -> None:
+    start_deepspeed("gloo")
+    found: dict[str, Any] = {}
+    for name, (parallel, changes) in CASES.items():
+        found[name] = against_alone(settings(**SIZES, **changes), parallel)
+    found["resumed"] = resumed(out)
+    found["resumed in bf16"] = resumed_narrow(out)
+    found["scores"] = scored(out)
+
+    for name, parallel in {"zero 3, experts over 2": EXPERTS, "zero 0": NONE}.items():
+        found[f"a loss that is not finite, {name}"] = poisoned_update(parallel)
+    if dist.get_rank() == 0:
+        (out / "rank-0.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    main(Path(sys.argv[1]))
+    end(0)

@@ -1,0 +1,84 @@
+"""The parallel section: DeepSpeed's configuration from it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.config import load_recipe
+from align.config.parallel import Offload, Parallel
+from align.errors import UserError
+from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
+
+GOLDEN = Path(__file__).parent / "deepspeed_configs.json"
+CASES = {
+    "zero_3_experts": (Parallel(processes=8, expert_parallel_size=4), "bfloat16"),
+    "zero_3_offload": (Parallel(processes=2, offload=Offload(optimizer="cpu", parameters="cpu")), "bfloat16"),
+    "zero_2": (Parallel(processes=4, zero_stage=2), "float32"),
+    "zero_0": (Parallel(processes=2, zero_stage=0), "float32"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_deepspeed_config_is_the_golden_one(name: str) -> None:
+    parallel, dtype = CASES[name]
+    config = deepspeed_config(parallel, micro_batch_size=2, accumulation=3, max_grad_norm=0.5, dtype=dtype)
+    assert config == json.loads(GOLDEN.read_text())[name]
+
+
+def test_deepspeed_accepts_the_golden_configurations() -> None:
+    """DeepSpeed's own reader, in a process of its own: the rest of the tests must not import it."""
+    program = (
+        "import json, os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
+        "from deepspeed.runtime.config import DeepSpeedConfig\n"
+        "for config in json.load(open(sys.argv[1])).values():\n"
+        "    config['train_batch_size'] = 6\n"  # one process reads it
+        "    DeepSpeedConfig(config)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(GOLDEN)], check=True, timeout=300, capture_output=True)
+
+
+def test_an_optimizer_step_has_the_same_sequences_for_any_number_of_processes() -> None:
+    for processes in (1, 2, 4):
+        steps = accumulation_steps(Parallel(processes=processes), 32, 4)
+        assert steps * processes * 4 == 32
+    assert accumulation_steps(None, 32, 4) == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ("{zero_stage: 2, offload: {parameters: cpu}}", "offload.parameters needs zero_stage 3"),
+        ("{zero_stage: 0, offload: {optimizer: cpu}}", "offload.optimizer needs zero_stage 1 or more"),
+        ("{processes: 2, zero_stage: 0, expert_parallel_size: 2}", "expert_parallel_size needs zero_stage 1, 2 or 3"),
+        ("{processes: 3}", "cannot share batch_size 8 evenly"),
+        ("{zero_stage: 4}", "'parallel.zero_stage' is 4, but must be one of 0, 1, 2 or 3"),
+    ],
+)
+def test_a_mix_that_cannot_run_is_refused_with_a_sentence(section: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_recipe("tiny", [f"parallel={section}"])
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_single_process_has_none_of_this(tmp_path: Path) -> None:
+    """A run without a `parallel` section trains a stage without what starts DeepSpeed and joins processes."""
+    program = (
+        "import sys\n"
+        "from align.config import load_recipe\n"
+        "from align.pipeline import run\n"
+        "from pathlib import Path\n"
+        "changes = ['stages.pretrain.max_steps=1', 'model.tokenizer.vocab_size=300']\n"
+        "run(load_recipe('tiny', changes), Path(sys.argv[1]), only='pretrain')\n"
+        "ours = {name for name in sys.modules if name.startswith('align.parallel.')}\n"
+        "known = {f'align.parallel.{name}' for name in ('deepspeed_config', 'sharding', 'offload')}\n"
+        "assert ours <= known, ours\n"
+        "import torch\n"
+        "assert not torch.distributed.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300, capture_output=True)

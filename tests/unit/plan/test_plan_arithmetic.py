@@ -1,0 +1,229 @@
+"""The planner's memory and traffic against hand arithmetic, models on torch's meta device, and its own invariants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from align.config.parts import Lora
+from align.config.presets import PRESETS
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan.cost import model_cost
+from align.models.hunyuan.modeling import HunYuanForSequenceClassification
+from align.models.lora.adapters import add_lora
+from align.plan import activations
+from align.plan.activations import Pass
+from align.plan.job import SMOLLM2_135M, Job, Member, Rollouts
+from align.plan.memory import Buffers, Memory, memory
+from align.plan.setting import Setting
+from align.plan.shape import DEFAULTS, ModelShape, shape_of
+from align.plan.speed import operations
+from align.plan.traffic import Flow, traffic
+from align.train.checkpoint import count_parameters
+
+NO_BUFFERS = Buffers(reduce_bucket=0, prefetch=0, max_reuse_distance=0, sub_group=10**9)
+VARIANTS = {
+    **PRESETS,
+    "biased, untied, top-2": PRESETS["tiny"]
+    | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "moe_topk": 2},
+    "dense first layer": PRESETS["tiny"] | {"num_experts": [1, 8, 8, 4], "moe_topk": [1, 2, 1, 1]},
+    "no sharing, no norm": PRESETS["tiny"] | {"use_cla": False, "use_qk_norm": False, "num_shared_expert": 2},
+    "routed experts alone": PRESETS["tiny"] | {"use_mixed_mlp_moe": False},
+}
+
+
+def sft(shape: ModelShape, dtype: str = "bfloat16", **changes: object) -> Job:
+    job = Job("sft", "sft", (Member("policy", shape, "all"),), dtype, 512, 1, 2048, padded=False)
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def large() -> ModelShape:
+    return shape_of("hunyuan-large", PRESETS["hunyuan-large"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_counted_as_on_a_model_without_memory(name: str) -> None:
+    config = HunYuanConfig(**VARIANTS[name])
+    shape = shape_of(name, VARIANTS[name])
+    cost = model_cost(config, context=1024)
+    assert shape.parameters() == cost.parameters
+    assert shape.active == cost.active_parameters
+    assert shape.cache_bytes() == cost.cache_bytes_per_token
+    with torch.device("meta"):
+        scorer = HunYuanForSequenceClassification(HunYuanConfig(**VARIANTS[name], num_labels=1))
+    assert shape.parameters(scorer=True) == sum(p.numel() for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_operations_are_those_that_show_model_prints(name: str) -> None:
+    # A token in a row of 2n tokens has n earlier ones on average.
+    cost = model_cost(HunYuanConfig(**PRESETS[name]), context=1024)
+    assert shape_of(name, PRESETS[name]).forward_flops(2048) == cost.flops_per_token
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=8),
+        Lora(rank=4, experts=False, train_router=False),
+        Lora(rank=4, attention=False, shared_mlp=False),
+        Lora(rank=2, attention=False, experts=False),
+    ],
+)
+def test_adapters_are_counted_as_peft_makes_them(lora: Lora) -> None:
+    with torch.device("meta"):
+        model = add_lora(HunYuanForCausalLM(HunYuanConfig(**PRESETS["small"])), lora, task="CAUSAL_LM")
+    inside, outside = shape_of("small", PRESETS["small"]).adapters(lora)
+    assert inside + outside == count_parameters(model)["trainable"]
+    assert inside == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and ".experts." in n)
+
+
+def test_defaults_are_the_configuration_classs() -> None:
+    config = HunYuanConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_dense_model_of_the_quickstart_has_its_published_size() -> None:
+    # 134,515,008 parameters: the model card of SmolLM2-135M
+    values = SMOLLM2_135M | {"num_experts": 1, "use_mixed_mlp_moe": False, "use_qk_norm": False, "use_cla": False}
+    assert shape_of("smollm2", values).parameters() == 134_515_008
+
+
+def test_mixed_precision_adamw_is_sixteen_bytes_a_parameter(large: ModelShape) -> None:
+    found = memory(sft(large), Setting(64, True, 3), NO_BUFFERS)
+    kept = ("policy weights", "policy gradients", "policy fp32 weights", "policy optimizer moments")
+    parts = [found.gpu[name] * 64 / large.parameters() for name in kept]
+    assert parts == pytest.approx([2, 2, 4, 8])
+
+
+def test_offloaded_adamw_is_eighteen_bytes_a_parameter_in_the_host(large: ModelShape) -> None:
+    # DeepSpeed: fp32 weights 4, moments 8, fp32 gradients 4, gradients as they come 2
+    found = memory(sft(large), Setting(64, True, 3, offload_optimizer="cpu"), NO_BUFFERS)
+    assert found.host_bytes * 64 == pytest.approx(18 * 388_698_128_640)
+    assert "policy optimizer moments" not in found.gpu
+    both = memory(sft(large), Setting(64, True, 3, 1, "cpu", "cpu"), NO_BUFFERS)
+    assert both.host_bytes - found.host_bytes == pytest.approx(2 * 388_698_128_640 / 64)
+    assert "policy weights" not in both.gpu
+
+
+def test_nvme_takes_what_the_host_had(large: ModelShape) -> None:
+    found = memory(sft(large), Setting(64, True, 3, 1, "nvme", "nvme"), NO_BUFFERS)
+    assert found.nvme_bytes * 64 == pytest.approx((16 + 2) * 388_698_128_640)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stages_shard_what_the_paper_says(large: ModelShape, stage: int) -> None:
+    # Rajbhandari et al., section 5: moments and fp32 weights from stage 1, gradients from 2, weights from 3
+    parameters, gpus = 388_698_128_640, 64
+    last = memory(sft(large), Setting(gpus, True, stage), NO_BUFFERS).moments["optimizer step"]
+    assert last["policy weights"] == pytest.approx(2 * parameters / (gpus if stage == 3 else 1))
+    optimizer = last["policy fp32 weights"] + last["policy optimizer moments"]
+    assert optimizer == pytest.approx(12 * parameters / (gpus if stage >= 1 else 1))
+
+
+def states(found: Memory) -> float:
+    return sum(size for name, size in found.moments["optimizer step"].items() if name.startswith("policy "))
+
+
+def test_twice_the_gpus_halve_what_is_sharded(large: ModelShape) -> None:
+    one, two = (memory(sft(large), Setting(gpus, True, 3, 8), NO_BUFFERS) for gpus in (32, 64))
+    assert states(one) == pytest.approx(2 * states(two))
+
+
+@pytest.mark.parametrize("ep", [1, 4, 16])
+def test_the_shards_of_all_ranks_are_the_whole(large: ModelShape, ep: int) -> None:
+    assert states(memory(sft(large), Setting(32, True, 3, ep), NO_BUFFERS)) * 32 == pytest.approx(
+        16 * large.parameters()
+    )
+
+
+def test_expert_parallelism_spreads_experts_alone(large: ModelShape) -> None:
+    found = memory(sft(large), Setting(16, True, 1, 16), NO_BUFFERS).gpu
+    others = large.parameters() - large.experts
+    assert found["policy weights"] == pytest.approx(2 * (others + large.experts / 16))
+    assert large.experts == 64 * 16 * 3 * 6400 * 18_304
+
+
+# --- activations -----------------------------------------------------------------------------------------------
+
+
+def saved_bytes(values: dict, dtype: torch.dtype, *, padded: bool, batch: int = 4, length: int = 64) -> int:
+    """What autograd keeps of one forward pass, weights not counted."""
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**values)).to(dtype).model
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, values["vocab_size"], (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = int(not padded)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"moe_topk": 2}, {"use_cla": False}], ids=["top-1", "top-2", "no sharing"])
+def test_activations_are_those_that_autograd_keeps(changes: dict, dtype: torch.dtype, padded: bool) -> None:
+    values = {**PRESETS["tiny"], "num_hidden_layers": 4, **changes}
+    less = {**values, "num_hidden_layers": 2}
+    difference = saved_bytes(values, dtype, padded=padded) - saved_bytes(less, dtype, padded=padded)
+    shape = shape_of("x", values)
+    run = Pass(4 * 64, 64, padded, dtype.itemsize, dtype.itemsize, looped=True)
+    planned = sum(activations.layer_bytes(shape, layer, run) for layer in shape.layers[2:])
+    assert planned == pytest.approx(difference, rel=0.01)
+
+
+def test_recomputed_activations_are_inputs_keys_and_values(large: ModelShape) -> None:
+    # bf16: 6400 values a layer, and 2 x 640 in the half of the layers that own keys and values; routing is small
+    run = Pass(2048, 2048, False, 2, 2)
+    kept = sum(activations.checkpoint_bytes(large, layer, run) for layer in large.layers)
+    assert kept == pytest.approx(2048 * 64 * 2 * (6400 + 640), rel=0.01)
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------
+
+
+def test_zero_3_moves_three_times_the_weights(large: ModelShape) -> None:
+    # The ZeRO paper, section 7.2.2: two gathers and a reduction of 2 bytes a parameter
+    found = traffic(sft(large, batch=64), Setting(64, True, 3))
+    share, weights = 63 / 64, 2 * 388_698_128_640
+    assert found[Flow("weights gathered", "collective")] == pytest.approx(2 * weights * share)
+    assert found[Flow("gradients reduced", "collective")] == pytest.approx(weights * share)
+
+
+def test_experts_that_stay_are_not_gathered_but_their_tokens_travel(large: ModelShape) -> None:
+    found = traffic(sft(large, batch=16), Setting(16, True, 3, 16))
+    others = large.parameters() - large.experts
+    assert found[Flow("weights gathered", "collective")] == pytest.approx(2 * 2 * others * 15 / 16)
+    # each token's 6400 bf16 values there and back, forward and backward, in 64 layers
+    tokens = 2048 * 6400 * 2 * 64 * 4 * 15 / 16
+    assert found[Flow("tokens to experts and back", "exchange")] == pytest.approx(tokens)
+
+
+def test_a_step_takes_six_operations_a_parameter(large: ModelShape) -> None:
+    # The usual 6 N D, and attention: 12 operations a layer, head value and earlier token (Kaplan et al., 2001.08361)
+    tokens, attention = 2048, 12 * 64 * 6400 * 1024
+    wanted = tokens * (6 * 51.3e9 + attention)
+    assert operations(sft(large, batch=8), Setting(8, True, 3)) == pytest.approx(wanted, rel=0.01)
+    recomputed = operations(sft(large, batch=8), Setting(8, True, 3, gradient_checkpointing=True))
+    assert recomputed == pytest.approx(wanted * 4 / 3, rel=0.01)
+
+
+def test_a_sampler_whose_logprobs_are_taken_saves_passes_of_the_policy(large: ModelShape) -> None:
+    rollouts = Rollouts("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
+    members = (Member("policy", large, "all"), Member("reference", large, "nothing"))
+    job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
+    trusting = replace(job, rollouts=replace(rollouts, trusted=True))
+    setting = Setting(2, True, 3, micro_batch=4)
+    # Of the eight passes of four completions on each GPU one is left.
+    forward = 4 * 2048 * (2 * 51.3e9 + 4 * 64 * 6400 * 1024)
+    assert operations(job, setting) - operations(trusting, setting) == pytest.approx(7 * forward, rel=0.01)

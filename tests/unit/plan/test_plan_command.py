@@ -1,0 +1,559 @@
+"""`align plan` from the outside: known facts, golden lines, bad input, and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import cli
+from align.config import load_recipe
+from align.config.presets import PRESETS
+from align.errors import UserError
+from align.plan.command import Question, answer
+from align.plan.job import Job, jobs_of
+from align.plan.memory import memory
+from align.plan.report import overrides
+from align.plan.search import SMALL_LORA, changed, evaluate, feasible, joint, micro_batches, remedies
+from align.plan.setting import GB, Cluster, Setting, setting_of, unusable
+from align.plan.shape import shape_of
+from align.plan.speed import GPUS
+
+ROOT = Path(__file__).parents[3]
+H20 = GPUS["h20"].rates
+
+
+def large(*overrides: str) -> dict[str, Job]:
+    recipe = load_recipe("hunyuan-large", overrides)
+    return {job.name: job for job in jobs_of(recipe, "hunyuan-large", None)}
+
+
+def h20(hosts: int, host_gb: float = 2000) -> Cluster:
+    return Cluster(8 * hosts, hosts, 96 * GB, host_gb * GB)
+
+
+def fits(job: Job, cluster: Cluster) -> bool:
+    return bool(feasible(replace(job, batch=cluster.gpus), cluster, H20))
+
+
+# --- facts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host_gb", [2000, 2300])
+def test_full_fine_tuning_of_hunyuan_large_takes_32_gpus(host_gb: float) -> None:
+    # Tencent's README: ZeRO-3 with offload, 2048 tokens, H20 (96 GB): at least 32
+    job = large()["sft"]
+    assert job.length == 2048
+    assert [fits(job, h20(hosts, host_gb)) for hosts in (1, 2, 3, 4)] == [False, False, False, True]
+    assert all(plan.setting.offload_optimizer for plan in feasible(replace(job, batch=32), h20(4, host_gb), H20))
+
+
+def test_lora_of_hunyuan_large_takes_8_gpus_and_offload() -> None:
+    # the same README: at least 8; 2 x 388.7B bytes of weights are more than 8 x 96 GB with anything beside them
+    plans = feasible(replace(large()["sft"].with_lora(SMALL_LORA), batch=8), h20(1), H20)
+    assert plans
+    assert all(plan.setting.offload_parameters == "cpu" for plan in plans)
+
+
+def test_ppo_of_hunyuan_large_has_a_plan() -> None:
+    (job,) = (job for name, job in large().items() if name == "ppo")
+    plan = feasible(job, h20(16), H20)[0]
+    assert plan.fits
+    assert plan.memory.gpu_bytes + 4 * GB <= 96 * GB
+    assert {member.role for member in job.members} == {"policy", "critic", "reference", "reward model"}
+    # policy, critic, reference and reward model are spread over all GPUs, or lie in the hosts
+    weights = sum(size for name, size in (plan.memory.gpu | plan.memory.host).items() if name.endswith(" weights"))
+    assert weights * 128 > 4 * 2 * 388e9
+
+
+def test_the_smallest_change_is_found_not_written() -> None:
+    cluster = h20(1)
+    job = large("parallel.expert_parallel_size=8")["sft"]
+    recipe = load_recipe("hunyuan-large", ["parallel.expert_parallel_size=8"])
+    plan = evaluate(job, setting_of(job, recipe.parallel, 8), cluster, H20)
+    assert [short.where for short in plan.shortages] == ["GPU", "host"]
+    found = {remedy.what: remedy for remedy in remedies(job, plan.setting, cluster, H20)}
+    assert found["more GPUs"].plan.setting.gpus == 32
+    assert found["more GPUs"].changes == 1
+    assert found["LoRA on attention"].plan.fits
+    assert "other settings" not in found
+
+
+def test_a_remedy_changes_as_little_as_can_be() -> None:
+    job = large()["sft"]
+    wanted = Setting(64, True, 1, 16, None, None, True, 1)
+    plan = evaluate(job, wanted, h20(8), H20)
+    assert not plan.fits
+    (near,) = (remedy.plan for remedy in remedies(job, wanted, h20(8), H20) if remedy.what == "other settings")
+    everything = feasible(job, h20(8), H20)
+    assert len(changed(near.setting, wanted)) == min(
+        len(changed(replace(p.setting, micro_batch=1), wanted)) for p in everything
+    )
+
+
+NVME = "offload: {optimizer: nvme, parameters: cpu, path: /scratch}"
+
+
+@pytest.mark.parametrize("written", [[], [f"parallel={{processes: 8, expert_parallel_size: 8, {NVME}}}"]])
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: list[str], stage: str) -> None:
+    """Whatever the recipe has: a small model fits with and without offloading and spread experts, on a disk as well."""
+    (job,) = jobs_of(load_recipe("hunyuan-large", written), "small", stage)
+    plans = feasible(job, Cluster(8, 1, 96 * GB, 2000 * GB, nvme=4000 * GB), H20)
+    kinds = {
+        (s.zero_stage, s.expert_parallel_size, s.offload_optimizer, s.offload_parameters, s.rollout_gpus): plan
+        for plan in plans
+        for s in [plan.setting]
+        if s.zero_stage  # the recipe has a PPO stage, which refuses 0
+    }
+    named = [(3, 1, None, None, 1), (1, 8, "cpu", None, 1), (3, 2, None, "nvme", 1)]
+    for plan in (*(kinds[name] for name in named), *list(kinds.values())[::5]):
+        recipe = load_recipe("hunyuan-large", [*written, *overrides(plan)])
+        (again,) = jobs_of(recipe, "small", stage)
+        assert setting_of(again, recipe.parallel, 8) == replace(
+            plan.setting, rollout_gpus=again.rollouts.gpus_a_server if again.rollouts else 1
+        )
+
+
+def test_one_process_without_deepspeed_is_proposed_without_the_section() -> None:
+    (job,) = jobs_of(load_recipe("hunyuan-large"), "small", "sft")
+    plan = next(plan for plan in feasible(job, Cluster(1, 1, 96 * GB), H20) if not plan.setting.deepspeed)
+    assert load_recipe("hunyuan-large", overrides(plan)).parallel is None
+
+
+def test_reward_models_are_spread_over_the_ranks() -> None:
+    # 388.7e9 weights of two bytes over 128 ranks; a server's take no room here
+    setting = Setting(128, True, 3, 16)
+    spread = memory(large()["ppo"], setting)
+    weights = 2 * 388.7e9 / 128
+    assert spread.gpu["reward model weights"] == pytest.approx(weights, rel=1e-3)
+    remote = memory(large("stages.ppo.rewards=[{kind: remote, url: 'http://127.0.0.1:8100'}]")["ppo"], setting)
+    assert spread.gpu_bytes - remote.gpu_bytes == pytest.approx(weights, rel=1e-3)
+    assert "reward model" not in " ".join(remote.moments[remote.fullest])
+
+
+def test_a_reward_model_larger_than_the_policy_can_be_the_fullest() -> None:
+    # Adapters on the policy alone, and nothing learns of the reward model: its layers are gathered where it scores.
+    lora = ["stages.ppo.lora={}", "stages.ppo.algorithm=grpo", "stages.ppo.completions_per_prompt=4"]
+    job = large(*lora)["ppo"]
+    policy, *others = job.members
+    small = replace(job, members=(replace(policy, shape=shape_of("tiny", PRESETS["tiny"])), *others))
+    assert memory(small, Setting(128, True, 3, 1)).fullest == "reward model: asked"
+
+
+def test_an_average_of_the_weights_is_counted() -> None:
+    # 388.7e9 weights of four bytes over 128 ranks, beside the moments: on the GPU, or in the host with them
+    plain, averaged = (large(*change)["ppo"] for change in ([], ["stages.ppo.ema_decay=0.9"]))
+    for place in (None, "cpu"):
+        setting = Setting(128, True, 3, 16, offload_optimizer=place)
+        one, other = memory(plain, setting), memory(averaged, setting)
+        more = [other.gpu_bytes - one.gpu_bytes, other.host_bytes - one.host_bytes]
+        assert more[place == "cpu"] == pytest.approx(4 * 388.7e9 / 128, rel=1e-3)
+        assert more[place != "cpu"] == 0
+
+
+def test_ranks_of_ppo_may_have_unequal_shares() -> None:
+    job = large("stages.ppo.mini_batch_size=128", "stages.ppo.batch_size=512")["ppo"]
+    plans = feasible(job, Cluster(96, 12, 140 * GB, 2000 * GB), H20)
+    assert all(plan.setting.accumulation(job) * plan.setting.micro_batch * 96 >= 128 for plan in plans)
+    # 128 completions: a third of the ranks has two, the others one
+    assert micro_batches(job, 96) == [2, 1]
+    assert {plan.setting.micro_batch for plan in plans} <= {1, 2}
+    assert all(unusable(job, plan.setting) is None for plan in plans)
+    assert unusable(large()["sft"], plans[0].setting) is not None
+
+
+def test_what_search_lists_fits_and_is_ordered() -> None:
+    plans = feasible(large()["dpo"], h20(8), H20)
+    assert all(plan.fits for plan in plans)
+    assert [plan.duration.seconds for plan in plans] == sorted(plan.duration.seconds for plan in plans)
+    assert len({plan.setting for plan in plans}) == len(plans)
+
+
+def test_one_section_serves_all_stages() -> None:
+    plans = joint(list(large().values()), h20(16), H20)
+    assert plans is not None
+    assert [plan.job.name for plan in plans] == ["sft", "reward_model", "dpo", "ppo"]
+    assert (
+        len({(p.setting.zero_stage, p.setting.expert_parallel_size, p.setting.offload_optimizer) for p in plans}) == 1
+    )
+    assert all(plan.fits for plan in plans)
+
+
+def test_more_memory_never_makes_less_fit() -> None:
+    job = large()["sft"]
+    small, big = (
+        {replace(plan.setting, micro_batch=1) for plan in feasible(job, Cluster(64, 8, gb * GB, 2000 * GB), H20)}
+        for gb in (40, 80)
+    )
+    assert small < big
+
+
+def test_given_rates_take_the_place_of_assumed_ones() -> None:
+    job, cluster = large()["sft"], h20(8)
+    slow = feasible(job, cluster, H20)[0].duration.parts["arithmetic"]
+    fast = feasible(job, cluster, replace(H20, tflops=2 * H20.tflops))[0].duration.parts["arithmetic"]
+    assert slow == pytest.approx(2 * fast)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    cli.main(["plan", *arguments])
+    return capsys.readouterr().out
+
+
+def test_tiny_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "tiny", "--gpu", "h100", "--stage", "sft")
+    assert found.splitlines()[0] == "tiny: 2,954,624 parameters, 890,240 active a token"
+    # 4 bytes a parameter of weights and 8 of moments, 2,954,624 of them
+    assert "  policy weights               0.012" in found
+    assert "  policy optimizer moments     0.024" in found
+    assert "  fits          4.2 of 80.0 GB a GPU" in found
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("hunyuan-large", 388_698_128_640), ("medium", 8_021_488_128), ("small", 346_114_560), ("tiny", 2_954_624)],
+)
+def test_states_of_the_presets(capsys: pytest.CaptureFixture[str], preset: str, parameters: int) -> None:
+    changes = ["parallel.offload.optimizer=null", "parallel.expert_parallel_size=1", "stages.sft.data.max_length=512"]
+    arguments = ["hunyuan-large", "--model", preset, "--gpus", "64", "--gpu", "b200", "--stage", "sft", "--json"]
+    (plan,) = json.loads(printed(capsys, *arguments, *changes))["plans"]
+    step = plan["moments"]["optimizer step"]
+    kept = sum(step[f"policy {name}"] for name in ("weights", "gradients", "fp32 weights", "optimizer moments"))
+    assert kept == pytest.approx(16 * parameters / 64)
+
+
+def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["hunyuan-large", "--model", "hunyuan-large", "--gpus", "64", "--gpu", "h100", "--host-memory", "2000"]
+    found = json.loads(printed(capsys, *arguments, "--json"))
+    text = printed(capsys, *arguments)
+    assert found["cluster"]["hosts"] == 8
+    for plan in found["plans"]:
+        assert plan["gpu_bytes"] == pytest.approx(max(sum(m.values()) for m in plan["moments"].values()))
+        assert f"(fullest moment: {plan['fullest_moment']})" in text
+        assert plan["fits"] is not bool(plan["remedies"])
+        for remedy in plan["remedies"]:
+            assert " ".join(remedy["overrides"]) in text
+
+
+def test_search_prints_settings_that_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["hunyuan-large", "--model", "hunyuan-large", "--gpu", "h200", "--host-memory", "2000"]
+    found = printed(capsys, *arguments, "--search", "--show", "2")
+    proposal = found.splitlines()[-1].split()
+    recipe = load_recipe("hunyuan-large", proposal)
+    assert recipe.parallel is not None
+    assert recipe.parallel.processes == 64
+    assert "does not fit" not in printed(capsys, *arguments, *proposal)
+
+
+ROWS_OF_512 = ["max_prompt_length=480", "rollout.max_model_length=512"]
+ALONE = ["parallel.processes=1", "parallel.expert_parallel_size=1"]
+LARGE = ["hunyuan-large", "--model", "hunyuan-large"]
+
+
+def proposals(found: str) -> list[list[str]]:
+    """The lines of a plan that change the recipe."""
+    return [line.split() for line in found.splitlines() if re.fullmatch(r" +\S+=\S+( \S+=\S+)*", line)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        ([*LARGE, "--gpus", "8", "--gpu", "h20"], 8),
+        ([*LARGE, "--gpus", "24", "--gpu", "h20", "--host-memory", "2000", "--stage", "ppo"], 2),
+        ([*LARGE, "--gpus", "1", "--gpu", "b200", *ALONE, "stages.sft.batch_size=3", "stages.dpo.batch_size=5"], 4),
+        (["tiny", "--gpu-memory", "4.1"], 4),
+        (["tiny", "--gpu-memory", "4.1", "stages.dpo.batch_size=9", "stages.dpo.micro_batch_size=3"], 4),
+        (["tiny", "--gpu-memory", "4.04", "--search", "stages.pretrain.batch_size=6"], 2),
+        (["quickstart", "--gpu-memory", "4.7", "--stage", "dpo"], 1),
+    ],
+)
+def test_the_recipe_takes_each_proposal_as_a_whole(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], least: int
+) -> None:
+    given = [word for word in arguments if "=" in word]
+    lines = proposals(printed(capsys, *arguments))
+    if "24" in arguments:  # processes cannot share the 128 rows of a stage that is not planned
+        assert all("stages.sft.batch_size=144" in line for line in lines if "parallel.processes=24" in line)
+    assert len(lines) >= least
+    for line in lines:
+        cli.main(["check", "--without-files", arguments[0], *given, *line])
+        assert capsys.readouterr().out == f"{arguments[0]}: ok\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*LARGE, "--gpus", "8", "--gpu", "h20"],
+        [*LARGE, "--gpus", "1", "--gpu", "h20", "--host-memory", "2000"],
+        ["tiny", "--gpu-memory", "4.1"],
+        ["hunyuan-large", "--model", "small", "--gpus", "1", "--gpu-memory", "5"],
+        ["tiny", "--gpu-memory", "4.45", "--stage", "ppo", *(f"stages.ppo.{change}" for change in ROWS_OF_512)],
+    ],
+)
+def test_a_proposal_planned_in_its_turn_is_what_was_proposed(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    plans = json.loads(printed(capsys, *arguments, "--json"))["plans"]
+    found = [(plan["stage"], remedy) for plan in plans for remedy in plan["remedies"]]
+    assert len(found) >= 3
+    for stage, remedy in found:
+        settings = remedy["settings"]
+        cluster = ["--stage", stage, "--gpus", str(settings["gpus"]), "--hosts", str(settings["hosts"]), "--json"]
+        (again,) = json.loads(printed(capsys, *arguments, *cluster, *remedy["overrides"]))["plans"]
+        assert again["fits"], (stage, remedy)
+        assert again["settings"] == settings
+        assert again["gpu_bytes"] == pytest.approx(remedy["gpu_bytes"])
+
+
+def test_gpus_that_the_recipes_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each proposal, planned in its turn on the GPUs that it names, fits."""
+    arguments = [*LARGE, "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
+    found = printed(capsys, *arguments, "--gpus", "8")
+    assert "  cannot run    expert_parallel_size 16 does not divide 8 GPUs\n" in found
+    lines = proposals(found)
+    assert len(lines) == 2  # more GPUs, and adapters
+    for line in lines:
+        again = printed(capsys, *arguments, *line, *(["stages.sft.lora={}", *line] if "lora" in " ".join(line) else []))
+        assert "  fits  " in again
+        assert "cannot run" not in again
+    (plan,) = json.loads(printed(capsys, *arguments, "--gpus", "8", "--json"))["plans"]
+    assert plan["cannot_run"] == "expert_parallel_size 16 does not divide 8 GPUs"
+    assert not plan["fits"]
+    assert [" ".join(remedy["overrides"]) for remedy in plan["remedies"]] == [" ".join(line) for line in lines]
+
+
+def test_experts_that_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "hunyuan-large", "--gpu", "h100", "--model", "small", "--stage", "dpo")
+    assert "  cannot run    expert_parallel_size 16 does not divide the 8 experts of small\n" in found
+    assert any("parallel.expert_parallel_size=8" in line for line in proposals(found))
+
+
+def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*LARGE, "--gpus", "8", "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
+    plain, search = (printed(capsys, *arguments, *flag) for flag in ([], ["--search"]))
+    assert "sft: nothing fits\n  smallest changes that make it fit:\n" in search
+    assert proposals(search) == proposals(plain) != []
+    found = json.loads(printed(capsys, *arguments, "--search", "--json"))
+    assert found["plans"] == []
+    changes = [remedy["overrides"] for remedy in found["nothing_fits"]["sft"]]
+    assert changes == proposals(plain)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "idle", "advice"),
+    [
+        (2, [], 1, "a mini-batch of 16 is 1 pass; lower stages.ppo.micro_batch_tokens to 768"),
+        (2, ["micro_batch_tokens=768"], 0, ""),
+        (16, ["micro_batch_tokens=96"], 0, ""),
+        (
+            32,
+            ["micro_batch_tokens=96"],
+            16,
+            "a mini-batch of 16 is 16 passes; raise stages.ppo.mini_batch_size to 32 or more, or use at most 16 GPUs",
+        ),
+        (32, ["micro_batch_tokens=96", "mini_batch_size=32"], 0, ""),
+    ],
+)
+def test_gpus_without_a_pass_of_their_own_are_counted(
+    capsys: pytest.CaptureFixture[str], gpus: int, changes: list[str], idle: int, advice: str
+) -> None:
+    """By hand: rows of 96 tokens, 4096 or fewer in a pass, 16 or 32 rows in a mini-batch."""
+    words = [f"stages.ppo.{change}" for change in changes]
+    found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", str(gpus), "--stage", "ppo", *words)
+    assert (f"{idle} of {gpus} GPUs idle" in found) is bool(idle)
+    assert f"  idle          {advice}\n" in found if idle else "idle" not in found
+
+
+def test_more_gpus_have_smaller_passes_as_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", "4", "--stage", "sft")  # 8 rows a step, 8 a pass
+    assert "  as written    ZeRO-3, 2 rows x 1 pass\n  fits " in found
+
+
+def test_search_counts_idle_gpus_too(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, *LARGE, "--gpus", "256", "--gpu", "h100", "--stage", "ppo", "--search")
+    settings = [line for line in found.splitlines() if "ZeRO-" in line]
+    assert len(settings) > 2
+    assert all("1 completion x 1 pass, 128 of 256 GPUs idle" in line for line in settings)
+
+
+def test_one_thing_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["tiny", "--gpu-memory", "4.1"],
+        ["tiny", "--gpu-memory", "4.1", "--search"],
+        [*LARGE, "--gpus", "1", "--gpu", "h20"],
+        [*LARGE, "--gpus", "8", "--gpu", "h20"],
+    ):
+        found = printed(capsys, *arguments)
+        assert "1 host" in found
+        assert not re.findall(r"(?<![\d,.])1 (?:\w+ )?(?:GPUs|hosts|processes|passes|rows|pairs|settings)\b", found)
+
+
+def test_a_micro_batch_costs_the_same_whether_the_search_or_the_recipe_asks_for_it() -> None:
+    one, two = (large(f"stages.sft.micro_batch_size={size}")["sft"] for size in (1, 2))
+    setting = setting_of(two, None, 64)
+    assert setting.micro_batch == 2
+    assert memory(one, setting).gpu_bytes == memory(two, setting).gpu_bytes
+
+
+def test_every_shipped_recipe_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        stand_in = ["--model", "hunyuan-large"] if path.stem == "hunyuan-large" else []
+        found = printed(capsys, str(path), "--gpu", "h100", *stand_in)
+        assert "a GPU" in found
+
+
+def test_plan_answers_without_torch() -> None:
+    heavy = {"torch", "transformers", "trl", "peft", "datasets", "vllm", "deepspeed", "accelerate"}
+    code = (
+        "import sys, align.cli\n"
+        "align.cli.main(['plan', 'hunyuan-large', '--model', 'hunyuan-large', '--gpu', 'h20', '--search'])\n"
+        f"assert not set(sys.modules) & {heavy!r}, set(sys.modules) & {heavy!r}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, capture_output=True)
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+
+def plan_table() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import plan_table
+    finally:
+        sys.path.pop(0)
+    return plan_table
+
+
+def test_the_pages_rows_are_what_the_planner_says() -> None:
+    tables, page = plan_table(), (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    for gpus in (8, 32, 128):
+        cells = [tables.cell(job, tables.cluster(gpus)) for job in tables.jobs().values()]
+        assert f"| {gpus} in {-(-gpus // 8)} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.slow
+def test_the_whole_page_is_what_the_planner_says() -> None:
+    tables, page = plan_table(), (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert tables.written(page) == page
+
+
+def test_the_measured_peaks_are_within_five_per_cent() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))["results"]
+    assert len(found) >= 20
+    for case, one in found.items():
+        assert one["planned"] == pytest.approx(one["measured"], rel=0.05), case
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+EVALUATE_ONLY = """
+name: nothing
+model: {kind: scratch, preset: tiny, tokenizer: {vocab_size: 1024, data: [{kind: python_docs, view: text}]}}
+stages:
+  pairs: {kind: sample, train: [{kind: python_docs, view: prompts}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["tiny"], "the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with one of a100-40, a100,"),
+        (["tiny", "--gpu", "h100", "--gpus", "0"], "--gpus 0: must be 1 or more."),
+        (["tiny", "--gpu-memory", "0"], "--gpu-memory 0: must be more than 0 GB."),
+        (["tiny", "--gpu-memory", "nan"], "--gpu-memory nan: must be more than 0 GB."),
+        (
+            ["tiny", "--gpu-memory", "8", "--reserve", "8"],
+            "--reserve 8: must be 0 or more and less than the GPU's 8 GB.",
+        ),
+        (["tiny", "--gpu", "h100", "--host-memory", "-1"], "--host-memory -1: must be more than 0 GB."),
+        (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: a rate must be more than 0."),
+        (
+            ["tiny", "--gpu", "h100", "--gpus", "8", "--hosts", "3"],
+            "--hosts 3 does not divide 8 GPUs; every host has the same number.",
+        ),
+        (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: must be 1 or more."),
+        (["tiny", "--gpu", "abacus"], "--gpu abacus: known are a100-40, a100,"),
+        (
+            ["tiny", "--gpu", "h100", "--gpus", "3"],
+            "stages.pretrain: 3 GPUs cannot share batch_size 8 evenly; set it to 9, or use a number of GPUs that",
+        ),
+        (
+            ["tiny", "--gpu", "h100", "--gpus", "65"],
+            "--gpus 65: 9 hosts of at most eight GPUs cannot all have the same number; use 64 or 72, or say with",
+        ),
+        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10, or say with --hosts how many hosts there are."),
+        (
+            ["tiny", "--gpu", "h100", "--stage", "spt"],
+            "--stage spt: the recipe has no such stage; it has pretrain, sft,",
+        ),
+        (["tiny", "--gpu", "h100", "--stage", "pairs"], "--stage pairs: a stage of kind 'sample' trains nothing;"),
+        (
+            ["tiny", "--gpu", "h100", "stages.sft.data.max_length=4096", "--stage", "sft"],
+            "stages.sft: rows of 4096 tokens exceed the model's max_position_embeddings 512; shorten them.",
+        ),
+        (
+            ["hunyuan-large", "--gpu", "h100", "model.path=models/mine"],
+            "'models/mine' is not on this machine, so its",
+        ),
+        (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: neither a preset (hunyuan-large, medium,"),
+    ],
+)
+def test_bad_input_gets_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", *arguments])
+    assert stop.value.code == 2
+    written = capsys.readouterr()
+    assert sentence in written.err
+    assert written.err.count("\n") == 1
+    assert written.out == ""
+
+
+@pytest.mark.parametrize("size", [16, 3])
+def test_groups_that_the_gpus_do_not_allow_are_judged_against_them(size: int) -> None:
+    """Not against the recipe's processes; the first proposal is taken as it is printed."""
+    recipe = load_recipe("tiny", [f"parallel.expert_parallel_size={size}"])
+    (stage,) = json.loads(answer(recipe, Question(gpus=8, gpu="h100", stage="sft", json=True)))["plans"]
+    assert stage["cannot_run"] == f"expert_parallel_size {size} does not divide 8 GPUs"
+    proposed = load_recipe("tiny", stage["remedies"][0]["overrides"]).parallel
+    assert proposed is not None
+    assert (proposed.processes, proposed.uneven_groups()) == (8, None)
+
+
+def test_rollouts_are_named_by_their_engine_and_small_times_differ() -> None:
+    recipe = load_recipe("tiny", ["stages.ppo.rollout.engine=huggingface", "parallel.processes=2"])
+    said = answer(recipe, Question(gpu="h100"))
+    assert "vLLM" not in said
+    assert "transformers generates" in said
+    assert "0.0 ms" not in said
+    assert len(set(re.findall("[0-9.]+ µs", said))) > 3
+
+
+def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.yaml"
+    path.write_text(EVALUATE_ONLY, encoding="utf-8")
+    with pytest.raises(UserError, match=r"'nothing' has no stage to plan: .* and it has sample\."):
+        answer(load_recipe(path), Question(gpu="h100"))
+
+
+def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid JSON"):
+        answer(load_recipe("tiny"), Question(gpu="h100", model=str(tmp_path)))
+
+
+def test_a_folder_is_as_good_as_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["small"]), encoding="utf-8")
+    recipe = load_recipe("tiny", [f"model={{kind: pretrained, path: {tmp_path}}}"])
+    assert jobs_of(recipe, None, "sft")[0].members[0].parameters == 346_114_560
+    named = jobs_of(load_recipe("tiny"), "small", "sft")[0].members[0]
+    assert named.parameters == 346_114_560
