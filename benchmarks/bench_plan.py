@@ -7,6 +7,7 @@ interpreter, imports and fragmentation are not in the number; the peak over the 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -143,7 +144,7 @@ def measure(case: str) -> dict[str, Any]:
         length = longest_row(draft, folder) if kind != "pretrain" else 128
         recipe = recipe_for(kind, model, changes, folder, length)
         context = StageContext(recipe, "measured", folder / "run", say=lambda line: None)
-        stage = pipeline.importlib.import_module(f"align.recipes.{kind}")
+        stage = importlib.import_module(f"align.recipes.{kind}")
         loaded: list[tuple[int, int]] = []
         mark = "RoundLog" if kind == "ppo" else "count_parameters"
         call = getattr(stage, mark)  # which the stage calls when its models are loaded and nothing else is there
@@ -154,7 +155,7 @@ def measure(case: str) -> dict[str, Any]:
 
         setattr(stage, mark, note_and_call)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            stage.run(context)
+            pipeline.run_stage(context)
         (job,) = jobs_of(recipe, str(folder / "run" / BASE), None)
     return {"measured": peak_of(profiler, *loaded[0]), **planned(job, setting_of(job, recipe.parallel, 1))}
 

@@ -16,12 +16,12 @@ from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.hot_start import convert_hot_start
 from align.models.hunyuan import HunYuanForCausalLM
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
 
 
-def run(context: StageContext) -> dict:
+def run(context: StageContext) -> StageResult:
     """Write <run>/base/model; the pipeline treats it as a stage of its own."""
     model, target = context.recipe.model, context.run_dir / "base" / "model"
     if isinstance(model, ScratchModel):
@@ -49,7 +49,7 @@ def run(context: StageContext) -> dict:
         assert_never(model)
     parameters = count_parameters(load_policy(target, context.recipe.dtype))
     context.say(f"  {parameters['total']:,} parameters, {parameters['active']:,} active a token")
-    return {"metrics": {}, "data": {}, "parameters": parameters}
+    return StageResult(parameters=parameters)
 
 
 def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
+from align.config.stages import DpoStage
 from align.data import prepare_dpo_pairs
 from align.models.lora.adapters import AnyModel, one_adapter
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
@@ -21,15 +22,14 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both n
             super().__init__(model=model, **kwargs)
 
 
-def run(context: StageContext) -> dict:
-    stage = context.stage
+def run(stage: DpoStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
     data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype, context.recipe.parallel, stage.lora)
+    model = load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel, stage.lora)
     # With adapters the reference is the model with its adapters off; without them it is a second copy.
-    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype, context.recipe.parallel)
+    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel)
     parameters = count_parameters(model)
     losses: dict[str, Any] = (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict:
         model=model,
         ref_model=ref_model,
         args=DPOConfig(
-            **trainer_arguments(context),
+            **trainer_arguments(stage, context),
             router_aux_loss_coef=0.0,
             beta=stage.beta,
             max_length=stage.data.max_length,
@@ -51,4 +51,4 @@ def run(context: StageContext) -> dict:
     )
     metrics = fit(trainer, context)
     save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}
+    return StageResult(metrics, data.report.to_dict(), parameters)

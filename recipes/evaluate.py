@@ -19,7 +19,7 @@ from align.models.weights import published_weights
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.run.folder import write_json
 from align.train.checkpoint import load_policy, load_reward_model, load_tokenizer
 from align.train.device import training_device
@@ -28,8 +28,7 @@ MICRO_BATCH_TOKENS = 4096
 
 
 @torch.no_grad()
-def run(context: StageContext) -> dict:
-    stage: EvaluateStage = context.stage
+def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     checkpoints = {name: context.checkpoint(name) for name in stage.models}
     baseline = stage.models[0]
     tokenizer = load_tokenizer(checkpoints[baseline])
@@ -38,7 +37,7 @@ def run(context: StageContext) -> dict:
         stage.prompts, tokenizer, max_prompt_length=room, seed=context.seed, stage_dirs=context.stage_dirs
     )
     context.say(f"  data: {report.summary()}")
-    pairs = held_out_pairs(context, tokenizer)
+    pairs = held_out_pairs(stage, context, tokenizer)
     dtype = context.recipe.dtype
     device = training_device()
     reference = load_policy(context.checkpoint(stage.reference or baseline), dtype).eval().to(device)
@@ -80,11 +79,10 @@ def run(context: StageContext) -> dict:
         chosen, rejected = (scores(scorer, pairs, side) for side in ("chosen_ids", "rejected_ids"))
         results["reward_model_accuracy"] = {"accuracy": pairwise_accuracy(chosen, rejected), "n": len(chosen)}
     write_json(context.dir / "results.json", results)
-    return {"metrics": summary(results), "data": report.to_dict()}
+    return StageResult(summary(results), report.to_dict())
 
 
-def held_out_pairs(context: StageContext, tokenizer: Any) -> list[dict[str, list[int]]]:
-    stage: EvaluateStage = context.stage
+def held_out_pairs(stage: EvaluateStage, context: StageContext, tokenizer: Any) -> list[dict[str, list[int]]]:
     if not stage.preferences:
         return []
     data = Data(train=stage.preferences, max_length=stage.rollout.max_model_length)

@@ -20,15 +20,14 @@ from align.rl.score import scored_round
 from align.rl.update import update
 from align.rollout.base import RolloutEngine
 from align.rollout.build import build_engine
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
 
 
-def run(context: StageContext) -> dict:
+def run(stage: PpoStage, context: StageContext) -> StageResult:
     if is_follower():
-        return follow(context)
-    stage: PpoStage = context.stage
+        return follow(stage, context)
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
     prompts, report = prepare_prompts(
@@ -44,12 +43,12 @@ def run(context: StageContext) -> dict:
             stage.rewards,
             prompts,
             tokenizer,
-            load_models=partial(load_reward_models, context),
+            load_models=partial(load_reward_models, stage, context),
             announce=partial(tell, "score"),
             say=context.say,
         )
         stack.callback(scorer.close)
-        team = build_team(context)
+        team = build_team(stage, context)
         policy = team.policy.model
         parameters = count_parameters(policy)
         engine = build_engine(
@@ -69,7 +68,7 @@ def run(context: StageContext) -> dict:
             context.say(f"  resuming at step {progress.step}")
         else:
             checkpoint.resume_sampler(position=0)
-        log = RoundLog(context, policy, tokenizer, first_step=progress.step)
+        log = RoundLog(stage, context, policy, tokenizer, first_step=progress.step)
         stack.callback(log.close)
 
         metrics: dict[str, float] = {}
@@ -105,7 +104,7 @@ def run(context: StageContext) -> dict:
     tell("finish")
     team.take_average()  # for good: saving merges adapters into the model
     save_model(policy, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return {"metrics": metrics, "data": report.to_dict(), "parameters": parameters}
+    return StageResult(metrics, report.to_dict(), parameters)
 
 
 def send_weights(engine: RolloutEngine, team: Team, version: int) -> dict[str, float]:

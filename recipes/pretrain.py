@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from trl import SFTConfig, SFTTrainer
 
+from align.config.stages import PretrainStage
 from align.data import prepare_text
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
@@ -14,22 +15,21 @@ class PretrainTrainer(AlignTrainer, SFTTrainer):  # type: ignore[misc]  # both n
     """TRL's SFT loss on every token."""
 
 
-def run(context: StageContext) -> dict:
-    stage = context.stage
+def run(stage: PretrainStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
     data = prepare_text(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype, context.recipe.parallel, stage.lora)
+    model = load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel, stage.lora)
     parameters = count_parameters(model)
     trainer = PretrainTrainer(
         stage=stage,
         model=model,
-        args=SFTConfig(**trainer_arguments(context), router_aux_loss_coef=0.0, max_length=stage.data.max_length),
+        args=SFTConfig(**trainer_arguments(stage, context), router_aux_loss_coef=0.0, max_length=stage.data.max_length),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
     )
     metrics = fit(trainer, context)
     save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}
+    return StageResult(metrics, data.report.to_dict(), parameters)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from trl import RewardConfig, RewardTrainer
 
+from align.config.stages import RewardModelStage
 from align.data import prepare_reward_pairs
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_scorer, load_tokenizer, save_model
 from align.train.trl import AlignTrainer, fit, trainer_arguments
 
@@ -15,20 +16,19 @@ class AlignRewardTrainer(AlignTrainer, RewardTrainer):  # type: ignore[misc]  # 
     """TRL's reward trainer on pairs that are tokenised already."""
 
 
-def run(context: StageContext) -> dict:
-    stage = context.stage
+def run(stage: RewardModelStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
     data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the head is random
-    model = load_scorer(parent, context.trained_dtype, parallel=context.recipe.parallel, lora=stage.lora)
+    model = load_scorer(parent, context.trained_dtype(stage.lora), parallel=context.recipe.parallel, lora=stage.lora)
     parameters = count_parameters(model)
     trainer = AlignRewardTrainer(
         stage=stage,
         model=model,
         args=RewardConfig(
-            **trainer_arguments(context),
+            **trainer_arguments(stage, context),
             max_length=stage.data.max_length,
             center_rewards_coefficient=stage.center_coef or None,
         ),
@@ -38,4 +38,4 @@ def run(context: StageContext) -> dict:
     )
     metrics = fit(trainer, context)
     save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return {"metrics": metrics, "data": data.report.to_dict(), "parameters": parameters}
+    return StageResult(metrics, data.report.to_dict(), parameters)

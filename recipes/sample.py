@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import random
 
+from align.config.stages import SampleStage
 from align.data import PromptRow, prepare_prompts, stop_token_ids
 from align.rollout.base import SamplingSettings
 from align.rollout.build import build_engine
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.run.folder import write_text
 from align.train.checkpoint import load_tokenizer
 
 
-def run(context: StageContext) -> dict:
-    stage, rollout = context.stage, context.stage.rollout
+def run(stage: SampleStage, context: StageContext) -> StageResult:
+    rollout = stage.rollout
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
     room = rollout.max_model_length - rollout.max_new_tokens
@@ -58,7 +59,7 @@ def run(context: StageContext) -> dict:
         counts[f"{split}_empty_or_equal"] = len(with_reference) - len(pairs)
     engine.close()
     context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items() if value))
-    return {"metrics": counts, "data": {split: report.to_dict() for split, (_, report) in splits.items()}}
+    return StageResult(counts, {split: report.to_dict() for split, (_, report) in splits.items()})
 
 
 def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:

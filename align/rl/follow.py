@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.config.ppo import PpoStage
 from align.data.experience import Experience
 from align.models.weights import published_weights
 from align.parallel.sharding import world
 from align.rl.complete import look_back
 from align.rl.models import Team, build_team, load_reward_models
 from align.rl.update import update
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_tokenizer, save_model
 from align.train.learner import Learner
 from align.train.sharded_learner import SpreadLearner
@@ -33,13 +34,13 @@ def tell(order: str, *details: Any) -> None:
         broadcast((order, details))
 
 
-def follow(context: StageContext) -> dict:
+def follow(stage: PpoStage, context: StageContext) -> StageResult:
     """What ranks other than 0 do in a stage of policy optimisation: the same calls, until the model is saved."""
     from align.parallel.group import broadcast
 
-    stage, seed = context.stage, context.seed
-    reward_models = load_reward_models(context)
-    team = build_team(context)
+    seed = context.seed
+    reward_models = load_reward_models(stage, context)
+    team = build_team(stage, context)
     batch: Experience | None = None
     while True:
         order, details = broadcast(None)
@@ -62,7 +63,7 @@ def follow(context: StageContext) -> dict:
                 tokenizer = load_tokenizer(context.checkpoint(stage.init_from))
                 team.take_average()
                 save_model(team.policy.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-                return {}
+                return StageResult()
 
 
 def policy_weights(team: Team) -> Iterator[tuple[str, Tensor]]:

@@ -42,9 +42,8 @@ class Clock:
 class RoundLog:
     """Writes every round's metrics, and shows them."""
 
-    def __init__(self, context: StageContext, model: Any, tokenizer: Any, *, first_step: int):
-        self.context, self.tokenizer = context, tokenizer
-        self.stage: PpoStage = context.stage
+    def __init__(self, stage: PpoStage, context: StageContext, model: Any, tokenizer: Any, *, first_step: int):
+        self.stage, self.context, self.tokenizer = stage, context, tokenizer
         self.step = first_step
         kept = first_step or None
         self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)

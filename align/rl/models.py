@@ -81,16 +81,16 @@ def in_turn(works: Sequence[Callable[[], Answer]]) -> list[Answer]:
     return [work() for work in works]
 
 
-def build_team(context: StageContext) -> Team:
+def build_team(stage: PpoStage, context: StageContext) -> Team:
     """Everyone from the checkpoints that the stage names; in evaluation mode, for dropout would make the same tokens'
     log-probabilities differ between passes."""
-    stage: PpoStage = context.stage
     device, parallel = training_device(), context.recipe.parallel
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
-    policy = load_policy(parent, context.trained_dtype, parallel, stage.lora).to(device)
-    critic = build_critic(context).to(device) if stage.algorithm == "ppo" else None
-    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype, parallel, frozen=True).to(device)
+    dtype = context.trained_dtype(stage.lora)
+    policy = load_policy(parent, dtype, parallel, stage.lora).to(device)
+    critic = build_critic(stage, context).to(device) if stage.algorithm == "ppo" else None
+    ref_model = None if stage.lora else load_policy(parent, dtype, parallel, frozen=True).to(device)
     for model in (policy, critic, ref_model):
         if model is not None:
             model.eval()
@@ -104,9 +104,9 @@ def build_team(context: StageContext) -> Team:
     learner: Callable[..., Learner] = Learner
     ref_engine = None
     if parallel is not None:
-        learner = partial(SpreadLearner, parallel=parallel, dtype=context.trained_dtype)
+        learner = partial(SpreadLearner, parallel=parallel, dtype=dtype)
         if ref_model is not None:
-            ref_engine = frozen_engine(ref_model, parallel, context.trained_dtype)
+            ref_engine = frozen_engine(ref_model, parallel, dtype)
     policy_learner = learner(policy, stage.optimizer, total=stage.steps)
     return Team(
         policy=policy_learner,
@@ -118,10 +118,9 @@ def build_team(context: StageContext) -> Team:
     )
 
 
-def load_reward_models(context: StageContext) -> dict[str, ModelScorer]:
+def load_reward_models(stage: PpoStage, context: StageContext) -> dict[str, ModelScorer]:
     """The stage's own reward models under the names that the recipe has for them; under `parallel` all ranks load them
     together."""
-    stage: PpoStage = context.stage
     dtype, parallel = context.recipe.dtype, context.recipe.parallel
     return {
         name: ModelScorer(context.checkpoint(name), dtype, stage.micro_batch_tokens, parallel)
@@ -134,9 +133,8 @@ def local_reward_models(stage: PpoStage) -> list[str]:
     return list(dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)))
 
 
-def build_critic(context: StageContext) -> AnyModel:
+def build_critic(stage: PpoStage, context: StageContext) -> AnyModel:
     """From the stage that the recipe names, else the first reward model, else the policy's parent; its head is zero."""
-    stage: PpoStage = context.stage
     scorers = local_reward_models(stage)
     parent = stage.critic.init_from or (scorers[0] if scorers else stage.init_from)
     full = stage.critic.trainable == "all" and not stage.critic.lora

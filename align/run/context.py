@@ -7,14 +7,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.config.parts import Lora
 from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
 from align.run.folder import MODEL
 
 
 @dataclass(frozen=True)
+class StageResult:
+    """What a stage reports to its manifest; everything else it makes is in its folder.
+
+    metrics: final metrics, by name.
+    data: counts of rows read, used and dropped.
+    parameters: total, active and trainable parameters of the model, if the stage has one.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
 class StageContext:
-    """What a stage is given: its settings and the paths it may touch."""
+    """Where and how a stage runs: the recipe, the stage's name and folder, and how it reports progress."""
 
     recipe: Recipe
     name: str
@@ -26,23 +41,18 @@ class StageContext:
     """Shows what is happening right now, until the next line; only on a terminal."""
 
     @property
-    def stage(self) -> Any:
-        return self.recipe.stages[self.name]
-
-    @property
     def seed(self) -> int:
         """Differs from stage to stage and depends on nothing but the recipe."""
         position = 0 if self.name == BASE else 1 + list(self.recipe.stages).index(self.name)
         return (self.recipe.seed + 1000 * position) % 2**32
 
-    @property
-    def trained_dtype(self) -> str:
-        """Precision in which the model that this stage trains is loaded.
+    def trained_dtype(self, lora: Lora | None) -> str:
+        """Precision in which a trained model is loaded; `lora` is its section in the recipe.
 
-        Full fine-tuning keeps float32 weights, or bf16's 8 bits would swallow most of an update; under LoRA the frozen
-        weights have the recipe's precision and the adapters float32. DeepSpeed keeps float32 weights of its own.
+        Full fine-tuning keeps float32 weights, because bf16's 8 bits would swallow most of an update. Under LoRA the
+        frozen weights have the recipe's precision and the adapters float32. DeepSpeed keeps its own float32 weights.
         """
-        return self.recipe.dtype if self.stage.lora or self.recipe.parallel else "float32"
+        return self.recipe.dtype if lora or self.recipe.parallel else "float32"
 
     @property
     def dir(self) -> Path:

@@ -38,9 +38,8 @@ COMPLETE = "complete"
 NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
 
 
-def trainer_arguments(context: StageContext) -> dict[str, Any]:
+def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, Any]:
     """Keyword arguments that every TRL config takes."""
-    stage: TrainingStage = context.stage
     optimizer, parallel = stage.optimizer, context.recipe.parallel
     rows = stage.rows_a_pass(parallel.processes if parallel else 1)
     accumulation = accumulation_steps(parallel, stage.batch_size, rows)
@@ -67,17 +66,19 @@ def trainer_arguments(context: StageContext) -> dict[str, Any]:
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        **(parallel_arguments(parallel, context, rows, accumulation) if parallel else {}),
+        **(parallel_arguments(parallel, stage, context, rows, accumulation) if parallel else {}),
     }
 
 
-def parallel_arguments(parallel: Parallel, context: StageContext, rows: int, accumulation: int) -> dict[str, Any]:
+def parallel_arguments(
+    parallel: Parallel, stage: TrainingStage, context: StageContext, rows: int, accumulation: int
+) -> dict[str, Any]:
     """What is added where the stage runs under DeepSpeed."""
     config = deepspeed_config(
         parallel,
         micro_batch_size=rows,
         accumulation=accumulation,
-        max_grad_norm=context.stage.optimizer.max_grad_norm,
+        max_grad_norm=stage.optimizer.max_grad_norm,
         dtype=context.recipe.dtype,
     )
     return {"deepspeed": config}

@@ -13,6 +13,7 @@ from align.config import load_recipe
 from align.config.parts import determining
 from align.errors import UserError
 from align.pipeline import read_manifest, run
+from align.run.context import StageResult
 from tests.unit.rl.small import settings
 
 STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}
@@ -29,14 +30,15 @@ class Runs:
         for module in ("base", "sft"):
             monkeypatch.setattr(importlib.import_module(f"align.recipes.{module}"), "run", self.stage)
 
-    def stage(self, context) -> dict:
+    def stage(self, *arguments) -> StageResult:
+        *_, context = arguments
         (context.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.done.append((context.name, context.resume))
         if context.name == self.fails:
             raise KeyboardInterrupt
         (context.dir / "model").mkdir(exist_ok=True)
         (context.dir / "model" / "config.json").touch()
-        return {"metrics": {}, "data": {}}
+        return StageResult()
 
     def run(
         self, *, rate: float = 1e-3, changes: dict | None = None, fails: str | None = None, **how
