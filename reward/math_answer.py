@@ -204,4 +204,5 @@ def _close(ours: Fraction, theirs: Fraction) -> bool:
 
 
 def _is_decimal(value: Fraction) -> bool:
-    return 10**LONGEST % value.denominator == 0
+    scale: int = 10**LONGEST
+    return scale % value.denominator == 0

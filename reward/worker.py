@@ -90,7 +90,7 @@ def end_with_parent(parent: int) -> None:
 def load_function(call: Call) -> Callable:
     """The function, from a file that is imported once."""
     arguments = "prompts, completions, rows" if call.batched else "prompt, completion, row"
-    function = getattr(import_file(call.file), call.name, None)
+    function: Callable | None = getattr(import_file(call.file), call.name, None)
     pattern = f"write `def {call.name}({arguments})`"
     if not callable(function):
         raise Problem(f"it defines no function '{call.name}'", pattern)
@@ -221,16 +221,16 @@ def took_too_long(seconds: float) -> Problem:
 def as_list(values: Any, count: int) -> list[Any]:
     """The batched function's values, one a completion."""
     try:
-        values = list(values)
+        scores: list[Any] = list(values)
     except TypeError:
         single = isinstance(values, int | float)
         raise Problem(
             f"must return a list of numbers, one for each completion, but returned {shown(values)}",
             "set `batched: false` for a function of one completion" if single else MEND,
         ) from None
-    if len(values) != count:
-        raise Problem(f"returned {len(values)} scores for {count} completions", "return one for each")
-    return values
+    if len(scores) != count:
+        raise Problem(f"returned {len(scores)} scores for {count} completions", "return one for each")
+    return scores
 
 
 def to_score(value: Any) -> float:

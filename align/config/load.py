@@ -311,7 +311,8 @@ def _wanted(problem: Any) -> str:
         return "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'"
     wanted = _TYPES.get(kind.split("_")[0])
     if wanted is None:
-        return problem["msg"][0].lower() + problem["msg"][1:]
+        message: str = problem["msg"]
+        return message[0].lower() + message[1:]
     if kind.startswith(("int", "float")) and isinstance(value, str) and re.fullmatch(r"[-+.\deE]*\d", value):
         wanted += ", written without quotes"
     elif kind.startswith("string") and isinstance(value, int | float):

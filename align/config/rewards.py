@@ -6,7 +6,7 @@ A completion's score is the sum over the rewards of `weight * clip(normalise(sco
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
@@ -19,6 +19,8 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 class RewardBase(Part):
     """What every reward has."""
 
+    if TYPE_CHECKING:
+        kind: str
     name: str | None = None
     """Its name in the log; by default the reward model's, the function's, or the kind."""
     weight: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from align.config.rollout import Rollout
 class TrainingStage(StageBase):
     """What the stages that train on rows have: `pretrain`, `sft`, `reward_model` and `dpo`."""
 
+    if TYPE_CHECKING:
+        kind: str
     data: Data
     """Training and held-out rows."""
     optimizer: Optimizer = Optimizer()

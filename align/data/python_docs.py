@@ -278,7 +278,7 @@ def _answers(split: Split, max_answer_chars: int) -> tuple[tuple[DocEntry, str],
             key = " ".join(answer.lower().split())
             if len(answer) >= MIN_DOC_CHARS and key not in seen:
                 seen.add(key)
-                kept[side].append((entry, answer))  # type: ignore[index]
+                kept[side].append((entry, answer))
     return tuple(kept[split])
 
 

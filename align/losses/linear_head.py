@@ -29,7 +29,7 @@ def linear_cross_entropy(
     count: by default the number of targets that are not ignored. A scalar in fp32; 0 where all are ignored.
     """
     kept = targets_N != ignore_index
-    loss = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept])
+    loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept])
     return loss / (kept.sum().clamp_min(1) if count is None else count)
 
 
@@ -40,7 +40,8 @@ def linear_logprobs(
 
     The log-probabilities have a gradient, the entropy has none.
     """
-    return _Logprobs.apply(hidden_ND, weight_VD, tokens_N, temperature)
+    output: tuple[Tensor, Tensor] = _Logprobs.apply(hidden_ND, weight_VD, tokens_N, temperature)
+    return output
 
 
 class _Chunks:

@@ -99,13 +99,15 @@ def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
     """Value [B, T] of the state in which each completion token was chosen; reuses stored features of a frozen trunk."""
     features = batch.features if batch.features is not None else critic_features(critic, batch)
     head = unwrap(critic).score
-    return head(features.to(next(head.parameters()).dtype)).squeeze(-1).float() * batch.mask
+    values: Tensor = head(features.to(next(head.parameters()).dtype))
+    return values.squeeze(-1).float() * batch.mask
 
 
 def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:
     """The reward model's score [B], read at the last completion token."""
     model, packed = unwrap(scorer), PackedRows(batch)
-    return model.score(packed.last(packed.read_by(model).last_hidden_state)).squeeze(-1).float()
+    scores: Tensor = model.score(packed.last(packed.read_by(model).last_hidden_state))
+    return scores.squeeze(-1).float()
 
 
 def unwrap(model: AnyModel) -> AnyModel:

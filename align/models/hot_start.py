@@ -66,7 +66,7 @@ def hot_start(
         eos_token_id=source.eos_token_id,
     )
     model = HunYuanForCausalLM(config)
-    model.to(dense.dtype)  # type: ignore[call-arg, arg-type]  # transformers hides the signature
+    model.to(dense.dtype)  # type: ignore[arg-type]  # transformers hides the signature
     weights = {name.replace(".mlp.", ".mlp.shared_mlp."): tensor for name, tensor in dense.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
@@ -75,7 +75,8 @@ def hot_start(
     for layer in model.model.layers:
         _fill_experts(layer.mlp, width, config.initializer_range, generator)
     model.generation_config = dense.generation_config
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ def own_piece(parameter: Any) -> Piece | None:
 
 def held_values(parameter: Any) -> Tensor:
     """The memory in which this rank has its part of a parameter."""
-    return parameter.ds_tensor if is_partitioned(parameter) else parameter
+    held: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
+    return held
 
 
 def own_values(parameter: Any, piece: Piece) -> Tensor:

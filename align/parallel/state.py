@@ -54,14 +54,17 @@ class Held:
     def read(self, kind: str) -> Tensor:
         if is_partitioned(self.parameter):
             key = None if kind == "weight" else kind
-            return self.optimizer.get_local_fp32_param(self.parameter, key)[: self.count]
+            part: Tensor = self.optimizer.get_local_fp32_param(self.parameter, key)
+            return part[: self.count]
         if self.mapping is not None:
             if kind == "weight":
-                return self.mapping.get_hp_fragment()
+                weight: Tensor = self.mapping.get_hp_fragment()
+                return weight
             # The mapping's own way to the moments is made in the first step, when one parameter group alone has them.
             flat = flat_parameters(self.optimizer)[self.mapping.param_group_index]
             address = self.mapping.hp_fragment_address
-            return self.optimizer.optimizer.state[flat][kind].narrow(0, address.start, address.numel)
+            moment: Tensor = self.optimizer.optimizer.state[flat][kind]
+            return moment.narrow(0, address.start, address.numel)
         whole = self.master.detach() if kind == "weight" else self.optimizer.state[self.master][kind]
         return whole.flatten()
 
@@ -206,7 +209,8 @@ def assemble(runs: list[tuple[int, Any, str]], held: Held, folder: Path) -> Tens
 def adam_states(engine: Any) -> dict[Any, dict[str, Any]]:
     """AdamW's state, as DeepSpeed keeps it: by flat partition, or by parameter without ZeRO."""
     optimizer = engine.optimizer
-    return getattr(optimizer, "optimizer", optimizer).state
+    states: dict[Any, dict[str, Any]] = getattr(optimizer, "optimizer", optimizer).state
+    return states
 
 
 def adam_steps(engine: Any) -> int:

@@ -204,7 +204,7 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
     )
 
 
-def _of_layer(value: Any, index: int) -> int:
+def _of_layer(value: int | list[int], index: int) -> int:
     return value[index] if isinstance(value, list) else value
 
 

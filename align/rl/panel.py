@@ -69,7 +69,7 @@ class Panel:
         """A bar for each phase, as long as its share of the round."""
         table = Table.grid(padding=(0, 1), expand=True)
         for justify in ("left", "right", "right"):
-            table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(justify=justify, no_wrap=True)
         table.add_column(ratio=1)
         seconds = {phase: self.metrics.get(f"time/{phase}", 0.0) for phase in self.phases}
         whole = sum(seconds.values()) or 1.0

@@ -80,7 +80,7 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
 def _longest(checkpoint: Path) -> int:
     path = checkpoint / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values.get("max_position_embeddings", Rollout().max_model_length)
+    return int(values.get("max_position_embeddings", Rollout().max_model_length))
 
 
 def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:

@@ -72,7 +72,8 @@ def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, An
         "stages": stages,
         "evaluations": evaluations,
     }
-    return _finite(report)
+    finite: dict[str, Any] = _finite(report)
+    return finite
 
 
 def write_report(run_dir: Path) -> list[Path]:

@@ -143,7 +143,7 @@ def load_pieces(model: nn.Module, files: list[Path], device: torch.device | str 
     for name in pieces:
         module, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(torch.empty_like(empty[name], device=device), empty[name].requires_grad)
-        parameter._is_hf_initialized = True  # else transformers would draw it anew
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would draw it anew
         setattr(model.get_submodule(module), leaf, parameter)
     read_pieces(pieces, model.state_dict(keep_vars=True))
     return LoadStateDictInfo(

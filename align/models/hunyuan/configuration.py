@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -70,7 +70,7 @@ class HunYuanConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
 
     @property
@@ -101,10 +101,10 @@ class HunYuanConfig(PreTrainedConfig):
 
     def rope_base(self) -> float:
         """RoPE's base after the NTK-alpha change."""
-        alpha = (self.rope_scaling or {}).get("alpha")
+        alpha: float | None = (self.rope_scaling or {}).get("alpha")
         if not alpha:
             return self.rope_theta
-        return self.rope_theta * alpha ** (self.head_dim / (self.head_dim - 2))
+        return self.rope_theta * float(alpha ** (self.head_dim / (self.head_dim - 2)))
 
 
 def _per_layer(value: Number | list[Number], layer: int) -> Number:

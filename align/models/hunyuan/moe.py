@@ -309,7 +309,8 @@ class SwiGlu(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
+        output: Tensor = self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
+        return output
 
 
 class MoeBlock(nn.Module):

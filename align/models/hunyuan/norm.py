@@ -25,17 +25,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype == torch.float32:
-            return _RmsNorm.apply(x, self.weight, self.eps)
+            normed: Tensor = _RmsNorm.apply(x, self.weight, self.eps)
+            return normed
         return self.weight * unit_rms(x, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x * r over the last dimension, computed in fp32."""
-    return _UnitRms.apply(x.float(), eps).to(x.dtype)
+    normed: Tensor = _UnitRms.apply(x.float(), eps)
+    return normed.to(x.dtype)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _UnitRms(torch.autograd.Function):

@@ -60,7 +60,8 @@ class Packing:
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         if self._equal:
             return outputs[0][None]
-        return _Unpad.apply(torch.cat(outputs), self._places)[None]
+        unpadded: Tensor = _Unpad.apply(torch.cat(outputs), self._places)
+        return unpadded[None]
 
     def _groups(self, x: Tensor) -> Iterator[Tensor]:
         """[1, heads, N, d] -> [sequences, heads, width, d] of each group."""

@@ -36,7 +36,8 @@ def rotation_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtyp
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) of x [B, H, T, d] by their positions' angles."""
-    return _Rotation.apply(x, cos, sin)
+    rotated: Tensor = _Rotation.apply(x, cos, sin)
+    return rotated
 
 
 class _Rotation(torch.autograd.Function):

@@ -23,7 +23,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: floa
     """query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d]."""
     short = query.shape[2] <= LONGEST and not dropout and query.dtype == torch.float32
     if short and query.device.type == "cpu":
-        return _ShortAttention.apply(query, key, value, scaling)
+        output: Tensor = _ShortAttention.apply(query, key, value, scaling)
+        return output
     several = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=several

@@ -27,7 +27,8 @@ def gated(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
 def gated_halves(act: Activation, gate_up: Tensor) -> Tensor:
     """act(gate) * up of gate and up that lie one behind the other in the last dimension, 2F."""
     if _is_silu(act):
-        return _GatedSiluOfHalves.apply(gate_up)
+        product: Tensor = _GatedSiluOfHalves.apply(gate_up)
+        return product
     gate, up = gate_up.chunk(2, dim=-1)
     return act(gate) * up
 

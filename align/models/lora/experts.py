@@ -76,9 +76,11 @@ def adapt_by_row(model: nn.Module) -> None:
 def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
     """What an adapter adds to its whole weight, given its whole factors in float32."""
     if isinstance(adapter, ExpertAdapter):
-        return torch.bmm(b, a) * adapter.scaling[name]
-    product: Tensor = (b @ a) * adapter.scaling[name]
-    return product
+        product = torch.bmm(b, a)
+    else:
+        product = b @ a
+    scaled: Tensor = product * adapter.scaling[name]
+    return scaled
 
 
 def peft_shape(name: str, factor: Tensor) -> Tensor:

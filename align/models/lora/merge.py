@@ -59,8 +59,10 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 def _saved_module(wrapper: Any) -> nn.Module:
     """The trained copy that stands in for the original while its adapter is on."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
-        return wrapper.original_module
-    return wrapper.modules_to_save[wrapper.active_adapters[0]]
+        original: nn.Module = wrapper.original_module
+        return original
+    trained: nn.Module = wrapper.modules_to_save[wrapper.active_adapters[0]]
+    return trained
 
 
 def _add(weight: Tensor, adapter: Any) -> Tensor:

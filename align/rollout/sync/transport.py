@@ -249,7 +249,8 @@ def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def _update(**info: Any) -> dict[str, Any]:
