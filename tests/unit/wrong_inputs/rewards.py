@@ -7,7 +7,7 @@ from typing import Any
 
 from align.reward.process import FunctionProcess, UserFunction
 
-from .here import Here, wrong
+from .here import PORT, Here, wrong
 
 
 def ppo_stage(*rewards: dict[str, Any]) -> dict[str, Any]:
@@ -32,44 +32,44 @@ def score_with(here: Here, body: str, timeout_s: float = 30.0) -> None:
         functions.close()
 
 
-@wrong("rewards-of-one-name")
+@wrong("rewards-of-one-name", "Two rewards under one name")
 def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "a"}, {"kind": "regex", "pattern": "b"})
 
 
-@wrong("reward-url")
+@wrong("reward-url", "A server's address that is none")
 def _(here: Here) -> str:
     return check(here, {"kind": "remote", "url": "localhost:8100"})
 
 
-@wrong("reward-pattern")
+@wrong("reward-pattern", "A pattern that is no regular expression")
 def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "(a"})
 
 
-@wrong("reward-pattern-without-group")
+@wrong("reward-pattern-without-group", "A pattern without a group to compare")
 def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "is .*", "column": "answer"})
 
 
-@wrong("reward-lengths-crossed")
+@wrong("reward-lengths-crossed", "A range of lengths without a length")
 def _(here: Here) -> str:
     return check(here, {"kind": "length", "min_tokens": 9, "max_tokens": 8})
 
 
-@wrong("reward-file-missing")
+@wrong("reward-file-missing", "A reward function's file is not there")
 def _(here: Here) -> str:
     said = run(here, {"kind": "function", "path": "mine.py:score"})
     assert not (here.folder / "run" / "base").exists()  # refused before the model was loaded
     return said
 
 
-@wrong("reward-file-missing-checked")
+@wrong("reward-file-missing-checked", "The same, from `align check`")
 def _(here: Here) -> str:
     return check(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-without-function")
+@wrong("reward-without-function", "The file defines no such function")
 def _(here: Here) -> str:
     here.write("mine.py", "x = 1\n")
     said = run(here, {"kind": "function", "path": "mine.py:score"})
@@ -77,54 +77,54 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("reward-other-arguments")
+@wrong("reward-other-arguments", "The function takes other arguments")
 def _(here: Here) -> str:
     here.write("mine.py", "def score(completions): return [0.0]\n")
     return run(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-import-raises")
+@wrong("reward-import-raises", "The file cannot be imported")
 def _(here: Here) -> str:
     here.write("mine.py", "import nothing_like_it\n")
     return run(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-raises")
+@wrong("reward-raises", "The function raises")
 def _(here: Here) -> None:
     score_with(here, "return [len(row['answer']) for row in rows]")
 
 
-@wrong("reward-hangs")
+@wrong("reward-hangs", "The function hangs")
 def _(here: Here) -> None:
     score_with(here, "while True: pass", timeout_s=0.5)
 
 
-@wrong("reward-ends-its-process")
+@wrong("reward-ends-its-process", "The function crashes or leaves its process")
 def _(here: Here) -> None:
     score_with(here, "import os; os._exit(7)")
 
 
-@wrong("reward-wrong-length")
+@wrong("reward-wrong-length", "The function returns too few scores")
 def _(here: Here) -> None:
     score_with(here, "return [1.0]")
 
 
-@wrong("reward-not-a-list")
+@wrong("reward-not-a-list", "The function returns something else")
 def _(here: Here) -> None:
     score_with(here, "pass")
 
 
-@wrong("reward-nan")
+@wrong("reward-nan", "The function returns a number that is not finite")
 def _(here: Here) -> None:
     score_with(here, "return [0.5, float('nan')]")
 
 
-@wrong("reward-column")
+@wrong("reward-column", "A column that a row does not have")
 def _(here: Here) -> str:
     return run(here, {"kind": "math"})
 
 
-@wrong("reward-server-down")
+@wrong("reward-server-down", "A reward server is down", varies=PORT)
 def _(here: Here) -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -133,12 +133,12 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("serve-language-model")
+@wrong("serve-language-model", "A server of a model without a scalar head")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--port", "0")
 
 
-@wrong("serve-port-in-use")
+@wrong("serve-port-in-use", "A server on a port that is in use", varies=PORT)
 def _(here: Here) -> str:
     from align.reward.server import RewardServer
 
@@ -147,6 +147,6 @@ def _(here: Here) -> str:
     raise AssertionError("it listened on a port in use")
 
 
-@wrong("serve-without-tokens")
+@wrong("serve-without-tokens", "A server without room for a token")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--micro-batch-tokens", "0")

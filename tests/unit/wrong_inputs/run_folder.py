@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from align.models.hunyuan import HunYuanForCausalLM
 from align.run.folder import MetricsWriter
 
-from .here import SIZES, Here, full_disk, wrong
+from .here import IN_PARENTHESES, NUMBER, SIZES, Here, full_disk, wrong
 
 
-@wrong("run-folder-in-use")
+@wrong("run-folder-in-use", "Another process works in the run folder", varies=NUMBER)
 def _(here: Here) -> str:
     code = (
         "import sys, time, pathlib; from align.run.folder import locked\n"
@@ -36,27 +36,27 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("run-folder-is-a-file")
+@wrong("run-folder-is-a-file", "The run folder is a file")
 def _(here: Here) -> str:
     here.write("run", "")
     return here.run()
 
 
-@wrong("interrupted")
+@wrong("interrupted", "A stage was interrupted, and neither `--resume` nor `--from` says what to do")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/config.json", "{}")
     return here.run()
 
 
-@wrong("interrupted-with-other-settings")
+@wrong("interrupted-with-other-settings", "An interrupted stage whose settings have changed", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/config.json", '{"seed": 1}')
     return here.run("--resume")
 
 
-@wrong("changed-settings")
+@wrong("changed-settings", "A finished stage's settings have changed")
 def _(here: Here) -> str:
     from align.config import load_recipe
     from align.pipeline import stage_settings
@@ -70,7 +70,7 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("changed-parent")
+@wrong("changed-parent", "A parent was run again since")
 def _(here: Here) -> str:
     from align.config import load_recipe
     from align.pipeline import stage_settings
@@ -83,20 +83,20 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("damaged-manifest")
+@wrong("damaged-manifest", "A manifest that is cut off")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/manifest.json", '{"status": "fini')
     return here.run()
 
 
-@wrong("disk-full-settings")
+@wrong("disk-full-settings", "The disk is full when the settings are written")
 def _(here: Here) -> str:
     here.monkeypatch.setattr("align.run.folder.os.replace", full_disk)
     return here.run()
 
 
-@wrong("disk-full-model")
+@wrong("disk-full-model", "The disk is full when a model is written")
 def _(here: Here) -> str:
     def serialize(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -105,7 +105,7 @@ def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES})
 
 
-@wrong("disk-full-metrics")
+@wrong("disk-full-metrics", "The disk is full when metrics are written")
 def _(here: Here) -> None:
     if not Path("/dev/full").is_char_device():
         full_disk_file: Any = type("Full", (), {"write": full_disk, "close": lambda self: None})()
@@ -121,7 +121,7 @@ def _(here: Here) -> None:
             full_disk_file.close()
 
 
-@wrong("disk-full-training")
+@wrong("disk-full-training", "The disk is full while a stage trains")
 def _(here: Here) -> str:
     from align.recipes import sft
 

@@ -12,8 +12,9 @@ from align.launch import processes as launch
 from align.parallel import async_io, offload
 from align.parallel import group as processes
 
-from .here import Here, wrong
+from .here import IN_PARENTHESES, NUMBER, PORT, Here, wrong
 
+MEETING = rf"{PORT}|{IN_PARENTHESES}|\d+(?= minutes)"
 TWICE = "127.0.0.1 slots=1\n127.0.0.1 slots=1\n"
 TWO = "127.0.0.1 slots=1\n127.0.0.2 slots=1\n"
 
@@ -54,78 +55,78 @@ def together(here: Here, port: int, name: str) -> None:
     launch.meet_others({"127.0.0.1": 1, "127.0.0.2": 1}, name)
 
 
-@wrong("hostfile-missing")
+@wrong("hostfile-missing", "A hostfile that is not there")
 def _(here: Here) -> str:
     return started(here, None, where="nowhere")
 
 
-@wrong("hostfile-not-text")
+@wrong("hostfile-not-text", "One that is not text")
 def _(here: Here) -> str:
     (here.folder / "hosts").write_bytes(b"\x7fELF\x80")
     return started(here, None)
 
 
-@wrong("hostfile-no-slots")
+@wrong("hostfile-no-slots", "A line without slots")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1\n")
 
 
-@wrong("hostfile-slots-in-words")
+@wrong("hostfile-slots-in-words", "Slots that are no number")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=two\n")
 
 
-@wrong("hostfile-no-machine")
+@wrong("hostfile-no-machine", "Slots without a machine")
 def _(here: Here) -> str:
     return started(here, "slots=2\n")
 
 
-@wrong("hostfile-line")
+@wrong("hostfile-line", "A line that says something else")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 max_slots=4\n")
 
 
-@wrong("hostfile-machine-twice")
+@wrong("hostfile-machine-twice", "A machine twice")
 def _(here: Here) -> str:
     return started(here, TWICE)
 
 
-@wrong("hostfile-machine-twice-checked")
+@wrong("hostfile-machine-twice-checked", "The same, from `align check`")
 def _(here: Here) -> str:
     return checked(here, TWICE)
 
 
-@wrong("hostfile-empty")
+@wrong("hostfile-empty", "A hostfile without a machine")
 def _(here: Here) -> str:
     return started(here, "# none yet\n")
 
 
-@wrong("hostfile-slots")
+@wrong("hostfile-slots", "Other slots than processes")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
-@wrong("hostfile-slots-checked")
+@wrong("hostfile-slots-checked", "The same, from `align check`")
 def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
-@wrong("hostfile-slots-without-a-share")
+@wrong("hostfile-slots-without-a-share", "Slots that cannot share a step's rows")
 def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=400\n")
 
 
-@wrong("hostfile-unknown-machine")
+@wrong("hostfile-unknown-machine", "A machine that nobody knows")
 def _(here: Here) -> str:
     return started(here, "no-such-machine.invalid slots=1\n")
 
 
-@wrong("hostfile-of-others")
+@wrong("hostfile-of-others", "A hostfile of other machines", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     return started(here, "192.0.2.7 slots=1\n")  # an address that nobody has
 
 
-@wrong("master-port")
+@wrong("master-port", "`MASTER_PORT` that is no port")
 def _(here: Here) -> str:
     here.monkeypatch.setenv("MASTER_PORT", "http")
     here.write("hosts", TWO)
@@ -133,13 +134,13 @@ def _(here: Here) -> str:
     return here.align("run", "recipe.yaml", "--hostfile", "hosts", "parallel.processes=2")
 
 
-@wrong("port-in-use")
+@wrong("port-in-use", "The port is in use on the first machine", varies=PORT)
 def _(here: Here) -> None:
     with socket.create_server(("", 0)) as holder:
         together(here, holder.getsockname()[1], "127.0.0.1")
 
 
-@wrong("port-of-something-else")
+@wrong("port-of-something-else", "Something else answers at the first machine's port", varies=PORT)
 def _(here: Here) -> None:
     with socket.create_server(("", 0)) as server:
 
@@ -153,17 +154,17 @@ def _(here: Here) -> None:
         together(here, server.getsockname()[1], "127.0.0.2")
 
 
-@wrong("machine-not-there")
+@wrong("machine-not-there", "A machine that does not come within 15 minutes", varies=MEETING)
 def _(here: Here) -> None:
     together(here, launch.free_port(), "127.0.0.1")
 
 
-@wrong("first-machine-not-there")
+@wrong("first-machine-not-there", "The first machine does not come", varies=MEETING)
 def _(here: Here) -> None:
     together(here, launch.free_port(), "127.0.0.2")
 
 
-@wrong("rank-alone")
+@wrong("rank-alone", "Ranks that something else has started do not meet", varies=MEETING)
 def _(here: Here) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
     for name, value in place.items():
@@ -172,64 +173,64 @@ def _(here: Here) -> None:
     processes.meet("gloo")
 
 
-@wrong("other-number-of-processes")
+@wrong("other-number-of-processes", "Another number of ranks than the recipe says")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"WORLD_SIZE": "3"})
 
 
-@wrong("world-without-rank")
+@wrong("world-without-rank", "A number of ranks and no rank")
 def _(here: Here) -> str:
     return in_place(here, WORLD_SIZE="2")
 
 
-@wrong("rank-without-world")
+@wrong("rank-without-world", "A rank and no number of ranks")
 def _(here: Here) -> str:
     return in_place(here, RANK="0")
 
 
-@wrong("rank-in-words")
+@wrong("rank-in-words", "A rank that is no number")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "zero"})
 
 
-@wrong("rank-beyond-the-last")
+@wrong("rank-beyond-the-last", "A rank beyond the last")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "5"})
 
 
-@wrong("slurm-rank-beyond-the-last")
+@wrong("slurm-rank-beyond-the-last", "The same under Slurm")
 def _(here: Here) -> str:
     return in_place(here, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="9")
 
 
-@wrong("rank-master-port")
+@wrong("rank-master-port", "A rank whose `MASTER_PORT` is no port")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"MASTER_PORT": "abc"})
 
 
-@wrong("rank-without-address")
+@wrong("rank-without-address", "A rank that something else has started halfway")
 def _(here: Here) -> str:
     return in_place(here, RANK="0", WORLD_SIZE="2")
 
 
-@wrong("offload-without-offload")
+@wrong("offload-without-room", "No room for what is offloaded", varies=NUMBER)
 def _(here: Here) -> None:
     offload.require_room(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
 
 
-@wrong("offload-without-folder")
+@wrong("offload-without-folder", "No folder for it")
 def _(here: Here) -> None:
     nvme = Offload(optimizer="nvme", path=str(Path("nowhere")))
     offload.require_room(Parallel(offload=nvme), 1, "float32", machines=1)
 
 
-@wrong("offload-without-folder-checked")
+@wrong("offload-without-folder-checked", "A file instead, from `align check`")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("check", "recipe.yaml", "parallel.offload={optimizer: nvme, path: rows.jsonl}")
 
 
-@wrong("nvme-without-libaio")
+@wrong("nvme-without-libaio", "Offloading to a disk without libaio")
 def _(here: Here) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -237,7 +238,7 @@ def _(here: Here) -> None:
     async_io.require_async_io()
 
 
-@wrong("nvme-without-compiler")
+@wrong("nvme-without-compiler", "Offloading to a disk without a compiler", varies=IN_PARENTHESES)
 def _(here: Here) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

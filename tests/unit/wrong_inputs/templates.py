@@ -14,12 +14,12 @@ CHATML = (
 )
 
 
-@wrong("template-without-markers")
+@wrong("template-without-markers", "The template marks no assistant turns, and none of ours renders the same")
 def _(here: Here) -> None:
     check_template(here.with_template(CHATML.replace("m.content", "m.content | upper")))
 
 
-@wrong("template-without-end-of-turn")
+@wrong("template-without-end-of-turn", "The marked part leaves the end of the turn out")
 def _(here: Here) -> None:
     inside = "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
     assert inside in DEFAULT_TEMPLATE
@@ -27,13 +27,13 @@ def _(here: Here) -> None:
     check_template(here.with_template(DEFAULT_TEMPLATE.replace(inside, outside)))
 
 
-@wrong("template-rewrites-turns")
+@wrong("template-rewrites-turns", "The template changes earlier turns later")
 def _(here: Here) -> None:
     last_only = "(message['content'] if loop.last else '-') +"
     check_template(here.with_template(DEFAULT_TEMPLATE.replace("message['content'] +", last_only)))
 
 
-@wrong("no-template")
+@wrong("no-template", "No template, and a vocabulary that does not suggest one")
 def _(here: Here) -> str:
     settings = here.folder / "model" / "tokenizer_config.json"
     (here.folder / "model" / "chat_template.jinja").unlink(missing_ok=True)

@@ -1,54 +1,56 @@
 """Bad input gets one clear sentence, exit status 2 and no traceback, and leaves nothing half-written.
 
-The sentences stand in docs/errors.md, one row a case; `…` there is a part that varies. Each case is wrong in one way
-and is named like its row, so that the page and the program cannot drift apart. The cases stand in the files beside
-this one, one for each section of the page.
+Each case gives one wrong input. `python docs/make_errors.py` writes the sentences to docs/errors.md.
 """
 
 from __future__ import annotations
 
-import re
-from importlib import import_module
+import runpy
 from pathlib import Path
 
 import pytest
 
-from align.errors import UserError
+from .cases import ALL
+from .here import Here
 
-from .here import CASES, Here
-
-NAMES = "recipes command_line data checkpoints templates run_folder rewards generation several"
-for section in NAMES.split():  # in the page's order
-    import_module(f"{__package__}.{section}")
-PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
-def page_rows() -> dict[str, str]:
-    """{case: sentence} of the tables in docs/errors.md."""
-    rows: dict[str, str] = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-        if len(cells) == 3 and cells[2].startswith("`"):
-            name = cells[2].strip("`")
-            assert name not in rows, f"{name} is there twice"
-            rows[name] = cells[1].strip("`").strip()
-    return rows
+@pytest.fixture(scope="module")
+def maker() -> dict:
+    return runpy.run_path(str(DOCS / "make_errors.py"))
 
 
-def test_the_page_lists_exactly_the_cases() -> None:
-    assert list(page_rows()) == list(CASES)
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (DOCS / "errors.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_sentence(name: str, here: Here) -> None:
-    sentence = page_rows()[name]
-    parts = sentence.split("…")
-    assert len("".join(parts)) > 30, "too little of the sentence is fixed"
-    try:
-        said = CASES[name](here)
-    except UserError as error:
-        said = str(error)
-    assert re.fullmatch(".+".join(map(re.escape, parts)), said or ""), said
+def test_the_page_lists_exactly_the_cases(maker: dict, page: str) -> None:
+    sentences = maker["read"](page)
+    assert list(sentences) == list(ALL), "run `python docs/make_errors.py --only nothing`"
+    assert maker["render"](sentences) == page, "run `python docs/make_errors.py --only nothing`"
+
+
+def test_a_sentence_changed_by_hand_is_noticed(maker: dict, page: str) -> None:
+    changed = page.replace("did you mean 'batch_size'?", "did you mean 'batch'?", 1)
+    assert maker["read"](changed)["unknown-key"] != maker["read"](page)["unknown-key"]
+
+
+def test_both_sides_of_a_merge_conflict_are_read(maker: dict, page: str) -> None:
+    row = next(line for line in page.splitlines() if "`unknown-key`" in line)
+    other = row.replace("unknown key", "no such key")
+    conflict = page.replace(row, f"<<<<<<< ours\n{row}\n=======\n{other}\n>>>>>>> theirs")
+    sentences = maker["read"](conflict)
+    assert sentences.pop("unknown-key") is None  # to be run again
+    assert sentences == {name: said for name, said in maker["read"](page).items() if name != "unknown-key"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_sentence(name: str, here: Here, maker: dict, page: str) -> None:
+    said = ALL[name].sentence(here)
+    assert maker["read"](page)[name] == said, f"run `python docs/make_errors.py --only {name}`"
+    assert len(said.replace("…", "")) > 30, "too little of the sentence is fixed"
     assert_nothing_half_written(here.folder)
 
 
