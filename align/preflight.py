@@ -14,8 +14,9 @@ from align.config.ppo import PpoStage
 from align.config.presets import PRESETS
 from align.config.recipe import BASE, Recipe, is_path, references
 from align.config.rewards import FunctionReward
-from align.config.stages import Stage, TrainingStage
+from align.config.stages import EvaluateStage, Stage, TrainingStage
 from align.errors import UserError
+from align.eval.task import resolve
 from align.parallel.offload import require_folder
 from align.reward.functions import find_reward_function
 from align.run.folder import MODEL
@@ -30,6 +31,9 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
     if files:
         for name in stages:
             found += _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
+    for name in stages:
+        if name != BASE and isinstance(stage := recipe.stages[name], EvaluateStage):
+            found += _of_tasks(name, stage)
     if recipe.parallel is not None:
         found += _of_machines(recipe.parallel) if files else []
         if problem := recipe.parallel.uneven_groups():
@@ -56,6 +60,9 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
     for holder, where in ((stage, name), (getattr(stage, "data", None), f"{name}.data")):
         for field in ("train", "held_out", "prompts", "preferences"):
             yield from _files(f"stages.{where}.{field}", getattr(holder, field, None) or ())
+    for task in getattr(stage, "tasks", ()):
+        yield from _files(f"stages.{name}.tasks.{task.name}.prompts", task.prompts)
+        yield from _functions(f"stages.{name}.tasks.{task.name}.metrics", task.metrics)
     for where, reference in references(stage):
         if where == "data" or not is_path(reference):
             continue
@@ -63,12 +70,25 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
         if not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
             yield f"stages.{name}.{where}: '{reference}' has no config.json; give a checkpoint folder."
     if isinstance(stage, PpoStage):
-        for reward in stage.rewards:
-            if isinstance(reward, FunctionReward):
-                try:
-                    find_reward_function(reward.path)
-                except UserError as error:
-                    yield f"stages.{name}.rewards: {error}"
+        yield from _functions(f"stages.{name}.rewards", stage.rewards)
+
+
+def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
+    for settings in stage.tasks:
+        try:
+            resolve(settings, stage.rollout)
+        except UserError as error:
+            yield f"stages.{name}.tasks: {error}"
+
+
+def _functions(where: str, rewards: Iterable[Any]) -> Iterator[str]:
+    """Reward functions whose file is missing."""
+    for reward in rewards:
+        if isinstance(reward, FunctionReward):
+            try:
+                find_reward_function(reward.path)
+            except UserError as error:
+                yield f"{where}: {error}"
 
 
 def _of_machines(parallel: Parallel) -> Iterator[str]:

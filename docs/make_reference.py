@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import parallel, parts, ppo, rewards, rollout, stages
+from align.config import evaluation, parallel, parts, ppo, rewards, rollout, stages
 from align.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -69,6 +69,8 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("DPO", stages.DpoStage),
             ("PPO and its relatives", ppo.PpoStage),
             ("Evaluation", stages.EvaluateStage),
+            ("Evaluation task", evaluation.EvaluationTask),
+            ("Word F1", evaluation.F1Metric),
         ],
     ),
     (

@@ -168,6 +168,7 @@ class PpoStage(StageBase):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoStage:
+        self.rollout.require_sampling("ppo")
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one"

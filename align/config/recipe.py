@@ -163,6 +163,6 @@ def references(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def sources(stage: Stage) -> Iterator[Source]:
     """Every data source of a stage."""
-    for holder in (stage, getattr(stage, "data", None)):
+    for holder in (stage, getattr(stage, "data", None), *getattr(stage, "tasks", ())):
         for field in ("train", "held_out", "prompts", "preferences"):
             yield from getattr(holder, field, None) or ()

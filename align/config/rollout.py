@@ -18,8 +18,9 @@ class Rollout(Part):
     without vLLM."""
     max_new_tokens: Positive = 64
     """Tokens after which a completion without an end-of-sequence token is cut off."""
-    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Logits are divided by this before sampling, in the rollout and in the trainer's log-probabilities alike."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Logits are divided by this before sampling, in the rollout and in the trainer's log-probabilities alike. 0 is
+    greedy decoding, which only `evaluate` allows."""
     max_model_length: Positive = 512
     """Prompt and completion together, in tokens."""
     cache_gib: Annotated[float, Field(gt=0)] = 0.5
@@ -81,4 +82,10 @@ class Rollout(Part):
             raise ValueError(
                 f"rollout.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.max_model_length {self.max_model_length}; lower one or raise the other"
+            )
+
+    def require_sampling(self, kind: str) -> None:
+        if self.temperature == 0:
+            raise ValueError(
+                f"rollout.temperature 0 is greedy decoding, but kind {kind} needs samples; set a temperature above 0"
             )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.config.evaluation import Tasks
 from align.config.parts import MANNER, Data, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
@@ -74,6 +75,7 @@ class SampleStage(StageBase):
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> SampleStage:
+        self.rollout.require_sampling("sample")
         self.rollout.require_room_for_prompts()
         return self
 
@@ -99,22 +101,25 @@ class DpoStage(TrainingStage):
 
 
 class EvaluateStage(Part):
-    """Compare checkpoints on held-out prompts and write the report."""
+    """Compare checkpoints on held-out prompts and tasks, and write the report."""
 
     kind: Literal["evaluate"]
     """Selects the comparison of checkpoints."""
     models: list[str] = Field(min_length=1)
     """Stages (or `base`, or checkpoint folders) to compare; the first is the baseline."""
-    prompts: list[Source] = Field(min_length=1)
-    """Held-out prompts, with a `reference` column where the F1 score is wanted."""
+    prompts: list[Source] = Field(default_factory=list)
+    """Held-out prompts for the reward model's score, the KL to the reference, completion lengths and, for rows with a
+    `reference` column, word F1."""
+    tasks: Tasks = Field(default_factory=list)
+    """Benchmarks: prompts, sampling settings and verifiers as metrics."""
     reward_model: str | None = None
-    """A reward_model stage or folder whose score is a metric."""
+    """A reward_model stage or folder; its score of the completions of `prompts` is a metric."""
     preferences: list[Source] = Field(default_factory=list)
     """Held-out pairs on which each model's implicit preference accuracy is measured."""
     rollout: Rollout = Rollout()
-    """How the compared models answer the prompts."""
+    """How the compared models generate completions. Temperature 0 is greedy decoding."""
     reference: str | None = None
-    """Model to which the KL of every other one is estimated on its own samples (default: the first model)."""
+    """Model to which each model's KL is estimated on that model's samples. Default: the first of `models`."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples for the 95 % confidence intervals."""
     samples: Annotated[int, Field(ge=0)] = 8
@@ -123,6 +128,16 @@ class EvaluateStage(Part):
     @model_validator(mode="after")
     def _prompts_fit(self) -> EvaluateStage:
         self.rollout.require_room_for_prompts()
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_measure(self) -> EvaluateStage:
+        if not (self.prompts or self.tasks):
+            raise ValueError("an evaluate stage needs prompts or tasks; add one of them")
+        if not self.prompts:
+            for key, other in (("reference", ()), ("reward_model", self.preferences)):
+                if getattr(self, key) is not None and not other:
+                    raise ValueError(f"{key} is measured on the completions of prompts; add prompts, or remove {key}")
         return self
 
 

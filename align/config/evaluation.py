@@ -1,0 +1,88 @@
+"""Tasks of an evaluate stage: held-out prompts, sampling settings and metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from align.config.parts import Part, Positive, Source
+from align.config.rewards import (
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    LengthReward,
+    MathReward,
+    RegexReward,
+    RewardBase,
+)
+
+
+class F1Metric(Part):
+    """Word F1 between the completion and the row's text; rows without that text are not scored."""
+
+    kind: Literal["f1"]
+    """Selects word F1."""
+    name: str | None = None
+    """Name in results and report. Default: `f1`."""
+    column: str = "reference"
+    """Column with the reference text."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.kind
+
+
+FOR_REWARDS = ("weight", "normalise", "clip", "failure_score")
+"""Settings of a reward that have no meaning for a metric, which is reported as it is."""
+
+
+def _plain(metric: F1Metric | RewardBase) -> F1Metric | RewardBase:
+    for key in FOR_REWARDS:
+        if key in metric.model_fields_set:
+            raise ValueError(f"metric '{metric.label}' sets {key}, which only rewards have; remove {key}")
+    return metric
+
+
+Metric = Annotated[
+    Annotated[
+        F1Metric | MathReward | ExactReward | RegexReward | FormatReward | LengthReward | FunctionReward,
+        Field(discriminator="kind"),
+    ],
+    AfterValidator(_plain),
+]
+
+
+def _distinct(metrics: list[Metric]) -> list[Metric]:
+    labels = [metric.label for metric in metrics]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{labels.count(label)} metrics are called '{label}'; set a different `name` for each")
+    return metrics
+
+
+class EvaluationTask(Part):
+    """A task of an evaluate stage. Without `prompts` or `metrics` it is the built-in task called `name`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    """Name in results and report, or the name of a built-in task: `gsm8k`."""
+    prompts: list[Source] = Field(default_factory=list)
+    """Held-out prompts, with the columns that the metrics read. Default: the built-in task's."""
+    metrics: Annotated[list[Metric], AfterValidator(_distinct)] = Field(default_factory=list)
+    """Verifiers, functions and F1, each applied to every completion. Default: the built-in task's."""
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Sampling temperature; 0 is greedy decoding. Default: the built-in task's, otherwise `rollout.temperature`."""
+    max_new_tokens: Positive | None = None
+    """Tokens after which a completion is truncated. Default: the built-in task's, otherwise
+    `rollout.max_new_tokens`."""
+
+
+def _tasks_named_apart(tasks: list[EvaluationTask]) -> list[EvaluationTask]:
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} tasks are called '{name}'; give each its own `name`")
+    return tasks
+
+
+Tasks = Annotated[list[EvaluationTask], AfterValidator(_tasks_named_apart)]

@@ -1,0 +1,16 @@
+"""Built-in tasks: every module of this folder defines one as `TASK`."""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+
+from align.eval.task import Task
+
+
+@cache
+def built_in_tasks() -> dict[str, Task]:
+    """The `TASK` of every module in this folder, by its name."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {module.TASK.name: module.TASK for module in modules}
