@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, and how rank 0 leads the others from stage to stage."""
+"""The ranks of a run: joining and leaving the process group, and what rank 0 does for all of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from contextlib import closing, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch
@@ -25,6 +26,13 @@ from align.config.recipe import Recipe
 from align.errors import UserError
 from align.launch import machines
 from align.parallel.async_io import require_async_io
+from align.parallel.sharding import world
+from align.parallel.steps import ControlSteps
+from align.run import interrupt
+
+T = TypeVar("T")
+COLLECTIVE = timedelta(minutes=30)
+"""Time limit of a collective operation, and of a wait in it."""
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
@@ -33,6 +41,8 @@ so none waits for that."""
 
 has_met = False
 """Whether this process has met the others of its run."""
+_steps: ControlSteps | None = None
+_cpu_group: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -157,16 +167,102 @@ def check_equal(own: dict[str, str]) -> None:
                 )
 
 
+def is_main() -> bool:
+    """True on rank 0, and in a run of one process."""
+    return world()[0] == 0
+
+
+def from_rank_0(step: str, make: Callable[[], T]) -> T:
+    """The result of `make`, which rank 0 alone calls, on every rank; all ranks call this with the same `step`.
+
+    A `UserError` of `make` is raised on every rank. Any other exception ends the run with rank 0's traceback. The other
+    ranks wait as long as `make` takes.
+    """
+    if world()[1] == 1:
+        return make()
+    steps = control_steps()
+    if not is_main():
+        steps.enter(step)
+        size = steps.wait_for_rank_0()
+        steps.wait_for_all()
+        return _opened(pickle.loads(_broadcast_bytes(bytes(size))))
+    steps.enter(step, "working")
+    try:
+        outcome: Any = _made(make)
+        payload = pickle.dumps(outcome)
+    except BaseException:
+        steps.mark("failed")
+        raise
+    steps.mark("done", len(payload))
+    steps.wait_for_all()
+    _broadcast_bytes(payload)
+    return _opened(outcome)
+
+
+def _made(make: Callable[[], T]) -> T | UserError:
+    try:
+        return make()
+    except UserError as error:
+        return error
+
+
+def _opened(outcome: Any) -> Any:
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _broadcast_bytes(payload: bytes) -> bytes:
+    """Rank 0's payload; the other ranks pass one of the same size."""
+    box = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    dist.broadcast(box, src=0, group=cpu_group())
+    return box.numpy().tobytes()
+
+
+def barrier(step: str) -> None:
+    """Wait until every rank has reached `step`."""
+    if world()[1] > 1:
+        steps = control_steps()
+        steps.enter(step)
+        steps.wait_for_all()
+
+
+def should_stop() -> bool:
+    """True on every rank once any of them has been asked to stop. All ranks call this, between two training steps."""
+    signal_number = interrupt.poll()
+    if world()[1] > 1:
+        box = torch.tensor(signal_number)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=cpu_group())
+        signal_number = int(box)
+    if signal_number:
+        interrupt.note(signal_number)
+    return signal_number > 0
+
+
+def control_steps() -> ControlSteps:
+    """This rank's control steps, in the store of its process group."""
+    global _steps
+    if _steps is None:
+        store = dist.distributed_c10d._get_default_store()
+        _steps = ControlSteps(dist.PrefixStore("steps", store), *world())
+    return _steps
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """All ranks, for tensors in host memory; None: the default group."""
+    global _cpu_group
+    if dist.get_backend() == "gloo":
+        return None
+    if _cpu_group is None:
+        _cpu_group = dist.new_group(backend="gloo", timeout=COLLECTIVE)
+    return _cpu_group
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, which alone calls it, on every rank."""
-    return broadcast(make() if rank() == 0 else None)
 
 
 def follow(work: Callable[[str, bool], None]) -> None:
@@ -182,17 +278,17 @@ def lead(name: str, resume: bool) -> None:
     broadcast((name, resume))
 
 
+def finished() -> None:
+    """Wait until every rank has done its part of the stage."""
+    dist.barrier()
+
+
 def forget_last_stage() -> None:
     """Free what an earlier stage's engine held; transformers would build the next model inside its ZeRO settings."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
     gc.collect()
-
-
-def finished() -> None:
-    """Wait until every rank has done its part of the stage."""
-    dist.barrier()
 
 
 def end(code: int) -> NoReturn:

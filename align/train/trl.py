@@ -312,7 +312,7 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
     else:
         from align.parallel.group import from_rank_0
 
-        checkpoint = from_rank_0(lambda: find_checkpoint(context))
+        checkpoint = from_rank_0("find checkpoint", lambda: find_checkpoint(context))
     step = int(checkpoint.name.split("-")[1]) if checkpoint else None
     writer = None
     if trainer.args.process_index == 0:

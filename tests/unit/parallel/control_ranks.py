@@ -1,0 +1,156 @@
+"""Forked ranks that pass control steps, or leave them; each writes what it saw to FOLDER/SCENARIO-RANK.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.errors import UserError
+from align.launch.processes import free_port
+from align.parallel import group, steps
+from align.run import interrupt
+
+WORLD = 3
+DEADLINE = 12.0
+"""Seconds; longer than any limit that ends a scenario."""
+steps.LATE, steps.SILENT, steps.BEAT, steps.LOOK, steps.LAST_WORDS = 4.0, 2.0, 0.2, 0.2, 0.3
+
+
+@dataclass
+class Drawn:
+    """A result with a tensor in it."""
+
+    name: str
+    values: torch.Tensor
+
+
+def skips_a_step(rank: int) -> None:
+    group.barrier("load")
+    if rank != 1:
+        group.barrier("score")
+    group.barrier("save")
+
+
+def calls_another_step(rank: int) -> None:
+    group.barrier("load")
+    group.from_rank_0("score" if rank != 2 else "draw", lambda: time.sleep(DEADLINE))
+
+
+def does_not_come(rank: int) -> None:
+    group.barrier("load")
+    if rank == 2:
+        time.sleep(DEADLINE)
+    group.from_rank_0("draw", lambda: time.sleep(DEADLINE))
+
+
+def is_killed(rank: int) -> None:
+    group.barrier("load")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.from_rank_0("draw", lambda: time.sleep(DEADLINE))
+
+
+def loses_rank_0(rank: int) -> None:
+    group.barrier("load")
+
+    def die() -> None:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    group.from_rank_0("draw", die)
+
+
+def gets_a_bug(rank: int) -> None:
+    group.from_rank_0("draw", lambda: 1 / 0)
+
+
+def nests_steps(rank: int) -> None:
+    group.from_rank_0("draw", lambda: group.barrier("inside"))
+
+
+def gets_a_users_error(rank: int) -> None:
+    def refuse() -> None:
+        raise UserError("no prompts; add some.")
+
+    group.from_rank_0("read", refuse)
+
+
+def gets_results(rank: int) -> list[object]:
+    def work_longer_than_anyone_may_be_late() -> Drawn:
+        time.sleep(steps.LATE + 1)
+        return Drawn(f"of rank {rank}", torch.arange(3.0) + rank)
+
+    drawn = group.from_rank_0("draw", work_longer_than_anyone_may_be_late)
+    nothing = group.from_rank_0("nothing", lambda: None)
+    return [drawn.name, drawn.values.tolist(), nothing, group.is_main()]
+
+
+def stops_together(rank: int) -> int:
+    """The step after which all ranks stop, although one alone gets the signal."""
+    interrupt.listen()
+    for step in range(100):
+        if rank == 1 and step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if group.should_stop():
+            return step
+    return -1
+
+
+SCENARIOS: list[Callable[[int], object]] = [
+    skips_a_step,
+    calls_another_step,
+    does_not_come,
+    is_killed,
+    loses_rank_0,
+    gets_a_bug,
+    nests_steps,
+    gets_a_users_error,
+    gets_results,
+    stops_together,
+]
+
+
+def run_rank(scenario: Callable[[int], object], rank: int, address: str, file: Path) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD)
+    group.control_steps()
+    clock = time.monotonic()
+    try:
+        seen = {"result": scenario(rank)}
+    except Exception as error:
+        seen = {"raised": f"{type(error).__name__}: {error}"}
+        group.control_steps().close(failed=True)
+    file.write_text(json.dumps({**seen, "seconds": time.monotonic() - clock}))
+    time.sleep(1.0)  # rank 0 holds the store, from which the others still read
+    os._exit(0)
+
+
+def main(folder: Path) -> None:
+    """Fork the ranks of all scenarios at once; those that still run after `DEADLINE` are killed."""
+    children = []
+    for scenario in SCENARIOS:
+        address = f"tcp://127.0.0.1:{free_port()}"
+        for rank in range(WORLD):
+            child = os.fork()
+            if child == 0:
+                run_rank(scenario, rank, address, folder / f"{scenario.__name__}-{rank}.json")
+            children.append(child)
+    deadline = time.monotonic() + DEADLINE
+    while children:
+        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+        if children and time.monotonic() > deadline:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

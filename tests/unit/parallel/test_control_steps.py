@@ -1,0 +1,73 @@
+"""Ranks that leave the common path end the run within seconds, with their number and step; others may wait for long.
+
+The ranks are real processes (control_ranks.py) whose time limits are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SKIPPED = "rank 1 is at step 2 'save'; rank {rank} is at step 2 'score'"
+LATE = r"rank 2 is still at step 1 'load' after 4 seconds; rank {rank} is at step 2 'draw'"
+DEAD = r"rank 1 is dead: no heartbeat for 2 seconds; the last step it reached is step 1 'load'; rank {rank} is at"
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """What each rank of each scenario saw; {} for a killed rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = [sys.executable, str(Path(__file__).with_name("control_ranks.py")), str(folder)]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run(script, env={**os.environ, **variables}, check=True, timeout=120)
+    found: dict[str, list[dict]] = {}
+    for file in sorted(folder.glob("*.json")):
+        scenario, _, rank = file.stem.rpartition("-")
+        found.setdefault(scenario, [{}, {}, {}])[int(rank)] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scenario", "ranks", "sentence"),
+    [
+        ("skips_a_step", (0, 2), SKIPPED),
+        ("calls_another_step", (1,), "rank 2 is at step 2 'draw'; rank {rank} is at step 2 'score'"),
+        ("does_not_come", (1,), LATE),
+        ("is_killed", (2,), DEAD),
+        ("loses_rank_0", (1, 2), r"rank 0 is gone \(.*\); rank {rank} is at step 2 'draw'"),
+        ("gets_a_bug", (1, 2), "rank 0 has failed at step 1 'draw'; rank {rank} is at step 1 'draw'"),
+    ],
+)
+def test_the_others_raise_an_error_that_names_the_rank_and_its_step(seen, scenario, ranks, sentence) -> None:
+    for rank in ranks:
+        raised = seen[scenario][rank]["raised"]
+        assert re.match("RankError: " + sentence.format(rank=rank), raised) is not None, raised
+        assert seen[scenario][rank]["seconds"] < 15
+
+
+def test_rank_0_keeps_its_own_exception(seen) -> None:
+    assert seen["gets_a_bug"][0]["raised"].startswith("ZeroDivisionError: ")
+
+
+def test_a_users_error_of_rank_0_is_raised_on_every_rank(seen) -> None:
+    assert [rank["raised"] for rank in seen["gets_a_users_error"]] == ["UserError: no prompts; add some."] * 3
+
+
+def test_every_rank_gets_rank_0s_result_however_long_it_takes(seen) -> None:
+    results = [rank["result"] for rank in seen["gets_results"]]
+    assert results == [["of rank 0", [0.0, 1.0, 2.0], None, is_main] for is_main in (True, False, False)]
+
+
+def test_a_step_inside_rank_0s_own_work_is_refused(seen) -> None:
+    assert "step 'inside' is for all ranks" in seen["nests_steps"][0]["raised"]
+
+
+def test_ranks_stop_after_the_same_step_when_one_of_them_is_asked_to(seen) -> None:
+    assert [rank["result"] for rank in seen["stops_together"]] == [5, 5, 5]
