@@ -3,8 +3,7 @@
     python docs/make_errors.py                       run every case (about a minute)
     python docs/make_errors.py --only hostfile seed  run the cases with one of these in their names; keep the others
 
-New cases and cases in a merge conflict are always run, so `--only nothing` brings the page in line with the list of
-cases and resolves a conflict.
+New cases and cases in a merge conflict are always run, so `--only` alone adds new cases and resolves a conflict.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 PAGE = Path(__file__).parent / "errors.md"
 INTRO = """# What align says about bad input
 
-Each of these ends the command with exit status 2 and one sentence on standard error. A traceback is a bug; please report
-it. Nothing is left half-written: files and model folders appear whole or not at all, and a stage that is refused before
-its first step does not count as interrupted.
+Each of these ends the command with exit status 2 and one sentence on standard error. A traceback is a bug; please
+report it. Nothing is left half-written: files and model folders appear whole or not at all, and a stage that is refused
+before its first step does not count as interrupted.
 
 `…` stands for a part that varies. `python docs/make_errors.py` writes this page from the cases in
 `tests/unit/wrong_inputs`; the last column names the case.
@@ -88,7 +87,7 @@ def run(names: list[str]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = "run only the cases whose names contain one of these"
-    parser.add_argument("--only", metavar="SUBSTRING", nargs="+", default=[""], help=words)
+    parser.add_argument("--only", metavar="SUBSTRING", nargs="*", default=[""], help=words)
     only = parser.parse_args().only
     import_cases()
     from wrong_inputs.cases import ALL

@@ -28,8 +28,8 @@ def page() -> str:
 
 def test_the_page_lists_exactly_the_cases(maker: dict, page: str) -> None:
     sentences = maker["read"](page)
-    assert list(sentences) == list(ALL), "run `python docs/make_errors.py --only nothing`"
-    assert maker["render"](sentences) == page, "run `python docs/make_errors.py --only nothing`"
+    assert list(sentences) == list(ALL), "run `python docs/make_errors.py --only`"
+    assert maker["render"](sentences) == page, "run `python docs/make_errors.py --only`"
 
 
 def test_a_sentence_changed_by_hand_is_noticed(maker: dict, page: str) -> None:
