@@ -12,9 +12,9 @@ from align.parallel.sharding import world
 from align.reward.mixture import Scorer
 from align.rl.checkpoint import Checkpoint, Progress
 from align.rl.complete import look_back
-from align.rl.follow import follow, is_follower, policy_weights, spread_learners, tell
+from align.rl.follow import follow, is_follower, tell
 from align.rl.log import RoundLog
-from align.rl.models import Team, build_team, load_reward_models
+from align.rl.models import Models, build_models, load_reward_models
 from align.rl.sample import Sampler
 from align.rl.score import scored_round
 from align.rl.update import update
@@ -48,8 +48,8 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             say=context.say,
         )
         stack.callback(scorer.close)
-        team = build_team(stage, context)
-        policy = team.policy.model
+        models = build_models(stage, context)
+        policy = models.policy.model
         parameters = count_parameters(policy)
         engine = build_engine(
             parent, stage.rollout, dtype=context.recipe.dtype, seed=context.seed, beside_ranks=world()[1] > 1
@@ -58,13 +58,13 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)
 
-        checkpoint = Checkpoint(context.dir / "checkpoints", team, sampler, scorer)
+        checkpoint = Checkpoint(context.dir / "checkpoints", models, sampler, scorer)
         progress = Progress(step=0, kl_coef=stage.kl.coef)
         if not context.resume:
             remove_folder(checkpoint.folder)  # of an earlier run of this stage
         elif checkpoint.exists:
             progress = checkpoint.load()
-            send_weights(engine, team, version=progress.step)
+            send_weights(engine, models, version=progress.step)
             context.say(f"  resuming at step {progress.step}")
         else:
             checkpoint.resume_sampler(position=0)
@@ -85,34 +85,34 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
                 sampler.begin()
             with log.clock("logprobs"):
                 tell("look_back", scored.batch, progress.kl_coef)
-                metrics = scored.metrics | look_back(stage, team, scored.batch, progress.kl_coef)
+                metrics = scored.metrics | look_back(stage, models, scored.batch, progress.kl_coef)
             with log.clock("update"):
                 tell("update", progress.step, progress.kl_coef)
                 metrics |= update(
-                    stage, team, scored.batch, step=progress.step, seed=context.seed, kl_coef=progress.kl_coef
+                    stage, models, scored.batch, step=progress.step, seed=context.seed, kl_coef=progress.kl_coef
                 )
             if stage.overlap:
                 with log.clock("generate"):
                     sampler.wait()
             with log.clock("sync"):
                 engine.wake()
-                metrics |= send_weights(engine, team, version=progress.step + 1)
+                metrics |= send_weights(engine, models, version=progress.step + 1)
             progress = advanced(stage, progress, metrics)
             log.finish_round(scored, metrics)
             if progress.step % stage.checkpoint_every == 0:
                 checkpoint.save(progress)
     tell("finish")
-    team.take_average()  # for good: saving merges adapters into the model
+    models.policy.swap_ema()  # for good: saving merges adapters into the model
     save_model(policy, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
     return StageResult(metrics, report.to_dict(), parameters)
 
 
-def send_weights(engine: RolloutEngine, team: Team, version: int) -> dict[str, float]:
+def send_weights(engine: RolloutEngine, models: Models, version: int) -> dict[str, float]:
     """Give the sampler the policy's weights; what it took."""
     tell("send")
-    engine.update_weights(policy_weights(team), version=version)
-    if not spread_learners(team):  # their ranks do not stand by to send the weights again
-        engine.offer_weights(partial(policy_weights, team))
+    engine.update_weights(models.policy.published_weights(), version=version)
+    if not models.policy.collective:  # their ranks do not stand by to send the weights again
+        engine.offer_weights(models.policy.published_weights)
     return engine.last_sync.metrics() if engine.last_sync is not None else {}
 
 

@@ -18,7 +18,7 @@ from align.models.lora.adapters import AnyModel
 from align.parallel.micro_batches import shared_passes, summed
 from align.train.checkpoint import load_reward_model, load_tokenizer
 from align.train.device import training_device
-from align.train.sharded_learner import frozen_engine
+from align.train.frozen import FrozenModel
 
 
 class ModelScorer:
@@ -28,7 +28,7 @@ class ModelScorer:
         self.tokenizer = load_tokenizer(folder)
         self.device = training_device()
         self.model: AnyModel = load_reward_model(folder, dtype, parallel).to(self.device)
-        self._ask = frozen_engine(self.model, parallel, dtype)
+        self._frozen = FrozenModel(self.model, parallel, dtype)
         self.max_length = int(self.model.config.max_position_embeddings)
         ends = stop_token_ids(self.tokenizer)
         self._end = ends[-1] if ends else None
@@ -54,7 +54,7 @@ class ModelScorer:
         scores = torch.zeros(len(batch))
         micros = list(batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens))
         for micro, counts in shared_passes(micros):
-            found = self._ask(sequence_scores, batch.rows(micro).to(self.device)).cpu()
+            found = self._frozen.run(sequence_scores, batch.rows(micro).to(self.device)).cpu()
             if counts:
                 scores[micro] = found
         return summed(scores, self.device)

@@ -18,7 +18,7 @@ from align.losses.ppo import explained_variance
 from align.losses.reduce import masked_mean
 from align.models.forward import critic_features, critic_values, policy_output
 from align.parallel.micro_batches import largest, shared_passes, summed
-from align.rl.models import Team
+from align.rl.models import Models
 from align.train.learner import Learner
 
 Metrics = dict[str, float]
@@ -30,9 +30,9 @@ ROUTING = "routed_experts"
 
 
 @torch.no_grad()
-def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) -> Metrics:
+def look_back(stage: PpoStage, models: Models, batch: Experience, kl_coef: float) -> Metrics:
     """Fill the round's old and reference log-probabilities, values, advantages and returns."""
-    metrics = ask_models(stage, team, batch)
+    metrics = ask_models(stage, models, batch)
     old, ref, score = known(batch.old_logprobs), known(batch.ref_logprobs), known(batch.score)
     kl = kl_estimate(old, ref, stage.kl.estimator) * batch.mask
     penalty = kl_coef * kl if stage.kl.apply_to == "reward" else torch.zeros_like(kl)
@@ -46,7 +46,7 @@ def look_back(stage: PpoStage, team: Team, batch: Experience, kl_coef: float) ->
     }
 
 
-def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
+def ask_models(stage: PpoStage, models: Models, batch: Experience) -> Metrics:
     """One pass of each model over the round; where the sampler's log-probabilities are taken, of the policy over some
     rows alone, to see how far they are from the trainer's."""
 
@@ -59,13 +59,13 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     def asked(parts: list[Part], of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
         return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]
 
-    passes = [(team.policy.model, asked(sample, ask_policy, team))]
-    if team.critic is not None:
-        passes.append((team.critic.model, asked(parts, ask_critic, team, team.critic)))
-    answers = team.together(*passes)
-    with team.reference() as reference:
-        answering = team.policy.model if team.ref_model is None else team.ref_model
-        answers += team.together((answering, asked(parts, ask_reference, team, reference)))
+    passes = [(models.policy.model, asked(sample, ask_policy, models))]
+    if models.critic is not None:
+        passes.append((models.critic.model, asked(parts, ask_critic, models, models.critic)))
+    answers = models.run_passes(*passes)
+    with models.reference_run() as reference:
+        answering = models.policy.model if models.reference is None else models.reference.model
+        answers += models.run_passes((answering, asked(parts, ask_reference, models, reference)))
 
     tables: Answer = {}
     for answer, (rows, counts) in zip(answers, chain(sample, cycle(parts))):
@@ -77,7 +77,7 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
                 tables[name][rows, : values.shape[1]] = values
     # Each rank has filled its own rows; now all have all. A place that nobody filled has less than any expert's number.
     for name, table in tables.items():
-        tables[name] = largest(table, team.device) if name == ROUTING else summed(table, team.device)
+        tables[name] = largest(table, models.device) if name == ROUTING else summed(table, models.device)
     asked_mask, logprobs, entropy = (tables.pop(name) for name in ("asked_mask", "logprobs", "entropy"))
     batch.old_logprobs = logprobs if stage.old_logprobs == "trainer" else batch.rollout_logprobs
     for name, table in tables.items():
@@ -90,26 +90,26 @@ def ask_models(stage: PpoStage, team: Team, batch: Experience) -> Metrics:
     }
 
 
-def ask_policy(team: Team, stage: PpoStage, batch: Experience) -> Answer:
+def ask_policy(models: Models, stage: PpoStage, batch: Experience) -> Answer:
     """Of some rows, in host memory; here and below."""
     replay = stage.routing_replay == "rollout"
-    output = team.policy.ask(policy_output, batch.to(team.device), stage.rollout.temperature, replay=replay)
+    output = models.policy.run(policy_output, batch.to(models.device), stage.rollout.temperature, replay=replay)
     answer = {"logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu(), "asked_mask": batch.mask}
     if stage.routing_replay == "trainer" and output.routed_experts is not None:
         answer[ROUTING] = output.routed_experts.cpu().to(torch.int16)
     return answer
 
 
-def ask_critic(team: Team, critic: Learner, stage: PpoStage, batch: Experience) -> Answer:
-    rows, answer = batch.to(team.device), {}
+def ask_critic(models: Models, critic: Learner, stage: PpoStage, batch: Experience) -> Answer:
+    rows, answer = batch.to(models.device), {}
     if stage.critic.trainable == "head":  # its trunk stays as it is, and so do the features
-        rows.features = critic.ask(critic_features, rows)
+        rows.features = critic.run(critic_features, rows)
         answer["features"] = rows.features.float().cpu()
-    return answer | {"values": critic.ask(critic_values, rows).cpu()}
+    return answer | {"values": critic.run(critic_values, rows).cpu()}
 
 
-def ask_reference(team: Team, reference: Callable[..., Any], stage: PpoStage, batch: Experience) -> Answer:
-    output = reference(policy_output, batch.to(team.device), stage.rollout.temperature)
+def ask_reference(models: Models, reference: Callable[..., Any], stage: PpoStage, batch: Experience) -> Answer:
+    output = reference(policy_output, batch.to(models.device), stage.rollout.temperature)
     return {"ref_logprobs": output.logprobs.cpu()}
 
 

@@ -17,7 +17,7 @@ from align.losses.reduce import averaging_weights
 from align.models.forward import critic_values, policy_output
 from align.parallel.micro_batches import shared_passes, summed
 from align.rl.complete import Metrics, known
-from align.rl.models import Team
+from align.rl.models import Models
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Whole:
     completions: float
 
 
-def update(stage: PpoStage, team: Team, batch: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
+def update(stage: PpoStage, models: Models, batch: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
     """Means over the mini-batches of what was measured in them, and the numbers of updates made and skipped. The
     policy's average, where there is one, moves on by a round."""
     measured: dict[str, list[float]] = {}
     counts = {"policy_updates": 0.0, "skipped_updates": 0.0}
-    active = dict(team.learners)
-    if team.critic is not None and step < stage.critic.warmup_steps:
+    active = dict(models.learners)
+    if models.critic is not None and step < stage.critic.warmup_steps:
         del active["policy"]
     for learner in active.values():
         learner.schedule(step)
@@ -46,7 +46,7 @@ def update(stage: PpoStage, team: Team, batch: Experience, *, step: int, seed: i
             if not whole.tokens:
                 counts["skipped_updates"] += len(active)  # every completion was cut, and those do not count
                 continue
-            found = gather_gradients(stage, team, batch, mini, whole, kl_coef, policy_learns="policy" in active)
+            found = gather_gradients(stage, models, batch, mini, whole, kl_coef, policy_learns="policy" in active)
             if "policy" in active and stage.kl.stop is not None and found["update_kl"] > stage.kl.stop:
                 active.pop("policy").discard()
             for name, learner in active.items():
@@ -58,36 +58,42 @@ def update(stage: PpoStage, team: Team, batch: Experience, *, step: int, seed: i
                     counts["policy_updates"] += name == "policy"
             for name, value in found.items():
                 measured.setdefault(name, []).append(value)
-    if team.average is not None:
-        team.average.update()
+    models.policy.update_ema()
     return counts | {name: mean_of_finite(values) for name, values in measured.items()}
 
 
 def gather_gradients(
-    stage: PpoStage, team: Team, batch: Experience, mini: Tensor, whole: Whole, kl_coef: float, *, policy_learns: bool
+    stage: PpoStage,
+    models: Models,
+    batch: Experience,
+    mini: Tensor,
+    whole: Whole,
+    kl_coef: float,
+    *,
+    policy_learns: bool,
 ) -> Metrics:
     """Gradients of a mini-batch, in as many passes as its tokens need; their split changes nothing."""
     found: Metrics = {}
     for micro, counts in shared_passes(list(batch.micro_batches(mini, stage.micro_batch_tokens))):
-        rows = batch.rows(micro).to(team.device)
+        rows = batch.rows(micro).to(models.device)
         if not counts:
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
         passes = []
         if policy_learns:
-            passes.append((team.policy.model, [partial(learn_policy, stage, team, rows, whole, kl_coef)]))
-        if team.critic is not None:
-            passes.append((team.critic.model, [partial(learn_values, stage, team, rows, whole)]))
-        parts = team.together(*passes)
+            passes.append((models.policy.model, [partial(learn_policy, stage, models, rows, whole, kl_coef)]))
+        if models.critic is not None:
+            passes.append((models.critic.model, [partial(learn_values, stage, models, rows, whole)]))
+        parts = models.run_passes(*passes)
         for name, value in (item for part in parts for item in part.items()):
             found[name] = found.get(name, 0.0) + float(value)
-    sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), team.device)
+    sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), models.device)
     return dict(zip(found, sums.tolist(), strict=True))
 
 
-def learn_policy(stage: PpoStage, team: Team, rows: Experience, whole: Whole, kl_coef: float) -> dict[str, Tensor]:
+def learn_policy(stage: PpoStage, models: Models, rows: Experience, whole: Whole, kl_coef: float) -> dict[str, Tensor]:
     """Gradients of the policy's loss on some rows, as their share of the whole mini-batch."""
     replay = stage.routing_replay != "none"
-    output = team.policy.ask(policy_output, rows, stage.rollout.temperature, replay=replay)
+    output = models.policy.run(policy_output, rows, stage.rollout.temperature, replay=replay)
     old, mask = known(rows.old_logprobs), rows.loss_mask
     average = averaging_weights(
         mask,
@@ -122,9 +128,9 @@ def learn_policy(stage: PpoStage, team: Team, rows: Experience, whole: Whole, kl
         loss = loss + kl_coef * distance
     if output.router is not None:
         share = mask.sum() / whole.tokens
-        loss = loss + share * output.router.loss(team.policy.model.config)
+        loss = loss + share * output.router.loss(models.policy.model.config)
         metrics |= {name: share * value for name, value in output.router.metrics().items()}
-    team.policy.backward(loss)
+    models.policy.backward(loss)
     return metrics
 
 
@@ -142,18 +148,18 @@ def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
     )
 
 
-def learn_values(stage: PpoStage, team: Team, rows: Experience, whole: Whole) -> dict[str, Tensor]:
+def learn_values(stage: PpoStage, models: Models, rows: Experience, whole: Whole) -> dict[str, Tensor]:
     """Gradients of the critic's loss on some rows, as their share of the whole mini-batch."""
-    assert team.critic is not None
+    assert models.critic is not None
     loss, metrics = value_loss(
-        team.critic.ask(critic_values, rows),
+        models.critic.run(critic_values, rows),
         known(rows.values),
         known(rows.returns),
         rows.loss_mask,
         clip_range=stage.value_clip_range,
         count=whole.tokens,
     )
-    team.critic.backward(loss)
+    models.critic.backward(loss)
     return metrics | {"value_loss": loss.detach()}
 
 

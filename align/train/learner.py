@@ -1,70 +1,196 @@
-"""A model that a loop of our own trains: its optimizer, schedule and gradient clipping."""
+"""A model that a training loop of our own updates: forward and backward passes, optimizer, EMA weights, checkpoint.
+
+`build_learner` returns a `LocalLearner`, which holds the whole model, or a `ShardedLearner`, whose model and optimizer
+are sharded over all ranks. A loop uses both through `Learner` and never needs to know which one it has.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align.config.parallel import Parallel
 from align.config.parts import Optimizer
 from align.models.lora.adapters import AnyModel
+from align.models.weights import published_weights
 from align.train.optimizer import build_optimizer, schedule_factor
-from align.train.state import trainable
+from align.train.state import load_local_learner, save_local_learner, trainable
 
 
-class Learner:
-    """A model and its optimizer.
+def build_learner(
+    model: AnyModel,
+    settings: Optimizer,
+    *,
+    total: int,
+    parallel: Parallel | None = None,
+    dtype: str = "float32",
+    ema_decay: float | None = None,
+) -> Learner:
+    """Build the learner of `model`: sharded over all ranks if the recipe has a `parallel` section, otherwise local.
 
-    settings: AdamW's, and the schedule over `total` rounds. max_grad_norm: bound of the L2 norm of the gradient of all
-    trained parameters.
+    settings: AdamW, gradient clipping, and the learning-rate schedule over `total` steps.
+    dtype: precision of the sharded model's forward pass.
+    ema_decay: decay of the EMA weights; without it none are kept.
     """
+    if parallel is None:
+        return LocalLearner(model, settings, total=total, ema_decay=ema_decay)
+    from align.train.sharded_learner import ShardedLearner  # imports DeepSpeed
+
+    return ShardedLearner(model, settings, total=total, parallel=parallel, dtype=dtype, ema_decay=ema_decay)
+
+
+class Learner(ABC):
+    """A model, its optimizer and, if requested, its EMA weights.
+
+    Gradients accumulate over calls of `backward` until `step` or `discard`. All methods but `schedule` are collective:
+    every rank calls them in the same order and equally often.
+
+    collective: forward and backward passes contain collectives, so two of them cannot run in parallel threads.
+    skips_overflow: `step` may skip a single update because bf16 gradients overflowed.
+    """
+
+    collective = False
+    skips_overflow = False
 
     def __init__(self, model: AnyModel, settings: Optimizer, *, total: int):
         self.model, self.settings, self.total = model, settings, total
         self.optimizer = build_optimizer(model, settings)
+        self.ema_decay: float | None = None
+        self.ema: dict[str, Tensor] = {}
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     def schedule(self, step: int) -> None:
-        """The learning rate of round `step` (0-based)."""
+        """Set the learning rate of step `step` (0-based)."""
         factor = schedule_factor(step, self.total, self.settings)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-    def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """question(model, ...): whatever looks at the model does it through here."""
-        return question(self.model, *arguments, **options)
+    @abstractmethod
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return function(model, ...). Every forward pass goes through here, so that a sharded model can gather."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`. The total gradient is the sum over all calls and ranks."""
+
+    @abstractmethod
+    def step(self) -> float | None:
+        """Clip and apply the accumulated gradients, then clear them.
+
+        Returns the gradient norm before clipping, or None if it was not finite: nothing is updated then.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clear the accumulated gradients."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write trained weights, optimizer state and EMA weights into `folder`."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; `UserError` if it does not fit this learner."""
+
+    @abstractmethod
+    def published_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight in the published layout, adapters merged.
+
+        Under several ranks rank 0 yields whole tensors and the others yield nothing, but every rank must iterate to
+        the end.
+        """
+
+    @abstractmethod
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of each trained parameter: this rank's shard, in the precision of the optimizer."""
+
+    @abstractmethod
+    def exchange(self, values: dict[str, Tensor]) -> None:
+        """Swap the trained parameters with `values`, which has the names of `trained_weights`."""
+
+    def finite(self) -> bool:
+        """True if every trained weight on this rank is finite."""
+        return all(bool(weights.isfinite().all()) for _, weights in self.trained_weights())
+
+    # --- EMA weights ------------------------------------------------------------------------------------------
+
+    def track_ema(self, decay: float) -> None:
+        """Start EMA weights at the present ones: ema <- decay * ema + (1 - decay) * weights at every `update_ema`.
+
+        Only trained parameters are averaged, in float32; each rank averages its shard.
+        """
+        self.ema_decay = decay
+        self.ema = {name: weights.to(torch.float32, copy=True) for name, weights in self.trained_weights()}
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the EMA weights towards the present ones; a no-op without EMA weights."""
+        if self.ema_decay is not None:
+            for name, weights in self.trained_weights():
+                self.ema[name].lerp_(weights.float(), 1 - self.ema_decay)
+
+    def swap_ema(self) -> None:
+        """Swap the model's weights with the EMA weights, if any; a second call undoes the first."""
+        if self.ema_decay is not None:
+            self.exchange(self.ema)
+
+
+class LocalLearner(Learner):
+    """A learner whose process holds the whole model."""
+
+    def __init__(self, model: AnyModel, settings: Optimizer, *, total: int, ema_decay: float | None = None):
+        super().__init__(model, settings, total=total)
+        if ema_decay is not None:
+            self.track_ema(ema_decay)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return function(self.model, *arguments, **options)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> float | None:
-        """Apply the gradients that were gathered; their norm before clipping, or None where it was not finite: then
-        nothing is changed."""
-        trained = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            if norm > self.settings.max_grad_norm:  # a factor of one would cost a pass over all gradients
-                nn.utils.clip_grads_with_norm_(trained, self.settings.max_grad_norm, norm)
-            self.optimizer.step()
+        norm = clip_and_step(self.model, self.optimizer, self.settings.max_grad_norm)
         self.discard()
-        return norm.item() if finite else None
+        return norm
 
     def discard(self) -> None:
-        """Forget the gradients that were gathered."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of each trained parameter, as far as this process holds it and in its best precision."""
+    def save(self, folder: Path) -> None:
+        save_local_learner(folder, self.model, self.optimizer, self.ema)
+
+    def load(self, folder: Path) -> None:
+        load_local_learner(folder, self.model, self.optimizer, self.ema)
+
+    def published_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return published_weights(self.model)
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in trainable(self.model).items():
             yield name, parameter.detach()
 
     @torch.no_grad()
     def exchange(self, values: dict[str, Tensor]) -> None:
-        """Give the trained parameters other values, by the names of `weights`; `values` gets those that were there."""
         for name, parameter in trainable(self.model).items():
             present = parameter.detach().to(torch.float32, copy=True)
             parameter.copy_(values[name])
             values[name] = present
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float | None:
+    """Clip the L2 norm of all gradients to `max_grad_norm` and step; the norm before clipping, or None if it was not
+    finite and the step was skipped."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if not torch.isfinite(norm):
+        return None
+    if norm > max_grad_norm:  # scaling by one would still read and write every gradient
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    optimizer.step()
+    return norm.item()

@@ -1,75 +1,96 @@
-"""A model that all ranks train together in a loop of our own, under DeepSpeed."""
+"""A learner whose model and optimizer DeepSpeed shards over all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from align.config.parallel import Parallel
 from align.config.parts import Optimizer
 from align.models.lora.adapters import AnyModel
+from align.parallel.engine import forget_gradients, learning_engine
+from align.parallel.export import gathered, published
 from align.parallel.sharding import world
-from align.train.learner import Learner
+from align.parallel.state import exchange_weights, held_parameters, load_training_state, save_training_state
+from align.train.learner import Learner, clip_and_step
 
 
-class SpreadLearner(Learner):
-    """`Learner` whose gradient is the sum over all ranks' passes, as if one process had done them all.
+class ShardedLearner(Learner):
+    """A learner whose gradient is the sum over all ranks' passes, as if one process had done them all."""
 
-    Every rank asks, goes backward and steps as often as the others.
-    """
+    collective = True
 
-    def __init__(self, model: AnyModel, settings: Optimizer, *, total: int, parallel: Parallel, dtype: str):
-        from align.parallel.engine import learning_engine
-
+    def __init__(
+        self,
+        model: AnyModel,
+        settings: Optimizer,
+        *,
+        total: int,
+        parallel: Parallel,
+        dtype: str,
+        ema_decay: float | None = None,
+    ):
         super().__init__(model, settings, total=total)
         self.engine = learning_engine(
             model, self.optimizer, parallel, max_grad_norm=settings.max_grad_norm, dtype=dtype
         )
         self.engine.eval()
-        # At ZeRO 0 in float32 DeepSpeed clips by a norm that it does not tell, and steps where that is not finite.
-        self.steps_alone = self.engine.optimizer is self.optimizer
-        self.offloaded = parallel.offload.optimizer is not None
+        # At ZeRO 0 in float32 DeepSpeed's step neither returns the gradient norm nor skips a non-finite one, so the
+        # step is done here.
+        self._steps_itself = self.engine.optimizer is self.optimizer
+        self._offloaded = parallel.offload.optimizer is not None
+        self.skips_overflow = dtype == "bfloat16"
         self.optimizer = self.engine.optimizer
+        if ema_decay is not None:
+            self.track_ema(ema_decay)
 
-    def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return self.engine(question, *arguments, **options)
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self.engine(function, *arguments, **options)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss * world()[1])  # DeepSpeed takes the mean over the ranks
+        self.engine.backward(loss * world()[1])  # DeepSpeed averages over the ranks
 
     def step(self) -> float | None:
-        if self.steps_alone:
+        if self._steps_itself:
             self.engine.buffered_allreduce_fallback()
-            return super().step()
+            norm = clip_and_step(self.model, self.optimizer, self.settings.max_grad_norm)
+            self.discard()
+            return norm
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
 
     def discard(self) -> None:
-        from align.parallel.engine import forget_gradients
-
         forget_gradients(self.engine)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Flat, in float32, and in the host's memory where the optimizer is there."""
-        from align.parallel.state import held_parameters
+    def save(self, folder: Path) -> None:
+        save_training_state(self.engine, folder, self._ema_shards())
 
+    def load(self, folder: Path) -> None:
+        load_training_state(self.engine, folder, self._ema_shards())
+
+    def _ema_shards(self) -> dict[str, Tensor] | None:
+        return None if self.ema_decay is None else self.ema
+
+    def published_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return gathered_weights(self.model)
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Flat float32 shards, on the CPU if the optimizer is offloaded."""
         for held in held_parameters(self.engine):
             values = held.read("weight")
-            yield held.name, values.cpu() if self.offloaded else values
+            yield held.name, values.cpu() if self._offloaded else values
 
     def exchange(self, values: dict[str, Tensor]) -> None:
-        from align.parallel.state import exchange_weights
-
         exchange_weights(self.engine, values)
 
 
-def frozen_engine(model: AnyModel, parallel: Parallel | None, dtype: str) -> Callable[..., Any]:
-    """asked(question, ...) for a model that does not learn; under `parallel` all ranks ask it together."""
-    if parallel is None:
-        return lambda question, *arguments: question(model, *arguments)
-    from align.parallel.engine import asking_engine
-
-    engine: Callable[..., Any] = asking_engine(model, parallel, dtype=dtype)
-    return engine
+def gathered_weights(model: AnyModel) -> Iterator[tuple[str, Tensor]]:
+    """Gather a sharded model on rank 0, tensor by tensor, under its published names; every rank must iterate."""
+    rank, _ = world()
+    for name, tensor in gathered(model, getattr(model, "dtype", torch.float32)):
+        if rank == 0:
+            yield from published(name, tensor)

@@ -1,8 +1,10 @@
-"""Save and restore a training loop of our own: trainable weights, optimizers, counters. Safetensors and JSON only."""
+"""Save and restore a training loop of our own, as safetensors and JSON: learners of one process, counters, random
+state."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +12,86 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.run.folder import replace_folder
+from align.errors import UserError
+from align.run.folder import replace_file, replace_folder
+
+TENSORS, COUNTERS = "state.safetensors", "state.json"
 
 
-def save_state(
-    folder: Path,
-    models: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    counters: dict[str, Any],
-    others: dict[str, Tensor] | None = None,
-    parts: Path | None = None,
-) -> None:
-    """Write `folder` whole or not at all. others: further tensors, under names of the caller's; parts: a folder whose
-    content becomes part of this one."""
-    tensors = {"rng": torch.get_rng_state()}
-    tensors |= {f"other.{name}": tensor.contiguous() for name, tensor in (others or {}).items()}
-    for key, model in models.items():
-        for name, parameter in trainable(model).items():
-            tensors[f"model.{key}.{name}"] = parameter.detach().contiguous()
-    for key, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"optimizer.{key}.{index}.{name}"] = value.contiguous()
+def save_state(folder: Path, counters: dict[str, Any], tensors: Mapping[str, Tensor], learners: Path) -> None:
+    """Replace `folder` by a new checkpoint, or leave the old one untouched if anything fails.
+
+    counters: plain JSON.
+    tensors: further tensors by name; torch's random state is added.
+    learners: folder with what the learners saved; its content is moved into the checkpoint.
+    """
+    everything = {"rng": torch.get_rng_state()} | {f"other.{name}": t.contiguous() for name, t in tensors.items()}
 
     def write(target: Path) -> None:
-        save_file(tensors, target / "state.safetensors")
-        (target / "state.json").write_text(json.dumps(counters), encoding="utf-8")
-        for part in parts.iterdir() if parts is not None else ():
-            part.rename(target / part.name)
+        save_file(everything, target / TENSORS)
+        (target / COUNTERS).write_text(json.dumps(counters), encoding="utf-8")
+        for learner in learners.iterdir():
+            learner.rename(target / learner.name)
 
     replace_folder(folder, write)
 
 
-def load_state(
-    folder: Path, models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Put everything back; returns the counters and the other tensors."""
-    tensors = load_file(folder / "state.safetensors")
+def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore torch's random state; returns the counters and the further tensors of `save_state`."""
+    tensors = load_file(folder / TENSORS)
     torch.set_rng_state(tensors["rng"])
-    with torch.no_grad():
-        for key, model in models.items():
-            for name, parameter in trainable(model).items():
-                parameter.copy_(tensors[f"model.{key}.{name}"])
-    for key, optimizer in optimizers.items():
-        states: dict[int, dict[str, Tensor]] = {}
-        prefix = f"optimizer.{key}."
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                index, field = name.removeprefix(prefix).split(".", 1)
-                states.setdefault(int(index), {})[field] = tensor
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
-    return json.loads((folder / "state.json").read_text(encoding="utf-8")), others
+    return json.loads((folder / COUNTERS).read_text(encoding="utf-8")), others
+
+
+def save_local_learner(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor]
+) -> None:
+    """Write a model's trained weights, its optimizer's state and its EMA weights to one file in `folder`."""
+    tensors = {f"model.{name}": parameter.detach().contiguous() for name, parameter in trainable(model).items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in state.items()}
+    tensors |= {f"ema.{name}": tensor.contiguous() for name, tensor in ema.items()}
+    replace_file(folder / TENSORS, lambda partial: save_file(tensors, partial))
+
+
+@torch.no_grad()
+def load_local_learner(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]
+) -> None:
+    """Restore what `save_local_learner` wrote, or the same tensors from a checkpoint of an earlier version."""
+    if (folder / COUNTERS).is_file():  # sharded learners have one
+        raise UserError(
+            f"{folder.parent} was written by a run with a `parallel` section, which this run lacks; add the section "
+            "(parallel.processes may differ), or start the stage again without --resume."
+        )
+    path = folder / TENSORS
+    tensors = load_file(path) if path.is_file() else _earlier_layout(folder)
+    for name, parameter in trainable(model).items():
+        parameter.copy_(tensors[f"model.{name}"])
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".", 2)
+            states.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, weights in ema.items():
+        weights.copy_(tensors[f"ema.{name}"])
+
+
+def _earlier_layout(folder: Path) -> dict[str, Tensor]:
+    """A learner's tensors from a checkpoint that keeps all learners in one file, as `model.LEARNER.NAME` and the like;
+    only the policy has EMA weights there."""
+    learner, found = folder.name, {}
+    for key, tensor in load_file(folder.parent / TENSORS).items():
+        kind, _, rest = key.partition(".")
+        if kind in ("model", "optimizer") and rest.startswith(f"{learner}."):
+            found[f"{kind}.{rest.removeprefix(f'{learner}.')}"] = tensor
+        elif learner == "policy" and rest.startswith("ema."):
+            found[rest] = tensor
+    return found
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

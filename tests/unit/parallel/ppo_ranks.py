@@ -26,13 +26,12 @@ from align.parallel.group import end, start_deepspeed
 from align.parallel.sharding import held_values
 from align.reward.model import ModelScorer
 from align.rl.complete import look_back
-from align.rl.follow import load_learners, save_learners
-from align.rl.models import Team
+from align.rl.models import Models
 from align.rl.score import to_experience
 from align.rl.update import update
-from align.train.ema import Ema
-from align.train.learner import Learner
-from align.train.sharded_learner import SpreadLearner, frozen_engine
+from align.train.frozen import FrozenModel
+from align.train.learner import LocalLearner
+from align.train.sharded_learner import ShardedLearner
 from tests.unit.rl import small
 from tests.unit.rl.small import build, completions, settings
 
@@ -87,54 +86,51 @@ def prepared(stage: PpoStage, step: int) -> Experience:
     return batch
 
 
-def rounds(stage: PpoStage, team: Team, steps: range) -> list[dict[str, float]]:
+def rounds(stage: PpoStage, models: Models, steps: range) -> list[dict[str, float]]:
     found = []
     for step in steps:
         batch = prepared(stage, step)
-        measured = look_back(stage, team, batch, 0.1)
-        measured |= update(stage, team, batch, step=step, seed=1, kl_coef=0.1)
+        measured = look_back(stage, models, batch, 0.1)
+        measured |= update(stage, models, batch, step=step, seed=1, kl_coef=0.1)
         found.append(measured)
     return found
 
 
-def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Team]:
+def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Models]:
     """The witness: the same loop where the ranks do not know of each other."""
     real, passes.world = passes.world, lambda: (0, 1)
     try:
-        team = whole(stage)
-        return rounds(stage, team, steps), team
+        models = whole(stage)
+        return rounds(stage, models, steps), models
     finally:
         passes.world = real
 
 
-def whole(stage: PpoStage) -> Team:
-    team = build()
-    if team.critic is not None and stage.critic.trainable == "head":
-        team.critic.model.requires_grad_(False).score.requires_grad_(True)
-        team = Team(team.policy, team.ref_model, critic=Learner(team.critic.model, team.critic.settings, total=1))
+def whole(stage: PpoStage) -> Models:
+    models = build()
+    if models.critic is not None and stage.critic.trainable == "head":
+        models.critic.model.requires_grad_(False).score.requires_grad_(True)
+        models.critic = LocalLearner(models.critic.model, models.critic.settings, total=1)
     if stage.algorithm != "ppo":
-        team = Team(team.policy, team.ref_model)
-    team.average = Ema(team.policy, DECAY)
-    return team
+        models.critic = None
+    models.policy.track_ema(DECAY)
+    return models
 
 
-def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Team:
-    team = whole(stage)
-    learner = partial(SpreadLearner, total=1, parallel=parallel, dtype=dtype)
-    models = [m for m in (team.policy.model, team.ref_model, team.critic and team.critic.model) if m is not None]
-    for model in models:
-        trained = model is team.policy.model or stage.critic.trainable == "all"
-        spread_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
-        if stage.gradient_checkpointing and model is not team.ref_model:
-            model.gradient_checkpointing_enable()
-    assert team.ref_model is not None
-    policy = learner(team.policy.model, team.policy.settings)
-    return Team(
-        policy=policy,
-        ref_model=team.ref_model,
-        ref_engine=frozen_engine(team.ref_model.requires_grad_(False), parallel, dtype),
-        critic=team.critic and learner(team.critic.model, team.critic.settings),
-        average=Ema(policy, DECAY),
+def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Models:
+    local = whole(stage)
+    learner = partial(ShardedLearner, total=1, parallel=parallel, dtype=dtype)
+    policy, reference, critic = local.policy.model, local.reference.model, local.critic and local.critic.model
+    for model in (policy, reference, critic):
+        if model is not None:
+            trained = model is policy or stage.critic.trainable == "all"
+            spread_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
+            if stage.gradient_checkpointing and model is not reference:
+                model.gradient_checkpointing_enable()
+    return Models(
+        policy=learner(policy, local.policy.settings, ema_decay=DECAY),
+        reference=FrozenModel(reference, parallel, dtype),
+        critic=local.critic and learner(critic, local.critic.settings),
     )
 
 
@@ -147,16 +143,15 @@ def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
     return worst
 
 
-def weights(team: Team) -> dict[str, torch.Tensor]:
+def weights(models: Models) -> dict[str, torch.Tensor]:
     """The policy's, whole, on rank 0; of no elements on the others."""
-    return {name: tensor.clone() for name, tensor in gathered(team.policy.model, torch.float32)}
+    return {name: tensor.clone() for name, tensor in gathered(models.policy.model, torch.float32)}
 
 
-def averages(team: Team) -> dict[str, torch.Tensor]:
-    assert team.average is not None
-    team.average.exchange()
-    found = weights(team)
-    team.average.exchange()
+def averages(models: Models) -> dict[str, torch.Tensor]:
+    models.policy.swap_ema()
+    found = weights(models)
+    models.policy.swap_ema()
     return found
 
 
@@ -169,39 +164,49 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
 def against_alone(stage: PpoStage, parallel: Parallel) -> dict[str, Any]:
     """Two rounds of both, and how far apart they are."""
     expected, witness = alone(stage, range(2))
-    team = spread(stage, parallel)
-    measured, seen = [], [weights(team)]
+    models = spread(stage, parallel)
+    measured, seen = [], [weights(models)]
     for step in range(2):
-        measured += rounds(stage, team, range(step, step + 1))
-        seen.append(weights(team))
+        measured += rounds(stage, models, range(step, step + 1))
+        seen.append(weights(models))
     by_hand = {
         name: DECAY * (DECAY * first + (1 - DECAY) * seen[1][name]) + (1 - DECAY) * seen[2][name]
         for name, first in seen[0].items()
     }
     return {
         "metrics": [difference(measured[:1], expected[:1]), difference(measured[1:], expected[1:])],
-        "weights": differ(weights(team), weights(witness)),
-        "average": differ(averages(team), averages(witness)),
-        "average by hand": differ(averages(team), by_hand),
-        "weights after averaging": differ(weights(team), seen[2]),
+        "weights": differ(weights(models), weights(witness)),
+        "average": differ(averages(models), averages(witness)),
+        "average by hand": differ(averages(models), by_hand),
+        "weights after averaging": differ(weights(models), seen[2]),
         "updates": [line["policy_updates"] for line in expected],
     }
+
+
+def save(models: Models, folder: Path) -> None:
+    for name, learner in models.learners.items():
+        learner.save(folder / name)
+
+
+def load(models: Models, folder: Path) -> None:
+    for name, learner in models.learners.items():
+        learner.load(folder / name)
 
 
 def resumed(out: Path) -> dict[str, Any]:
     """Rounds after a state of `EXPERTS` was read by several arrangements, against those of the run that wrote it."""
     stage = settings(**SIZES)
-    team = spread(stage, EXPERTS)
-    rounds(stage, team, range(1))
-    save_learners(team, out / "state")
-    expected = rounds(stage, team, range(1, 2))
+    models = spread(stage, EXPERTS)
+    rounds(stage, models, range(1))
+    save(models, out / "state")
+    expected = rounds(stage, models, range(1, 2))
     found = {}
     for name, parallel in {"the same": EXPERTS, "zero 2": TWO, "zero 0": NONE}.items():
         again = spread(stage, parallel)
-        load_learners(again, out / "state")
+        load(again, out / "state")
         found[name] = [
             difference(rounds(stage, again, range(1, 2)), expected),
-            differ(averages(again), averages(team)),
+            differ(averages(again), averages(models)),
         ]
     return found
 
@@ -209,18 +214,18 @@ def resumed(out: Path) -> dict[str, Any]:
 def resumed_narrow(out: Path) -> list[float]:
     """The same in bf16 without ZeRO, and how far the weights have come on either rank."""
     stage = settings(**SIZES)
-    team = spread(stage, NONE, "bfloat16")
-    before = {name: tensor.float().clone() for name, tensor in team.policy.model.named_parameters()}
-    rounds(stage, team, range(1))
-    save_learners(team, out / "narrow")
-    expected = rounds(stage, team, range(1, 2))
+    models = spread(stage, NONE, "bfloat16")
+    before = {name: tensor.float().clone() for name, tensor in models.policy.model.named_parameters()}
+    rounds(stage, models, range(1))
+    save(models, out / "narrow")
+    expected = rounds(stage, models, range(1, 2))
     again = spread(stage, NONE, "bfloat16")
-    load_learners(again, out / "narrow")
+    load(again, out / "narrow")
     apart = difference(rounds(stage, again, range(1, 2)), expected)
-    pairs = zip(again.policy.model.named_parameters(), team.policy.model.parameters(), strict=True)
+    pairs = zip(again.policy.model.named_parameters(), models.policy.model.parameters(), strict=True)
     ranks = torch.tensor([max((ours - theirs).abs().max().item() for (_, ours), theirs in pairs)])
     dist.all_reduce(ranks, dist.ReduceOp.MAX)
-    moved = max((t.float() - before[name]).abs().max().item() for name, t in team.policy.model.named_parameters())
+    moved = max((t.float() - before[name]).abs().max().item() for name, t in models.policy.model.named_parameters())
     return [apart, ranks.item(), moved]
 
 
@@ -264,12 +269,12 @@ def scored(out: Path) -> dict[str, Any]:
 
 def poisoned_update(parallel: Parallel) -> dict[str, float]:
     stage = settings(**{**SIZES, "epochs": 1})
-    team = spread(stage, parallel)
+    models = spread(stage, parallel)
     poisoned = experience(0)
-    look_back(stage, team, poisoned, 0.1)
+    look_back(stage, models, poisoned, 0.1)
     assert poisoned.advantages is not None
     poisoned.advantages[0, 0] = float("nan")
-    return update(stage, team, poisoned, step=0, seed=1, kl_coef=0.1)
+    return update(stage, models, poisoned, step=0, seed=1, kl_coef=0.1)
 
 
 def main(out: Path) -> None:

@@ -6,9 +6,10 @@ import torch
 
 from align.config.ppo import PpoStage
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
-from align.rl.models import Team
+from align.rl.models import Models
 from align.rollout.base import Completion
-from align.train.learner import Learner
+from align.train.frozen import FrozenModel
+from align.train.learner import LocalLearner
 
 PAD = EOS = 0
 SIZES = {
@@ -40,9 +41,11 @@ def settings(**changes) -> PpoStage:
     )
 
 
-def build(**config) -> Team:
+def build(**config) -> Models:
     torch.manual_seed(0)
     policy, reference = (HunYuanForCausalLM(HunYuanConfig(**SIZES, **config)).eval() for _ in range(2))
     critic = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1, **config)).eval()
     optimizer = settings().optimizer.model_copy(update={"learning_rate": 1e-2})
-    return Team(Learner(policy, optimizer, total=1), reference, Learner(critic, optimizer, total=1))
+    return Models(
+        LocalLearner(policy, optimizer, total=1), FrozenModel(reference), LocalLearner(critic, optimizer, total=1)
+    )

@@ -15,12 +15,13 @@ from align.data import PromptRow
 from align.models.hunyuan.modeling import TokenHead
 from align.models.hunyuan.packing import Packing
 from align.rl.complete import look_back
-from align.rl.models import Team
+from align.rl.models import Models
 from align.rl.sample import Sampler
 from align.rl.score import Round, scored_round
 from align.rl.update import update
 from align.rollout.base import Completion, SamplingSettings, SyncReport
-from align.train.learner import Learner
+from align.train.frozen import FrozenModel
+from align.train.learner import Learner, LocalLearner
 
 PROMPT = 0
 """The only prompt: one token."""
@@ -101,9 +102,9 @@ class Task:
         )
         optimizer = self.stage.optimizer.model_copy(update={"learning_rate": rate})
         self.policy, self.reference = Table(horizon, tokens), Table(horizon, tokens)
-        self.team = Team(
-            policy=Learner(self.policy, optimizer, total=self.stage.steps),
-            ref_model=self.reference,
+        self.models = Models(
+            policy=LocalLearner(self.policy, optimizer, total=self.stage.steps),
+            reference=FrozenModel(self.reference),
             critic=self._critic(horizon, tokens, optimizer) if self.stage.algorithm == "ppo" else None,
         )
         row = PromptRow((PROMPT,), [{"role": "user", "content": "go"}], None, {})
@@ -112,13 +113,13 @@ class Task:
 
     def _critic(self, horizon: int, tokens: int, optimizer: Optimizer) -> Learner:
         settings = optimizer.model_copy(update={"learning_rate": self.stage.critic.learning_rate})
-        return Learner(Table(horizon, tokens), settings, total=self.stage.steps)
+        return LocalLearner(Table(horizon, tokens), settings, total=self.stage.steps)
 
     def round(self, step: int) -> tuple[Round, dict[str, float]]:
         coef = self.stage.kl.coef
         scored = scored_round(self.stage, self.sampler, self.sampler.draw(), self.scorer)
-        metrics = scored.metrics | look_back(self.stage, self.team, scored.batch, coef)
-        return scored, metrics | update(self.stage, self.team, scored.batch, step=step, seed=0, kl_coef=coef)
+        metrics = scored.metrics | look_back(self.stage, self.models, scored.batch, coef)
+        return scored, metrics | update(self.stage, self.models, scored.batch, step=step, seed=0, kl_coef=coef)
 
     def learn(self) -> list[dict[str, float]]:
         return [self.round(step)[1] for step in range(self.stage.steps)]

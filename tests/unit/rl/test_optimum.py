@@ -169,7 +169,7 @@ def test_one_update_equals_one_by_hand() -> None:
             theta[j] -= rate * adam(policy_moments[j], gradient[j], turn, eps)
         value -= 0.5 * adam(value_moments, value_gradient, turn, eps)
     assert task.policy.lm_head.weight[:, PROMPT].tolist() == pytest.approx(theta, abs=1e-5)
-    assert task.team.critic.model.score.weight[0, PROMPT].item() == pytest.approx(value, abs=1e-5)
+    assert task.models.critic.model.score.weight[0, PROMPT].item() == pytest.approx(value, abs=1e-5)
     assert metrics["policy_updates"] == 2
     assert metrics["policy_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
     assert metrics["value_loss"] == pytest.approx(sum(value_losses) / 2, rel=1e-4)

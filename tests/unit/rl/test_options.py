@@ -21,8 +21,7 @@ from align.rl.complete import look_back
 from align.rl.panel import Panel
 from align.rl.score import scored_round, to_experience
 from align.rollout.base import Completion
-from align.train.ema import Ema
-from align.train.learner import Learner
+from align.train.learner import LocalLearner
 from tests.unit.rl import small
 from tests.unit.rl.runs import lines, recipe
 from tests.unit.rl.tables import Task
@@ -44,7 +43,7 @@ def test_an_update_stops_at_its_kl_limit_and_the_critic_goes_on() -> None:
     # The first mini-batch is at ratio 1; the second sees what the first did and is left out, as all after it.
     assert stopped["policy_updates"] == 1
     assert stopped_task.policy.lm_head.weight.grad is None  # nothing is left over for the next round
-    assert stopped_task.team.critic.optimizer.state[stopped_task.team.critic.model.score.weight]["step"] == 4
+    assert stopped_task.models.critic.optimizer.state[stopped_task.models.critic.model.score.weight]["step"] == 4
 
 
 def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
@@ -89,14 +88,14 @@ def test_the_average_of_the_weights_is_the_closed_form() -> None:
     model = nn.Linear(1, 1, bias=False)
     values = [1.0, 3.0, -2.0]
     model.weight.data.fill_(values[0])
-    ema = Ema(Learner(model, small.settings().optimizer, total=1), decay=0.75)
+    learner = LocalLearner(model, small.settings().optimizer, total=1, ema_decay=0.75)
     for value in values[1:]:
         model.weight.data.fill_(value)
-        ema.update()
+        learner.update_ema()
     expected = 0.75**2 * 1.0 + 0.25 * 0.75 * 3.0 + 0.25 * -2.0
-    ema.exchange()
+    learner.swap_ema()
     assert model.weight.item() == pytest.approx(expected)
-    ema.exchange()
+    learner.swap_ema()
     assert model.weight.item() == -2.0
 
 
@@ -246,14 +245,14 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
 def test_passes_through_adapted_experts_do_not_meet() -> None:
     # PEFT swaps a model's stacked experts for as long as a pass takes; two at a time adapted them twice, or for good.
     threads = torch.get_num_threads()
-    team = small.build()
-    policy = add_lora(team.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()
+    models = small.build()
+    policy = add_lora(models.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if is_factor(name):
                 parameter.normal_(std=0.3)
-    team.policy, team.ref_model = Learner(policy, small.settings().optimizer, total=1), None
-    team.critic = None
+    models.policy, models.reference = LocalLearner(policy, small.settings().optimizer, total=1), None
+    models.critic = None
     batch = to_experience(small.completions(*[([5, 6], [7, 8 + row % 4, row % 7], True) for row in range(32)]))
     batch.score = torch.zeros(32)
     with torch.no_grad():
@@ -263,7 +262,7 @@ def test_passes_through_adapted_experts_do_not_meet() -> None:
     stage = small.settings(algorithm="reinforce_plus_plus", micro_batch_tokens=5)
     torch.set_num_threads(2)
     try:
-        look_back(stage, team, batch, 0.05)
+        look_back(stage, models, batch, 0.05)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(batch.old_logprobs, truth)

@@ -48,19 +48,19 @@ def test_a_mixed_model_has_minus_one_where_there_are_no_experts() -> None:
 
 
 def test_updates_use_the_experts_of_the_pass_before_them(batch) -> None:
-    team = build()
+    models = build()
     batch.score = torch.tensor([1.0, 0.0, -1.0])
-    look_back(settings(routing_replay="trainer"), team, batch, 0.05)
+    look_back(settings(routing_replay="trainer"), models, batch, 0.05)
     before = batch.routed_experts.clone()
     real = torch.arange(before.shape[1]) < batch.lengths[:, None]
     with torch.no_grad():
-        for layer in team.policy.model.model.layers:
+        for layer in models.policy.model.model.layers:
             layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))  # every token prefers another expert
     rows = batch.rows(torch.arange(3))
-    free = policy_output(team.policy.model, rows, 1.0)
-    replayed = policy_output(team.policy.model, rows, 1.0, replay=True)
+    free = policy_output(models.policy.model, rows, 1.0)
+    replayed = policy_output(models.policy.model, rows, 1.0, replay=True)
     assert (free.routed_experts != before)[real].any(dim=-1).float().mean() > 0.9
     assert torch.equal(replayed.routed_experts[real], before[real])
     assert (free.logprobs - replayed.logprobs).abs().max() > 1e-3
     replayed.logprobs.sum().backward()
-    assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in team.policy.model.model.layers)
+    assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in models.policy.model.model.layers)

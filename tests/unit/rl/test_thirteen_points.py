@@ -118,12 +118,12 @@ def test_07_ratios_are_clipped_and_counted_by_the_mask() -> None:
 
 
 def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(batch) -> None:
-    team = build()
+    models = build()
     batch.score = torch.zeros(3)
-    truth = policy_output(team.policy.model, batch, 1.0).logprobs.detach()
+    truth = policy_output(models.policy.model, batch, 1.0).logprobs.detach()
     batch.rollout_logprobs = (truth + 0.5 * batch.mask).clone()
     batch.rollout_logprobs[0, 0] = truth[0, 0] - 2.0
-    metrics = look_back(settings(), team, batch, 0.05)
+    metrics = look_back(settings(), models, batch, 0.05)
     assert metrics["mismatch_max"] == pytest.approx(2.0, abs=1e-5)
     assert metrics["mismatch_mean"] == pytest.approx((2.0 + 8 * 0.5) / 9, abs=1e-5)
     torch.testing.assert_close(batch.old_logprobs, truth)
@@ -137,28 +137,28 @@ def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(
 
 def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(batch, monkeypatch) -> None:
     monkeypatch.setattr("align.rl.complete.LOOKED_AT_ONE_IN", 2)
-    team = build()
+    models = build()
     batch.score = torch.zeros(3)
     passes = Counter()
-    for name, model in (("policy", team.policy.model), ("reference", team.ref_model)):
+    for name, model in (("policy", models.policy.model), ("reference", models.reference.model)):
         model.model.register_forward_hook(lambda *_, name=name: passes.update([name]))
-    truth = policy_output(team.policy.model, batch, 1.0).logprobs.detach()
+    truth = policy_output(models.policy.model, batch, 1.0).logprobs.detach()
     passes.clear()
     apart = torch.tensor([[0.1], [0.2], [0.4]])
     batch.rollout_logprobs = sampled = (truth + apart) * batch.mask
     stage = settings(old_logprobs="rollout", micro_batch_tokens=5, mini_batch_size=4, batch_size=4, epochs=1)
-    metrics = look_back(stage, team, batch, 0.05)
+    metrics = look_back(stage, models, batch, 0.05)
     # Each of the three rows fills a pass, and the policy has one of the first and the last.
     assert passes == {"policy": 2, "reference": 3}
     torch.testing.assert_close(batch.old_logprobs, sampled)
     assert metrics["mismatch_mean"] == pytest.approx((3 * 0.1 + 2 * 0.4) / 5, abs=1e-5)
     assert metrics["mismatch_max"] == pytest.approx(0.4, abs=1e-5)
-    sampled_from = torch.cat([team.policy.model(batch.input_ids[row : row + 1]).logits[0, start:end]
+    sampled_from = torch.cat([models.policy.model(batch.input_ids[row : row + 1]).logits[0, start:end]
                               for row, start, end in ((0, 1, 4), (2, 2, 4))]).log_softmax(-1)  # fmt: skip
     entropy = -(sampled_from * sampled_from.exp()).sum(-1).mean().item()
     assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5)
     # The first update's ratios are the trainer's to the sampler's.
-    found = update(stage, team, batch, step=0, seed=0, kl_coef=0.0)
+    found = update(stage, models, batch, step=0, seed=0, kl_coef=0.0)
     wanted = sum(n * (math.exp(-d) - 1 + d) for n, d in ((3, 0.1), (4, 0.2), (2, 0.4))) / 9
     assert found["update_kl"] == pytest.approx(wanted, abs=1e-5)
 
@@ -186,13 +186,13 @@ def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, aver
     found, before = [], torch.get_num_threads()
     for tokens, threads in ((5, 1), (1000, 1), (5, 2)):  # with two threads, policy and critic learn side by side
         torch.set_num_threads(threads)
-        team = build(router_aux_loss_coef=0.0)
+        models = build(router_aux_loss_coef=0.0)
         batch.score = torch.tensor([1.0, -1.0, 2.0])
         batch.features = None
         stage = settings(batch_size=3, mini_batch_size=3, micro_batch_tokens=tokens, loss_average=average, epochs=1)
-        look_back(stage, team, batch, 0.05)
-        update(stage, team, batch, step=0, seed=0, kl_coef=0.05)
-        found.append([p.detach().clone() for m in team.learners.values() for p in m.model.parameters()])
+        look_back(stage, models, batch, 0.05)
+        update(stage, models, batch, step=0, seed=0, kl_coef=0.05)
+        found.append([p.detach().clone() for m in models.learners.values() for p in m.model.parameters()])
     torch.set_num_threads(before)
     assert len(list(batch.micro_batches(torch.arange(3), 5))) == 3
     start = [
@@ -215,8 +215,7 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
         recipe = type("Recipe", (), {"dtype": "float32", "parallel": None})
         checkpoint = staticmethod(lambda reference: tmp_path / "rm" if reference.endswith("rm") else None)
 
-    Context.stage = stage
-    critic = build_critic(Context)
+    critic = build_critic(stage, Context)
     assert critic.score.weight.abs().max() == 0
     torch.testing.assert_close(critic.model.layers[1].mlp.gate.weight, scorer.model.layers[1].mlp.gate.weight)
     # Warm-up: the critic learns and the policy does not.
@@ -230,13 +229,13 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
 
 
 def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -> None:
-    team = build(attention_dropout=0.5, hidden_dropout=0.5, moe_drop_tokens=True, moe_capacity_factor=0.5)
-    once, again = (policy_output(team.policy.model, batch, 1.0).logprobs for _ in range(2))
+    models = build(attention_dropout=0.5, hidden_dropout=0.5, moe_drop_tokens=True, moe_capacity_factor=0.5)
+    once, again = (policy_output(models.policy.model, batch, 1.0).logprobs for _ in range(2))
     assert torch.equal(once, again)
-    assert torch.equal(critic_values(team.critic.model, batch), critic_values(team.critic.model, batch))
+    assert torch.equal(critic_values(models.critic.model, batch), critic_values(models.critic.model, batch))
     # The first pass of an update sees the ratios of the look back: exactly 1.
     batch.score = torch.ones(3)
     stage = settings(epochs=1, mini_batch_size=3, batch_size=3)
-    look_back(stage, team, batch, 0.0)
-    assert update(stage, team, batch, step=0, seed=0, kl_coef=0.0)["update_kl"] == pytest.approx(0.0, abs=1e-10)
+    look_back(stage, models, batch, 0.0)
+    assert update(stage, models, batch, step=0, seed=0, kl_coef=0.0)["update_kl"] == pytest.approx(0.0, abs=1e-10)
     assert stage.optimizer.eps == 1e-5
