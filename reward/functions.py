@@ -1,4 +1,4 @@
-"""Reward functions: those of ours, which run in this process, and where users' own are."""
+"""Reward functions: the built-in ones, which run in this process, and the location of users' own."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.reward.text import token_f1
+from align.reward.text import accepted_values, spellings, token_f1
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
-"""f(prompts, completions, rows) -> one score a completion; rows are the data's columns."""
+"""f(prompts, completions, rows) -> one score per completion; rows are the data columns."""
+
+REFERENCE = "reference"
+"""Column with a good answer to the prompt."""
 
 
 def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
-    """Word F1 of each completion with its row's `reference`."""
-    if any(not isinstance(row.get("reference"), str) for row in rows):
+    """Word F1 of each completion with its row's `reference`; the best one if the column has several texts."""
+    references = [[spellings(value)[0] for value in accepted_values(row.get(REFERENCE))] for row in rows]
+    if not all(references):
         raise UserError(
             "reward function 'reference_f1': a row has no text in the column `reference`; add the column, or use "
             "another reward."
         )
-    return [token_f1(completion, row["reference"]) for completion, row in zip(completions, rows, strict=True)]
+    pairs = zip(completions, references, strict=True)
+    return [max(token_f1(completion, text) for text in texts) for completion, texts in pairs]
 
 
 BUILT_IN: dict[str, RewardFunction] = {"reference_f1": reference_f1}
 
 
 def find_reward_function(path: str) -> tuple[str, str]:
-    """(file, function) of a user's reward, ("", name) of a built-in; nothing is imported yet."""
+    """(file, function) of a user's reward, ("", name) of a built-in; imports nothing."""
     if path in BUILT_IN:
         return "", path
     file, colon, name = path.rpartition(":")

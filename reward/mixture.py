@@ -5,11 +5,9 @@ Shapes: B completions.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,67 +19,13 @@ from align.data import PromptRow
 from align.data.chat import tokenizer_fingerprint
 from align.data.experience import Experience
 from align.errors import UserError
-from align.reward import verifiers
-from align.reward.functions import BUILT_IN, find_reward_function
+from align.reward.components import Samples, build_component, require_columns, require_finite
 from align.reward.model import ModelScorer
 from align.reward.moments import Moments
-from align.reward.process import FunctionProcess, Scored, UserFunction
-from align.reward.remote import RewardClient
+from align.reward.process import FunctionProcess, Scored
 from align.rollout.base import Completion
 
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Round:
-    """What rewards look at. Texts are decoded once, and only if a reward asks for them."""
-
-    batch: Experience
-    prompt_rows: Sequence[PromptRow]
-    completions: Sequence[Completion]
-    tokenizer: PreTrainedTokenizerBase
-
-    def __len__(self) -> int:
-        return len(self.completions)
-
-    @cached_property
-    def texts(self) -> list[str]:
-        return [str(self.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in self.completions]
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        """Each prompt's last turn."""
-        return [row.messages[-1]["content"] for row in self.prompt_rows]
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The data's columns, and `reference` where the row has one under another name."""
-        return [columns(row) for row in self.prompt_rows]
-
-    def column(self, name: str) -> list[Any]:
-        return [row[name] for row in self.rows]
-
-
-def columns(row: PromptRow) -> dict[str, Any]:
-    """What a row holds for a reward; None in a column that its source lacks."""
-    has_another = row.reference is not None and row.row.get("reference") is None
-    return row.row | {"reference": row.reference} if has_another else row.row
-
-
-def require_columns(rewards: Sequence[config.Reward], prompts: Sequence[PromptRow]) -> None:
-    """Raises UserError where a reward compares with a column that is empty in a row."""
-    for reward in rewards:
-        name = getattr(reward, "column", None)
-        for row in prompts if name is not None else ():
-            found = {key for key, value in columns(row).items() if value is not None}
-            if name not in found:
-                raise UserError(
-                    f"reward '{reward.label}': a row has nothing in the column '{name}', but only in "
-                    f"{', '.join(sorted(found))}; correct the reward's `column`, or rename with the source's `columns`."
-                )
-
-
-Component = Callable[[Round], Scored]
 
 
 class Scorer:
@@ -111,9 +55,13 @@ class Scorer:
         self.moments = {reward.label: Moments() for reward in rewards if reward.normalise == "running"}
         self.process = FunctionProcess()
         # Models last: what is wrong with a function is known in a second, and they may take minutes to load.
-        self.components = {r.label: self._component(r) for r in rewards if not isinstance(r, config.ModelReward)}
+        self.components = {
+            r.label: build_component(r, self.process, tokenizer)
+            for r in rewards
+            if not isinstance(r, config.ModelReward)
+        }
         models = load_models()
-        self.components |= {
+        self.models = {
             r.label: self._model(r, models[r.init_from]) for r in rewards if isinstance(r, config.ModelReward)
         }
 
@@ -122,12 +70,15 @@ class Scorer:
         self, batch: Experience, rows: Sequence[PromptRow], completions: Sequence[Completion]
     ) -> tuple[Tensor, Metrics]:
         """(scores [B], metrics of each reward). Raises UserError with the reward and the completion at fault."""
-        asked = Round(batch, rows, completions, self.tokenizer)
-        total = torch.zeros(len(asked))
+        samples = Samples(rows, completions, self.tokenizer)
+        total = torch.zeros(len(samples))
         metrics: Metrics = {}
         for reward in self.rewards:
             start = time.perf_counter()
-            scored = self.components[reward.label](asked)
+            if isinstance(reward, config.ModelReward):
+                scored = self.models[reward.label](batch, samples)
+            else:
+                scored = self.components[reward.label](samples)
             seconds = time.perf_counter() - start
             missing = [score is None for score in scored.scores]
             self._report_missing(reward, scored, missing)
@@ -135,7 +86,7 @@ class Scorer:
             values = [substitute if score is None else score for score in scored.scores]
             metrics |= describe(reward.label, values, sum(missing), seconds)
             total += reward.weight * torch.tensor(self._scaled(reward, values))
-        _require_finite("the sum of all rewards", total.tolist(), asked, "lower the weights")  # float32 ends at 3e38
+        require_finite("the sum of all rewards", total.tolist(), samples, "lower the weights")  # float32 ends at 3e38
         return total, metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,116 +120,22 @@ class Scorer:
             )
         self.say(f"  reward '{reward.label}': {sum(missing)} of {len(missing)} completions failed ({scored.problem})")
 
-    # --- one reward of each kind ------------------------------------------------------------------------------
-
-    def _component(self, reward: config.RewardBase) -> Component:
-        match reward:
-            case config.RemoteReward():
-                return self._remote(reward)
-            case config.FunctionReward():
-                return self._function(reward)
-            case config.RegexReward():
-                return self._regex(reward)
-            case config.MathReward():
-                return lambda asked: Scored(
-                    [
-                        verifiers.math_score(text, answer, reward.format)
-                        for text, answer in zip(asked.texts, asked.column(reward.column), strict=True)
-                    ]
-                )
-            case config.ExactReward():
-                return lambda asked: Scored(
-                    [
-                        verifiers.exact_score(text, answer, ignore_case=reward.ignore_case)
-                        for text, answer in zip(asked.texts, asked.column(reward.column), strict=True)
-                    ]
-                )
-            case config.FormatReward():
-                return lambda asked: Scored(
-                    [
-                        verifiers.format_score(
-                            text, reward.sections, opened=reward.opened, text_after=reward.text_after
-                        )
-                        for text in asked.texts
-                    ]
-                )
-            case config.LengthReward():
-                limits = reward.model_dump(include={"min_tokens", "max_tokens", "buffer"})
-                return lambda asked: Scored(
-                    [verifiers.length_score(len(c.token_ids), **limits) for c in asked.completions]
-                )
-        raise TypeError(f"no component for {reward!r}")
-
-    def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Component:
+    def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Callable[[Experience, Samples], Scored]:
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
             self.say(f"  reward '{reward.label}': another tokenizer or chat template; completions are encoded again")
 
-        def component(asked: Round) -> Scored:
-            batch = replace(asked.batch, routed_experts=None)  # of the policy
+        def component(batch: Experience, samples: Samples) -> Scored:
+            batch = replace(batch, routed_experts=None)  # of the policy
             if not same:
-                texts = zip(asked.prompt_rows, asked.texts, asked.completions, strict=True)
+                texts = zip(samples.prompt_rows, samples.texts, samples.completions, strict=True)
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
             scorer.require_room(batch)
             self.announce(reward.init_from, batch)
             scores = scorer.scores(batch).tolist()
-            _require_finite(f"reward model '{reward.label}'", scores, asked, "take an earlier checkpoint")
+            require_finite(f"reward model '{reward.label}'", scores, samples, "take an earlier checkpoint")
             return Scored(scores)
-
-        return component
-
-    def _remote(self, reward: config.RemoteReward) -> Component:
-        client = RewardClient(reward.url, timeout_s=reward.timeout_s, retries=reward.retries)
-        same = client.health().get("tokenizer") == tokenizer_fingerprint(self.tokenizer)
-
-        def component(asked: Round) -> Scored:
-            everything: dict[str, list] = {"finished": [c.finished for c in asked.completions]}
-            if same:  # never decode and encode again what has token ids
-                everything["prompts"] = [c.prompt_ids for c in asked.completions]
-                everything["completions"] = [c.token_ids for c in asked.completions]
-            else:
-                everything["prompts"] = [row.messages for row in asked.prompt_rows]
-                everything["completions"] = asked.texts
-            if reward.send_rows:
-                everything["rows"] = asked.rows
-            scores: list[float | None] = []
-            for start in range(0, len(asked), reward.batch_size):
-                part = slice(start, start + reward.batch_size)
-                scores += client.score({name: values[part] for name, values in everything.items()})
-            if reward.failure_score is None:
-                mend = "mend the server, or give the reward a failure_score"
-                _require_finite(f"reward server {reward.url}", scores, asked, mend)
-            return Scored(scores, "the server sent no finite number")
-
-        return component
-
-    def _function(self, reward: config.FunctionReward) -> Component:
-        if reward.path in BUILT_IN:
-            built_in = BUILT_IN[reward.path]
-            return lambda asked: Scored(list(built_in(asked.prompts, asked.texts, asked.rows)))
-        file, name = find_reward_function(reward.path)
-        function = UserFunction(
-            label=reward.label,
-            file=file,
-            name=name,
-            batched=reward.batched,
-            timeout_s=reward.timeout_s,
-            tolerant=reward.failure_score is not None,
-        )
-        self.process.load(function)
-        return lambda asked: self.process.score(function, asked.prompts, asked.texts, asked.rows)
-
-    def _regex(self, reward: config.RegexReward) -> Component:
-        # A pattern is a user's program too: some backtrack for ever.
-        function = UserFunction(
-            reward.label, verifiers.__file__, "regex_row", batched=False, timeout_s=reward.timeout_s
-        )
-
-        def component(asked: Round) -> Scored:
-            expected = [None] * len(asked) if reward.column is None else asked.column(reward.column)
-            rows = [{"pattern": reward.pattern, "expected": value} for value in expected]
-            return self.process.score(function, asked.prompts, asked.texts, rows)
 
         return component
 
@@ -294,9 +151,3 @@ def describe(label: str, values: Sequence[float], missing: int, seconds: float) 
         f"reward/{label}/failures": missing / len(values),
         f"time/reward/{label}": round(seconds, 3),
     }
-
-
-def _require_finite(source: str, scores: Sequence[float | None], asked: Round, mend: str) -> None:
-    for index, score in enumerate(scores):
-        if score is None or not math.isfinite(score):
-            raise UserError(f"{source}: no finite score for completion {index} ({asked.texts[index][:60]!r}); {mend}.")

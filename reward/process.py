@@ -32,7 +32,15 @@ MOST_RESTARTS = 3
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A function of a user's file: where it is, how it is called, and its name in messages."""
+    """A reward function to run in the process.
+
+    label: name in messages.
+    file: the user's file; empty for a function of `align.reward.verifiers`.
+    name: the function's name in that file.
+    batched: called once for all completions, not once per completion.
+    timeout_s: seconds that a call may take.
+    tolerant: a completion may end without a score.
+    """
 
     label: str
     file: str
@@ -40,7 +48,6 @@ class UserFunction:
     batched: bool
     timeout_s: float
     tolerant: bool = False
-    """Whether a completion may go without a score."""
 
 
 @dataclass
@@ -197,7 +204,8 @@ def _end(process: subprocess.Popen, connection: Connection, owner: int) -> None:
 
 
 def _to_call(function: UserFunction, timeout_s: float, *asked: list[Any]) -> Call:
-    return Call(os.path.abspath(function.file), function.name, function.batched, timeout_s, *asked)
+    file = os.path.abspath(function.file) if function.file else ""
+    return Call(file, function.name, function.batched, timeout_s, *asked)
 
 
 def _place(index: int, completions: Sequence[str]) -> str:

@@ -1,31 +1,99 @@
-"""Scores of one completion by rule. Pure functions of text and numbers."""
+"""Verifiers: rules that score one completion.
+
+Adding one takes two files: a section in `config/rewards.py`, and here a function that is registered for that section.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
+from align.config import rewards as config
 from align.reward.math_answer import AnswerFormat, expected_answer, final_answer, same_answer
+from align.reward.text import accepted_values, spellings
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to verify.
+
+    text: the completion, without special tokens.
+    row: columns of the prompt's data row.
+    tokens: length of the completion, its end-of-sequence token included.
+    """
+
+    text: str
+    row: dict[str, Any]
+    tokens: int
+
+
+Section = TypeVar("Section", bound=config.RewardBase)
+
+VERIFIERS: dict[type[config.RewardBase], Callable[[Any, Sample], float | None]] = {}
+"""Verifier of each reward section: f(section, sample) -> score, or None if the completion holds no answer."""
+
+
+def verifier(
+    section: type[Section],
+) -> Callable[[Callable[[Section, Sample], float | None]], Callable[[Section, Sample], float | None]]:
+    """Register the decorated function as the verifier of a reward section."""
+
+    def register(function: Callable[[Section, Sample], float | None]) -> Callable[[Section, Sample], float | None]:
+        VERIFIERS[section] = function
+        return function
+
+    return register
+
+
+@verifier(config.MathReward)
+def verify_math(reward: config.MathReward, sample: Sample) -> float | None:
+    return math_score(sample.text, sample.row[reward.column], reward.format)
+
+
+@verifier(config.ExactReward)
+def verify_exact(reward: config.ExactReward, sample: Sample) -> float:
+    return exact_score(sample.text, sample.row[reward.column], ignore_case=reward.ignore_case)
+
+
+@verifier(config.RegexReward)
+def verify_regex(reward: config.RegexReward, sample: Sample) -> float:
+    """Without the time limit; `components` runs `regex_row` in a process that can be ended."""
+    return regex_score(reward.pattern, sample.text, None if reward.column is None else sample.row[reward.column])
+
+
+@verifier(config.FormatReward)
+def verify_format(reward: config.FormatReward, sample: Sample) -> float:
+    return format_score(sample.text, reward.sections, opened=reward.opened, text_after=reward.text_after)
+
+
+@verifier(config.LengthReward)
+def verify_length(reward: config.LengthReward, sample: Sample) -> float:
+    return length_score(sample.tokens, min_tokens=reward.min_tokens, max_tokens=reward.max_tokens, buffer=reward.buffer)
+
+
+# --- scores --------------------------------------------------------------------------------------------------
 
 
 def math_score(completion: str, expected: Any, format: AnswerFormat = "any") -> float | None:
-    """1.0 where the completion's final answer is the expected one, 0.0 where it is not, None where there is none."""
+    """1.0 if the completion's final answer equals the expected one, 0.0 if it differs, None if there is no answer."""
     answer = final_answer(completion, format)
     return None if answer is None else float(same_answer(answer, expected_answer(str(expected))))
 
 
 def exact_score(completion: str, expected: Any, *, ignore_case: bool = False) -> float:
-    """1.0 where the completion is the expected text, or one of a list of them; white space at the ends is left out."""
+    """1.0 if the completion equals `expected`, or one of several, but for white space at both ends; otherwise 0.0."""
 
-    def plain(text: Any) -> str:
-        return str(text).strip().casefold() if ignore_case else str(text).strip()
+    def plain(text: str) -> str:
+        return text.strip().casefold() if ignore_case else text.strip()
 
-    accepted = expected if isinstance(expected, list | tuple) else [expected]
+    accepted = (text for value in accepted_values(expected) for text in spellings(value))
     return float(plain(completion) in map(plain, accepted))
 
 
 def regex_score(pattern: str, completion: str, expected: Any = None) -> float:
-    """1.0 where the pattern is found and, if a text is expected, its first group is that; white space as above."""
+    """1.0 if the pattern is found and, if a text is expected, its first group equals that text; otherwise 0.0."""
     match = re.search(pattern, completion)
     if match is None or expected is None:
         return float(match is not None)
@@ -35,10 +103,10 @@ def regex_score(pattern: str, completion: str, expected: Any = None) -> float:
 def format_score(
     completion: str, sections: list[str], *, opened: bool = False, text_after: Literal["required", "forbidden"]
 ) -> float:
-    """1.0 where the completion is <a>text</a> for each section in order, and then text or none, as `text_after` says.
+    """1.0 if the completion is <a>text</a> for each section in order, then text or nothing as `text_after` says.
 
-    Each tag stands exactly once, with nothing but white space between sections. opened: the first opening tag belongs
-    to the prompt.
+    Each tag occurs exactly once, with only white space between sections. opened: the prompt ends with the first
+    opening tag, so the completion lacks it.
     """
     text = f"<{sections[0]}>{completion}" if opened else completion
     tags = [(f"<{section}>", f"</{section}>") for section in sections]
@@ -59,5 +127,5 @@ def length_score(length: int, *, min_tokens: int, max_tokens: int, buffer: int) 
 
 
 def regex_row(prompt: str, completion: str, row: dict[str, Any]) -> float:
-    """`regex_score` as a reward function, to be run where it can be ended."""
+    """`regex_score` with the signature of a reward function, for the process of users' functions."""
     return regex_score(row["pattern"], completion, row["expected"])

@@ -245,7 +245,7 @@ def test_a_served_model_scores_as_at_home(scorer, server, model, asked, other_to
     assert [len(r["completions"]) for r in requests] == [3, 1]
     assert requests[0]["completions"] == [c.token_ids for c in asked[2][:3]]  # one vocabulary: ids travel
     scorer.tokenizer = other_tokenizer  # of another policy: texts travel, and say the same
-    monkeypatch.setattr("align.reward.mixture.Round.texts", TEXTS)
+    monkeypatch.setattr("align.reward.components.Samples.texts", TEXTS)
     as_texts, _ = scorer({"kind": "remote", "url": server.url, "send_rows": True}).score(*asked)
     assert as_texts.tolist() == pytest.approx(at_home.tolist(), abs=1e-6)
     assert requests[-1]["completions"] == TEXTS

@@ -1,0 +1,199 @@
+"""Rewards that are not models: how each kind of reward section becomes a function of sampled completions.
+
+Evaluation uses the same components as metrics. They need prompts and completions, but no rollout batch:
+
+    with FunctionProcess() as process:
+        component = build_component(reward, process, tokenizer)
+        scores = component(Samples(prompt_rows, completions, tokenizer)).scores
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from align.config import rewards as config
+from align.data import PromptRow
+from align.data.chat import tokenizer_fingerprint
+from align.errors import UserError
+from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
+from align.reward.process import FunctionProcess, Scored, UserFunction
+from align.reward.remote import RewardClient
+from align.reward.text import is_missing
+from align.reward.verifiers import VERIFIERS, Sample
+from align.rollout.base import Completion
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions to score. Texts are decoded once, on first use.
+
+    prompt_rows: prompt and data row of each completion.
+    completions: token ids as sampled.
+    tokenizer: the policy's.
+    """
+
+    prompt_rows: Sequence[PromptRow]
+    completions: Sequence[Completion]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Text of each completion, without special tokens."""
+        return [str(self.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in self.completions]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Text of each prompt's last turn."""
+        return [row.messages[-1]["content"] for row in self.prompt_rows]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Data columns of each prompt."""
+        return [columns(row) for row in self.prompt_rows]
+
+
+class Component(Protocol):
+    """Scores completions by one reward."""
+
+    def __call__(self, samples: Samples) -> Scored: ...
+
+
+def build_component(
+    reward: config.RewardBase, process: FunctionProcess, tokenizer: PreTrainedTokenizerBase
+) -> Component:
+    """The component of a reward section of any kind except `model`.
+
+    process: runs users' functions and patterns; the caller closes it. tokenizer: the policy's.
+    Raises UserError if the function cannot be imported or the server cannot be reached.
+    """
+    match reward:
+        case config.RemoteReward():
+            return _remote(reward, tokenizer)
+        case config.FunctionReward():
+            return _function(reward, process)
+        case config.RegexReward():
+            return _regex(reward, process)
+    return _verifier(reward)
+
+
+# --- data columns --------------------------------------------------------------------------------------------
+
+
+def columns(row: PromptRow) -> Row:
+    """Columns of a prompt's data row, plus `reference` if the data has it under another name."""
+    has_another = row.reference is not None and row.row.get(REFERENCE) is None
+    return row.row | {REFERENCE: row.reference} if has_another else row.row
+
+
+def compared_column(reward: config.RewardBase) -> str | None:
+    """Name of the data column that a reward compares completions with, if any."""
+    if isinstance(reward, config.FunctionReward):
+        return REFERENCE if reward.path == "reference_f1" else None
+    return getattr(reward, "column", None)
+
+
+def has_column(reward: config.RewardBase, row: PromptRow) -> bool:
+    """True if the row has a value in the column that the reward compares with, or the reward compares with none."""
+    name = compared_column(reward)
+    return name is None or not is_missing(columns(row).get(name))
+
+
+def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[PromptRow]) -> None:
+    """Raise UserError if a reward compares with a column that is empty in a row."""
+    for reward in rewards:
+        for row in prompts:
+            if not has_column(reward, row):
+                found = {key for key, value in columns(row).items() if not is_missing(value)}
+                raise UserError(
+                    f"reward '{reward.label}': a row has nothing in the column '{compared_column(reward)}', but only "
+                    f"in {', '.join(sorted(found))}; correct the reward's `column`, or rename with the source's "
+                    "`columns`."
+                )
+
+
+def require_finite(source: str, scores: Sequence[float | None], samples: Samples, fix: str) -> None:
+    """Raise UserError with the first completion that has no finite score."""
+    for index, score in enumerate(scores):
+        if score is None or not math.isfinite(score):
+            text = samples.texts[index][:60]
+            raise UserError(f"{source}: no finite score for completion {index} ({text!r}); {fix}.")
+
+
+# --- one component for each kind -----------------------------------------------------------------------------
+
+
+def _verifier(reward: config.RewardBase) -> Component:
+    verify = VERIFIERS[type(reward)]
+
+    def component(samples: Samples) -> Scored:
+        rows = zip(samples.texts, samples.rows, samples.completions, strict=True)
+        return Scored([verify(reward, Sample(text, row, len(c.token_ids))) for text, row, c in rows])
+
+    return component
+
+
+def _regex(reward: config.RegexReward, process: FunctionProcess) -> Component:
+    """A pattern is a user's program too: some backtrack for ever, so it runs in the process that can be ended."""
+    function = UserFunction(reward.label, "", "regex_row", batched=False, timeout_s=reward.timeout_s)
+    process.load(function)
+
+    def component(samples: Samples) -> Scored:
+        expected = [None if reward.column is None else row[reward.column] for row in samples.rows]
+        rows = [{"pattern": reward.pattern, "expected": value} for value in expected]
+        return process.score(function, samples.prompts, samples.texts, rows)
+
+    return component
+
+
+def _function(reward: config.FunctionReward, process: FunctionProcess) -> Component:
+    if reward.path in BUILT_IN:
+        built_in = BUILT_IN[reward.path]
+        return lambda samples: Scored(list(built_in(samples.prompts, samples.texts, samples.rows)))
+    file, name = find_reward_function(reward.path)
+    function = UserFunction(
+        label=reward.label,
+        file=file,
+        name=name,
+        batched=reward.batched,
+        timeout_s=reward.timeout_s,
+        tolerant=reward.failure_score is not None,
+    )
+    process.load(function)
+    return lambda samples: process.score(function, samples.prompts, samples.texts, samples.rows)
+
+
+def _remote(reward: config.RemoteReward, tokenizer: PreTrainedTokenizerBase) -> Component:
+    client = RewardClient(reward.url, timeout_s=reward.timeout_s, retries=reward.retries)
+    same_tokenizer = client.health().get("tokenizer") == tokenizer_fingerprint(tokenizer)
+
+    def component(samples: Samples) -> Scored:
+        request: dict[str, list[Any]] = {"finished": [c.finished for c in samples.completions]}
+        if same_tokenizer:  # decoding and encoding again may give other token ids
+            request["prompts"] = [c.prompt_ids for c in samples.completions]
+            request["completions"] = [c.token_ids for c in samples.completions]
+        else:
+            request["prompts"] = [row.messages for row in samples.prompt_rows]
+            request["completions"] = samples.texts
+        if reward.send_rows:
+            request["rows"] = samples.rows
+        scores: list[float | None] = []
+        for start in range(0, len(samples), reward.batch_size):
+            chunk = slice(start, start + reward.batch_size)
+            scores += client.score({name: values[chunk] for name, values in request.items()})
+        if reward.failure_score is None:
+            fix = "mend the server, or give the reward a failure_score"
+            require_finite(f"reward server {reward.url}", scores, samples, fix)
+        return Scored(scores, "the server sent no finite number")
+
+    return component
