@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from align.config.parts import renamed
 from align.config.recipe import Recipe
 from align.errors import UserError
 
@@ -258,6 +259,9 @@ def _sentence(values: dict[str, Any], problem: Any) -> str:
     where = ".".join(location)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
+        new, value = renamed(str(problem["loc"][-1]), problem["input"])
+        if new != problem["loc"][-1] and new in _known_keys(problem["loc"][:-1]):
+            return f"the key '{where}' was renamed; write `{new}: {value}`."
         return f"unknown key '{where}'; {_hint(problem['loc'])}"
     if kind == "missing":
         return f"the key '{where}' is missing; add it."

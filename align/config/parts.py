@@ -29,12 +29,27 @@ class Part(BaseModel):
     )
 
 
+RENAMED_KEYS = {"algorithm": "advantage_estimator"}
+"""Keys of earlier versions of a recipe, each with its present name."""
+RENAMED_VALUES = {("advantage_estimator", "ppo"): "gae"}
+"""(key, value of an earlier version): its present value."""
+
+
+def renamed(key: str, value: Any) -> tuple[str, Any]:
+    """The present name and value of a setting as an earlier version wrote it; other settings stay as they are."""
+    if key not in RENAMED_KEYS:
+        return key, value
+    new = RENAMED_KEYS[key]
+    return new, RENAMED_VALUES.get((new, value), value) if isinstance(value, str) else value
+
+
 def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
     """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `MANNER`.
 
     A setting that an earlier version did not know has its default, which is what that version did.
     """
     kept, fields = {}, type(part).model_fields
+    values = dict((key, value) if key in fields else renamed(key, value) for key, value in values.items())
     unknown = [name for name, field in fields.items() if name not in values and not field.is_required()]
     defaults = to_jsonable_python({name: fields[name].get_default(call_default_factory=True) for name in unknown})
     for name, value in {**defaults, **values}.items():

@@ -12,7 +12,8 @@ from align.config.rollout import Rollout
 
 
 class Critic(Part):
-    """The value model of `algorithm: ppo`; everything else of its optimizer is as in the stage's `optimizer`."""
+    """The value model of `advantage_estimator: gae`. Other settings of its optimizer are those of the stage's
+    `optimizer`."""
 
     init_from: str | None = None
     """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
@@ -73,7 +74,9 @@ class Importance(Part):
 LOOKED_AT_ONE_IN = 16
 """Completions, of which the trainer computes one's log-probabilities under `old_logprobs: rollout`."""
 
-Algorithm = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
+AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
+GROUPED = ("grpo", "dr_grpo", "rloo")
+"""Estimators that compare the completions of one prompt."""
 
 
 class PpoStage(StageBase):
@@ -81,9 +84,10 @@ class PpoStage(StageBase):
 
     kind: Literal["ppo"]
     """Selects proximal policy optimisation."""
-    algorithm: Algorithm = "ppo"
-    """Where advantages come from: a critic (ppo), the other completions of the same prompt (grpo, dr_grpo, rloo), or
-    the whole round (reinforce_plus_plus). Only ppo has a critic."""
+    advantage_estimator: AdvantageEstimator = "gae"
+    """Baseline of the advantages: a critic (gae), the other completions of the same prompt (grpo, dr_grpo, rloo), or
+    the whole rollout batch (reinforce_plus_plus). Only gae trains a critic. The key selects the advantages alone;
+    `docs/ppo.md` lists the other settings of each published method."""
     prompts: list[Source] = Field(min_length=1)
     """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
     max_prompt_length: Positive = 256
@@ -187,20 +191,22 @@ class PpoStage(StageBase):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> PpoStage:
-        grouped = self.algorithm in ("grpo", "dr_grpo", "rloo")
+        estimator = self.advantage_estimator
+        grouped = estimator in GROUPED
         if grouped and self.completions_per_prompt < 2:
             raise ValueError(
-                f"algorithm {self.algorithm} compares completions of one prompt, but completions_per_prompt is "
+                f"advantage_estimator {estimator} compares completions of one prompt, but completions_per_prompt is "
                 f"{self.completions_per_prompt}; set it to 2 or more"
             )
-        if self.algorithm != "ppo" and self.critic != Critic():
+        if estimator != "gae" and self.critic != Critic():
             raise ValueError(
-                f"algorithm {self.algorithm} has no critic; remove the section critic, or use algorithm ppo"
+                f"advantage_estimator {estimator} has no critic; remove the section critic, or set "
+                "advantage_estimator to gae"
             )
         if self.dynamic_sampling and not grouped:
             raise ValueError(
-                f"dynamic_sampling replaces groups of equal scores, which algorithm {self.algorithm} does not have; "
-                "set it to 0, or use grpo, dr_grpo or rloo"
+                f"dynamic_sampling replaces groups of equal scores, which advantage_estimator {estimator} does not "
+                "have; set it to 0, or use grpo, dr_grpo or rloo"
             )
         if self.overlap and self.rollout.engine != "remote":
             raise ValueError(

@@ -203,7 +203,7 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
     if stage.critic.trainable == "head":
         critic_trained = "head"
     members = [Member("policy", policy, "adapters" if stage.lora else "all", lora=stage.lora)]
-    if stage.algorithm == "ppo":
+    if stage.advantage_estimator == "gae":
         members.append(Member("critic", critic, critic_trained, True, stage.critic.lora))
     if not stage.lora:
         members.append(Member("reference", policy, "nothing"))

@@ -125,8 +125,8 @@ def estimate_advantages(
     last = (batch.lengths - batch.prompt_lengths - 1).clamp_min(0)
     rewards[torch.arange(len(batch)), last] += score_B
     mask, group = batch.loss_mask, stage.completions_per_prompt
-    match stage.algorithm:
-        case "ppo":
+    match stage.advantage_estimator:
+        case "gae":
             return advantages.ppo(
                 rewards,
                 known(batch.values),

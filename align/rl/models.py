@@ -84,7 +84,7 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
     torch.manual_seed(context.seed)
     dtype = context.trained_dtype(stage.lora)
     policy = load_policy(parent, dtype, parallel, stage.lora).to(device)
-    critic = build_critic(stage, context).to(device) if stage.algorithm == "ppo" else None
+    critic = build_critic(stage, context).to(device) if stage.advantage_estimator == "gae" else None
     reference = None if stage.lora else load_policy(parent, dtype, parallel, frozen=True).to(device)
     for model in (policy, critic, reference):
         if model is not None:

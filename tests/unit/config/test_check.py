@@ -43,7 +43,7 @@ def test_changes_alone_are_no_recipe(capsys) -> None:
         ("stages.sft.bach_size=8", "did you mean 'batch_size'?"),
         ("stages.sft.max_length=8", "did you mean 'data.max_length'?"),
         ("stages.ppo.learning_rate=1e-4", "did you mean 'critic.learning_rate' or 'optimizer.learning_rate'?"),
-        ("stages.ppo.advantage=grpo", "known keys are algorithm, batch_size"),
+        ("stages.ppo.estimator_kind=grpo", "known keys are advantage_estimator, batch_size"),
         ("stages.dpo.lora.r=8", "known keys are alpha, attention, dropout, experts, rank"),
     ],
 )

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
     ),
     "zero 1, experts over 2": (
         ONE,
-        {"algorithm": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
+        {"advantage_estimator": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
     ),
     "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
     "zero 3, experts over 2, recomputed": (EXPERTS, {"gradient_checkpointing": True}),
@@ -111,7 +111,7 @@ def whole(stage: PpoStage) -> Models:
     if models.critic is not None and stage.critic.trainable == "head":
         models.critic.model.requires_grad_(False).score.requires_grad_(True)
         models.critic = LocalLearner(models.critic.model, models.critic.settings, total=1)
-    if stage.algorithm != "ppo":
+    if stage.advantage_estimator != "gae":
         models.critic = None
     models.policy.track_ema(DECAY)
     return models

@@ -140,7 +140,7 @@ def test_reward_models_are_spread_over_the_ranks() -> None:
 
 def test_a_reward_model_larger_than_the_policy_can_be_the_fullest() -> None:
     # Adapters on the policy alone, and nothing learns of the reward model: its layers are gathered where it scores.
-    lora = ["stages.ppo.lora={}", "stages.ppo.algorithm=grpo", "stages.ppo.completions_per_prompt=4"]
+    lora = ["stages.ppo.lora={}", "stages.ppo.advantage_estimator=grpo", "stages.ppo.completions_per_prompt=4"]
     job = large(*lora)["ppo"]
     policy, *others = job.members
     small = replace(job, members=(replace(policy, shape=shape_of("tiny", PRESETS["tiny"])), *others))

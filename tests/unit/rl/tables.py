@@ -105,7 +105,7 @@ class Task:
         self.models = Models(
             policy=LocalLearner(self.policy, optimizer, total=self.stage.steps),
             reference=FrozenModel(self.reference),
-            critic=self._critic(horizon, tokens, optimizer) if self.stage.algorithm == "ppo" else None,
+            critic=self._critic(horizon, tokens, optimizer) if self.stage.advantage_estimator == "gae" else None,
         )
         row = PromptRow((PROMPT,), [{"role": "user", "content": "go"}], None, {})
         self.sampler = Sampler(TableEngine(self.policy), [row], self.stage, stop_ids=[], seed=0)

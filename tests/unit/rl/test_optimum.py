@@ -12,8 +12,8 @@ from tests.unit.rl.tables import PROMPT, Task
 
 ARMS = (0.1, 0.5, 0.3, 1.0, 0.7)
 CRITIC = {"critic": {"learning_rate": 0.05}}
-ALGORITHMS = {
-    "ppo": CRITIC,
+ESTIMATORS = {
+    "gae": CRITIC,
     "grpo": {"completions_per_prompt": 8},
     "dr_grpo": {"completions_per_prompt": 8},
     "rloo": {"completions_per_prompt": 8},
@@ -21,18 +21,18 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_best_arm_of_a_bandit_is_found(algorithm) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_best_arm_of_a_bandit_is_found(estimator) -> None:
     task = Task(
         lambda ids: ARMS[ids[0]],
         horizon=1,
         tokens=len(ARMS),
-        algorithm=algorithm,
+        advantage_estimator=estimator,
         steps=40,
         batch_size=64,
         mini_batch_size=32,
         kl={"coef": 0.0},
-        **ALGORITHMS[algorithm],
+        **ESTIMATORS[estimator],
     )
     before = (task.probabilities()[PROMPT] * torch.tensor(ARMS)).sum().item()
     task.learn()
@@ -60,18 +60,18 @@ def expected_reward(probabilities: torch.Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
-def test_the_best_sequence_of_tokens_is_found(algorithm) -> None:
+@pytest.mark.parametrize("estimator", ["gae", "grpo", "rloo"])
+def test_the_best_sequence_of_tokens_is_found(estimator) -> None:
     task = Task(
         game_reward,
         horizon=3,
         tokens=4,
-        algorithm=algorithm,
+        advantage_estimator=estimator,
         steps=60,
         batch_size=128,
         mini_batch_size=64,
         kl={"coef": 0.0},
-        **ALGORITHMS[algorithm],
+        **ESTIMATORS[estimator],
     )
     best = max(game_reward(list(ids)) for ids in itertools.product(range(4), repeat=3))
     assert expected_reward(task.probabilities()) < 0.6 * best

@@ -52,8 +52,8 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
 
     def first_round(extra: int):
         task = Task(
-            reward, horizon=1, tokens=4, algorithm="grpo", completions_per_prompt=2, batch_size=32, mini_batch_size=32,
-            dynamic_sampling=extra,
+            reward, horizon=1, tokens=4, advantage_estimator="grpo", completions_per_prompt=2, batch_size=32,
+            mini_batch_size=32, dynamic_sampling=extra,
         )  # fmt: skip
         return scored_round(task.stage, task.sampler, task.sampler.draw(), task.scorer), task.sampler.position
 
@@ -160,9 +160,11 @@ def test_a_round_of_cut_completions_alone_teaches_nothing_where_they_do_not_coun
     assert metrics["skipped_updates"] == 8
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
-def test_equal_rewards_move_no_group_based_policy(algorithm) -> None:
-    task = Task(lambda ids: 0.7, horizon=1, tokens=4, algorithm=algorithm, completions_per_prompt=4, kl={"coef": 0.0})
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_move_no_group_based_policy(estimator) -> None:
+    task = Task(
+        lambda ids: 0.7, horizon=1, tokens=4, advantage_estimator=estimator, completions_per_prompt=4, kl={"coef": 0.0}
+    )
     _, metrics = task.round(0)
     assert logits(task).abs().max() == 0
     assert metrics["informative_groups"] == 0
@@ -259,7 +261,7 @@ def test_passes_through_adapted_experts_do_not_meet() -> None:
         truth = policy_output(policy, batch, 1.0).logprobs
         with policy.disable_adapter():
             reference = policy_output(policy, batch, 1.0).logprobs
-    stage = small.settings(algorithm="reinforce_plus_plus", micro_batch_tokens=5)
+    stage = small.settings(advantage_estimator="reinforce_plus_plus", micro_batch_tokens=5)
     torch.set_num_threads(2)
     try:
         look_back(stage, models, batch, 0.05)

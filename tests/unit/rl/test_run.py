@@ -28,11 +28,11 @@ KINDS = {
         "loss_average": "completions",
     },
     "ppo_lora": {"lora": {"rank": 2}, "critic": {"trainable": "head"}},
-    "grpo": {"algorithm": "grpo", "kl": {"estimator": "k3", "apply_to": "loss"}, "dynamic_sampling": 2},
-    "gspo": {"algorithm": "grpo", "ratio": "sequence", "clip_range": 3e-4, "loss_average": "completions"},
-    "dr_grpo": {"algorithm": "dr_grpo", "loss_average": "constant"},
-    "rloo": {"algorithm": "rloo", "dual_clip": 3.0, "clip_range_high": 0.28},
-    "reinforce_plus_plus": {"algorithm": "reinforce_plus_plus", "completions_per_prompt": 1},
+    "grpo": {"advantage_estimator": "grpo", "kl": {"estimator": "k3", "apply_to": "loss"}, "dynamic_sampling": 2},
+    "gspo": {"advantage_estimator": "grpo", "ratio": "sequence", "clip_range": 3e-4, "loss_average": "completions"},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_average": "constant"},
+    "rloo": {"advantage_estimator": "rloo", "dual_clip": 3.0, "clip_range_high": 0.28},
+    "reinforce_plus_plus": {"advantage_estimator": "reinforce_plus_plus", "completions_per_prompt": 1},
 }
 
 

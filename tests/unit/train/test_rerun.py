@@ -145,6 +145,17 @@ def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
     assert determining(stage, {"rewards": []})["rewards"] == []
 
 
+def test_a_renamed_setting_of_an_earlier_version_is_unchanged() -> None:
+    grpo = {"advantage_estimator": "grpo", "completions_per_prompt": 2}
+    for stage, old in ((settings(), "ppo"), (settings(**grpo), "grpo")):
+        before = stage.model_dump(mode="json")
+        del before["advantage_estimator"]
+        assert determining(stage, {"algorithm": old, **before}) == determining(stage, stage.model_dump(mode="json"))
+        other = determining(stage, {"algorithm": "rloo", **before})
+        assert other["advantage_estimator"] == "rloo"
+        assert "algorithm" not in other
+
+
 @pytest.mark.parametrize("other", [{"resume": True}, {"only": "first"}])
 def test_from_goes_with_nothing_else(runs, other) -> None:
     with pytest.raises(UserError, match="--from first starts stages again"):

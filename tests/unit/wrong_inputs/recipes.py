@@ -297,9 +297,14 @@ def optimise(here: Here, **settings: Any) -> str:
     return here.check(stages={"ppo": ppo | settings})
 
 
-@wrong("critic-without-ppo", "A critic where the algorithm has none")
+@wrong("renamed-key", "A key under the name that it had in an earlier version")
 def _(here: Here) -> str:
-    return optimise(here, algorithm="dr_grpo", completions_per_prompt=2, critic={"learning_rate": 1e-3})
+    return optimise(here, algorithm="ppo")
+
+
+@wrong("critic-without-gae", "A critic where the advantages need none")
+def _(here: Here) -> str:
+    return optimise(here, advantage_estimator="dr_grpo", completions_per_prompt=2, critic={"learning_rate": 1e-3})
 
 
 @wrong("importance-without-a-difference", "An importance correction where old_logprobs is rollout")
