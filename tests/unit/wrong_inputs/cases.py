@@ -6,6 +6,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     checkpoints,
     command_line,
     data,
+    evaluation,
     generation,
     recipes,
     rewards,

@@ -34,6 +34,7 @@ SECTIONS = {
     "Chat templates": ["templates"],
     "The run folder and the disk": ["run_folder"],
     "Rewards, generation and optional packages": ["rewards", "generation"],
+    "Evaluation": ["evaluation"],
     "Several processes and machines": ["several"],
 }
 # Patterns of what varies in a sentence. Written so that they survive an edit of the words around it.
