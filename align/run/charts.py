@@ -1,0 +1,80 @@
+"""Charts of a stage's metrics: in the report, and as lines of PPO's live panel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from align.run.metrics import HELD_OUT, find, with_unit
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Metrics that are shown together and have one unit.
+
+    title: title without the unit.
+    series: (key, label) of each metric.
+    band: key of the standard deviation around the first series; "" for none.
+    """
+
+    title: str
+    series: tuple[tuple[str, str], ...]
+    band: str = ""
+
+    @property
+    def unit(self) -> str:
+        metric = find(self.series[0][0])
+        return metric.unit if metric is not None else ""
+
+    @property
+    def full_title(self) -> str:
+        return with_unit(self.title, self.unit)
+
+
+def chart(key: str, *, held_out: bool = False) -> Chart:
+    """The chart of one metric, beside its value on held-out rows if there is one."""
+    metric = find(key)
+    assert metric is not None, key
+    series = ((key, "training"), (f"{HELD_OUT}{key}", "held out")) if held_out else ((key, metric.title),)
+    return Chart(metric.title, series)
+
+
+OPTIMIZER_CHARTS = (chart("grad_norm"), chart("learning_rate"))
+LANGUAGE_CHARTS = (
+    chart("loss", held_out=True),
+    chart("mean_token_accuracy", held_out=True),
+    chart("entropy", held_out=True),
+    chart("aux_loss"),
+    *OPTIMIZER_CHARTS,
+)
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "pretrain": LANGUAGE_CHARTS,
+    "sft": LANGUAGE_CHARTS,
+    "reward_model": (
+        chart("loss", held_out=True),
+        chart("accuracy", held_out=True),
+        chart("margin", held_out=True),
+        *OPTIMIZER_CHARTS,
+    ),
+    "dpo": (
+        chart("loss", held_out=True),
+        chart("rewards/accuracies", held_out=True),
+        chart("rewards/margins", held_out=True),
+        Chart("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+        *OPTIMIZER_CHARTS,
+    ),
+    "ppo": (
+        Chart("Score", (("score_mean", "mean"),), band="score_std"),
+        Chart("KL of the policy to the reference", (("kl", "k1"), ("kl_k3", "k3"))),
+        chart("entropy"),
+        chart("completion_length"),
+        Chart("How completions end", (("eos_rate", "stop token"), ("truncated_share", "truncated"))),
+        Chart("Clipped tokens", (("clip_fraction", "policy"), ("value_clip_fraction", "value"))),
+        chart("update_kl"),
+        Chart("Losses", (("policy_loss", "policy"), ("value_loss", "value"))),
+        chart("explained_variance"),
+        Chart("Mismatch of sampler and trainer", (("mismatch_mean", "mean"), ("mismatch_max", "largest"))),
+        chart("expert_load_max"),
+        chart("memory/peak_gib"),
+    ),
+}
+"""Charts of each kind of stage, in the report and (PPO) in the live panel."""

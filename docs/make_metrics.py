@@ -1,0 +1,52 @@
+"""Write docs/metrics.md from the table of metrics in align/run/metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.run import metrics
+from align.run.metrics import Metric
+
+PAGE = Path(__file__).parent / "metrics.md"
+
+INTRO = """# Metrics
+
+Written by `python docs/make_metrics.py` from `align/run/metrics.py`.
+
+`metrics.jsonl` of a stage has one JSON object per line: one per optimizer step (PPO: per round), and one per evaluation
+on held-out rows, with the number of the step before it. With the same seed all values are reproducible, except those
+that begin with `time/`, `speed/`, `memory/` or `rollout/`.
+"""
+TRAINING = """`eval_KEY` is the same metric on held-out rows: once before the first step and once after the last.
+
+`loss`, `grad_norm` and the router metrics are those of the optimizer step and do not depend on the micro-batch size.
+The others are TRL's: means over the micro-batches of all ranks. Those that are not means over rows (token accuracy,
+smallest and largest score, mean logits) vary slightly with the micro-batch size.
+"""
+ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers; padding does not count.
+"""
+PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of a
+round.
+"""
+EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values per
+prompt are in `results.json`.
+"""
+SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
+    ("Training stages (pretrain, sft, reward_model, dpo)", TRAINING, metrics.TRAINING),
+    ("Routers", ROUTERS, metrics.ROUTERS),
+    ("PPO", PPO, metrics.PPO),
+    ("Evaluation", EVALUATION, metrics.EVALUATION),
+)
+
+
+def page() -> str:
+    blocks = [INTRO]
+    for title, about, rows in SECTIONS:
+        lines = [f"| `{row.key}` | {row.title} | {row.unit or '–'} | {row.meaning} |\n" for row in rows]
+        blocks.append(f"## {title}\n\n{about}\n| key | title | unit | meaning |\n|---|---|---|---|\n{''.join(lines)}")
+    return "\n".join(blocks)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
