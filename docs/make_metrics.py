@@ -24,13 +24,13 @@ TRAINING = """`eval_KEY` is the same metric on held-out rows: once before the fi
 The others are TRL's: means over the micro-batches of all ranks. Those that are not means over rows (token accuracy,
 smallest and largest score, mean logits) vary slightly with the micro-batch size.
 """
-ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers; padding does not count.
+ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers, without padding.
 """
-PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of a
-round.
+PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of
+a round.
 """
-EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values per
-prompt are in `results.json`.
+EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
+per prompt are in `results.json`.
 """
 SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
     ("Training stages (pretrain, sft, reward_model, dpo)", TRAINING, metrics.TRAINING),

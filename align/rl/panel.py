@@ -12,20 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("score", ("score_mean", "score_std")),
-    ("KL to reference (k1, k3)", ("kl", "kl_k3")),
-    ("entropy", ("entropy",)),
-    ("completion length", ("completion_length",)),
-    ("ended, cut", ("eos_rate", "truncated_share")),
-    ("clipped: policy, value", ("clip_fraction", "value_clip_fraction")),
-    ("KL of the update", ("update_kl",)),
-    ("value loss, explained variance", ("value_loss", "explained_variance")),
-    ("mismatch mean, max", ("mismatch_mean", "mismatch_max")),
-    ("busiest expert", ("expert_load_max",)),
-    ("peak memory GiB", ("memory/peak_gib",)),
-)
-"""Label and metrics of a line; metrics that a run does not have are left out, and a line without any too."""
+from align.run.charts import CHARTS
 
 
 class Panel:
@@ -80,11 +67,13 @@ class Panel:
         return table
 
     def _numbers(self) -> RenderableType:
+        """Value of each metric in the table; a line for each chart of the report."""
         table = Table.grid(padding=(0, 2))
-        for label, names in ROWS:
-            values = [f"{self.metrics[name]:.4g}" for name in names if name in self.metrics]
-            if values:
-                table.add_row(label, "  ".join(values))
+        for chart in CHARTS["ppo"]:
+            shown = [(label, self.metrics[key]) for key, label in chart.all_series if key in self.metrics]
+            if shown:
+                labels = ": " + ", ".join(label for label, _ in shown) if len(chart.all_series) > 1 else ""
+                table.add_row(chart.title + labels, "  ".join(f"{value:.4g}" for _, value in shown), chart.unit)
         return table
 
     def _sample(self) -> RenderableType:

@@ -21,6 +21,11 @@ class Chart:
     band: str = ""
 
     @property
+    def all_series(self) -> tuple[tuple[str, str], ...]:
+        """The series, the standard deviation included."""
+        return (*self.series, (self.band, "standard deviation")) if self.band else self.series
+
+    @property
     def unit(self) -> str:
         metric = find(self.series[0][0])
         return metric.unit if metric is not None else ""

@@ -1,7 +1,7 @@
 """Training curves and comparison charts as inline SVG.
 
-Matplotlib's object interface only, so no global figure state; text stays text, ids are unique on a page, and
-the same numbers give the same bytes.
+Titles and units come from the table of metrics (`align.run.metrics`). The drawing uses matplotlib's object interface,
+so there is no global figure state. Text stays text, ids are unique on a page, and equal numbers give equal bytes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from align.run.charts import CHARTS, Chart, chart
+from align.run.metrics import SHARE, with_unit
+
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
 SMOOTH_FROM = 60
-"""Points from which a running mean is drawn over a rough curve."""
+"""Number of points from which a rough curve gets a running mean."""
 ROUGH = 3.0
-"""A curve is rough if it travels this many times its range: a schedule travels once, noise many times."""
+"""A curve is rough if its total variation exceeds its range by this factor. A schedule's factor is 1."""
 BARS = 40
-"""Bars in a chart of times; longer runs show means of neighbouring steps."""
+"""Largest number of bars in a chart of times; a bar of a longer run is a mean over neighbouring rounds."""
+LEGEND: Any = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 3,
+    "frameon": False,
+    "borderaxespad": 0,
+    "handlelength": 1.4,
+    "columnspacing": 1.2,
+}
+"""A legend above the axes. Three columns are as wide as the figure allows."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "align",
@@ -47,17 +60,6 @@ STYLE: Any = {
 }
 
 
-class Panel(NamedTuple):
-    """One chart of a stage: its series as (key of metrics.jsonl, label)."""
-
-    title: str
-    series: tuple[tuple[str, str], ...]
-    share: bool = False
-    """The values are shares: the axis runs from 0 to 1."""
-    spread: str = ""
-    """Key of the standard deviation drawn as a band around the first series."""
-
-
 class Plot(NamedTuple):
     """A drawn chart."""
 
@@ -66,62 +68,19 @@ class Plot(NamedTuple):
     caption: str
 
 
-def _with_eval(key: str) -> tuple[tuple[str, str], ...]:
-    return ((key, "training"), (f"eval_{key}", "held out"))
-
-
-LOSS = Panel("Loss", _with_eval("loss"))
-OPTIMISER = (
-    Panel("Gradient norm", (("grad_norm", "norm"),)),
-    Panel("Learning rate", (("learning_rate", "rate"),)),
-)
-LANGUAGE = (
-    LOSS,
-    Panel("Token accuracy", _with_eval("mean_token_accuracy")),
-    Panel("Entropy (nats per token)", _with_eval("entropy")),
-    Panel("Router balance loss", _with_eval("aux_loss")),
-    *OPTIMISER,
-)
-PANELS: dict[str, tuple[Panel, ...]] = {
-    "pretrain": LANGUAGE,
-    "sft": LANGUAGE,
-    "reward_model": (
-        LOSS,
-        Panel("Accuracy on pairs", _with_eval("accuracy"), share=True),
-        Panel("Margin of the chosen answer", _with_eval("margin")),
-        *OPTIMISER,
-    ),
-    "dpo": (
-        LOSS,
-        Panel("Accuracy of the implicit reward", _with_eval("rewards/accuracies"), share=True),
-        Panel("Margin of the implicit reward", _with_eval("rewards/margins")),
-        Panel("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-        *OPTIMISER,
-    ),
-    "ppo": (
-        Panel("Score", (("score_mean", "mean"),), spread="score_std"),
-        Panel("KL to the reference (nats per token)", (("kl", "k1 estimate"), ("kl_k3", "k3 estimate"))),
-        Panel("Entropy (nats per token)", (("entropy", "entropy"),)),
-        Panel("Completion length (tokens)", (("completion_length", "mean"),)),
-        Panel("How completions end", (("eos_rate", "with EOS"), ("truncated_share", "cut off")), share=True),
-        Panel("Clipped share", (("clip_fraction", "policy"), ("value_clip_fraction", "value"))),
-        Panel("Losses", (("policy_loss", "policy"), ("value_loss", "value"))),
-        Panel("Explained variance of the returns", (("explained_variance", "critic"),)),
-        Panel("Engine mismatch (log-probability)", (("mismatch_mean", "mean"), ("mismatch_max", "largest"))),
-        Panel("Largest share of one expert", (("expert_load_max", "share"),)),
-    ),
-}
-PHASES = ("time/generate", "time/score", "time/logprobs", "time/update", "time/sync")
+PHASES = ("generate", "score", "logprobs", "update", "sync")
+"""Phases of a PPO round in their order. Other `time/` metrics are parts of these."""
 
 
 def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot]:
     """The charts of a stage with the metrics `rows`, without empty series; `prefix` makes ids unique."""
     plots = []
-    for i, panel in enumerate(PANELS.get(kind, (LOSS,))):
-        if (figure := _curves(panel, rows)) is not None:
-            plots.append(Plot(panel.title, _svg(figure[0], f"{prefix}-{i}-", panel.title), figure[1]))
+    for i, series in enumerate(CHARTS.get(kind, (chart("loss", held_out=True),))):
+        if (figure := _curves(series, rows)) is not None:
+            plots.append(Plot(series.full_title, _svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
     if (figure := _times(rows)) is not None:
-        plots.append(Plot("Time per step (s)", _svg(figure[0], f"{prefix}-time-", "Time per step"), figure[1]))
+        title = with_unit("Time per round", "s")
+        plots.append(Plot(title, _svg(figure[0], f"{prefix}-time-", title), figure[1]))
     return plots
 
 
@@ -148,11 +107,16 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
 
 def points(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one key."""
-    found = [(row["step"], float(row[key])) for row in rows if _is_number(row.get(key)) and "step" in row]
+    found = [(row["step"], float(row[key])) for row in rows if _is_finite(row.get(key)) and "step" in row]
     return np.array([step for step, _ in found]), np.array([value for _, value in found])
 
 
-def _is_number(value: Any) -> bool:
+def not_finite(rows: list[dict[str, Any]], key: str) -> int:
+    """Number of rows in which the key is NaN or infinite."""
+    return sum(isinstance(row.get(key), float) and not math.isfinite(row[key]) for row in rows)
+
+
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -161,9 +125,11 @@ def _figure(height: float = 2.25) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _curves(panel: Panel, rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
-    drawn = [(label, *points(rows, key)) for key, label in panel.series]
-    if not any(steps.size for _, steps, _ in drawn):
+def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
+    """(figure, caption) of a chart; None if no row has one of its metrics."""
+    drawn = [(label, *points(rows, key)) for key, label in chart.series]
+    missing = sum(not_finite(rows, key) for key, _ in chart.series)
+    if not any(steps.size for _, steps, _ in drawn) and not missing:
         return None
     caption = []
     with matplotlib.rc_context(STYLE):
@@ -173,28 +139,24 @@ def _curves(panel: Panel, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
                 window = _line(axes, steps, values, color, label)
                 if window:
                     caption.append(f"bold line: mean of {window} points")
-        band = points(rows, panel.spread) if panel.spread else (np.array([]), np.array([]))
+        band = points(rows, chart.band) if chart.band else (np.array([]), np.array([]))
         if band[0].size and np.array_equal(band[0], drawn[0][1]):
             _, steps, values = drawn[0]
             axes.fill_between(steps, values - band[1], values + band[1], color=COLORS[0], alpha=0.13, linewidth=0)
             caption.append("band: one standard deviation over completions")
-        if sum(steps.size > 0 for _, steps, _ in drawn) > 1 or not drawn[0][1].size:
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=3,
-                frameon=False,
-                borderaxespad=0,
-                handlelength=1.4,
-            )
-        if panel.share:
+        several = sum(steps.size > 0 for _, steps, _ in drawn) > 1
+        if several or (len(drawn) > 1 and not drawn[0][1].size and axes.lines):
+            axes.legend(**LEGEND)
+        if chart.unit == SHARE:
             axes.set_ylim(-0.03, 1.03)
         _finish(axes)
+    if missing:
+        caption.append(f"not finite, not drawn: {missing} values")
     return figure, "; ".join(dict.fromkeys(caption))
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
-    """Draw one series; returns the window of its running mean, 0 where the curve needs none."""
+    """Draw one series; return the window of its running mean, or 0 if it has none."""
     travel, span = np.abs(np.diff(values)).sum(), np.ptp(values)
     if values.size < SMOOTH_FROM or travel < ROUGH * span:
         marker = "o" if values.size <= 25 else None
@@ -210,10 +172,9 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: 
 
 
 def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
-    """Seconds of every phase as stacked bars."""
-    found = {key for row in rows for key in row if key.startswith("time/")}
-    phases = [key for key in PHASES if key in found] + sorted(found - set(PHASES))
-    timed = [row for row in rows if "step" in row and any(_is_number(row.get(key)) for key in phases)]
+    """Seconds of every phase as stacked bars. Parts of a phase are not drawn again on top of it."""
+    keys = {phase: f"time/{phase}" for phase in PHASES}
+    timed = [row for row in rows if "step" in row and any(_is_finite(row.get(key)) for key in keys.values())]
     if not timed:
         return None
     group = math.ceil(len(timed) / BARS)
@@ -223,29 +184,28 @@ def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
     bottom = np.zeros(len(steps))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
-        for color, key in zip(COLORS, phases):
-            seconds = [[row[key] if _is_number(row.get(key)) else 0.0 for row in timed[s : s + group]] for s in starts]
+        for color, (phase, key) in zip(COLORS, keys.items()):
+            seconds = [[row[key] if _is_finite(row.get(key)) else 0.0 for row in timed[s : s + group]] for s in starts]
             heights = np.array([np.mean(part) for part in seconds])
-            axes.bar(steps, heights, width, bottom=bottom, color=color, label=key.removeprefix("time/"))
+            if heights.any():
+                axes.bar(steps, heights, width, bottom=bottom, color=color, label=phase)
             bottom += heights
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=5,
-            frameon=False,
-            borderaxespad=0,
-            handlelength=0.8,
-            handletextpad=0.4,
-            columnspacing=0.9,
-        )
+        axes.legend(**LEGEND | {"handlelength": 0.8})
         _finish(axes)
-    return figure, f"each bar: mean of {group} steps" if group > 1 else ""
+    return figure, f"each bar: mean of {group} rounds" if group > 1 else ""
 
 
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(_tick)
+
+
+def _tick(value: float, _: Any) -> str:
+    """A tick's label with its own exponent. A common one would stand above the axis, in the place of the legend."""
+    text = f"{value:.6g}"
+    return "−" + text[1:] if value < 0 else text
 
 
 def _svg(figure: Figure, prefix: str, title: str) -> str:

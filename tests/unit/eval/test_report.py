@@ -190,7 +190,7 @@ def test_plots_are_deterministic_and_scale(run: Path) -> None:
     rows = read_metrics(run / "ppo" / "metrics.jsonl")
     first, second = stage_plots("ppo", rows, "a"), stage_plots("ppo", rows, "a")
     assert first == second
-    assert [plot.title for plot in first][-1] == "Time per step (s)"
+    assert [plot.title for plot in first][-1] == "Time per round (s)"
     for plot in first:
         head = plot.svg[: plot.svg.index(">")]
         assert "viewBox" in head

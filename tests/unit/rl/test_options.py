@@ -239,7 +239,14 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
     )
     panel.close()
     text = console.export_text()
-    for shown in ("step 3/10", "generate", "1.0 s", "12,345 tokens/s", "score  1.25  0.5", "What is it? → A test."):
+    for shown in (
+        "step 3/10",
+        "generate",
+        "1.0 s",
+        "12,345 tokens/s",
+        "Score: mean, standard deviation 1.25 0.5",
+        "What is it? → A test.",
+    ):
         assert shown in " ".join(text.split(" ")) or shown in " ".join(text.split()), shown
     assert "mismatch" not in text
 
