@@ -13,7 +13,7 @@ from align.config.parts import Model, Part, Source
 from align.config.ppo import PpoStage
 from align.config.presets import unknown_keys
 from align.config.rewards import ModelReward
-from align.config.stages import EvaluateStage, Stage, TrainingStage
+from align.config.stages import WHOLE_BATCH, DpoStage, EvaluateStage, Stage, TrainingStage
 
 BASE = "base"
 """The name under which stages refer to the recipe's model."""
@@ -102,6 +102,11 @@ def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
         return (
             f"{processes} processes ({source}) cannot share batch_size {batch} evenly; set "
             f"batch_size to {nearest_batch(batch, micro, processes)}, or use a number of processes that divides it"
+        )
+    if isinstance(stage, DpoStage) and stage.loss_type in WHOLE_BATCH and stage.rows_a_pass(processes) < batch:
+        return (
+            f"loss_type {stage.loss_type} sorts the pairs of a batch, so batch_size {batch} must be one forward pass; "
+            f"set micro_batch_size to {batch}" + (" and use one process" if processes > 1 else "")
         )
     if share % stage.rows_a_pass(processes) == 0:
         return None

@@ -89,15 +89,82 @@ class RewardModelStage(TrainingStage):
     """Weight of the squared sum of the pair's scores, which keeps scores around zero."""
 
 
+LossType = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "aot",
+    "aot_unpaired",
+    "simpo",
+]
+"""The keys of `align.losses.preference.PREFERENCE_LOSSES`."""
+
+LOSS_OPTIONS: dict[str, dict[str, float]] = {
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "discopop": {"discopop_tau": 0.05},
+    "aot": {"label_smoothing": 0.0},
+    "aot_unpaired": {"label_smoothing": 0.0},
+    "simpo": {"simpo_gamma": 0.5},
+}
+"""Options of each `loss_type` besides `beta`, with their defaults."""
+
+WHOLE_BATCH = ("aot", "aot_unpaired")
+"""Values of `loss_type` that sort the pairs of a batch, so that the loss depends on how a batch is cut."""
+
+WITHOUT_REFERENCE = ("simpo",)
+"""Values of `loss_type` that use no reference model."""
+
+
 class DpoStage(TrainingStage):
-    """Direct preference optimisation against the parent as reference."""
+    """Training on preference pairs: direct preference optimisation and its variants, with the parent as reference."""
 
     kind: Literal["dpo"]
     """Selects direct preference optimisation."""
+    loss_type: LossType = "sigmoid"
+    """Loss of a pair, by TRL's names; `sigmoid` is DPO. `simpo` has no reference. align/losses/preference.py has the
+    equations and papers."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps nearer to the reference."""
+    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps nearer to the reference.
+    Under `simpo`, factor of the mean log-probability per token (its paper: 2 to 10)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """Assumed share of flipped labels, for `robust` (default 0.1), `exo_pair` (0.001), `aot` and `aot_unpaired` (0)."""
+    discopop_tau: Annotated[float, Field(gt=0)] | None = None
+    """Temperature of the gate of `discopop` (default 0.05)."""
+    simpo_gamma: Annotated[float, Field(ge=0)] | None = None
+    """Target reward margin of `simpo` (default 0.5)."""
     sft_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the negative log-likelihood of the chosen answer, added to the DPO loss."""
+    """Weight of the negative log-likelihood of the chosen completions per token, added to the loss."""
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """{option: value} of the loss besides `beta`."""
+        defaults = LOSS_OPTIONS.get(self.loss_type, {})
+        return {name: default if (v := getattr(self, name)) is None else v for name, default in defaults.items()}
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type not in WITHOUT_REFERENCE
+
+    @model_validator(mode="after")
+    def _options_fit_the_loss(self) -> DpoStage:
+        for name in ("label_smoothing", "discopop_tau", "simpo_gamma"):
+            users = [loss for loss, options in LOSS_OPTIONS.items() if name in options]
+            if getattr(self, name) is not None and self.loss_type not in users:
+                others = f"loss_type to {' or '.join(users)}"
+                raise ValueError(f"loss_type {self.loss_type} does not use {name}; remove it, or set {others}")
+        if self.loss_type == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError("loss_type exo_pair takes the logarithm of label_smoothing; set it above 0, such as 0.001")
+        return self
 
 
 class EvaluateStage(Part):

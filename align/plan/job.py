@@ -94,7 +94,7 @@ class Job:
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
     models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
     has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
-    parallel: what the recipe has. beside: name, batch_size and micro_batch_size of the recipe's other stages.
+    reference: whether a reference scores every batch of a DPO stage. parallel: what the recipe has. beside: name, batch_size and micro_batch_size of the recipe's other stages.
     """
 
     name: str
@@ -110,6 +110,7 @@ class Job:
     gradient_checkpointing: bool = False
     rollouts: Rollouts | None = None
     averaged: bool = False
+    reference: bool = True
     parallel: Parallel | None = None
     beside: tuple[tuple[str, int, int], ...] = ()
 
@@ -179,7 +180,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
     scorer = isinstance(stage, RewardModelStage)
     shape = shapes(stage.init_from)
     members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
-    if isinstance(stage, DpoStage) and not stage.lora:
+    if isinstance(stage, DpoStage) and stage.needs_reference and not stage.lora:
         members.append(Member("reference", shape, "nothing"))
     return Job(
         name=name,
@@ -192,6 +193,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         sequences=2 if pairs else 1,
         padded=stage.kind != "pretrain",
         gradient_checkpointing=stage.gradient_checkpointing,
+        reference=not isinstance(stage, DpoStage) or stage.needs_reference,
     )
 
 

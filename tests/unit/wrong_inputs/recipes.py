@@ -218,6 +218,26 @@ def _(here: Here) -> str:
     return here.check(lora={"dropout": 0.1})
 
 
+def prefer(here: Here, **settings: Any) -> str:
+    dpo = {"kind": "dpo", "data": {"train": [{"kind": "file", "path": "pairs.jsonl"}]}, "batch_size": 8}
+    return here.check(stages={"dpo": dpo | settings})
+
+
+@wrong("option-of-another-loss", "An option of another `loss_type`")
+def _(here: Here) -> str:
+    return prefer(here, loss_type="hinge", label_smoothing=0.1)
+
+
+@wrong("exo-without-label-smoothing", "`loss_type: exo_pair` without label smoothing")
+def _(here: Here) -> str:
+    return prefer(here, loss_type="exo_pair", label_smoothing=0.0)
+
+
+@wrong("sorted-pairs-in-micro-batches", "A loss that sorts a batch, cut into micro-batches")
+def _(here: Here) -> str:
+    return prefer(here, loss_type="aot", micro_batch_size=4)
+
+
 @wrong("more-chosen-than-experts", "More experts a token than there are")
 def _(here: Here) -> str:
     return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})
