@@ -1,25 +1,108 @@
-"""Direct preference optimisation: prefer the chosen answer, measured against the parent model."""
+"""Direct preference optimisation and its variants: prefer the chosen completion, measured against the parent model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from align.config.stages import DpoStage
 from align.data import prepare_dpo_pairs
+from align.losses.preference import preference_loss, sft_loss
 from align.models.lora.adapters import AnyModel, one_adapter
 from align.run.context import StageContext, StageResult
-from align.train.checkpoint import count_parameters, load_policy, load_tokenizer, save_model
-from align.train.trl import AlignTrainer, fit, trainer_arguments
+from align.train.checkpoint import load_policy, load_tokenizer
+from align.train.fit import train_and_save
+from align.train.shared_batches import SHARE
+from align.train.trl import AlignTrainer, trainer_arguments
+
+BY_TRL = {
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "aot",
+    "aot_unpaired",
+}
+"""Values of `loss_type` that TRL computes; the others are computed by `align.losses.preference`."""
+
+CHOSEN_SHARE = "chosen_share"
+"""Key of a batch: its weight, by chosen tokens, in the mean over ranks and accumulation steps."""
 
 
-class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both name `optimizer`
-    """TRL's DPO trainer on pairs that are tokenised already."""
+class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
+    """TRL's DPO trainer on pairs that are tokenised already, with the losses that TRL lacks.
 
-    def __init__(self, *, model: AnyModel, **kwargs: Any):
+    TRL averages the SFT term over the chosen tokens of each micro-batch. Here each micro-batch's term is weighted by
+    its chosen tokens, so that the step's mean is over all chosen tokens.
+    """
+
+    align_stage: DpoStage
+
+    def __init__(self, *, stage: DpoStage, model: AnyModel, **kwargs: Any):
         with one_adapter(model):
-            super().__init__(model=model, **kwargs)
+            super().__init__(stage=stage, model=model, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        micros, items = super().get_batch_samples(*args, **kwargs)
+        if micros and self.align_stage.sft_coef:
+            self._set_shares(micros, CHOSEN_SHARE, [int(chosen_mask(micro).sum()) for micro in micros])
+        return micros, items
+
+    def compute_loss(self, model: AnyModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        share = inputs.get(SHARE, 1.0)
+        chosen_share = inputs.pop(CHOSEN_SHARE, share)
+        if self.align_stage.sft_coef:
+            # The sum of both terms is multiplied by SHARE afterwards.
+            self.loss_weights = [1.0, self.align_stage.sft_coef * (chosen_share / share if share else 0.0)]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _compute_loss(self, model: AnyModel, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        stage = self.align_stage
+        if stage.loss_type in BY_TRL:
+            return super()._compute_loss(model, inputs, return_outputs)
+        completions = inputs["completion_mask"]
+        labels = inputs["input_ids"].masked_fill(completions == 0, -100)
+        passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        logprobs_BT = model(**passed, use_cache=False, labels=labels, fused_lm_head=True).log_probs
+        tensors = by_side(logprobs_BT.sum(1), "logprobs_B") | by_side(completions[:, 1:].sum(1), "tokens_B")
+        if stage.needs_reference:
+            references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            tensors |= dict(zip(("ref_chosen_logprobs_B", "ref_rejected_logprobs_B"), references, strict=True))
+        loss, metrics = preference_loss(stage.loss_type, tensors, {"beta": stage.beta, **stage.loss_options})
+        if stage.sft_coef:
+            mask = chosen_mask(inputs)
+            loss = loss + self.loss_weights[1] * sft_loss(logprobs_BT[: len(mask)], mask)[0]
+        metrics |= {f"logps/{side}": tensors[f"{side}_logprobs_B"].detach().mean() for side in ("chosen", "rejected")}
+        mode = "train" if model.training else "eval"
+        for name, value in self._mean_over_ranks({name: m.item() for name, m in metrics.items()}).items():
+            self._metrics[mode][name].append(value)
+        return loss
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        """Return the rows as they are. `run` sets `precompute_ref_log_probs` only for losses without a reference, so
+        that TRL does not load one."""
+        return dataset
+
+
+def by_side(values: Tensor, name: str) -> dict[str, Tensor]:
+    """The halves of a batch under "chosen_" + name and "rejected_" + name."""
+    return dict(zip((f"chosen_{name}", f"rejected_{name}"), values.chunk(2), strict=True))
+
+
+def chosen_mask(inputs: dict[str, Any]) -> Tensor:
+    """1 on the predicted tokens of the chosen completions, [B, T - 1]."""
+    mask: Tensor = inputs["completion_mask"][:, 1:].chunk(2)[0]
+    return mask
 
 
 def run(stage: DpoStage, context: StageContext) -> StageResult:
@@ -27,28 +110,33 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(parent)
     data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    model = load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel, stage.lora)
+    dtype, parallel = context.trained_dtype(stage.lora), context.recipe.parallel
+    model = load_policy(parent, dtype, parallel, stage.lora)
     # With adapters the reference is the model with its adapters off; without them it is a second copy.
-    ref_model = None if stage.lora else load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel)
-    parameters = count_parameters(model)
-    losses: dict[str, Any] = (
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, stage.sft_coef]} if stage.sft_coef else {}
-    )
+    ref_model = load_policy(parent, dtype, parallel) if stage.needs_reference and not stage.lora else None
     trainer = AlignDpoTrainer(
         stage=stage,
         model=model,
         ref_model=ref_model,
         args=DPOConfig(
             **trainer_arguments(stage, context),
+            **loss_arguments(stage),
             router_aux_loss_coef=0.0,
-            beta=stage.beta,
             max_length=stage.data.max_length,
-            **losses,
         ),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=tokenizer,
     )
-    metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return StageResult(metrics, data.report.to_dict(), parameters)
+    return train_and_save(trainer, data.report, context)
+
+
+def loss_arguments(stage: DpoStage) -> dict[str, Any]:
+    """TRL's arguments for the loss."""
+    arguments: dict[str, Any] = {"beta": stage.beta}
+    if stage.loss_type in BY_TRL:
+        losses = [stage.loss_type, "sft"] if stage.sft_coef else [stage.loss_type]
+        arguments |= {"loss_type": losses, **stage.loss_options}
+    if not stage.needs_reference:
+        arguments["precompute_ref_log_probs"] = True
+    return arguments

@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar head that scores the chosen answer above the rejected one (Bradley-Terry)."""
+"""Reward modelling: a scalar head that scores the chosen completion above the rejected one (Bradley-Terry)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from trl import RewardConfig, RewardTrainer
 from align.config.stages import RewardModelStage
 from align.data import prepare_reward_pairs
 from align.run.context import StageContext, StageResult
-from align.train.checkpoint import count_parameters, load_scorer, load_tokenizer, save_model
-from align.train.trl import AlignTrainer, fit, trainer_arguments
+from align.train.checkpoint import load_scorer, load_tokenizer
+from align.train.fit import train_and_save
+from align.train.trl import AlignTrainer, trainer_arguments
 
 
-class AlignRewardTrainer(AlignTrainer, RewardTrainer):  # type: ignore[misc]  # both name `optimizer`
+class AlignRewardTrainer(AlignTrainer, RewardTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
     """TRL's reward trainer on pairs that are tokenised already."""
 
 
@@ -23,7 +24,6 @@ def run(stage: RewardModelStage, context: StageContext) -> StageResult:
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the head is random
     model = load_scorer(parent, context.trained_dtype(stage.lora), parallel=context.recipe.parallel, lora=stage.lora)
-    parameters = count_parameters(model)
     trainer = AlignRewardTrainer(
         stage=stage,
         model=model,
@@ -36,6 +36,4 @@ def run(stage: RewardModelStage, context: StageContext) -> StageResult:
         eval_dataset=data.held_out,
         processing_class=tokenizer,
     )
-    metrics = fit(trainer, context)
-    save_model(trainer.model, tokenizer, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return StageResult(metrics, data.report.to_dict(), parameters)
+    return train_and_save(trainer, data.report, context)

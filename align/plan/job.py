@@ -94,7 +94,8 @@ class Job:
     sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
     models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
     has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
-    reference: whether a reference scores every batch of a DPO stage. parallel: what the recipe has. beside: name, batch_size and micro_batch_size of the recipe's other stages.
+    reference: whether a reference scores every batch of a DPO stage. parallel: what the recipe has. beside: name,
+    batch_size and micro_batch_size of the recipe's other stages.
     """
 
     name: str

@@ -32,6 +32,7 @@ from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_nam
 from align.parallel.offload import require_room
 from align.parallel.sharding import held_values, whole_shape, world
 from align.run.folder import MODEL, replace_folder
+from align.train.finite import require_finite
 
 SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
 
@@ -243,6 +244,7 @@ def save_model(
 
     Under `parallel` every rank takes part and rank 0 writes.
     """
+    require_finite(model, stage_dir)
     if parallel is not None:
         _save_spread(model, tokenizer, stage_dir, getattr(torch, dtype))
         return

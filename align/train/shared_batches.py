@@ -1,9 +1,9 @@
-"""Micro-batches of an epoch dealt out to the ranks, so that every step is the step of a single process.
+"""Assign an epoch's micro-batches to ranks, so that every step equals the step of a single process.
 
-One process takes `batch_size / micro_batch_size` micro-batches a step, and fewer in the epoch's last one. With R ranks
-micro-batch j of a step goes to rank j mod R. A micro-batch counts by its rows, of which the last may have fewer. Where
-the last step has not enough micro-batches for all, the others repeat its first one with a share of nothing: every rank
-takes part in every pass, as ZeRO needs it, and the update is the same.
+One process takes `batch_size / micro_batch_size` micro-batches per step, and fewer in the epoch's last step. With R
+ranks, micro-batch j of a step goes to rank j mod R. A micro-batch is weighted by its rows; only the epoch's last one
+may have fewer. If the last step has too few micro-batches for all ranks, the others repeat its first one with weight 0:
+ZeRO needs every rank in every pass, and the update is the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 SHARE = "share"
-"""Key of a batch: its weight in the mean over the ranks and their passes; 1 but in an epoch's last step."""
+"""Key of a batch: its weight, by rows, in the mean over ranks and accumulation steps; 1 until an epoch's last step."""
+
+TOKEN_SHARE = "token_share"
+"""Key of a batch: as SHARE, by valid tokens."""
 
 
 class SharedBatches(Sampler):
     """This rank's micro-batches of an epoch: lists of (row, share)."""
 
     def __init__(self, rows: Any, *, micro_batch_size: int, micro_batches: int, rank: int, ranks: int):
-        """rows: a sampler of row numbers. micro_batches: of all ranks in a full step, a multiple of ranks."""
+        """rows: a sampler of row numbers. micro_batches: per full step over all ranks, a multiple of `ranks`."""
         self.rows, self.micro_batch_size, self.micro_batches = rows, micro_batch_size, micro_batches
         self.rank, self.ranks = rank, ranks
 
@@ -51,7 +54,7 @@ class SharedBatches(Sampler):
 
 
 class SharedRows(Dataset):
-    """Rows by (number, share), which are returned together."""
+    """Rows indexed by (number, share); an item is (row, share)."""
 
     def __init__(self, rows: Any):
         self.rows = rows
@@ -65,7 +68,7 @@ class SharedRows(Dataset):
 
 
 def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`Accelerator.gather` for tensors whose length differs from rank to rank, as in an epoch's last micro-batch."""
+    """Wrap `Accelerator.gather` for tensors whose length differs between ranks, as in an epoch's last micro-batch."""
 
     def gathered(tensor: Any) -> Any:
         if not torch.is_tensor(tensor) or tensor.ndim == 0:
@@ -80,7 +83,7 @@ def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class SharedLoader(DataLoader):
-    """Batches of a trainer's collator with their share; labels of a repeated one count nothing."""
+    """Collated batches with their share. The labels of a repeated batch are all ignored."""
 
     def __init__(
         self, rows: Any, batches: SharedBatches, collate: Callable[[list[dict]], dict[str, Any]], **kwargs: Any

@@ -1,8 +1,8 @@
-"""What our TRL trainers share: arguments from the recipe, optimizer groups, router metrics, resumable checkpoints."""
+"""The mix-in that our TRL trainers share: the recipe's optimizer and schedule, exact averages over micro-batches and
+ranks, router losses and metrics, sharded checkpoints."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.parallel import Parallel
@@ -24,18 +24,12 @@ from align.models.hunyuan.moe import RouterReport
 from align.models.lora.adapters import AnyModel
 from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
 from align.run.context import StageContext
-from align.run.folder import MetricsWriter
 from align.train.optimizer import build_optimizer, schedule_factor
-from align.train.shared_batches import SHARE, SharedBatches, SharedLoader, gather_uneven
+from align.train.shared_batches import SHARE, TOKEN_SHARE, SharedBatches, SharedLoader, gather_uneven
 from align.train.trackers import tracker_arguments
 
 TRAINING_STATE = "training_state"
-"""Folder of a checkpoint that several processes write."""
-
-COMPLETE = "complete"
-"""A checkpoint without this file was cut off while it was written."""
-
-NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
+"""Folder of a checkpoint that several ranks write."""
 
 
 def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, Any]:
@@ -59,9 +53,10 @@ def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, 
         "gradient_checkpointing": stage.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log a non-finite loss as 0
         "save_strategy": "steps",
         "save_steps": stage.checkpoint_every,
-        # Two, so that a kill while the second is written leaves the first.
+        # A kill while the newest is being written leaves the one before.
         "save_total_limit": 2,
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
@@ -73,7 +68,7 @@ def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, 
 def parallel_arguments(
     parallel: Parallel, stage: TrainingStage, context: StageContext, rows: int, accumulation: int
 ) -> dict[str, Any]:
-    """What is added where the stage runs under DeepSpeed."""
+    """Additional keyword arguments for a run under DeepSpeed."""
     config = deepspeed_config(
         parallel,
         micro_batch_size=rows,
@@ -85,18 +80,27 @@ def parallel_arguments(
 
 
 class AlignTrainer:
-    """Mix-in put before a TRL trainer: tokenised data passes through untouched, the optimizer is the recipe's, and the
-    router's losses are the model's own.
+    """Mix-in placed before a TRL trainer: rows are tokenised already, the optimizer and schedule are the recipe's, and
+    the router's losses come from the model's own output.
 
-    TRL would compute Mixtral's balance loss over all layers at once; it is switched off (`router_aux_loss_coef=0` in
-    `trainer_arguments`), and the typed output of our backbone is read by a hook instead.
+    One step's gradient does not depend on how its batch is cut into micro-batches, accumulation steps and ranks:
+
+        cross entropy    sum over the loss tokens / loss tokens of the step
+        losses of pairs  mean over the step's pairs
+        z-loss           mean over the step's valid tokens
+        balance loss     computed per micro-batch, because it is a product of two means over tokens (expert load and
+                         probability), then averaged with the micro-batches' rows as weights. It does not depend on
+                         how micro-batches are assigned to ranks and accumulation steps, but on their content.
+
+    TRL would compute Mixtral's balance loss over all layers at once; the recipes switch it off with
+    `router_aux_loss_coef=0`, and a hook reads the typed output of our backbone instead.
     """
 
     def __init__(self: Any, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
-        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer beside it
-        # For adapters under ZeRO 3 TRL asks for torch's older way to recompute, which the model refuses.
+        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer behind it
+        # For adapters under ZeRO-3 TRL selects reentrant checkpointing, which the model refuses.
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         # TRL writes its own setting into the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
@@ -105,19 +109,19 @@ class AlignTrainer:
         self.router: RouterReport | None = None
         for module in self.model.modules():
             if isinstance(module, HunYuanModel):
-                module.register_forward_pre_hook(self._ask_for_routing, with_kwargs=True)
+                module.register_forward_pre_hook(self._request_routing, with_kwargs=True)
                 module.register_forward_hook(self._keep_routing)
 
-    def _ask_for_routing(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _request_routing(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True}
 
     def _keep_routing(self, module: nn.Module, _: Any, output: Any) -> None:
-        # The reference's forward runs without gradient and does not count.
+        # The reference's forward pass runs without gradient and does not count.
         if torch.is_grad_enabled() and output.router is not None:
             self.router = output.router
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        """The data layer has tokenised already, and counted what it dropped."""
+        """Return the rows as they are: the data layer has tokenised them and counted what it dropped."""
         return dataset
 
     def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -141,21 +145,36 @@ class AlignTrainer:
         return SharedLoader(rows, batches, self.data_collator, pin_memory=self.args.dataloader_pin_memory)
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """An optimizer step's micro-batches. In an epoch's last step the last one may have fewer rows; each then counts
-        by its rows, as `SharedBatches` has it for several processes."""
+        """An optimizer step's micro-batches on this rank, with their shares of the step.
+
+        In an epoch's last step the last micro-batch may have fewer rows. A mean over rows then weighs each micro-batch
+        by its rows (SHARE, which `SharedBatches` sets if there are several ranks).
+        """
         micros, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         rows = [len(micro["input_ids"]) for micro in micros]
         if not self.is_deepspeed_enabled and len(set(rows)) > 1:
             for micro, own in zip(micros, rows, strict=True):
                 micro[SHARE] = own * len(rows) / sum(rows)
+        if micros and self.model.config.router_z_loss_coef:
+            self._set_shares(micros, TOKEN_SHARE, [int(micro["attention_mask"].sum()) for micro in micros])
         return micros, items
+
+    def _set_shares(self: Any, micros: list[dict[str, Any]], key: str, counts: list[int]) -> None:
+        """Set each micro-batch's weight under `key` so that the mean over all ranks' micro-batches of weight * mean
+        over `counts` things is the mean over the step's things."""
+        own = [count if micro.get(SHARE, 1.0) else 0 for micro, count in zip(micros, counts, strict=True)]
+        total = torch.tensor(sum(own), device=self.args.device)
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, "sum")
+        for micro, count in zip(micros, own, strict=True):
+            micro[key] = count * len(micros) * self.args.world_size / max(1, int(total))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = model or self.model
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        # The file has the published names. `Trainer` would silently skip those that it does not know: the experts.
+        # The file has the published names. `Trainer` would silently skip the names that it does not know: the experts.
         read_weights(model, Path(resume_from_checkpoint))
 
     def _prepare_for_training(
@@ -163,7 +182,7 @@ class AlignTrainer:
     ) -> tuple[Any, Any]:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
-        # DeepSpeed's own checkpoints fit one number of processes.
+        # DeepSpeed's own checkpoints can only be read by the same number of ranks.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             from align.parallel.state import load_training_state
@@ -177,7 +196,7 @@ class AlignTrainer:
         return prepared
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint of several processes holds the weights in its training state, and nowhere else."""
+        """Save the weights, unless several ranks train: their checkpoint has them in its training state only."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
@@ -195,7 +214,7 @@ class AlignTrainer:
         return self.optimizer
 
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """The recipe's schedule, the same function as PPO's; the first step already has a rate above zero."""
+        """The recipe's schedule, the same function as PPO's; the first step's rate is above zero."""
         if self.lr_scheduler is None:
             settings = self.align_stage.optimizer
             self.lr_scheduler = LambdaLR(
@@ -212,6 +231,7 @@ class AlignTrainer:
     ) -> Any:
         self.router = None
         share = inputs.pop(SHARE, 1.0)
+        token_share = inputs.pop(TOKEN_SHARE, share)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, *outputs = result if return_outputs else (result,)
         if num_items_in_batch is None:
@@ -219,14 +239,18 @@ class AlignTrainer:
         router = self.router
         if router is None:
             return (loss, *outputs) if return_outputs else loss
-        # A loss that is divided by the step's tokens is not divided by its micro-batches again; this mean must be.
+        # TRL does not divide by the accumulation steps when it normalises by num_items_in_batch, so the router's losses
+        # (means) are divided here.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = loss + share * router.loss(self.model.config) / parts
+        config = self.model.config
+        balance = share * (config.router_aux_loss_coef * router.balance_loss)
+        loss = loss + (balance + token_share * (config.router_z_loss_coef * router.z_loss)) / parts
         for name, value in self._mean_over_ranks(router.metrics(), share).items():
             self._metrics["train"][name].append(value)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mean_over_ranks(self: Any, metrics: dict[str, float], share: float) -> dict[str, float]:
+    def _mean_over_ranks(self: Any, metrics: dict[str, float], share: float = 1.0) -> dict[str, float]:
+        """Means over ranks of `share` * value."""
         if self.args.world_size == 1:
             return {name: share * value for name, value in metrics.items()}
         values = share * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
@@ -234,7 +258,7 @@ class AlignTrainer:
 
 
 class LengthGroups(Sampler):
-    """Random batches of rows of similar length; an epoch's order depends on the seed and the epoch alone."""
+    """Random batches of rows of similar length. An epoch's order depends only on the seed and the epoch."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -251,83 +275,6 @@ class LengthGroups(Sampler):
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of each row; of a pair, those of its longer side."""
+    """Tokens per row; for a pair, those of its longer side."""
     ids = {name: dataset[name] for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names}
     return [max(len(side) for side in row) for row in zip(*ids.values(), strict=True)]
-
-
-class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks finished checkpoints, prints a line now and then."""
-
-    def __init__(self, context: StageContext, writer: MetricsWriter | None):
-        self.context, self.writer = context, writer
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        metrics = {k: v for k, v in (logs or {}).items() if not any(part in k for part in NOT_METRICS)}
-        if not metrics or self.writer is None:
-            return
-        self.writer.write(state.global_step, metrics)
-        loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
-        self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
-        if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
-            shown = {
-                k: metrics[k]
-                for k in ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy")
-                if k in metrics
-            }
-            values = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
-            self.context.say(f"  step {state.global_step}/{state.max_steps}  {values}")
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        self.context.status("  evaluating on held-out rows")
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; incomplete ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if (path / COMPLETE).is_file()]
-    for path in set(found) - set(complete):
-        shutil.rmtree(path)
-    return complete[-1] if complete else None
-
-
-def find_checkpoint(context: StageContext) -> Path | None:
-    """Where to resume; without it, whatever checkpoints there are belong to an earlier start and are removed."""
-    checkpoint = last_checkpoint(context.dir / "checkpoints") if context.resume else None
-    if checkpoint is None:
-        shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
-    return checkpoint
-
-
-def fit(trainer: Any, context: StageContext) -> dict[str, float]:
-    """Train from the start or from the last checkpoint; returns the metrics on held-out data before and after."""
-    if context.recipe.parallel is None:
-        checkpoint = find_checkpoint(context)
-    else:
-        from align.parallel.group import from_rank_0
-
-        checkpoint = from_rank_0("find checkpoint", lambda: find_checkpoint(context))
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else None
-    writer = None
-    if trainer.args.process_index == 0:
-        writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Recorder(context, writer))
-    if checkpoint:
-        context.say(f"  resuming at step {step}")
-    elif trainer.eval_dataset is not None:
-        if trainer.is_deepspeed_enabled:
-            trainer.args.eval_on_start = True  # an engine of its own, only to evaluate, could not be trained any more
-        else:
-            trainer.evaluate()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    if writer is not None:
-        writer.close()
-    return {k: v for k, v in final.items() if not any(part in k for part in NOT_METRICS)}

@@ -136,7 +136,10 @@ def test_the_loss_and_its_gradient_are_trls(loss_type: str) -> None:
     inputs, outputs = completions(8, 9)
     generator = torch.Generator().manual_seed(4)
     ref_chosen, ref_rejected = torch.randn(2, 4, generator=generator, dtype=torch.float64)
-    options = {"beta": 0.7, **({"label_smoothing": 0.2} if "label_smoothing" in LOSS_OPTIONS.get(loss_type, {}) else {})}
+    options = {
+        "beta": 0.7,
+        **({"label_smoothing": 0.2} if "label_smoothing" in LOSS_OPTIONS.get(loss_type, {}) else {}),
+    }
     if loss_type == "discopop":
         options["discopop_tau"] = 0.4
     trainer = trl_stub(

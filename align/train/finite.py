@@ -1,0 +1,28 @@
+"""Check a model for infinite weights and weights that are not a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from align.errors import UserError
+from align.models.lora.adapters import AnyModel
+from align.parallel.sharding import held_values, world
+
+
+@torch.no_grad()
+def require_finite(model: AnyModel, stage_dir: Path) -> None:
+    """Raise `UserError` on every rank if any rank's weights are not finite; all ranks call this."""
+    device = next(model.parameters()).device
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    for parameter in model.parameters():
+        count += (~held_values(parameter).isfinite()).sum().to(device)
+    if world()[1] > 1:
+        dist.all_reduce(count)
+    if count:
+        raise UserError(
+            f"{stage_dir}: {int(count):,} weights are infinite or not a number, so the model is not saved; lower "
+            f"stages.{stage_dir.name}.optimizer.learning_rate, and start with --from {stage_dir.name}."
+        )

@@ -1,0 +1,145 @@
+"""Run a TRL trainer: metrics, checkpoints, resuming, stopping early, and the finished model."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from align.data.prepare import DataReport
+from align.errors import UserError
+from align.parallel.group import from_rank_0, should_stop
+from align.run import interrupt
+from align.run.context import StageContext, StageResult
+from align.run.folder import MetricsWriter
+from align.train.checkpoint import count_parameters, save_model
+
+COMPLETE = "complete"
+"""File of a checkpoint that is written last; a checkpoint without it is incomplete."""
+
+NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
+"""Parts of the names of logged values that are not written to metrics.jsonl."""
+
+
+def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> StageResult:
+    """Train, save the model with its tokenizer, and return what the stage's manifest records."""
+    parameters = count_parameters(trainer.model)  # before adapters are merged
+    metrics = fit(trainer, context)
+    save_model(trainer.model, trainer.processing_class, context.dir, context.recipe.dtype, context.recipe.parallel)
+    return StageResult(metrics, report.to_dict(), parameters)
+
+
+def fit(trainer: Any, context: StageContext) -> dict[str, float]:
+    """Train from the start or from the last checkpoint; return the metrics on held-out rows after training."""
+    checkpoint = from_rank_0("find the last checkpoint", lambda: find_checkpoint(context))
+    step = checkpoint_step(checkpoint) if checkpoint else None
+    writer = None
+    if trainer.args.process_index == 0:
+        writer = MetricsWriter(context.dir / "metrics.jsonl", from_step=step)
+    trainer.remove_callback(PrinterCallback)
+    stop = StopEarly(context)
+    trainer.add_callback(stop)
+    trainer.add_callback(Recorder(context, writer))
+    if checkpoint:
+        context.say(f"  resuming at step {step}")
+    elif trainer.eval_dataset is not None:
+        if trainer.is_deepspeed_enabled:
+            trainer.args.eval_on_start = True  # an engine created only to evaluate could not be trained afterwards
+        else:
+            trainer.evaluate()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    interrupt.stop_polling()
+    if stop.requested:
+        interrupt.stop()
+    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if writer is not None:
+        writer.close()
+    return metrics_of(final)
+
+
+def metrics_of(logs: dict[str, float] | None) -> dict[str, float]:
+    """The logged values that are metrics."""
+    return {name: value for name, value in (logs or {}).items() if not any(part in name for part in NOT_METRICS)}
+
+
+class StopEarly(TrainerCallback):
+    """Ends training at the first non-finite loss or gradient norm, or with a checkpoint if the run is asked to stop.
+
+    All ranks stop at the same step: the logged values are the same on all of them.
+    """
+
+    def __init__(self, context: StageContext):
+        self.context, self.requested = context, False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        for name, label in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out loss")):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise non_finite(self.context.name, label, value, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and should_stop():
+            self.requested = control.should_save = control.should_training_stop = True
+
+
+def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
+    """The error for a loss or gradient norm that is infinite or not a number."""
+    if step <= 1:
+        advice = f"the model overflows before it is trained: check the checkpoint that stages.{stage}.init_from names"
+    else:
+        advice = f"lower stages.{stage}.optimizer.learning_rate"
+    return UserError(f"stages.{stage}: the {label} is {value} at step {step}; {advice}, and start with --from {stage}.")
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, marks complete checkpoints and prints a line every tenth of the steps."""
+
+    def __init__(self, context: StageContext, writer: MetricsWriter | None):
+        self.context, self.writer = context, writer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        metrics = metrics_of(logs)
+        if not metrics or self.writer is None:
+            return
+        self.writer.write(state.global_step, metrics)
+        loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
+        self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
+        if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
+            shown = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy")
+            values = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+            self.context.say(f"  step {state.global_step}/{state.max_steps}  {values}")
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.context.status("  evaluating on held-out rows")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def find_checkpoint(context: StageContext) -> Path | None:
+    """The checkpoint to resume from, if any; otherwise remove the checkpoints of an earlier start."""
+    checkpoint = last_checkpoint(context.dir / "checkpoints") if context.resume else None
+    if checkpoint is None:
+        shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
+    return checkpoint
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; remove incomplete ones. Folders with other names are ignored."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    complete = [path for path in sorted(found, key=checkpoint_step) if (path / COMPLETE).is_file()]
+    for path in set(found) - set(complete):
+        shutil.rmtree(path)
+    return complete[-1] if complete else None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
