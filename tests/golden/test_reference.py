@@ -1,4 +1,4 @@
-"""The model against outputs of the released reference code, where that data is at hand."""
+"""The model against outputs of the released reference code (see data/README.md)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import align.models  # noqa: F401
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parent / "data"
+EPS = torch.finfo(torch.float32).eps
 NAMES = ["top1-cla2-tied", "top2-cla2-untied"]
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's outputs are not on this machine")
 
 
 @pytest.fixture(params=NAMES)
@@ -31,15 +31,17 @@ def test_logits_loss_and_gradients(case, attention) -> None:
     model.set_attn_implementation(attention)
     ids, mask = golden["input_ids"].long(), golden["attention_mask"].long()
     output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-    assert (output.logits - golden["logits"])[mask.bool()].abs().max() < 2e-5
-    assert abs(output.loss - golden["loss"]) < 1e-6
+    wanted = golden["logits"][mask.bool()]
+    torch.testing.assert_close(output.logits[mask.bool()], wanted, rtol=0, atol=64 * EPS * wanted.abs().max().item())
+    assert output.loss.item() == pytest.approx(golden["loss"].item(), rel=16 * EPS)
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for key, norm in golden.items():
         if not key.startswith("grad_norm/"):
             continue
         gradient = published_gradient(key.removeprefix("grad_norm/"), gradients)
-        assert gradient.norm().item() == pytest.approx(norm.item(), rel=1e-4, abs=1e-9), key
+        smallest = EPS * max(value.item() for name, value in golden.items() if name.startswith("grad_norm/"))
+        assert gradient.norm().item() == pytest.approx(norm.item(), rel=1e-4, abs=smallest), key
 
 
 def published_gradient(name: str, gradients: dict) -> torch.Tensor:
