@@ -280,15 +280,14 @@ def _show_model(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from align.config.presets import PRESETS
-    from align.models.hunyuan import HunYuanConfig
-    from align.models.hunyuan.cost import model_cost
+    from align.models.cost import model_cost
     from align.train.checkpoint import check_checkpoint, checked_config, checkpoint_folder
 
     folder = checkpoint_folder(Path(options.model))
     if options.context < 0:
         raise UserError(f"--context {options.context}: must be 0 or more.")
     if options.model in PRESETS:
-        config = HunYuanConfig(**PRESETS[options.model])
+        config = checked_config(PRESETS[options.model], options.model, "")
     elif (folder / "config.json").is_file():
         config = checked_config(check_checkpoint(folder, weights=False), str(folder), "restore the published value")
     else:

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from harness import compare, medians, ratio, write
 
+from align.models.cost import bytes_per_token
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.configuration import bytes_per_token
 
 BATCH, CONTEXT, STEPS = 8, 2048, 16
 SIZES = {

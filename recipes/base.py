@@ -14,8 +14,8 @@ from align.config.presets import PRESETS
 from align.data import corpus, train_tokenizer
 from align.data.chat import set_system_prompt
 from align.errors import UserError
+from align.models.family import family_of
 from align.models.hot_start import convert_hot_start
-from align.models.hunyuan import HunYuanForCausalLM
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
@@ -71,7 +71,7 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     values = {**sizes, **tokens, **settings.config}
     config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
-    HunYuanForCausalLM(config).save_pretrained(folder)
+    family_of(config).policy(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

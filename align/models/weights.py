@@ -1,46 +1,45 @@
-"""The weights of a HunYuan model under the names of the published checkpoint, one at a time."""
+"""Weights under published names: read from safetensors files, checked against a configuration, sent one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.utils.logging import tqdm
 
-from align.models.hunyuan.checkpoint import place
+from align.errors import UserError
+from align.models.family import Place, family_of
 from align.models.lora.merge import merged_parameters
+from align.models.weight_files import StoredTensor, stored_tensors, weight_files
+
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that read weights."""
+
+Pieces = dict[str, list[tuple[StoredTensor, Place]]]
+"""By name of our parameter: the stored tensors that fill it, each with its place."""
 
 
 @torch.no_grad()
-def published_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a `HunYuanForCausalLM`, plain or wrapped by PEFT, adapters merged on the fly.
+def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(published name, tensor) of every weight of a model, plain or wrapped by PEFT, with adapters merged on the fly.
 
-    Stacked experts are split: `mlp.experts.gate_up_proj` [E, 2F, D] into `mlp.experts.N.gate_proj.weight` and
-    `mlp.experts.N.up_proj.weight` [F, D]; `mlp.experts.down_proj` [E, D, F] into
-    `mlp.experts.N.down_proj.weight`. Tensors may be views of the model's parameters: copy them before the
-    next training step. A tied head is not sent.
+    Stacked experts are split into one matrix each. Tensors may be views of the model's parameters: copy them before the
+    next training step. A tied head is omitted.
     """
+    published = family_of(model.config).published
     for name, tensor in merged_parameters(model):
-        if name.endswith(".mlp.gate.weight"):
-            yield name.removesuffix("weight") + "wg.weight", tensor
-        elif name.endswith(".mlp.experts.gate_up_proj"):
-            prefix = name.removesuffix("gate_up_proj")
-            for expert, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2)
-                yield f"{prefix}{expert}.gate_proj.weight", gate
-                yield f"{prefix}{expert}.up_proj.weight", up
-        elif name.endswith(".mlp.experts.down_proj"):
-            prefix = name.removesuffix("down_proj")
-            for expert, down in enumerate(tensor):
-                yield f"{prefix}{expert}.down_proj.weight", down
-        else:
-            yield name, tensor
+        yield from published(name, tensor)
 
 
 @torch.no_grad()
 def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> int:
-    """Copy published weights into a plain model of ours, all of its parameters; returns their bytes."""
+    """Copy published weights into all parameters of a plain model; returns their size in bytes."""
+    place = family_of(model.config).place
     parameters = dict(model.named_parameters())
     missing = {id(parameter): parameter.numel() for parameter in parameters.values()}
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -59,3 +58,94 @@ def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> i
     if incomplete:
         raise ValueError(f"weights are missing for {', '.join(incomplete[:5])}")
     return size
+
+
+def find_pieces(
+    parameters: Mapping[str, Tensor], stored: Iterable[StoredTensor], place: Callable[[str], Place]
+) -> tuple[Pieces, set[str]]:
+    """The pieces of each parameter, and the stored names that fit none.
+
+    As everywhere in transformers, a trunk accepts the names of a complete model and the reverse. Raises `UserError` for
+    an incomplete stack of experts.
+    """
+    pieces: Pieces = {}
+    unused = set()
+    for tensor in stored:
+        found = place(tensor.name)
+        names = (found.parameter, f"model.{found.parameter}", found.parameter.removeprefix("model."))
+        name = next((name for name in names if name in parameters), None)
+        if name is None:
+            unused.add(tensor.name)
+        else:
+            pieces.setdefault(name, []).append((tensor, found._replace(parameter=name)))
+    for name, parts in pieces.items():
+        tensor, part = parts[0]
+        if part.expert is None:
+            continue
+        found_parts = {(part.expert, part.half) for _, part in parts}
+        halves = [None] if part.half is None else [0, 1]
+        if found_parts != {(expert, half) for expert in range(len(parameters[name])) for half in halves}:
+            raise UserError(
+                f"{tensor.file.parent}: the files hold other experts than the {len(parameters[name])} of '{name}'; "
+                "copy the missing files, or the config.json that belongs to these."
+            )
+    return pieces, unused
+
+
+def read_pieces(pieces: Pieces, parameters: Mapping[str, Tensor]) -> None:
+    """Fill the parameters of these names from the files; each reader needs a few megabytes beside them."""
+    found = [
+        (tensor, part.within(parameters[name].detach())) for name, parts in pieces.items() for tensor, part in parts
+    ]
+    found.sort(key=lambda pair: (pair[0].file, pair[0].offset))  # sequential reads are faster
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        jobs = [pool.submit(tensor.read_into, target) for tensor, target in found]
+        for job in tqdm(jobs, desc="Loading weights"):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_weights(model: Any, folder: Path) -> None:
+    """Overwrite a model's weights in place with those of a checkpoint; `UserError` if one is missing."""
+    parameters = dict(model.named_parameters())
+    pieces, _ = find_pieces(parameters, stored_tensors(weight_files(folder)), family_of(model.config).place)
+    if missing := sorted(set(parameters) - set(pieces)):
+        raise UserError(f"{folder}: there is no tensor for '{missing[0]}'; copy the missing files.")
+    read_pieces(pieces, parameters)
+
+
+def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
+    """Raise `UserError` unless the safetensors files hold exactly the tensors of a model with this configuration.
+
+    Only the files' headers and sizes are read, before a model is built; values are checked when they are loaded.
+    scorer: the head is `score.weight`, which may be missing.
+    """
+    wanted, optional = family_of(config).published_shapes(config), set()
+    if scorer or config.tie_word_embeddings:
+        optional.add("lm_head.weight")
+    if scorer:
+        wanted["score.weight"] = (config.num_labels or 1, config.hidden_size)
+        optional.add("score.weight")
+    found = {tensor.name: tensor.shape for tensor in stored_tensors(weight_files(folder))}
+    missing = sorted(set(wanted) - set(found) - optional)
+    extra = sorted(name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq"))
+    if missing:
+        others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise UserError(
+            f"{folder}: the tensor '{missing[0]}'{others} missing; copy the missing files, or the config.json that "
+            "belongs to these."
+        )
+    if extra:
+        others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(
+            f"{folder}: config.json has no place for the tensor '{extra[0]}'{others}; copy the config.json that "
+            "belongs to the weights."
+        )
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            raise UserError(
+                f"{folder}: the tensor '{name}' has the shape {list(found[name])}, but config.json asks for "
+                f"{list(shape)}; copy the config.json that belongs to the weights."
+            )

@@ -18,7 +18,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from align.models.hunyuan.moe import (
+from align.models.experts import (
     Correction,
     Experts,
     Gather,
@@ -66,7 +66,7 @@ class SpreadExperts(Experts):
         self.train(whole.training)
 
     @property
-    def held(self) -> slice:
+    def local_experts(self) -> slice:
         return slice(self.first, self.first + self.local)
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from align.models.family import family_of
 from align.models.lora.adapters import is_factor
 from align.models.lora.experts import delta, peft_shape
 from align.models.lora.merge import plain_parameters
@@ -70,24 +71,10 @@ def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
     return whole.view(shape) if rank == 0 else whole
 
 
-def published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of our layout under its published names (see `align.models.hunyuan.checkpoint`)."""
-    stem, _, last = name.rpartition(".")
-    if last == "gate_up_proj":
-        for expert, matrix in enumerate(tensor):
-            gate, up = matrix.chunk(2)
-            yield f"{stem}.{expert}.gate_proj.weight", gate
-            yield f"{stem}.{expert}.up_proj.weight", up
-    elif last == "down_proj":
-        for expert, matrix in enumerate(tensor):
-            yield f"{stem}.{expert}.down_proj.weight", matrix
-    else:
-        yield re.sub(r"mlp\.gate\.weight$", "mlp.gate.wg.weight", name), tensor
-
-
 def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
     """Rank 0: a checkpoint of safetensors, a file for each layer and one for the rest; the others: iterate along."""
     rank, _ = world()
+    published = family_of(model.config).published
     last = model.config.num_hidden_layers
     files = last + 1
     shards: dict[int, dict[str, Tensor]] = {}

@@ -185,7 +185,8 @@ def from_rank_0(step: str, make: Callable[[], T]) -> T:
         steps.enter(step)
         size = steps.wait_for_rank_0()
         steps.wait_for_all()
-        return _opened(pickle.loads(_broadcast_bytes(bytes(size))))
+        received: T = _opened(pickle.loads(_broadcast_bytes(bytes(size))))
+        return received
     steps.enter(step, "working")
     try:
         outcome: Any = _made(make)
@@ -196,7 +197,8 @@ def from_rank_0(step: str, make: Callable[[], T]) -> T:
     steps.mark("done", len(payload))
     steps.wait_for_all()
     _broadcast_bytes(payload)
-    return _opened(outcome)
+    result: T = _opened(outcome)
+    return result
 
 
 def _made(make: Callable[[], T]) -> T | UserError:

@@ -7,6 +7,7 @@ it is read, and then cut down to that run; untouched memory is never backed by t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from transformers import GenerationConfig
 from align.config.parallel import Parallel
 from align.config.parts import Lora
 from align.errors import UserError
-from align.models.hunyuan.checkpoint import Place, place
-from align.models.hunyuan.weight_files import StoredTensor, stored_tensors, weight_files
+from align.models.family import Place, family_of
 from align.models.lora.adapters import add_lora, is_factor, plain_name
+from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, spread_experts
 from align.parallel.sharding import expert_share, whole_shape, world
@@ -58,7 +59,7 @@ def load_spread(
     With `lora` it is wrapped by PEFT and only the adapters train. Their first values are those of a single process: a
     rank draws them all, one layer after the other, and keeps its own. head_only: at most the head will train.
     """
-    stored = by_parameter(stored_tensors(weight_files(folder)))
+    stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).place)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)
     model.name_or_path = str(folder)
@@ -133,7 +134,9 @@ def wrapped(model: Any, lora: Lora) -> Any:
     return model
 
 
-def by_parameter(stored: list[StoredTensor]) -> dict[str, list[tuple[StoredTensor, Place]]]:
+def by_parameter(
+    stored: list[StoredTensor], place: Callable[[str], Place]
+) -> dict[str, list[tuple[StoredTensor, Place]]]:
     """The stored tensors of each parameter of the model."""
     found: dict[str, list[tuple[StoredTensor, Place]]] = {}
     for tensor in stored:

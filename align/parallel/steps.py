@@ -58,7 +58,7 @@ class ControlSteps:
     """The control steps of this rank. `store` is shared by all ranks and holds nothing else."""
 
     def __init__(self, store: dist.Store, rank: int, world: int):
-        self.store, self.rank, self.world = store.clone(), rank, world
+        self.store, self.rank, self.world = store.clone(), rank, world  # type: ignore[attr-defined]  # torch declares it for TCPStore alone
         self.own = START
         self.arrivals: list[str] = []
         """Keys that count the ranks at the last steps."""

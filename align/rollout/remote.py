@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import threading
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.family import read_config
 from align.rollout.base import (
     Completion,
     GenerationReport,
@@ -71,8 +70,7 @@ class RemoteEngine:
         self._run = secrets.token_hex(4)
         self._source: WeightSource | None = partial(checkpoint_weights, checkpoint)
         self._delivery: tuple[str, tuple[str, ...], Delivery] | None = None
-        config = HunYuanConfig(**json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
-        self._top_k = moe_layers(config) if rollout.return_routing else None
+        self._top_k = moe_layers(read_config(checkpoint)) if rollout.return_routing else None
         self.servers = self._servers(checkpoint, dtype, seed)
         try:
             self._await(self.servers, restart=False)

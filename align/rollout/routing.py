@@ -17,10 +17,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.family import FamilyConfig
 
 
-def moe_layers(config: HunYuanConfig) -> list[int]:
+def moe_layers(config: FamilyConfig) -> list[int]:
     """For each layer how many experts a token goes to; 0 where there is no choice."""
     return [config.top_k_in(layer) if config.experts_in(layer) > 1 else 0 for layer in range(config.num_hidden_layers)]
 

@@ -30,19 +30,16 @@ def prepare_vllm() -> None:
     if quiet:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     try:
-        from vllm import ModelRegistry
         from vllm.plugins import load_general_plugins
     except ImportError as error:
         raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install .[cpu]") from error
     if quiet:
         logging.getLogger("vllm").setLevel(logging.ERROR)
-    from align.models.hunyuan import vllm_plugin
-    from align.models.hunyuan.vllm import HunYuanForCausalLM
+    from align.models.family import FAMILIES
 
-    # The plugin registers the class by name, which vLLM then inspects in a second process. Here it is at hand.
     load_general_plugins()
-    vllm_plugin.register()
-    ModelRegistry.register_model(vllm_plugin.ARCHITECTURE, HunYuanForCausalLM)
+    for family in FAMILIES.values():
+        family.prepare_vllm()
 
 
 def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int) -> dict[str, Any]:

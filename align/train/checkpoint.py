@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import align.models  # noqa: F401 (registers HunYuan)
 from align.config.parallel import Parallel
 from align.config.parts import Lora
 from align.data.chat import prepare_chat_template
 from align.errors import UserError
-from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
-from align.models.hunyuan.checkpoint import check_weights, published_shapes
+from align.models.family import FAMILIES, FamilyConfig, family_of
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
+from align.models.weights import check_weights
 from align.parallel.offload import require_room
 from align.parallel.sharding import held_values, whole_shape, world
 from align.run.folder import MODEL, replace_folder
 from align.train.finite import require_finite
 
-SEQUENCE_CLASSIFIER = "HunYuanForSequenceClassification"
+DEFAULT_FAMILY = "hunyuan"
+"""`model_type` of the models that recipes build from scratch."""
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
@@ -52,15 +52,19 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not valid JSON, so the checkpoint is damaged; copy or download it again.")
     kind = config.get("model_type")
-    if kind != HunYuanConfig.model_type:
+    if kind not in FAMILIES:
         raise UserError(
-            f"{folder}: a checkpoint of type '{kind}', but align trains '{HunYuanConfig.model_type}' models; "
+            f"{folder}: a checkpoint of type '{kind}', but align trains {_quoted(FAMILIES)} models; "
             "a Llama-type one can be grown with `align convert hot-start`."
         )
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
     settings = checked_config(config, str(path), "restore the value that the model was trained with")
     return {**config, "vocab_size": settings.vocab_size}
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -74,34 +78,25 @@ def checkpoint_folder(path: Path) -> Path:
     return path
 
 
-def checked_config(values: dict[str, Any], where: str, mend: str) -> HunYuanConfig:
-    """A configuration of which a model can be built, or a `UserError` that names the value and ends with `mend`."""
-    for name, field in HunYuanConfig.__dataclass_fields__.items():
+def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
+    """A configuration from which a model can be built; otherwise a `UserError` with the value that ends with `fix`.
+
+    Without a `model_type` the values are those of the family that recipes build from scratch.
+    """
+    family = FAMILIES[values.get("model_type", DEFAULT_FAMILY)]
+    for name, field in family.config.__dataclass_fields__.items():
         value, default = values.get(name), field.default
         number = isinstance(default, int | float) and not isinstance(default, bool)
         if value is not None and number and not isinstance(value, int | float | list):
-            raise UserError(f"{where}: {name} is {value!r}, but must be a number; {mend}.")
+            raise UserError(f"{where}: {name} is {value!r}, but must be a number; {fix}.")
     try:
-        config = HunYuanConfig(**values)
+        config = family.config(**values)
     except Exception as error:  # transformers raises many types for values it cannot use
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
-        raise UserError(f"{where}: a value cannot be used ({reason}); {mend}.") from error
-    if problem := _size_problem(config):
-        raise UserError(f"{where}: {problem}; {mend}.")
+        raise UserError(f"{where}: a value cannot be used ({reason}); {fix}.") from error
+    if problem := family.size_problem(config):
+        raise UserError(f"{where}: {problem}; {fix}.")
     return config
-
-
-def _size_problem(config: HunYuanConfig) -> str | None:
-    """What keeps a model of these sizes from being built; None where nothing does."""
-    for layer in range(config.num_hidden_layers):
-        if config.top_k_in(layer) > config.experts_in(layer):
-            return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"
-    if config.num_attention_heads % config.num_key_value_heads:
-        heads = f"num_attention_heads {config.num_attention_heads}"
-        return f"num_key_value_heads {config.num_key_value_heads} does not divide {heads}"
-    if config.attention_head_dim is None and config.hidden_size % config.num_attention_heads:
-        return f"num_attention_heads {config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
-    return None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -119,6 +114,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _is_scorer(config: dict[str, Any]) -> bool:
+    """True if the checkpoint has a scalar head, by its config.json."""
+    return FAMILIES[config["model_type"]].scorer.__name__ in (config.get("architectures") or [])
+
+
 @contextmanager
 def _damage_explained(folder: Path) -> Iterator[None]:
     """Weights that cannot be read are the checkpoint's fault, not a bug."""
@@ -134,13 +134,13 @@ def load_policy(
     """A causal language model; under `parallel`, with this rank's share of its experts; with fresh adapters, if `lora`
     says so; if `frozen`, one of which nothing will train."""
     config = check_checkpoint(folder)
-    if SEQUENCE_CLASSIFIER in (config.get("architectures") or []):
+    if _is_scorer(config):
         raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
     with _damage_explained(folder):
         settings = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
         if parallel is not None:
-            model = _load_spread(HunYuanForCausalLM, settings, folder, dtype, parallel, lora, frozen=frozen)
+            model = _load_spread(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
@@ -149,7 +149,7 @@ def load_policy(
 
 def _load_spread(
     model_class: type,
-    config: HunYuanConfig,
+    config: FamilyConfig,
     folder: Path,
     dtype: str,
     parallel: Parallel,
@@ -167,15 +167,15 @@ def _load_spread(
 
 
 def check_parallel(
-    config: HunYuanConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
+    config: FamilyConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
 ) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
         if problem := parallel.misfit(config.experts_in(layer), f"layer {layer}"):
             raise UserError(problem)
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
-    parameters = sum(math.prod(shape) for shape in published_shapes(config).values())
-    trained = None if trunk_trains else 0
+    parameters = sum(math.prod(shape) for shape in family_of(config).published_shapes(config).values())
+    trained: int | None = None if trunk_trains else 0
     if lora is not None:
         from align.plan.shape import shape_of
 
@@ -186,7 +186,7 @@ def check_parallel(
 def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
     """A trained reward model, ready to score; a checkpoint without a trained head is refused. `parallel` as for
     `load_policy`."""
-    if SEQUENCE_CLASSIFIER not in (check_checkpoint(folder).get("architectures") or []):
+    if not _is_scorer(check_checkpoint(folder)):
         raise UserError(f"{folder}: a language model, where a reward model is needed; name the stage that trained one.")
     return load_scorer(folder, dtype, parallel=parallel, frozen=True).eval()
 
@@ -212,7 +212,7 @@ def load_scorer(
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
         if parallel is not None:
-            scorer = HunYuanForSequenceClassification
+            scorer = family_of(settings).scorer
             model = _load_spread(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(

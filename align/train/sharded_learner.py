@@ -11,9 +11,10 @@ from torch import Tensor
 
 from align.config.parallel import Parallel
 from align.config.parts import Optimizer
+from align.models.family import family_of
 from align.models.lora.adapters import AnyModel
 from align.parallel.engine import forget_gradients, learning_engine
-from align.parallel.export import gathered, published
+from align.parallel.export import gathered
 from align.parallel.sharding import world
 from align.parallel.state import exchange_weights, held_parameters, load_training_state, save_training_state
 from align.train.learner import Learner, clip_and_step
@@ -91,6 +92,7 @@ class ShardedLearner(Learner):
 def gathered_weights(model: AnyModel) -> Iterator[tuple[str, Tensor]]:
     """Gather a sharded model on rank 0, tensor by tensor, under its published names; every rank must iterate."""
     rank, _ = world()
+    published = family_of(model.config).published
     for name, tensor in gathered(model, getattr(model, "dtype", torch.float32)):
         if rank == 0:
             yield from published(name, tensor)

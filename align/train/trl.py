@@ -18,10 +18,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
-from align.models.hunyuan import HunYuanModel
-from align.models.hunyuan.checkpoint import read_weights
-from align.models.hunyuan.moe import RouterReport
+from align.models.family import family_of
 from align.models.lora.adapters import AnyModel
+from align.models.routing import RouterReport
+from align.models.weights import read_weights
 from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
 from align.run.context import StageContext
 from align.train.optimizer import build_optimizer, schedule_factor
@@ -107,8 +107,9 @@ class AlignTrainer:
         if self.is_deepspeed_enabled:
             self.accelerator.gather = gather_uneven(self.accelerator.gather)
         self.router: RouterReport | None = None
+        trunk = family_of(model.config).trunk
         for module in self.model.modules():
-            if isinstance(module, HunYuanModel):
+            if isinstance(module, trunk):
                 module.register_forward_pre_hook(self._request_routing, with_kwargs=True)
                 module.register_forward_hook(self._keep_routing)
 

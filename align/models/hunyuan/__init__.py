@@ -1,6 +1,6 @@
 """The Hunyuan-Large family for transformers."""
 
-from align.models.hunyuan.configuration import HunYuanConfig, bytes_per_token
+from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.modeling import (
     HunYuanCausalLMOutput,
     HunYuanForCausalLM,
@@ -14,5 +14,4 @@ __all__ = [
     "HunYuanForCausalLM",
     "HunYuanForSequenceClassification",
     "HunYuanModel",
-    "bytes_per_token",
 ]

@@ -111,7 +111,14 @@ def _per_layer(value: Number | list[Number], layer: int) -> Number:
     return value[layer] if isinstance(value, list) else value
 
 
-def bytes_per_token(config: HunYuanConfig, bytes_per_value: int = 2) -> int:
-    """Key/value cache bytes of one token over all layers: one key and one value a cross-layer group."""
-    groups = -(-config.num_hidden_layers // config.kv_group_size)
-    return 2 * groups * config.num_key_value_heads * config.head_dim * bytes_per_value
+def size_problem(config: HunYuanConfig) -> str | None:
+    """The reason why a model of these sizes cannot be built; None if it can."""
+    for layer in range(config.num_hidden_layers):
+        if config.top_k_in(layer) > config.experts_in(layer):
+            return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"
+    if config.num_attention_heads % config.num_key_value_heads:
+        heads = f"num_attention_heads {config.num_attention_heads}"
+        return f"num_key_value_heads {config.num_key_value_heads} does not divide {heads}"
+    if config.attention_head_dim is None and config.hidden_size % config.num_attention_heads:
+        return f"num_attention_heads {config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
+    return None

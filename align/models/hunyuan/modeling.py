@@ -22,21 +22,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictCo
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from align.losses.linear_head import linear_logprobs
+from align.models.experts import Experts
 from align.models.hunyuan.checkpoint import device_for_pieces, load_pieces
 from align.models.hunyuan.configuration import HunYuanConfig
-from align.models.hunyuan.moe import (
-    Experts,
-    MoeBlock,
-    Router,
-    RouterReport,
-    Routing,
-    SwiGlu,
-    choices_of_layers,
-    report_routing,
-)
+from align.models.hunyuan.moe import MoeBlock, Router, SwiGlu
 from align.models.hunyuan.norm import RMSNorm, unit_rms
-from align.models.hunyuan.packing import Packing
 from align.models.hunyuan.rope import inverse_frequencies, rotate, rotation_tables
+from align.models.packing import Packing
+from align.models.routing import RouterReport, Routing, choices_of_layers, report_routing
 
 
 @dataclass

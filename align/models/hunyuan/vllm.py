@@ -49,8 +49,10 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms import current_platform
 
+from align.models.experts import mix_experts
 from align.models.hunyuan.configuration import HunYuanConfig
-from align.models.hunyuan.moe import mix_experts, route
+from align.models.hunyuan.layout import VLLM_MERGED, VllmPlace, layer_of, vllm_pieces, vllm_place
+from align.models.hunyuan.moe import route
 from align.models.hunyuan.vllm_kernels import (
     BLOCK,
     RMSNorm,
@@ -179,11 +181,6 @@ def _kernel_head_dim(head_dim: int) -> int:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return min(size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= head_dim)
-
-
-def _layer_of(name: str) -> int:
-    """The number of the layer that a parameter or module belongs to."""
-    return int(re.search(r"layers\.(\d+)\.", name)[1])  # type: ignore[index]
 
 
 def _name_of(layer: int, prefix: str) -> str:
@@ -346,7 +343,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     into the checkpoint, as the stages do.
     """
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = {merged: list(projections) for merged, projections in VLLM_MERGED.items()}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -415,20 +412,18 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         for name, weight in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
-            target, piece, shard = self._destination(name)
-            if target not in parameters:
+            place = vllm_place(name, self.config)
+            if place.parameter not in parameters:
                 raise ValueError(f"the weight '{name}' is not part of this model")
-            parameter = parameters[target]
-            if target.endswith((".experts.w13", ".experts.w2")):
-                expert, projection = piece.split(".")
-                experts: Any = self.get_submodule(target.rpartition(".")[0])
-                experts.load(int(expert), projection, weight)
-            elif shard is not None:
-                parameter.weight_loader(parameter, weight, shard)
+            parameter = parameters[place.parameter]
+            if place.expert is not None:
+                self._experts(place).load(place.expert, place.projection, weight)
+            elif place.shard is not None:
+                parameter.weight_loader(parameter, weight, place.shard)
             else:
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
-            pieces[target].add(piece)
-            loaded.add(target)
+            pieces[place.parameter].add(name)
+            loaded.add(place.parameter)
             if self._update is not None:
                 self._update.digests[name] = self._update.digest(weight) if several else ""
         if self._update is None:
@@ -436,54 +431,29 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         return loaded
 
     def _require_all(self, pieces: dict[str, set[str]]) -> None:
-        for target, parameter in self.named_parameters():
-            count = self._pieces(target, parameter)
-            if len(pieces[target]) != count:
-                raise ValueError(f"'{target}' got {len(pieces[target])} of its {count} published weights")
+        for name, parameter in self.named_parameters():
+            count = vllm_pieces(name, len(parameter))
+            if len(pieces[name]) != count:
+                raise ValueError(f"'{name}' got {len(pieces[name])} of its {count} published weights")
 
     def _live(self, parameters: dict[str, nn.Parameter], name: str) -> Tensor:
         """The part of a live parameter that a published weight fills (one rank)."""
-        target, piece, _ = self._destination(name)
-        parameter = parameters[target].data
-        if target.endswith((".experts.w13", ".experts.w2")):
-            expert, projection = piece.split(".")
-            experts: Any = self.get_submodule(target.rpartition(".")[0])
-            matrix: Tensor = experts.matrix(int(expert), projection)
+        place = vllm_place(name, self.config)
+        parameter = parameters[place.parameter].data
+        if place.expert is not None:
+            matrix: Tensor = self._experts(place).matrix(place.expert, place.projection)
             return matrix.flatten(0, -2)
-        if piece in ("q_proj", "k_proj", "v_proj"):
-            layer: Any = self.model.layers[_layer_of(name)]
+        if place.projection in VLLM_MERGED["qkv_proj"]:
+            layer: Any = self.model.layers[layer_of(name)]
             attention = layer.self_attn
             sizes = [attention.query_size, attention.kv_size, attention.kv_size]
-            return parameter.split(sizes)[("q_proj", "k_proj", "v_proj").index(piece)]
-        if piece in ("gate_proj", "up_proj"):
-            return parameter.chunk(2)[piece == "up_proj"]
-        if target in ("model.embed_tokens.weight", "lm_head.weight"):
+            return parameter.split(sizes)[VLLM_MERGED["qkv_proj"].index(place.projection)]
+        if place.projection in VLLM_MERGED["gate_up_proj"]:
+            return parameter.chunk(2)[VLLM_MERGED["gate_up_proj"].index(place.projection)]
+        if place.parameter in ("model.embed_tokens.weight", "lm_head.weight"):
             return parameter[: self.config.vocab_size]  # vLLM pads the vocabulary
         return parameter
 
-    def _destination(self, name: str) -> tuple[str, str, str | int | None]:
-        """Of a published name: our parameter, which of its pieces it is, and its shard in vLLM's loaders."""
-        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name)
-        if expert:
-            stack = "w2" if expert[3] == "down_proj" else "w13"
-            return f"{expert[1]}.{stack}", f"{expert[2]}.{expert[3]}", None
-        module, _, leaf = name.rpartition(".")
-        parent, _, projection = module.rpartition(".")
-        if projection in ("q_proj", "k_proj", "v_proj") and self._owns_kv(module):
-            return f"{parent}.qkv_proj.{leaf}", projection, projection[0]
-        if projection in ("gate_proj", "up_proj"):
-            return f"{parent}.gate_up_proj.{leaf}", projection, 0 if projection == "gate_proj" else 1
-        return name, "", None
-
-    def _owns_kv(self, module: str) -> bool:
-        layer = _layer_of(module)
-        return self.config.kv_owner(layer) == layer
-
-    @staticmethod
-    def _pieces(target: str, parameter: Tensor) -> int:
-        """How many published weights make up a parameter."""
-        if target.endswith(".experts.w13"):
-            return 2 * parameter.shape[0]
-        if target.endswith(".experts.w2"):
-            return parameter.shape[0]
-        return 3 if ".qkv_proj." in target else 2 if ".gate_up_proj." in target else 1
+    def _experts(self, place: VllmPlace) -> Any:
+        """The `Experts` module that owns a stack."""
+        return self.get_submodule(place.parameter.rpartition(".")[0])

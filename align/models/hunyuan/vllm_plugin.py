@@ -1,4 +1,7 @@
-"""Entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes."""
+"""HunYuan in vLLM's registries. vLLM calls `register`, the entry point `vllm.general_plugins`, in each of its processes.
+
+Heavy imports are inside the functions: vLLM loads this module in processes that may never run the model.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from contextlib import suppress
 
 ARCHITECTURE = "HunYuanForCausalLM"
 TRANSFERS = {"align_host": "HostTransfer", "align_nccl": "LiveNccl", "align_ipc": "LiveIpc"}
-"""Weight-transfer engines, vLLM's name of each and the class in `vllm_transfer`."""
+"""Weight-transfer engines: vLLM's name of each, and its class in `align.rollout.sync.vllm_side`."""
 
 
 def register() -> None:
-    """Tell vLLM where HunYuan's configuration, model class and weight transfers are; they are imported when needed."""
+    """Register HunYuan's configuration, model class and weight transfers by name; vLLM imports them when needed."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -20,5 +23,16 @@ def register() -> None:
     AutoConfig.register(HunYuanConfig.model_type, HunYuanConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "align.models.hunyuan.vllm:HunYuanForCausalLM")
     for name, engine in TRANSFERS.items():
-        with suppress(ValueError):  # registered before in this process
+        with suppress(ValueError):  # already registered in this process
             WeightTransferEngineFactory.register_engine(name, "align.rollout.sync.vllm_side", engine)
+
+
+def prepare() -> None:
+    """Register the model class itself for an engine in this process: vLLM starts a second process to inspect a class
+    that is registered by name."""
+    from vllm import ModelRegistry
+
+    from align.models.hunyuan.vllm import HunYuanForCausalLM
+
+    register()
+    ModelRegistry.register_model(ARCHITECTURE, HunYuanForCausalLM)

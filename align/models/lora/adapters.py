@@ -1,4 +1,4 @@
-"""LoRA adapters (PEFT) on a HunYuan model."""
+"""LoRA adapters (PEFT)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from align.config.parts import Lora
+from align.models.experts import Experts
+from align.models.family import family_of
 
 AnyModel = Any
-"""A transformers model, perhaps inside a PEFT wrapper, whose attributes a type checker cannot follow."""
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+"""A transformers model, plain or inside a PEFT wrapper; neither has attributes that a type checker can follow."""
 
 
 def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
-    """PEFT's configuration for a HunYuan model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
+    """PEFT's configuration for a model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
     from peft import LoraConfig
 
-    linear = (ATTENTION if lora.attention else []) + (["gate_proj", "up_proj", "down_proj"] if lora.shared_mlp else [])
-    names = [name for name, _ in model.named_modules()]
-    has_experts = any(name.endswith("mlp.experts") for name in names)
-    saved = ["mlp.gate"] if has_experts and lora.train_router else []
+    targets = family_of(model.config).lora
+    linear = [*(targets.attention if lora.attention else ()), *(targets.mlp if lora.shared_mlp else ())]
+    has_experts = any(isinstance(module, Experts) for module in model.modules())
+    saved = [*targets.router] if has_experts and lora.train_router else []
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a float
@@ -29,9 +29,7 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
         bias="none",
         task_type=task,
         target_modules=linear,
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        if has_experts and lora.experts
-        else None,
+        target_parameters=[*targets.experts] if has_experts and lora.experts else None,
         modules_to_save=(saved + (["score"] if task == "SEQ_CLS" else [])) or None,
     )
 

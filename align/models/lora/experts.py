@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
-from align.models.hunyuan.moe import in_autocast_dtype, sorted_product
+from align.models.experts import in_autocast_dtype, sorted_product
 
 
 class Factor(nn.Module):
@@ -45,8 +45,9 @@ class ExpertAdapter(ParamWrapper):
         for name in list(self.lora_A):
             linear: Any = self.lora_A[name], self.lora_B[name]
             a_EI, b_OE = (factor.weight.detach() for factor in linear)
-            self.lora_A[name] = Factor(a_EI.unflatten(0, (self.num_experts, -1))[experts.held].clone())
-            self.lora_B[name] = Factor(b_OE.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)[experts.held].clone())
+            a_EI, b_EO = a_EI.unflatten(0, (self.num_experts, -1)), b_OE.unflatten(1, (-1, self.num_experts))
+            self.lora_A[name] = Factor(a_EI[experts.local_experts].clone())
+            self.lora_B[name] = Factor(b_EO.permute(2, 0, 1)[experts.local_experts].clone())
 
     def factors(self) -> Iterator[nn.Parameter]:
         yield from self.lora_A.parameters()

@@ -7,15 +7,9 @@ import math
 import pytest
 import torch
 
+from align.models.experts import Experts, grouped_product, sorted_product
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.moe import (
-    Experts,
-    Router,
-    grouped_product,
-    limit_capacity,
-    route,
-    sorted_product,
-)
+from align.models.hunyuan.moe import Router, limit_capacity, route
 
 
 def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
@@ -128,8 +122,7 @@ def test_a_recycled_token_is_weighted_by_its_probability_for_the_new_expert() ->
 
 def test_a_dropped_token_gets_nothing_and_the_others_what_they_had() -> None:
     torch.manual_seed(0)
-    config = HunYuanConfig(hidden_size=8, intermediate_size=6, num_experts=3, num_attention_heads=2)
-    experts = Experts(config, 0)
+    experts = Experts(3, hidden_size=8, width=6, activation="silu")
     torch.nn.init.normal_(experts.gate_up_proj)
     torch.nn.init.normal_(experts.down_proj)
     hidden, weights = torch.randn(5, 8), torch.rand(5, 1)
@@ -160,8 +153,8 @@ def test_a_grouped_product_is_that_of_the_loop() -> None:
 
 def test_frozen_experts_and_frozen_tokens_have_no_gradient() -> None:
     torch.manual_seed(0)
-    config = HunYuanConfig(hidden_size=16, intermediate_size=8, num_experts=3, num_attention_heads=2)
-    experts, chosen, weights = Experts(config, 0), torch.tensor([[0, 2], [2, 1], [0, 1]]), torch.rand(3, 2)
+    experts = Experts(3, hidden_size=16, width=8, activation="silu")
+    chosen, weights = torch.tensor([[0, 2], [2, 1], [0, 1]]), torch.rand(3, 2)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     hidden = torch.randn(3, 16, requires_grad=True)
@@ -179,8 +172,8 @@ def test_frozen_experts_and_frozen_tokens_have_no_gradient() -> None:
 
 def test_autocast_computes_the_experts_in_its_type() -> None:
     torch.manual_seed(0)
-    config = HunYuanConfig(hidden_size=64, intermediate_size=32, num_experts=4, num_attention_heads=2)
-    experts, chosen, weights = Experts(config, 0), torch.randint(0, 4, (20, 2)), torch.rand(20, 2)
+    experts = Experts(4, hidden_size=64, width=32, activation="silu")
+    chosen, weights = torch.randint(0, 4, (20, 2)), torch.rand(20, 2)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     hidden = torch.randn(20, 64, requires_grad=True)

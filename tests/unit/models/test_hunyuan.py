@@ -7,12 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
 
 import align.models  # noqa: F401
-from align.models.hunyuan import (
-    HunYuanConfig,
-    HunYuanForCausalLM,
-    HunYuanForSequenceClassification,
-    bytes_per_token,
-)
+from align.models.cost import bytes_per_token
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.moe import route
 
 SIZES = {

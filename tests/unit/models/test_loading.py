@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanModel
-from align.models.hunyuan.checkpoint import check_weights, read_weights
-from align.models.hunyuan.weight_files import stored_tensors
+from align.models.weight_files import stored_tensors
+from align.models.weights import check_weights, read_weights
 
 SIZES = {
     "vocab_size": 61,
@@ -146,7 +146,7 @@ from transformers import AutoModelForCausalLM
 import align.models
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if key in l)
-AutoModelForCausalLM.from_config(align.models.HunYuanConfig(**{SIZES!r}))  # imports
+AutoModelForCausalLM.from_config(align.models.hunyuan.HunYuanConfig(**{SIZES!r}))  # imports
 torch.randn(10**6).add_(1).isfinite().all()
 Path("/proc/self/clear_refs").write_text("5")
 start = status("VmRSS")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.packing import SHORTEST, Packing
+from align.models.packing import SHORTEST, Packing
 
 SIZES = {
     "vocab_size": 40,

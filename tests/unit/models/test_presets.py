@@ -9,8 +9,8 @@ import torch
 
 from align import cli
 from align.config.presets import CONFIG_KEYS, PRESETS
+from align.models.cost import model_cost
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.cost import model_cost
 
 
 def test_hunyuan_large_counts_as_the_report_does() -> None:

@@ -8,8 +8,8 @@ from transformers.activations import ACT2FN
 
 from align.models.hunyuan.norm import RMSNorm, _RmsNorm, _UnitRms, unit_rms
 from align.models.hunyuan.rope import _Rotation, rotate, rotation_tables
-from align.models.hunyuan.short_attention import LONGEST, _ShortAttention, causal_attention
-from align.models.hunyuan.swiglu import _GatedSilu, _GatedSiluOfHalves, gated, gated_halves
+from align.models.short_attention import LONGEST, _ShortAttention, causal_attention
+from align.models.swiglu import _GatedSilu, _GatedSiluOfHalves, gated, gated_halves
 
 EPS = 1e-3
 """Large enough to be seen in the numbers."""

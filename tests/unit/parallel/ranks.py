@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from align.config.parallel import Offload, Parallel
 from align.config.parts import Optimizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.weight_files import StoredTensor
+from align.models.weight_files import StoredTensor
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import spread_experts
 from align.parallel.export import save_spread_model

@@ -9,8 +9,8 @@ import torch
 
 from align.config.parts import Lora
 from align.config.presets import PRESETS
+from align.models.cost import model_cost
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.hunyuan.cost import model_cost
 from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
 from align.plan import activations

@@ -13,7 +13,7 @@ from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
 from align.data import PromptRow
 from align.models.hunyuan.modeling import TokenHead
-from align.models.hunyuan.packing import Packing
+from align.models.packing import Packing
 from align.rl.complete import look_back
 from align.rl.models import Models
 from align.rl.sample import Sampler

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.models.hunyuan.moe import Gather
-from align.models.hunyuan.short_attention import causal_attention
+from align.models.experts import Gather
+from align.models.short_attention import causal_attention
 
 SHORTEST = 0.75
 """Attention pads sequences to the longest of a group; one that is shorter than this share of it opens another."""

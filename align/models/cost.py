@@ -1,0 +1,74 @@
+"""Cost of a configuration: parameters, key/value cache, arithmetic, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from align.models.family import FamilyConfig, family_of
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of a configuration.
+
+    parameters: all of them.
+    active_parameters: those used for one token.
+    flops_per_token: multiplications and additions of the forward pass per token, attention over `context` earlier
+        tokens included; training takes three times as many.
+    context: earlier tokens.
+    cache_bytes_per_token: key/value cache in bfloat16.
+    cache_bytes_unshared: the same without layers that share a cache.
+    cache_bytes_multi_head: the same with one key/value head per query head as well.
+    weight_bytes: in bfloat16.
+    """
+
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    context: int
+    cache_bytes_per_token: int
+    cache_bytes_unshared: int
+    cache_bytes_multi_head: int
+    weight_bytes: int
+
+
+def model_cost(config: FamilyConfig, context: int = 4096) -> ModelCost:
+    """Count on a model without memory (torch's meta device)."""
+    with torch.device("meta"):
+        model = family_of(config).policy(config)  # type: ignore[arg-type]  # a configuration of this family
+    total = active = multiplied = 0
+    for name, parameter in model.named_parameters():
+        share = 1.0
+        if ".experts." in name:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            share = config.top_k_in(layer) / config.experts_in(layer)
+        total += parameter.numel()
+        active += round(parameter.numel() * share)
+        if parameter.ndim > 1 and not _is_lookup(name, config):
+            multiplied += round(parameter.numel() * share)
+    heads = config.num_attention_heads * config.head_dim
+    attention = 4 * config.num_hidden_layers * heads * context  # scores, and the weighted sum of the values
+    unshared = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    return ModelCost(
+        parameters=total,
+        active_parameters=active,
+        flops_per_token=2 * multiplied + attention,
+        context=context,
+        cache_bytes_per_token=bytes_per_token(config),
+        cache_bytes_unshared=unshared,
+        cache_bytes_multi_head=unshared * config.num_attention_heads // config.num_key_value_heads,
+        weight_bytes=2 * total,
+    )
+
+
+def bytes_per_token(config: FamilyConfig, bytes_per_value: int = 2) -> int:
+    """Key/value cache bytes per token over all layers: one key and one value per cross-layer group."""
+    groups = -(-config.num_hidden_layers // config.kv_group_size)
+    return 2 * groups * config.num_key_value_heads * config.head_dim * bytes_per_value
+
+
+def _is_lookup(name: str, config: FamilyConfig) -> bool:
+    """True for an embedding that is only indexed; a tied one is also the output matrix."""
+    return name.endswith("embed_tokens.weight") and not config.tie_word_embeddings

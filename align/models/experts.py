@@ -1,0 +1,198 @@
+"""Routed experts as stacked matrices: sorted, grouped products and their gradients.
+
+Shapes: T tokens, D hidden, E experts, k experts per token, F expert width, G = 2F; N rows sorted by expert, I inputs,
+O outputs of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from align.models.swiglu import gated_halves
+
+Correction = Callable[[Tensor, Tensor], Tensor]
+"""(rows [N, I] sorted by expert, rows per expert [E]) -> values [N, O] added to the rows' product with a stack."""
+NO_CORRECTIONS: Mapping[str, Correction] = {}
+
+
+class Gather(torch.autograd.Function):
+    """Repeat each row `copies` times and reorder: result row i is input row `order[i] // copies`.
+
+    The backward pass gathers with the inverse order and sums the copies; indexing's own backward pass scatters rows one
+    by one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return rows_ND.index_select(0, order.div(copies, rounding_mode="floor") if copies > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        grads = grad_ND.index_select(0, *ctx.saved_tensors)
+        return grads.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grads, None, None, None
+
+
+class SortedProduct(torch.autograd.Function):
+    """x W_e^T for rows sorted by expert; `counts` holds the rows per expert and last the rows without an expert, whose
+    product is zero.
+
+    Every product is written into its slice of one result, in both directions. A loop under autograd would concatenate
+    the slices, and those of the weights' gradient are as large as all experts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_NI: Tensor, weights_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows_NI, weights_EOI)
+        ctx.counts = counts
+        return SortedProduct.product(rows_NI, weights_EOI.transpose(1, 2), counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_NI, weights_EOI = ctx.saved_tensors
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = SortedProduct.product(grad_NO, weights_EOI, ctx.counts)
+        if ctx.needs_input_grad[1]:
+            grad_weights = torch.empty_like(weights_EOI)
+            # Experts without rows are included: their gradient is zero, not uninitialised memory.
+            for rows, grad, out in zip(rows_NI.split(ctx.counts), grad_NO.split(ctx.counts), grad_weights):
+                torch.mm(grad.T, rows, out=out)
+        return grad_rows, grad_weights, None
+
+    @staticmethod
+    def product(rows_NI: Tensor, matrices_EIO: Tensor, counts: list[int]) -> Tensor:
+        """Product [N, O] of each row with its expert's matrix."""
+        result = rows_NI.new_empty(len(rows_NI), matrices_EIO.shape[2])
+        *parts, rest = result.split(counts)
+        for rows, matrix, part in zip(rows_NI.split(counts), matrices_EIO, parts):
+            if len(rows):
+                torch.mm(rows, matrix, out=part)
+        rest.zero_()
+        return result
+
+
+def mix_experts(
+    hidden_TD: Tensor,
+    experts_Tk: Tensor,
+    weights_Tk: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    act: Callable[[Tensor], Tensor],
+    corrections: Mapping[str, Correction] = NO_CORRECTIONS,
+) -> Tensor:
+    """Output [T, D]: per token the sum over its experts of weight * expert(token); -1 means no expert.
+
+    Expert e is down_e(act(gate) * up), where (gate, up) are the halves of gate_up_e(token). Tokens are sorted by
+    expert, so each expert is one dense product over its own rows.
+    """
+    hidden_TD, gate_up_EGD, down_EDF = in_autocast_dtype(hidden_TD, gate_up_EGD, down_EDF)
+
+    def compute(rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, counts_E, corrections)
+
+    return mix_outputs(hidden_TD, experts_Tk, weights_Tk, len(gate_up_EGD), compute)
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's type, if it is on: autocast itself ignores products that write into given memory."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def expert_outputs(
+    rows_ND: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    act: Callable[[Tensor], Tensor],
+    counts_E: Tensor,
+    corrections: Mapping[str, Correction] = NO_CORRECTIONS,
+) -> Tensor:
+    """Outputs [N, D] of rows sorted by expert; zero for the rows behind the last expert's.
+
+    corrections: values that adapters add to the outputs of `gate_up_proj` and `down_proj`.
+    """
+    hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, counts_E, corrections))
+    return corrected("down_proj", hidden, down_EDF, counts_E, corrections)
+
+
+def corrected(
+    name: str, rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor, corrections: Mapping[str, Correction]
+) -> Tensor:
+    """Product [N, O] with the stack `name`, plus its adapter's correction, if any."""
+    product = sorted_product(rows_NI, weights_EOI, counts_E)
+    return product + corrections[name](rows_NI, counts_E) if name in corrections else product
+
+
+def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """x W_e^T [N, O] for rows sorted by expert, zero behind the last expert's rows; one kernel on a GPU, a loop of
+    products otherwise."""
+    aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # grouped_mm needs rows of 16-byte multiples
+    if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
+        return grouped_product(rows_NI, weights_EOI, counts_E)
+    counts = counts_E.tolist()
+    counts.append(len(rows_NI) - sum(counts))
+    product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, counts)
+    return product
+
+
+def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Like `sorted_product`, without copying the counts to the host."""
+    ends = counts_E.cumsum(0).to(torch.int32)
+    # grouped_mm leaves the rows behind the last group uninitialised, in the product and in its gradient.
+    written = (torch.arange(len(rows_NI), device=rows_NI.device) < ends[-1])[:, None]
+    product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EOI.transpose(1, 2), offs=ends)
+    return torch.where(written, product, 0)
+
+
+def mix_outputs(
+    hidden_TD: Tensor,
+    experts_Tk: Tensor,
+    weights_Tk: Tensor,
+    num_experts: int,
+    compute: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Like `mix_experts`; `compute` maps (rows sorted by expert, rows per expert) to outputs, on any rank."""
+    flat = experts_Tk.flatten()
+    bucket = torch.where(flat < 0, num_experts, flat)  # assignments without an expert come last
+    order, inverse = sorting(bucket)
+    counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
+    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), counts)
+    outputs_TkD = Gather.apply(outputs, inverse, order, 1).unflatten(0, experts_Tk.shape)
+    return torch.einsum("tk,tkd->td", weights_Tk.to(outputs.dtype), outputs_TkD)
+
+
+def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Stable order that sorts the keys, and its inverse."""
+    order = keys_N.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return order, inverse
+
+
+class Experts(nn.Module):
+    """Routed SwiGLU experts of one layer, stored as `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int, activation: str):
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        self.act = ACT2FN[activation]
+
+    @property
+    def local_experts(self) -> slice:
+        """The experts of the layer whose weights are on this rank; here all of them."""
+        return slice(0, self.num_experts)
+
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
+        """Like `mix_experts`; `corrections` as in `expert_outputs`."""
+        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act, corrections)
