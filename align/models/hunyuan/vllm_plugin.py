@@ -1,4 +1,4 @@
-"""HunYuan in vLLM's registries. vLLM calls `register`, the entry point `vllm.general_plugins`, in each of its processes.
+"""HunYuan in vLLM. vLLM calls `register`, the entry point `vllm.general_plugins`, in each of its processes.
 
 Heavy imports are inside the functions: vLLM loads this module in processes that may never run the model.
 """
