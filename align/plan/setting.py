@@ -1,4 +1,4 @@
-"""What a plan may choose (how a stage is spread) and what it is given (the machines)."""
+"""The parallel setting of a stage, which the planner varies, and the cluster, which is fixed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Setting:
-    """How one stage is spread over `gpus` ranks. deepspeed: False is one process without it.
+    """Parallelism, offloading and batching of one stage.
 
-    micro_batch: examples in a forward pass of one rank. rollout_gpus: GPUs over which one vLLM engine splits the
-    policy; in the training processes there are gpus / rollout_gpus of them. rollout_sleep: they give their memory back
-    between rounds.
+    gpus: ranks, one per GPU.
+    deepspeed: False for a single process without DeepSpeed.
+    zero_stage, expert_parallel_size, offload_optimizer, offload_parameters, gradient_checkpointing: as in a recipe.
+    micro_batch: examples per forward pass of one rank.
+    rollout_gpus: tensor-parallel size of a vLLM engine; the training processes run gpus / rollout_gpus engines.
+    rollout_sleep: the engines release their GPU memory between rollouts.
     """
 
     gpus: int
@@ -34,24 +37,27 @@ class Setting:
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts."""
+        """Data-parallel replicas of each expert."""
         return self.gpus // self.expert_parallel_size
 
     def accumulation(self, job: Job) -> int:
-        """Forward passes of a rank in an optimizer step."""
+        """Micro-batches of a rank per optimizer step."""
         return max(1, -(-job.batch // (self.micro_batch * self.gpus)))
 
     def idle(self, job: Job) -> int:
-        """Ranks that have no pass of their own in an optimizer step: PPO deals out a mini-batch's passes whole."""
+        """Ranks without a micro-batch in an optimizer step; PPO assigns whole micro-batches to ranks."""
         return max(0, self.gpus - -(-job.batch // self.micro_batch))
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines; bytes of a GPU, a host and a host's disk. reserve: bytes of a GPU that no tensor may take: the
-    CUDA context, NCCL's buffers and the allocator's fragmentation.
+    """Size and memory of the machines, in bytes.
 
-    host_memory None: not said, so not a limit. nvme None: there is no disk to offload to.
+    gpus, hosts: in total.
+    gpu_memory: per GPU.
+    host_memory: per host; None means no limit.
+    nvme: disk per host; None means no offloading to disk.
+    reserve: GPU memory kept free for the CUDA context, NCCL's buffers and allocator fragmentation.
     """
 
     gpus: int
@@ -62,23 +68,24 @@ class Cluster:
     reserve: float = 4 * GB
 
     @property
-    def gpus_a_host(self) -> int:
+    def gpus_per_host(self) -> int:
         return -(-self.gpus // self.hosts)
 
 
-def rows_a_pass(job: Job, gpus: int) -> int:
-    """Examples in a forward pass as the recipe has it, on `gpus` ranks."""
+def rows_per_pass(job: Job, gpus: int) -> int:
+    """Examples per forward pass of one of `gpus` ranks under the recipe's batch sizes."""
     if job.kind == "ppo":
         return job.micro_batch
     return min(job.micro_batch, max(1, job.batch // gpus))
 
 
 def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
+    """`number` and the noun `thing`, in the plural unless there is one."""
+    return f"{number} {thing}{'' if number == 1 else 'es' if thing.endswith(('s', 'ch')) else 's'}"
 
 
 def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
-    """What the recipe says, on `gpus` GPUs; ZeRO-3 on several of them where it has no `parallel` section."""
+    """The recipe's setting on `gpus` GPUs; without a `parallel` section, ZeRO-3 if there are several."""
     if parallel is None:
         parallel = Parallel(processes=gpus)
         deepspeed = gpus > 1
@@ -92,14 +99,14 @@ def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
         offload_optimizer=parallel.offload.optimizer,
         offload_parameters=parallel.offload.parameters,
         gradient_checkpointing=job.gradient_checkpointing,
-        micro_batch=rows_a_pass(job, gpus),
-        rollout_gpus=job.rollouts.gpus_a_server if job.rollouts else 1,
+        micro_batch=rows_per_pass(job, gpus),
+        rollout_gpus=job.rollouts.gpus_per_server if job.rollouts else 1,
         rollout_sleep=job.rollouts.sleeps if job.rollouts else False,
     )
 
 
 def unusable(job: Job, setting: Setting) -> str | None:
-    """Why a setting cannot run, whatever the memory; None where it can."""
+    """The reason why a setting cannot run on any amount of memory; None if it can."""
     ep, gpus = setting.expert_parallel_size, setting.gpus
     if setting.deepspeed and setting.zero_stage == 0 and ep > 1:
         return "expert_parallel_size needs zero_stage 1, 2 or 3"
@@ -113,9 +120,9 @@ def unusable(job: Job, setting: Setting) -> str | None:
                 )
             if not layer.experts and ep > 1 and not member.shape.experts:
                 return f"expert_parallel_size {ep}: {member.shape.name} has no experts"
-    if job.kind != "ppo" and job.batch % (setting.micro_batch * gpus):  # PPO's ranks may have unequal shares
+    if job.kind != "ppo" and job.batch % (setting.micro_batch * gpus):  # PPO's ranks may have unequal numbers of rows
         return (
-            f"{counted(gpus, 'GPU')} with {counted(setting.micro_batch, 'pair' if job.sequences > 1 else 'row')} a "
-            f"pass cannot share the batch of {job.batch} evenly"
+            f"batch {job.batch} is not divisible by {counted(gpus, 'GPU')} x "
+            f"{counted(setting.micro_batch, 'pair' if job.sequences > 1 else 'row')} per micro-batch"
         )
     return None

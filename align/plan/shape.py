@@ -1,4 +1,4 @@
-"""The sizes of a model, counted from its configuration alone.
+"""Sizes and parameter counts of a model, from its configuration alone.
 
 Letters as in the model's own files: D hidden, H query heads, K key/value heads, d head size, E experts, F expert width.
 """
@@ -33,15 +33,18 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 131_072,
 }
-"""What `HunYuanConfig` takes where a published config.json has no such key, without importing transformers for it."""
+"""Defaults of `HunYuanConfig` for keys missing in a config.json, repeated here to avoid importing transformers."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Parameters of one decoder layer, and what its activations depend on.
+    """One decoder layer.
 
-    attention, norms, router, experts (all E of them) and mlp (the shared expert, or a dense layer's MLP) are parameter
-    counts; owns_kv: whether it has key and value projections of its own.
+    owns_kv: it has its own key and value projections (otherwise it uses those of an earlier layer).
+    attention, norms, router, experts, mlp: parameter counts; `experts` counts all E routed experts, `mlp` the shared
+    expert or a dense layer's MLP.
+    mlp_width: width of that MLP.
+    num_experts, top_k: routed experts, and experts per token.
     """
 
     owns_kv: bool
@@ -60,14 +63,14 @@ class LayerShape:
 
     @property
     def active(self) -> int:
-        """Parameters that one token meets."""
+        """Parameters used for one token."""
         routed = self.experts * self.top_k // self.num_experts if self.experts else 0
         return self.parameters - self.experts + routed
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model without weights; every count is exact."""
+    """The sizes of a model; all counts are exact."""
 
     name: str
     vocab_size: int
@@ -93,7 +96,7 @@ class ModelShape:
 
     @cached_property
     def kinds(self) -> tuple[tuple[LayerShape, int], ...]:
-        """Different layers with how often each occurs: arithmetic over them does not grow with the depth."""
+        """Distinct layers with their counts, so that arithmetic over layers does not grow with depth."""
         return tuple(Counter(self.layers).items())
 
     @property
@@ -107,17 +110,17 @@ class ModelShape:
 
     @cached_property
     def trunk(self) -> int:
-        """Parameters without a head: embedding, layers, final norm."""
+        """Parameters without head: embedding, layers, final norm."""
         return self.embedding + self.hidden_size + sum(count * layer.parameters for layer, count in self.kinds)
 
     def parameters(self, *, scorer: bool = False) -> int:
-        """With the vocabulary's head (which a tied model shares with its embedding), or with a scorer's row."""
+        """All parameters, including the output head (shared with the embedding if tied), or a scorer's head."""
         head = self.hidden_size if scorer else 0 if self.tied else self.embedding
         return self.trunk + head
 
     @cached_property
     def active(self) -> int:
-        """Parameters that one token meets, embedding and head counted as in `align show-model`."""
+        """Parameters used for one token; embedding and head are counted as in `align show-model`."""
         inactive = sum(count * (layer.parameters - layer.active) for layer, count in self.kinds)
         return self.parameters() - inactive
 
@@ -126,14 +129,14 @@ class ModelShape:
         return max(self.layers, key=lambda layer: layer.parameters)
 
     def cache_bytes(self, bytes_per_value: int = 2) -> int:
-        """Key/value cache of one token over all layers; a layer without keys of its own needs none."""
+        """Key/value cache per token over all layers; layers that share another layer's keys need none."""
         owners = sum(count for layer, count in self.kinds if layer.owns_kv)
         return 2 * owners * self.kv_size * bytes_per_value
 
     def forward_flops(self, length: int, *, scorer: bool = False) -> float:
-        """Multiplications and additions of one token's forward pass in a sequence of `length`.
+        """Multiplications and additions of the forward pass, per token of a sequence of `length` tokens.
 
-        Two a parameter that multiplies, and causal attention over `length` / 2 earlier tokens on average.
+        Two per matrix parameter, plus causal attention over `length` / 2 earlier tokens on average.
         """
         vectors = self.hidden_size + sum(count * layer.norms for layer, count in self.kinds)
         layers = self.active - vectors - self.embedding * (1 if self.tied else 2)
@@ -141,7 +144,7 @@ class ModelShape:
         return 2 * (layers + head) + 4 * len(self.layers) * self.query_size * length / 2
 
     def adapters(self, lora: Lora) -> tuple[int, int]:
-        """Trained parameters of `lora` in the routed experts, and everywhere else (router included)."""
+        """(trained parameters in the routed experts, trained parameters elsewhere, router included)."""
         inside, outside = 0, 0
         hidden, rank = self.hidden_size, lora.rank
         for layer, count in self.kinds:
@@ -160,7 +163,7 @@ class ModelShape:
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a config.json describes."""
+    """Read a model's shape from the values of its config.json."""
     values = {**DEFAULTS, **{key: value for key, value in config.items() if key in DEFAULTS}}
     head_dim = values["attention_head_dim"] or values["hidden_size"] // values["num_attention_heads"]
     group = values["cla_share_factor"] if values["use_cla"] else 1
@@ -209,7 +212,7 @@ def _of_layer(value: int | list[int], index: int) -> int:
 
 
 def expert_counts(config: Mapping[str, Any]) -> list[int]:
-    """The different numbers of experts that layers of a config.json have; whatever is no number is left out."""
+    """Distinct numbers of experts per layer in a config.json; values that are not integers are skipped."""
     experts = config.get("num_experts", DEFAULTS["num_experts"])
     layers = config.get("num_hidden_layers", DEFAULTS["num_hidden_layers"])
     listed = experts[: layers if isinstance(layers, int) else None] if isinstance(experts, list) else [experts]

@@ -1,5 +1,7 @@
-"""Seconds of a step, from the rates of a GPU and its wires. An estimate: a lower bound with everything overlapped, an
-upper one with nothing overlapped."""
+"""Estimate the seconds of a step from the rates of a GPU and its links.
+
+The lower bound assumes that everything overlaps, the upper bound that nothing does.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,22 @@ from dataclasses import dataclass
 from align.plan.job import Job
 from align.plan.memory import engine_bytes
 from align.plan.setting import Cluster, Setting
-from align.plan.traffic import Wire, traffic, work
+from align.plan.traffic import Link, traffic, work
 
-TFLOPS_EFFICIENCY, WIRE_EFFICIENCY = 0.4, 0.7
-"""Shares of the peak rates that a run is taken to reach, where no measured rate is given."""
+TFLOPS_EFFICIENCY, LINK_EFFICIENCY = 0.4, 0.7
+"""Assumed shares of the peak rates, for rates that were not measured."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Reached (not peak) rates of one GPU.
+    """Achieved (not peak) rates.
 
-    tflops: 1e12 operations a second in bf16. memory: of its own memory; link: to GPUs of its host, one direction;
-    network: to those of other hosts; host: to its host's memory; all in GB/s. nvme and host_memory: GB/s of a whole
-    host.
+    tflops: 1e12 operations per second of one GPU in bf16.
+    memory: GB/s of one GPU's memory.
+    link: GB/s of one GPU to the GPUs of its host, in one direction.
+    network: GB/s of one GPU to other hosts.
+    host: GB/s of one GPU to its host's memory.
+    nvme, host_memory: GB/s of a whole host.
     """
 
     tflops: float
@@ -35,7 +40,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a data sheet (bf16 without sparsity; link: one direction) and its memory in GB."""
+    """Memory in GB and peak rates of a data sheet (bf16 without sparsity; `link` in one direction)."""
 
     memory_gb: float
     tflops: float
@@ -46,8 +51,8 @@ class Gpu:
 
     @property
     def rates(self) -> Rates:
-        wires = (WIRE_EFFICIENCY * wire for wire in (self.memory, self.link, self.network, self.host))
-        return Rates(TFLOPS_EFFICIENCY * self.tflops, *wires)
+        links = (LINK_EFFICIENCY * link for link in (self.memory, self.link, self.network, self.host))
+        return Rates(TFLOPS_EFFICIENCY * self.tflops, *links)
 
 
 GPUS: dict[str, Gpu] = {
@@ -61,13 +66,13 @@ GPUS: dict[str, Gpu] = {
     "b200": Gpu(180, 2250, 8000, 900, 50, 64),
     "l40s": Gpu(48, 362, 864, 32, 25, 32),
 }
-"""NVIDIA's data sheets; network: an adapter of 400 Gbit/s for each GPU (200 with A100 and L40S); host: PCIe 5 x16 (4
-with those)."""
+"""From NVIDIA's data sheets. `network` is one 400 Gbit/s adapter per GPU (200 Gbit/s for A100, A800 and L40S); `host`
+is PCIe 5 x16 (PCIe 4 for those)."""
 
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of a step. parts: what each thing takes by itself."""
+    """Bounds on the seconds of a step, seconds of each part by itself, and tokens per step."""
 
     fastest: float
     slowest: float
@@ -76,20 +81,20 @@ class Duration:
 
     @property
     def seconds(self) -> float:
-        """Half-way between the bounds; settings are ordered by it."""
+        """Midpoint of the bounds, by which settings are ordered."""
         return (self.fastest + self.slowest) / 2
 
 
 def duration(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Duration:
-    """What a step takes on `cluster`."""
-    parts = {"arithmetic": operations(job, setting) / (rates.tflops * 1e12)}
-    wires: dict[Wire, float] = {"collective": 0, "exchange": 0, "host": 0, "nvme": 0}
+    """Estimate a step, or a PPO round, on `cluster`."""
+    parts = {"compute": operations(job, setting) / (rates.tflops * 1e12)}
+    received: dict[Link, float] = {"collective": 0, "all-to-all": 0, "host": 0, "nvme": 0}
     for flow, size in traffic(job, setting).items():
-        wires[flow.wire] += size
-    parts["collectives"] = _collective(wires["collective"], cluster, rates)
-    parts["tokens to experts"] = _exchange(wires["exchange"], setting, cluster, rates)
-    parts["host link"] = wires["host"] / (rates.host * 1e9)
-    parts["NVMe"] = wires["nvme"] * cluster.gpus_a_host / (rates.nvme * 1e9)
+        received[flow.link] += size
+    parts["collectives"] = _collective(received["collective"], cluster, rates)
+    parts["expert all-to-all"] = _all_to_all(received["all-to-all"], setting, cluster, rates)
+    parts["host link"] = received["host"] / (rates.host * 1e9)
+    parts["NVMe"] = received["nvme"] * cluster.gpus_per_host / (rates.nvme * 1e9)
     overlapped = list(parts.values())
     if setting.offload_optimizer:
         parts["AdamW on the CPU"] = _cpu_adam(job, setting, cluster, rates)
@@ -104,8 +109,8 @@ def duration(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Dura
 def operations(job: Job, setting: Setting) -> float:
     """Multiplications and additions of one rank in a step.
 
-    A backward pass costs two forward passes, one where the matrices are frozen and need no gradient; recomputing
-    activations costs a third or second.
+    A backward pass costs two forward passes, or one if the matrices are frozen and need no gradient. Activation
+    checkpointing adds one forward pass.
     """
     tokens = setting.micro_batch * job.sequences * job.length
     total = 0.0
@@ -119,35 +124,39 @@ def operations(job: Job, setting: Setting) -> float:
 
 
 def _collective(received: float, cluster: Cluster, rates: Rates) -> float:
-    """A ring passes through each host once, so a GPU's adapter carries its share of what the host receives."""
+    """Seconds of the collectives: a ring crosses each host once, so the host's adapters share what it receives."""
     inside = received / (rates.link * 1e9)
     if cluster.hosts == 1:
         return inside
-    return max(inside, received / cluster.gpus_a_host / (rates.network * 1e9))
+    return max(inside, received / cluster.gpus_per_host / (rates.network * 1e9))
 
 
-def _exchange(received: float, setting: Setting, cluster: Cluster, rates: Rates) -> float:
-    """Groups of consecutive ranks lie in one host as far as it has GPUs."""
-    ep, here = setting.expert_parallel_size, cluster.gpus_a_host
+def _all_to_all(received: float, setting: Setting, cluster: Cluster, rates: Rates) -> float:
+    """Seconds of the expert all-to-all: groups of consecutive ranks stay within a host if it has enough GPUs."""
+    ep, here = setting.expert_parallel_size, cluster.gpus_per_host
     outside = max(0.0, (ep - here) / (ep - 1)) if ep > 1 else 0.0
     return received * ((1 - outside) / rates.link + outside / rates.network) / 1e9
 
 
 def _cpu_adam(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> float:
-    """Bound by memory: weight, gradient and two moments in fp32 are read, all but the gradient written, and bf16."""
+    """Seconds of AdamW in host memory.
+
+    It is bound by memory: fp32 weight, gradient and two moments are read (16 bytes); weight and moments are written (12
+    bytes), and the bf16 weight (2 bytes).
+    """
     trained = sum(sum(member.trained_counts) for member in job.learners)
-    a_host = trained / setting.gpus * cluster.gpus_a_host
-    return job.updates * a_host * (16 + 12 + 2) / (rates.host_memory * 1e9)
+    per_host = trained / setting.gpus * cluster.gpus_per_host
+    return job.updates * per_host * (16 + 12 + 2) / (rates.host_memory * 1e9)
 
 
 def engine_sizes(job: Job, gpus: int) -> list[int]:
-    """vLLM splits heads, so an engine's GPUs divide them."""
+    """Tensor-parallel sizes of an engine on `gpus` GPUs; vLLM shards attention heads, so a size must divide them."""
     heads = job.members[0].shape.heads
     return [size for size in (1, 2, 4, 8, 16, 32, 64) if gpus % size == 0 and heads % size == 0]
 
 
 def server_gpus(job: Job, cluster: Cluster) -> int | None:
-    """GPUs like the cluster's that a rollout server of its own needs; None where 64 are too few."""
+    """GPUs of the cluster's kind that a separate rollout server needs; None if 64 are too few."""
     for size in engine_sizes(job, 64):
         if sum(engine_bytes(job, size).values()) + cluster.reserve <= cluster.gpu_memory:
             return size
@@ -155,7 +164,7 @@ def server_gpus(job: Job, cluster: Cluster) -> int | None:
 
 
 def _generation(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> float:
-    """Each decoded token of a wave of sequences reads the weights that the wave's tokens meet, and computes."""
+    """Seconds of generation: each decoding step of a wave of sequences reads the weights that its tokens activate."""
     assert job.rollouts is not None
     policy, rollouts = job.members[0], job.rollouts
     gpus = setting.rollout_gpus
@@ -164,11 +173,11 @@ def _generation(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> f
     engines = rollouts.servers or max(1, setting.gpus // gpus)
     sequences = math.ceil(rollouts.completions / engines)
     wave = min(sequences, rollouts.max_sequences)
-    met = 1.0
+    activated = 1.0
     if policy.shape.experts:
         layer = policy.shape.largest_layer
-        met = 1 - (1 - layer.top_k / layer.num_experts) ** wave
-    values = policy.parameters - policy.shape.experts * (1 - met)
+        activated = 1 - (1 - layer.top_k / layer.num_experts) ** wave
+    values = policy.parameters - policy.shape.experts * (1 - activated)
     width = 4 if job.dtype == "float32" else 2
     read = values * width / gpus / (rates.memory * 1e9)
     forward = policy.shape.forward_flops(job.length) / gpus / (rates.tflops * 1e12)

@@ -1,4 +1,4 @@
-"""The planner's memory and traffic against hand arithmetic, models on torch's meta device, and its own invariants."""
+"""The planner's memory and traffic against hand arithmetic, models on torch's meta device, and invariants."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def large() -> ModelShape:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_parameters_are_counted_as_on_a_model_without_memory(name: str) -> None:
+def test_parameters_equal_those_of_a_model_on_the_meta_device(name: str) -> None:
     config = HunYuanConfig(**VARIANTS[name])
     shape = shape_of(name, VARIANTS[name])
     cost = model_cost(config, context=1024)
@@ -58,8 +58,8 @@ def test_parameters_are_counted_as_on_a_model_without_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_operations_are_those_that_show_model_prints(name: str) -> None:
-    # A token in a row of 2n tokens has n earlier ones on average.
+def test_operations_equal_those_of_show_model(name: str) -> None:
+    # A token in a row of 2n tokens attends to n earlier ones on average.
     cost = model_cost(HunYuanConfig(**PRESETS[name]), context=1024)
     assert shape_of(name, PRESETS[name]).forward_flops(2048) == cost.flops_per_token
 
@@ -73,7 +73,7 @@ def test_operations_are_those_that_show_model_prints(name: str) -> None:
         Lora(rank=2, attention=False, experts=False),
     ],
 )
-def test_adapters_are_counted_as_peft_makes_them(lora: Lora) -> None:
+def test_adapter_parameters_equal_pefts(lora: Lora) -> None:
     with torch.device("meta"):
         model = add_lora(HunYuanForCausalLM(HunYuanConfig(**PRESETS["small"])), lora, task="CAUSAL_LM")
     inside, outside = shape_of("small", PRESETS["small"]).adapters(lora)
@@ -81,7 +81,7 @@ def test_adapters_are_counted_as_peft_makes_them(lora: Lora) -> None:
     assert inside == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and ".experts." in n)
 
 
-def test_defaults_are_the_configuration_classs() -> None:
+def test_defaults_equal_the_configuration_class() -> None:
     config = HunYuanConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
@@ -92,15 +92,15 @@ def test_the_dense_model_of_the_quickstart_has_its_published_size() -> None:
     assert shape_of("smollm2", values).parameters() == 134_515_008
 
 
-def test_mixed_precision_adamw_is_sixteen_bytes_a_parameter(large: ModelShape) -> None:
+def test_mixed_precision_adamw_is_sixteen_bytes_per_parameter(large: ModelShape) -> None:
     found = memory(sft(large), Setting(64, True, 3), NO_BUFFERS)
     kept = ("policy weights", "policy gradients", "policy fp32 weights", "policy optimizer moments")
     parts = [found.gpu[name] * 64 / large.parameters() for name in kept]
     assert parts == pytest.approx([2, 2, 4, 8])
 
 
-def test_offloaded_adamw_is_eighteen_bytes_a_parameter_in_the_host(large: ModelShape) -> None:
-    # DeepSpeed: fp32 weights 4, moments 8, fp32 gradients 4, gradients as they come 2
+def test_offloaded_adamw_is_eighteen_bytes_per_parameter_in_host_memory(large: ModelShape) -> None:
+    # DeepSpeed: fp32 weights 4, moments 8, fp32 gradients 4, bf16 gradients 2
     found = memory(sft(large), Setting(64, True, 3, offload_optimizer="cpu"), NO_BUFFERS)
     assert found.host_bytes * 64 == pytest.approx(18 * 388_698_128_640)
     assert "policy optimizer moments" not in found.gpu
@@ -109,7 +109,7 @@ def test_offloaded_adamw_is_eighteen_bytes_a_parameter_in_the_host(large: ModelS
     assert "policy weights" not in both.gpu
 
 
-def test_nvme_takes_what_the_host_had(large: ModelShape) -> None:
+def test_nvme_takes_over_from_host_memory(large: ModelShape) -> None:
     found = memory(sft(large), Setting(64, True, 3, 1, "nvme", "nvme"), NO_BUFFERS)
     assert found.nvme_bytes * 64 == pytest.approx((16 + 2) * 388_698_128_640)
 
@@ -118,14 +118,14 @@ def test_nvme_takes_what_the_host_had(large: ModelShape) -> None:
 def test_zero_stages_shard_what_the_paper_says(large: ModelShape, stage: int) -> None:
     # Rajbhandari et al., section 5: moments and fp32 weights from stage 1, gradients from 2, weights from 3
     parameters, gpus = 388_698_128_640, 64
-    last = memory(sft(large), Setting(gpus, True, stage), NO_BUFFERS).moments["optimizer step"]
+    last = memory(sft(large), Setting(gpus, True, stage), NO_BUFFERS).phases["optimizer step"]
     assert last["policy weights"] == pytest.approx(2 * parameters / (gpus if stage == 3 else 1))
     optimizer = last["policy fp32 weights"] + last["policy optimizer moments"]
     assert optimizer == pytest.approx(12 * parameters / (gpus if stage >= 1 else 1))
 
 
 def states(found: Memory) -> float:
-    return sum(size for name, size in found.moments["optimizer step"].items() if name.startswith("policy "))
+    return sum(size for name, size in found.phases["optimizer step"].items() if name.startswith("policy "))
 
 
 def test_twice_the_gpus_halve_what_is_sharded(large: ModelShape) -> None:
@@ -140,7 +140,7 @@ def test_the_shards_of_all_ranks_are_the_whole(large: ModelShape, ep: int) -> No
     )
 
 
-def test_expert_parallelism_spreads_experts_alone(large: ModelShape) -> None:
+def test_expert_parallelism_shards_experts_alone(large: ModelShape) -> None:
     found = memory(sft(large), Setting(16, True, 1, 16), NO_BUFFERS).gpu
     others = large.parameters() - large.experts
     assert found["policy weights"] == pytest.approx(2 * (others + large.experts / 16))
@@ -151,7 +151,7 @@ def test_expert_parallelism_spreads_experts_alone(large: ModelShape) -> None:
 
 
 def saved_bytes(values: dict, dtype: torch.dtype, *, padded: bool, batch: int = 4, length: int = 64) -> int:
-    """What autograd keeps of one forward pass, weights not counted."""
+    """Bytes that autograd saves in one forward pass, without weights."""
     torch.manual_seed(0)
     model = HunYuanForCausalLM(HunYuanConfig(**values)).to(dtype).model
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
@@ -172,7 +172,7 @@ def saved_bytes(values: dict, dtype: torch.dtype, *, padded: bool, batch: int = 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, {"moe_topk": 2}, {"use_cla": False}], ids=["top-1", "top-2", "no sharing"])
-def test_activations_are_those_that_autograd_keeps(changes: dict, dtype: torch.dtype, padded: bool) -> None:
+def test_activations_equal_those_that_autograd_saves(changes: dict, dtype: torch.dtype, padded: bool) -> None:
     values = {**PRESETS["tiny"], "num_hidden_layers": 4, **changes}
     less = {**values, "num_hidden_layers": 2}
     difference = saved_bytes(values, dtype, padded=padded) - saved_bytes(less, dtype, padded=padded)
@@ -182,8 +182,8 @@ def test_activations_are_those_that_autograd_keeps(changes: dict, dtype: torch.d
     assert planned == pytest.approx(difference, rel=0.01)
 
 
-def test_recomputed_activations_are_inputs_keys_and_values(large: ModelShape) -> None:
-    # bf16: 6400 values a layer, and 2 x 640 in the half of the layers that own keys and values; routing is small
+def test_checkpointed_layers_save_inputs_keys_and_values(large: ModelShape) -> None:
+    # bf16: 6400 values per layer, and 2 x 640 in the half of the layers that own keys and values; routing is small
     run = Pass(2048, 2048, False, 2, 2)
     kept = sum(activations.checkpoint_bytes(large, layer, run) for layer in large.layers)
     assert kept == pytest.approx(2048 * 64 * 2 * (6400 + 640), rel=0.01)
@@ -196,21 +196,21 @@ def test_zero_3_moves_three_times_the_weights(large: ModelShape) -> None:
     # The ZeRO paper, section 7.2.2: two gathers and a reduction of 2 bytes a parameter
     found = traffic(sft(large, batch=64), Setting(64, True, 3))
     share, weights = 63 / 64, 2 * 388_698_128_640
-    assert found[Flow("weights gathered", "collective")] == pytest.approx(2 * weights * share)
-    assert found[Flow("gradients reduced", "collective")] == pytest.approx(weights * share)
+    assert found[Flow("weight all-gather", "collective")] == pytest.approx(2 * weights * share)
+    assert found[Flow("gradient reduction", "collective")] == pytest.approx(weights * share)
 
 
-def test_experts_that_stay_are_not_gathered_but_their_tokens_travel(large: ModelShape) -> None:
+def test_expert_parallelism_moves_tokens_instead_of_experts(large: ModelShape) -> None:
     found = traffic(sft(large, batch=16), Setting(16, True, 3, 16))
     others = large.parameters() - large.experts
-    assert found[Flow("weights gathered", "collective")] == pytest.approx(2 * 2 * others * 15 / 16)
-    # each token's 6400 bf16 values there and back, forward and backward, in 64 layers
+    assert found[Flow("weight all-gather", "collective")] == pytest.approx(2 * 2 * others * 15 / 16)
+    # 6400 bf16 values per token, dispatch and combine, forward and backward, in 64 layers
     tokens = 2048 * 6400 * 2 * 64 * 4 * 15 / 16
-    assert found[Flow("tokens to experts and back", "exchange")] == pytest.approx(tokens)
+    assert found[Flow("expert dispatch and combine", "all-to-all")] == pytest.approx(tokens)
 
 
-def test_a_step_takes_six_operations_a_parameter(large: ModelShape) -> None:
-    # The usual 6 N D, and attention: 12 operations a layer, head value and earlier token (Kaplan et al., 2001.08361)
+def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
+    # The usual 6 N D plus attention: 12 operations per layer, head value and earlier token (Kaplan et al., 2001.08361)
     tokens, attention = 2048, 12 * 64 * 6400 * 1024
     wanted = tokens * (6 * 51.3e9 + attention)
     assert operations(sft(large, batch=8), Setting(8, True, 3)) == pytest.approx(wanted, rel=0.01)
@@ -218,12 +218,12 @@ def test_a_step_takes_six_operations_a_parameter(large: ModelShape) -> None:
     assert recomputed == pytest.approx(wanted * 4 / 3, rel=0.01)
 
 
-def test_a_sampler_whose_logprobs_are_taken_saves_passes_of_the_policy(large: ModelShape) -> None:
+def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) -> None:
     rollouts = Rollouts("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
     members = (Member("policy", large, "all"), Member("reference", large, "nothing"))
     job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
-    trusting = replace(job, rollouts=replace(rollouts, trusted=True))
+    reused = replace(job, rollouts=replace(rollouts, as_old_logprobs=True))
     setting = Setting(2, True, 3, micro_batch=4)
-    # Of the eight passes of four completions on each GPU one is left.
+    # One of eight passes of four completions is left on each GPU.
     forward = 4 * 2048 * (2 * 51.3e9 + 4 * 64 * 6400 * 1024)
-    assert operations(job, setting) - operations(trusting, setting) == pytest.approx(7 * forward, rel=0.01)
+    assert operations(job, setting) - operations(reused, setting) == pytest.approx(7 * forward, rel=0.01)

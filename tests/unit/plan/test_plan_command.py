@@ -1,4 +1,4 @@
-"""`align plan` from the outside: known facts, golden lines, bad input, and that it stays light."""
+"""`align plan` as a user sees it: published facts, expected lines, bad input, no heavy imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align import cli
 from align.config import load_recipe
 from align.config.presets import PRESETS
 from align.errors import UserError
-from align.plan.command import Question, answer
+from align.plan.command import Options, plan_recipe
 from align.plan.job import Job, jobs_of
 from align.plan.memory import memory
 from align.plan.report import overrides
@@ -67,30 +67,30 @@ def test_ppo_of_hunyuan_large_has_a_plan() -> None:
     assert plan.fits
     assert plan.memory.gpu_bytes + 4 * GB <= 96 * GB
     assert {member.role for member in job.members} == {"policy", "critic", "reference", "reward model"}
-    # policy, critic, reference and reward model are spread over all GPUs, or lie in the hosts
+    # policy, critic, reference and reward model are sharded over all GPUs, or offloaded
     weights = sum(size for name, size in (plan.memory.gpu | plan.memory.host).items() if name.endswith(" weights"))
     assert weights * 128 > 4 * 2 * 388e9
 
 
-def test_the_smallest_change_is_found_not_written() -> None:
+def test_the_smallest_change_is_found() -> None:
     cluster = h20(1)
     job = large("parallel.expert_parallel_size=8")["sft"]
     recipe = load_recipe("hunyuan-large", ["parallel.expert_parallel_size=8"])
     plan = evaluate(job, setting_of(job, recipe.parallel, 8), cluster, H20)
     assert [short.where for short in plan.shortages] == ["GPU", "host"]
-    found = {remedy.what: remedy for remedy in remedies(job, plan.setting, cluster, H20)}
+    found = {remedy.name: remedy for remedy in remedies(job, plan.setting, cluster, H20)}
     assert found["more GPUs"].plan.setting.gpus == 32
     assert found["more GPUs"].changes == 1
     assert found["LoRA on attention"].plan.fits
     assert "other settings" not in found
 
 
-def test_a_remedy_changes_as_little_as_can_be() -> None:
+def test_a_remedy_changes_as_little_as_possible() -> None:
     job = large()["sft"]
     wanted = Setting(64, True, 1, 16, None, None, True, 1)
     plan = evaluate(job, wanted, h20(8), H20)
     assert not plan.fits
-    (near,) = (remedy.plan for remedy in remedies(job, wanted, h20(8), H20) if remedy.what == "other settings")
+    (near,) = (remedy.plan for remedy in remedies(job, wanted, h20(8), H20) if remedy.name == "other settings")
     everything = feasible(job, h20(8), H20)
     assert len(changed(near.setting, wanted)) == min(
         len(changed(replace(p.setting, micro_batch=1), wanted)) for p in everything
@@ -103,7 +103,7 @@ NVME = "offload: {optimizer: nvme, parameters: cpu, path: /scratch}"
 @pytest.mark.parametrize("written", [[], [f"parallel={{processes: 8, expert_parallel_size: 8, {NVME}}}"]])
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: list[str], stage: str) -> None:
-    """Whatever the recipe has: a small model fits with and without offloading and spread experts, on a disk as well."""
+    """A small model fits with and without offloading, expert parallelism and NVMe, so all are proposed."""
     (job,) = jobs_of(load_recipe("hunyuan-large", written), "small", stage)
     plans = feasible(job, Cluster(8, 1, 96 * GB, 2000 * GB, nvme=4000 * GB), H20)
     kinds = {
@@ -117,7 +117,7 @@ def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: lis
         recipe = load_recipe("hunyuan-large", [*written, *overrides(plan)])
         (again,) = jobs_of(recipe, "small", stage)
         assert setting_of(again, recipe.parallel, 8) == replace(
-            plan.setting, rollout_gpus=again.rollouts.gpus_a_server if again.rollouts else 1
+            plan.setting, rollout_gpus=again.rollouts.gpus_per_server if again.rollouts else 1
         )
 
 
@@ -127,32 +127,32 @@ def test_one_process_without_deepspeed_is_proposed_without_the_section() -> None
     assert load_recipe("hunyuan-large", overrides(plan)).parallel is None
 
 
-def test_reward_models_are_spread_over_the_ranks() -> None:
-    # 388.7e9 weights of two bytes over 128 ranks; a server's take no room here
+def test_reward_models_are_sharded() -> None:
+    # 388.7e9 weights of two bytes over 128 ranks; a reward server takes no memory here
     setting = Setting(128, True, 3, 16)
-    spread = memory(large()["ppo"], setting)
+    sharded = memory(large()["ppo"], setting)
     weights = 2 * 388.7e9 / 128
-    assert spread.gpu["reward model weights"] == pytest.approx(weights, rel=1e-3)
+    assert sharded.gpu["reward model weights"] == pytest.approx(weights, rel=1e-3)
     remote = memory(large("stages.ppo.rewards=[{kind: remote, url: 'http://127.0.0.1:8100'}]")["ppo"], setting)
-    assert spread.gpu_bytes - remote.gpu_bytes == pytest.approx(weights, rel=1e-3)
-    assert "reward model" not in " ".join(remote.moments[remote.fullest])
+    assert sharded.gpu_bytes - remote.gpu_bytes == pytest.approx(weights, rel=1e-3)
+    assert "reward model" not in " ".join(remote.phases[remote.peak])
 
 
-def test_a_reward_model_larger_than_the_policy_can_be_the_fullest() -> None:
-    # Adapters on the policy alone, and nothing learns of the reward model: its layers are gathered where it scores.
+def test_a_reward_model_larger_than_the_policy_can_be_the_peak() -> None:
+    # The policy is tiny and has adapters, so the peak is the gathering of a layer of the frozen reward model.
     lora = ["stages.ppo.lora={}", "stages.ppo.advantage_estimator=grpo", "stages.ppo.completions_per_prompt=4"]
     job = large(*lora)["ppo"]
     policy, *others = job.members
     small = replace(job, members=(replace(policy, shape=shape_of("tiny", PRESETS["tiny"])), *others))
-    assert memory(small, Setting(128, True, 3, 1)).fullest == "reward model: asked"
+    assert memory(small, Setting(128, True, 3, 1)).peak == "reward model: frozen forward"
 
 
-def test_an_average_of_the_weights_is_counted() -> None:
+def test_ema_weights_are_counted() -> None:
     # 388.7e9 weights of four bytes over 128 ranks, beside the moments: on the GPU, or in the host with them
-    plain, averaged = (large(*change)["ppo"] for change in ([], ["stages.ppo.ema_decay=0.9"]))
+    plain, ema = (large(*change)["ppo"] for change in ([], ["stages.ppo.ema_decay=0.9"]))
     for place in (None, "cpu"):
         setting = Setting(128, True, 3, 16, offload_optimizer=place)
-        one, other = memory(plain, setting), memory(averaged, setting)
+        one, other = memory(plain, setting), memory(ema, setting)
         more = [other.gpu_bytes - one.gpu_bytes, other.host_bytes - one.host_bytes]
         assert more[place == "cpu"] == pytest.approx(4 * 388.7e9 / 128, rel=1e-3)
         assert more[place != "cpu"] == 0
@@ -195,10 +195,10 @@ def test_more_memory_never_makes_less_fit() -> None:
     assert small < big
 
 
-def test_given_rates_take_the_place_of_assumed_ones() -> None:
+def test_measured_rates_replace_assumed_ones() -> None:
     job, cluster = large()["sft"], h20(8)
-    slow = feasible(job, cluster, H20)[0].duration.parts["arithmetic"]
-    fast = feasible(job, cluster, replace(H20, tflops=2 * H20.tflops))[0].duration.parts["arithmetic"]
+    slow = feasible(job, cluster, H20)[0].duration.parts["compute"]
+    fast = feasible(job, cluster, replace(H20, tflops=2 * H20.tflops))[0].duration.parts["compute"]
     assert slow == pytest.approx(2 * fast)
 
 
@@ -212,11 +212,11 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_tiny_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "tiny", "--gpu", "h100", "--stage", "sft")
-    assert found.splitlines()[0] == "tiny: 2,954,624 parameters, 890,240 active a token"
+    assert found.splitlines()[0] == "tiny: 2,954,624 parameters, 890,240 active per token"
     # 4 bytes a parameter of weights and 8 of moments, 2,954,624 of them
     assert "  policy weights               0.012" in found
     assert "  policy optimizer moments     0.024" in found
-    assert "  fits          4.2 of 80.0 GB a GPU" in found
+    assert "  fits          4.2 of 80.0 GB per GPU" in found
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_states_of_the_presets(capsys: pytest.CaptureFixture[str], preset: str, 
     changes = ["parallel.offload.optimizer=null", "parallel.expert_parallel_size=1", "stages.sft.data.max_length=512"]
     arguments = ["hunyuan-large", "--model", preset, "--gpus", "64", "--gpu", "b200", "--stage", "sft", "--json"]
     (plan,) = json.loads(printed(capsys, *arguments, *changes))["plans"]
-    step = plan["moments"]["optimizer step"]
+    step = plan["phases"]["optimizer step"]
     kept = sum(step[f"policy {name}"] for name in ("weights", "gradients", "fp32 weights", "optimizer moments"))
     assert kept == pytest.approx(16 * parameters / 64)
 
@@ -238,8 +238,8 @@ def test_json_holds_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> No
     text = printed(capsys, *arguments)
     assert found["cluster"]["hosts"] == 8
     for plan in found["plans"]:
-        assert plan["gpu_bytes"] == pytest.approx(max(sum(m.values()) for m in plan["moments"].values()))
-        assert f"(fullest moment: {plan['fullest_moment']})" in text
+        assert plan["gpu_bytes"] == pytest.approx(max(sum(m.values()) for m in plan["phases"].values()))
+        assert f"(peak: {plan['peak_phase']})" in text
         assert plan["fits"] is not bool(plan["remedies"])
         for remedy in plan["remedies"]:
             assert " ".join(remedy["overrides"]) in text
@@ -261,7 +261,7 @@ LARGE = ["hunyuan-large", "--model", "hunyuan-large"]
 
 
 def proposals(found: str) -> list[list[str]]:
-    """The lines of a plan that change the recipe."""
+    """The lines of a report that are recipe overrides."""
     return [line.split() for line in found.splitlines() if re.fullmatch(r" +\S+=\S+( \S+=\S+)*", line)]
 
 
@@ -282,7 +282,7 @@ def test_the_recipe_takes_each_proposal_as_a_whole(
 ) -> None:
     given = [word for word in arguments if "=" in word]
     lines = proposals(printed(capsys, *arguments))
-    if "24" in arguments:  # processes cannot share the 128 rows of a stage that is not planned
+    if "24" in arguments:  # 24 processes do not divide the 128 rows of a stage that is not planned
         assert all("stages.sft.batch_size=144" in line for line in lines if "parallel.processes=24" in line)
     assert len(lines) >= least
     for line in lines:
@@ -300,9 +300,7 @@ def test_the_recipe_takes_each_proposal_as_a_whole(
         ["tiny", "--gpu-memory", "4.45", "--stage", "ppo", *(f"stages.ppo.{change}" for change in ROWS_OF_512)],
     ],
 )
-def test_a_proposal_planned_in_its_turn_is_what_was_proposed(
-    capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
+def test_planning_a_proposal_gives_the_proposed_plan(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     plans = json.loads(printed(capsys, *arguments, "--json"))["plans"]
     found = [(plan["stage"], remedy) for plan in plans for remedy in plan["remedies"]]
     assert len(found) >= 3
@@ -315,8 +313,8 @@ def test_a_proposal_planned_in_its_turn_is_what_was_proposed(
         assert again["gpu_bytes"] == pytest.approx(remedy["gpu_bytes"])
 
 
-def test_gpus_that_the_recipes_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each proposal, planned in its turn on the GPUs that it names, fits."""
+def test_gpus_not_divisible_by_the_expert_parallel_size_get_proposals(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each proposal fits when it is planned on its own number of GPUs."""
     arguments = [*LARGE, "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
     found = printed(capsys, *arguments, "--gpus", "8")
     assert "  cannot run    expert_parallel_size 16 does not divide 8 GPUs\n" in found
@@ -332,7 +330,7 @@ def test_gpus_that_the_recipes_groups_do_not_divide_get_settings_that_do(capsys:
     assert [" ".join(remedy["overrides"]) for remedy in plan["remedies"]] == [" ".join(line) for line in lines]
 
 
-def test_experts_that_groups_do_not_divide_get_settings_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_not_divisible_by_the_expert_parallel_size_get_proposals(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "hunyuan-large", "--gpu", "h100", "--model", "small", "--stage", "dpo")
     assert "  cannot run    expert_parallel_size 16 does not divide the 8 experts of small\n" in found
     assert any("parallel.expert_parallel_size=8" in line for line in proposals(found))
@@ -352,41 +350,44 @@ def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("gpus", "changes", "idle", "advice"),
     [
-        (2, [], 1, "a mini-batch of 16 is 1 pass; lower stages.ppo.micro_batch_tokens to 768"),
+        (2, [], 1, "a mini-batch of 16 makes 1 micro-batch; lower stages.ppo.micro_batch_tokens to 768"),
         (2, ["micro_batch_tokens=768"], 0, ""),
         (16, ["micro_batch_tokens=96"], 0, ""),
         (
             32,
             ["micro_batch_tokens=96"],
             16,
-            "a mini-batch of 16 is 16 passes; raise stages.ppo.mini_batch_size to 32 or more, or use at most 16 GPUs",
+            "a mini-batch of 16 makes 16 micro-batches; "
+            "raise stages.ppo.mini_batch_size to 32 or more, or use at most 16 GPUs",
         ),
         (32, ["micro_batch_tokens=96", "mini_batch_size=32"], 0, ""),
     ],
 )
-def test_gpus_without_a_pass_of_their_own_are_counted(
+def test_idle_gpus_are_counted(
     capsys: pytest.CaptureFixture[str], gpus: int, changes: list[str], idle: int, advice: str
 ) -> None:
-    """By hand: rows of 96 tokens, 4096 or fewer in a pass, 16 or 32 rows in a mini-batch."""
+    """By hand: rows of 96 tokens, at most 4096 tokens per micro-batch, 16 or 32 rows per mini-batch."""
     words = [f"stages.ppo.{change}" for change in changes]
     found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", str(gpus), "--stage", "ppo", *words)
     assert (f"{idle} of {gpus} GPUs idle" in found) is bool(idle)
     assert f"  idle          {advice}\n" in found if idle else "idle" not in found
 
 
-def test_more_gpus_have_smaller_passes_as_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", "4", "--stage", "sft")  # 8 rows a step, 8 a pass
-    assert "  as written    ZeRO-3, 2 rows x 1 pass\n  fits " in found
+def test_more_gpus_have_smaller_micro_batches_as_in_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(
+        capsys, "tiny", "--gpu", "h100", "--gpus", "4", "--stage", "sft"
+    )  # 8 rows per step and per micro-batch
+    assert "  setting       ZeRO-3, 1 micro-batch of 2 rows\n  fits " in found
 
 
 def test_search_counts_idle_gpus_too(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, *LARGE, "--gpus", "256", "--gpu", "h100", "--stage", "ppo", "--search")
     settings = [line for line in found.splitlines() if "ZeRO-" in line]
     assert len(settings) > 2
-    assert all("1 completion x 1 pass, 128 of 256 GPUs idle" in line for line in settings)
+    assert all("1 micro-batch of 1 completion, 128 of 256 GPUs idle" in line for line in settings)
 
 
-def test_one_thing_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_is_singular(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["tiny", "--gpu-memory", "4.1"],
         ["tiny", "--gpu-memory", "4.1", "--search"],
@@ -395,10 +396,12 @@ def test_one_thing_is_not_several(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         found = printed(capsys, *arguments)
         assert "1 host" in found
-        assert not re.findall(r"(?<![\d,.])1 (?:\w+ )?(?:GPUs|hosts|processes|passes|rows|pairs|settings)\b", found)
+        assert not re.findall(
+            r"(?<![\d,.])1 (?:\w+ )?(?:GPUs|hosts|processes|micro-batches|rows|pairs|settings)\b", found
+        )
 
 
-def test_a_micro_batch_costs_the_same_whether_the_search_or_the_recipe_asks_for_it() -> None:
+def test_a_micro_batch_costs_the_same_in_the_search_and_in_the_recipe() -> None:
     one, two = (large(f"stages.sft.micro_batch_size={size}")["sft"] for size in (1, 2))
     setting = setting_of(two, None, 64)
     assert setting.micro_batch == 2
@@ -409,10 +412,10 @@ def test_every_shipped_recipe_has_a_plan(capsys: pytest.CaptureFixture[str]) -> 
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         stand_in = ["--model", "hunyuan-large"] if path.stem == "hunyuan-large" else []
         found = printed(capsys, str(path), "--gpu", "h100", *stand_in)
-        assert "a GPU" in found
+        assert "GB per GPU" in found
 
 
-def test_plan_answers_without_torch() -> None:
+def test_plan_does_not_import_torch() -> None:
     heavy = {"torch", "transformers", "trl", "peft", "datasets", "vllm", "deepspeed", "accelerate"}
     code = (
         "import sys, align.cli\n"
@@ -434,7 +437,7 @@ def plan_table() -> Any:
     return plan_table
 
 
-def test_the_pages_rows_are_what_the_planner_says() -> None:
+def test_rows_of_the_page_equal_the_planner() -> None:
     tables, page = plan_table(), (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     for gpus in (8, 32, 128):
         cells = [tables.cell(job, tables.cluster(gpus)) for job in tables.jobs().values()]
@@ -442,7 +445,7 @@ def test_the_pages_rows_are_what_the_planner_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_page_is_what_the_planner_says() -> None:
+def test_the_whole_page_equals_the_planner() -> None:
     tables, page = plan_table(), (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     assert tables.written(page) == page
 
@@ -467,7 +470,7 @@ stages:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tiny"], "the GPUs' memory is missing; give --gpu-memory in GB, or --gpu with one of a100-40, a100,"),
+        (["tiny"], "the GPU memory is unknown; pass --gpu-memory in GB, or --gpu with one of a100-40, a100,"),
         (["tiny", "--gpu", "h100", "--gpus", "0"], "--gpus 0: must be 1 or more."),
         (["tiny", "--gpu-memory", "0"], "--gpu-memory 0: must be more than 0 GB."),
         (["tiny", "--gpu-memory", "nan"], "--gpu-memory nan: must be more than 0 GB."),
@@ -476,36 +479,36 @@ stages:
             "--reserve 8: must be 0 or more and less than the GPU's 8 GB.",
         ),
         (["tiny", "--gpu", "h100", "--host-memory", "-1"], "--host-memory -1: must be more than 0 GB."),
-        (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: a rate must be more than 0."),
+        (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: must be more than 0."),
         (
             ["tiny", "--gpu", "h100", "--gpus", "8", "--hosts", "3"],
-            "--hosts 3 does not divide 8 GPUs; every host has the same number.",
+            "--hosts 3: does not divide 8 GPUs; every host must have the same number.",
         ),
         (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: must be 1 or more."),
-        (["tiny", "--gpu", "abacus"], "--gpu abacus: known are a100-40, a100,"),
+        (["tiny", "--gpu", "abacus"], "--gpu abacus: unknown; use one of a100-40, a100,"),
         (
             ["tiny", "--gpu", "h100", "--gpus", "3"],
-            "stages.pretrain: 3 GPUs cannot share batch_size 8 evenly; set it to 9, or use a number of GPUs that",
+            "stages.pretrain: batch_size 8 is not divisible by 3 GPUs; set it to 9, or use a number of GPUs that",
         ),
         (
             ["tiny", "--gpu", "h100", "--gpus", "65"],
-            "--gpus 65: 9 hosts of at most eight GPUs cannot all have the same number; use 64 or 72, or say with",
+            "--gpus 65: 9 hosts with at most 8 GPUs each cannot have equal numbers; use 64 or 72, or set",
         ),
-        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10, or say with --hosts how many hosts there are."),
+        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10, or set the number of hosts with --hosts."),
         (
             ["tiny", "--gpu", "h100", "--stage", "spt"],
-            "--stage spt: the recipe has no such stage; it has pretrain, sft,",
+            "--stage spt: the recipe has no such stage; use one of pretrain, sft,",
         ),
         (["tiny", "--gpu", "h100", "--stage", "pairs"], "--stage pairs: a stage of kind 'sample' trains nothing;"),
         (
             ["tiny", "--gpu", "h100", "stages.sft.data.max_length=4096", "--stage", "sft"],
-            "stages.sft: rows of 4096 tokens exceed the model's max_position_embeddings 512; shorten them.",
+            "stages.sft: rows of 4096 tokens exceed the model's max_position_embeddings 512; shorten them to at most",
         ),
         (
             ["hunyuan-large", "--gpu", "h100", "model.path=models/mine"],
             "'models/mine' is not on this machine, so its",
         ),
-        (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: neither a preset (hunyuan-large, medium,"),
+        (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: use a preset (hunyuan-large, medium,"),
     ],
 )
 def test_bad_input_gets_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
@@ -519,21 +522,21 @@ def test_bad_input_gets_one_sentence(capsys: pytest.CaptureFixture[str], argumen
 
 
 @pytest.mark.parametrize("size", [16, 3])
-def test_groups_that_the_gpus_do_not_allow_are_judged_against_them(size: int) -> None:
-    """Not against the recipe's processes; the first proposal is taken as it is printed."""
+def test_expert_parallel_size_is_checked_against_the_gpus(size: int) -> None:
+    """The size is checked against --gpus, not the recipe's processes; the first proposal is a valid recipe."""
     recipe = load_recipe("tiny", [f"parallel.expert_parallel_size={size}"])
-    (stage,) = json.loads(answer(recipe, Question(gpus=8, gpu="h100", stage="sft", json=True)))["plans"]
+    (stage,) = json.loads(plan_recipe(recipe, Options(gpus=8, gpu="h100", stage="sft", json=True)))["plans"]
     assert stage["cannot_run"] == f"expert_parallel_size {size} does not divide 8 GPUs"
     proposed = load_recipe("tiny", stage["remedies"][0]["overrides"]).parallel
     assert proposed is not None
     assert (proposed.processes, proposed.uneven_groups()) == (8, None)
 
 
-def test_rollouts_are_named_by_their_engine_and_small_times_differ() -> None:
+def test_rollouts_name_their_engine_and_small_times_keep_their_digits() -> None:
     recipe = load_recipe("tiny", ["stages.ppo.rollout.engine=huggingface", "parallel.processes=2"])
-    said = answer(recipe, Question(gpu="h100"))
+    said = plan_recipe(recipe, Options(gpu="h100"))
     assert "vLLM" not in said
-    assert "transformers generates" in said
+    assert "transformers generation" in said
     assert "0.0 ms" not in said
     assert len(set(re.findall("[0-9.]+ µs", said))) > 3
 
@@ -541,17 +544,17 @@ def test_rollouts_are_named_by_their_engine_and_small_times_differ() -> None:
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text(EVALUATE_ONLY, encoding="utf-8")
-    with pytest.raises(UserError, match=r"'nothing' has no stage to plan: .* and it has sample\."):
-        answer(load_recipe(path), Question(gpu="h100"))
+    with pytest.raises(UserError, match=r"'nothing': no stage trains anything \(sample\); add one of kind pretrain,"):
+        plan_recipe(load_recipe(path), Options(gpu="h100"))
 
 
 def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="not valid JSON"):
-        answer(load_recipe("tiny"), Question(gpu="h100", model=str(tmp_path)))
+        plan_recipe(load_recipe("tiny"), Options(gpu="h100", model=str(tmp_path)))
 
 
-def test_a_folder_is_as_good_as_a_preset(tmp_path: Path) -> None:
+def test_a_folder_gives_sizes_as_a_preset_does(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["small"]), encoding="utf-8")
     recipe = load_recipe("tiny", [f"model={{kind: pretrained, path: {tmp_path}}}"])
     assert jobs_of(recipe, None, "sft")[0].members[0].parameters == 346_114_560
