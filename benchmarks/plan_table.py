@@ -99,7 +99,7 @@ def least_gpus(job: Job, host_gb: float) -> int | None:
 
 
 def hosts_table() -> str:
-    kinds = {name: job for name, job in jobs().items() if name.startswith(("full", "SFT"))}
+    kinds = {name: job for name, job in jobs().items() if "SFT" in name}
     rows = [
         [f"{host_gb:,} GB", *(str(least_gpus(job, host_gb)) for job in kinds.values())]
         for host_gb in (1000, 1500, 1800, 2000, 2300, 3000, 4000)

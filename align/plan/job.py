@@ -314,9 +314,7 @@ def _named(name: str) -> ModelShape:
         return shape_of(name, PRESETS[name])
     if (config := _config_in(Path(name))) is not None:
         return shape_of(name, config)
-    raise UserError(
-        f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; use one of them."
-    )
+    raise UserError(f"--model {name}: use a preset ({', '.join(PRESETS)}) or a folder with config.json.")
 
 
 def _base(recipe: Recipe) -> ModelShape:
