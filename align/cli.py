@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from align import __version__
-from align.errors import UserError
+from align.errors import UserError, signal_name
+from align.launch.ending import STOPPED, end_process, has_joined
+from align.run import interrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with 0, with 2 for a user's error, with 130 when interrupted."""
+    """Entry point; exits with 0, with 2 for a user's error, with 128 + a signal's number if stopped by one."""
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code = 0
@@ -25,27 +29,33 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"{_color('error:', 31)} {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        code = 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()
         code = 141
     except Exception:
-        if not _has_met_others():
+        if not (has_joined() or interrupt.requested()):
             raise
         traceback.print_exc()
         code = 1
-    if _has_met_others():
-        sys.modules["align.parallel.group"].end(code)
+    if code and interrupt.requested():  # a failure after a request to stop is its consequence
+        code = 128 + interrupt.requested()
+    if code in STOPPED:
+        print(_stopped_line(options, code), file=sys.stderr)
+    if has_joined():
+        end_process(code)
     if code:
         sys.exit(code)
 
 
-def _has_met_others() -> bool:
-    """True in a rank of a run of several processes."""
-    processes = sys.modules.get("align.parallel.group")
-    return processes is not None and processes.has_met
+def _stopped_line(options: argparse.Namespace, code: int) -> str:
+    line = f"stopped by {signal_name(code - 128)}"
+    if options.command is not _run:
+        return line
+    again = argparse.Namespace(**{**vars(options), "start": None, "resume": True})
+    words = run_command(again, [*options.overrides, *_process_overrides(options, options.overrides)])
+    return f"{line}; continue with `align {shlex.join(words)}`"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -330,21 +340,22 @@ def _run(options: argparse.Namespace) -> None:
     from align import pipeline
     from align.config import load_recipe
 
-    overrides = [*options.overrides, *_processes(options, options.overrides)]
+    overrides = [*options.overrides, *_process_overrides(options, options.overrides)]
     recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
     which = {"resume": options.resume, "only": options.only, "start": options.start}
     if recipe.parallel is not None:
-        from align.launch import processes as launch
+        from align.launch import processes
 
-        if not launch.is_rank():
+        if not processes.is_rank():
             pipeline.refuse_early(recipe, run_dir, **which)
-            launch.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
+            processes.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
             return
-    pipeline.run(recipe, run_dir, **which, say=_say, status=_status)
+    with interrupt.listening():
+        pipeline.run(recipe, run_dir, **which, say=_say, status=_status)
 
 
-def _processes(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+def _process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:
     """--nproc and --hostfile as changes to the recipe, behind the `overrides` that are given."""
     found = [] if options.nproc is None else [f"parallel.processes={options.nproc}"]
     if options.hostfile is not None:
@@ -386,7 +397,7 @@ def _problems(path: str, changes: list[str], options: argparse.Namespace) -> str
     from align.preflight import problems
 
     try:
-        changes = [*changes, *_processes(options, changes)]
+        changes = [*changes, *_process_overrides(options, changes)]
     except UserError as error:  # the hostfile's, which knows no recipe
         return f"{path}: {error}"
     try:

@@ -1,14 +1,28 @@
-"""What a user can mend, said in one sentence."""
+"""Exceptions that end a command without a traceback."""
 
 from __future__ import annotations
 
+import signal
+
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, where, and how to mend it.
+    """Bad input: the message says where, what is wrong, and how to fix it.
 
-    The command line prints the message without a traceback and exits with status 2. Raise it only for
-    things the user controls (recipe, data, files, installed packages); a bug must keep its traceback.
+    The command line prints the message without a traceback and exits with status 2. Raise it only for things that the
+    user controls (recipe, data, files, installed packages); a bug must keep its traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to stop. The command line exits with 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal_name(number)}")
+        self.number = number
+
+
+def signal_name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def missing_dependency(package: str, purpose: str, install: str) -> UserError:

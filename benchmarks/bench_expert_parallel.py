@@ -206,9 +206,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        from align.parallel.group import end
+        from align.launch.ending import end_process
 
         rank_main(*sys.argv[1:])
-        end(0)
+        end_process(0)
     else:
         main()

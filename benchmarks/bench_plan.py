@@ -289,9 +289,9 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
         if case in SHARDED:
-            from align.parallel.group import end
+            from align.launch.ending import end_process
 
-            end(0)
+            end_process(0)
         return
     results = {}
     for case in [*CASES, *SHARDED]:

@@ -177,7 +177,8 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
 def run_align(case: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     from align.config.recipe import Recipe
-    from align.pipeline import package_versions, run
+    from align.pipeline import run
+    from align.run.manifest import package_versions
 
     ends: list[tuple[float, float]] = []  # (wall, processor) of each round
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.pipeline import code_version, hardware, package_versions
+from align.run.manifest import code_version, hardware, package_versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,4 +1,4 @@
-"""The model that every chain starts from: loaded, grown from a dense one, or made from scratch."""
+"""Make the model that every chain of stages starts from: link a checkpoint, grow a dense model, or draw weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
+from align.config.paths import local_path
 from align.config.presets import PRESETS
 from align.data import corpus, train_tokenizer
 from align.data.chat import set_system_prompt
 from align.errors import UserError
 from align.models.family import family_of
 from align.models.hot_start import convert_hot_start
+from align.parallel.group import from_rank_0
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
 
 
 def run(context: StageContext) -> StageResult:
-    """Write <run>/base/model; the pipeline treats it as a stage of its own."""
+    """Write <run>/base/model on rank 0; the pipeline treats it as a stage of its own."""
+    return from_rank_0("make the base model", lambda: _make(context))
+
+
+def _make(context: StageContext) -> StageResult:
     model, target = context.recipe.model, context.run_dir / "base" / "model"
     if isinstance(model, ScratchModel):
         replace_folder(target, lambda folder: _from_scratch(model, context.recipe.seed, folder))
@@ -30,7 +36,7 @@ def run(context: StageContext) -> StageResult:
         remove_folder(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         convert_hot_start(
-            model.source,
+            str(local_path(model.source)),
             target,
             experts=model.experts,
             top_k=model.top_k,
@@ -48,7 +54,7 @@ def run(context: StageContext) -> StageResult:
     else:
         assert_never(model)
     parameters = count_parameters(load_policy(target, context.recipe.dtype))
-    context.say(f"  {parameters['total']:,} parameters, {parameters['active']:,} active a token")
+    context.say(f"  {parameters['total']:,} parameters, {parameters['active']:,} active per token")
     return StageResult(parameters=parameters)
 
 
@@ -56,11 +62,11 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     tokenizer: PreTrainedTokenizerBase
     if isinstance(settings.tokenizer, str):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(str(local_path(settings.tokenizer)))
         except (OSError, ValueError):
             raise UserError(
-                f"model.tokenizer: no tokenizer can be loaded from '{settings.tokenizer}'; give a folder that holds "
-                "tokenizer.json, or a section with vocab_size and data to train one."
+                f"model.tokenizer: no tokenizer can be loaded from '{settings.tokenizer}'; set it to a folder with "
+                "tokenizer.json, or to a section with vocab_size and data to train one."
             ) from None
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
@@ -82,12 +88,12 @@ def _change_config(folder: Path, changes: dict[str, Any]) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     checked_config(config, "model.config", "change it")
-    path.unlink()  # perhaps a link into the original checkpoint
+    path.unlink()  # it may be a link into the original checkpoint
     write_json(path, config)
 
 
 def _find_pretrained(model: PretrainedModel) -> Path:
-    source = Path(model.path)
+    source = local_path(model.path)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -97,14 +103,14 @@ def _find_pretrained(model: PretrainedModel) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
             raise UserError(
                 f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here; "
-                "check the spelling, or download the checkpoint and give its folder."
+                "check the spelling, or download the checkpoint and set its folder."
             ) from None
     check_checkpoint(source)
     return source
 
 
 def _link_pretrained(source: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """The checkpoint's files as links: nothing large is copied, and nothing of the original is changed."""
+    """Link to the checkpoint's files, so that nothing large is copied and the original never changes."""
     for file in source.iterdir():
         if file.is_file():
             (folder / file.name).symlink_to(file.resolve())

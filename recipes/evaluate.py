@@ -16,6 +16,8 @@ from align.eval.metrics import pairwise_accuracy
 from align.models.forward import policy_output, sequence_scores
 from align.models.lora.adapters import AnyModel
 from align.models.weights import published_weights
+from align.parallel.group import from_rank_0
+from align.parallel.sharding import world
 from align.reward.text import token_f1
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.build import build_engine
@@ -27,8 +29,12 @@ from align.train.device import training_device
 MICRO_BATCH_TOKENS = 4096
 
 
-@torch.no_grad()
 def run(stage: EvaluateStage, context: StageContext) -> StageResult:
+    return from_rank_0("evaluate", lambda: _evaluate(stage, context))
+
+
+@torch.no_grad()
+def _evaluate(stage: EvaluateStage, context: StageContext) -> StageResult:
     checkpoints = {name: context.checkpoint(name) for name in stage.models}
     baseline = stage.models[0]
     tokenizer = load_tokenizer(checkpoints[baseline])
@@ -45,7 +51,9 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     if stage.reward_model:
         scorer = load_reward_model(context.checkpoint(stage.reward_model), dtype).to(device)
 
-    engine = build_engine(checkpoints[baseline], stage.rollout, dtype=dtype, seed=context.seed)
+    engine = build_engine(
+        checkpoints[baseline], stage.rollout, dtype=dtype, seed=context.seed, beside_ranks=world()[1] > 1
+    )
     sampling = SamplingSettings(
         max_new_tokens=stage.rollout.max_new_tokens,
         temperature=stage.rollout.temperature,

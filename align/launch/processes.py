@@ -17,15 +17,19 @@ from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from align.config.parallel import Parallel
-from align.errors import UserError
+from align.errors import Stopped, UserError, signal_name
+from align.launch.ending import STOPPED
 from align.launch.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
 
 PORT = 29500
 """Where the launcher on the first of several machines listens, unless MASTER_PORT says otherwise."""
 GRACE = 5.0
-"""Seconds between asking the other ranks to end and killing them."""
+"""Seconds between SIGTERM and SIGKILL for the other ranks of a run that has failed."""
+STOP = 600.0
+"""Seconds that the ranks have for a checkpoint after a request to stop; then they are killed."""
 
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -268,9 +272,9 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     processes: dict[int, subprocess.Popen[bytes]] = {}
     files: dict[int, Path] = {}
-    # A launcher that is asked to end must not leave its ranks behind.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     others: Others = Alone()
+    stop = StopRequest(processes)
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         others, address, port = meet_others(hosts, here)
         for place in local_places(hosts, here, address, port):
@@ -284,13 +288,16 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
                     stdout=None if rank == 0 else log,
                     stderr=log,
                 )
-        failure = wait(processes, files, others, f" on {here}" if len(hosts) > 1 else "")
+        failure = wait(processes, files, others, f" on {here}" if len(hosts) > 1 else "", stop)
     finally:
         end(processes)
         others.close()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if failure is None:
         return
+    if failure.code in STOPPED:
+        raise Stopped(failure.code - 128)
     if failure.sentence is not None:
         raise UserError(failure.sentence)
     print(failure.log, file=sys.stderr)
@@ -298,9 +305,34 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
     sys.exit(failure.code)
 
 
+class StopRequest:
+    """Forwards SIGTERM and SIGINT to the ranks, which stop after the same step; a second one ends them at once."""
+
+    def __init__(self, processes: dict[int, subprocess.Popen[bytes]]):
+        self.processes = processes
+        self.number, self.since = 0, 0.0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number or not self.processes:
+            raise Stopped(self.number or number)
+        self.number, self.since = number, time.monotonic()
+        os.write(2, f"{signal_name(number)}: the ranks stop, with a checkpoint if they train\n".encode())
+        for process in self.processes.values():
+            process.send_signal(number)
+
+    def is_over(self) -> bool:
+        """True when all ranks have ended after a request, or `STOP` seconds have passed."""
+        return bool(self.number) and (
+            all(process.poll() is not None for process in self.processes.values())
+            or time.monotonic() - self.since > STOP
+        )
+
+
 def failure_of(rank: int, code: int, file: Path, on: str) -> Failure:
     """What a rank that ended with `code` has to say; `on` names its machine where there are several."""
     text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if code in STOPPED:
+        return Failure(code, None, cause=True)
     if code < 0:
         name = signal.Signals(-code).name
         sentence = f"rank {rank}{on} was ended by {name} (see {file}); continue with --resume."
@@ -317,7 +349,11 @@ def share_of_cores(ranks: int) -> int:
 
 
 def wait(
-    processes: dict[int, subprocess.Popen[bytes]], files: dict[int, Path], others: Others, on: str
+    processes: dict[int, subprocess.Popen[bytes]],
+    files: dict[int, Path],
+    others: Others,
+    on: str,
+    stop: StopRequest,
 ) -> Failure | None:
     """The failure that speaks for all, or None when all have finished well.
 
@@ -327,11 +363,16 @@ def wait(
     own: Failure | None = None
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
-        bad = {rank: code for rank, code in codes.items() if code not in (None, 0)}
+        # After a request to stop, ranks end with its status, or from the signal itself if they are still starting.
+        expected = (None, 0, *STOPPED, -stop.number) if stop.number else (None, 0)
+        bad = {rank: code for rank, code in codes.items() if code not in expected}
         if bad and own is None:
             rank = min(bad, key=lambda rank: (bad[rank] not in (2, -signal.SIGKILL), rank))
             own = failure_of(rank, bad[rank] or 0, files[rank], on)
-        over, failure = others.turn(own, all(code == 0 for code in codes.values()))
+        finished = all(code == 0 for code in codes.values())
+        if own is None and stop.is_over() and not finished:
+            own = Failure(128 + stop.number, None, cause=True)
+        over, failure = others.turn(own, finished)
         if over:
             return failure
 

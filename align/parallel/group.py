@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import hashlib
 import ipaddress
@@ -10,13 +9,12 @@ import json
 import os
 import pickle
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -25,22 +23,16 @@ import torch.distributed as dist
 from align.config.recipe import Recipe
 from align.errors import UserError
 from align.launch import machines
+from align.launch.ending import mark_joined
 from align.parallel.async_io import require_async_io
 from align.parallel.sharding import world
-from align.parallel.steps import ControlSteps
+from align.parallel.steps import LATE, ControlSteps
 from align.run import interrupt
 
 T = TypeVar("T")
 COLLECTIVE = timedelta(minutes=30)
 """Time limit of a collective operation, and of a wait in it."""
 
-PATIENCE = timedelta(days=7)
-"""How long a rank waits for the others: while rank 0 samples or evaluates alone. A dead rank ends all others at once,
-so none waits for that."""
-
-
-has_met = False
-"""Whether this process has met the others of its run."""
 _steps: ControlSteps | None = None
 _cpu_group: dist.ProcessGroup | None = None
 
@@ -76,12 +68,11 @@ def start_deepspeed(backend: str) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, timeout=PATIENCE, verbose=False)
+    deepspeed.init_distributed(backend, timeout=COLLECTIVE, verbose=False)
 
 
 def meet(backend: str) -> None:
     """Connect all ranks; a `UserError` where not all come within `MEETING`, or cannot reach each other."""
-    global has_met
     meeting = timedelta(seconds=machines.MEETING)
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=meeting))
@@ -89,11 +80,11 @@ def meet(backend: str) -> None:
         # A group's timeout also holds for every wait in it: all find each other with one, and then work with another.
         first = dist.PrefixStore("meeting", store)
         dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=meeting)
-        has_met = True
+        mark_joined()
         dist.barrier()
         dist.destroy_process_group()
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=PATIENCE)
+        store.set_timeout(COLLECTIVE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=COLLECTIVE)
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
@@ -185,11 +176,11 @@ def from_rank_0(step: str, make: Callable[[], T]) -> T:
         steps.enter(step)
         size = steps.wait_for_rank_0()
         steps.wait_for_all()
-        received: T = _opened(pickle.loads(_broadcast_bytes(bytes(size))))
-        return received
+        received: T | UserError = pickle.loads(_broadcast_bytes(bytes(size)))
+        return _opened(received)
     steps.enter(step, "working")
     try:
-        outcome: Any = _made(make)
+        outcome = _made(make)
         payload = pickle.dumps(outcome)
     except BaseException:
         steps.mark("failed")
@@ -197,8 +188,7 @@ def from_rank_0(step: str, make: Callable[[], T]) -> T:
     steps.mark("done", len(payload))
     steps.wait_for_all()
     _broadcast_bytes(payload)
-    result: T = _opened(outcome)
-    return result
+    return _opened(outcome)
 
 
 def _made(make: Callable[[], T]) -> T | UserError:
@@ -208,7 +198,7 @@ def _made(make: Callable[[], T]) -> T | UserError:
         return error
 
 
-def _opened(outcome: Any) -> Any:
+def _opened(outcome: T | UserError) -> T:
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -261,28 +251,12 @@ def cpu_group() -> dist.ProcessGroup | None:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def follow(work: Callable[[str, bool], None]) -> None:
-    """What ranks other than 0 do: the stages that rank 0 announces, until it says that there are no more."""
-    while (order := broadcast(None)) is not None:
-        name, resume = order
-        work(name, resume)
-        finished()
-
-
-def lead(name: str, resume: bool) -> None:
-    """Announce a stage to the ranks that follow."""
-    broadcast((name, resume))
-
-
-def finished() -> None:
-    """Wait until every rank has done its part of the stage."""
-    dist.barrier()
+    """Rank 0's value, on every rank; the others may wait for hours at this step while rank 0 samples."""
+    control_steps().late = float("inf")
+    try:
+        return from_rank_0("order", lambda: value)
+    finally:
+        control_steps().late = LATE
 
 
 def forget_last_stage() -> None:
@@ -293,22 +267,12 @@ def forget_last_stage() -> None:
     gc.collect()
 
 
-def end(code: int) -> NoReturn:
-    """End this process with `code`, without taking Python apart.
-
-    Threads of torch's process groups may still want something of it, and are then stopped in a way that takes the
-    whole process down with SIGABRT, also one that has done all its work.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(ValueError, OSError):  # closed, or nobody reads
-            stream.flush()
-    os._exit(code)
-
-
 def leave() -> None:
-    """The end of the run, on every rank."""
+    """Leave the process group at the end of the run; all ranks call this."""
+    global _steps, _cpu_group
     if dist.is_initialized():
-        if rank() == 0:
-            broadcast(None)
+        barrier("end of the run")
+        if _steps is not None:
+            _steps.leave()
         dist.destroy_process_group()
+        _steps = _cpu_group = None

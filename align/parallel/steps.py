@@ -58,8 +58,10 @@ class ControlSteps:
     """The control steps of this rank. `store` is shared by all ranks and holds nothing else."""
 
     def __init__(self, store: dist.Store, rank: int, world: int):
-        self.store, self.rank, self.world = store.clone(), rank, world  # type: ignore[attr-defined]  # torch declares it for TCPStore alone
-        self.own = START
+        # A connection of its own: the process group may block in the other one.
+        self.store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        self.rank, self.world = rank, world
+        self.own, self.late = START, LATE
         self.arrivals: list[str] = []
         """Keys that count the ranks at the last steps."""
         self.heard = {other: (b"", time.monotonic()) for other in range(world)}
@@ -120,7 +122,7 @@ class ControlSteps:
             now = time.monotonic()
             if now - looked >= LOOK:
                 looked = now
-                self._use(partial(self._check_others, late=now - since > LATE))
+                self._use(partial(self._check_others, late=now - since > self.late))
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
@@ -135,7 +137,7 @@ class ControlSteps:
                 time.sleep(LAST_WORDS)
                 raise RankError(f"rank {rank} has failed at {other}; {here}")
             if late and other.number < self.own.number:
-                raise RankError(f"rank {rank} is still at {other} after {LATE:.0f} seconds; {here}")
+                raise RankError(f"rank {rank} is still at {other} after {self.late:.0f} seconds; {here}")
             self._check_heartbeat(rank, f"the last step it reached is {other}; {here}")
 
     def _check_heartbeat(self, rank: int, where: str) -> None:

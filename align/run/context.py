@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.parts import Lora
+from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
 from align.run.folder import MODEL
@@ -65,7 +66,7 @@ class StageContext:
     def checkpoint(self, reference: str) -> Path:
         """The folder of a checkpoint named by stage, as `base`, or by path."""
         if is_path(reference):
-            path = Path(reference)
+            path = local_path(reference)
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
             if not (path / "config.json").is_file():

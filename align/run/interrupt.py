@@ -12,21 +12,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
+
+from align.errors import Stopped, signal_name
 
 GRACE = 300.0
 """Seconds that a training loop has for its step and its checkpoint."""
 REPEATED = 1.0
 """Seconds within which a second signal is a copy of the first: a terminal, Slurm and a launcher each send their own."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {name(number)}")
-        self.number = number
 
 
 class _Request:
@@ -37,14 +33,16 @@ class _Request:
     """A training loop is polling, so it will see a request by itself."""
 
 
-def name(number: int) -> str:
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-
-def listen() -> None:
-    """Handle SIGTERM and SIGINT in this process; the main thread must call it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _handle)
+@contextmanager
+def listening() -> Iterator[None]:
+    """Handle SIGTERM and SIGINT within the block. The main thread must enter it."""
+    _Request.number, _Request.polled = 0, False
+    before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_requested() -> bool:
@@ -68,7 +66,7 @@ def stop() -> NoReturn:
     raise Stopped(_Request.number or signal.SIGTERM)
 
 
-def requested_by() -> int:
+def requested() -> int:
     """The signal that asked this process to stop, or 0; unlike `poll`, no promise to look again."""
     return _Request.number
 
@@ -86,7 +84,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     _Request.number, _Request.since = _Request.number or number, now
     if not (first and _Request.polled):
         raise Stopped(_Request.number)
-    line = f"{name(number)}: stopping with a checkpoint after this step (within {GRACE:.0f} s; again: at once)\n"
+    line = f"{signal_name(number)}: stopping with a checkpoint after this step (within {GRACE:.0f} s; again: at once)\n"
     os.write(2, line.encode())  # print may not be entered again in a signal handler
     timer = threading.Timer(GRACE, os.kill, (os.getpid(), number))
     timer.daemon = True

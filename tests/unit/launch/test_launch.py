@@ -14,7 +14,7 @@ import pytest
 
 from align.cli import parse, run_command
 from align.config.parallel import Offload, Parallel
-from align.errors import UserError
+from align.errors import Stopped, UserError
 from align.launch import processes as launch
 from align.parallel.offload import available_memory, require_room
 
@@ -194,13 +194,44 @@ def test_a_rank_that_ignores_the_request_to_end_is_killed(monkeypatch, tmp_path)
     assert time.monotonic() - clock < 15
 
 
-def test_a_launcher_that_is_asked_to_end_takes_its_ranks_along(monkeypatch, tmp_path) -> None:
-    asks = f"import os; os.kill(os.getppid(), {signal.SIGTERM.value}); {SLEEP}"
+SIGNAL_LAUNCHER = f"import os, time; time.sleep(0.5); os.kill(os.getppid(), {signal.SIGTERM.value}); "
+SAVES = (
+    "import os, signal, sys, time\n"
+    "def save(number, frame):\n"
+    "    time.sleep(1); open(sys.argv[1] + os.environ['RANK'], 'w').close(); sys.exit(128 + number)\n"
+    "signal.signal(signal.SIGTERM, save)\n"
+)
+
+
+def test_a_launcher_forwards_sigterm_and_waits_for_the_ranks_checkpoints(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    saves = SAVES.replace("sys.argv[1]", repr(f"{tmp_path}/saved-"))
     clock = time.monotonic()
-    with pytest.raises(SystemExit) as ended:
-        ranks([SLEEP, asks], monkeypatch, tmp_path)
-    assert ended.value.code == 143
+    with pytest.raises(Stopped) as stopped:
+        ranks([saves + SLEEP, saves + SIGNAL_LAUNCHER + SLEEP], monkeypatch, tmp_path)
+    assert stopped.value.number == signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert time.monotonic() - clock < 15
+
+
+def test_ranks_that_ignore_a_request_to_stop_are_killed_in_the_end(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    monkeypatch.setattr(launch, "STOP", 1.0)
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SIGNAL_LAUNCHER}{SLEEP}"
+    with pytest.raises(Stopped):
+        ranks([SLEEP, stubborn], monkeypatch, tmp_path)
+
+
+def test_a_run_that_finishes_in_spite_of_a_request_to_stop_has_finished(monkeypatch, tmp_path) -> None:
+    finishes = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SIGNAL_LAUNCHER}time.sleep(1)"
+    ranks([finishes], monkeypatch, tmp_path)
+
+
+def test_a_rank_that_fails_during_a_stop_is_reported(monkeypatch, tmp_path) -> None:
+    fails = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: the disk is full.')); "
+    with pytest.raises(SystemExit) as ended:
+        ranks([fails + SIGNAL_LAUNCHER + SLEEP], monkeypatch, tmp_path)
+    assert ended.value.code == 1
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -237,19 +268,21 @@ def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
     (folder / "lock").touch()
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     place |= {"MASTER_PORT": str(launch.free_port()), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    script = "from align.parallel import group as processes; processes.start_deepspeed('gloo'); processes.end(0)"
+    script = "from align.launch.ending import end_process as e; from align.parallel.group import start_deepspeed as s; "
+    script += "s('gloo'); e(0)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **place}, timeout=120, check=True)
 
 
 TRAPPED = """
 import atexit, ctypes, sys
 from align import cli
-from align.parallel import group as processes
+from align.launch import ending
 
 # Python calls abort() when it is taken apart, as torch's threads now and then do.
 ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
 atexit.register(print, "closed")
-processes.has_met = sys.argv.pop(1) == "rank"
+if sys.argv.pop(1) == "rank":
+    ending.mark_joined()
 cli._check = lambda options: 1 / 0
 cli.main()
 """

@@ -96,12 +96,12 @@ def gets_results(rank: int) -> list[object]:
 
 def stops_together(rank: int) -> int:
     """The step after which all ranks stop, although one alone gets the signal."""
-    interrupt.listen()
-    for step in range(100):
-        if rank == 1 and step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if group.should_stop():
-            return step
+    with interrupt.listening():
+        for step in range(100):
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if group.should_stop():
+                return step
     return -1
 
 

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from align.config.parallel import Offload, Parallel
 from align.config.parts import Lora
+from align.launch.ending import end_process
 from align.models.lora.adapters import merge_lora
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.export import save_spread_adapter, save_spread_model
-from align.parallel.group import end, quieten_deepspeed, start_deepspeed
+from align.parallel.group import quieten_deepspeed, start_deepspeed
 from align.parallel.sharding import held_values
 from align.parallel.state import load_training_state, save_training_state
 from align.train.checkpoint import load_policy
@@ -170,4 +171,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    end(0)
+    end_process(0)

@@ -18,11 +18,12 @@ from align.config.parallel import Parallel
 from align.config.ppo import PpoStage
 from align.data import train_tokenizer
 from align.data.experience import Experience
+from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.parallel import micro_batches as passes
 from align.parallel.experts import spread_experts
 from align.parallel.export import gathered
-from align.parallel.group import end, start_deepspeed
+from align.parallel.group import start_deepspeed
 from align.parallel.sharding import held_values
 from align.reward.model import ModelScorer
 from align.rl.complete import look_back
@@ -299,4 +300,4 @@ if __name__ == "__main__":
 
     logger.setLevel(logging.ERROR)
     main(Path(sys.argv[1]))
-    end(0)
+    end_process(0)

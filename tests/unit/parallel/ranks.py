@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 
 from align.config.parallel import Offload, Parallel
 from align.config.parts import Optimizer
+from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weight_files import StoredTensor
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import spread_experts
 from align.parallel.export import save_spread_model
-from align.parallel.group import end, start_deepspeed
+from align.parallel.group import start_deepspeed
 from align.parallel.load import load_spread
 from align.parallel.state import load_training_state, save_training_state
 from align.train.optimizer import build_optimizer
@@ -261,4 +262,4 @@ if __name__ == "__main__":
 
         logger.setLevel(logging.ERROR)
     main(Path(sys.argv[1]))
-    end(0)
+    end_process(0)

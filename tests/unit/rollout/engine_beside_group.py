@@ -9,8 +9,8 @@ import torch
 import torch.distributed
 
 from align.config.rollout import Rollout
+from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.parallel.group import end
 from align.rollout.base import SamplingSettings
 from align.rollout.vllm_engine import VllmEngine
 
@@ -43,4 +43,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    end(0)
+    end_process(0)

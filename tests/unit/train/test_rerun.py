@@ -12,8 +12,9 @@ import yaml
 from align.config import load_recipe
 from align.config.parts import determining
 from align.errors import UserError
-from align.pipeline import read_manifest, run
+from align.pipeline import run
 from align.run.context import StageResult
+from align.run.manifest import read_manifest
 from tests.unit.rl.small import settings
 
 STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}

@@ -59,7 +59,7 @@ def _(here: Here) -> str:
 @wrong("changed-settings", "A finished stage's settings have changed")
 def _(here: Here) -> str:
     from align.config import load_recipe
-    from align.pipeline import stage_settings
+    from align.run.manifest import stage_settings
 
     here.recipe()
     before = stage_settings(load_recipe("recipe.yaml"), "sft")
@@ -73,7 +73,7 @@ def _(here: Here) -> str:
 @wrong("changed-parent", "A parent was run again since")
 def _(here: Here) -> str:
     from align.config import load_recipe
-    from align.pipeline import stage_settings
+    from align.run.manifest import stage_settings
 
     here.recipe()
     settings = stage_settings(load_recipe("recipe.yaml"), "sft")
