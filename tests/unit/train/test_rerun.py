@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,50 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(runs,
             runs.run(changes=change, resume=not finished)
     left = [("second", False)] if finished else [("first", True), ("second", True)]
     assert runs.run(resume=not finished) == left
+
+
+def test_a_changed_data_file_is_refused_and_named(runs) -> None:
+    """With the same size and the same time of modification."""
+    rows = runs.folder / "rows.jsonl"
+    rows.write_text("a")
+    runs.run()
+    assert runs.run() == []
+    before = rows.stat()
+    rows.write_text("b")
+    os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"run/first: rows\.jsonl has changed since.*--from first"):
+        runs.run()
+    rows.write_text("a")
+    assert runs.run() == []
+
+
+def test_an_interrupted_stage_is_not_resumed_with_other_data(runs) -> None:
+    rows = runs.folder / "rows.jsonl"
+    rows.write_text("a")
+    runs.run(fails="first")
+    rows.write_text("b")
+    with pytest.raises(UserError, match=r"rows\.jsonl has changed since the interrupted run read it; restore it"):
+        runs.run(resume=True)
+    rows.write_text("a")
+    assert runs.run(resume=True) == [("first", True), ("second", True)]
+
+
+def test_a_result_of_an_earlier_version_without_fingerprints_is_kept(runs) -> None:
+    runs.run()
+    path = runs.folder / "run" / "first" / "manifest.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["inputs"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (runs.folder / "rows.jsonl").write_text("changed")
+    with pytest.raises(UserError, match="run/second: rows"):  # of this version
+        runs.run()
+    assert runs.run(only="first") == [("first", False)]
+
+
+def test_a_finished_stage_needs_its_data_no_more(runs) -> None:
+    runs.run()
+    (runs.folder / "rows.jsonl").unlink()
+    assert runs.run() == []
 
 
 def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:

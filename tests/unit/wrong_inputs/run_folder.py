@@ -83,6 +83,34 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("changed-input", "A data file has changed since the stage finished")
+def _(here: Here) -> str:
+    record_of_sft(here, "manifest.json")
+    here.write("rows.jsonl", Path("rows.jsonl").read_text().replace("It is", "That is"))
+    return here.run()
+
+
+@wrong("interrupted-with-changed-input", "A data file has changed since the stage was interrupted")
+def _(here: Here) -> str:
+    record_of_sft(here, "config.json")
+    here.write("rows.jsonl", Path("rows.jsonl").read_text().replace("It is", "That is"))
+    return here.run("--resume")
+
+
+def record_of_sft(here: Here, name: str) -> None:
+    """The record of a stage that has finished (manifest.json) or was interrupted (config.json)."""
+    from align.config import load_recipe
+    from align.run.inputs import fingerprints
+    from align.run.manifest import stage_settings
+
+    here.recipe()
+    recipe = load_recipe("recipe.yaml")
+    settings, inputs = stage_settings(recipe, "sft"), fingerprints(recipe, "sft")
+    finished = {"status": "finished", "config": settings, "inputs": inputs}
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write(f"run/sft/{name}", json.dumps(finished if name == "manifest.json" else settings | {"inputs": inputs}))
+
+
 @wrong("damaged-manifest", "A manifest that is cut off")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
