@@ -13,7 +13,7 @@ from align.run.charts import CHARTS
 from align.run.metrics import ALL, EVALUATION, find
 
 ROOT = Path(__file__).resolve().parents[3]
-LOGGING = ("align/rl/*.py", "align/losses/*.py", "align/rollout/base.py", "align/models/hunyuan/moe.py", "reward/*.py")
+LOGGING = ("align/rl/*.py", "align/losses/*.py", "align/rollout/base.py", "align/models/routing.py", "reward/*.py")
 """Files whose functions return metrics by name."""
 RETURNS_METRICS = re.compile(r"\bMetrics\b|dict\[str, (float|Tensor)\]")
 

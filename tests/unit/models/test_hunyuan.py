@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
@@ -185,9 +187,18 @@ def test_the_score_is_read_at_the_last_attended_token() -> None:
         torch.testing.assert_close(logits, scorer(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_unknown_configuration_keys_are_kept(tmp_path) -> None:
-    HunYuanConfig(**SIZES, moe_drop_tokens=False, something_new=3).save_pretrained(tmp_path)
-    assert HunYuanConfig.from_pretrained(tmp_path).something_new == 3
+def test_unknown_keys_of_a_checkpoint_are_kept(tmp_path) -> None:
+    HunYuanConfig(**SIZES).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"something_new": 3}))
+    config = HunYuanConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["something_new"] == 3
+
+
+def test_a_test_cannot_set_a_key_that_nothing_reads() -> None:
+    with pytest.raises(TypeError, match="no key moe_capacity_factor"):
+        HunYuanConfig(**SIZES, moe_capacity_factor=0.5)
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:

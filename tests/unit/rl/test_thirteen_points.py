@@ -229,7 +229,7 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
 
 
 def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -> None:
-    models = build(attention_dropout=0.5, hidden_dropout=0.5, moe_drop_tokens=True, moe_capacity_factor=0.5)
+    models = build(attention_dropout=0.5, hidden_dropout=0.5, moe_drop_tokens=True, capacity_factor=0.5)
     once, again = (policy_output(models.policy.model, batch, 1.0).logprobs for _ in range(2))
     assert torch.equal(once, again)
     assert torch.equal(critic_values(models.critic.model, batch), critic_values(models.critic.model, batch))
