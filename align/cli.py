@@ -462,7 +462,7 @@ def _serve_reward(options: argparse.Namespace) -> None:
 
 
 def _serve_rollout(options: argparse.Namespace) -> None:
-    from align.rollout.serve import serve, what_to_serve
+    from align.rollout.serve import serve, serve_settings
 
     names = [
         "max_model_length",
@@ -474,8 +474,8 @@ def _serve_rollout(options: argparse.Namespace) -> None:
         "sleep",
     ]
     changes = {name: getattr(options, name) for name in [*names, "dtype", "seed"]}
-    what = what_to_serve(options.target, options.stage, options.run_dir, changes)
-    serve(what, host=options.host, port=options.port, transfer=options.weight_transfer)
+    settings = serve_settings(options.target, options.stage, options.run_dir, changes)
+    serve(settings, host=options.host, port=options.port, transfer=options.weight_transfer)
 
 
 def _doctor(options: argparse.Namespace) -> None:

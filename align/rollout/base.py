@@ -1,4 +1,4 @@
-"""What the trainer knows of a generation engine: token ids in, token ids out, new weights now and then."""
+"""The interface between trainer and generation engine: prompts and completions as token ids, and weight updates."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from align.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample: from softmax(logits / temperature) over the whole vocabulary. No top-p, no top-k:
-    their renormalisation would bias an importance ratio.
+    """Sampling from softmax(logits / temperature) over the whole vocabulary.
 
-    temperature 0 means greedy. `seed` fixes every completion: the same prompts, settings and weights give the
-    same tokens. `stop_token_ids` end a completion and are part of it. `n` completions are drawn for each
-    prompt.
+    There is no top-p and no top-k: their renormalisation would bias an importance ratio.
+
+    max_new_tokens: maximum length of a completion.
+    temperature: 0 means greedy decoding.
+    seed: the same seed, prompts, settings and weights give the same tokens.
+    stop_token_ids: tokens that end a completion; the stop token is part of it.
+    n: completions per prompt.
     """
 
     max_new_tokens: int
@@ -33,14 +36,15 @@ class SamplingSettings:
 class Completion:
     """One sampled sequence.
 
-    logprobs: of each of `token_ids` under the distribution that was sampled, temperature included (greedy:
-    softmax(logits)). finished: ended by a stop token, which is then the last of `token_ids`; otherwise it was
-    cut at `max_new_tokens`. A completion has at least one token: one whose first token stops it is that token.
-    weight_version: the update of the weights that sampled it; 0 are the checkpoint's.
-
-    routed_experts: where the engine was built with `rollout.return_routing`, the experts that prompt and completion
-    went to, int16 [layers, tokens - 1, k] in the router's order, best first. The last token was sampled but never
-    computed. -1 stands in layers without routed experts, and where a layer has fewer than k.
+    prompt_ids: token ids of the prompt.
+    token_ids: token ids of the completion, at least one; a stop token is included.
+    logprobs: log-probability of each of `token_ids` under the sampled distribution, temperature included (greedy:
+        softmax(logits)).
+    finished: True if a stop token ended the completion, False if it was truncated at `max_new_tokens`.
+    weight_version: version of the weights that sampled it; 0 is the checkpoint's.
+    routed_experts: with `rollout.return_routing`, the experts of prompt and completion, int16 [layers, tokens - 1, k],
+        best first. The last token was sampled but never computed. -1 in layers without routed experts and beyond a
+        layer's own k.
     """
 
     prompt_ids: list[int]
@@ -53,10 +57,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one update of the weights moved, and how long it took.
+    """Size and duration of one weight update.
 
-    bytes: of the weights, in the engine's type. seconds: until every engine holds and has proved them. checksum: of all
-    weights, computed by the sender and, for an engine on one device, from the parameters that it computes with.
+    bytes: size of the weights in the engine's dtype.
+    seconds: time until every engine has loaded and verified them.
+    version: version of the new weights.
+    buckets: number of buckets sent.
+    checksum: digest of all weights, computed by the sender and, for an engine on one device, from the parameters that
+        it computes with.
+    engines: number of engines that took the update.
     """
 
     bytes: int
@@ -67,7 +76,7 @@ class SyncReport:
     engines: int = 1
 
     def metrics(self) -> dict[str, float]:
-        """For a log."""
+        """Metrics of the update for the log."""
         return {
             "sync/mib": round(self.bytes / 2**20, 3),
             "time/weights": round(self.seconds, 4),
@@ -78,10 +87,14 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What the last call of `generate` did.
+    """Counts and duration of one `generate` call.
 
-    cached_tokens: prompt tokens whose keys and values were there from an earlier prompt with the same beginning.
-    retried: completions that were started again because their server failed.
+    seconds: duration of the call.
+    completions: number of completions.
+    prompt_tokens: prompt tokens, counted once per completion.
+    completion_tokens: sampled tokens.
+    cached_tokens: prompt tokens served from the prefix cache.
+    retried: completions started again because their server failed.
     """
 
     seconds: float
@@ -92,7 +105,7 @@ class GenerationReport:
     retried: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """For a log."""
+        """Metrics of the call for the log."""
         return {
             "speed/rollout": round(self.completion_tokens / max(self.seconds, 1e-9), 1),
             "rollout/prompt_tokens": self.prompt_tokens,
@@ -102,59 +115,58 @@ class GenerationReport:
 
 
 WeightSource = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Gives the stream of published weights from its beginning at each call."""
+"""Function that returns a new iterator over the published weights at each call."""
 
 
 class RolloutEngine(Protocol):
-    """Generates completions with weights that the trainer replaces now and then."""
+    """Generates completions with weights that the trainer updates."""
 
     last_generation: GenerationReport | None
     last_sync: SyncReport | None
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
-        """`sampling.n` completions for each prompt, in the prompts' order."""
+        """Sample `sampling.n` completions for each prompt; the result is in the order of the prompts."""
         ...
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Replace all weights; names are those of the published layout (`weights.published_weights`)."""
+        """Replace all weights; names are those of the published layout (`models.weights.published_weights`)."""
         ...
 
     def offer_weights(self, source: WeightSource) -> None:
-        """Where the weights of the last update can be read again, for an engine that has to start over.
+        """Set the source from which a restarted engine can get the weights of the last update again.
 
-        Called after `update_weights`. The stream is refused if it is not the one that was sent, so a trainer may go on
-        and change its weights.
+        Called after `update_weights`. A stream whose checksum differs from the last update's is refused, so a trainer
+        may change its weights afterwards.
         """
         ...
 
     def sleep(self) -> None:
-        """Give the accelerator's memory to the trainer until `wake`; nothing happens on a CPU."""
+        """Release the accelerator's memory to the trainer until `wake`; a no-op on a CPU."""
         ...
 
     def wake(self) -> None:
-        """Take the memory back; weights are as before, cached prefixes are gone."""
+        """Take the memory back; the weights are unchanged, the prefix cache is empty."""
         ...
 
     def close(self) -> None:
-        """Give back memory. The engine cannot be used afterwards."""
+        """Release all resources; the engine cannot be used afterwards."""
         ...
 
 
 def completion_seed(seed: int, prompt: int, sample: int) -> int:
-    """A seed for one completion's generator: 63 bits, distinct for each (prompt index, sample index)."""
+    """Seed of one completion's generator: 63 bits, distinct for each (prompt index, sample index)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + prompt * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) >> 1
 
 
 def check_prompts(prompts: list[list[int]], sampling: SamplingSettings, max_length: int) -> None:
-    """Every prompt must leave room for its completion, which would else be cut without a word."""
+    """Raise UserError if a prompt is empty or leaves too few tokens for its completion."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {index} is empty: give at least one token, for example the start token.")
+            raise UserError(f"prompt {index}: it is empty. Pass at least one token, such as the start token.")
         if len(prompt) + sampling.max_new_tokens > max_length:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} it "
-                f"exceeds max_model_length {max_length}: shorten prompts (max_prompt_length) or raise "
-                "rollout.max_model_length."
+                f"prompt {index}: its {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} exceed "
+                f"max_model_length {max_length}. Lower max_prompt_length, or raise rollout.max_model_length."
             )

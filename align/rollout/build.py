@@ -1,4 +1,4 @@
-"""The engine a recipe asks for."""
+"""Build the generation engine that a recipe selects."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from align.rollout.base import RolloutEngine
 def build_engine(
     checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, beside_ranks: bool = False
 ) -> RolloutEngine:
-    """vLLM in this process, vLLM servers, or Hugging Face generate, as the recipe names it; never one in place of
-    another.
+    """Build vLLM in this process, a client of vLLM servers, or transformers' own decoding; there is no fallback.
 
-    beside_ranks: this process is one of several. vLLM inside it would take the others for its own, so it gets a process
-    of its own, which ends with this one.
+    beside_ranks: this process is one of several ranks. vLLM in this process would join their process group, so it is
+    started as a server instead, which ends with this process.
     """
     if beside_ranks and rollout.engine == "vllm":
         rollout = rollout.model_copy(update={"engine": "remote", "start_servers": 1})
     if rollout.engine == "vllm":
-        from align.rollout.vllm_engine import VllmEngine
+        from align.rollout.vllm_engine import VllmEngine  # vLLM is optional and slow to import
 
         return VllmEngine(checkpoint, rollout, dtype=dtype, seed=seed)
     if rollout.engine == "remote":

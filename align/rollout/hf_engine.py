@@ -1,4 +1,4 @@
-"""Generation with the transformers model itself: slow, for machines without vLLM and as a reference for it.
+"""Generation with the transformers model itself: slow, for machines without vLLM and as a reference.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.config.rollout import Rollout
+from align.models.lora.adapters import AnyModel
 from align.models.weights import load_published
 from align.rollout.base import (
     Completion,
@@ -28,10 +28,10 @@ from align.rollout.base import (
 class HuggingFaceEngine:
     """`RolloutEngine` on a model of its own (not the one in training); draws from its own generators only.
 
-    A completion depends on its seed alone, not on what is sampled beside it (up to floating-point rounding).
+    A completion depends only on its own seed, not on the other sequences in its batch (up to floating-point rounding).
     """
 
-    def __init__(self, model: Any, rollout: Rollout):
+    def __init__(self, model: AnyModel, rollout: Rollout):
         self.rollout = rollout
         self.version = 0
         self.last_generation: GenerationReport | None = None
@@ -47,7 +47,7 @@ class HuggingFaceEngine:
             for sample in range(sampling.n)
         ]
         started = time.perf_counter()
-        # Prompts of like length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, which keeps padding small.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), self.rollout.max_sequences):
@@ -71,19 +71,19 @@ class HuggingFaceEngine:
         return self.last_sync
 
     def offer_weights(self, source: WeightSource) -> None:
-        """Not needed: this engine lives and dies with the trainer."""
+        """No-op: this engine never restarts without the trainer."""
 
     def sleep(self) -> None:
-        """This engine keeps its memory."""
+        """No-op: this engine keeps its memory."""
 
     def wake(self) -> None:
-        """It was never asleep."""
+        """No-op: this engine never sleeps."""
 
     def close(self) -> None:
         self.model = None
 
     def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: SamplingSettings) -> list[Completion]:
-        """One batch, padded on the left so that every row's next token is the last column."""
+        """Decode one batch, padded on the left so that every row's next token is the last column."""
         device = self.model.device
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         longest = max(map(len, prompts))

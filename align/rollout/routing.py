@@ -1,9 +1,9 @@
-"""The experts that an engine's tokens went to, for the trainer to replay.
+"""Expert routing recorded during generation, for the trainer to replay.
 
-On a GPU vLLM returns them itself; its CPU build cannot (that needs its second model runner, which needs Triton), so
-there our model class reports each forward's choice and the recorder here sorts it by request.
+On a GPU vLLM returns the routing itself. Its CPU build cannot: returning it needs the second model runner, which needs
+Triton. On a CPU our model class reports the experts of each forward pass, and the recorder sorts them by request.
 
-Shapes: T tokens of one forward (of all running sequences), k experts a token. A completion's routing is int16
+Shapes: T tokens of one forward pass (of all running sequences), k experts per token. A completion's routing is int16
 [layers, tokens - 1, k], -1 where a layer has no routed experts or fewer than k.
 """
 
@@ -21,16 +21,17 @@ from align.models.family import FamilyConfig
 
 
 def moe_layers(config: FamilyConfig) -> list[int]:
-    """For each layer how many experts a token goes to; 0 where there is no choice."""
+    """Experts per token in each layer; 0 for a layer without routed experts."""
     return [config.top_k_in(layer) if config.experts_in(layer) > 1 else 0 for layer in range(config.num_hidden_layers)]
 
 
 class RoutingRecorder:
-    """Listens to the model of a vLLM model runner in this process.
+    """Records the routing of a vLLM model runner in this process.
 
-    Each forward mixes tokens of many requests: whole prompts, pieces of them, single new tokens. The runner knows whose
-    they are, the positions say where they belong. A request that was pre-empted computes its tokens again and the
-    later routing stands. Tokens read from a prefix cache are never computed, so the engine must not read it.
+    Each forward pass mixes tokens of many requests: whole prompts, pieces of them, single new tokens. The runner knows
+    the request of each token, and its position places it in the sequence. A pre-empted request computes its tokens
+    again, and the later routing replaces the earlier one. Tokens served from the prefix cache are not recomputed, so
+    their routing cannot be recorded; the engine must not read that cache.
     """
 
     def __init__(self, runner: Any):
@@ -47,11 +48,11 @@ class RoutingRecorder:
         model.model.register_forward_hook(self._end, with_kwargs=True)
 
     def take(self, request_id: str, tokens: int) -> numpy.ndarray:
-        """[layers, tokens, k] of a finished request, which is then forgotten."""
+        """Return the routing [layers, tokens, k] of a finished request and discard its record."""
         routing = numpy.full((self.layers, tokens, max(1, *self.top_k)), -1, dtype=numpy.int16)
         seen = numpy.zeros(tokens, dtype=bool)
         for positions, piece in self._pieces.pop(request_id, []):
-            # One token may have been computed behind the last sampled one, where vLLM schedules ahead.
+            # vLLM schedules ahead, so it may have computed one token after the last sampled one.
             inside = positions < tokens
             routing[:, positions[inside]] = piece[:, inside]
             seen[positions[inside]] = True
@@ -74,15 +75,15 @@ class RoutingRecorder:
         assert step is not None
         starts = self.runner.query_start_loc.np[: batch.num_reqs + 1]
         for request, start, end in zip(batch.req_ids, starts[:-1], starts[1:]):
-            # vLLM appends a random suffix to the number that it gave the request.
+            # vLLM appends a random suffix to the request's number.
             self._pieces[request.rpartition("-")[0]].append((positions[start:end], step[:, start:end].numpy()))
 
 
 def checked_routing(returned: numpy.ndarray | None, top_k: list[int]) -> numpy.ndarray:
-    """What vLLM returned, [tokens - 1, layers, k], in the form of a completion's routing.
+    """Convert routing as vLLM returns it, [tokens - 1, layers, k], to a completion's, and check that it is complete.
 
-    A token's k > 1 experts differ, so a row of zeros was never written (vLLM issue 54730). With k = 1 zeros are a
-    possible choice, but not for most tokens in every layer.
+    The k > 1 experts of a token differ, so vLLM never wrote a row of zeros (vLLM issue 54730). With k = 1 a zero is a
+    valid expert, but not for most tokens in every layer.
     """
     if returned is None:
         raise RuntimeError("rollout.return_routing is set, but vLLM returned no routed experts")
@@ -92,8 +93,8 @@ def checked_routing(returned: numpy.ndarray | None, top_k: list[int]) -> numpy.n
     several = any(k > 1 for k in top_k)
     if empty.any() and (several or empty.mean() > 0.5):
         raise RuntimeError(
-            f"vLLM returned no routing for {int(empty.sum())} of {len(empty)} tokens (their rows are all zero); "
-            "set rollout.return_routing: false"
+            f"vLLM returned no routing for {int(empty.sum())} of {len(empty)} tokens (their rows are all zero). "
+            "Set rollout.return_routing: false."
         )
     for layer, k in enumerate(top_k):
         routing[layer, :, k:] = -1

@@ -1,4 +1,4 @@
-"""`align serve-rollout`: vLLM's own server with our model class, for a trainer that talks token ids."""
+"""`align serve-rollout`: vLLM's own server with our model class and token ids as input and output."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +16,14 @@ from pydantic import ValidationError
 
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.launch.processes import environment_of_its_own
 from align.rollout.server import MARK, Server
+from align.rollout.started_server import PARENT
 from align.rollout.vllm_options import check_checkpoint, engine_options, prepare_vllm
-
-PARENT = "ALIGN_ROLLOUT_PARENT"
-"""Environment variable: the process whose end is the server's end too."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a server is started for."""
+class ServeSettings:
+    """Checkpoint and settings of a rollout server."""
 
     checkpoint: Path
     rollout: Rollout
@@ -38,18 +31,22 @@ class Served:
     seed: int
 
 
-def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes: dict[str, Any]) -> Served:
-    """target: a checkpoint's folder (or a finished stage's), or a recipe, of which a stage's parent is served with the
-    stage's settings. changes: settings of `Rollout`, `dtype` and `seed` that were given instead."""
-    changes = {key: value for key, value in changes.items() if value is not None}
+def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrides: dict[str, Any]) -> ServeSettings:
+    """Find the checkpoint and the settings to serve.
+
+    target: a checkpoint folder, a finished stage's folder, or a recipe. For a recipe, the parent of `stage` is served
+    with that stage's settings.
+    overrides: values of `Rollout` fields, `dtype` and `seed` given on the command line; None means not given.
+    """
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     if Path(target).is_dir():
         from align.train.checkpoint import checkpoint_folder
 
         for flag, given in (("--stage", stage), ("--run-dir", run_dir)):
             if given is not None:
-                raise UserError(f"{flag} belongs to a recipe, but {target} is a checkpoint; leave it out.")
+                raise UserError(f"{flag}: it needs a recipe, but {target} is a checkpoint. Remove {flag}.")
         checkpoint = checkpoint_folder(Path(target))
-        settings: dict[str, Any] = {"max_model_length": min(Rollout().max_model_length, _longest(checkpoint))}
+        settings: dict[str, Any] = {"max_model_length": min(Rollout().max_model_length, _context_length(checkpoint))}
         dtype, seed = "float32", 0
     else:
         from align.config import load_recipe
@@ -60,51 +57,52 @@ def what_to_serve(target: str, stage: str | None, run_dir: Path | None, changes:
         if stage is None:
             stage = next((name for name in sampling if recipe.stages[name].kind == "ppo"), None)
         if stage not in sampling:
-            has = f"it has {', '.join(sampling)}" if sampling else "it has none"
-            raise UserError(f"{target}: --stage must name a stage that samples; {has}.")
+            has = f"--stage with one of: {', '.join(sampling)}" if sampling else "a recipe that has one"
+            raise UserError(f"{target}: --stage must name a stage that samples. Pass {has}.")
         part: Any = recipe.stages[stage]
         parent = part.models[0] if part.kind == "evaluate" else part.init_from
         context = StageContext(recipe, stage, run_dir or Path("runs") / recipe.name)
         checkpoint, settings = context.checkpoint(parent), part.rollout.model_dump()
         dtype, seed = recipe.dtype, recipe.seed
-    dtype, seed = changes.pop("dtype", dtype), changes.pop("seed", seed)
+    dtype, seed = overrides.pop("dtype", dtype), overrides.pop("seed", seed)
     try:
-        rollout = Rollout(**(settings | {"engine": "remote", "servers": [], "start_servers": 1} | changes))
+        rollout = Rollout(**(settings | {"engine": "remote", "servers": [], "start_servers": 1} | overrides))
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
         raise UserError(f"--{flag}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
-    return Served(checkpoint, rollout, dtype, seed)
+    return ServeSettings(checkpoint, rollout, dtype, seed)
 
 
-def _longest(checkpoint: Path) -> int:
+def _context_length(checkpoint: Path) -> int:
+    """Context length of the model, or the default rollout's if its config.json has none."""
     path = checkpoint / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return int(values.get("max_position_embeddings", Rollout().max_model_length))
 
 
-def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:
-    """Serve until interrupted. transfer: host, nccl or ipc; by default nccl on a GPU, else host.
+def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None) -> None:
+    """Serve until interrupted. transfer: host, nccl or ipc; by default nccl on a GPU, otherwise host.
 
-    The server has vLLM's development routes, through which weights are replaced; whoever reaches the port controls
-    it. So it listens on loopback unless told otherwise.
+    The server has vLLM's development routes, which replace its weights. Anyone who reaches the port controls the
+    server, so the default host is loopback.
     """
-    checkpoint, rollout, dtype = what.checkpoint, what.rollout, what.dtype
+    checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
     check_checkpoint(checkpoint, rollout)
     _check_port(host, port)
-    # vLLM offers weight updates, pausing and sleeping only with these routes.
+    # vLLM has the routes for weight updates, pausing and sleeping only in this mode.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and rollout.tensor_parallel_size > 1:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cores_a_rank(rollout.tensor_parallel_size)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cores_per_rank(rollout.tensor_parallel_size)
     prepare_vllm()
     from vllm.platforms import current_platform
 
     transfer = transfer or ("host" if current_platform.is_cpu() else "nccl")
     if transfer == "ipc":
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM sends memory handles pickled
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM pickles the memory handles
     if current_platform.is_cpu():
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # 20 s for one tiny sampling function
-    options = engine_options(checkpoint, rollout, dtype=dtype, seed=what.seed)
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling one tiny sampling function takes 20 s
+    options = engine_options(checkpoint, rollout, dtype=dtype, seed=settings.seed)
     options |= {
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "weight_transfer_config": {"backend": f"align_{transfer}"},
@@ -123,14 +121,14 @@ def serve(what: Served, *, host: str, port: int, transfer: str | None) -> None:
     }
     arguments = [*command_line(options), "--served-model-name", MARK, *(f"{k}={v}" for k, v in facts.items())]
     if PARENT in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:
-        threading.Thread(target=_announce, args=(checkpoint, f"http://{host}:{port}"), daemon=True).start()
+        threading.Thread(target=_print_when_ready, args=(checkpoint, f"http://{host}:{port}"), daemon=True).start()
     _run(arguments)
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """vLLM's flags for engine arguments."""
+    """Command-line flags of vLLM for these engine arguments."""
     flags: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -159,104 +157,26 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot listen on {host}:{port} ({reason}): give another --host or --port.") from None
+            raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from None
 
 
-def _cores_a_rank(ranks: int) -> str:
-    """vLLM's setting of each rank's cores; without it vLLM wants a NUMA node for each rank."""
+def _cores_per_rank(ranks: int) -> str:
+    """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND; without it vLLM requires one NUMA node per rank."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)
     groups = [[cores[i % len(cores)] for i in range(rank * share, (rank + 1) * share)] for rank in range(ranks)]
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
-def _announce(checkpoint: Path, url: str) -> None:
+def _print_when_ready(checkpoint: Path, url: str) -> None:
     server = Server(url)
     while not server.is_healthy():
         time.sleep(1)
     print(f"serving {checkpoint} at {url}", flush=True)
 
 
-def _end_with(parent: int) -> None:
-    """End this server and its engine when the trainer that started it is gone, however it went."""
+def _end_with_parent(parent: int) -> None:
+    """Kill this server and its engine as soon as the trainer that started it has ended, for any reason."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-class StartedServer(Server):
-    """A server in a process group of its own, which this process started and ends."""
-
-    def __init__(
-        self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, devices: list[str] | None
-    ):
-        super().__init__(f"http://127.0.0.1:{port}")
-        flags = {
-            "port": port,
-            "dtype": dtype,
-            "seed": seed,
-            "max-model-length": rollout.max_model_length,
-            "max-sequences": rollout.max_sequences,
-            "cache-gib": rollout.cache_gib,
-            "tensor-parallel-size": rollout.tensor_parallel_size,
-        }
-        transfer = rollout.weight_transfer
-        if transfer == "auto" and rollout.sleep:
-            transfer = "shared_memory"  # it may share the trainer's GPUs, and NCCL wants others
-        if transfer != "auto":
-            flags["weight-transfer"] = "host" if transfer in ("shared_memory", "http") else transfer
-        self._command = [sys.executable, "-m", "align.cli", "serve-rollout", str(checkpoint)]
-        self._command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-        self._command += ["--no-prefix-caching"] * (not rollout.prefix_caching)
-        self._command += ["--return-routing"] * rollout.return_routing
-        self._command += ["--sleep"] * rollout.sleep
-        self._environment = {**environment_of_its_own(), PARENT: str(os.getpid())}
-        # The in-process engine's setting; a server's front and its engine are two processes.
-        self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        if devices is not None:
-            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        self.starts = 0
-        self.process: subprocess.Popen[bytes] | None = None
-        descriptor, log = tempfile.mkstemp(prefix="align-server-", suffix=".log")
-        os.close(descriptor)
-        self._log = Path(log)
-
-    def start(self) -> None:
-        self.end()
-        self.starts += 1
-        self._started = time.monotonic()
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def seconds_since_start(self) -> float:
-        return time.monotonic() - self._started
-
-    def has_ended(self) -> bool:
-        return self.process is None or self.process.poll() is not None
-
-    def last_words(self) -> str:
-        """The last line of what it wrote."""
-        lines = [line.strip() for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((line for line in reversed(lines) if line), "it wrote nothing")[:500]
-
-    def end(self) -> None:
-        """End the process group; also when the server is dead already, for its engine may not be."""
-        if self.process is None:
-            return
-        for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sign)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=patience)
-        self.process = None
-
-    def forget(self) -> None:
-        self.end()
-        self._log.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One vLLM server as its client sees it: requests with timeouts, and why it failed if it did."""
+"""Client of one rollout server: HTTP requests with timeouts, and the reason why the server failed, if it did."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,52 +19,62 @@ from align.rollout.base import Completion
 from align.rollout.routing import checked_routing
 
 MARK = "align"
-"""A model name of every server that `align serve-rollout` starts; its other names are facts, `key=value`."""
+"""Model name that every server of `align serve-rollout` has; its other model names are facts, `key=value`."""
 
 QUICK_SECONDS = 10.0
+"""Timeout of requests that need no computation."""
 
 
 class ServerFailure(Exception):
-    """The server is gone, hangs, or failed by its own account: its work can be done by another."""
+    """The server is gone, hangs or reports an internal error; another server can take over its requests."""
 
 
 class Server:
-    """A server's address, what it said about itself, and `failure`, None while it is usable."""
+    """One rollout server.
+
+    url: address, http://HOST:PORT.
+    facts: the server's settings as it reports them, such as dtype and transfer.
+    failure: reason why the server cannot be used; None while it can.
+    """
 
     def __init__(self, url: str):
         self.url = url
         address = urlsplit(url)
         self.host, self.port = address.hostname or "", address.port or 80
         self.facts: dict[str, str] = {}
-        self.failure: str | None = "not asked yet"
+        self.failure: str | None = "not connected yet"
 
     @property
     def is_local(self) -> bool:
         return self.host in ("127.0.0.1", "localhost")
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float = QUICK_SECONDS) -> Any:
-        """The answer's JSON. A refused request (4xx) is the caller's mistake and a UserError."""
+        """Send a request and return the JSON of the response.
+
+        A refused request (4xx) is the caller's mistake and raises UserError; every other fault raises ServerFailure.
+        """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read().decode()
+            response = connection.getresponse()
+            text = response.read().decode()
         except TimeoutError:
-            raise ServerFailure(f"no answer in {timeout:g} s") from None
+            raise ServerFailure(f"no response within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise ServerFailure(str(error) or type(error).__name__) from None
         finally:
             connection.close()
-        if answer.status == 200:
+        if response.status == 200:
             return json.loads(text) if text else None
-        message = _message(text)
-        if answer.status == 404 and path != "/health":
+        message = _error_message(text)
+        if response.status == 404 and path != "/health":
             raise UserError(
-                f"{self.url}{path.partition('?')[0]} does not exist; start the server with `align serve-rollout`."
+                f"{self.url}: it has no {path.partition('?')[0]}, so it is not an align rollout server. Start one with "
+                "`align serve-rollout`."
             )
-        if 400 <= answer.status < 500:
-            raise UserError(f"the server at {self.url} refused a request: {message}")
+        if 400 <= response.status < 500:
+            raise UserError(f"{self.url}: the rollout server refused a request: {message}")
         raise ServerFailure(message)
 
     def is_healthy(self) -> bool:
@@ -75,39 +86,39 @@ class Server:
         return True
 
     def read_facts(self) -> None:
-        """What the server was started with; UserError if `align serve-rollout` did not start it."""
+        """Read the server's settings into `facts`; raises UserError if it is not an align rollout server."""
         models = self.call("GET", "/v1/models")["data"]
         names = [model["id"] for model in models]
         if MARK not in names:
-            raise UserError(f"{self.url} is a server of something else; start one with `align serve-rollout`.")
+            raise UserError(f"{self.url}: it is not an align rollout server. Start one with `align serve-rollout`.")
         self.facts = dict(name.split("=", 1) for name in names if "=" in name)
         self.facts["max_model_length"] = str(models[0]["max_model_len"])
         self.facts["ranks"] = str(self.call("GET", "/get_world_size")["world_size"])
 
     def sleep(self, timeout: float) -> None:
-        """Move the weights to host memory and drop the cache, where it was started for it."""
+        """Move the weights to host memory and drop the cache; a no-op for a server started without `--sleep`."""
         if self.facts.get("sleeps") == "True":
             self.call("POST", "/sleep?level=1", timeout=timeout)
 
     def wake(self, timeout: float) -> None:
-        """Take the memory back; nothing happens to one that is awake."""
+        """Take the GPU memory back; a no-op for a server that is awake or was started without `--sleep`."""
         if self.facts.get("sleeps") == "True":
             self.call("POST", "/wake_up", timeout=timeout)
 
     def generate(
-        self, prompt: list[int], sampling: dict[str, Any], label: str, *, timeout: float, top_k: list[int] | None
+        self, prompt: list[int], sampling: dict[str, Any], version: str, *, timeout: float, top_k: list[int] | None
     ) -> Completion:
-        """One completion by the weights of version `label`, RUN:VERSION; other weights are a ServerFailure.
+        """Generate one completion; raises ServerFailure if the server has other weights than `version`, RUN:NUMBER.
 
-        top_k: experts a token in each layer, where routing is wanted.
+        top_k: experts per token in each layer, if the routing is wanted.
         """
         request = {"token_ids": prompt, "sampling_params": sampling}
         (choice,) = self.call("POST", "/inference/v1/generate", request, timeout=timeout)["choices"]
         if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
             raise ServerFailure(f"a completion ended early ({choice['finish_reason']})")
         versions = [span["version"] for span in choice["weight_versions"]]
-        if versions != [label]:
-            raise ServerFailure(f"it holds weights {' and '.join(versions)} instead of {label}")
+        if versions != [version]:
+            raise ServerFailure(f"it has weights {' and '.join(versions)} instead of {version}")
         routing = None
         if top_k is not None:
             array = choice["routed_experts"]
@@ -118,13 +129,13 @@ class Server:
             token_ids=choice["token_ids"],
             logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
             finished=choice["finish_reason"] == "stop",
-            weight_version=int(label.rpartition(":")[2]),
+            weight_version=int(version.rpartition(":")[2]),
             routed_experts=routing,
         )
 
 
-def everywhere(servers: Sequence[Server], action: Callable[[Server], object]) -> list[Server]:
-    """Do the same on all servers at once; those that fail are marked, the others returned."""
+def on_all(servers: Sequence[Server], action: Callable[[Server], object]) -> list[Server]:
+    """Run `action` on all servers in parallel, mark those that fail, and return the others."""
 
     def attempt(server: Server) -> None:
         try:
@@ -137,8 +148,16 @@ def everywhere(servers: Sequence[Server], action: Callable[[Server], object]) ->
     return [server for server in servers if server.failure is None]
 
 
-def _message(text: str) -> str:
-    """The sentence in an error's body, which vLLM and FastAPI write in different places."""
+def free_port() -> int:
+    """A port of this machine on which no process listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _error_message(text: str) -> str:
+    """The sentence in an error response, which vLLM and FastAPI put in different places."""
     try:
         body = json.loads(text)
     except ValueError:

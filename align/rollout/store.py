@@ -1,4 +1,4 @@
-"""Completions as tensors, so that a run killed after sampling need not sample again."""
+"""Completions as tensors, saved in checkpoints so that a resumed run does not sample them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "drawn."
 
 
 def completion_tensors(position: int, completions: Sequence[Completion]) -> dict[str, Tensor]:
-    """Flat tensors of completions that were drawn at a sampler's `position`; log-probabilities keep every bit."""
+    """Flat tensors of the completions drawn at a sampler's `position`; log-probabilities are stored exactly."""
     tensors = {
         f"{PREFIX}position": torch.tensor(position),
         f"{PREFIX}prompt_lengths": torch.tensor([len(c.prompt_ids) for c in completions]),
@@ -27,13 +27,13 @@ def completion_tensors(position: int, completions: Sequence[Completion]) -> dict
     }
     routings = [c.routed_experts for c in completions if c.routed_experts is not None]
     if routings:
-        # [layers, tokens - 1, k] of each behind each other.
+        # Concatenated along the token axis: [layers, tokens - 1, k] of each completion.
         tensors[f"{PREFIX}routed_experts"] = torch.from_numpy(numpy.concatenate(routings, axis=1))
     return tensors
 
 
 def stored_completions(tensors: dict[str, Tensor]) -> tuple[int, list[Completion]] | None:
-    """(position, completions) from among other tensors; None where there are none."""
+    """(position, completions) stored among other tensors, or None if there are none."""
     found = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""One update of an engine's weights: the published stream in buckets, each digested on the way, proved at the end."""
+"""One weight update: send the published weights in buckets, digest each tensor, verify the digests at the end."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from align.rollout.sync.stream import Bucket, buckets, combined_digest, digest
 
 
 class Transport(Protocol):
-    """Carries an update to one or several engines."""
+    """Carries a weight update to one or several engines."""
 
     @property
     def engines(self) -> int:
-        """How many take the weights; those that fail on the way no longer count."""
+        """Number of engines in the update; engines that failed no longer count."""
         ...
 
     def start(self) -> None:
-        """Begin an update; one that was left unfinished is abandoned."""
+        """Begin an update; abandon one that is unfinished."""
         ...
 
     def send(self, bucket: Bucket) -> None:
-        """Deliver a bucket; its tensors may change when this returns."""
+        """Send a bucket; the caller may change its tensors afterwards."""
         ...
 
     def finish(self, digests: dict[str, str], version: int) -> None:
-        """Have the engines compare their weights with the digests and take the version as theirs."""
+        """Let the engines compare their weights with the digests, then adopt the version."""
         ...
 
 
-def send_weights(
+def send_stream(
     stream: Iterable[tuple[str, Tensor]], transport: Transport, version: int, *, bucket_mib: int, dtype: torch.dtype
 ) -> SyncReport:
-    """Send the stream; it is read once, and only one bucket of what it merges or gathers exists at a time."""
+    """Send a stream of weights as version `version`. The stream is read once, one bucket at a time."""
     started = time.perf_counter()
     digests: dict[str, str] = {}
     size = count = 0
@@ -62,7 +62,7 @@ def send_weights(
 
 
 class InProcess:
-    """To a `vllm.LLM` in this process: buckets are handed over as they are."""
+    """`Transport` to a `vllm.LLM` in this process, which takes the buckets' tensors themselves."""
 
     engines = 1
 
@@ -72,8 +72,8 @@ class InProcess:
     def start(self) -> None:
         try:
             self.llm.start_weight_update()
-        except RuntimeError:  # an earlier update broke off in the sender's own stream
-            with_session_ended(self.llm)
+        except RuntimeError:  # an earlier update is open because its stream raised
+            end_open_update(self.llm)
             self.llm.start_weight_update()
 
     def send(self, bucket: Bucket) -> None:
@@ -84,8 +84,8 @@ class InProcess:
         self.llm.finish_weight_update(str(version))
 
 
-def with_session_ended(llm: Any) -> None:
-    """End an update that was left open; vLLM ends one when its engine raises."""
+def end_open_update(llm: Any) -> None:
+    """End an open update: vLLM ends one when its transfer engine raises, and that raises on `abandon`."""
     try:
         llm.update_weights({"update_info": {"abandon": True}})
     except RuntimeError:
@@ -93,9 +93,9 @@ def with_session_ended(llm: Any) -> None:
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The stream of a checkpoint in the published layout, tensor by tensor from its safetensors files.
+    """Iterate over a checkpoint in the published layout, tensor by tensor from its safetensors files.
 
-    A tied head is left out, as in `published_weights`.
+    A tied head is omitted, as in `published_weights`.
     """
     tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", True)
     index = folder / "model.safetensors.index.json"
@@ -104,6 +104,6 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 if not (tied and key == "lm_head.weight"):
                     yield key, file.get_tensor(key)

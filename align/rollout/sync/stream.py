@@ -1,4 +1,4 @@
-"""A stream of named weights on its way from a trainer to an engine: cut into buckets, written as bytes, digested."""
+"""Named weights between trainer and engine: split into buckets, packed as safetensors, digested."""
 
 from __future__ import annotations
 
@@ -10,60 +10,61 @@ import torch
 from torch import Tensor
 
 Bucket = list[tuple[str, Tensor]]
-"""Some of the stream's (name, tensor) pairs, sent at a time."""
+"""(name, tensor) pairs that are sent together."""
 
-WORDS_A_ROW = 1024
+ROW = 1024
+"""64-bit words in a row of a digest."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-"""What the safetensors format calls them."""
+"""Names of dtypes in the safetensors format."""
 
 
 def buckets(stream: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dtype) -> Iterator[Bucket]:
-    """The stream in buckets of at most `size` bytes (or one tensor), cast to `dtype`. Order is kept."""
+    """Split a stream into buckets of at most `size` bytes (or one tensor), cast to `dtype`, in order."""
     bucket: Bucket = []
-    held = 0
+    filled = 0
     for name, tensor in stream:
         cast = tensor.detach().to(dtype)
-        if bucket and held + cast.nbytes > size:
+        if bucket and filled + cast.nbytes > size:
             yield bucket
-            bucket, held = [], 0
+            bucket, filled = [], 0
         bucket.append((name, cast))
-        held += cast.nbytes
+        filled += cast.nbytes
     if bucket:
         yield bucket
 
 
 def digest(tensor: Tensor) -> str:
-    """16 hex digits of a tensor's type, shape and bits.
+    """Digest of a tensor's dtype, shape and bits, 16 hex digits.
 
-    The bits are read as 64-bit words in rows of 1024; a hash is taken of the sums of the rows and of the columns modulo
-    2^64. So a changed, moved or missing value shows, at about the speed of memory and on the tensor's own device. It is
-    a guard against errors, not against an adversary.
+    The bits are read as 64-bit words in rows of 1024, and the sums of all rows and all columns modulo 2^64 are hashed.
+    A changed, moved or missing value changes the digest. It is computed on the tensor's own device at about the speed
+    of memory. It guards against errors, not against an adversary.
     """
     octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
     missing = -octets.numel() % 8
     if missing or octets.storage_offset() % 8:
         octets = torch.cat((octets, octets.new_zeros(missing)))
     words = octets.view(torch.int64)
-    whole = words.numel() // WORDS_A_ROW * WORDS_A_ROW
-    grid = words[:whole].view(-1, WORDS_A_ROW)
+    whole = words.numel() // ROW * ROW
+    grid = words[:whole].view(-1, ROW)
     sums = torch.cat((grid.sum(0), grid.sum(1), words[whole:])).cpu()
     kind = f"{tensor.dtype} {tuple(tensor.shape)}"
     return hashlib.sha256(kind.encode() + sums.numpy().tobytes()).hexdigest()[:16]
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """One digest of all weights, whatever their order."""
+    """One digest of all weights, independent of their order."""
     lines = "".join(f"{name} {value}\n" for name, value in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def packed_size(bucket: Bucket) -> int:
-    """Bytes of the bucket in the safetensors format."""
+    """Size of the bucket in the safetensors format, in bytes."""
     return len(_header(bucket)) + sum(tensor.nbytes for _, tensor in bucket)
 
 
 def pack(bucket: Bucket, buffer: Tensor) -> None:
-    """Write the bucket into the beginning of `buffer` (uint8, on the host) in the safetensors format."""
+    """Write the bucket in the safetensors format to the start of `buffer` (uint8, on the host)."""
     header = _header(bucket)
     buffer[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
     place = len(header)
@@ -74,7 +75,7 @@ def pack(bucket: Bucket, buffer: Tensor) -> None:
 
 
 def _header(bucket: Bucket) -> bytes:
-    """Length and JSON of the safetensors header; spaces fill it to a multiple of 8, which aligns what follows."""
+    """Safetensors header with its length, padded with spaces to a multiple of 8 so that the tensors are aligned."""
     entries, place = {}, 0
     for name, tensor in bucket:
         end = place + tensor.nbytes

@@ -1,8 +1,10 @@
-"""Weight-transfer engines of vLLM (`vllm.distributed.weight_transfer`) for our model class, on the receiving side.
+"""Receiving side of a weight update: transfer engines (`vllm.distributed.weight_transfer`) for our model class.
 
-vLLM's own end in a reload that replaces and repacks parameters, which leaves our experts stale. These keep vLLM's
-transports and copy into the live parameters instead. An update is: start, any number of buckets, the sender's digests,
-finish. The digests are compared with those of the live parameters; without them an update cannot be finished.
+vLLM's own engines end an update with a reload that replaces and repacks parameters, which leaves our experts stale.
+These use vLLM's transports, but copy into the parameters that the model computes with.
+
+An update is: start, any number of buckets, the sender's digests, finish. The digests are compared with those of the
+parameters; an update without digests cannot be finished.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from align.rollout.sync.stream import Bucket, digest
 
 
 class LiveTransfer:
-    """What the three engines share: no reload, and the proof at the end. Comes first among a class's bases."""
+    """Common part of the three engines: no reload, verified at the end. It must be the first base class."""
 
     def start_weight_update(self) -> None:
         self.model: Any
@@ -37,9 +39,9 @@ class LiveTransfer:
         self.model.begin_update(digest)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """A bucket, or `{"digests": {name: digest}}` as the last; `{"abandon": true}` ends a session left open."""
+        """Load a bucket, or verify `{"digests": {name: digest}}`. `{"abandon": true}` raises, which ends the update."""
         if "abandon" in update_info:
-            raise RuntimeError("this update of the weights was abandoned")
+            raise RuntimeError("this weight update was abandoned")
         if "digests" in update_info:
             self._verify(update_info["digests"])
         else:
@@ -47,28 +49,32 @@ class LiveTransfer:
 
     def finish_weight_update(self) -> None:
         if not self.verified:
-            raise RuntimeError("an update of the weights was finished without the sender's digests")
+            raise RuntimeError("a weight update was finished without the sender's digests")
 
     def _verify(self, sent: dict[str, str]) -> None:
-        held = self.model.finish_update()
-        differing = [name for name in {**sent, **held} if sent.get(name) != held.get(name)]
+        loaded = self.model.finish_update()
+        differing = [name for name in {**sent, **loaded} if sent.get(name) != loaded.get(name)]
         if differing:
             raise ValueError(
-                f"{len(differing)} weights differ from those that were sent, the first is '{differing[0]}' (sent "
-                f"{sent.get(differing[0])}, held {held.get(differing[0])})"
+                f"{len(differing)} weights differ from those that were sent; the first is '{differing[0]}' (sent "
+                f"{sent.get(differing[0])}, loaded {loaded.get(differing[0])})"
             )
         self.verified = True
 
 
 @dataclass
 class HostInit(WeightTransferInitInfo):
-    """Host memory needs no rendezvous."""
+    """Empty: host memory needs no rendezvous."""
 
 
 @dataclass
 class HostBucket(WeightTransferUpdateInfo):
-    """One bucket: the tensors themselves (an engine in the sender's process), the path of a safetensors file in shared
-    memory, or the file's bytes in base64."""
+    """One bucket; one of the fields is set.
+
+    tensors: the tensors themselves, for an engine in the sender's process.
+    path: a safetensors file in shared memory.
+    body: the bytes of a safetensors file in base64.
+    """
 
     tensors: Bucket | None = None
     path: str | None = None
@@ -76,7 +82,7 @@ class HostBucket(WeightTransferUpdateInfo):
 
 
 class HostTransfer(LiveTransfer, WeightTransferEngine[HostInit, HostBucket]):
-    """Through the host's memory, or over HTTP."""
+    """Transfer through host memory or over HTTP."""
 
     init_info_cls = HostInit
     update_info_cls = HostBucket
@@ -95,7 +101,7 @@ class HostTransfer(LiveTransfer, WeightTransferEngine[HostInit, HostBucket]):
         elif update_info.body is not None:
             bucket = list(load(base64.b64decode(update_info.body)).items())
         else:
-            raise ValueError("an update has neither tensors, nor a path, nor a body")
+            raise ValueError("a bucket has neither tensors, nor a path, nor a body")
         self.model.load_weights(bucket)
 
     def shutdown(self) -> None:
@@ -103,11 +109,11 @@ class HostTransfer(LiveTransfer, WeightTransferEngine[HostInit, HostBucket]):
 
 
 class LiveNccl(LiveTransfer, NCCLWeightTransferEngine):
-    """From another GPU, by NCCL broadcast."""
+    """Transfer from another GPU, by NCCL broadcast."""
 
 
 class LiveIpc(LiveTransfer, IPCWeightTransferEngine):
-    """From another process on the same GPU, by CUDA IPC."""
+    """Transfer from another process on the same GPU, by CUDA IPC."""
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()

@@ -272,17 +272,18 @@ def test_a_server_that_hangs_is_left_out(connect, servers):
     expected = tokens(engine.generate(PROMPTS, SETTINGS))
     servers[0].hangs = True
     assert tokens(engine.generate(PROMPTS, SETTINGS)) == expected
-    assert "no answer in 1 s" in engine.servers[0].failure
+    assert "no response within 1 s" in engine.servers[0].failure
 
 
 def test_when_none_is_left_the_error_says_so(connect, servers):
     engine = connect()
     servers[0].dies_after = servers[1].dies_after = 0
     with pytest.raises(
-        UserError, match=rf"no rollout server answers: none of 2 .*{servers[0].port}.*{servers[1].port}"
+        UserError,
+        match=rf"no rollout server responds: all 2 rollout servers failed, .*{servers[0].port}.*{servers[1].port}",
     ):
         engine.generate(PROMPTS, SETTINGS)
-    with pytest.raises(UserError, match="no rollout server answers"):
+    with pytest.raises(UserError, match="no rollout server responds"):
         engine.update_weights(iter(WEIGHTS.items()), 1)
 
 
@@ -290,7 +291,7 @@ def test_a_completion_that_fails_everywhere_is_an_error(connect, servers):
     engine = connect()
     for server in servers:
         server.generate_status = 500
-    with pytest.raises(UserError, match=r"a completion failed on 3 servers, on the last with: broken on purpose\."):
+    with pytest.raises(UserError, match=r"one completion failed on 3 servers, the last time with: broken on purpose\."):
         engine.generate(PROMPTS[:1], SamplingSettings(max_new_tokens=4))
 
 
@@ -329,7 +330,7 @@ def test_servers_that_come_back_after_the_weights_have_changed_are_refused(conne
             engine.offer_weights(lambda: iter({**weights, "w3": weights["w3"] + 1}.items()))
         for server in servers:
             server.version = "default"
-        with pytest.raises(UserError, match=rf"{message}: continue with --resume\."):
+        with pytest.raises(UserError, match=rf"{message}\. Continue with --resume\."):
             engine.generate(PROMPTS, SETTINGS)
     engine.update_weights(iter(weights.items()), 1)
     engine.generate(PROMPTS, SETTINGS)
@@ -396,7 +397,7 @@ def test_another_trainers_session_is_ended(connect, servers):
 def test_an_unreachable_server_at_the_start(connect, servers):
     servers[1].stop()
     start = time.perf_counter()
-    with pytest.raises(UserError, match=rf"no rollout server answers: {servers[1].url} \(.*refused\)\."):
+    with pytest.raises(UserError, match=rf"no rollout server responds: {servers[1].url} \(.*refused\)\."):
         connect()
     assert time.perf_counter() - start < 5
 
@@ -404,8 +405,8 @@ def test_an_unreachable_server_at_the_start(connect, servers):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"dtype": "bfloat16"}, r"computes in bfloat16, the recipe in float32: start it with --dtype float32\."),
-        ({"transfer": "nccl"}, r"started for nccl: start it with --weight-transfer host\."),
+        ({"dtype": "bfloat16"}, r"computes in bfloat16, but the recipe in float32\. Start it with --dtype float32\."),
+        ({"transfer": "nccl"}, r"started for nccl\. Start it with --weight-transfer host\."),
     ],
 )
 def test_a_server_that_does_not_fit(connect, servers, facts, message):
@@ -417,7 +418,7 @@ def test_a_server_that_does_not_fit(connect, servers, facts, message):
 
 def test_a_server_that_is_too_short_or_returns_no_routing(connect, servers):
     servers[0].length = 256
-    with pytest.raises(UserError, match=r"max_model_length 256, less than rollout\.max_model_length 512"):
+    with pytest.raises(UserError, match=r"max_model_length 256 is less than rollout\.max_model_length 512"):
         connect()
     servers[0].length = 512
     with pytest.raises(UserError, match="returns no routed experts"):
@@ -426,13 +427,13 @@ def test_a_server_that_is_too_short_or_returns_no_routing(connect, servers):
 
 def test_a_server_of_something_else(connect, servers, monkeypatch):
     monkeypatch.setattr(PlayedServer, "respond", lambda self, path, body: {"data": [{"id": "x", "max_model_len": 9}]})
-    with pytest.raises(UserError, match="is a server of something else; start one with `align serve-rollout`"):
+    with pytest.raises(UserError, match=r"is not an align rollout server\. Start one with `align serve-rollout`"):
         connect()
 
 
 def test_prompts_are_checked_before_anything_is_sent(connect, servers):
     engine = connect()
-    with pytest.raises(UserError, match=r"prompt 0 has 510 tokens.*max_model_length 512"):
+    with pytest.raises(UserError, match=r"prompt 0: its 510 tokens .*max_model_length 512"):
         engine.generate([[1] * 510], SETTINGS)
     with pytest.raises(UserError, match="empty"):
         engine.generate([[]], SETTINGS)

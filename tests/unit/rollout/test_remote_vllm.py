@@ -209,9 +209,9 @@ def test_a_server_ends_with_the_trainer_that_started_it(tmp_path):
     server = tmp_path / "server.py"
     server.write_text(
         "import os, subprocess, sys, threading, time\n"
-        "from align.rollout.serve import _end_with\n"
+        "from align.rollout.serve import _end_with_parent\n"
         "child = subprocess.Popen(['sleep', '600'])\n"
-        "threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()\n"
+        "threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

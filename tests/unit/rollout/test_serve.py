@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from align import cli
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.rollout.serve import StartedServer, _cores_a_rank, command_line, what_to_serve
+from align.rollout.serve import _cores_per_rank, command_line, serve_settings
+from align.rollout.started_server import StartedServer
 
 PROMPTS = {"kind": "file", "path": "prompts.jsonl"}
 
@@ -42,7 +43,7 @@ def make_checkpoint(folder: Path) -> Path:
 def test_a_checkpoint_with_flags(tmp_path):
     stage = tmp_path / "sft"
     make_checkpoint(stage / "model")
-    served = what_to_serve(str(stage), None, None, {"max_model_length": 100, "cache_gib": None, "dtype": "bfloat16"})
+    served = serve_settings(str(stage), None, None, {"max_model_length": 100, "cache_gib": None, "dtype": "bfloat16"})
     assert served.checkpoint == stage / "model"
     assert (served.rollout.max_model_length, served.rollout.cache_gib, served.dtype) == (100, 0.5, "bfloat16")
 
@@ -51,27 +52,27 @@ def test_a_recipes_stage_with_its_settings(tmp_path):
     recipe = write_recipe(tmp_path, {"first": ppo(), "second": ppo(max_sequences=7) | {"init_from": "first"}})
     make_checkpoint(tmp_path / "run" / "base" / "model")
     make_checkpoint(tmp_path / "run" / "first" / "model")
-    served = what_to_serve(recipe, None, tmp_path / "run", {})
+    served = serve_settings(recipe, None, tmp_path / "run", {})
     assert served.checkpoint == tmp_path / "run" / "base" / "model"
     assert (served.seed, served.rollout.max_model_length, served.rollout.max_sequences) == (5, 96, 64)
-    served = what_to_serve(recipe, "second", tmp_path / "run", {"max_sequences": 9, "tensor_parallel_size": 2})
+    served = serve_settings(recipe, "second", tmp_path / "run", {"max_sequences": 9, "tensor_parallel_size": 2})
     assert served.checkpoint == tmp_path / "run" / "first" / "model"
     assert (served.rollout.max_sequences, served.rollout.tensor_parallel_size) == (9, 2)
 
 
 def test_what_cannot_be_served(tmp_path):
     recipe = write_recipe(tmp_path, {"first": ppo()})
-    with pytest.raises(UserError, match="--stage must name a stage that samples; it has first"):
-        what_to_serve(recipe, "sft", None, {})
+    with pytest.raises(UserError, match=r"--stage must name a stage that samples\. Pass --stage with one of: first"):
+        serve_settings(recipe, "sft", None, {})
     with pytest.raises(UserError, match="run it first"):
-        what_to_serve(recipe, None, tmp_path / "run", {})
+        serve_settings(recipe, None, tmp_path / "run", {})
     with pytest.raises(UserError, match="there is no such recipe file"):
-        what_to_serve(str(tmp_path / "nowhere.yaml"), None, None, {})
+        serve_settings(str(tmp_path / "nowhere.yaml"), None, None, {})
     folder = make_checkpoint(tmp_path / "model")
-    with pytest.raises(UserError, match="--stage belongs to a recipe"):
-        what_to_serve(str(folder), "ppo", None, {})
+    with pytest.raises(UserError, match=r"--stage: it needs a recipe, but .* is a checkpoint\. Remove --stage\."):
+        serve_settings(str(folder), "ppo", None, {})
     with pytest.raises(UserError, match=r"--cache-gib: input should be greater than 0\."):
-        what_to_serve(str(folder), None, None, {"cache_gib": -1.0})
+        serve_settings(str(folder), None, None, {"cache_gib": -1.0})
 
 
 def said(*arguments: str) -> str:
@@ -89,14 +90,14 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"cannot listen on 127.0.0.1:{port}" in said(folder, "--max-model-length", "100", "--port", port)
+        assert f"127.0.0.1:{port}: cannot listen there" in said(folder, "--max-model-length", "100", "--port", port)
     (tmp_path / "empty").mkdir()
-    assert "is not a checkpoint" in said(str(tmp_path / "empty"))
+    assert "it is not a checkpoint" in said(str(tmp_path / "empty"))
 
 
 def test_a_model_shorter_than_the_default(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
-    assert what_to_serve(str(folder), None, None, {}).rollout.max_model_length == 128
+    assert serve_settings(str(folder), None, None, {}).rollout.max_model_length == 128
 
 
 def test_flags_of_vllm():
@@ -131,7 +132,7 @@ def test_a_started_server_is_told_everything(tmp_path):
         assert options[name] == getattr(rollout, name)
     assert options["return_routing"] is True
     assert server._environment["CUDA_VISIBLE_DEVICES"] == "3"
-    server.forget()
+    server.close()
 
 
 @pytest.mark.slow
@@ -142,15 +143,15 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "nonsense"}))
     rollout = Rollout(engine="remote", start_servers=1, max_model_length=100)
-    with pytest.raises(UserError, match=r"no rollout server answers: http://127\.0\.0\.1:\d+ \(it ended: "):
+    with pytest.raises(UserError, match=r"no rollout server responds: http://127\.0\.0\.1:\d+ \(it ended: "):
         RemoteEngine(folder, rollout, dtype="float32", seed=0)
 
 
 def test_cores_of_each_rank(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4})
-    assert _cores_a_rank(2) == "0,1|2,3"
+    assert _cores_per_rank(2) == "0,1|2,3"
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {7})
-    assert _cores_a_rank(2) == "7|7"
+    assert _cores_per_rank(2) == "7|7"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""The rollout servers of a run: started or given by the recipe, checked against it, and restarted when they die."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from align.config.rollout import Rollout
+from align.errors import UserError
+from align.rollout.server import Server, ServerFailure, free_port
+from align.rollout.started_server import StartedServer
+
+MAX_STARTS = 4
+"""Times that one server is started in a run; a server that dies more often has another fault."""
+POLL_SECONDS = 0.2
+
+
+class ServerPool:
+    """The servers of a recipe. dtype: name of the dtype that they must compute in."""
+
+    def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
+        self.rollout, self.dtype = rollout, dtype
+        self.servers: list[Server] = [Server(url) for url in rollout.servers]
+        for devices in [_devices(i, rollout.tensor_parallel_size) for i in range(rollout.start_servers)]:
+            server = StartedServer(checkpoint, rollout, dtype=dtype, seed=seed, port=free_port(), devices=devices)
+            self.servers.append(server)
+
+    def start(self) -> None:
+        """Start the servers that the recipe does not name by their addresses."""
+        for server in self.started():
+            server.start()
+
+    def in_use(self) -> list[Server]:
+        """Servers that work and have the current weights."""
+        return [server for server in self.servers if server.failure is None]
+
+    def started(self) -> list[StartedServer]:
+        return [server for server in self.servers if isinstance(server, StartedServer)]
+
+    def connect(self, server: Server) -> bool:
+        """True if the server is healthy and awake; it is in use as soon as it has the current weights.
+
+        Raises UserError if the server does not fit the recipe.
+        """
+        if not server.is_healthy():
+            return False
+        try:
+            server.read_facts()
+            server.wake(self.rollout.request_timeout_seconds)  # another trainer may have left it asleep
+        except ServerFailure as failure:
+            server.failure = str(failure)
+            return False
+        self._check_facts(server)
+        server.failure = None
+        return True
+
+    def wait(self, servers: Iterable[Server], *, restart: bool) -> None:
+        """Wait until the failed ones of `servers` are connected, have ended, or the start timeout has passed.
+
+        restart: start those again that were started here and die.
+        """
+        waiting = [server for server in servers if server.failure]
+        deadline = time.monotonic() + self.rollout.start_timeout_seconds
+        while waiting:
+            waiting = [server for server in waiting if not self.connect(server)]
+            if restart:
+                self.restart()
+            waiting = [server for server in waiting if not (isinstance(server, StartedServer) and server.has_ended())]
+            if time.monotonic() > deadline:
+                return
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def restart(self) -> None:
+        """Start failed servers again if they have ended or do not come up within the start timeout."""
+        for server in self.started():
+            if server.failure and server.starts < MAX_STARTS:
+                hangs = server.seconds_since_start() > self.rollout.start_timeout_seconds and not server.is_healthy()
+                if server.has_ended() or hangs:
+                    server.start()
+
+    def failure_message(self, servers: Iterable[Server]) -> str:
+        """One sentence with the address and failure of each of these servers."""
+        reasons = []
+        for server in servers:
+            reason = server.failure or "it failed"
+            if isinstance(server, StartedServer) and server.has_ended():
+                reason = f"it ended: {server.last_log_line()}"
+            reasons.append(f"{server.url} ({reason})")
+        only = "" if len(reasons) == 1 else f"all {len(reasons)} rollout servers failed, "
+        return f"no rollout server responds: {only}{', '.join(reasons)}."
+
+    def close(self) -> None:
+        """Stop the servers that were started here; the others go on."""
+        for server in self.started():
+            server.close()
+        self.servers = []
+
+    def _check_facts(self, server: Server) -> None:
+        where = f"rollout server {server.url}"
+        if int(server.facts["max_model_length"]) < self.rollout.max_model_length:
+            raise UserError(
+                f"{where}: its max_model_length {server.facts['max_model_length']} is less than "
+                f"rollout.max_model_length {self.rollout.max_model_length}. Start it with --max-model-length "
+                f"{self.rollout.max_model_length}."
+            )
+        if server.facts["dtype"] != self.dtype:
+            raise UserError(
+                f"{where}: it computes in {server.facts['dtype']}, but the recipe in {self.dtype}. Start it with "
+                f"--dtype {self.dtype}."
+            )
+        if self.rollout.return_routing and server.facts["routing"] != "True":
+            raise UserError(
+                f"{where}: it returns no routed experts, which rollout.return_routing needs. Start it on a GPU with "
+                "--return-routing, or set rollout.engine: vllm."
+            )
+
+
+def _devices(server: int, ranks: int) -> list[str] | None:
+    """GPUs of the n-th started server, counted from the end, where the trainer is least likely to be."""
+    if not torch.cuda.is_available():
+        return None
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [name for name in names if name] or [str(i) for i in range(torch.cuda.device_count())]
+    if (server + 1) * ranks > len(visible):
+        raise UserError(
+            f"rollout.start_servers: {server + 1} servers of {ranks} GPUs each need {(server + 1) * ranks} GPUs, but "
+            f"{len(visible)} are visible. Lower rollout.start_servers or rollout.tensor_parallel_size."
+        )
+    end = len(visible) - server * ranks
+    return visible[end - ranks : end]
