@@ -152,7 +152,7 @@ WEIGHTS = {f"w{i}": torch.arange(4.0 * 200_000).view(4, -1) % 7 + i for i in ran
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "hunyuan", "max_position_embeddings": 512}))
     save_file(WEIGHTS, folder / "model.safetensors")
     return folder
 
