@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, assert_never
 
 from align.config.ppo import PpoStage
-from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.recipe import BASE, Recipe, is_path
+from align.config.stage import REPORT
 from align.config.stages import DpoStage, EvaluateStage, PretrainStage, RewardModelStage, SampleStage, SftStage
 from align.errors import UserError
 from align.preflight import problems
@@ -68,7 +69,7 @@ def run(
                 _run_stage(StageContext(recipe, name, run_dir, resume=resumed, say=say, status=status))
         if recipe.parallel is not None:
             group.leave()
-    if any(stage.kind == "evaluate" for stage in recipe.stages.values()):
+    if any(stage.makes == REPORT for stage in recipe.stages.values()):
         say(f"report: {run_dir / 'report.html'}")
 
 
@@ -99,8 +100,8 @@ def refuse_early(
         raise UserError("\n".join(found))
     for name in (name for name in to_run if name != BASE):
         context = StageContext(recipe, name, run_dir)
-        for where, parent in references(recipe.stages[name]):
-            if where != "data" and parent not in to_run and not is_path(parent):
+        for _, parent, _ in recipe.stages[name].checkpoints():
+            if parent not in to_run and not is_path(parent):
                 context.checkpoint(parent)
     return chosen, again
 
@@ -149,7 +150,7 @@ def _run_stage(context: StageContext) -> None:
     if group.is_main():
         manifest.finish_record(context, record, started, seconds, result)
         context.say(f"{name}: done in {seconds:.0f} s")
-        if kind == "evaluate":
+        if name != BASE and context.recipe.stages[name].makes == REPORT:
             from align.eval.report.write import write_report
 
             write_report(context.run_dir)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config.parallel import Parallel
-from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel, Source
-from align.config.ppo import PpoStage
+from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.presets import PRESETS
-from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
-from align.config.stages import EvaluateStage, Stage, TrainingStage
+from align.config.stage import find
+from align.config.stages import EvaluateStage, Stage
 from align.errors import UserError
 from align.eval.task import resolve
 from align.parallel.offload import require_folder
@@ -36,7 +36,7 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
             found += _of_tasks(name, stage)
     if recipe.parallel is not None:
         found += _of_machines(recipe.parallel) if files else []
-        if problem := recipe.parallel.uneven_groups():
+        if problem := recipe.parallel.process_group_problem():
             found.append(problem)
         for name in stages:
             if name != BASE:
@@ -48,8 +48,9 @@ def _of_model(model: Model) -> Iterator[str]:
     match model:
         case ScratchModel(tokenizer=str(path)):
             yield from _folder("model.tokenizer", path)
-        case ScratchModel(tokenizer=tokenizer) if not isinstance(tokenizer, str):
-            yield from _files("model.tokenizer.data", tokenizer.data)
+        case ScratchModel():
+            for field, source in find(model, FileSource):
+                yield from _file(f"model.{field}", source)
         case PretrainedModel(path=path):
             yield from _folder("model.path", path)
         case HotStartModel(source=path):
@@ -57,20 +58,18 @@ def _of_model(model: Model) -> Iterator[str]:
 
 
 def _of_stage(name: str, stage: Stage) -> Iterator[str]:
-    for holder, where in ((stage, name), (getattr(stage, "data", None), f"{name}.data")):
-        for field in ("train", "held_out", "prompts", "preferences"):
-            yield from _files(f"stages.{where}.{field}", getattr(holder, field, None) or ())
-    for task in getattr(stage, "tasks", ()):
-        yield from _files(f"stages.{name}.tasks.{task.name}.prompts", task.prompts)
-        yield from _functions(f"stages.{name}.tasks.{task.name}.metrics", task.metrics)
-    for where, reference in references(stage):
-        if where == "data" or not is_path(reference):
-            continue
-        folder = Path(reference)
-        if not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
-            yield f"stages.{name}.{where}: '{reference}' has no config.json; give a checkpoint folder."
-    if isinstance(stage, PpoStage):
-        yield from _functions(f"stages.{name}.rewards", stage.rewards)
+    for field, source in find(stage, FileSource):
+        yield from _file(f"stages.{name}.{field}", source)
+    for field, reference, _ in stage.checkpoints():
+        if is_path(reference):
+            folder = Path(reference)
+            if not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
+                yield f"stages.{name}.{field}: '{reference}' has no config.json; give a checkpoint folder."
+    for field, reward in find(stage, FunctionReward):
+        try:
+            find_reward_function(reward.path)
+        except UserError as error:
+            yield f"stages.{name}.{field}: {error}"
 
 
 def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
@@ -79,16 +78,6 @@ def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
             resolve(settings, stage.rollout)
         except UserError as error:
             yield f"stages.{name}.tasks: {error}"
-
-
-def _functions(where: str, rewards: Iterable[Any]) -> Iterator[str]:
-    """Reward functions whose file is missing."""
-    for reward in rewards:
-        if isinstance(reward, FunctionReward):
-            try:
-                find_reward_function(reward.path)
-            except UserError as error:
-                yield f"{where}: {error}"
 
 
 def _of_machines(parallel: Parallel) -> Iterator[str]:
@@ -110,11 +99,9 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
     from align.plan.shape import expert_counts
 
     stage = recipe.stages[name]
-    if not isinstance(stage, TrainingStage | PpoStage):
+    if not stage.trains:
         return
-    for where, reference in references(stage):
-        if where == "data":
-            continue
+    for where, reference, _ in stage.checkpoints():
         owner = f"stages.{name}.{where}"
         while reference in recipe.stages:
             reference = getattr(recipe.stages[reference], "init_from", BASE)
@@ -123,7 +110,7 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
         else:
             config = _config_in(reference) if files else None
         for experts in expert_counts(config) if config is not None else ():
-            if problem := parallel.misfit(experts, owner):
+            if problem := parallel.expert_group_problem(experts, owner):
                 yield problem
 
 
@@ -150,10 +137,9 @@ def _config_in(path: str) -> dict[str, Any] | None:
     return None
 
 
-def _files(where: str, sources: Iterable[Source]) -> Iterator[str]:
-    for source in sources:
-        if isinstance(source, FileSource) and not Path(source.path).expanduser().exists():
-            yield f"{where}: {source.path} does not exist (paths are relative to {Path.cwd()})."
+def _file(where: str, source: FileSource) -> Iterator[str]:
+    if not Path(source.path).expanduser().exists():
+        yield f"{where}: {source.path} does not exist (paths are relative to {Path.cwd()})."
 
 
 def _folder(where: str, path: str) -> Iterator[str]:

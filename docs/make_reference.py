@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import evaluation, parallel, parts, ppo, rewards, rollout, stages
+from align.config import evaluation, parallel, parts, ppo, rewards, rollout, stage, stages
 from align.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -60,7 +60,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
     (
         "Stages",
         [
-            ("Every stage with a parent", parts.StageBase),
+            ("Every stage with a parent", stage.StageWithParent),
             ("Every training stage", stages.TrainingStage),
             ("Pretraining", stages.PretrainStage),
             ("Supervised fine-tuning", stages.SftStage),
@@ -97,6 +97,23 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         ],
     ),
 ]
+
+
+def members(union: Any) -> tuple[type[BaseModel], ...]:
+    """The classes of a discriminated union."""
+    return tuple(get_args(member)[0] if get_origin(member) is Annotated else member for member in get_args(union))
+
+
+def list_new_stages() -> None:
+    """Give every stage that SECTIONS does not name a section of its own, so that a new kind needs no line here."""
+    group = dict(SECTIONS)["Stages"]
+    listed = [model for _, model in group]
+    for model in members(get_args(stages.Stage)[0]):
+        if model not in listed:
+            group.append((f"Stage {get_args(model.model_fields['kind'].annotation)[0]}", model))
+
+
+list_new_stages()
 TITLES = {model: title for _, group in SECTIONS for title, model in group}
 UNIONS = {
     get_args(parts.Model)[0]: "[one of the models](#models)",
@@ -132,7 +149,7 @@ def section(title: str, model: type[BaseModel]) -> str:
 
 def row(name: str, field: FieldInfo) -> tuple[str, ...]:
     kind, bounds = words(field.annotation), limits(field.annotation, field.metadata)
-    free = " †" if any(isinstance(mark, parts.Manner) for mark in field.metadata) else ""
+    free = " †" if any(isinstance(mark, parts.RuntimeSetting) for mark in field.metadata) else ""
     return f"`{name}`{free}", kind, default(field), bounds, one_line(field.description or "")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from align.config.parts import Part, Positive, Source
+from align.config.parts import Positive, Section, Source
 from align.config.rewards import (
     ExactReward,
     FormatReward,
@@ -18,7 +18,7 @@ from align.config.rewards import (
 )
 
 
-class F1Metric(Part):
+class F1Metric(Section):
     """Word F1 between the completion and the row's text; rows without that text are not scored."""
 
     kind: Literal["f1"]
@@ -61,7 +61,7 @@ def _distinct(metrics: list[Metric]) -> list[Metric]:
     return metrics
 
 
-class EvaluationTask(Part):
+class EvaluationTask(Section):
     """A task of an evaluate stage. Without `prompts` or `metrics` it is the built-in task called `name`."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]

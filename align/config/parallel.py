@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Part, Positive
+from align.config.parts import Positive, Section
 
 
-class Offload(Part):
+class Offload(Section):
     """What leaves the accelerator's memory while it is not needed."""
 
     optimizer: Literal["cpu", "nvme"] | None = None
@@ -31,7 +31,7 @@ class Offload(Part):
         return self
 
 
-class Parallel(Part):
+class Parallel(Section):
     """Several processes under DeepSpeed. Without this section a run is one process and DeepSpeed is not loaded."""
 
     processes: Positive = 1
@@ -46,13 +46,13 @@ class Parallel(Part):
     hostfile: str | None = None
     """File with a line `host slots=N` for each machine. `align run` is then started on every one of them."""
 
-    def misfit(self, experts: int, owner: str) -> str | None:
+    def expert_group_problem(self, experts: int, owner: str) -> str | None:
         """What is wrong where the ranks of a group cannot have equally many of the `experts` that `owner` has in a
         layer; one expert means a dense layer."""
         if experts <= 1 or experts % self.expert_parallel_size == 0:
             return None
         # Where the processes are at fault as well, as without --nproc, their number is not what to go by.
-        shared = gcd(experts, self.processes) if self.uneven_groups() is None else experts
+        shared = gcd(experts, self.processes) if self.process_group_problem() is None else experts
         *fewer, most = (str(size) for size in range(1, shared + 1) if shared % size == 0)
         sizes = f"{', '.join(fewer)} or {most}" if fewer else most
         return (
@@ -60,7 +60,7 @@ class Parallel(Part):
             f"{owner}; set it to {sizes}."
         )
 
-    def uneven_groups(self) -> str | None:
+    def process_group_problem(self) -> str | None:
         """What is wrong where the processes cannot be divided into groups of `expert_parallel_size`; asked apart from
         the recipe's validation, because `align plan` is about other processes than the recipe's."""
         if self.processes % self.expert_parallel_size == 0:

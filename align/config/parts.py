@@ -1,4 +1,4 @@
-"""The parts that stages share: model, data sources, optimizer, LoRA, the parent.
+"""Sections that stages share: model, data sources, optimizer, LoRA.
 
 Every class is frozen and refuses unknown keys; every number has bounds. Nothing here imports torch.
 """
@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pydantic_core import to_jsonable_python
 
 
-class Manner:
+class RuntimeSetting:
     """Marks a setting of how or where a result is made, and not of what it is: a run goes on with another value."""
 
 
-MANNER = Manner()
+RUNTIME = RuntimeSetting()
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     """Base of every section of a recipe: frozen, strict about keys and types ("8" and true are no numbers)."""
 
     model_config = ConfigDict(
@@ -43,8 +43,8 @@ def renamed(key: str, value: Any) -> tuple[str, Any]:
     return new, RENAMED_VALUES.get((new, value), value) if isinstance(value, str) else value
 
 
-def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
-    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `MANNER`.
+def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
+    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `RUNTIME`.
 
     A setting that an earlier version did not know has its default, which is what that version did.
     """
@@ -54,13 +54,13 @@ def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
     defaults = to_jsonable_python({name: fields[name].get_default(call_default_factory=True) for name in unknown})
     for name, value in {**defaults, **values}.items():
         field, inner = fields.get(name), getattr(part, name, None)
-        if field is not None and any(isinstance(mark, Manner) for mark in field.metadata):
+        if field is not None and any(isinstance(mark, RuntimeSetting) for mark in field.metadata):
             continue
-        if isinstance(inner, Part) and isinstance(value, dict):
-            value = determining(inner, value)
+        if isinstance(inner, Section) and isinstance(value, dict):
+            value = result_settings(inner, value)
         elif isinstance(inner, list) and isinstance(value, list):
             pairs = zip_longest(inner[: len(value)], value)
-            value = [determining(i, v) if isinstance(i, Part) and isinstance(v, dict) else v for i, v in pairs]
+            value = [result_settings(i, v) if isinstance(i, Section) and isinstance(v, dict) else v for i, v in pairs]
         kept[name] = value
     return kept
 
@@ -68,7 +68,7 @@ def determining(part: Part, values: dict[str, Any]) -> dict[str, Any]:
 # --- model -----------------------------------------------------------------------------------------------
 
 
-class ScratchTokenizer(Part):
+class ScratchTokenizer(Section):
     """A byte-level BPE tokenizer trained on the run's own text."""
 
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 2048
@@ -77,7 +77,7 @@ class ScratchTokenizer(Part):
     """Sources whose text trains the tokenizer."""
 
 
-class ScratchModel(Part):
+class ScratchModel(Section):
     """A HunYuan model with random weights."""
 
     kind: Literal["scratch"]
@@ -93,7 +93,7 @@ class ScratchModel(Part):
     """A tokenizer to train, or the path of one."""
 
 
-class PretrainedModel(Part):
+class PretrainedModel(Section):
     """A Hugging Face checkpoint on disk, or a hub id where a hub can be reached."""
 
     kind: Literal["pretrained"]
@@ -104,7 +104,7 @@ class PretrainedModel(Part):
     """Keys of the checkpoint's config.json to change, such as dropout, capacity or the router's loss weights."""
 
 
-class HotStartModel(Part):
+class HotStartModel(Section):
     """A dense Llama-type model grown into a mixture of experts that computes the same function at the start."""
 
     kind: Literal["hot_start"]
@@ -136,7 +136,7 @@ Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discrimi
 # --- data ------------------------------------------------------------------------------------------------
 
 
-class SourceBase(Part):
+class SourceBase(Section):
     """What every source of rows has, of whichever kind: `file`, `hub`, `python_docs` or `stage`."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -220,7 +220,7 @@ ScratchTokenizer.model_rebuild()
 ScratchModel.model_rebuild()
 
 
-class Data(Part):
+class Data(Section):
     """What a stage reads."""
 
     train: list[Source] = Field(min_length=1)
@@ -236,7 +236,7 @@ class Data(Part):
 # --- optimisation ----------------------------------------------------------------------------------------
 
 
-class Optimizer(Part):
+class Optimizer(Section):
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
@@ -257,7 +257,7 @@ class Optimizer(Part):
     """Gradient clipping: gradients with a larger global L2 norm are scaled down to it."""
 
 
-class Lora(Part):
+class Lora(Section):
     """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
@@ -282,10 +282,3 @@ class Lora(Part):
         if self.dropout and self.experts:
             raise ValueError("dropout has no effect inside stacked expert matrices; set it to 0, or experts to false")
         return self
-
-
-class StageBase(Part):
-    """What every stage that starts from a checkpoint has."""
-
-    init_from: str = "base"
-    """Where the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import MANNER, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
-from align.config.rewards import Rewards
+from align.config.parts import RUNTIME, Fraction, Lora, Optimizer, Positive, Section, Source
+from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
+from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL, Reference, StageWithParent
 
 
-class Critic(Part):
+class Critic(Section):
     """The value model of `advantage_estimator: gae`. Other settings of its optimizer are those of the stage's
     `optimizer`."""
 
@@ -31,7 +33,7 @@ class Critic(Part):
     """First steps in which only the critic learns."""
 
 
-class Kl(Part):
+class Kl(Section):
     """How the policy is kept near the reference, the stage's parent."""
 
     coef: Annotated[float, Field(ge=0)] = 0.05
@@ -59,7 +61,7 @@ class Kl(Part):
         return self
 
 
-class Importance(Part):
+class Importance(Section):
     """Correction of the difference between the sampler's distribution and the trainer's."""
 
     correction: Literal["none", "truncate", "mask"] = "truncate"
@@ -79,8 +81,11 @@ GROUPED = ("grpo", "dr_grpo", "rloo")
 """Estimators that compare the completions of one prompt."""
 
 
-class PpoStage(StageBase):
+class PpoStage(StageWithParent):
     """Proximal policy optimisation, with a critic or by one of its critic-free relatives."""
+
+    makes = LANGUAGE_MODEL
+    trains = True
 
     kind: Literal["ppo"]
     """Selects proximal policy optimisation."""
@@ -114,7 +119,7 @@ class PpoStage(StageBase):
     """Completions in an optimizer step."""
     micro_batch_tokens: Positive = 4096
     """Tokens in a forward pass, prompts and completions; there is no padding among them."""
-    gradient_checkpointing: Annotated[bool, MANNER] = False
+    gradient_checkpointing: Annotated[bool, RUNTIME] = False
     """Recompute the activations of policy and critic in the backward pass: less memory, more time."""
     gamma: Fraction = 1.0
     """Discount factor of a token's later rewards (1: none)."""
@@ -165,10 +170,22 @@ class PpoStage(StageBase):
     overlap: bool = False
     """Sample the next round while this one is learned from: faster, and its completions are then one version behind.
     Needs `rollout.engine: remote`."""
-    checkpoint_every: Annotated[Positive, MANNER] = 10
+    checkpoint_every: Annotated[Positive, RUNTIME] = 10
     """Rounds between checkpoints from which a killed run resumes."""
-    sample_every: Annotated[Positive, MANNER] = 5
+    sample_every: Annotated[Positive, RUNTIME] = 5
     """Rounds between the samples written to samples.jsonl."""
+
+    def checkpoints(self) -> Iterator[Reference]:
+        yield from super().checkpoints()
+        for reward in self.rewards:
+            if isinstance(reward, ModelReward):
+                yield Reference("rewards", reward.init_from, (REWARD_MODEL,))
+        if self.critic.init_from is not None:
+            yield Reference("critic.init_from", self.critic.init_from, (LANGUAGE_MODEL, REWARD_MODEL))
+
+    @property
+    def generates_with(self) -> str:
+        return self.init_from
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoStage:

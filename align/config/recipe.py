@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from align.config.parallel import Parallel
-from align.config.parts import Model, Part, Source
-from align.config.ppo import PpoStage
+from align.config.parts import Model, Section
 from align.config.presets import unknown_keys
-from align.config.rewards import ModelReward
-from align.config.stages import WHOLE_BATCH, DpoStage, EvaluateStage, Stage, TrainingStage
+from align.config.stage import LANGUAGE_MODEL
+from align.config.stages import Stage, TrainingStage
 
 BASE = "base"
 """The name under which stages refer to the recipe's model."""
@@ -21,7 +19,7 @@ BASE = "base"
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class Recipe(Part):
+class Recipe(Section):
     """What a run does: a model, and stages that run in the order in which they are written."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -57,13 +55,13 @@ class Recipe(Part):
                 raise ValueError(
                     f"stage name '{name}' cannot be used: write lower-case letters, digits and '_', and not '{BASE}'"
                 )
-            for where, parent in references(stage):
+            for where, parent, accepted in stage.references():
                 if parent in seen or parent == BASE:
-                    made, needed = MAKES[BASE if parent == BASE else self.stages[parent].kind], needs(stage, where)
-                    if made not in needed:
+                    made = LANGUAGE_MODEL if parent == BASE else self.stages[parent].makes
+                    if made not in accepted:
                         raise ValueError(
-                            f"stages.{name}.{where} names '{parent}', which makes {made}, where {' or '.join(needed)} "
-                            "is needed; name another stage"
+                            f"stages.{name}.{where} names '{parent}', which makes {made}, where "
+                            f"{' or '.join(accepted)} is needed; name another stage"
                         )
                     continue
                 if is_path(parent):
@@ -103,12 +101,12 @@ def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
             f"{processes} processes ({source}) cannot share batch_size {batch} evenly; set "
             f"batch_size to {nearest_batch(batch, micro, processes)}, or use a number of processes that divides it"
         )
-    if isinstance(stage, DpoStage) and stage.loss_type in WHOLE_BATCH and stage.rows_a_pass(processes) < batch:
+    if stage.needs_whole_batch and stage.rows_per_pass(processes) < batch:
         return (
-            f"loss_type {stage.loss_type} sorts the pairs of a batch, so batch_size {batch} must be one forward pass; "
+            f"{stage.needs_whole_batch}, so batch_size {batch} must be one forward pass; "
             f"set micro_batch_size to {batch}" + (" and use one process" if processes > 1 else "")
         )
-    if share % stage.rows_a_pass(processes) == 0:
+    if share % stage.rows_per_pass(processes) == 0:
         return None
     divided = f"batch_size {batch}" if processes == 1 else f"the {share} rows that each of {processes} processes has"
     return (
@@ -125,49 +123,6 @@ def nearest_batch(batch: int, micro: int, processes: int) -> int:
     return processes * rows * -(-share // rows)
 
 
-LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"
-MAKES = dict.fromkeys((BASE, "pretrain", "sft", "dpo", "ppo"), LANGUAGE_MODEL) | {
-    "reward_model": REWARD_MODEL,
-    "sample": PAIRS,
-    "evaluate": REPORT,
-}
-"""What each kind of stage leaves to later ones."""
-
-
-def needs(stage: Stage, where: str) -> tuple[str, ...]:
-    """What a field that refers to another stage may name."""
-    if where == "data":
-        return (PAIRS,)
-    if where in ("rewards", "reward_model"):
-        return (REWARD_MODEL,)
-    if where == "critic.init_from" or stage.kind == "reward_model":
-        return LANGUAGE_MODEL, REWARD_MODEL
-    return (LANGUAGE_MODEL,)
-
-
 def is_path(reference: str) -> bool:
     """True where a reference to a checkpoint is a folder or hub id and not the name of a stage."""
     return "/" in reference
-
-
-def references(stage: Stage) -> Iterator[tuple[str, str]]:
-    """Every (field, checkpoint) by which a stage refers to earlier ones."""
-    if isinstance(stage, EvaluateStage):
-        yield from (("models", model) for model in stage.models)
-        for where in ("reward_model", "reference"):
-            if (parent := getattr(stage, where)) is not None:
-                yield where, parent
-    else:
-        yield "init_from", stage.init_from
-    if isinstance(stage, PpoStage):
-        yield from (("rewards", reward.init_from) for reward in stage.rewards if isinstance(reward, ModelReward))
-        if stage.critic.init_from is not None:
-            yield "critic.init_from", stage.critic.init_from
-    yield from (("data", source.stage) for source in sources(stage) if source.kind == "stage")
-
-
-def sources(stage: Stage) -> Iterator[Source]:
-    """Every data source of a stage."""
-    for holder in (stage, getattr(stage, "data", None), *getattr(stage, "tasks", ())):
-        for field in ("train", "held_out", "prompts", "preferences"):
-            yield from getattr(holder, field, None) or ()

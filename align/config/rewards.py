@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.parts import MANNER, Part, Positive
+from align.config.parts import RUNTIME, Positive, Section
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-class RewardBase(Part):
+class RewardBase(Section):
     """What every reward has."""
 
     if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class RemoteReward(RewardBase):
 
     kind: Literal["remote"]
     """Selects a server."""
-    url: Annotated[str, MANNER]
+    url: Annotated[str, RUNTIME]
     """Address, such as `http://127.0.0.1:8100`."""
-    batch_size: Annotated[Positive, MANNER] = 64
+    batch_size: Annotated[Positive, RUNTIME] = 64
     """Completions in a request."""
-    timeout_s: Annotated[Seconds, MANNER] = 120.0
+    timeout_s: Annotated[Seconds, RUNTIME] = 120.0
     """Seconds that a request may take, connecting and reading included."""
-    retries: Annotated[int, Field(ge=0, le=20), MANNER] = 5
+    retries: Annotated[int, Field(ge=0, le=20), RUNTIME] = 5
     """Further tries, 0.5, 1, 2, ... seconds apart, where there is no answer, or status 429 or 500 to 599."""
     send_rows: bool = False
     """Send the data's columns too, for a server that needs more than prompt and completion."""
@@ -89,7 +89,7 @@ class FunctionReward(RewardBase):
     batched: bool = True
     """true: `f(prompts, completions, rows) -> list of numbers`, called once a round; false: `f(prompt, completion, row)
     -> number`, called for each completion. Either may be `async`; one of the second sort then runs for all at once."""
-    timeout_s: Annotated[Seconds, MANNER] = 120.0
+    timeout_s: Annotated[Seconds, RUNTIME] = 120.0
     """Seconds that a call may take; a function that takes longer is ended."""
     failure_score: float | None = None
     """Score of a completion for which the function returns None or no finite number or, where it is called for each
@@ -132,7 +132,7 @@ class RegexReward(RewardBase):
     """In Python's syntax; `(?s)`, `(?i)` and `(?m)` at its start set flags."""
     column: str | None = None
     """The pattern's first group must also equal this column of the row."""
-    timeout_s: Annotated[Seconds, MANNER] = 10.0
+    timeout_s: Annotated[Seconds, RUNTIME] = 10.0
     """Seconds that a completion may take: some patterns backtrack for ever."""
 
     @model_validator(mode="after")

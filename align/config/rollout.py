@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import MANNER, Part, Positive
+from align.config.parts import RUNTIME, Positive, Section
 
 
-class Rollout(Part):
+class Rollout(Section):
     """How completions are generated."""
 
     engine: Literal["vllm", "remote", "huggingface"] = "vllm"
@@ -33,25 +33,25 @@ class Rollout(Part):
     return_routing: bool = False
     """Completions carry the experts that their tokens went to, for the trainer to replay. On a CPU this takes the
     in-process engine, and each completion of a prompt computes the prompt again."""
-    sleep: Annotated[bool, MANNER] = False
+    sleep: Annotated[bool, RUNTIME] = False
     """Let the engine give its GPU memory to the trainer between rollouts: the one in the trainer's process, servers
     that the trainer starts, and those that were started with `--sleep`."""
-    bucket_mib: Annotated[Positive, MANNER] = 256
+    bucket_mib: Annotated[Positive, RUNTIME] = 256
     """New weights go to the engines in pieces of this size."""
-    servers: Annotated[list[str], MANNER] = Field(default_factory=list)
+    servers: Annotated[list[str], RUNTIME] = Field(default_factory=list)
     """remote: addresses of running servers (`align serve-rollout`), for example `http://127.0.0.1:8001`."""
-    start_servers: Annotated[int, Field(ge=0, le=256), MANNER] = 0
+    start_servers: Annotated[int, Field(ge=0, le=256), RUNTIME] = 0
     """remote: servers that the trainer starts on this machine instead, each on a free port, and starts again if one
     dies. With GPUs, each gets the next `tensor_parallel_size` of them, counted from the end."""
-    tensor_parallel_size: Annotated[Positive, MANNER] = 1
+    tensor_parallel_size: Annotated[Positive, RUNTIME] = 1
     """remote: devices of a server that the trainer starts."""
-    weight_transfer: Annotated[Literal["auto", "shared_memory", "http", "ipc", "nccl"], MANNER] = "auto"
+    weight_transfer: Annotated[Literal["auto", "shared_memory", "http", "ipc", "nccl"], RUNTIME] = "auto"
     """remote: how weights travel. shared_memory: a file in /dev/shm, servers on the trainer's machine; http: in the
     request, anywhere; ipc: servers on the trainer's own GPU; nccl: on other GPUs. auto: nccl for servers on a GPU, else
     shared_memory for loopback addresses and http for others."""
-    start_timeout_seconds: Annotated[float, Field(gt=0), MANNER] = 300
+    start_timeout_seconds: Annotated[float, Field(gt=0), RUNTIME] = 300
     """remote: how long servers may take to start."""
-    request_timeout_seconds: Annotated[float, Field(gt=0), MANNER] = 600
+    request_timeout_seconds: Annotated[float, Field(gt=0), RUNTIME] = 600
     """remote: a server that takes longer for a completion or a bucket counts as dead."""
 
     @model_validator(mode="after")

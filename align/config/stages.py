@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.config.evaluation import Tasks
-from align.config.parts import MANNER, Data, Fraction, Lora, Optimizer, Part, Positive, Source, StageBase
+from align.config.parts import RUNTIME, Data, Fraction, Lora, Optimizer, Positive, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
+from align.config.stage import (
+    LANGUAGE_MODEL,
+    PAIRS,
+    REPORT,
+    REWARD_MODEL,
+    Reference,
+    StageBase,
+    StageWithParent,
+)
 
 
-class TrainingStage(StageBase):
-    """What the stages that train on rows have: `pretrain`, `sft`, `reward_model` and `dpo`."""
+class TrainingStage(StageWithParent):
+    """Settings of every stage that trains on rows: `pretrain`, `sft`, `reward_model` and `dpo`."""
 
-    if TYPE_CHECKING:
-        kind: str
+    makes = LANGUAGE_MODEL
+    trains = True
+    sequences_per_row: ClassVar[int] = 1
+    """Sequences in an example of the batch; a preference pair has two."""
+    pads: ClassVar[bool] = True
+    """Sequences of a forward pass that differ in length are padded; False if rows are packed to `max_length`."""
+
     data: Data
     """Training and held-out rows."""
     optimizer: Optimizer = Optimizer()
@@ -33,18 +48,30 @@ class TrainingStage(StageBase):
     """Sequences (or pairs) in a forward pass of one process; fewer where its share of `batch_size` is less."""
     group_by_length: bool = False
     """Put rows of similar length into a batch, so that less is computed on padding; batches stay in random order."""
-    checkpoint_every: Annotated[Positive, MANNER] = 100
+    checkpoint_every: Annotated[Positive, RUNTIME] = 100
     """Steps between checkpoints from which a killed run resumes."""
-    gradient_checkpointing: Annotated[bool, MANNER] = False
+    gradient_checkpointing: Annotated[bool, RUNTIME] = False
     """Recompute activations in the backward pass: less memory, more time."""
 
-    def rows_a_pass(self, processes: int) -> int:
+    @property
+    def needs_reference(self) -> bool:
+        """The loss needs a forward pass of the frozen parent (under LoRA, of the policy without its adapters)."""
+        return False
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        """Reason why a batch must be one forward pass; None if it may be divided."""
+        return None
+
+    def rows_per_pass(self, processes: int) -> int:
         """Sequences (or pairs) in a forward pass of one of `processes`, which divide `batch_size`."""
         return min(self.micro_batch_size, self.batch_size // processes)
 
 
 class PretrainStage(TrainingStage):
     """Next-token prediction on plain text, packed into full sequences."""
+
+    pads = False
 
     kind: Literal["pretrain"]
     """Selects next-token prediction."""
@@ -59,8 +86,10 @@ class SftStage(TrainingStage):
     """Count only assistant turns (conversations) or completions in the loss."""
 
 
-class SampleStage(StageBase):
+class SampleStage(StageWithParent):
     """Sample the model on prompts and write preference pairs: the reference answer over the sampled one."""
+
+    makes = PAIRS
 
     kind: Literal["sample"]
     """Selects the sampling of preference pairs."""
@@ -73,6 +102,10 @@ class SampleStage(StageBase):
     rollout: Rollout = Rollout()
     """How the rejected answers are sampled."""
 
+    @property
+    def generates_with(self) -> str:
+        return self.init_from
+
     @model_validator(mode="after")
     def _prompts_fit(self) -> SampleStage:
         self.rollout.require_sampling("sample")
@@ -82,6 +115,10 @@ class SampleStage(StageBase):
 
 class RewardModelStage(TrainingStage):
     """A scalar head trained on preference pairs (Bradley-Terry)."""
+
+    makes = REWARD_MODEL
+    starts_from = (LANGUAGE_MODEL, REWARD_MODEL)
+    sequences_per_row = 2
 
     kind: Literal["reward_model"]
     """Selects the training of a reward model."""
@@ -128,6 +165,8 @@ WITHOUT_REFERENCE = ("simpo",)
 class DpoStage(TrainingStage):
     """Training on preference pairs: direct preference optimisation and its variants, with the parent as reference."""
 
+    sequences_per_row = 2
+
     kind: Literal["dpo"]
     """Selects direct preference optimisation."""
     loss_type: LossType = "sigmoid"
@@ -155,6 +194,10 @@ class DpoStage(TrainingStage):
     def needs_reference(self) -> bool:
         return self.loss_type not in WITHOUT_REFERENCE
 
+    @property
+    def needs_whole_batch(self) -> str | None:
+        return f"loss_type {self.loss_type} sorts the pairs of a batch" if self.loss_type in WHOLE_BATCH else None
+
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> DpoStage:
         for name in ("label_smoothing", "discopop_tau", "simpo_gamma"):
@@ -167,8 +210,10 @@ class DpoStage(TrainingStage):
         return self
 
 
-class EvaluateStage(Part):
+class EvaluateStage(StageBase):
     """Compare checkpoints on held-out prompts and tasks, and write the report."""
+
+    makes = REPORT
 
     kind: Literal["evaluate"]
     """Selects the comparison of checkpoints."""
@@ -191,6 +236,18 @@ class EvaluateStage(Part):
     """Resamples for the 95 % confidence intervals."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Prompts shown side by side in the report."""
+
+    def checkpoints(self) -> Iterator[Reference]:
+        for model in self.models:
+            yield Reference("models", model, (LANGUAGE_MODEL,))
+        if self.reward_model is not None:
+            yield Reference("reward_model", self.reward_model, (REWARD_MODEL,))
+        if self.reference is not None:
+            yield Reference("reference", self.reference, (LANGUAGE_MODEL,))
+
+    @property
+    def generates_with(self) -> str:
+        return self.models[0]
 
     @model_validator(mode="after")
     def _prompts_fit(self) -> EvaluateStage:

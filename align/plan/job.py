@@ -14,7 +14,8 @@ from align.config.ppo import PpoStage
 from align.config.presets import PRESETS, PUBLISHED
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import ModelReward
-from align.config.stages import DpoStage, RewardModelStage, TrainingStage
+from align.config.stage import REWARD_MODEL
+from align.config.stages import TrainingStage
 from align.errors import UserError
 from align.plan.shape import ModelShape, shape_of
 
@@ -114,7 +115,7 @@ class Job:
     gradient_checkpointing: as in the recipe.
     rollouts: generation, for PPO.
     ema: the stage keeps EMA weights of the policy.
-    reference: a reference model scores every batch (DPO).
+    needs_reference: a reference model scores every batch (DPO).
     parallel: the recipe's section.
     other_stages: (name, batch_size, micro_batch_size) of the recipe's other training stages.
     """
@@ -132,7 +133,7 @@ class Job:
     gradient_checkpointing: bool = False
     rollouts: Rollouts | None = None
     ema: bool = False
-    reference: bool = True
+    needs_reference: bool = False
     parallel: Parallel | None = None
     other_stages: tuple[tuple[str, int, int], ...] = ()
 
@@ -203,12 +204,11 @@ def _check_length(job: Job) -> None:
 def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shapes) -> Job:
     if isinstance(stage, PpoStage):
         return _ppo(name, stage, dtype, shapes)
-    pairs = isinstance(stage, RewardModelStage | DpoStage)
     trained: Trained = "adapters" if stage.lora else "all"
-    scorer = isinstance(stage, RewardModelStage)
+    scorer = stage.makes == REWARD_MODEL
     shape = shapes(stage.init_from)
     members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
-    if isinstance(stage, DpoStage) and stage.needs_reference and not stage.lora:
+    if stage.needs_reference and not stage.lora:
         members.append(Member("reference", shape, "nothing"))
     return Job(
         name=name,
@@ -218,10 +218,10 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         batch=stage.batch_size,
         micro_batch=stage.micro_batch_size,
         length=stage.data.max_length,
-        sequences=2 if pairs else 1,
-        padded=stage.kind != "pretrain",
+        sequences=stage.sequences_per_row,
+        padded=stage.pads,
+        needs_reference=stage.needs_reference,
         gradient_checkpointing=stage.gradient_checkpointing,
-        reference=not isinstance(stage, DpoStage) or stage.needs_reference,
     )
 
 

@@ -115,7 +115,7 @@ def weight_width(job: Job, setting: Setting, member: Member) -> int:
 
 def value_width(job: Job, setting: Setting, member: Member) -> int:
     """Bytes per activation value: PPO computes in the precision of the weights, TRL's trainers under autocast."""
-    if job.kind == "ppo":
+    if job.rollouts is not None:
         return weight_width(job, setting, member)
     return 4 if job.dtype == "float32" else 2
 
@@ -404,7 +404,7 @@ class _Rank:
         trained = member.trained == "all"
         gradient = 4 * shape.embedding if trained else 0
         hidden = run.tokens * shape.hidden_size * 4
-        if self.job.kind == "ppo":
+        if self.job.rollouts is not None:
             rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))
             return 2 * rows * shape.vocab_size * 4 + gradient + hidden, gradient
         rows, columns = min(run.tokens, TILE_TOKENS), min(shape.vocab_size, TILE_COLUMNS)

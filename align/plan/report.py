@@ -93,7 +93,7 @@ def overrides(plan: Plan) -> list[str]:
     if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
         found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
     if setting.micro_batch != rows_per_pass(plan.job, setting.gpus):
-        if plan.job.kind == "ppo":
+        if plan.job.rollouts is not None:
             found.append(f"{stage}.micro_batch_tokens={setting.micro_batch * plan.job.length}")
         else:
             found.append(f"{stage}.micro_batch_size={setting.micro_batch}")
@@ -119,7 +119,7 @@ def described(job: Job, setting: Setting) -> str:
             parts.append(f"{state} offloaded to {'NVMe' if place == 'nvme' else 'CPU'}")
     if setting.gradient_checkpointing:
         parts.append("activation checkpointing")
-    unit = "pair" if job.sequences > 1 else "completion" if job.kind == "ppo" else "row"
+    unit = "pair" if job.sequences > 1 else "completion" if job.rollouts is not None else "row"
     parts.append(f"{counted(setting.accumulation(job), 'micro-batch')} of {counted(setting.micro_batch, unit)}")
     if idle := setting.idle(job):
         parts.append(f"{idle} of {counted(setting.gpus, 'GPU')} idle")

@@ -111,7 +111,7 @@ def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
 
 def micro_batches(job: Job, gpus: int) -> list[int]:
     """Micro-batch sizes that split the batch evenly over the ranks, largest first; PPO's last one may be smaller."""
-    if job.batch % gpus and job.kind != "ppo":
+    if job.batch % gpus and job.rollouts is None:
         return []
     share = -(-job.batch // gpus)
     return [size for size in range(share, 0, -1) if share % size == 0]

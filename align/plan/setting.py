@@ -74,7 +74,7 @@ class Cluster:
 
 def rows_per_pass(job: Job, gpus: int) -> int:
     """Examples per forward pass of one of `gpus` ranks under the recipe's batch sizes."""
-    if job.kind == "ppo":
+    if job.rollouts is not None:
         return job.micro_batch
     return min(job.micro_batch, max(1, job.batch // gpus))
 
@@ -120,7 +120,8 @@ def unusable(job: Job, setting: Setting) -> str | None:
                 )
             if not layer.experts and ep > 1 and not member.shape.experts:
                 return f"expert_parallel_size {ep}: {member.shape.name} has no experts"
-    if job.kind != "ppo" and job.batch % (setting.micro_batch * gpus):  # PPO's ranks may have unequal numbers of rows
+    # PPO's ranks may have unequal numbers of rows.
+    if job.rollouts is None and job.batch % (setting.micro_batch * gpus):
         return (
             f"batch {job.batch} is not divisible by {counted(gpus, 'GPU')} x "
             f"{counted(setting.micro_batch, 'pair' if job.sequences > 1 else 'row')} per micro-batch"

@@ -44,7 +44,7 @@ def work(job: Job, setting: Setting) -> list[Work]:
     policy = job.members[0]
     by_role = {member.role: member for member in job.members}
     found = [Work(member, job.updates * passes, True) for member in job.learners if member.trained != "head"]
-    if job.kind == "dpo" and job.reference:
+    if job.needs_reference:
         return [*found, Work(by_role.get("reference", policy), passes, False)]
     if job.rollouts is not None:
         round_ = math.ceil(job.rollouts.completions / (setting.micro_batch * setting.gpus))

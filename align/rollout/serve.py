@@ -53,16 +53,15 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
         from align.run.context import StageContext
 
         recipe = load_recipe(target)
-        sampling = [name for name, part in recipe.stages.items() if hasattr(part, "rollout")]
+        sampling = [name for name, part in recipe.stages.items() if part.generates_with is not None]
         if stage is None:
-            stage = next((name for name in sampling if recipe.stages[name].kind == "ppo"), None)
+            stage = next((name for name in sampling if recipe.stages[name].trains), None)
         if stage not in sampling:
             has = f"--stage with one of: {', '.join(sampling)}" if sampling else "a recipe that has one"
             raise UserError(f"{target}: --stage must name a stage that samples. Pass {has}.")
         part: Any = recipe.stages[stage]
-        parent = part.models[0] if part.kind == "evaluate" else part.init_from
         context = StageContext(recipe, stage, run_dir or Path("runs") / recipe.name)
-        checkpoint, settings = context.checkpoint(parent), part.rollout.model_dump()
+        checkpoint, settings = context.checkpoint(part.generates_with), part.rollout.model_dump()
         dtype, seed = recipe.dtype, recipe.seed
     dtype, seed = overrides.pop("dtype", dtype), overrides.pop("seed", seed)
     try:

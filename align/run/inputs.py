@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel, Source
+from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel, Section
 from align.config.paths import local_path
-from align.config.ppo import PpoStage
-from align.config.recipe import BASE, Recipe, is_path, references, sources
+from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
+from align.config.stage import find
 from align.run.folder import MODEL
 
 SAMPLED_ABOVE = 64 * 2**20
@@ -56,25 +56,23 @@ def inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Path, tuple[str, ..
         match recipe.model:
             case ScratchModel(tokenizer=str(path)) | PretrainedModel(path=path) | HotStartModel(source=path):
                 yield path, _checkpoint(path), CHECKPOINT
-            case ScratchModel(tokenizer=tokenizer) if not isinstance(tokenizer, str):
-                yield from _files(tokenizer.data)
+            case ScratchModel():
+                yield from _files(recipe.model)
         return
     stage = recipe.stages[name]
-    yield from _files(sources(stage))
-    for where, reference in references(stage):
-        if where != "data" and is_path(reference):
+    yield from _files(stage)
+    for _, reference, _ in stage.checkpoints():
+        if is_path(reference):
             yield reference, _checkpoint(reference), CHECKPOINT
-    if isinstance(stage, PpoStage):
-        for reward in stage.rewards:
-            if isinstance(reward, FunctionReward) and ":" in reward.path:
-                file = reward.path.rpartition(":")[0]
-                yield file, local_path(file), ()
+    for _, reward in find(stage, FunctionReward):
+        if ":" in reward.path:
+            file = reward.path.rpartition(":")[0]
+            yield file, local_path(file), ()
 
 
-def _files(found: Iterator[Source] | list[Source]) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-    for source in found:
-        if isinstance(source, FileSource):
-            yield source.path, local_path(source.path), DATA
+def _files(section: Section) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    for _, source in find(section, FileSource):
+        yield source.path, local_path(source.path), DATA
 
 
 def _checkpoint(text: str) -> Path:

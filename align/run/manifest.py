@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.config.parts import Part, determining
-from align.config.recipe import BASE, Recipe, is_path, references
+from align.config.parts import Section, result_settings
+from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
 from align.run.context import StageContext, StageResult
 from align.run.folder import MANIFEST, remove_folder, write_json
@@ -95,7 +95,7 @@ def finish_record(
     """Write manifest.json. record: of `start_record`."""
     settings = {key: value for key, value in record.items() if key != INPUTS}
     stage = None if context.name == BASE else context.recipe.stages[context.name]
-    parents = [] if stage is None else list(dict.fromkeys(parent for _, parent in references(stage)))
+    parents = [] if stage is None else list(dict.fromkeys(parent for _, parent, _ in stage.references()))
     parallel = context.recipe.parallel
     manifest = {
         "stage": context.name,
@@ -144,14 +144,14 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     return {"seed": recipe.seed, "dtype": recipe.dtype, name: section(recipe, name).model_dump(mode="json")}
 
 
-def section(recipe: Recipe, name: str) -> Part:
+def section(recipe: Recipe, name: str) -> Section:
     return recipe.model if name == BASE else recipe.stages[name]
 
 
 def changes(recipe: Recipe, name: str, before: dict[str, Any]) -> list[str]:
     """Differences between the settings of an earlier run that determine a stage's result and those of `recipe`."""
     part = section(recipe, name)
-    old, new = ({**s, name: determining(part, s.get(name, {}))} for s in (before, stage_settings(recipe, name)))
+    old, new = ({**s, name: result_settings(part, s.get(name, {}))} for s in (before, stage_settings(recipe, name)))
     old.pop(INPUTS, None)
     return differences(old, new)
 

@@ -171,7 +171,7 @@ def check_parallel(
 ) -> None:
     """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
     for layer in range(config.num_hidden_layers):
-        if problem := parallel.misfit(config.experts_in(layer), f"layer {layer}"):
+        if problem := parallel.expert_group_problem(config.experts_in(layer), f"layer {layer}"):
             raise UserError(problem)
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in family_of(config).published_shapes(config).values())

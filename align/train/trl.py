@@ -35,7 +35,7 @@ TRAINING_STATE = "training_state"
 def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, Any]:
     """Keyword arguments that every TRL config takes."""
     optimizer, parallel = stage.optimizer, context.recipe.parallel
-    rows = stage.rows_a_pass(parallel.processes if parallel else 1)
+    rows = stage.rows_per_pass(parallel.processes if parallel else 1)
     accumulation = accumulation_steps(parallel, stage.batch_size, rows)
     return {
         "output_dir": str(context.dir / "checkpoints"),

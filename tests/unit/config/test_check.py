@@ -90,7 +90,7 @@ def test_a_pass_has_the_rows_of_a_process_where_those_are_fewer() -> None:
     stage = load_recipe("tiny").stages["dpo"]
     assert isinstance(stage, TrainingStage)
     assert (stage.batch_size, stage.micro_batch_size) == (16, 16)
-    assert [stage.rows_a_pass(processes) for processes in (1, 2, 4)] == [16, 8, 4]
+    assert [stage.rows_per_pass(processes) for processes in (1, 2, 4)] == [16, 8, 4]
 
 
 DENSE = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num_experts: 1}}"

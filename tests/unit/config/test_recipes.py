@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from align import cli
 from align.config import Recipe, load_recipe, resolve_recipe_path
-from align.config.parts import Optimizer, Part
+from align.config.parts import Optimizer, Section
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
 from align.config.stages import DpoStage
@@ -89,7 +89,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(path: Path) -> None:
     found = sections(load_recipe(path))
     assert len(found) > 5
     for section in found:
-        assert isinstance(section, Part)
+        assert isinstance(section, Section)
         assert type(section).model_config["extra"] == "forbid"
         name = next(iter(type(section).model_fields))
         with pytest.raises(ValidationError, match="frozen"):

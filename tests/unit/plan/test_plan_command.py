@@ -529,7 +529,7 @@ def test_expert_parallel_size_is_checked_against_the_gpus(size: int) -> None:
     assert stage["cannot_run"] == f"expert_parallel_size {size} does not divide 8 GPUs"
     proposed = load_recipe("tiny", stage["remedies"][0]["overrides"]).parallel
     assert proposed is not None
-    assert (proposed.processes, proposed.uneven_groups()) == (8, None)
+    assert (proposed.processes, proposed.process_group_problem()) == (8, None)
 
 
 def test_rollouts_name_their_engine_and_small_times_keep_their_digits() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from align.config import load_recipe
-from align.config.parts import determining
+from align.config.parts import result_settings
 from align.errors import UserError
 from align.pipeline import run
 from align.run.context import StageResult
@@ -180,7 +180,7 @@ def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "weight": 2.0}, {"kind": "length", "max_tokens": 8}]
     rollout = {"engine": "remote", "servers": ["http://127.0.0.1:2"]}
     stage = settings(rewards=rewards, rollout=rollout, sample_every=3)
-    kept = determining(stage, {**stage.model_dump(mode="json"), "forgotten": 1})
+    kept = result_settings(stage, {**stage.model_dump(mode="json"), "forgotten": 1})
     assert kept["forgotten"] == 1
     assert kept["rewards"][0]["weight"] == 2.0
     assert kept["rewards"][1]["max_tokens"] == 8
@@ -188,7 +188,7 @@ def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
     assert not {"sample_every", "checkpoint_every", "gradient_checkpointing"} & set(kept)
     assert not {"url", "timeout_s", "retries"} & set(kept["rewards"][0])
     assert not {"servers", "sleep"} & set(kept["rollout"])
-    assert determining(stage, {"rewards": []})["rewards"] == []
+    assert result_settings(stage, {"rewards": []})["rewards"] == []
 
 
 def test_a_renamed_setting_of_an_earlier_version_is_unchanged() -> None:
@@ -196,8 +196,9 @@ def test_a_renamed_setting_of_an_earlier_version_is_unchanged() -> None:
     for stage, old in ((settings(), "ppo"), (settings(**grpo), "grpo")):
         before = stage.model_dump(mode="json")
         del before["advantage_estimator"]
-        assert determining(stage, {"algorithm": old, **before}) == determining(stage, stage.model_dump(mode="json"))
-        other = determining(stage, {"algorithm": "rloo", **before})
+        now = result_settings(stage, stage.model_dump(mode="json"))
+        assert result_settings(stage, {"algorithm": old, **before}) == now
+        other = result_settings(stage, {"algorithm": "rloo", **before})
         assert other["advantage_estimator"] == "rloo"
         assert "algorithm" not in other
 

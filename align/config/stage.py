@@ -1,0 +1,81 @@
+"""Facts about a kind of stage: its sources, the checkpoints it refers to, what it makes.
+
+Other modules read these instead of comparing kinds, so a new kind of stage is described by its class alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+
+from align.config.parts import Section, StageSource
+
+LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"
+Found = TypeVar("Found")
+
+
+class Reference(NamedTuple):
+    """A field that names an earlier stage, `base`, or a checkpoint folder.
+
+    field   dotted path of the field below the stage, for example `critic.init_from`
+    name    its value
+    accepts what that stage may make
+    """
+
+    field: str
+    name: str
+    accepts: tuple[str, ...]
+
+
+class StageBase(Section):
+    """Base of every stage. Subclasses say what they make and refer to."""
+
+    if TYPE_CHECKING:
+        kind: str
+    makes: ClassVar[str]
+    """What the stage leaves to later stages."""
+    trains: ClassVar[bool] = False
+    """The stage updates weights, so `align plan` plans it and expert parallelism must suit its models."""
+
+    def checkpoints(self) -> Iterator[Reference]:
+        """Checkpoints that the stage loads."""
+        yield from ()
+
+    def references(self) -> Iterator[Reference]:
+        """Checkpoints that the stage loads, then earlier stages whose rows it reads."""
+        yield from self.checkpoints()
+        for field, source in find(self, StageSource):
+            yield Reference(field, source.stage, (PAIRS,))
+
+    @property
+    def generates_with(self) -> str | None:
+        """Checkpoint that generates the stage's completions first; None if the stage generates nothing."""
+        return None
+
+
+class StageWithParent(StageBase):
+    """Settings of every stage that starts from one checkpoint."""
+
+    starts_from: ClassVar[tuple[str, ...]] = (LANGUAGE_MODEL,)
+    """What `init_from` may name."""
+
+    init_from: str = "base"
+    """Checkpoint the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""
+
+    def checkpoints(self) -> Iterator[Reference]:
+        yield Reference("init_from", self.init_from, self.starts_from)
+
+
+def find(section: Section, kind: type[Found], path: str = "") -> Iterator[tuple[str, Found]]:
+    """Every instance of `kind` in a section and in the sections below it, with the dotted path of its field.
+
+    A section inside a list is named by its `name`, or else by its position in the list.
+    """
+    for name in type(section).model_fields:
+        field, value = f"{path}{name}", getattr(section, name)
+        for position, item in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(item, kind):
+                yield field, item
+            elif isinstance(item, Section):
+                place = f".{getattr(item, 'name', position)}" if isinstance(value, list) else ""
+                yield from find(item, kind, f"{field}{place}.")
