@@ -145,6 +145,6 @@ def test_the_server_has_forty_lines() -> None:
 
 def test_the_table_names_every_example() -> None:
     table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert {path.name for path in EXAMPLES.iterdir() if path.name != "README.md"} <= set(
+    assert {path.name for path in EXAMPLES.iterdir() if path.name not in ("README.md", "__pycache__")} <= set(
         re.findall(r"\]\(([^)/]+)/?\)", table)
     )
