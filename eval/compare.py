@@ -1,31 +1,36 @@
-"""The comparison of an evaluate stage: means, intervals and paired differences of every metric."""
+"""Comparison of the models of an evaluate stage: means, intervals and paired differences of every metric."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align.eval.metrics import Interval, bootstrap_interval, paired_bootstrap_difference
+from align.eval.statistics import paired_bootstrap_difference, summarize
+from align.run.metrics import EVALUATION, with_unit
+
+BETTER = {"scores": 1, "f1": 1, "preference": 1, "kl": 0, "lengths": 0, "eos": 0}
+"""Columns of the comparison in their order: 1 if higher is better, 0 if it depends."""
+
+COUNTS = ("mean", "standard_error", "n", "unscored", "not_finite", "unanswered")
+"""Statistics of a task's metric that the report shows."""
 
 
-class Metric(NamedTuple):
-    """One column of the table. `better` is 1 if higher is better, 0 if it depends."""
+class Column(NamedTuple):
+    """One column of the comparison.
+
+    key: metric, or `task/TASK/METRIC`.
+    label: title with its unit.
+    better: 1 if higher is better, 0 if it depends.
+    values: per model one value per prompt, None where a prompt was not scored.
+    """
 
     key: str
     label: str
     better: int
-
-
-METRICS = (
-    Metric("scores", "Reward-model score", 1),
-    Metric("f1", "Token F1", 1),
-    Metric("preference", "Preference accuracy", 1),
-    Metric("kl", "KL to reference (nats)", 0),
-    Metric("lengths", "Completion length (tokens)", 0),
-    Metric("eos", "Ended with EOS (share)", 0),
-)
+    values: dict[str, list[float | None]]
 
 
 def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, Any]:
@@ -38,33 +43,83 @@ def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, 
     baseline = results.get("baseline") or (names[0] if names else None)
     notes: list[str] = []
     columns = []
-    for metric in METRICS:
-        values = {name: found for name in names if (found := _values(models[name], metric.key)) is not None}
-        cells = {name: _cell(array, resamples, seed) for name, array in values.items()}
+    for column in _columns(results, results.get("reference") or baseline):
+        cells = {
+            name: summarize(values, resamples=resamples, seed=seed)._asdict() for name, values in column.values.items()
+        }
         for name in names:
-            if metric.key == "preference" and name not in cells and (known := _accuracy_only(models[name])):
+            if column.key == "preference" and name not in cells and (known := _accuracy_only(models[name])):
                 cells[name] = known
         if not cells:
             continue
+        notes += [
+            f"{column.label}: {cell['not_finite']} of {cell['n']} values of {name} are not finite, so it has no mean."
+            for name, cell in cells.items()
+            if cell["not_finite"]
+        ]
         differences = []
         for model, against in _pairs(names, baseline):
-            if model not in values or against not in values:
+            if model not in column.values or against not in column.values:
                 continue
-            difference = _difference(values[model], values[against], resamples, seed)
+            difference = _difference(column.values[model], column.values[against], resamples, seed)
             if difference is None:
-                notes.append(f"{metric.label}: {model} and {against} share no scored prompts and are not compared.")
+                notes.append(f"{column.label}: {model} and {against} share no scored prompts and are not compared.")
             else:
                 differences.append({"model": model, "against": against, **difference})
-        columns.append({**metric._asdict(), "models": cells, "differences": differences})
+        columns.append(
+            {
+                "key": column.key,
+                "label": column.label,
+                "better": column.better,
+                "models": cells,
+                "differences": differences,
+            }
+        )
     return {
         "models": names,
         "checkpoints": {name: models[name].get("checkpoint") for name in names},
         "baseline": baseline,
         "pairs": _pairs(names, baseline),
         "metrics": columns,
+        "tasks": [_describe_task(name, task) for name, task in (results.get("tasks") or {}).items()],
         "resamples": resamples,
         "reward_model_accuracy": results.get("reward_model_accuracy"),
         "notes": notes,
+    }
+
+
+def _columns(results: dict[str, Any], reference: str | None) -> Iterator[Column]:
+    """The metrics of the stage's prompts and pairs, then those of its tasks."""
+    models: dict[str, dict] = results.get("models") or {}
+    for metric in EVALUATION:
+        if metric.key in BETTER:
+            label = with_unit(metric.title.replace("REFERENCE", str(reference)), metric.unit)
+            values = {name: found for name in models if (found := _values(models[name], metric.key)) is not None}
+            yield Column(metric.key, label, BETTER[metric.key], values)
+    for task, of_task in (results.get("tasks") or {}).items():
+        labels = {label: None for result in of_task["models"].values() for label in result["metrics"]}
+        for label in labels:
+            values = {name: result["metrics"][label]["values"] for name, result in of_task["models"].items()}
+            yield Column(f"task/{task}/{label}", f"{task}: {label}", 1, values)
+
+
+def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Sampling settings of a task and, per model, the counts behind its means."""
+    counts = [
+        {
+            "model": model,
+            "n": result["n"],
+            "truncated": result["truncated"],
+            "mean_length": result["mean_length"],
+            "metrics": {label: {key: metric[key] for key in COUNTS} for label, metric in result["metrics"].items()},
+        }
+        for model, result in task["models"].items()
+    ]
+    return {
+        "task": name,
+        "temperature": task["temperature"],
+        "max_new_tokens": task["max_new_tokens"],
+        "models": counts,
     }
 
 
@@ -78,20 +133,12 @@ def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def _values(model: dict[str, Any], key: str) -> NDArray[np.float64] | None:
-    """One number for each prompt, NaN where a prompt was not scored; None if there are none at all."""
+def _values(model: dict[str, Any], key: str) -> list[float | None] | None:
+    """One number per prompt, None where a prompt was not scored; None if the model does not have the metric."""
     raw = (model.get("preference") or {}).get("values") if key == "preference" else model.get(key)
-    if not isinstance(raw, list):
+    if not isinstance(raw, list) or all(value is None for value in raw):
         return None
-    array = np.array([np.nan if value is None else float(value) for value in raw], dtype=np.float64)
-    array[~np.isfinite(array)] = np.nan
-    return None if np.isnan(array).all() else array
-
-
-def _cell(array: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any]:
-    scored = array[~np.isnan(array)]
-    interval = bootstrap_interval(scored, resamples=resamples, seed=seed)
-    return {**_ends(interval), "n": int(scored.size), "unscored": int(array.size - scored.size)}
+    return [None if value is None else float(value) for value in raw]
 
 
 def _accuracy_only(model: dict[str, Any]) -> dict[str, Any] | None:
@@ -100,22 +147,34 @@ def _accuracy_only(model: dict[str, Any]) -> dict[str, Any] | None:
         return None
     return {
         "mean": preference["accuracy"],
+        "standard_error": None,
         "low": None,
         "high": None,
         "n": preference.get("n"),
         "unscored": 0,
+        "not_finite": 0,
     }
 
 
-def _difference(a: NDArray[np.float64], b: NDArray[np.float64], resamples: int, seed: int) -> dict[str, Any] | None:
-    if a.size != b.size:
+def _difference(
+    a: list[float | None], b: list[float | None], resamples: int, seed: int
+) -> dict[str, float | int | None] | None:
+    """Mean difference and its interval over the prompts that both models have scored; None without any.
+
+    The mean is unknown if a value is not finite.
+    """
+    if len(a) != len(b):
         return None
-    both = ~(np.isnan(a) | np.isnan(b))
+    left, right = _array(a), _array(b)
+    both = np.array([x is not None and y is not None for x, y in zip(a, b, strict=True)])
     if not both.any():
         return None
-    interval = paired_bootstrap_difference(a[both], b[both], resamples=resamples, seed=seed)
-    return {**_ends(interval), "n": int(both.sum())}
+    n = int(both.sum())
+    if not_finite := int((~np.isfinite(left[both] - right[both])).sum()):
+        return {"mean": None, "low": None, "high": None, "n": n, "not_finite": not_finite}
+    interval = paired_bootstrap_difference(left[both], right[both], resamples=resamples, seed=seed)
+    return {**{key: None if np.isnan(value) else value for key, value in interval._asdict().items()}, "n": n}
 
 
-def _ends(interval: Interval) -> dict[str, float | None]:
-    return {key: None if np.isnan(value) else value for key, value in interval._asdict().items()}
+def _array(values: list[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

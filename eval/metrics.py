@@ -1,83 +1,87 @@
-"""Numbers of an evaluation: pairwise accuracy and bootstrap intervals over prompts.
+"""Metrics of an evaluation: pairs in the right order, word F1, and the verifiers of `align.reward` applied to a task.
 
-A value that cannot be known (the interval of a single prompt) is NaN, never a made-up zero.
+A value per prompt is a number, NaN if it was computed and is not finite, or None if the completion was not scored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from transformers import PreTrainedTokenizerBase
 
-INDICES_AT_A_TIME = 1 << 21
-"""Resampled indices held in memory at a time."""
-
-
-class Interval(NamedTuple):
-    """A mean and the ends of its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
+from align.config.evaluation import F1Metric, Metric
+from align.config.rewards import FunctionReward, MathReward
+from align.errors import UserError
+from align.eval.statistics import summarize
+from align.eval.task import MetricResult
+from align.reward.components import Component, Samples, build_component, compared_column, has_column
+from align.reward.process import FunctionProcess
+from align.reward.text import accepted_values, is_missing, spellings, token_f1
+from align.reward.verifiers import Sample, verifier
 
 
-def pairwise_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
-    """Share of the pairs in which `chosen` scores higher; a tie counts half."""
-    left, right = _same_length(chosen, rejected)
-    return float(np.mean((left > right) + 0.5 * (left == right)))
+def ordered_pairs(chosen: Sequence[float], rejected: Sequence[float]) -> list[float]:
+    """Per pair 1 if `chosen` is higher, 0.5 for a tie, 0 if it is lower, NaN if one of the two is not finite."""
+    pairs = zip(chosen, rejected, strict=True)
+    return [float(c > r) + 0.5 * float(c == r) if math.isfinite(c) and math.isfinite(r) else math.nan for c, r in pairs]
 
 
-def standard_error(values: ArrayLike) -> float:
-    """Standard error of the mean, from the sample variance (n - 1); NaN for a single value."""
-    array = _finite(values)
-    return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else math.nan
+def reference_texts(cell: Any) -> list[str]:
+    """Reference texts in a data cell; numbers count as text. Empty if the cell has none."""
+    texts = [spellings(value)[0] for value in accepted_values(cell)]
+    return [text for text in texts if text.strip()]
 
 
-def bootstrap_interval(values: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of `values` with its percentile bootstrap interval (Efron 1979); NaN ends for a single value."""
-    array = _finite(values)
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples is {resamples} and level {level}; need at least 1, and one between 0 and 1")
-    mean = float(array.mean())
-    if array.size == 1:
-        return Interval(mean, math.nan, math.nan)
-    means = _resampled_means(array, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+def best_f1(completion: str, cell: Any) -> float | None:
+    """Word F1 with the best of the cell's reference texts; None without any."""
+    return max((token_f1(completion, text) for text in reference_texts(cell)), default=None)
 
 
-def paired_bootstrap_difference(
-    a: ArrayLike, b: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Mean of `a - b` with its interval, where entry i of both belongs to prompt i.
+@verifier(F1Metric)
+def verify_f1(metric: F1Metric, sample: Sample) -> float | None:
+    return best_f1(sample.text, sample.row.get(metric.column))
 
-    Prompts are resampled, not models, so what makes a prompt hard for both cancels.
+
+def require_scorable(task: str, metrics: Sequence[Metric], samples: Samples) -> None:
+    """Raise `UserError` for a metric whose column is empty in every row."""
+    for metric in metrics:
+        if not any(has_column(metric, row) for row in samples.prompt_rows):
+            found = {key for row in samples.rows for key, value in row.items() if not is_missing(value)}
+            raise UserError(
+                f"task '{task}': metric '{metric.label}' compares with the column '{compared_column(metric)}', which "
+                f"is empty in every row; the rows have {', '.join(sorted(found))}. Set the metric's `column`, or "
+                "rename the column with the source's `columns`."
+            )
+
+
+def build_metric(metric: Metric, process: FunctionProcess, tokenizer: PreTrainedTokenizerBase) -> Component:
+    """The component of a metric. A function that fails leaves the completion unscored instead of ending the run."""
+    if isinstance(metric, FunctionReward):
+        metric = metric.model_copy(update={"failure_score": 0.0})
+    return build_component(metric, process, tokenizer)
+
+
+def measure(
+    metric: Metric, component: Component, samples: Samples, *, resamples: int, seed: int
+) -> tuple[MetricResult, str]:
+    """(result of a metric on a task's completions, reason of a failure if a function failed).
+
+    A completion without a final answer counts as 0 for a `math` metric. Rows without the column that the metric
+    compares with, and completions on which a function failed, are unscored.
     """
-    left, right = _same_length(a, b)
-    return bootstrap_interval(left - right, resamples=resamples, seed=seed, level=level)
-
-
-def _resampled_means(array: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray:
-    chunk = max(1, INDICES_AT_A_TIME // array.size)
-    sizes: Sequence[int] = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    draws = (generator.integers(0, array.size, size=(rows, array.size)) for rows in sizes)
-    return np.concatenate([array[indices].mean(axis=1) for indices in draws])
-
-
-def _finite(values: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"need a non-empty list of numbers, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not finite")
-    return array
-
-
-def _same_length(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    left, right = _finite(a), _finite(b)
-    if left.size != right.size:
-        raise ValueError(f"the two lists must be paired, but have {left.size} and {right.size} values")
-    return left, right
+    places = [i for i, row in enumerate(samples.prompt_rows) if has_column(metric, row)]
+    scorable = Samples(
+        [samples.prompt_rows[i] for i in places], [samples.completions[i] for i in places], samples.tokenizer
+    )
+    scored = component(scorable)
+    unanswered = 0
+    values: list[float | None] = [None] * len(samples)
+    for place, score in zip(places, scored.scores, strict=True):
+        if score is None and isinstance(metric, MathReward):
+            unanswered += 1
+            score = 0.0
+        values[place] = score
+    summary = summarize(values, resamples=resamples, seed=seed)
+    return MetricResult(metric.kind, values, **summary._asdict(), unanswered=unanswered), scored.problem

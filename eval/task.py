@@ -1,14 +1,13 @@
 """Tasks of an evaluation and their typed results.
 
-A task is prompts, sampling settings and metrics. A built-in task is one file in `align/eval/tasks`; a recipe defines
-its own, or overrides parts of a built-in one, in `tasks` of an evaluate stage.
+A task is prompts, sampling settings and metrics. A built-in task is one file in `align/eval/tasks`. A recipe defines
+its own tasks, or overrides parts of a built-in one, in `tasks` of an evaluate stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from align.config.evaluation import EvaluationTask, Metric
 from align.config.parts import Source
@@ -23,15 +22,15 @@ class Task:
     name: name in results and report.
     prompts: sources of held-out prompts, with the columns that the metrics read.
     metrics: verifiers, functions and F1, each applied to every completion.
-    temperature: sampling temperature; 0 is greedy decoding, None is `rollout.temperature`.
-    max_new_tokens: tokens after which a completion is truncated; None is `rollout.max_new_tokens`.
+    max_new_tokens: tokens after which a completion is truncated.
+    temperature: sampling temperature; 0 is greedy decoding.
     """
 
     name: str
     prompts: Sequence[Source]
     metrics: Sequence[Metric]
-    temperature: float | None = None
-    max_new_tokens: int | None = None
+    max_new_tokens: int
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,25 @@ class MetricResult:
     """One metric of one model on one task.
 
     kind: kind of the metric in the recipe, for example `math`.
-    values: one value per prompt; None if the completion could not be scored.
-    n: number of scored prompts.
-    mean: mean of the scored values; None if there are none.
+    values: one value per prompt; None if the completion was not scored.
+    mean: mean of the scored values; None if there are none or one is not finite.
     standard_error: standard error of the mean; None below two values.
     low, high: ends of the 95 % bootstrap interval; None below two values.
+    n: number of scored prompts.
     unscored: prompts left out of the mean, for example without a reference or because a function failed.
+    not_finite: scored values that are NaN or infinite.
     unanswered: completions of a `math` metric without a final answer; they count as 0.
     """
 
     kind: str
     values: list[float | None]
-    n: int
     mean: float | None
     standard_error: float | None
     low: float | None
     high: float | None
-    unscored: int = 0
+    n: int
+    unscored: int
+    not_finite: int
     unanswered: int = 0
 
 
@@ -65,7 +66,7 @@ class TaskResult:
 
     n: number of prompts.
     truncated: completions that were cut at max_new_tokens.
-    mean_length: mean completion length in tokens, the end-of-sequence token included.
+    mean_length: mean completion length in tokens, the end token included.
     metrics: results by the metric's name.
     """
 
@@ -74,15 +75,11 @@ class TaskResult:
     mean_length: float
     metrics: dict[str, MetricResult]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
-        return asdict(self)
-
 
 def resolve(settings: EvaluationTask, rollout: Rollout) -> Task:
     """The task of a recipe's section: its own settings, then the built-in task's, then the rollout's.
 
-    Raises `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
+    Raise `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
     """
     from align.eval.tasks import built_in_tasks  # the built-in tasks import this module
 
@@ -95,16 +92,13 @@ def resolve(settings: EvaluationTask, rollout: Rollout) -> Task:
                 f"task '{settings.name}' has no {key} and is not a built-in task ({', '.join(built_in_tasks())}); "
                 f"add {key}, or use a built-in name."
             )
-    temperature, max_new_tokens = settings.temperature, settings.max_new_tokens
-    if built_in is not None:
-        temperature = built_in.temperature if temperature is None else temperature
-        max_new_tokens = built_in.max_new_tokens if max_new_tokens is None else max_new_tokens
-    temperature = rollout.temperature if temperature is None else temperature
-    max_new_tokens = rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
+    defaults = built_in or rollout
+    temperature = defaults.temperature if settings.temperature is None else settings.temperature
+    max_new_tokens = settings.max_new_tokens or defaults.max_new_tokens
     if max_new_tokens >= rollout.max_model_length:
         raise UserError(
             f"task '{settings.name}' has max_new_tokens {max_new_tokens}, which leaves no tokens for a prompt in "
             f"rollout.max_model_length {rollout.max_model_length}; raise rollout.max_model_length, or set "
             "max_new_tokens of the task."
         )
-    return Task(settings.name, prompts, metrics, temperature, max_new_tokens)
+    return Task(settings.name, prompts, metrics, max_new_tokens, temperature)

@@ -18,26 +18,20 @@ from align.config.rewards import (
 )
 
 
-class F1Metric(Section):
+class F1Metric(RewardBase):
     """Word F1 between the completion and the row's text; rows without that text are not scored."""
 
     kind: Literal["f1"]
     """Selects word F1."""
-    name: str | None = None
-    """Name in results and report. Default: `f1`."""
     column: str = "reference"
-    """Column with the reference text."""
-
-    @property
-    def label(self) -> str:
-        return self.name or self.kind
+    """Column with the reference text, or a list of texts of which the best match counts."""
 
 
 FOR_REWARDS = ("weight", "normalise", "clip", "failure_score")
 """Settings of a reward that have no meaning for a metric, which is reported as it is."""
 
 
-def _plain(metric: F1Metric | RewardBase) -> F1Metric | RewardBase:
+def _plain(metric: RewardBase) -> RewardBase:
     for key in FOR_REWARDS:
         if key in metric.model_fields_set:
             raise ValueError(f"metric '{metric.label}' sets {key}, which only rewards have; remove {key}")

@@ -1,4 +1,4 @@
-"""How numbers, durations and sampled text are written in a report, the same in Markdown and HTML."""
+"""Numbers, durations and sampled text as a report shows them, the same in Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 NOTHING = "–"
-"""Stands where a value is not known."""
+"""Shown for an unknown value."""
+NOT_FINITE = "not finite"
+"""Shown for NaN and infinity."""
 
 
 def number(value: Any, *, signed: bool = False) -> str:
-    """A number with about four significant digits: 12,345 and 0.1235 and 3e-06."""
+    """A number with about three significant digits: 12,345 and 0.123 and 3.0e-06."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NOTHING if value is None else str(value)
     if not math.isfinite(value):
-        return NOTHING
+        return NOT_FINITE
     sign = "+" if signed and value > 0 else ""
     if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
         text = f"{int(value):,}"
@@ -34,22 +36,27 @@ def number(value: Any, *, signed: bool = False) -> str:
     return (sign + text).replace("-", "−") if "e" not in text else sign + text
 
 
+def mean(cell: dict[str, Any], *, signed: bool = False) -> str:
+    """The mean of a cell of the comparison."""
+    return NOT_FINITE if cell.get("not_finite") else number(cell["mean"], signed=signed)
+
+
 def interval(cell: dict[str, Any] | None) -> str:
-    """The ends of a cell's interval, as [low, high], or nothing where there is none."""
+    """The ends of a cell's interval as [low, high]; empty without an interval."""
     if not cell or cell.get("low") is None:
         return ""
     return f"[{number(cell['low'])}, {number(cell['high'])}]"
 
 
 def mark(cell: dict[str, Any]) -> str:
-    """Which side of zero a difference's interval lies on."""
+    """Sign of a difference: ▲ if its interval is above zero, ▼ if below, ≈ if it includes zero, ? without one."""
     if cell.get("low") is None:
         return "?"
     return "▲" if cell["low"] > 0 else "▼" if cell["high"] < 0 else "≈"
 
 
 def duration(seconds: Any) -> str:
-    """Seconds in words: 8.2 s, 3 min 05 s, 2 h 07 min."""
+    """Seconds as text: 8.2 s, 3 min 05 s, 2 h 07 min."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return NOTHING
     if seconds < 60:
@@ -62,7 +69,7 @@ def duration(seconds: Any) -> str:
 
 
 def plain(text: Any) -> str:
-    """Text for a UTF-8 file and a browser: control characters and lone surrogates are replaced."""
+    """Text that a UTF-8 file and a browser can show: control characters and lone surrogates are replaced."""
     if isinstance(text, list):
         return "\n\n".join(f"{turn.get('role', '?')}: {plain(turn.get('content', ''))}" for turn in text)
     cleaned = "" if text is None else str(text)
@@ -71,7 +78,7 @@ def plain(text: Any) -> str:
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts and lists with their dotted names; empty branches vanish."""
+    """Yield the leaves of nested dicts and lists with their dotted names."""
     if isinstance(values, dict):
         children: Any = values.items()
     elif isinstance(values, list):

@@ -1,6 +1,6 @@
 """report.html: one page without scripts or requests, from the content of report.json and the curves.
 
-Every text that a recipe, a data set or a model could have written goes through `_text`.
+`_text` escapes every text that can come from a recipe, a data set or a model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, number, plain
+from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, mean, number, plain
 from align.eval.report.markdown import (
+    TASK_HEAD,
     caveat,
     commit,
     find_difference,
@@ -19,12 +20,14 @@ from align.eval.report.markdown import (
     parents,
     reward_model_line,
     samples_line,
+    task_rows,
+    tasks_line,
 )
 from align.eval.report.plots import Plot, comparison_plots, stage_plots
 
 STYLE_SHEET = Path(__file__).with_name("report.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Content security policy: the page may load nothing, whatever a sample contains."""
+"""Content security policy: the page loads nothing, whatever a sample contains."""
 
 
 def render_html(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -73,7 +76,7 @@ def _section(anchor: str, title: str, parts: Iterable[str]) -> tuple[str, str, s
 
 
 def _of(evaluation: dict[str, Any], report: dict[str, Any]) -> str:
-    """The stage's name in a title, where several stages evaluate."""
+    """The stage's name for a title; empty if only one stage evaluates."""
     return f" ({evaluation['stage']})" if len(report["evaluations"]) > 1 else ""
 
 
@@ -98,7 +101,7 @@ def _tiles(report: dict[str, Any]) -> Iterator[str]:
             name = next((name for name in reversed(evaluation["models"]) if name in metric["models"]), None)
             if metric["better"] and name:
                 cell = metric["models"][name]
-                yield _tile(metric["label"], number(cell["mean"]), f"{name} {interval(cell)}")
+                yield _tile(metric["label"], mean(cell), f"{name} {interval(cell)}")
 
 
 def _tile(term: str, value: str, detail: str = "") -> str:
@@ -107,7 +110,7 @@ def _tile(term: str, value: str, detail: str = "") -> str:
 
 
 def _timeline(report: dict[str, Any]) -> Iterator[str]:
-    """A bar for every stage, placed after the stages before it."""
+    """A bar for every stage, to the right of the bars before it."""
     total, start = report["total_seconds"] or 1.0, 0.0
     yield '<div class="card stages" style="padding:0">'
     for stage in report["stages"]:
@@ -143,11 +146,14 @@ def _comparison(evaluation: dict[str, Any], index: int) -> Iterator[str]:
         yield '<p class="soft">▲ above zero, ▼ below zero, ≈ the interval includes zero, ? no interval.</p>'
     if line := reward_model_line(evaluation):
         yield f"<p>{_text(line)}</p>"
+    if evaluation["tasks"]:
+        yield f'<h3>Tasks</h3><p class="soft">{_text(tasks_line(evaluation))}</p>'
+        yield _table(TASK_HEAD, [[_text(cell) for cell in row] for row in task_rows(evaluation)])
     yield _figures(comparison_plots(evaluation, f"cmp{index}"))
 
 
 def _value(cell: dict[str, Any] | None) -> str:
-    return f"{number(cell['mean'])}<small>{interval(cell)}</small>" if cell else NOTHING
+    return f"{mean(cell)}<small>{interval(cell)}</small>" if cell else NOTHING
 
 
 def _difference(metric: dict[str, Any], model: str, against: str) -> str:
@@ -156,7 +162,7 @@ def _difference(metric: dict[str, Any], model: str, against: str) -> str:
         return NOTHING
     sign = mark(cell)
     tone = {"▲": "up", "▼": "down"}.get(sign, "") if metric["better"] else ""
-    shown = f"{sign} {number(cell['mean'], signed=True)}"
+    shown = f"{sign} {mean(cell, signed=True)}"
     return f'<span class="nowrap {tone}">{shown}</span><small>{interval(cell)}</small>'
 
 
@@ -247,7 +253,7 @@ def _moment(time: str | None) -> str:
 
 
 def _lost(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """For every stage, the counts above zero of rows that were not used as they were."""
+    """Per stage, the nonzero counts of dropped and truncated rows."""
     for stage in report["stages"]:
         counts = [
             f"{key} {number(value)}"
@@ -259,7 +265,10 @@ def _lost(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _table(head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
-    """A table in a box of its own that scrolls; the cells are HTML already."""
+    """A table in a scrolling box.
+
+    rows: cells as HTML. wide: columns that may wrap.
+    """
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = []
     for first, *rest in rows:

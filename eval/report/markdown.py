@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, number, plain
+from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, mean, number, plain
 
 
 def render_markdown(report: dict[str, Any]) -> str:
-    """The content of `align.eval.report.write.build_report` as one Markdown text."""
+    """The content of `align.eval.report.write.build_report` as Markdown."""
     lines = [f"# Run {_cell(report['name'])}", ""]
     if report["recipe"]["description"]:
         lines += [plain(report["recipe"]["description"]), ""]
@@ -58,10 +58,13 @@ def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
         yield from _table(["difference", *labels], differences)
     if accuracy := reward_model_line(evaluation):
         yield from (accuracy, "")
+    if evaluation["tasks"]:
+        yield from ("### Tasks", "", tasks_line(evaluation), "")
+        yield from _table(TASK_HEAD, task_rows(evaluation))
 
 
 def caveat(evaluation: dict[str, Any]) -> str:
-    """What the numbers rest on."""
+    """Number of items behind the means, and what the intervals cover."""
     counts = [cell["n"] for metric in evaluation["metrics"] for cell in metric["models"].values() if cell["n"]]
     unscored = sum(cell["unscored"] for metric in evaluation["metrics"] for cell in metric["models"].values())
     many = (
@@ -73,34 +76,79 @@ def caveat(evaluation: dict[str, Any]) -> str:
     )
     text = (
         f"Means over {many} held-out items with 95 % bootstrap intervals ({number(evaluation['resamples'])} "
-        "resamples); differences are paired by prompt. The intervals cover the choice of prompts, not a "
-        "repetition of the training with another seed."
+        "resamples); differences are paired by prompt. The intervals cover the choice of prompts, not the variance "
+        "between training runs with other seeds."
     )
-    return text + (f" {unscored} values could not be scored and are left out." if unscored else "")
+    return text + (f" {unscored} prompts could not be scored and are not in the means." if unscored else "")
 
 
 def reward_model_line(evaluation: dict[str, Any]) -> str:
-    """Accuracy of the reward model itself, without which its scores mean little."""
+    """Accuracy of the reward model itself; empty if it was not measured."""
     accuracy = evaluation["reward_model_accuracy"] or {}
     if accuracy.get("accuracy") is None:
         return ""
-    share, pairs = f"{accuracy['accuracy']:.1%}", number(accuracy.get("n"))
-    return f"The reward model orders {share} of {pairs} held-out pairs rightly."
+    share = accuracy["accuracy"] if isinstance(accuracy["accuracy"], str) else f"{accuracy['accuracy']:.1%}"
+    return f"Accuracy of the reward model on {number(accuracy.get('n'))} held-out pairs: {share}."
+
+
+TASK_HEAD = [
+    "Task",
+    "Model",
+    "Metric",
+    "Mean",
+    "Standard error",
+    "Scored",
+    "Unscored",
+    "No answer",
+    "Truncated",
+    "Length",
+]
+
+
+def task_rows(evaluation: dict[str, Any]) -> Iterator[list[str]]:
+    """Cells of the table of tasks under `TASK_HEAD`: a row for each task, model and metric."""
+    for task in evaluation["tasks"]:
+        for model in task["models"]:
+            for label, metric in model["metrics"].items():
+                yield [
+                    task["task"],
+                    model["model"],
+                    label,
+                    mean(metric),
+                    number(metric["standard_error"]),
+                    number(metric["n"]),
+                    number(metric["unscored"]),
+                    number(metric["unanswered"]),
+                    number(model["truncated"]),
+                    number(model["mean_length"]),
+                ]
+
+
+def tasks_line(evaluation: dict[str, Any]) -> str:
+    """Sampling settings of the tasks, and the meaning of the counts."""
+    settings = []
+    for task in evaluation["tasks"]:
+        sampling = f"temperature {number(task['temperature'])}" if task["temperature"] else "greedy decoding"
+        settings.append(f"{task['task']}: {sampling}, at most {number(task['max_new_tokens'])} new tokens")
+    return (
+        f"{'; '.join(settings)}. Unscored prompts are not in the mean. A completion without a final answer counts "
+        "as 0. Truncated completions reached the limit of new tokens."
+    )
 
 
 def find_difference(metric: dict[str, Any], model: str, against: str) -> dict[str, Any] | None:
-    """The difference of two models in one metric, if it was computed."""
+    """The difference of two models in one metric; None if it was not computed."""
     wanted = (d for d in metric["differences"] if (d["model"], d["against"]) == (model, against))
     return next(wanted, None)
 
 
 def _value(cell: dict[str, Any] | None) -> str:
-    return f"{number(cell['mean'])} {interval(cell)}".rstrip() if cell else NOTHING
+    return f"{mean(cell)} {interval(cell)}".rstrip() if cell else NOTHING
 
 
 def _difference(metric: dict[str, Any], model: str, against: str) -> str:
     cell = find_difference(metric, model, against)
-    return f"{number(cell['mean'], signed=True)} {interval(cell)} {mark(cell)}" if cell else NOTHING
+    return f"{mean(cell, signed=True)} {interval(cell)} {mark(cell)}" if cell else NOTHING
 
 
 def _provenance(report: dict[str, Any]) -> Iterator[str]:
@@ -118,14 +166,14 @@ def _provenance(report: dict[str, Any]) -> Iterator[str]:
 
 
 def commit(stage: dict[str, Any]) -> str:
-    """The commit that a stage ran from, short, marked if the tree had changes."""
+    """Short hash of the commit that a stage ran from, marked if the working tree had changes."""
     if not stage["commit"]:
         return NOTHING
     return str(stage["commit"])[:12] + (" + changes" if stage["dirty"] else "")
 
 
 def parents(stage: dict[str, Any]) -> str:
-    """What a stage was made from."""
+    """Parents of a stage."""
     return ", ".join(f"{key}: {value}" for key, value in flat(stage["parents"] or {})) or NOTHING
 
 
@@ -144,7 +192,7 @@ def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
 
 
 def samples_line(evaluation: dict[str, Any]) -> str:
-    """How the shown samples were chosen."""
+    """Number of the samples and how they were selected."""
     shown = len(evaluation["samples"])
     return f"The first {shown} of {evaluation['prompts']} stored prompts, not selected by quality."
 
@@ -161,6 +209,6 @@ def _table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays inside one table cell or line and is not taken for HTML."""
+    """Text for one table cell or line, escaped so that it is not read as HTML."""
     text = plain(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(text.split())

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from align.eval.report.formatting import mean
 from align.run.charts import CHARTS, Chart, chart
 from align.run.metrics import SHARE, with_unit
 
@@ -93,6 +94,9 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
             figure, axes = _figure(height=0.75 + 0.27 * len(names))
             for row, name in enumerate(names):
                 cell, color = metric["models"][name], COLORS[comparison["models"].index(name) % len(COLORS)]
+                if cell["mean"] is None:
+                    axes.text(0.5, row, mean(cell), transform=axes.get_yaxis_transform(), ha="center", va="center")
+                    continue
                 if cell["low"] is not None:
                     axes.plot([cell["low"], cell["high"]], [row, row], color=color, linewidth=2.2, alpha=0.55)
                 axes.plot([cell["mean"]], [row], "o", color=color, markersize=5)

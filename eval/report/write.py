@@ -1,12 +1,12 @@
-"""The report of a run: reads the run folder and writes report.json, report.md and report.html.
+"""The report of a run: read the run folder, write report.json, report.md and report.html.
 
-    runs/<run>/recipe.json                    what was asked for
-    runs/<run>/<stage>/manifest.json          what happened
-    runs/<run>/<stage>/metrics.jsonl          curves, one object a line
-    runs/<run>/<evaluate stage>/results.json  per-prompt values and samples
+    runs/<run>/recipe.json                    settings
+    runs/<run>/<stage>/manifest.json          outcome of a stage
+    runs/<run>/<stage>/metrics.jsonl          curves, one object per line
+    runs/<run>/<evaluate stage>/results.json  values per prompt, and samples
 
-Markdown and HTML are rendered from the content of report.json, so the three agree. A run that is not complete
-has a report too; it says what is missing.
+Markdown and HTML are rendered from the content of report.json, so the three agree. An incomplete run has a report too,
+which lists what is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from align.config.recipe import BASE
 from align.errors import UserError
 from align.eval.compare import compare
-from align.eval.report.formatting import interval, number, plain
+from align.eval.report.formatting import NOT_FINITE, flat, interval, mean, plain
 from align.eval.report.markdown import render_markdown
 
 RESAMPLES = 2000
@@ -44,14 +44,20 @@ COPIED = (
 
 
 def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, Any]:
-    """The content of report.json. Reads only; `generated` is an ISO time, by default now."""
+    """The content of report.json. Writes nothing.
+
+    generated: ISO time of the report. Default: now.
+    """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: there is no such run folder.")
+        raise UserError(f"{run_dir}: no such run folder; check the path.")
     recipe = _read_json(run_dir / "recipe.json") or {}
     stages = [_stage(run_dir / name, kind) for name, kind in _stage_kinds(run_dir, recipe).items()]
     if not recipe and not stages:
-        raise UserError(f"{run_dir}: holds neither recipe.json nor a stage's manifest.json, so it is no run folder.")
+        raise UserError(
+            f"{run_dir}: not a run folder, because it has no recipe.json and no stage with a manifest.json; give the "
+            "folder of a run."
+        )
     evaluations = [found for stage in stages if (found := _evaluation(run_dir, stage["name"], recipe)) is not None]
     report: dict[str, Any] = {
         "name": recipe.get("name") or run_dir.resolve().name,
@@ -77,8 +83,8 @@ def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, An
 
 
 def write_report(run_dir: Path) -> list[Path]:
-    """Write report.json, report.md and report.html into the run folder; returns their paths."""
-    from align.eval.report.html import render_html  # needs matplotlib, which reading a report does not
+    """Write report.json, report.md and report.html into the run folder; return their paths."""
+    from align.eval.report.html import render_html  # imports matplotlib, which `build_report` does not need
 
     run_dir = Path(run_dir)
     report = build_report(run_dir)
@@ -92,10 +98,10 @@ def write_report(run_dir: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, merged by step and in order of steps.
+    """The lines of a metrics.jsonl, merged by step and sorted by step.
 
-    A resumed stage writes some steps twice: the later value of a key counts. A torn line (the process was
-    killed while writing) is skipped, and so is a line without a step.
+    If a resumed stage has written a step twice, the later value of a key counts. Incomplete lines, which a killed
+    process leaves, and lines without a step are skipped.
     """
     if not path.is_file():
         return []
@@ -111,7 +117,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """The base model, the recipe's stages in their order, then other folders with a manifest."""
+    """Kind by name of the base model, the recipe's stages in their order, then other folders with a manifest."""
     kinds = {BASE: BASE} if (run_dir / BASE / "manifest.json").is_file() else {}
     kinds |= {name: stage.get("kind", "") for name, stage in (recipe.get("stages") or {}).items()}
     for manifest in sorted(run_dir.glob("*/manifest.json")):
@@ -139,6 +145,8 @@ def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, A
     if results is None:
         return None
     settings = (recipe.get("stages") or {}).get(name, {})
+    if settings.get("reference"):
+        results.setdefault("reference", settings["reference"])  # results of earlier versions do not name it
     table = compare(results, resamples=settings.get("bootstrap", RESAMPLES), seed=recipe.get("seed") or 0)
     prompts = results.get("prompts") or []
     shown = prompts[: settings.get("samples", SAMPLES)]
@@ -156,7 +164,7 @@ def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, A
 
 
 def _verdict(evaluations: list[dict[str, Any]]) -> str:
-    """One line of key numbers: the last model against the baseline and against the model before it."""
+    """One line of key numbers: the last model compared with the baseline and with the model before it."""
     if not evaluations:
         return "No models have been compared in this run."
     last = evaluations[-1]
@@ -173,7 +181,7 @@ def _verdict(evaluations: list[dict[str, Any]]) -> str:
                 if (d["model"], d["against"]) == (model, against):
                     label = metric["label"][0].lower() + metric["label"][1:]
                     unsure = d["low"] is not None and d["low"] <= 0 <= d["high"]
-                    text = f"{label} {number(d['mean'], signed=True)} {interval(d)}".rstrip()
+                    text = f"{label} {mean(d, signed=True)} {interval(d)}".rstrip()
                     differences.append(text + (" (includes zero)" if unsure else ""))
         if differences:
             parts.append(f"{model} against {against}: {', '.join(differences)}")
@@ -189,6 +197,9 @@ def _notes(recipe: dict[str, Any], stages: list[dict], evaluations: list[dict]) 
             notes.append(f"The stage '{stage['name']}' has not been run.")
         elif stage["status"] != "finished":
             notes.append(f"The stage '{stage['name']}' is {stage['status']}; its metrics are the last ones logged.")
+        broken = [key for key, value in flat(stage["metrics"] or {}) if not _is_finite(value)]
+        if broken:
+            notes.append(f"The stage '{stage['name']}' has metrics that are not finite: {', '.join(broken)}.")
     if not any(stage["kind"] == "evaluate" for stage in stages):
         notes.append("The recipe has no evaluate stage, so no models are compared.")
     elif not evaluations:
@@ -199,7 +210,7 @@ def _notes(recipe: dict[str, Any], stages: list[dict], evaluations: list[dict]) 
 
 
 def _packages(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """Version of every package; several, with commas, where stages ran with different ones."""
+    """Version of every package; all versions, separated by commas, if stages ran with different ones."""
     versions: dict[str, list[str]] = {}
     for stage in stages:
         for name, version in (stage.pop("packages") or {}).items():
@@ -218,12 +229,16 @@ def _distinct(items: Any) -> list[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same content with None for NaN and infinity, which JSON has no words for."""
+    """The same content with `not finite` for NaN and infinity, which JSON cannot express."""
     if isinstance(value, dict):
         return {str(key): _finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if _is_finite(value) else NOT_FINITE
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -233,9 +248,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it or delete the stage.") from None
+        raise UserError(f"{path}: not valid JSON ({error}); restore the file, or delete the stage's folder.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} where an object is expected.")
+        raise UserError(
+            f"{path}: holds a JSON {type(content).__name__} instead of an object; restore the file, or delete the "
+            "stage's folder."
+        )
     return content
 
 

@@ -1,19 +1,24 @@
-"""Metrics against hand arithmetic and closed forms."""
+"""Metrics against hand arithmetic."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from align.eval.metrics import (
-    bootstrap_interval,
-    paired_bootstrap_difference,
-    pairwise_accuracy,
-    standard_error,
-)
+from align.config.evaluation import F1Metric, Metric
+from align.config.rewards import ExactReward, FunctionReward, LengthReward, MathReward
+from align.data import PromptRow
+from align.errors import UserError
+from align.eval.metrics import best_f1, build_metric, measure, ordered_pairs, require_scorable
+from align.eval.task import MetricResult
+from align.reward.components import Samples
+from align.reward.process import FunctionProcess
 from align.reward.text import token_f1
+from align.rollout.base import Completion
 
 
 @pytest.mark.parametrize(
@@ -36,72 +41,94 @@ def test_token_f1(prediction: str, reference: str, expected: float) -> None:
     assert token_f1(reference, prediction) == pytest.approx(expected, abs=1e-12)
 
 
-def test_pairwise_accuracy_counts_ties_half() -> None:
-    assert pairwise_accuracy([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]) == pytest.approx(2.5 / 4)
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("a new list", 0.5),  # 1 shared of 1 predicted and 3 expected words: 2 / 4
+        (["a new list", "list"], 1.0),
+        (4, 0.0),
+        (None, None),
+        (math.nan, None),
+        ("  ", None),
+        ([], None),
+    ],
+)
+def test_f1_is_that_of_the_best_reference(cell: Any, expected: float | None) -> None:
+    assert best_f1("list", cell) == expected
 
 
-def test_standard_error_by_hand() -> None:
-    # Deviations -3, -1, 1, 3: variance 20/3, divided by 4.
-    assert standard_error([1, 3, 5, 7]) == pytest.approx(math.sqrt(20 / 3 / 4))
-    assert math.isnan(standard_error([1.0]))
+@pytest.mark.parametrize("cell", [4, 4.0, "4"])
+def test_a_reference_that_is_a_number_counts_as_text(cell: Any) -> None:
+    assert best_f1("It is 4.", cell) == 0.5  # 1 shared of 3 predicted words and 1 expected: 2 / 4
 
 
-def test_interval_agrees_with_the_normal_one() -> None:
-    values = np.random.default_rng(1).normal(2.0, 3.0, size=400)
-    mean, low, high = bootstrap_interval(values, resamples=20_000, seed=3)
-    half = 1.959964 * values.std(ddof=1) / math.sqrt(values.size)
-    assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - half, abs=0.05 * half)
-    assert high == pytest.approx(mean + half, abs=0.05 * half)
+def test_ordered_pairs_count_ties_half_and_keep_unknown_ones_unknown() -> None:
+    values = ordered_pairs([1.0, 2.0, 3.0, math.nan, math.inf], [0.0, 2.0, 4.0, 0.0, 0.0])
+    assert values[:3] == [1.0, 0.5, 0.0]
+    assert all(math.isnan(value) for value in values[3:])
 
 
-def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(5)
-    covered = 0
-    for seed in range(400):
-        interval = bootstrap_interval(generator.normal(size=60), resamples=400, seed=seed, level=0.9)
-        covered += interval.low <= 0.0 <= interval.high
-    # 360 expected, standard deviation 6; the percentile interval of 60 values is a little narrow.
-    assert 335 <= covered <= 378
+class Words:
+    """A tokenizer whose ids are places in a list of texts."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self.texts[ids[0]]
 
 
-def test_two_values_have_three_equally_spaced_means() -> None:
-    # Resamples of (0, 1) have the mean 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_interval([0.0, 1.0], resamples=4000, level=0.4)[1:] == (0.5, 0.5)
-    assert bootstrap_interval([0.0, 1.0], resamples=4000, level=0.6)[1:] == (0.0, 1.0)
+def samples(texts: list[str], rows: list[dict[str, Any]]) -> Samples:
+    prompts = [PromptRow((1,), [{"role": "user", "content": "?"}], None, row) for row in rows]
+    completions = [Completion([1], [i] * (i + 1), [0.0] * (i + 1), True, 0) for i in range(len(texts))]
+    return Samples(prompts, completions, Words(texts))  # type: ignore[arg-type]
 
 
-def test_interval_is_reproducible_and_depends_on_the_seed() -> None:
-    values = list(range(30))
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
-    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
+@pytest.fixture
+def process() -> Iterator[FunctionProcess]:
+    functions = FunctionProcess()
+    yield functions
+    functions.close()
 
 
-def test_chunks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = list(range(30))
-    whole = bootstrap_interval(values, resamples=100, seed=1)
-    monkeypatch.setattr("align.eval.metrics.INDICES_AT_A_TIME", 7 * 30)
-    assert bootstrap_interval(values, resamples=100, seed=1) == whole
+def result_of(metric: Metric, found: Samples, process: FunctionProcess) -> MetricResult:
+    component = build_metric(metric, process, found.tokenizer)
+    return measure(metric, component, found, resamples=100, seed=0)[0]
 
 
-def test_pairing_removes_what_the_prompts_share() -> None:
-    hard = np.random.default_rng(2).normal(scale=100.0, size=50)
-    assert paired_bootstrap_difference(hard + 1.0, hard) == pytest.approx((1.0, 1.0, 1.0))
+def test_a_completion_without_a_final_answer_counts_as_wrong_and_is_counted(process: FunctionProcess) -> None:
+    texts = ["so #### 72", "so #### 71", "I do not know", "#### 1,000"]
+    rows = [{"answer": "#### 72"}, {"answer": "#### 72"}, {"answer": "#### 72"}, {"answer": 1000}]
+    result = result_of(MathReward(kind="math", format="hash"), samples(texts, rows), process)
+    assert result.values == [1.0, 0.0, 0.0, 1.0]
+    assert (result.mean, result.n, result.unscored, result.unanswered) == (0.5, 4, 0, 1)
+    # Sample variance of (1, 0, 0, 1) is 1/3, so the standard error is sqrt(1/12).
+    assert result.standard_error == pytest.approx(math.sqrt(1 / 12))
 
 
-def test_a_single_value_has_no_interval() -> None:
-    mean, low, high = bootstrap_interval([2.0])
-    assert mean == 2.0
-    assert math.isnan(low)
-    assert math.isnan(high)
+def test_rows_without_the_compared_column_are_not_scored(process: FunctionProcess) -> None:
+    found = samples(["a b", "a b", "a b"], [{"reference": "a c"}, {"reference": None}, {"reference": "a b"}])
+    result = result_of(F1Metric(kind="f1"), found, process)
+    assert result.values == [0.5, None, 1.0]
+    assert (result.mean, result.n, result.unscored) == (0.75, 2, 1)
 
 
-@pytest.mark.parametrize("bad", [[], [[1.0]], [1.0, math.nan]])
-def test_what_is_not_a_list_of_numbers_is_refused(bad: list) -> None:
-    with pytest.raises(ValueError, match=r"need a non-empty|not finite"):
-        bootstrap_interval(bad)
+def test_length_counts_the_tokens_of_the_completion(process: FunctionProcess) -> None:
+    found = samples(["x"] * 4, [{}] * 4)  # lengths 1, 2, 3, 4
+    result = result_of(LengthReward(kind="length", max_tokens=2, buffer=1), found, process)
+    assert result.values == [1.0, 1.0, 0.5, 0.0]
 
 
-def test_unpaired_lists_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 and 3"):
-        paired_bootstrap_difference([1, 2], [1, 2, 3])
+def test_a_function_that_fails_on_a_completion_leaves_it_unscored(process: FunctionProcess, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompt, completion, row):\n    return 1 / len(completion)\n")
+    metric = FunctionReward(kind="function", path=f"{file}:score", batched=False)
+    result = result_of(metric, samples(["ab", "", "abcd"], [{}] * 3), process)
+    assert result.values == [0.5, None, 0.25]
+    assert (result.mean, result.n, result.unscored) == (0.375, 2, 1)
+
+
+def test_a_column_that_is_empty_in_every_row_is_refused() -> None:
+    found = samples([], [{"question": "?", "answer": None}, {"question": "?"}])
+    with pytest.raises(UserError, match="the column 'answer', which is empty in every row; the rows have question"):
+        require_scorable("sums", [ExactReward(kind="exact")], found)

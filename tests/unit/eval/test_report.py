@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.eval.report import plots
 from align.eval.report.formatting import duration, number
 from align.eval.report.plots import stage_plots
 from align.eval.report.write import build_report, read_metrics, write_report
+from align.run.charts import CHARTS
 
 ATTACK = "<script>alert('x')</script> <img src=x onerror=alert(1)> ``` | \x00"
 STAGES = {"sft": "sft", "rm": "reward_model", "dpo": "dpo", "ppo": "ppo", "evaluate": "evaluate"}
@@ -66,7 +69,7 @@ def run(tmp_path: Path) -> Path:
     )
     write_stage(folder, "rm", "reward_model", [{"step": s, "accuracy": 0.8} for s in steps])
     write_stage(folder, "dpo", "dpo", [{"step": s, "rewards/margins": s / 9, "loss": 0.6} for s in steps])
-    times = {"time/generate": 2.0, "time/update": 1.0, "time/odd": 0.1}
+    times = {"time/generate": 2.0, "time/score": 0.5, "time/update": 1.0, "time/reward/rm": 0.4}
     ppo = [{"step": s, "score_mean": s / 9, "score_std": 1.0, "kl": 0.1, **times} for s in steps]
     write_stage(folder, "ppo", "ppo", ppo)
     write_stage(folder, "evaluate", "evaluate", [])
@@ -74,6 +77,7 @@ def run(tmp_path: Path) -> Path:
         "base": {"scores": [0.0, 1.0, 2.0, 3.0], "f1": [0.1, 0.2, 0.3, 0.4]},
         "sft": {"scores": [1.0, 2.0, 3.0, 4.0], "f1": [0.4, 0.3, 0.2, 0.1]},
         "ppo": {
+            "kl": [1.0, math.nan, 2.0, 3.0],
             "scores": [0.0, 1.5, 2.5, None],
             "preference": {"accuracy": 0.75, "n": 40},
             "eos": [True] * 4,
@@ -82,8 +86,30 @@ def run(tmp_path: Path) -> Path:
     prompts = [{"prompt": "why?", "reference": "because", "completions": {"base": ATTACK, "sft": "", "ppo": "so"}}]
     results = {"models": models, "baseline": "base", "prompts": prompts}
     results["reward_model_accuracy"] = {"accuracy": 0.9, "n": 30}
+    results["reference"] = "sft"
+    results["tasks"] = {"sums": task({"base": [0.0, 0.0, 1.0, 0.0], "ppo": [1.0, 0.0, 1.0, None]})}
     write_json(folder / "evaluate" / "results.json", results)
     return folder
+
+
+def task(values: dict[str, list[float | None]]) -> dict[str, Any]:
+    """A task with one metric `math`, as results.json holds it."""
+
+    def result(scores: list[float | None]) -> dict[str, Any]:
+        known = [score for score in scores if score is not None]
+        math_metric = {
+            "values": scores,
+            "mean": sum(known) / len(known),
+            "standard_error": 0.25,
+            "n": len(known),
+            "unscored": len(scores) - len(known),
+            "not_finite": 0,
+            "unanswered": 1,
+        }
+        return {"n": len(scores), "truncated": 2, "mean_length": 17.5, "metrics": {"math": math_metric}}
+
+    models = {name: result(scores) for name, scores in values.items()}
+    return {"temperature": 0.0, "max_new_tokens": 256, "models": models, "prompts": []}
 
 
 def metric(report: dict, key: str) -> dict:
@@ -105,6 +131,48 @@ def test_means_and_paired_differences_by_hand(run: Path) -> None:
     assert metric(report, "preference")["models"]["ppo"]["mean"] == 0.75
     assert metric(report, "preference")["models"]["ppo"]["low"] is None
     assert report["total_seconds"] == 150.0
+
+
+def test_values_that_are_not_finite_have_no_mean_and_are_named(run: Path) -> None:
+    report = build_report(run)
+    kl = metric(report, "kl")
+    assert kl["label"] == "KL to sft (nats per completion)"
+    assert (kl["models"]["ppo"]["mean"], kl["models"]["ppo"]["not_finite"]) == (None, 1)
+    assert report["stages"][0]["metrics"]["broken"] == "not finite"
+    notes = [
+        "KL to sft (nats per completion): 1 of 4 values of ppo are not finite, so it has no mean.",
+        "The stage 'sft' has metrics that are not finite: broken.",
+    ]
+    assert set(notes) <= set(report["notes"])
+    for path in write_report(run)[1:]:
+        text = path.read_text().replace("&#x27;", "'")
+        assert text.count("not finite") >= 4  # the cell, the metric of the stage, both notes
+        for note in notes:
+            assert note in text
+
+
+def test_a_broken_value_is_not_a_better_model(run: Path) -> None:
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    results["models"]["ppo"]["scores"][0] = math.inf
+    write_json(run / "evaluate" / "results.json", results)
+    report = build_report(run)
+    difference = next(d for d in metric(report, "scores")["differences"] if d["model"] == "ppo")
+    assert (difference["mean"], difference["not_finite"]) == (None, 1)
+    assert "reward-model score not finite" in report["verdict"]
+
+
+def test_tasks_are_columns_and_have_their_counts(run: Path) -> None:
+    report = build_report(run)
+    column = metric(report, "task/sums/math")
+    assert column["label"] == "sums: math"
+    assert column["models"]["base"]["mean"] == 0.25
+    assert (column["models"]["ppo"]["mean"], column["models"]["ppo"]["unscored"]) == (pytest.approx(2 / 3), 1)
+    (difference,) = column["differences"]  # over the three prompts that both have: (1 - 0, 0 - 0, 1 - 1)
+    assert (difference["mean"], difference["n"]) == (pytest.approx(1 / 3), 3)
+    markdown, page = (path.read_text() for path in write_report(run)[1:])
+    assert "| sums | ppo | math | 0.667 | 0.250 | 3 | 1 | 1 | 2 | 17.50 |" in markdown
+    assert "greedy decoding, at most 256 new tokens" in markdown
+    assert "greedy decoding, at most 256 new tokens" in page
 
 
 def test_reading_changes_nothing_and_is_reproducible(run: Path) -> None:
@@ -190,12 +258,39 @@ def test_plots_are_deterministic_and_scale(run: Path) -> None:
     rows = read_metrics(run / "ppo" / "metrics.jsonl")
     first, second = stage_plots("ppo", rows, "a"), stage_plots("ppo", rows, "a")
     assert first == second
+    assert "KL of the policy to the reference (nats per completion)" in [plot.title for plot in first]
     assert [plot.title for plot in first][-1] == "Time per round (s)"
+    # The time of a reward is a part of the phase `score` and must not be stacked on top of it.
+    assert ">score</text>" in first[-1].svg
+    assert "reward" not in first[-1].svg
     for plot in first:
         head = plot.svg[: plot.svg.index(">")]
         assert "viewBox" in head
         assert "width" not in head
         assert "<text" in plot.svg
+
+
+def test_a_curve_with_values_that_are_not_finite_says_so() -> None:
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf}]
+    (plot,) = stage_plots("sft", rows, "a")
+    assert plot.caption == "not finite, not drawn: 2 values"
+
+
+def test_legends_stay_within_the_figure() -> None:
+    keys = {key for chart in CHARTS["ppo"] for key, _ in chart.all_series} | {f"time/{phase}" for phase in plots.PHASES}
+    rows = [{"step": step, **dict.fromkeys(keys, step)} for step in range(3)]
+    drawn = [plots._times(rows), *(plots._curves(chart, rows) for chart in CHARTS["ppo"])]
+    legends = 0
+    for figure, _ in filter(None, drawn):
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        if (legend := axes.get_legend()) is not None:
+            legends += 1
+            box = legend.get_window_extent()
+            assert figure.bbox.x0 <= box.x0
+            assert box.x1 <= figure.bbox.x1
+            assert box.y1 <= figure.bbox.y1
+    assert legends >= 5
 
 
 def test_a_run_without_evaluation_says_so(run: Path) -> None:
@@ -263,16 +358,24 @@ def test_errors_name_the_file(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         build_report(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         build_report(tmp_path / "empty")
     (run / "sft" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"sft/manifest\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"sft/manifest\.json: not valid JSON"):
         build_report(run)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (12345, "12,345"), (-0.12345, "−0.123"), (3.14159, "3.14"), (2.5e-6, "2.5e-06"), (None, "–")],
+    [
+        (0, "0"),
+        (12345, "12,345"),
+        (-0.12345, "−0.123"),
+        (3.14159, "3.14"),
+        (2.5e-6, "2.5e-06"),
+        (None, "–"),
+        (math.nan, "not finite"),
+    ],
 )
 def test_numbers(value: Any, text: str) -> None:
     assert number(value) == text

@@ -1,0 +1,71 @@
+"""Read and tokenise what an evaluate stage measures on: prompts, preference pairs, tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.config.parts import Data, Source
+from align.config.stages import EvaluateStage
+from align.data import PromptRow, prepare_prompts
+from align.data.prepare import DataReport, prepare_dpo_pairs
+from align.eval.metrics import require_scorable
+from align.eval.task import Task, resolve
+from align.reward.components import Samples
+from align.run.context import StageContext
+
+Pairs = list[dict[str, list[int]]]
+"""Rows with prompt_ids, chosen_ids and rejected_ids."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The rows of an evaluate stage.
+
+    prompts: prompts of the comparison; may be empty.
+    pairs: held-out preference pairs; may be empty.
+    tasks: each task with its prompts.
+    report: counts of the rows of `prompts`, and below `tasks` of each task.
+    """
+
+    prompts: list[PromptRow]
+    pairs: Pairs
+    tasks: list[tuple[Task, list[PromptRow]]]
+    report: dict[str, Any]
+
+
+def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> EvaluationData:
+    """Read all rows. Raise `UserError` if a task's metric finds its column in no row."""
+    rollout = stage.rollout
+
+    def read(sources: Sequence[Source], max_new_tokens: int) -> tuple[list[PromptRow], DataReport]:
+        return prepare_prompts(
+            sources,
+            tokenizer,
+            max_prompt_length=rollout.max_model_length - max_new_tokens,
+            seed=context.seed,
+            stage_dirs=context.stage_dirs,
+        )
+
+    prompts: list[PromptRow] = []
+    report: dict[str, Any] = {}
+    if stage.prompts:
+        prompts, counts = read(stage.prompts, rollout.max_new_tokens)
+        report = counts.to_dict()
+        context.say(f"  data: {counts.summary()}")
+    tasks = []
+    for settings in stage.tasks:
+        task = resolve(settings, rollout)
+        rows, counts = read(task.prompts, task.max_new_tokens)
+        require_scorable(task.name, task.metrics, Samples(rows, [], tokenizer))
+        tasks.append((task, rows))
+        report.setdefault("tasks", {})[task.name] = counts.to_dict()
+        context.say(f"  task {task.name}: {counts.summary()}")
+    pairs: Pairs = []
+    if stage.preferences:
+        data = Data(train=stage.preferences, max_length=rollout.max_model_length)
+        pairs = list(prepare_dpo_pairs(data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs).train)
+    return EvaluationData(prompts, pairs, tasks, report)
