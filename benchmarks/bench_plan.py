@@ -255,7 +255,7 @@ def live_tensor_bytes() -> int:
 
 def longest_row(recipe: Recipe, folder: Path) -> int:
     """Tokens of the longest row, which then is the stage's limit."""
-    from align.data import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
+    from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
     from align.train.checkpoint import load_tokenizer
     from align.train.trl import row_lengths
 

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.parts import Data, Source
 from align.config.stages import EvaluateStage
-from align.data import PromptRow, prepare_prompts
-from align.data.prepare import DataReport, prepare_dpo_pairs
+from align.data.prepare import DataReport, PromptRow, prepare_dpo_pairs, prepare_prompts
 from align.eval.metrics import require_scorable
 from align.eval.task import Task, resolve
 from align.reward.components import Samples

@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from align.config.rollout import Rollout
-from align.data import PromptRow, stop_token_ids
+from align.data.chat import stop_token_ids
+from align.data.prepare import PromptRow
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings

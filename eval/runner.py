@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.evaluation import Metric
 from align.config.stages import EvaluateStage
-from align.data import PromptRow
+from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.eval.data import EvaluationData
 from align.eval.held_out import Accuracy, HeldOutResult

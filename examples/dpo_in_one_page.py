@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from align.config.parts import Data, FileSource
-from align.data import prepare_dpo_pairs
+from align.data.prepare import prepare_dpo_pairs
 from align.losses.logprobs import token_logprobs
 from align.losses.preference import dpo_loss
 from align.train.checkpoint import load_policy, load_tokenizer

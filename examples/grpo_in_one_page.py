@@ -19,8 +19,9 @@ from torch import Tensor
 
 from align.config.parts import FileSource
 from align.config.rollout import Rollout
-from align.data import prepare_prompts, stop_token_ids
+from align.data.chat import stop_token_ids
 from align.data.experience import Experience, build_experience
+from align.data.prepare import prepare_prompts
 from align.losses.advantages import grpo
 from align.losses.kl import kl_loss
 from align.losses.ppo import policy_loss

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.presets import PRESETS
-from align.data import corpus, train_tokenizer
 from align.data.chat import set_system_prompt
+from align.data.tokenizer import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.family import family_of
 from align.models.hot_start import convert_hot_start

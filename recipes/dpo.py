@@ -8,7 +8,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from align.config.stages import DpoStage
-from align.data import prepare_dpo_pairs
+from align.data.prepare import prepare_dpo_pairs
 from align.losses.preference import preference_loss, sft_loss
 from align.models.lora.adapters import AnyModel, one_adapter
 from align.run.context import StageContext, StageResult

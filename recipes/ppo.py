@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from align.config.ppo import PpoStage
-from align.data import prepare_prompts, stop_token_ids
+from align.data.chat import stop_token_ids
+from align.data.prepare import prepare_prompts
 from align.losses.kl import adapted_kl_coef
 from align.parallel.sharding import world
 from align.reward.mixture import Scorer

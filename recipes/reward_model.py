@@ -6,7 +6,7 @@ import torch
 from trl import RewardConfig, RewardTrainer
 
 from align.config.stages import RewardModelStage
-from align.data import prepare_reward_pairs
+from align.data.prepare import prepare_reward_pairs
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_scorer, load_tokenizer
 from align.train.fit import train_and_save

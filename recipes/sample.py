@@ -12,7 +12,8 @@ from contextlib import closing
 from transformers import PreTrainedTokenizerBase
 
 from align.config.stages import SampleStage
-from align.data import PromptRow, prepare_prompts, stop_token_ids
+from align.data.chat import stop_token_ids
+from align.data.prepare import PromptRow, prepare_prompts
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
 from align.rollout.base import RolloutEngine, SamplingSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trl import SFTConfig, SFTTrainer
 
 from align.config.stages import SftStage
-from align.data import prepare_sft
+from align.data.prepare import prepare_sft
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save

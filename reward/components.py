@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from align.config import rewards as config
-from align.data import PromptRow
 from align.data.chat import tokenizer_fingerprint
+from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
 from align.reward.process import FunctionProcess, Scored, UserFunction

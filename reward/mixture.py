@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config import rewards as config
-from align.data import PromptRow
 from align.data.chat import tokenizer_fingerprint
 from align.data.experience import Experience
+from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.reward.components import Samples, build_component, require_columns, require_finite
 from align.reward.model import ModelScorer

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from align.config.parallel import Parallel
-from align.data import encode_prompt, stop_token_ids
-from align.data.chat import encode_answer
+from align.data.chat import encode_answer, encode_prompt, stop_token_ids
 from align.data.experience import Experience, build_experience
 from align.errors import UserError
 from align.models.forward import sequence_scores

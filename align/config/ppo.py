@@ -230,6 +230,16 @@ class PpoStage(StageWithParent):
                 f"overlap samples while the trainer computes, which rollout.engine {self.rollout.engine} cannot; set "
                 "overlap to false, or use remote engines"
             )
+        if self.overlap and self.importance.correction == "none":
+            raise ValueError(
+                "overlap trains on completions of an earlier policy, which importance.correction none leaves "
+                "uncorrected; set importance.correction to truncate or mask, or overlap to false"
+            )
+        if self.overlap and self.old_logprobs == "rollout" and self.dual_clip is None:
+            raise ValueError(
+                "overlap with old_logprobs rollout leaves the probability ratio of a negative advantage unbounded; "
+                "set dual_clip, for example to 3.0, or old_logprobs to trainer"
+            )
         if self.old_logprobs == "rollout" and self.importance != Importance():
             raise ValueError(
                 "importance corrects the sampler's log-probabilities to the trainer's, which old_logprobs rollout does "

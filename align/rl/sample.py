@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from align.config.ppo import PpoStage
-from align.data import PromptRow
+from align.data.prepare import PromptRow
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 
 

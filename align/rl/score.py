@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
-from align.data import PromptRow
 from align.data.experience import Experience, build_experience
+from align.data.prepare import PromptRow
 from align.reward.mixture import Scorer
 from align.reward.shaping import overlong_shaping
 from align.rl.complete import Metrics, known

@@ -119,3 +119,18 @@ def test_a_missing_reward_function_of_a_task_is_named(tmp_path: Path) -> None:
 def test_unknown_stage_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"stages\.dpo\.init_from names 'sfft'"):
         load_recipe("tiny", ["stages.dpo.init_from=sfft"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"importance": {"correction": "mask"}},
+        {"old_logprobs": "rollout", "dual_clip": 3.0},
+    ],
+)
+def test_overlap_is_accepted_with_a_correction_or_a_bound(settings: dict) -> None:
+    rollout = {"engine": "remote", "start_servers": 1}
+    stage = {"kind": "ppo", "prompts": ROWS, "rewards": REWARDS[1:], "overlap": True, "rollout": rollout, **settings}
+    values = {"name": "t", "model": {"kind": "pretrained", "path": "./model"}, "stages": {"ppo": stage}}
+    assert Recipe.model_validate(values).stages["ppo"].trains

@@ -11,7 +11,7 @@ import pytest
 
 from align.config.evaluation import F1Metric, Metric
 from align.config.rewards import ExactReward, FunctionReward, LengthReward, MathReward
-from align.data import PromptRow
+from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.eval.metrics import best_f1, build_metric, measure, ordered_pairs, require_scorable
 from align.eval.task import MetricResult

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from align.config.parallel import Parallel
 from align.config.ppo import PpoStage
-from align.data import train_tokenizer
 from align.data.experience import Experience
+from align.data.tokenizer import train_tokenizer
 from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.parallel import micro_batches as passes

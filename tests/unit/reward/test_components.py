@@ -10,7 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from align.config import rewards as config
-from align.data import PromptRow, train_tokenizer
+from align.data.prepare import PromptRow
+from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.reward.components import Samples, build_component, has_column, require_columns
 from align.reward.functions import reference_f1

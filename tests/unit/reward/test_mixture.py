@@ -19,8 +19,10 @@ from transformers import AutoModelForSequenceClassification
 
 from align.config.parts import Data, FileSource
 from align.config.rewards import ModelReward, Rewards
-from align.data import PromptRow, encode_prompt, prepare_reward_pairs, stop_token_ids, train_tokenizer
+from align.data.chat import encode_prompt, stop_token_ids
 from align.data.experience import Experience, build_experience
+from align.data.prepare import PromptRow, prepare_reward_pairs
+from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.reward import remote

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
-from align.data import PromptRow
+from align.data.prepare import PromptRow
 from align.models.hunyuan.modeling import TokenHead
 from align.models.packing import Packing
 from align.rl.complete import look_back

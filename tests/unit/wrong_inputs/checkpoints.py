@@ -7,7 +7,7 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.data import train_tokenizer
+from align.data.tokenizer import train_tokenizer
 
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, wrong
 

@@ -21,7 +21,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from align import cli
-from align.data import prepare_chat_template, train_tokenizer
+from align.data.chat import prepare_chat_template
+from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 

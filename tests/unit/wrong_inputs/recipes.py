@@ -335,3 +335,16 @@ def _(here: Here) -> str:
 @wrong("replay-of-no-pass", "Replay of a pass that is left out")
 def _(here: Here) -> str:
     return optimise(here, old_logprobs="rollout", routing_replay="trainer")
+
+
+OVERLAPPED = {"overlap": True, "rollout": {"engine": "remote", "start_servers": 1}}
+
+
+@wrong("overlap-without-correction", "Completions of an earlier policy without a correction")
+def _(here: Here) -> str:
+    return optimise(here, **OVERLAPPED, importance={"correction": "none"})
+
+
+@wrong("overlap-without-bound", "Completions of an earlier policy without a bound on the ratio")
+def _(here: Here) -> str:
+    return optimise(here, **OVERLAPPED, old_logprobs="rollout")

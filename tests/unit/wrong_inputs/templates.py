@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from align.data import DEFAULT_TEMPLATE, check_template
+from align.data.chat import DEFAULT_TEMPLATE, check_template
 
 from .here import Here, wrong
 
