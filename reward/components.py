@@ -116,9 +116,9 @@ def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[Prom
             if not has_column(reward, row):
                 found = {key for key, value in columns(row).items() if not is_missing(value)}
                 raise UserError(
-                    f"reward '{reward.label}': a row has nothing in the column '{compared_column(reward)}', but only "
-                    f"in {', '.join(sorted(found))}; correct the reward's `column`, or rename with the source's "
-                    "`columns`."
+                    f"reward '{reward.label}': a row has no value in the column '{compared_column(reward)}', only in "
+                    f"{', '.join(sorted(found))}. Set the reward's `column` to one of these, or rename a column with "
+                    "the source's `columns`."
                 )
 
 
@@ -127,7 +127,7 @@ def require_finite(source: str, scores: Sequence[float | None], samples: Samples
     for index, score in enumerate(scores):
         if score is None or not math.isfinite(score):
             text = samples.texts[index][:60]
-            raise UserError(f"{source}: no finite score for completion {index} ({text!r}); {fix}.")
+            raise UserError(f"{source}: no finite score for completion {index} ({text!r}). {fix}.")
 
 
 # --- one component for each kind -----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _verifier(reward: config.RewardBase) -> Component:
 
 
 def _regex(reward: config.RegexReward, process: FunctionProcess) -> Component:
-    """A pattern is a user's program too: some backtrack for ever, so it runs in the process that can be ended."""
+    """Search in the process of users' functions, which has a time limit: some patterns backtrack for ever."""
     function = UserFunction(reward.label, "", "regex_row", batched=False, timeout_s=reward.timeout_s)
     process.load(function)
 
@@ -192,7 +192,7 @@ def _remote(reward: config.RemoteReward, tokenizer: PreTrainedTokenizerBase) -> 
             chunk = slice(start, start + reward.batch_size)
             scores += client.score({name: values[chunk] for name, values in request.items()})
         if reward.failure_score is None:
-            fix = "mend the server, or give the reward a failure_score"
+            fix = "Fix the server, or set the reward's failure_score"
             require_finite(f"reward server {reward.url}", scores, samples, fix)
         return Scored(scores, "the server sent no finite number")
 

@@ -21,7 +21,7 @@ def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str
     references = [[spellings(value)[0] for value in accepted_values(row.get(REFERENCE))] for row in rows]
     if not all(references):
         raise UserError(
-            "reward function 'reference_f1': a row has no text in the column `reference`; add the column, or use "
+            "reward function 'reference_f1': a row has no value in the column 'reference'. Add the column, or use "
             "another reward."
         )
     pairs = zip(completions, references, strict=True)
@@ -39,6 +39,7 @@ def find_reward_function(path: str) -> tuple[str, str]:
     if not colon or not Path(file).is_file():
         known = ", ".join(BUILT_IN)
         raise UserError(
-            f"reward function '{path}': write it as file.py:function with an existing file, or one of: {known}."
+            f"reward function '{path}': it does not name a function in an existing file. Set `path` to "
+            f"file.py:function, or to one of: {known}."
         )
     return file, name

@@ -1,9 +1,9 @@
-r"""Final answers of mathematical problems: where they stand in a text, and whether two are the same.
+r"""Final answers of mathematical problems: extract them from a text, and compare two of them.
 
-Numbers are compared as exact fractions, so that `1,234.50`, `$1234.5` and `\frac{2469}{2}` are one number; units are
-ignored. What is not a number is compared as text, LaTeX's spacing commands left out: `4\pi i` equals `4 \pi i`, but
-nothing here knows that it equals `4i\pi`. Every step is linear in the text's length, and no text makes a number of
-more than some hundred digits, since a policy may write anything.
+Numbers are compared as exact fractions, so `1,234.50`, `$1234.5` and `\frac{2469}{2}` are equal; units are ignored.
+Anything else is compared as text without LaTeX's spacing commands: `4\pi i` equals `4 \pi i`, but not `4i\pi`.
+A policy may write anything, so every step is linear in the text's length, and numbers are limited to some hundred
+digits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Literal
 AnswerFormat = Literal["any", "boxed", "hash"]
 
 LONGEST = 200
-"""Characters of an answer that are looked at; more are no final answer."""
+"""Maximum length of an answer in characters; a longer text is not a final answer."""
 LARGEST_EXPONENT = 100
+"""Largest power of ten in a number; a number with a larger one is compared as text."""
 TOLERANCE = Fraction(1, 10**6)
-"""Relative difference up to which a decimal is a fraction without end: 0.3333333 is 1/3, 0.33 is not."""
+"""Relative difference up to which a decimal equals a fraction with infinitely many decimals: 0.3333333 equals 1/3,
+0.33 does not."""
 
 _BOXES = ("\\boxed{", "\\fbox{")
 _PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*[:=])(?:\s*:)?|(?m:^)(?-i:A):|答案(?:是|为|:)", re.IGNORECASE)
@@ -33,10 +35,10 @@ _PLAIN = {0xFF01 + i: chr(0x21 + i) for i in range(94)} | {
 
 
 def final_answer(text: str, format: AnswerFormat = "any") -> str | None:
-    r"""The answer that a completion ends with; None where there is none.
+    r"""The final answer of a completion, or None if it has none.
 
-    boxed: content of the last \boxed{}; hash: what follows the last ####; any: whichever of these or of the phrases
-    "the answer is", "Answer:", "A:" comes last, and without any of them the last number.
+    format: boxed takes the content of the last \boxed{}, hash the text after the last ####. any takes the last of these
+    and of the phrases "the answer is", "Answer:" and "A:"; without any of them, it takes the last number.
     """
     text = plain_characters(text)
     found = [_boxed(text)] if format != "hash" else []
@@ -53,7 +55,7 @@ def final_answer(text: str, format: AnswerFormat = "any") -> str | None:
 
 
 def same_answer(answer: str, expected: str) -> bool:
-    """True where both are the same number, or else the same text."""
+    """True if both are the same number or, if one of them is not a number, the same text."""
     ours, theirs = to_numbers(answer), to_numbers(expected)
     if ours and theirs:
         return any(_close(a, b) for a in ours for b in theirs)
@@ -61,21 +63,22 @@ def same_answer(answer: str, expected: str) -> bool:
 
 
 def expected_answer(column: str) -> str:
-    """The bare answer of a row's column, which may be a worked solution that ends with `####` or a box."""
+    """The answer in a data column, which may be a worked solution that ends with `####` or a box."""
     text = plain_characters(column)
     found = [place for place in (_boxed(text), _after_hashes(text, strict=True)) if place is not None]
     return max(found)[1] if found else text.strip()
 
 
-# --- where it stands -----------------------------------------------------------------------------------------
+# --- extraction -----------------------------------------------------------------------------------------
 
 
 def plain_characters(text: str) -> str:
-    """Full-width digits and signs, Unicode's minus, fractions and superscripts in their plain form."""
+    """Replace full-width characters and Unicode's minus, fractions and superscripts by plain ones."""
     return text.translate(_PLAIN)
 
 
 def _boxed(text: str) -> tuple[int, str] | None:
+    """(position, content) of the last box."""
     start, opening = max((text.rfind(box), box) for box in _BOXES)
     if start < 0:
         return None
@@ -88,7 +91,10 @@ def _boxed(text: str) -> tuple[int, str] | None:
 
 
 def _after_hashes(text: str, *, strict: bool) -> tuple[int, str] | None:
-    """strict: whatever the line holds; else a number, or the text's last line, since #### also marks a heading."""
+    """(position, answer) after the last ####.
+
+    strict: take the line in any case. Otherwise #### may mark a heading, so the line must be a number or the last one.
+    """
     start = text.rfind("####")
     if start < 0:
         return None
@@ -99,8 +105,9 @@ def _after_hashes(text: str, *, strict: bool) -> tuple[int, str] | None:
 
 
 def _after_phrase(text: str) -> tuple[int, str] | None:
+    """(position, answer) after the last phrase that introduces an answer."""
     last = None
-    for last in _PHRASE.finditer(text):  # noqa: B007 (the last one is of interest)
+    for last in _PHRASE.finditer(text):  # noqa: B007 (only the last match is used)
         pass
     if last is None:
         return None
@@ -109,7 +116,7 @@ def _after_phrase(text: str) -> tuple[int, str] | None:
 
 
 def _first_answer(line: str) -> str:
-    """A line as a whole where it is a number or has none, else the number in it that is the result."""
+    """The whole line if it is a number or contains none; otherwise the number in it that is the result."""
     line = line.replace("\\$", "$")
     if to_numbers(line):
         return line
@@ -124,7 +131,7 @@ def _is_latex(text: str) -> bool:
     return "\\" in text
 
 
-# --- what it is ----------------------------------------------------------------------------------------------
+# --- comparison ----------------------------------------------------------------------------------------------
 
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}")
@@ -142,7 +149,7 @@ _NUMBER = re.compile(
     re.DOTALL,
 )
 _MIXED = re.compile(r"(\d{1,20})\s+(\d{1,20}/\d{1,20})")
-# A word of two letters or more, one of the one-letter units, signs, or any Chinese characters: not x, i or \pi.
+# A word of two or more letters, a one-letter unit, a sign, or Chinese characters; but not x, i or \pi.
 _UNIT = re.compile(
     r"\\?%|\^?\{?(?:\\circ|°)\}?[CF]?"
     r"|(?!(?:pi|sqrt|log|ln|sin|cos|tan|or|and|to)(?![a-z]))(?:[A-Za-z]{2,}|[mgshlLKNJWVA])"
@@ -152,7 +159,7 @@ _UNIT = re.compile(
 
 
 def canonical(text: str) -> str:
-    """An answer without what does not change its meaning: spaces, dollar signs, LaTeX's layout, `x=`, a last stop."""
+    """Canonical form of an answer: without spaces, dollar signs, LaTeX's layout commands, `x=` and a final stop."""
     text = plain_characters(text[:LONGEST]).strip()
     if mixed := _MIXED.fullmatch(text.strip("$ ")):
         whole, fraction = mixed.groups()
@@ -169,7 +176,7 @@ def canonical(text: str) -> str:
 
 
 def to_numbers(text: str) -> list[Fraction]:
-    """What a text may mean as a number: nothing, one value, or two where a percent sign leaves it open."""
+    """Values that a text may have: none if it is not a number, two if it has a percent sign, otherwise one."""
     match = _NUMBER.fullmatch(canonical(text)) if len(text) <= LONGEST else None
     if match is None:
         return []
@@ -197,7 +204,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _close(ours: Fraction, theirs: Fraction) -> bool:
-    """Equal, or, where one of them has no end as a decimal (1/3), equal when rounded."""
+    """True if both are equal or, if one of them has infinitely many decimals (1/3), equal up to TOLERANCE."""
     if _is_decimal(ours) and _is_decimal(theirs):
         return ours == theirs
     return abs(ours - theirs) <= TOLERANCE * max(abs(ours), abs(theirs))

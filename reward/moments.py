@@ -1,4 +1,4 @@
-"""Mean and variance of all scores so far, for rewards of unlike scales."""
+"""Running mean and variance of scores, used to bring rewards of different scales to one scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations from the mean; in float64, exact in JSON."""
+    """Moments of a set of values, in float64; JSON stores them exactly.
+
+    count: number of values.
+    mean: their mean.
+    squares: sum of their squared deviations from the mean.
+    """
 
     count: int = 0
     mean: float = 0.0
@@ -23,7 +28,7 @@ class Moments:
         return Moments(len(values), mean, math.fsum((value - mean) ** 2 for value in values))
 
     def merged(self, other: Moments) -> Moments:
-        """The moments of both sets of values together (Chan, Golub and LeVeque 1979)."""
+        """Moments of the union of both sets (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -36,11 +41,11 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Of the population: divided by n."""
+        """Standard deviation of the population (divided by n)."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def normalised(self, value: float) -> float:
-        """Deviations from the mean in standard deviations; 0 while all values so far are equal."""
-        # Equal values may differ in their last bits, which a division would blow up to a score.
+        """(value - mean) / std; 0 while all values so far are equal."""
+        # Equal values may differ in their last bits, and a division by that std would turn rounding into scores.
         negligible = self.std <= 1e-9 * max(1.0, abs(self.mean))
         return 0.0 if negligible else (value - self.mean) / self.std

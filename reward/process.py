@@ -1,7 +1,7 @@
-"""Runs users' reward functions in a process of their own, which is ended when one hangs.
+"""Run users' reward functions in a separate process, which is killed when a function hangs.
 
-A thread cannot be stopped and a signal does not reach a loop in C, so only a process makes a timeout hold. It also
-keeps a function's crash, memory and threads away from the training.
+A thread cannot be stopped, and a signal does not interrupt a loop in C, so only a process can enforce a timeout. It
+also isolates the training from a function's crash, memory and threads.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from align.errors import UserError
-from align.reward.worker import MEND, Call, took_too_long
+from align.reward.worker import FIX, Call, took_too_long
 
 IMPORT_TIMEOUT_S = 600.0
-"""A user's file may load a model of its own."""
+"""Time limit of an import; a user's file may load a model."""
 GRACE_S = 5.0
-"""Seconds that the process has to say itself that an awaited call took too long, or to end."""
-MOST_RESTARTS = 3
+"""Seconds that the process has to report a timeout of an awaited call itself, or to exit."""
+MAX_RESTARTS = 3
 """Times in a call that a tolerant function may hang or crash."""
 
 
@@ -52,7 +52,11 @@ class UserFunction:
 
 @dataclass
 class Scored:
-    """One score a completion, None where there is none, and the reason for one of these."""
+    """Scores of some completions by one reward.
+
+    scores: one per completion; None for a completion that could not be scored.
+    problem: reason for one of the None, if it is known.
+    """
 
     scores: list[float | None]
     problem: str = ""
@@ -60,20 +64,25 @@ class Scored:
 
 @dataclass
 class _Outcome:
-    """What came of one call: scores by index, None for a problem; the last problem."""
+    """Outcome of one call.
+
+    scores: score of each completion by its index; None for a completion with a problem.
+    what, fix: the last problem, empty if there was none.
+    culprit: index of the completion that caused it, if known.
+    whole: the problem concerns the whole call.
+    ended: the process has ended or must be killed.
+    """
 
     scores: dict[int, float | None] = field(default_factory=dict)
     what: str = ""
-    mend: str = ""
+    fix: str = ""
     culprit: int | None = None
     whole: bool = False
-    """The problem was that of the whole call."""
     ended: bool = False
-    """The process has ended, or must be ended."""
 
 
 class FunctionProcess:
-    """One process for all functions of a run. It starts when it is needed, and again after it was ended."""
+    """One process for all functions of a run. It starts with the first call, and again after it was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -81,12 +90,12 @@ class FunctionProcess:
         self._finalizer: weakref.finalize | None = None
 
     def load(self, function: UserFunction) -> None:
-        """Import the file, so that what is wrong with it is known before anything else is loaded."""
+        """Import the function's file, so that a fault in it ends the run before anything else is loaded."""
         outcome = self._call(_to_call(function, IMPORT_TIMEOUT_S))
         if outcome.what:
             self.close()
             what = f"importing it {outcome.what}" if outcome.ended else outcome.what
-            raise UserError(f"{function.file}: {what}; {'mend the file' if outcome.ended else outcome.mend}.")
+            raise UserError(f"{function.file}: {what}. {_sentence('fix the file' if outcome.ended else outcome.fix)}")
 
     def score(
         self,
@@ -95,15 +104,15 @@ class FunctionProcess:
         completions: Sequence[str],
         rows: Sequence[dict[str, Any]],
     ) -> Scored:
-        """Finite scores, one a completion; None is among them only where the function is tolerant.
+        """Call the function; the result has a finite score per completion, or None if the function is tolerant.
 
-        Raises UserError with the function, the reason, and the completion where it is known.
+        Raises UserError with the function, the reason and, if it is known, the completion.
         """
         scored = Scored([None] * len(completions))
         waiting = list(range(len(completions)))
-        for restarts in range(MOST_RESTARTS + 1):
+        for restarts in range(MAX_RESTARTS + 1):
             if self._process is None:
-                self.load(function)  # an import's time is not the call's
+                self.load(function)  # the time limit of a call does not include the import
             picked = [[values[i] for i in waiting] for values in (prompts, completions, rows)]
             outcome = self._call(_to_call(function, function.timeout_s, *picked), patient=function.tolerant)
             for index, score in outcome.scores.items():
@@ -111,10 +120,10 @@ class FunctionProcess:
             scored.problem = outcome.what or scored.problem
             if not outcome.what or (function.tolerant and not outcome.whole and not outcome.ended):
                 return scored
-            if outcome.culprit is None or not function.tolerant or restarts == MOST_RESTARTS or outcome.whole:
-                self.close()  # replies to this call may still come
+            if outcome.culprit is None or not function.tolerant or restarts == MAX_RESTARTS or outcome.whole:
+                self.close()  # otherwise late replies to this call would be read as replies to the next one
                 where = "" if outcome.culprit is None else _place(waiting[outcome.culprit], completions)
-                raise UserError(f"reward function '{function.label}' {outcome.what}{where}; {outcome.mend}.")
+                raise UserError(f"reward function '{function.label}' {outcome.what}{where}. {_sentence(outcome.fix)}")
             self.close()
             waiting = [row for i, row in enumerate(waiting) if i not in outcome.scores and i != outcome.culprit]
             if not waiting:
@@ -122,7 +131,7 @@ class FunctionProcess:
         raise AssertionError("the last restart returns or raises")
 
     def close(self) -> None:
-        """End the process and what it has started."""
+        """Kill the process and the processes that it has started."""
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._connection = self._finalizer = None
@@ -131,7 +140,7 @@ class FunctionProcess:
         ours, theirs = multiprocessing.Pipe()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "PYTHONUNBUFFERED": "1",  # what the function prints is seen at once
+            "PYTHONUNBUFFERED": "1",  # shows the function's prints at once
         }
         with theirs:
             self._process = subprocess.Popen(
@@ -139,16 +148,16 @@ class FunctionProcess:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=environment,
-                start_new_session=True,  # so that what the function has started can be ended with it
+                start_new_session=True,  # a process group, so that its children can be killed with it
             )
         self._connection = ours
         self._finalizer = weakref.finalize(self, _end, self._process, ours, os.getpid())
         return ours
 
     def _call(self, call: Call, patient: bool = False) -> _Outcome:
-        """Collect the replies to a call until it is over: to the first problem, or, if patient, to the last reply.
+        """Send a call and collect its replies, until the first problem or, if `patient`, until the last reply.
 
-        Called in turn, each completion has the time that is allowed.
+        With `batched` false, the time limit holds for each completion.
         """
         outcome = _Outcome()
         connection = self._connection or self._start()
@@ -158,14 +167,14 @@ class FunctionProcess:
             deadline = time.monotonic() + call.timeout_s
             while True:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
-                    if not outcome.whole:  # else only the search for the culprit took too long
-                        outcome.what, outcome.mend = took_too_long(call.timeout_s).args
+                    if not outcome.whole:  # otherwise only the search for the culprit took too long
+                        outcome.what, outcome.fix = took_too_long(call.timeout_s).args
                     break
                 match connection.recv():
                     case ("score", index, score):
                         outcome.scores[index] = score
-                    case ("problem", index, what, mend):
-                        outcome.what, outcome.mend, outcome.culprit = what, mend, index
+                    case ("problem", index, what, fix):
+                        outcome.what, outcome.fix, outcome.culprit = what, fix, index
                         outcome.whole = outcome.whole or index is None
                         if index is not None:
                             outcome.scores[index] = None
@@ -178,10 +187,10 @@ class FunctionProcess:
                 if not call.batched:
                     deadline = time.monotonic() + call.timeout_s + (GRACE_S if awaiting else 0.0)
         except (EOFError, OSError):
-            outcome.what, outcome.mend = f"ended its process ({self._exit_status()})", MEND
+            outcome.what, outcome.fix = f"ended its process ({self._exit_status()})", FIX
         outcome.ended, outcome.culprit = True, None
         if not call.batched and not awaiting and call.completions:
-            # They are scored in turn: the first without an answer is the one that hangs or crashes.
+            # Completions are scored in order, so the first one without a reply hangs or crashes.
             outcome.culprit = next((i for i in range(len(call.completions)) if i not in outcome.scores), None)
         return outcome
 
@@ -195,7 +204,7 @@ class FunctionProcess:
 
 
 def _end(process: subprocess.Popen, connection: Connection, owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the owner that comes to its end
+    if os.getpid() != owner:  # called when a fork of the owner exits
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -203,9 +212,13 @@ def _end(process: subprocess.Popen, connection: Connection, owner: int) -> None:
     connection.close()
 
 
-def _to_call(function: UserFunction, timeout_s: float, *asked: list[Any]) -> Call:
+def _to_call(function: UserFunction, timeout_s: float, *arguments: list[Any]) -> Call:
     file = os.path.abspath(function.file) if function.file else ""
-    return Call(file, function.name, function.batched, timeout_s, *asked)
+    return Call(file, function.name, function.batched, timeout_s, *arguments)
+
+
+def _sentence(fix: str) -> str:
+    return f"{fix[:1].upper()}{fix[1:]}."
 
 
 def _place(index: int, completions: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""`align serve-reward`: a reward model behind HTTP."""
+"""`align serve-reward`: serve a reward model over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from align.data.chat import tokenizer_fingerprint
 from align.reward.model import ModelScorer
-from align.reward.server import BadRequest, Question, RewardServer
+from align.reward.server import BadRequest, PromptCompletion, RewardServer
 from align.train.checkpoint import checkpoint_folder
 from align.train.quiet import quieten
 
@@ -24,10 +24,10 @@ def serve_reward(
     micro_batch_tokens: int = 4096,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Answer until SIGINT or SIGTERM. Port 0 is any free one; the line that is said first has the address."""
+    """Serve until SIGINT or SIGTERM. Port 0 selects a free port; the first line of output has the address."""
     quieten()
     with build_server(checkpoint, host=host, port=port, dtype=dtype, micro_batch_tokens=micro_batch_tokens) as server:
-        say(f"{checkpoint}: scores at {server.url} (POST /score, GET /health)")
+        say(f"serving {checkpoint} at {server.url} (POST /score, GET /health)")
 
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
@@ -41,14 +41,14 @@ def serve_reward(
 def build_server(
     checkpoint: Path, *, host: str = "127.0.0.1", port: int = 0, dtype: str, micro_batch_tokens: int
 ) -> RewardServer:
-    """The server of a reward model's checkpoint, listening but not yet answering."""
+    """Server of a reward model's checkpoint; it listens, and responds after `serve_forever` is called."""
     scorer = ModelScorer(checkpoint_folder(checkpoint), dtype, micro_batch_tokens)
     one_at_a_time = threading.Lock()
 
-    def scoring(questions: list[Question]) -> list[float]:
-        if not questions:
+    def score(items: list[PromptCompletion]) -> list[float]:
+        if not items:
             return []
-        ids = [_token_ids(scorer, question) for question in questions]
+        ids = [_token_ids(scorer, item) for item in items]
         batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
         if int(batch.lengths.max()) > scorer.max_length:
             raise BadRequest(f"a completion has more than {scorer.max_length} tokens with its prompt")
@@ -56,14 +56,15 @@ def build_server(
             return scorer(batch).tolist()
 
     about = {"checkpoint": str(checkpoint), "tokenizer": tokenizer_fingerprint(scorer.tokenizer)}
-    return RewardServer(host, port, scoring, about)
+    return RewardServer(host, port, score, about)
 
 
-def _token_ids(scorer: ModelScorer, question: Question) -> tuple[list[int], list[int]]:
-    if isinstance(question.completion, str):
-        return scorer.encode(question.prompt, question.completion, question.finished)  # type: ignore[arg-type]
-    prompt: list[int] = question.prompt  # type: ignore[assignment]
+def _token_ids(scorer: ModelScorer, item: PromptCompletion) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and completion; raises BadRequest for ids outside the vocabulary."""
+    if isinstance(item.completion, str):
+        return scorer.encode(item.prompt, item.completion, item.finished)  # type: ignore[arg-type]
+    prompt: list[int] = item.prompt  # type: ignore[assignment]
     vocabulary = scorer.model.config.vocab_size
-    if not all(0 <= token < vocabulary for token in prompt + question.completion):
+    if not all(0 <= token < vocabulary for token in prompt + item.completion):
         raise BadRequest(f"token ids must be from 0 to {vocabulary - 1}")
-    return prompt, question.completion
+    return prompt, item.completion

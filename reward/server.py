@@ -1,4 +1,4 @@
-"""A small HTTP server for scores, on the standard library; the protocol is in docs/rewards.md."""
+"""A small HTTP server for scores, built on the standard library; docs/rewards.md has the protocol."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import Any
 
 from align.errors import UserError
 
-LARGEST_REQUEST = 64 * 2**20
+MAX_REQUEST_BYTES = 64 * 2**20
 IDLE_TIMEOUT_S = 120
-"""Seconds after which a client that sends nothing is hung up on."""
+"""Seconds after which the connection of a client that sends nothing is closed."""
 
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Question:
-    """One completion to score: token ids of both sides, or a conversation and a text.
+class PromptCompletion:
+    """One completion to score, as token ids or as text.
 
-    finished: the completion ended by itself; False where it was cut and so has no end of turn.
+    prompt: token ids, or the messages of a conversation.
+    completion: token ids if the prompt is token ids, otherwise a text.
+    finished: False if the completion was truncated and so has no end of turn.
     """
 
     prompt: Messages | list[int]
@@ -34,16 +36,17 @@ class Question:
 
 
 class BadRequest(Exception):
-    """The client's fault; the message is sent back."""
+    """A fault of the client; the response has the message."""
 
 
-Scoring = Callable[[list[Question]], Sequence[float]]
+Scoring = Callable[[list[PromptCompletion]], Sequence[float]]
+"""f(items) -> one score per item."""
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Answers POST /score with the scores of `scoring` and GET /health with `about`.
+    """Serves the scores of `scoring` at POST /score and the description `about` at GET /health.
 
-    Each request has a thread; `scoring` must keep them apart where it has to. Port 0 is any free one.
+    Each request runs in its own thread, so `scoring` must be thread-safe. Port 0 selects a free port.
     """
 
     daemon_threads = True
@@ -54,12 +57,10 @@ class RewardServer(ThreadingHTTPServer):
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(
-                f"{host}:{port}: cannot listen there ({reason}); choose another --port or --host."
-            ) from error
+            raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from error
 
     def server_bind(self) -> None:
-        """Without the base class's look-up of the host's full name, which waits where name servers do not answer."""
+        """Bind without the base class's look-up of the host's full name, which hangs if name servers do not respond."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -68,7 +69,7 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{self.server_name}:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no event."""
+        """Print errors, except those of a client that closes its connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -80,41 +81,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._answer(200, {"status": "ok", **self.server.about})
+            self._respond(200, {"status": "ok", **self.server.about})
         else:
-            self._answer(404, {"error": "there are GET /health and POST /score"})
+            self._respond(404, {"error": "this server has only GET /health and POST /score"})
 
     def do_POST(self) -> None:
         if self.path != "/score":
-            self.close_connection = True  # the body stays unread
-            self._answer(404, {"error": "there are GET /health and POST /score"})
+            self.close_connection = True  # the unread body would be taken for the next request
+            self._respond(404, {"error": "this server has only GET /health and POST /score"})
             return
         try:
-            questions = self._questions()
-            scores = [float(score) for score in self.server.scoring(questions)]
+            items = self._items()
+            scores = [float(score) for score in self.server.scoring(items)]
         except BadRequest as problem:
-            self._answer(400, {"error": str(problem)})
+            self._respond(400, {"error": str(problem)})
         except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
             traceback.print_exc()
-            self._answer(500, {"error": f"{type(error).__name__}: {error}"})
+            self._respond(500, {"error": f"{type(error).__name__}: {error}"})
         else:
-            # JSON has no NaN; null says the same.
-            self._answer(200, {"scores": [score if math.isfinite(score) else None for score in scores]})
+            # JSON has no NaN, so null stands for it.
+            self._respond(200, {"scores": [score if math.isfinite(score) else None for score in scores]})
 
-    def _questions(self) -> list[Question]:
+    def _items(self) -> list[PromptCompletion]:
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdecimal() or int(length) > LARGEST_REQUEST:
+        if not length.isascii() or not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
             self.close_connection = True
-            raise BadRequest(f"a request needs a Content-Length of at most {LARGEST_REQUEST} bytes")
+            raise BadRequest(f"a request needs a Content-Length of at most {MAX_REQUEST_BYTES} bytes")
         body = self.rfile.read(int(length))
         try:
-            return parse_questions(json.loads(body))
+            return parse_request(json.loads(body))
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"not valid JSON: {error}") from error
 
-    def _answer(self, status: int, value: dict[str, Any]) -> None:
+    def _respond(self, status: int, value: dict[str, Any]) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -123,11 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """No line for every request."""
+        """Print nothing: the base class prints a line per request."""
 
 
-def parse_questions(request: Any) -> list[Question]:
-    """The completions of a request, checked; raises BadRequest with the first thing that is wrong."""
+def parse_request(request: Any) -> list[PromptCompletion]:
+    """Check a request and return its completions; raises BadRequest with the first fault."""
     if not isinstance(request, dict):
         raise BadRequest("the request must be an object with prompts and completions")
     prompts, completions = request.get("prompts"), request.get("completions")
@@ -135,22 +136,22 @@ def parse_questions(request: Any) -> list[Question]:
         raise BadRequest("prompts and completions must be lists")
     finished = request.get("finished", [True] * len(completions))
     if not isinstance(finished, list) or not len(prompts) == len(completions) == len(finished):
-        raise BadRequest("prompts, completions and finished must be lists of one length")
-    return [_question(index, *parts) for index, parts in enumerate(zip(prompts, completions, finished, strict=True))]
+        raise BadRequest("prompts, completions and finished must be lists of the same length")
+    return [_item(index, *parts) for index, parts in enumerate(zip(prompts, completions, finished, strict=True))]
 
 
-def _question(index: int, prompt: Any, completion: Any, finished: Any) -> Question:
+def _item(index: int, prompt: Any, completion: Any, finished: Any) -> PromptCompletion:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(finished, bool):
         raise BadRequest(f"finished[{index}] must be true or false")
     if not isinstance(prompt, list) or not prompt:
-        raise BadRequest(f"prompts[{index}] must be a text, a list of messages or a list of token ids, and not empty")
+        raise BadRequest(f"prompts[{index}] must be a text, or a list of messages or token ids that is not empty")
     if isinstance(completion, list):
         if not all(isinstance(t, int) and not isinstance(t, bool) for t in prompt + completion):
-            raise BadRequest(f"prompts[{index}] and completions[{index}] must both be token ids, or neither")
+            raise BadRequest(f"prompts[{index}] and completions[{index}] must both be token ids, or both be texts")
     elif not isinstance(completion, str):
         raise BadRequest(f"completions[{index}] must be a text or a list of token ids")
     elif not all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in prompt):
         raise BadRequest(f"prompts[{index}]: each message must have the texts role and content")
-    return Question(prompt, completion, finished)
+    return PromptCompletion(prompt, completion, finished)

@@ -1,4 +1,4 @@
-"""Terms that are added to a completion's score for its form.
+"""Terms added to the score of a completion for its length.
 
 Shapes: B sequences.
 """
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def overlong_shaping(lengths_B: Tensor, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
-    """A soft limit to the length, [B] in [-penalty, 0] (Yu et al. 2025, DAPO, eq. 13).
+    """Soft penalty for long completions, [B] in [-penalty, 0] (Yu et al. 2025, DAPO, eq. 13).
 
         0                                             length <= max_new_tokens - buffer
         -penalty * (length - (max - buffer)) / buffer    within the last `buffer` tokens
         -penalty                                      from max_new_tokens on
 
-    lengths: tokens of each completion. The last token before the limit already costs nearly all of the penalty, so
-    that a completion learns to end before it is cut.
+    lengths_B: tokens of each completion. The penalty is nearly complete before the limit, so completions learn to end
+    before they are truncated.
     """
     if buffer < 1:
         raise ValueError("the buffer must have at least one token")

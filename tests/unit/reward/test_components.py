@@ -100,7 +100,7 @@ def test_an_empty_cell_is_missing(empty: float | None) -> None:
     exact = section(kind="exact")
     assert [has_column(exact, row) for row in prompts] == [True, False]
     assert has_column(section(kind="length", max_tokens=3), prompts[1])
-    with pytest.raises(UserError, match="'exact': a row has nothing in the column 'answer', but only in id; "):
+    with pytest.raises(UserError, match="'exact': a row has no value in the column 'answer', only in id\\. "):
         require_columns([exact], prompts)
     assert accepted_values(empty) == []
 
@@ -109,9 +109,9 @@ def test_f1_needs_its_column_before_the_first_round() -> None:
     f1 = section(kind="function", path="reference_f1")
     row = PromptRow((1,), [{"role": "user", "content": "q"}], "from the pair", {"prompt": "q"})
     require_columns([f1], [row])
-    with pytest.raises(UserError, match="'reference_f1': a row has nothing in the column 'reference'"):
+    with pytest.raises(UserError, match="'reference_f1': a row has no value in the column 'reference'"):
         require_columns([f1], [PromptRow(row.ids, row.messages, None, row.row)])
-    with pytest.raises(UserError, match="a row has no text in the column `reference`"):
+    with pytest.raises(UserError, match="a row has no value in the column 'reference'"):
         reference_f1(["q"], ["a"], [{"reference": []}])
 
 

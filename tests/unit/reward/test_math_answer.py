@@ -1,4 +1,4 @@
-"""Final answers: where they stand and which are equal. Every expectation was written by hand."""
+"""Extraction and comparison of final answers. Every expectation was written by hand."""
 
 from __future__ import annotations
 

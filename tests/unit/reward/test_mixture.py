@@ -218,7 +218,7 @@ def test_a_pattern_that_backtracks_for_ever_is_ended(scorer, tokenizer, asked) -
 
 def test_a_missing_column_is_a_users_error(scorer, asked) -> None:
     with pytest.raises(
-        UserError, match="'math': a row has nothing in the column 'solution', but only in answer, prompt, "
+        UserError, match="'math': a row has no value in the column 'solution', only in answer, prompt, "
     ):
         scorer({"kind": "math", "column": "solution"}, prompts=asked[1])
     scorer({"kind": "math", "column": "reference"}, prompts=asked[1])
@@ -265,9 +265,9 @@ def test_a_server_that_is_down_at_the_start_or_goes_down_later(scorer, model, as
     server.shutdown()
     thread.join()
     server.server_close()
-    with pytest.raises(UserError, match=r"no answer .Connection refused. in 3 tries"):
+    with pytest.raises(UserError, match=r"no response .Connection refused. in 3 tries"):
         one.score(*asked)  # a failure_score is for single completions, not for a server that is gone
-    with pytest.raises(UserError, match=r"no answer .Connection refused. in 3 tries"):
+    with pytest.raises(UserError, match=r"no response .Connection refused. in 3 tries"):
         scorer(reward)
 
 
@@ -298,7 +298,7 @@ def test_nan_of_a_reward_model_names_the_completion(scorer, model, asked, monkey
 def test_nan_of_a_server_names_the_completion_or_has_a_score(scorer, server, asked, monkeypatch) -> None:
     monkeypatch.setattr(remote.RewardClient, "score", lambda self, r: [1.0, None, 2.0, 3.0])
     reward = {"kind": "remote", "url": server.url}
-    with pytest.raises(UserError, match=r"no finite score for completion 1 .'It is 8, I think.'.; mend the server"):
+    with pytest.raises(UserError, match=r"no finite score for completion 1 .'It is 8, I think.'.\. Fix the server"):
         scorer(reward).score(*asked)
     scores, metrics = scorer({**reward, "failure_score": -1.0}).score(*asked)
     assert scores.tolist() == [1.0, -1.0, 2.0, 3.0]

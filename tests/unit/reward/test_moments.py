@@ -10,7 +10,7 @@ import pytest
 from align.reward.moments import Moments
 
 
-def test_moments_of_parts_are_those_of_the_whole() -> None:
+def test_merged_moments_equal_those_of_all_values() -> None:
     generator = np.random.default_rng(0)
     for trial in range(200):
         sizes = generator.integers(0, 40, size=6)
@@ -47,7 +47,7 @@ def test_one_score_and_none() -> None:
     assert Moments.of([]) == Moments()
 
 
-def test_json_keeps_every_bit() -> None:
+def test_json_stores_moments_exactly() -> None:
     moments = Moments.of([0.1, 1 / 3, 2e-9])
     kept = json.loads(json.dumps([moments.count, moments.mean, moments.squares]))
     assert Moments(*kept) == moments

@@ -1,4 +1,4 @@
-"""Users' functions in a process of their own: what they may do wrong, and that nothing they do lasts."""
+"""Users' functions run in a separate process: every fault is reported, and none of them outlasts the call."""
 
 from __future__ import annotations
 
@@ -161,29 +161,29 @@ def refusal(functions: FunctionProcess, function: UserFunction) -> str:
 @pytest.mark.parametrize(
     ("name", "batched"), [("batched", True), ("single", False), ("batched_async", True), ("single_async", False)]
 )
-def test_all_four_sorts_of_function(functions, name: str, batched: bool) -> None:
+def test_all_four_kinds_of_function(functions, name: str, batched: bool) -> None:
     assert score(functions, mine(name, batched)) == [10.0, 21.0, 32.0, 43.0]
 
 
-def test_functions_share_one_process_which_is_not_ours(functions) -> None:
+def test_functions_share_one_separate_process(functions) -> None:
     first, second = score(functions, mine("process_id")), score(functions, mine("process_id"))
     assert first == second
     assert first[0] != os.getpid()
 
 
-def test_awaited_calls_run_at_the_same_time(functions) -> None:
+def test_awaited_calls_run_concurrently(functions) -> None:
     score(functions, mine("single", batched=False))
     start = time.perf_counter()
     score(functions, mine("single_async", batched=False))  # each sleeps for 0.2 s
     assert time.perf_counter() - start < 0.6
 
 
-def test_whatever_becomes_a_float_is_a_number(functions) -> None:
+def test_every_value_that_converts_to_a_float_is_a_score(functions) -> None:
     assert score(functions, mine("numbers")) == [1.0, 2.0, 3.0, 0.5]
     assert score(functions, mine("array")) == [1.0] * 4
 
 
-def test_what_it_prints_passes_through(functions, folder: Path) -> None:
+def test_prints_of_a_function_appear(functions, folder: Path) -> None:
     program = (
         "from align.reward.process import *\n"
         "function = UserFunction('f', 'mine.py', 'prints', True, 30.0)\n"
@@ -196,14 +196,14 @@ def test_what_it_prints_passes_through(functions, folder: Path) -> None:
 def test_an_exception_names_the_function_the_completion_and_the_line(functions) -> None:
     line = MINE.splitlines().index("    return [1 / (len(c) - 3) for c in completions]") + 1
     said = f"raised ZeroDivisionError: division by zero (mine.py line {line}) for completion 2 ('ccc')"
-    assert refusal(functions, mine("raises")) == f"{said}; mend the function."
+    assert refusal(functions, mine("raises")) == f"{said}. Fix the function."
     assert "ValueError: too many" in refusal(functions, mine("raises_together"))
     assert "invalid literal" in (said := refusal(functions, mine("raises_single", batched=False)))
     assert "for completion 2 ('ccc')" in said
     assert "SystemExit: enough" in refusal(functions, mine("exits", batched=False))
 
 
-def test_the_line_is_one_of_the_users_file(functions) -> None:
+def test_the_line_is_in_the_users_file(functions) -> None:
     line = MINE.splitlines().index("    return json.loads(completion)") + 1
     said = refusal(functions, mine("raises_far_away", batched=False))
     assert said.startswith("raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py line ")
@@ -211,36 +211,36 @@ def test_the_line_is_one_of_the_users_file(functions) -> None:
 
 
 @pytest.mark.parametrize("name", ["hangs", "hangs_in_c"])
-def test_a_hang_is_ended(functions, name: str) -> None:
+def test_a_hanging_function_is_killed(functions, name: str) -> None:
     functions.load(mine(name))
     start = time.perf_counter()
     said = refusal(functions, mine(name, timeout_s=0.5))
-    assert said == "took longer than 0.5 s; mend the function, or raise its timeout_s."
+    assert said == "took longer than 0.5 s. Fix the function, or raise its timeout_s."
     assert time.perf_counter() - start < 2.0
 
 
 @pytest.mark.parametrize("name", ["hangs_single", "hangs_async"])
 def test_a_hang_names_the_completion(functions, name: str) -> None:
     said = refusal(functions, mine(name, batched=False, timeout_s=0.5))
-    assert said == "took longer than 0.5 s for completion 2 ('ccc'); mend the function, or raise its timeout_s."
+    assert said == "took longer than 0.5 s for completion 2 ('ccc'). Fix the function, or raise its timeout_s."
 
 
 def test_a_hang_among_awaited_calls_names_no_completion(functions, monkeypatch) -> None:
-    """Any of them may be the one that blocks the others, so that none can say that its time is over."""
+    """One call blocks the event loop, so no call can report its own timeout."""
     monkeypatch.setattr(process_module, "GRACE_S", 0.2)
     functions.load(mine("blocks_the_loop", batched=False))
     function = mine("blocks_the_loop", batched=False, timeout_s=0.5, tolerant=True)
-    assert refusal(functions, function) == "took longer than 0.5 s; mend the function, or raise its timeout_s."
+    assert refusal(functions, function) == "took longer than 0.5 s. Fix the function, or raise its timeout_s."
 
 
-def test_the_end_of_the_process_is_the_functions_fault(functions) -> None:
+def test_a_crash_of_the_process_is_the_functions_fault(functions) -> None:
     said = refusal(functions, mine("dies", batched=False))
-    assert said == "ended its process (exit status 3) for completion 2 ('ccc'); mend the function."
-    assert refusal(functions, mine("segfaults")) == "ended its process (signal SIGSEGV); mend the function."
-    assert score(functions, mine("single", batched=False))  # a new process goes on
+    assert said == "ended its process (exit status 3) for completion 2 ('ccc'). Fix the function."
+    assert refusal(functions, mine("segfaults")) == "ended its process (signal SIGSEGV). Fix the function."
+    assert score(functions, mine("single", batched=False))  # works in a new process
 
 
-def test_what_a_hanging_function_started_ends_with_it(functions, folder: Path) -> None:
+def test_children_of_a_hanging_function_are_killed(functions, folder: Path) -> None:
     refusal(functions, mine("leaves_a_child", timeout_s=1.0))
     child = int((folder / "child").read_text())
     assert gone(child)
@@ -250,19 +250,19 @@ def test_bad_numbers_name_the_completion(functions) -> None:
     assert refusal(functions, mine("text", batched=False)).startswith("returned '1.0' for completion 0 ('a')")
     assert "returned None for completion 2 ('ccc')" in refusal(functions, mine("nothing", batched=False))
     assert "returned inf for completion 2 ('ccc')" in refusal(functions, mine("infinite", batched=False))
-    assert "set `batched: false`" in refusal(functions, mine("total"))
+    assert "Set `batched: false`" in refusal(functions, mine("total"))
 
 
 @pytest.mark.parametrize(
     "name", ["raises_single", "exits", "nothing", "infinite", "hangs_single", "hangs_async", "dies"]
 )
-def test_a_tolerant_function_goes_without_one_score(functions, name: str) -> None:
+def test_a_tolerant_function_may_lack_one_score(functions, name: str) -> None:
     function = mine(name, batched=False, timeout_s=0.5 if "hangs" in name else 30.0, tolerant=True)
     assert score(functions, function) == [1.0, 1.0, None, 1.0]
 
 
-def test_tolerance_ends(functions) -> None:
-    """A whole call that fails has no scores to go on with, and a function that always hangs would hold up the run."""
+def test_tolerance_has_limits(functions) -> None:
+    """A failed call gives no scores at all, and a function that always hangs would delay the run without end."""
     assert "ZeroDivisionError" in refusal(functions, mine("raises", tolerant=True))
     assert score(functions, mine("never", batched=False, tolerant=True)) == [None] * 4
     always = UserFunction("mine.py:hangs_single", "mine.py", "hangs_single", False, 0.3, tolerant=True)
@@ -270,7 +270,7 @@ def test_tolerance_ends(functions) -> None:
         functions.score(always, ["p"] * 9, ["ccc"] * 9, [{}] * 9)
 
 
-def test_a_file_is_imported_with_patience_and_a_hang_in_it_ends_too(functions, tmp_path, monkeypatch) -> None:
+def test_an_import_has_its_own_time_limit(functions, tmp_path, monkeypatch) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text("import time; time.sleep(1)\ndef f(prompt, completion, row): return 1.0\n")
     quick = UserFunction("f", str(slow), "f", False, timeout_s=0.5)
@@ -278,16 +278,16 @@ def test_a_file_is_imported_with_patience_and_a_hang_in_it_ends_too(functions, t
     assert functions.score(quick, ["p"], ["c"], [{}]).scores == [1.0]  # importing took longer than timeout_s
     functions.close()
     monkeypatch.setattr(process_module, "IMPORT_TIMEOUT_S", 0.5)
-    with pytest.raises(UserError, match=r"slow.py: importing it took longer than 0.5 s; mend the file\."):
+    with pytest.raises(UserError, match=r"slow\.py: importing it took longer than 0\.5 s\. Fix the file\."):
         functions.load(quick)
 
 
-def test_a_function_of_other_arguments_is_refused_at_once(functions) -> None:
-    with pytest.raises(UserError, match=r"mine.py: 'two' does not take three arguments; write `def two\(prompt, "):
+def test_a_function_with_other_arguments_is_refused_on_loading(functions) -> None:
+    with pytest.raises(UserError, match=r"mine\.py: 'two' does not take three arguments\. Write `def two\(prompt, "):
         functions.load(mine("two", batched=False))
 
 
-def test_no_process_stays_behind_a_parent_that_was_killed(folder: Path) -> None:
+def test_the_process_ends_when_its_parent_is_killed(folder: Path) -> None:
     program = (
         "from align.reward.process import *\n"
         "functions = FunctionProcess()\n"
@@ -298,14 +298,14 @@ def test_no_process_stays_behind_a_parent_that_was_killed(folder: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
-    time.sleep(0.3)  # it is in the loop now
+    time.sleep(0.3)  # now the function is in its loop
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert gone(worker)
 
 
 def gone(process_id: int) -> bool:
-    """True once no such process runs; a zombie that nobody waits for does not run."""
+    """True as soon as the process does not run (or is a zombie)."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]

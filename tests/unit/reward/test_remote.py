@@ -1,4 +1,4 @@
-"""Client and server of the scoring protocol, and a server's every way to fail. Nothing may hang."""
+"""Client and server of the scoring protocol, and servers that fail in every way. Nothing may hang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from align.errors import UserError
 from align.reward import remote
 from align.reward.remote import RewardClient
-from align.reward.server import BadRequest, Question, RewardServer
+from align.reward.server import BadRequest, PromptCompletion, RewardServer
 
 REQUEST = {"prompts": ["p", "q"], "completions": ["a", "bb"], "finished": [True, False]}
 
@@ -26,7 +26,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(scoring: Callable[[list[Question]], list[float]]) -> Iterator[RewardServer]:
+def serving(scoring: Callable[[list[PromptCompletion]], list[float]]) -> Iterator[RewardServer]:
     with RewardServer("127.0.0.1", 0, scoring, {"tokenizer": "abc"}) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -38,8 +38,8 @@ def serving(scoring: Callable[[list[Question]], list[float]]) -> Iterator[Reward
 
 
 @contextmanager
-def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that reads a request's beginning and then does what it likes with the connection."""
+def raw_server(respond: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that reads the start of a request and then passes the connection to `respond`."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.05)
     over = threading.Event()
@@ -52,7 +52,7 @@ def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
                 continue
             with connection:
                 connection.recv(65536)
-                answer(connection)
+                respond(connection)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -77,23 +77,23 @@ def post(server: RewardServer, body: str, path: str = "/score", headers: dict | 
     return answer
 
 
-def test_questions_arrive_as_they_were_asked() -> None:
-    seen: list[Question] = []
+def test_completions_arrive_as_they_were_sent() -> None:
+    seen: list[PromptCompletion] = []
 
-    def scoring(questions: list[Question]) -> list[float]:
-        seen.extend(questions)
-        return [float(len(question.completion)) for question in questions]
+    def scoring(items: list[PromptCompletion]) -> list[float]:
+        seen.extend(items)
+        return [float(len(item.completion)) for item in items]
 
     with serving(scoring) as server:
-        asking = client(server.url)
-        assert asking.health() == {"status": "ok", "tokenizer": "abc"}
-        assert asking.score(REQUEST) == [1.0, 2.0]
-        assert asking.score({"prompts": [[1, 2]], "completions": [[3, 4, 5]]}) == [3.0]
-        assert asking.score({"prompts": [], "completions": []}) == []
+        sender = client(server.url)
+        assert sender.health() == {"status": "ok", "tokenizer": "abc"}
+        assert sender.score(REQUEST) == [1.0, 2.0]
+        assert sender.score({"prompts": [[1, 2]], "completions": [[3, 4, 5]]}) == [3.0]
+        assert sender.score({"prompts": [], "completions": []}) == []
     user = [{"role": "user", "content": "p"}]
-    assert seen[0] == Question(user, "a", finished=True)
+    assert seen[0] == PromptCompletion(user, "a", finished=True)
     assert seen[1].finished is False
-    assert seen[2] == Question([1, 2], [3, 4, 5], finished=True)
+    assert seen[2] == PromptCompletion([1, 2], [3, 4, 5], finished=True)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_questions_arrive_as_they_were_asked() -> None:
         ("[" * 100_000, "not valid JSON"),
         ("[]", "must be an object"),
         ("{}", "must be lists"),
-        ('{"prompts": ["p"], "completions": []}', "of one length"),
+        ('{"prompts": ["p"], "completions": []}', "of the same length"),
         ('{"prompts": ["p"], "completions": ["c"], "finished": [1]}', "finished[0]"),
         ('{"prompts": [[]], "completions": ["c"]}', "prompts[0]"),
         ('{"prompts": [[1]], "completions": ["c"]}', "prompts[0]"),
@@ -113,30 +113,30 @@ def test_questions_arrive_as_they_were_asked() -> None:
         ('{"prompts": ["p"], "completions": [null]}', "completions[0]"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(request_: str, said: str) -> None:
-    with serving(lambda questions: [0.0] * len(questions)) as server:
+def test_a_bad_request_gets_the_reason(request_: str, said: str) -> None:
+    with serving(lambda items: [0.0] * len(items)) as server:
         status, answer = post(server, request_)
         assert status == 400
         assert said in answer["error"]
-        assert post(server, json.dumps(REQUEST))[0] == 200  # and the server lives on
+        assert post(server, json.dumps(REQUEST))[0] == 200  # the server keeps working
 
 
 def test_other_paths_and_sizes_are_refused() -> None:
-    with serving(lambda questions: [0.0] * len(questions)) as server:
+    with serving(lambda items: [0.0] * len(items)) as server:
         assert post(server, "{}", path="/v1/score")[0] == 404
         assert post(server, "", headers={"Content-Length": "99999999999"})[0] == 400
 
 
 def test_a_port_in_use_is_a_users_error() -> None:
     with (
-        serving(lambda questions: []) as server,
-        pytest.raises(UserError, match=r"cannot listen there .*; choose another --port"),
+        serving(lambda items: []) as server,
+        pytest.raises(UserError, match=r"cannot listen there .*\. Pass another --port"),
     ):
-        RewardServer("127.0.0.1", server.server_port, lambda questions: [], {})
+        RewardServer("127.0.0.1", server.server_port, lambda items: [], {})
 
 
-def test_scores_that_are_no_numbers_are_missing() -> None:
-    with serving(lambda questions: [float("nan"), 1.5]) as server:
+def test_scores_that_are_not_finite_numbers_are_missing() -> None:
+    with serving(lambda items: [float("nan"), 1.5]) as server:
         assert client(server.url).score(REQUEST) == [None, 1.5]
     for scores in ("[NaN, 1.5]", "[null, 1.5]", '["1", 1.5]', "[true, 1.5]", f"[1{'0' * 400}, 1.5]"):
         with raw_server(lambda connection, body=scores: reply(connection, f'{{"scores": {body}}}')) as url:
@@ -148,37 +148,37 @@ def reply(connection: socket.socket, body: str, status: str = "200 OK") -> None:
     connection.sendall((head + body).encode())
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_no_server_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(UserError) as caught:
         client(f"http://127.0.0.1:{port}", retries=2).health()
     assert str(caught.value) == (
-        f"reward server http://127.0.0.1:{port}: no answer (Connection refused) in 3 tries and 0 s; start it "
-        "(`align serve-reward`), or correct the reward's `url`."
+        f"reward server http://127.0.0.1:{port}: no response (Connection refused) in 3 tries and 0 s. Start it with "
+        "`align serve-reward`, or set the reward's `url` to a running server."
     )
 
 
-def test_a_server_that_comes_back_is_asked_again() -> None:
+def test_a_request_is_retried_until_the_server_works() -> None:
     calls = []
 
-    def scoring(questions: list[Question]) -> list[float]:
+    def scoring(items: list[PromptCompletion]) -> list[float]:
         calls.append(1)
         if len(calls) < 3:
             raise RuntimeError("out of memory")
-        return [1.0] * len(questions)
+        return [1.0] * len(items)
 
     with serving(scoring) as server:
         assert client(server.url, retries=2).score(REQUEST) == [1.0, 1.0]
         calls.clear()
-        with pytest.raises(UserError, match=r"no answer \(status 500: RuntimeError: out of memory\) in 2 tries"):
+        with pytest.raises(UserError, match=r"no response \(status 500: RuntimeError: out of memory\) in 2 tries"):
             client(server.url, retries=1).score(REQUEST)
 
 
-def test_a_refusal_is_not_repeated() -> None:
+def test_a_refused_request_is_not_retried() -> None:
     calls = []
 
-    def scoring(questions: list[Question]) -> list[float]:
+    def scoring(items: list[PromptCompletion]) -> list[float]:
         calls.append(1)
         raise BadRequest("too long")
 
@@ -191,7 +191,7 @@ def test_a_refusal_is_not_repeated() -> None:
 
 
 def dribble(connection: socket.socket) -> None:
-    """A byte every tenth of a second, for ever: a socket's own timeout never ends this."""
+    """Send a byte every tenth of a second, which restarts a socket's own timeout each time."""
     try:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
         for _ in range(50):
@@ -212,7 +212,7 @@ def dribble_headers(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("answer", [lambda connection: time.sleep(1.5), dribble, dribble_headers])
-def test_a_request_has_an_end(answer) -> None:
+def test_a_request_ends_in_time(answer) -> None:
     with raw_server(answer) as url:
         start = time.perf_counter()
         with pytest.raises(UserError, match=r"within 0\.5 s"):
@@ -223,30 +223,30 @@ def test_a_request_has_an_end(answer) -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda c: None, "no answer .Remote end closed connection"),
-        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"), "not the whole answer"),
-        (lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n"), "no answer"),
+        (lambda c: None, "no response .Remote end closed connection"),
+        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"), "no complete response"),
+        (lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n"), "no response"),
         (lambda c: reply(c, "hello"), "no list of scores for 2 completions"),
         (lambda c: reply(c, '{"scores": [1.0]}'), "1 scores for 2 completions"),
         (lambda c: reply(c, '{"scores": 3}'), "no list of scores"),
         (lambda c: reply(c, "", "301 Moved"), "refused the request with status 301"),
-        (lambda c: reply(c, "busy", "503 Busy"), "no answer .status 503"),
+        (lambda c: reply(c, "busy", "503 Busy"), "no response .status 503"),
     ],
 )
-def test_answers_that_are_none(answer, said: str) -> None:
+def test_responses_without_scores(answer, said: str) -> None:
     with raw_server(answer) as url, pytest.raises(UserError, match=said):
         client(url).score(REQUEST)
 
 
-def test_a_server_without_health_is_one_that_says_nothing_of_itself() -> None:
+def test_a_server_without_health_has_an_empty_description() -> None:
     with raw_server(lambda c: reply(c, "{}", "404 Not Found")) as url:
         assert client(url).health() == {}
 
 
-def test_a_client_that_hangs_up_does_not_disturb_the_server(capfd) -> None:
-    with serving(lambda questions: [0.0] * len(questions)) as server:
-        for beginning in (b"", b"POST /score HTTP/1.1\r\nContent-Length: 50\r\n\r\n{", b"\x16\x03\x01\r\n\r\n"):
+def test_a_client_that_closes_its_connection_does_not_disturb_the_server(capfd) -> None:
+    with serving(lambda items: [0.0] * len(items)) as server:
+        for start in (b"", b"POST /score HTTP/1.1\r\nContent-Length: 50\r\n\r\n{", b"\x16\x03\x01\r\n\r\n"):
             with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
-                connection.sendall(beginning)
+                connection.sendall(start)
         assert client(server.url).score(REQUEST) == [0.0, 0.0]
     assert "Traceback" not in capfd.readouterr().err
