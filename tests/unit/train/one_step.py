@@ -63,15 +63,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def build(
-    kind: str,
-    model: Path,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    router: dict[str, float] | None = None,
-    **stage: Any,
-) -> Any:
-    """The trainer that the stage's `run` creates; `router` changes keys of the model's configuration."""
+def prepare(kind: str, model: Path, folder: Path, **stage: Any) -> tuple[Any, Recipe]:
+    """The stage's recipe module and a recipe with one stage called `stage`, on rows written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(kind)), encoding="utf-8")
@@ -86,11 +79,28 @@ def build(
         **stage,
     }
     recipe = {"name": "t", "model": {"kind": "pretrained", "path": str(model)}, "stages": {"stage": values}}
-    context = StageContext(Recipe.model_validate(recipe), "stage", folder / "run", say=lambda line: None)
-    made = []
-    module = KINDS[kind]
-    monkeypatch.setattr(module, "train_and_save", lambda trainer, *_: made.append(trainer))
-    module.run(context.recipe.stages["stage"], context)
+    return KINDS[kind], Recipe.model_validate(recipe)
+
+
+def run_stage(kind: str, model: Path, folder: Path, *, resume: bool = False, **stage: Any) -> None:
+    """Run the stage in folder/run."""
+    module, recipe = prepare(kind, model, folder, **stage)
+    context = StageContext(recipe, "stage", folder / "run", resume=resume, say=lambda line: None)
+    module.run(recipe.stages["stage"], context)
+
+
+def build(
+    kind: str,
+    model: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    router: dict[str, float] | None = None,
+    **stage: Any,
+) -> Any:
+    """The trainer that the stage's `run` creates; `router` changes keys of the model's configuration."""
+    made: list[Any] = []
+    monkeypatch.setattr(KINDS[kind], "train_and_save", lambda trainer, *_: made.append(trainer))
+    run_stage(kind, model, folder, **stage)
     (trainer,) = made
     for name, value in (router or {}).items():
         setattr(trainer.model.config, name, value)

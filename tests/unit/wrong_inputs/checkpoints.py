@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.data.tokenizer import train_tokenizer
+from align.train.finite import require_finite
 
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, wrong
 
@@ -82,6 +84,19 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights["model.norm.weight"][3:4].fill_(float("nan")))
     return here.run()
+
+
+@wrong("loss-not-finite", "Weights so large that the loss is not finite", varies=r"(?<=is )(inf|nan)")
+def _(here: Here) -> str:
+    here.change_weights(lambda weights: weights["model.norm.weight"].mul_(1e38))
+    return here.run()
+
+
+@wrong("weights-not-finite", "A trained model with weights that are not finite")
+def _(here: Here) -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data.fill_(float("inf"))
+    require_finite(layer, Path("run") / "sft")
 
 
 @wrong("index-names-missing-file", "An index that names a file that is not there")

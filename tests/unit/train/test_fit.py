@@ -1,0 +1,90 @@
+"""Training that ends early: non-finite values, a request to stop, and the checkpoints that are resumed from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from align.errors import UserError
+from align.run.interrupt import Stopped
+from align.train import fit
+from align.train.finite import require_finite
+from tests.unit.train.one_step import checkpoint, run_stage
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward_model", "dpo"])
+def test_a_model_that_overflows_is_not_trained(kind: str, model: Path, tmp_path: Path) -> None:
+    """Every weight is finite, but the final norm's weights are so large that the outputs are not."""
+    checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 1e38
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"stages\.stage: the (loss|gradient norm) is (nan|inf) at step 1; "):
+        run_stage(kind, tmp_path / "model", tmp_path)
+    assert not (tmp_path / "run" / "stage" / "model").exists()
+    assert not list((tmp_path / "run" / "stage" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_non_finite_value_ends_training(name: str, label: str, value: float) -> None:
+    stop, state = fit.StopEarly(SimpleNamespace(name="sft")), SimpleNamespace(global_step=7)
+    stop.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 1e30, "eval_loss": 2.0})
+    with pytest.raises(
+        UserError, match=f"the {label}.* is {value} at step 7; lower stages.sft.optimizer.learning_rate"
+    ):
+        stop.on_log(None, state, None, logs={"loss": 1.0, name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_model_with_non_finite_weights_is_not_saved(value: float, tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    require_finite(net, tmp_path / "sft")
+    net.weight.data[0, 1:] = value
+    with pytest.raises(UserError, match="sft: 2 weights are infinite or not a number"):
+        require_finite(net, tmp_path / "sft")
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "micro_batch_size": 2}
+    requests: Iterator[bool] = iter([False, True])
+    monkeypatch.setattr(fit, "should_stop", lambda: next(requests))
+    with pytest.raises(Stopped):
+        run_stage("sft", model, tmp_path, **settings)
+    folder = tmp_path / "run" / "stage"
+    assert [path.name for path in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (folder / "checkpoints" / "checkpoint-2" / fit.COMPLETE).is_file()
+    assert not (folder / "model").exists()
+    monkeypatch.setattr(fit, "should_stop", lambda: False)
+    run_stage("sft", model, tmp_path, resume=True, **settings)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [line["step"] for line in map(json.loads, lines) if "loss" in line] == [1, 2, 3, 4]
+    assert (folder / "model" / "config.json").is_file()
+
+
+def test_only_complete_numbered_checkpoints_count(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-best", "checkpoint-1-old"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-11":
+            (tmp_path / name / fit.COMPLETE).touch()
+    found = fit.last_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists()
+    assert (tmp_path / "checkpoint-best").exists()
