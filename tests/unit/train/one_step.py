@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from align.config.recipe import Recipe
-from align.data import train_tokenizer
+from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.recipes import dpo, pretrain, reward_model, sft
 from align.run.context import StageContext
