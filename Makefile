@@ -1,4 +1,4 @@
-# Each target makes its environment if it is missing and keeps it while the lock has not changed.
+# Each target creates its environment if it is missing, and again when the lock changes.
 PYTHON ?= python3.11
 VENV ?= .venv
 # Extra arguments for pip, e.g. the index that serves PyTorch's CPU wheels: PIP_ARGS="--extra-index-url ..."
@@ -9,23 +9,27 @@ TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test check bench bench-trl clean lock
+.PHONY: quickstart test test-fast check bench bench-trl clean lock
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
 
-# Test files are dealt out to this many processes of one thread each; small models gain nothing from more threads.
+# pytest-xdist workers, one thread each; small models gain nothing from more threads.
 JOBS ?= 2
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# Without vLLM engines and several ranks: a few minutes, for the inner loop.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not distributed and not engine"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# bench_ppo.py needs a second environment and two hours of its own.
+# bench_ppo.py needs a second environment and two hours; it runs under bench-trl.
 bench: $(STAMP)
 	@for script in $(filter-out benchmarks/bench_ppo.py,$(wildcard benchmarks/bench_*.py)); do \
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; done

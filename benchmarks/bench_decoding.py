@@ -1,6 +1,6 @@
-"""Decoding with one cache a cross-layer group against one a layer: tokens a second, and bytes that the caches hold.
+"""Decoding with one key/value cache per cross-layer group against one per layer: tokens per second and cache bytes.
 
-Same sizes and the same number of heads; without sharing, every layer has keys and values of its own.
+The models have the same sizes and numbers of heads; without sharing, every layer has its own keys and values.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def decode(model: HunYuanForCausalLM, cache, token: torch.Tensor) -> None:
     cache.crop(CONTEXT)
 
 
-def held(cache) -> int:
-    """Bytes of keys and values, counted on the tensors themselves."""
+def cached_bytes(cache) -> int:
+    """Bytes of the cached keys and values, counted on the tensors."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -52,7 +52,7 @@ def main() -> None:
         config = HunYuanConfig(**SIZES, use_cla=factor > 1, cla_share_factor=factor)
         model = HunYuanForCausalLM(config).eval()
         cache = filled_cache(model, ids)
-        caches[name] = held(cache)
+        caches[name] = cached_bytes(cache)
         formula[name] = bytes_per_token(config, bytes_per_value=4) * BATCH * CONTEXT
         assert caches[name] == formula[name]
         runs[name] = partial(decode, model, cache, ids[:, :1])

@@ -1,7 +1,7 @@
-"""ZeRO 3 with expert parallelism against ZeRO 3 that gathers a layer's experts as one unit ("leaf module").
+"""ZeRO-3 with expert parallelism against ZeRO-3 that gathers a layer's experts as one unit ("leaf module").
 
-Same stage, model, tokens and step; 2 and 4 processes over gloo. A rank's bytes are counted at torch's collectives, as
-what a ring (or an exchange of pairs) makes each rank send; memory is the resident peak above what the imports took.
+Same ZeRO stage, model, tokens and step; 2 and 4 processes over gloo. Bytes are counted at torch's collectives, as sent
+by each rank in a ring (or a pairwise exchange). Memory is the resident peak above that after the imports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIANTS = ("gathered", "spread")
 
 
 def count_bytes() -> dict[str, int]:
-    """Wrap torch's collectives; the dictionary returned grows by the bytes that this rank sends."""
+    """Wrap torch's collectives; return a dictionary that counts the bytes sent by this rank."""
     import torch.distributed as dist
 
     sent: dict[str, int] = {}

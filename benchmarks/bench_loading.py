@@ -1,7 +1,7 @@
 """Loading a sharded checkpoint in the published layout: peak resident memory and time.
 
-Targets: at most 1.15 times the model's bytes at the peak, at most 1.3 times the time it takes to read the files.
-Every measurement has a process of its own; the files are in the page cache for all of them.
+Targets: peak memory at most 1.15 times the model's bytes, time at most 1.3 times that of reading the files. Each
+measurement runs in a new process, with the files in the page cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import PeakMemory, in_a_process_of_its_own, write
+from harness import PeakMemory, in_new_process, write
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 
@@ -61,7 +61,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {"read": [], "load": []}
         for _ in range(ROUNDS):
             for kind, measured in found.items():
-                measured.append(in_a_process_of_its_own(kind, folder))
+                measured.append(in_new_process(kind, folder))
     times = {kind: sorted(m["seconds"] for m in measured)[ROUNDS // 2] for kind, measured in found.items()}
     peak = max(m["peak"] for m in found["load"])
     write(

@@ -1,6 +1,6 @@
 """The chunked loss head against the plain one: time, peak memory and values, at Hunyuan-Large's vocabulary.
 
-Targets: at most 10 % of the plain way's extra memory, at most 1.1 times its time, values equal to 1e-6 (relative).
+Targets: at most 10 % of the plain head's extra memory, at most 1.1 times its time, values equal to 1e-6 (relative).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from harness import PeakMemory, compare, in_a_process_of_its_own, medians, ratio, write
+from harness import PeakMemory, compare, in_new_process, medians, ratio, write
 
 from align.losses.linear_head import linear_cross_entropy, linear_logprobs
 
@@ -60,12 +60,12 @@ def step(way, tensors) -> float:
 
 
 def peak(name: str, chunked: int, frozen_head: bool) -> dict[str, float]:
-    """In a fresh process: extra resident memory of forward and backward, without the gradients that both leave."""
+    """Extra resident memory of forward and backward pass in a new process, without the gradients that both leave."""
     tensors = inputs(frozen_head)
     hidden, weight, *_ = tensors
     for tensor in (hidden, weight):
         if tensor.requires_grad:
-            tensor.grad = torch.zeros_like(tensor) + 1e-30  # touched, so that the gradients' own memory is there
+            tensor.grad = torch.zeros_like(tensor) + 1e-30  # touched, so that its memory is resident
     with PeakMemory() as memory:
         way = WAYS[name][chunked]
         way(*tensors).backward()
@@ -87,8 +87,7 @@ def main() -> None:
                 rounds=2,
             )
             bytes_ = {
-                label: in_a_process_of_its_own(name, str(i), head)["bytes"]
-                for i, label in enumerate(("plain", "chunked"))
+                label: in_new_process(name, str(i), head)["bytes"] for i, label in enumerate(("plain", "chunked"))
             }
             results[f"{name}, head {head}"] = {
                 "seconds": medians(seconds),

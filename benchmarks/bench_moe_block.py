@@ -1,14 +1,14 @@
-"""The MoE block, forward and backward, against dense MLPs of its active size, a one-hot dispatch and transformers.
+"""The MoE block, forward and backward pass, against dense MLPs of its active size, a one-hot dispatch and transformers.
 
 Targets at 2048 tokens, hidden 512, FFN 1024, 8 experts, top-1 + shared, fp32: at most 1.10 times two dense MLPs, at
 least 8 times faster than the einsum dispatch, not slower than transformers' best `experts_implementation`.
 
-Two more figures say what the first target costs on this machine. "products alone" is that ratio if a block were nothing
-but its matrix products: the experts' have fewer rows each and all experts' weights. "freed memory kept" is the ratio
-where the C library keeps what was freed (glibc, MALLOC_MMAP_MAX_=0): else a gradient of 32 MiB, as the experts have
-here, goes back to the kernel and its pages are cleared anew at every step, and the smaller ones of a dense MLP do not.
+Two more figures explain the first target on a machine. "products alone" is that ratio for the matrix products only: the
+experts have fewer rows each, and the weights of all experts are read. "freed memory kept" is the ratio if the C library
+keeps freed memory (glibc, MALLOC_MMAP_MAX_=0). Otherwise a gradient of 32 MiB, the size of the experts' here, returns
+to the kernel, which clears its pages again at every step; the smaller gradients of a dense MLP do not.
 
-On a GPU: the block in bf16 and the share of a dense product's rate that it reaches.
+On a GPU: the block in bf16, and its share of the rate of a dense product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from harness import compare, in_a_process_of_its_own, medians, ratio, write
+from harness import compare, in_new_process, medians, ratio, write
 from torch import Tensor, nn
 from transformers import HunYuanMoEV1Config
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Moe
@@ -36,16 +36,16 @@ SHAPES = {
     "64 experts, top-8": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 128},
 }
 IMPLEMENTATIONS = ("eager", "grouped_mm")
-"""The third, batched_mm, copies the weights of each token's experts (8.6 GB here): it is made for decoding."""
+"""Without batched_mm, which is for decoding: it copies the weights of each token's experts (8.6 GB here)."""
 
 DENSE = "dense MLPs of the active size"
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 class EinsumDispatch(nn.Module):
-    """A one-hot dispatch as the reference does it: [T, E, C] masks move tokens into one buffer an expert.
+    """The reference's one-hot dispatch: [T, E, C] masks move tokens into one buffer per expert.
 
-    Where nothing may be dropped, C is the number of tokens.
+    C is the number of tokens, so that none is dropped.
     """
 
     def __init__(self, block: MoeBlock):
@@ -101,7 +101,7 @@ def blocks(shape: dict[str, int]) -> dict[str, Variant]:
 
 
 def steps(variants: dict[str, Variant]) -> dict[str, Callable[[], None]]:
-    """A training step's forward and backward pass of each, with gradients that are none at its start."""
+    """Forward and backward pass of each variant; gradients are None at the start."""
     x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
 
     def step(variant: Variant) -> None:
@@ -113,9 +113,9 @@ def steps(variants: dict[str, Variant]) -> dict[str, Callable[[], None]]:
 
 
 def products_alone(shape: dict[str, int]) -> float:
-    """(shared + experts) / (shared + dense of the active size), each only its matrix products, forward and backward.
+    """(shared + experts) / (shared + dense MLP of the active size), matrix products of forward and backward pass only.
 
-    The tokens are spread as evenly as they can be, which no router does better.
+    Tokens are distributed evenly over the experts, the best case of a router.
     """
     num_experts, top_k, width = shape["num_experts"], shape["moe_topk"], shape["intermediate_size"]
 
@@ -148,7 +148,7 @@ def align_against_dense(shape: dict[str, int]) -> float:
 
 
 def on_a_gpu(device: str, tokens: int, hidden: int, width: int, num_experts: int) -> dict[str, float]:
-    """bf16, top-1 + shared: the block's FLOPs a second, forward and backward, against one dense product's."""
+    """bf16, top-1 + shared: FLOP/s of the block's forward and backward pass against those of one dense product."""
 
     def seconds(work: Callable[[], Any], rounds: int = 20) -> float:
         times = []
@@ -190,7 +190,7 @@ def on_a_gpu(device: str, tokens: int, hidden: int, width: int, num_experts: int
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # a process of its own, for the C library reads its settings at the start
+    if len(sys.argv) > 1:  # a new process, since the C library reads its settings at the start
         print(json.dumps({"ratio": align_against_dense(SHAPES[sys.argv[1]])}))
         return
     results: dict[str, Any] = {}
@@ -206,7 +206,7 @@ def main() -> None:
         best = min((n for n in seconds if n.startswith("transformers")), key=lambda n: medians(seconds)[n])
         times = medians(with_einsum) | medians(seconds)
         os.environ.update(KEEP_FREED_MEMORY)
-        kept = in_a_process_of_its_own(label)["ratio"]
+        kept = in_new_process(label)["ratio"]
         for name in KEEP_FREED_MEMORY:
             del os.environ[name]
         results[label] = {

@@ -1,8 +1,8 @@
-"""Who computes what the released reference code computes: align, align in vLLM, transformers, vLLM's own.
+"""Outputs of align, align in vLLM, transformers and vLLM's own model against those of the released reference code.
 
-Compared with outputs of the reference on small random checkpoints in the published layout (`--golden DIR`, or
-$ALIGN_GOLDEN, or ../shared/golden). transformers' `hunyuan_v1_moe` and vLLM (which runs that class for this family) are
-given the same files with the model type that they know. Every row has a process of its own.
+The checkpoints are small and random, in the published layout (`--golden DIR`, or $ALIGN_GOLDEN, or ../shared/golden).
+transformers' `hunyuan_v1_moe`, and vLLM, which runs that class for this family, get the same files under their own
+model type. Each row is computed in a new process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import in_a_process_of_its_own, write
+from harness import in_new_process, write
 from safetensors.torch import load_file
 
 CASES = ("top1-cla2-tied", "top2-cla2-untied")
@@ -26,7 +26,7 @@ DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
 
 
 def against(logits: torch.Tensor, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Largest differences where the mask is 1, in logits and in log-probabilities of the next token."""
+    """Largest differences of logits and of next-token log-probabilities, where the mask is 1."""
     mask = golden["attention_mask"].bool()
     difference = (logits - golden["logits"])[mask].abs().max().item()
     ours, theirs = (x.log_softmax(-1)[mask] for x in (logits, golden["logits"]))
@@ -34,7 +34,7 @@ def against(logits: torch.Tensor, golden: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def greedy_rows(golden: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, 24 tokens that the reference adds) of each row."""
+    """(prompt, the reference's 24 greedy tokens) of each row."""
     rows = [[t for t in row.tolist() if t >= 0] for row in golden["greedy_ids"]]
     return [(row[:-24], row[-24:]) for row in rows]
 
@@ -61,13 +61,13 @@ def align_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """The checkpoint without the reference's outputs beside it, which vLLM would take for weights."""
+    """Copy the checkpoint without the reference's outputs, which vLLM would load as weights."""
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("golden.safetensors"))
     return target
 
 
 def known_to_others(folder: Path, target: Path) -> Path:
-    """The same files under the model type that transformers and vLLM have."""
+    """Copy the checkpoint under the model type of transformers and vLLM."""
     copied(folder, target)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "hunyuan_v1_moe", "architectures": ["HunYuanMoEV1ForCausalLM"]}
@@ -135,7 +135,7 @@ def vllm_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def grown_row(folder: Path, _: Any) -> dict[str, Any]:
-    """The quickstart's model, its experts moved away from zero; align in transformers is the witness for vLLM."""
+    """The quickstart's model with nonzero experts; align in transformers is the reference for vLLM."""
     from transformers import AutoTokenizer
 
     from align.models.hot_start import convert_hot_start
@@ -173,7 +173,7 @@ ROWS = {
 
 
 def main() -> None:
-    if len(sys.argv) == 4:  # one row, in a process of its own
+    if len(sys.argv) == 4:  # one row, in a new process
         warnings.simplefilter("ignore")
         folder = Path(sys.argv[3])
         try:
@@ -181,7 +181,7 @@ def main() -> None:
                 found = grown_row(folder, None)
             else:
                 found = ROWS[sys.argv[1]](folder, load_file(folder / "golden.safetensors"))
-        except Exception as error:  # whatever keeps another library from running it is the result
+        except Exception as error:  # the reason why another library cannot run it is the result
             found = {"fails": str(error).strip().splitlines()[-1][:200]}
         print(json.dumps(found))
         return
@@ -189,9 +189,9 @@ def main() -> None:
     if not golden.is_dir():
         print(f"{golden}: the reference's outputs are not on this machine; nothing to compare")
         return
-    results = {c: {row: in_a_process_of_its_own(row, c, str(golden / c)) for row in ROWS} for c in CASES}
+    results = {c: {row: in_new_process(row, c, str(golden / c)) for row in ROWS} for c in CASES}
     with tempfile.TemporaryDirectory() as temporary:
-        grown = in_a_process_of_its_own(GROWN, GROWN, str(Path(temporary) / "model"))
+        grown = in_new_process(GROWN, GROWN, str(Path(temporary) / "model"))
     write("parity", {**results, "SmolLM2 as the quickstart grows it": {GROWN: grown}})
 
 

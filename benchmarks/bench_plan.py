@@ -1,7 +1,7 @@
 """The planner's peak memory against that of real runs of small models on a CPU, stage by stage.
 
-Each case has processes of its own. Tensors are counted by torch's allocator, every allocation and release in order, so
-interpreter, imports and fragmentation are not in the number; the peak over the steps is compared.
+Each case runs in new processes. Every allocation and release of torch's allocator is counted in order, so interpreter,
+imports and fragmentation are not included; the peak over the steps is compared.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ SHARDED: dict[str, tuple[str, Setting]] = {
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
-    """Alike but for one word, so that every row is as long as planned and batches still have padding."""
+    """Rows that differ by one word, so that each is as long as planned and batches still have padding."""
     words = " ".join(f"word{i % 7}" for i in range(12))
     made: list[dict[str, Any]] = []
     for i in range(64):
@@ -147,7 +147,7 @@ def measure(case: str) -> dict[str, Any]:
         stage = importlib.import_module(f"align.recipes.{kind}")
         loaded: list[tuple[int, int]] = []
         mark = "RoundLog" if kind == "ppo" else "count_parameters"
-        call = getattr(stage, mark)  # which the stage calls when its models are loaded and nothing else is there
+        call = getattr(stage, mark)  # the stage calls it once its models are loaded, before anything else
 
         def note_and_call(*arguments: Any, **named: Any) -> Any:
             loaded.append((time.time_ns(), live_tensor_bytes()))
@@ -163,8 +163,7 @@ def measure(case: str) -> dict[str, Any]:
 def peak_of(profiler: Any, start: int, now: int) -> int:
     """Peak bytes after `start`, when `now` bytes were allocated.
 
-    Weights come from mapped files, which the allocator never sees, so the count starts with what was there once they
-    were loaded.
+    Weights come from mapped files, which the allocator does not see, so the count starts after they are loaded.
     """
     peak = now
     for event in profiler.profiler.kineto_results.events():
@@ -175,7 +174,7 @@ def peak_of(profiler: Any, start: int, now: int) -> int:
 
 
 def measure_sharded(case: str) -> dict[str, Any]:
-    """One rank of a DeepSpeed run under torchrun: three steps of the SFT stage's loss; every rank's peak."""
+    """Largest peak of all ranks in three DeepSpeed steps of the SFT stage's loss; runs on each rank under torchrun."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -217,7 +216,7 @@ def measure_sharded(case: str) -> dict[str, Any]:
 
 
 def deepspeed_settings(setting: Setting, dtype: str) -> dict[str, Any]:
-    """What a recipe's `parallel` section becomes, for one setting."""
+    """DeepSpeed's configuration for one setting."""
     parallel = Parallel(processes=setting.gpus, zero_stage=setting.zero_stage)
     return deepspeed_config(
         parallel, micro_batch_size=setting.micro_batch, accumulation=1, max_grad_norm=1.0, dtype=dtype
@@ -225,13 +224,12 @@ def deepspeed_settings(setting: Setting, dtype: str) -> dict[str, Any]:
 
 
 def run_sharded(case: str) -> dict[str, Any]:
-    """The run of three with the lowest peak: gloo's threads give their buffers back a little late, or later where other
-    programs are in the way, and that only ever adds."""
+    """The run with the lowest peak of three; gloo's threads free buffers late, above all on a busy machine."""
     return min((start_ranks(case) for _ in range(3)), key=lambda found: found["measured"])
 
 
 def start_ranks(case: str) -> dict[str, Any]:
-    """One run; rank 0 prints one line of JSON last."""
+    """Start the ranks of one run; return the JSON of rank 0's last line."""
     ranks = str(SHARDED[case][1].gpus)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, __file__, case]
     done = subprocess.run(
@@ -244,7 +242,7 @@ def start_ranks(case: str) -> dict[str, Any]:
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all storages that Python can reach."""
+    """Bytes of all tensor storages that Python can reach."""
     import torch
 
     gc.collect()
@@ -254,7 +252,7 @@ def live_tensor_bytes() -> int:
 
 
 def longest_row(recipe: Recipe, folder: Path) -> int:
-    """Tokens of the longest row, which then is the stage's limit."""
+    """Tokens of the longest row, which becomes the stage's limit."""
     from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
     from align.train.checkpoint import load_tokenizer
     from align.train.trl import row_lengths
@@ -295,7 +293,7 @@ def main() -> None:
         return
     results = {}
     for case in [*CASES, *SHARDED]:
-        found = run_sharded(case) if case in SHARDED else harness.in_a_process_of_its_own(case)
+        found = run_sharded(case) if case in SHARDED else harness.in_new_process(case)
         found["planned / measured"] = round(found["planned"] / found["measured"], 3)
         results[case] = found
         print(case, found["planned / measured"], found["moment"], flush=True)
@@ -304,6 +302,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # With several threads PPO's policy and critic learn side by side, which they do on no GPU.
+    # With several threads, policy and critic of PPO would train side by side, unlike on a GPU.
     os.environ["OMP_NUM_THREADS"] = "1"
     main()

@@ -1,12 +1,12 @@
-"""PPO against TRL 1.12's PPOTrainer: episodes a second, time of each phase and peak memory; or, with --curves, what is
-learnt, for which the machine need not be idle.
+"""PPO against TRL 1.12's PPOTrainer: episodes per second, time of each phase and peak memory; with --curves, learning
+curves, which do not need an idle machine.
 
-Both start from the same weights and see the same prompts, reward and settings; each side runs in a process and an
-environment of its own, in turns. TRL computes with transformers' `hunyuan_v1_moe`, which has align's sizes and
-parameters once cross-layer attention is off and differs in one point: it gives a token's only expert the weight 1
-instead of its probability. Its fastest `experts_implementation` is found first, in a run of its own.
+Both start from the same weights and see the same prompts, reward and settings. The sides alternate, each in its own
+process and environment. TRL computes with transformers' `hunyuan_v1_moe`, which has align's sizes and parameters if
+cross-layer attention is off, with one difference: for top-1 routing it gives the expert the weight 1 instead of its
+probability. TRL's fastest `experts_implementation` is determined first, in separate runs.
 
-`make bench-trl` makes TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs all of it, two hours;
+`make bench-trl` creates TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs everything in two hours;
 `python benchmarks/bench_ppo.py [--curves] [--cases a,b] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
 """
 
@@ -57,7 +57,7 @@ CASES = {
         "target": 3.0,
         "curves": {"rounds": 12, "learning_rate": 1e-4},
     },
-    "fixed lengths": {  # each of the many words has to be learnt by itself
+    "fixed lengths": {  # each of the many words is learned separately
         "vocab_size": 1024,
         "stops": False,
         "max_new_tokens": 64,
@@ -67,11 +67,11 @@ CASES = {
 }
 
 
-# --- what both sides start from --------------------------------------------------------------------------------
+# --- shared inputs ---------------------------------------------------------------------------------------------
 
 
 def prepare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the model with a configuration for each library, its tokenizer and the prompts; the case with its paths."""
+    """Write the model (with a configuration per library), tokenizer and prompts; return the case with their paths."""
     import torch
 
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -114,7 +114,7 @@ def prepare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def words_tokenizer(vocab_size: int, stops: bool) -> Any:
-    """Words `w0`, `w1`, ... with their numbers as ids; with `stops` the last id is the end of a sequence."""
+    """A tokenizer of words `w0`, `w1`, ... whose ids are their numbers; with `stops` the last id ends a sequence."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,11 +131,11 @@ def words_tokenizer(vocab_size: int, stops: bool) -> Any:
     )
 
 
-# --- our side --------------------------------------------------------------------------------------------------
+# --- align -----------------------------------------------------------------------------------------------------
 
 
 def recipe(case: dict[str, Any]) -> dict[str, Any]:
-    """The case as one would write it in YAML."""
+    """The case as a recipe."""
     return {
         "name": "versus-trl",
         "seed": case["seed"],
@@ -164,8 +164,8 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
                 "steps": case["rounds"],
                 "batch_size": case["batch_size"],
                 "mini_batch_size": case["mini_batch_size"],
-                "micro_batch_tokens": 1536,  # half a mini-batch; policy and critic learn side by side
-                "old_logprobs": "rollout",  # so does TRL: it keeps the logits of its generation
+                "micro_batch_tokens": 1536,  # half a mini-batch; policy and critic train side by side
+                "old_logprobs": "rollout",  # as TRL, which keeps the logits of its generation
                 "epochs": case["epochs"],
                 "checkpoint_every": case["rounds"] + 1,
                 **case.get("changes", {}),
@@ -204,11 +204,11 @@ def run_align(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- both, in turns --------------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------------
 
 
 def run_side(side: str, case: dict[str, Any], trl_python: str) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """One run in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         case_file, result_file = Path(folder) / "case.json", Path(folder) / "result.json"
         case_file.write_text(json.dumps({**case, "work_dir": folder}), encoding="utf-8")
@@ -227,10 +227,10 @@ def run_side(side: str, case: dict[str, Any], trl_python: str) -> dict[str, Any]
 
 
 def watch_memory(process: subprocess.Popen) -> int:
-    """Wait for the end of a process; its resident memory at the highest plus that of each of its children (Linux).
+    """Wait for a process to end; return the peak resident memory of it and its children, added up (Linux).
 
-    The kernel keeps each high-water mark, so that looking now and then is enough. A child counts once it was seen
-    twice: one that is just being started still shows its parent's memory.
+    The kernel keeps the peaks, so polling now and then is enough. A child counts once it has been seen twice, since one
+    that is just starting still shows its parent's memory.
     """
     highest: dict[int, int] = {}
     seen: set[int] = set()
@@ -244,14 +244,14 @@ def watch_memory(process: subprocess.Popen) -> int:
 
 
 def children(pid: int) -> set[int]:
-    """Of a process, and theirs."""
+    """Process ids of all descendants."""
     try:
         own = [
             int(child)
             for task in Path(f"/proc/{pid}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return set()
     return set(own).union(*map(children, own))
 
@@ -269,7 +269,7 @@ def episodes_per_second(case: dict[str, Any], result: dict[str, Any]) -> float:
 
 
 def phases(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of each phase in a round: the median over all rounds of all runs."""
+    """Seconds of each phase per round: medians over all rounds of all runs."""
     rounds = [r for result in results for r in result["rounds"]]
     return {name: round(statistics.median(r.get(name, 0.0) for r in rounds), 3) for name in rounds[0]}
 
@@ -279,7 +279,7 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
     for implementation in options.implementations.split(","):
         try:
             trial = run_side("trl", {**case, "experts_implementation": implementation}, options.trl)
-        except RuntimeError as error:  # one that copies an expert's weights for every token runs out of memory
+        except RuntimeError as error:  # batched_mm, which copies expert weights for every token, may run out of memory
             failures[implementation] = str(error).splitlines()[0]
             say(f"{name}: TRL {implementation} does not run: {failures[implementation]}")
             continue
@@ -362,7 +362,9 @@ def main() -> None:
         result_file.write_text(json.dumps(run_align(json.loads(case_file.read_text(encoding="utf-8")))))
         return
     if not Path(options.trl).exists():
-        sys.exit(f"{options.trl}: not there; run `make bench-trl`, or give the Python of an environment with TRL 1.12.")
+        sys.exit(
+            f"{options.trl}: not found; run `make bench-trl`, or pass --trl PYTHON of an environment with TRL 1.12."
+        )
     from harness import write
 
     results: dict[str, Any] = {"model": {**SIZES, **OURS_ONLY}, "settings": SETTINGS}
@@ -370,7 +372,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = {**prepare(CASES[name], Path(folder)), "threads": options.threads}
             results[name] = (learning if options.curves else measure)(name, case, options)
-        if options.curves:  # after each case, for it takes long
+        if options.curves:  # after each case, since each takes long
             write("ppo_curves_vs_trl", results, option="--curves")
         else:
             write("ppo_vs_trl", results)

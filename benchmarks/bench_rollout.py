@@ -1,10 +1,10 @@
-"""Rollouts: tokens a second against Hugging Face generate, weight updates against copying, and what the sampler's
-log-probabilities differ from the trainer's.
+"""Rollouts: tokens per second against Hugging Face generate, weight updates against a copy, and the difference between
+the log-probabilities of sampler and trainer.
 
     python benchmarks/bench_rollout.py [CHECKPOINT ...]
 
-Without checkpoints it makes the tiny preset anew, with larger random weights so that its router and its next tokens
-are far from uniform. One thread count for everyone: OMP_NUM_THREADS, or all cores.
+Without checkpoints it builds the tiny preset, with larger random weights so that router and next tokens are far from
+uniform. All use the same number of threads: OMP_NUM_THREADS, or all cores.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def hugging_face(model: HunYuanForCausalLM, rows: list[list[int]]) -> None:
 
 
 def vllm(engine: RolloutEngine, rows: list[list[int]]) -> None:
-    """The prefix cache is emptied, so that no round profits from the one before."""
+    """Generate with an empty prefix cache, so that no round benefits from the one before."""
     engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
     completions = engine.generate(rows, SamplingSettings(NEW, seed=len(rows)))
     assert all(len(c.token_ids) == NEW for row in completions for c in row)
@@ -159,7 +159,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             "speed": speed(model, engine, rounds),
             "sync": synchronisation(model, engines, rounds),
         }
-        servers.update_weights(published_weights(model), 2)  # the other trainer's may have been the last
+        servers.update_weights(published_weights(model), 2)  # the last update may have come from the other trainer
         rows = prompts(64, model.config.vocab_size)
         settings = SamplingSettings(NEW, seed=64)
         seconds = compare(

@@ -1,7 +1,7 @@
-"""Encoding speed of the converted tokenizer against tiktoken, one text at a time and many at once, with one thread.
+"""Encoding speed of the converted tokenizer against tiktoken, on one text and on a batch, with one thread.
 
-The released vocabulary is needed: `tokenizer/hy.tiktoken` in the folder given, $ALIGN_GOLDEN or ../shared/golden. The
-text is the documentation of the running Python.
+It needs the released vocabulary: `tokenizer/hy.tiktoken` in the folder given as argument, in $ALIGN_GOLDEN or in
+../shared/golden. The text is the documentation of the installed Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     golden = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("ALIGN_GOLDEN", DEFAULT))
     source = golden / "tokenizer" / "hy.tiktoken"
     if not source.is_file():
-        print(f"{source}: the released vocabulary is not on this machine; nothing to compare")
+        print(f"{source}: not found; pass the folder of the released vocabulary")
         return
     ranks = read_ranks(source)
     special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}

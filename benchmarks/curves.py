@@ -1,8 +1,7 @@
-"""Draws the curves of a run's stage: `python benchmarks/curves.py NAME RUN_DIR STAGE METRIC[,METRIC ...]`.
+"""Draw the curves of a stage: `python benchmarks/curves.py NAME RUN_DIR STAGE METRIC[,METRIC ...]`.
 
-Writes benchmarks/results/curves/NAME.json (the figures, the recipe, versions and hardware) and docs/images/NAME.svg,
-one panel a metric: every step as a dot, and the mean of its neighbourhood as a line. `--redraw` draws all pictures anew
-from the figures that are there.
+Writes benchmarks/results/curves/NAME.json (values, recipe, versions, hardware) and docs/images/NAME.svg, one panel per
+metric: a dot per step, and a line for the moving average. `--redraw` draws all pictures again from the JSON files.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ INK, LINE, GROUND = "#57606a", "#0969da", "#ffffff"
 
 
 def collect(run_dir: Path, stage: str, metrics: list[str]) -> dict[str, Any]:
-    """The stage's metrics by step, and what ran where."""
+    """The stage's metrics by step, with settings, versions and hardware."""
     lines = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     manifest = json.loads((run_dir / stage / "manifest.json").read_text(encoding="utf-8"))
     recipe = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
@@ -35,7 +34,7 @@ def collect(run_dir: Path, stage: str, metrics: list[str]) -> dict[str, Any]:
 
 
 def smoothed(values: list[float], reach: int) -> list[float]:
-    """Each value's mean with its `reach` neighbours on either side, as far as there are any."""
+    """Moving average over up to `reach` values on either side."""
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
@@ -98,7 +97,7 @@ def main() -> None:
         (RESULTS / f"{options.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         names = [options.name]
     else:
-        parser.error("give NAME RUN_DIR STAGE METRICS, or --redraw")
+        parser.error("pass NAME RUN_DIR STAGE METRICS, or --redraw")
     for name in names:
         facts = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         (IMAGES / f"{name}.svg").write_text(draw(facts), encoding="utf-8")

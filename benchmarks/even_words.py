@@ -1,6 +1,6 @@
-"""The reward of bench_ppo.py: (even - odd) / all words of a completion, by their numbers; 0 where there is none.
+"""The reward of bench_ppo.py: (even - odd) / all words of a completion, by the words' numbers; 0 without words.
 
-Around zero for an untrained model, so that a critic that starts at zero does not make the end of a sequence look good.
+It is around zero for an untrained model, so a critic that starts at zero does not favour the end of a sequence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def surplus(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
-    """Words are `w0`, `w1`, ...; the stop token is not among them."""
+    """Scores of the completions, whose words are `w0`, `w1`, ...; the stop token is not a word."""
     return [_surplus(completion.split()) for completion in completions]
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing, peak memory of a process of its own, and the JSON that they leave."""
+"""Shared by the benchmarks: interleaved timing, peak memory, child processes, and the JSON of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def compare(variants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; who goes first rotates, after one round that does not count."""
+    """Seconds of each variant in each round, after one warm-up round; the order rotates."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):
@@ -32,7 +32,7 @@ def compare(variants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str
 
 
 def ratio(seconds: dict[str, list[float]], name: str, against: str) -> float:
-    """Median over rounds of name / against, each round's own."""
+    """Median over rounds of the ratio name / against."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[against], strict=True))
 
 
@@ -41,7 +41,7 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Resident bytes at the peak of a with block, above those at its start (Linux)."""
+    """Peak resident bytes of a with block, minus those at its start (Linux)."""
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -59,8 +59,8 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def in_a_process_of_its_own(*arguments: str) -> dict[str, Any]:
-    """Run the calling script again with arguments; it prints one line of JSON last."""
+def in_new_process(*arguments: str) -> dict[str, Any]:
+    """Run the calling script again with arguments; return the JSON of its last line."""
     done = subprocess.run([sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -68,8 +68,10 @@ def in_a_process_of_its_own(*arguments: str) -> dict[str, Any]:
 
 
 def write(name: str, results: dict[str, Any], *, option: str = "") -> None:
-    """benchmarks/results/NAME.json, with versions and hardware, and the same on the screen; `option`: with which the
-    script makes these results and not others."""
+    """Write benchmarks/results/NAME.json with versions and hardware, and print the results.
+
+    option: flag of the script that makes these results.
+    """
     facts = {
         "benchmark": name,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {option}".rstrip(),

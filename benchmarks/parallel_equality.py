@@ -1,8 +1,8 @@
-"""One recipe on one process and on two and four: how far losses, gradient norms and exported weights are apart.
+"""One recipe on one, two and four processes: differences of losses, gradient norms and exported weights.
 
 Whole stages through `align run`: twenty steps of AdamW with clipping, accumulation and the balance loss, and PPO's
-first update. Beside the layouts stands one process against itself with narrower vector instructions, which add in
-another order. That changes the last bits of float32, and what comes of it is a floor for every layout.
+first update. For comparison, one process runs with narrower vector instructions, which add in another order. That
+changes the last bits of float32, so its difference is a floor for every layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIMIZER = {
     "max_grad_norm": 0.5,
 }
 STEADIER = {"sft_eps_1e_5": {"eps": 1e-5}, "sft_rate_1e_5": {"learning_rate": 1e-5}}
-"""The first stage again, with changes of its optimizer."""
+"""The sft stage again, with other optimizer settings."""
 SPREAD = ("parallel.expert_parallel_size=2",)
 LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "1 process": ((), {}),
@@ -39,18 +39,18 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "2 processes, ZeRO 3, experts over 2": (("--nproc", "2", *SPREAD), {}),
     "4 processes, ZeRO 3, experts over 2": (("--nproc", "4", *SPREAD), {}),
 }
-"""Words behind `align run`, and changes of the environment."""
+"""Arguments of `align run`, and environment variables, of each layout."""
 TRAINED = ("loss", "grad_norm", "aux_loss")
 UPDATE = (
     *("score_mean", "kl", "kl_k3", "entropy", "mismatch_mean", "explained_variance", "policy_loss", "update_kl"),
     *("value_loss", "clip_fraction", "aux_loss", "router_entropy", "policy_grad_norm", "critic_grad_norm"),
 )
 SMALLEST = 0.05
-"""What a PPO metric's difference is relative to where the metric itself is smaller, or zero."""
+"""Smallest denominator of a PPO metric's relative difference."""
 
 
 def write_recipe(folder: Path) -> Path:
-    """Sixteen sequences a step, two in a pass: a process accumulates eight passes, or four, or two."""
+    """The recipe: 16 sequences per step, 2 per micro-batch, so that 1, 2 or 4 processes accumulate 8, 4 or 2."""
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(61)]
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
     texts = [{"text": row["prompt"] + " " + row["completion"]} for row in rows] * 8
@@ -115,7 +115,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def run(recipe: Path, run_dir: Path, words: tuple[str, ...], variables: dict[str, str]) -> float:
-    """Run all stages; the seconds that it took."""
+    """Run all stages; return the seconds."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
@@ -139,7 +139,7 @@ def weights(run_dir: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 def trained_apart(run_dir: Path, alone: Path, stage: str) -> dict[str, Any]:
-    """The largest relative differences of the metrics over all steps, and the largest difference of a weight."""
+    """Largest relative differences of the metrics over all steps, and largest difference of a weight."""
     ours, theirs = metrics(run_dir, stage), metrics(alone, stage)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
     found: dict[str, Any] = {

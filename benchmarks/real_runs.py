@@ -1,4 +1,4 @@
-"""Runs recipes as far as two cores allow and draws what they learnt: `python benchmarks/real_runs.py NAME [FILE ...]`.
+"""Run recipes at a size for two cores and draw their learning curves: `python benchmarks/real_runs.py NAME [FILE ...]`.
 
 sums        GRPO and PPO from one SFT on sums in GSM8K's form; 3M parameters, from random weights. Needs no file.
 gsm8k       the recipe gsm8k_grpo with adapters and small batches on short rows of FILE, GSM8K's train split as JSON
@@ -6,7 +6,7 @@ gsm8k       the recipe gsm8k_grpo with adapters and small batches on short rows 
 preference  the recipe preference_ppo on FILE and HELD_OUT, JSON lines with prompt, chosen and rejected; 3M parameters,
             from random weights.
 
-The run lies in runs/NAME, where one that was ended goes on; the pictures of docs/runs.md are drawn after it.
+The run folder is runs/NAME; an interrupted run continues there. Afterwards the pictures of docs/runs.md are drawn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     changes: tuple[str, ...]
     curves: tuple[Curves, ...]
     files: tuple[str, ...] = ()
-    """What the recipe calls the files it reads; they lie in the folder that it is started in."""
+    """Names of the recipe's input files, in the folder in which it runs."""
 
 
 TINY = (
@@ -113,7 +113,7 @@ RUNS = {
 
 
 def sums() -> str:
-    """All sums of two numbers up to 12, in GSM8K's form, in an order that chance has made."""
+    """All sums of two numbers up to 12, in GSM8K's form, shuffled."""
     numbers = range(1, 13)
     rows = [
         {"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
@@ -126,7 +126,7 @@ def sums() -> str:
 
 def short_problems(file: Path) -> str:
     """Rows whose question has at most 200 characters and whose answer at most 180."""
-    with file.open(encoding="utf-8") as text:  # whose lines end at a newline only, as JSON lines do
+    with file.open(encoding="utf-8") as text:  # file iteration splits at newlines only, as JSON lines do
         rows = [json.loads(line) for line in text]
     fields = ("question", "answer")
     return lines(
@@ -139,7 +139,7 @@ def lines(rows: list[dict[str, str]]) -> str:
 
 
 def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
-    """Put the files that the recipe reads into the folder that it is started in."""
+    """Write the recipe's input files into the folder in which it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     if name == "sums":
         (folder / "sums.jsonl").write_text(sums(), encoding="utf-8")
@@ -151,7 +151,7 @@ def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
 
 
 def summary() -> dict[str, Any]:
-    """Of every run that was drawn: each metric's mean over the first and the last tenth of the steps."""
+    """Each drawn run's metrics: means over the first and the last tenth of the steps."""
     found = {}
     for path in sorted(CURVES.glob("*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def main() -> None:
     run = RUNS[options.name]
     needed = 0 if options.name == "sums" else len(run.files)
     if len(options.files) != needed:
-        parser.error(f"{options.name} needs {needed} files, {len(options.files)} given.")
+        parser.error(f"{options.name} needs {needed} files, but got {len(options.files)}.")
     folder = Path("runs") / f"{options.name}_data"
     prepare(options.name, run, [file.resolve() for file in options.files], folder)
     run_dir = (Path("runs") / options.name).resolve()

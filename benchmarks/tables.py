@@ -1,4 +1,4 @@
-"""Writes the tables of the guides from benchmarks/results/*.json; no figure there is typed by hand."""
+"""Write the tables of the guides from benchmarks/results/*.json; no figure in them is typed by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parity(results: dict[str, Any]) -> str:
                 cells = [f"does not run: {measured['fails']}".replace("|", "/"), "", "", ""]
             rows.append([case, name, *cells])
     return table(
-        ["model", "who computes", "largest logit difference", "log-probability", "greedy tokens", "missing"], rows
+        ["model", "implementation", "largest logit difference", "log-probability", "greedy tokens", "missing"], rows
     )
 
 
@@ -74,7 +74,7 @@ def decoding(results: dict[str, Any]) -> str:
         ]
         for name, size in results["cache_bytes"].items()
     ]
-    return table(["keys and values", "tokens/s", "bytes held", "bytes by the formula"], rows)
+    return table(["key/value caches", "tokens/s", "bytes", "bytes by the formula"], rows)
 
 
 def loading(results: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def ppo_vs_trl(results: dict[str, Any]) -> str:
             times.append([name, label, *(f"{seconds[phase]:.2f}" if phase in seconds else "–" for phase in PHASES)])
     tables = [
         table(["", "", "episodes/s", "align / TRL", "peak memory"], speeds),
-        table(["seconds of a round", "", *PHASES], times),
+        table(["seconds per round", "", *PHASES], times),
     ]
     return "\n\n".join(tables)
 
@@ -146,7 +146,7 @@ def rollout(results: dict[str, Any]) -> str:
         moved = f"{sync['mib']:.0f} MiB in {sync['tensors']} tensors; copied in {times['copy']:.0f} ms"
         tables += [
             table([f"{model}, {size}", "vLLM, tokens/s", "generate, tokens/s", "ratio"], speeds),
-            table([moved, "time", "of the copy's"], updates),
+            table([moved, "time", "ratio to the copy"], updates),
         ]
     return "\n\n".join(tables)
 
@@ -157,7 +157,8 @@ def parallel_equality(results: dict[str, Any]) -> str:
     stages = [stage for stage in one if stage not in ("ppo", "seconds")]
     plain = [stage for stage in stages if not stage.startswith("sft_")]
     trained, written = [], []
-    for layout, found in layouts.items():
+    for name, found in layouts.items():
+        layout = name.replace("ZeRO 3", "ZeRO-3").replace("experts over", "expert parallel")
         pairs = (" / ".join(f"{found[stage][key]:.1e}" for key in ("loss", "grad_norm")) for stage in plain)
         trained.append([layout, *pairs, f"{found['ppo']['metric']:.1e}"])
         apart = (f"{found[stage]['weight']:.0e} ({found[stage]['weights above 1e-6']:,})" for stage in stages)
@@ -165,7 +166,7 @@ def parallel_equality(results: dict[str, Any]) -> str:
     names = {"reward_model": "reward model", "sft_eps_1e_5": "sft, eps 1e-5", "sft_rate_1e_5": "sft, rate 1e-5"}
     losses = [f"{results['steps']} steps: loss / gradient norm", *(names.get(stage, stage) for stage in plain)]
     weights = [
-        f"largest difference of a weight (how many of {one['sft']['weights']:,} differ by more than 1e-6)",
+        f"largest difference of a weight (number of {one['sft']['weights']:,} that differ by more than 1e-6)",
         *(names.get(stage, stage) for stage in stages),
     ]
     return table([*losses, "PPO's first update"], trained) + "\n\n" + table(weights, written)
@@ -175,11 +176,11 @@ def real_runs(results: dict[str, Any]) -> str:
     rows = []
     for found in results.values():
         metrics = found["first and last tenth"].items()
-        learnt = ", ".join(f"{name} {first:.3g} → {last:.3g}" for name, (first, last) in metrics)
+        curves = ", ".join(f"{name} {first:.3g} → {last:.3g}" for name, (first, last) in metrics)
         cells = [found["recipe"], found["stage"], str(found["steps"]), f"{found['minutes']:.0f}", found["processor"]]
-        rows.append([*cells, learnt])
-    learnt = "mean of the first tenth of the steps → of the last"
-    return table(["recipe", "stage", "steps", "minutes", "processor", learnt], rows)
+        rows.append([*cells, curves])
+    curves = "mean over the first tenth of the steps → over the last"
+    return table(["recipe", "stage", "steps", "minutes", "processor", curves], rows)
 
 
 def expert_parallel(results: dict[str, Any]) -> str:
@@ -195,9 +196,11 @@ def expert_parallel(results: dict[str, Any]) -> str:
                 (f"{of['megabytes_sent_a_rank_and_step']:.1f}", ratio["bytes"]),
                 (f"{of['peak_megabytes_a_rank']:.0f}", ratio["peak"]),
             ]
-            rows.append([name, variant, *(f"{cell} ({r:.2g})" if variant == "spread" else cell for cell, r in cells)])
+            parallel = variant == "spread"
+            label = "expert parallel" if parallel else variant
+            rows.append([name, label, *(f"{cell} ({r:.2g})" if parallel else cell for cell, r in cells)])
     return table(
-        ["spread (of gathered)", "experts", "seconds a step", "MB sent, a rank and step", "peak MB a rank"], rows
+        ["", "experts (ratio to gathered)", "seconds per step", "MB sent per rank and step", "peak MB per rank"], rows
     )
 
 
@@ -222,7 +225,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def fill(page: str) -> str:
-    """The page with every `<!-- table NAME -->` section made from NAME.json."""
+    """The page with every `<!-- table NAME -->` section rendered from NAME.json."""
 
     def section(match: re.Match[str]) -> str:
         path = RESULTS / f"{match[1]}.json"

@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 
 
 class SurplusOfEvenWords(nn.Module):
-    """The reward as a model with a score: what `even_words.py` computes, at every position of the sequence.
+    """The reward of `even_words.py` as a model with a score at every position of the sequence.
 
     hidden_states[-1] [B, L, 1] holds the score of a completion that ends at that position.
     """
@@ -55,7 +55,7 @@ class SurplusOfEvenWords(nn.Module):
 
 
 class Phases(TrainerCallback):
-    """Seconds of each phase of each round, taken around the functions that TRL calls in `train`."""
+    """Seconds of each phase of each round, measured around the functions that TRL calls in `train`."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, float]] = []
@@ -106,11 +106,11 @@ class Phases(TrainerCallback):
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(case["trl_model"])
-    # A pad id outside the vocabulary cannot be sampled by the model; TRL never shows it to one.
+    # A pad id outside the vocabulary cannot be sampled; TRL never passes it to a model.
     stop_id = tokenizer.eos_token_id
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if stop_id is None:
-        tokenizer.eos_token = tokenizer.pad_token  # TRL counts the responses that hold it: none
+        tokenizer.eos_token = tokenizer.pad_token  # TRL counts the responses that contain it: none
     policy, reference = (AutoModelForCausalLM.from_pretrained(case["trl_model"], dtype="float32") for _ in range(2))
     critic = AutoModelForSequenceClassification.from_pretrained(case["trl_model"], num_labels=1, dtype="float32")
     nn.init.zeros_(critic.score.weight)
@@ -122,7 +122,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         output_dir=case["work_dir"],
         seed=case["seed"],
         total_episodes=case["rounds"] * case["batch_size"],
-        # One process, no accumulation: with accumulation TRL would make fewer optimizer steps than mini-batches.
+        # No accumulation, with which TRL would make fewer optimizer steps than mini-batches.
         per_device_train_batch_size=case["batch_size"],
         gradient_accumulation_steps=1,
         num_mini_batches=case["batch_size"] // case["mini_batch_size"],

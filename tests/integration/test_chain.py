@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.runs import metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 COMMAND = [sys.executable, "-m", "align.cli", "run", "tiny"]
 KILL_AFTER = {"pretrain": 30, "sft": 25, "reward_model": 12, "dpo": 8, "ppo": 6}
 """Lines of metrics.jsonl after which a stage is killed: past its first checkpoint, before its last."""

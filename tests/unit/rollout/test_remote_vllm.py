@@ -24,7 +24,7 @@ from align.rollout.sync.stream import combined_digest, digest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = SamplingSettings(max_new_tokens=100, seed=3, n=3)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
 SIZES = {"max_model_length": 288, "cache_gib": 0.05, "max_sequences": 4, "bucket_mib": 1}

@@ -15,7 +15,7 @@ from align.rollout.routing import checked_routing
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 TOP_K, EXPERTS = [1, 1, 2, 3], [1, 4, 8, 4]
 PROMPTS = [[5, 6, 7, 8], [9], [1] * 30, list(range(100, 190)), list(range(100, 190))]
 

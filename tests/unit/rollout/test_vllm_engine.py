@@ -27,7 +27,7 @@ from align.rollout.sync.stream import combined_digest, digest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 GOLDEN = Path(__file__).parents[2] / "golden" / "data"
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
 ROLLOUT = Rollout(max_model_length=128, cache_gib=0.05, max_sequences=8, bucket_mib=1)

@@ -16,7 +16,7 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora.adapters import add_lora
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 PROMPTS = [[5, 6, 7, 8, 9], list(range(40, 60))]
 SIZES = {
     "vocab_size": 384,
