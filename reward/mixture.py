@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from align.data.chat import tokenizer_fingerprint
 from align.data.experience import Experience
 from align.data.prepare import PromptRow
 from align.errors import UserError
-from align.reward.components import Samples, build_component, require_columns, require_finite
+from align.parallel.group import from_rank_0
+from align.reward.components import Component, Samples, build_component, require_columns, require_finite
 from align.reward.model import ModelScorer
 from align.reward.moments import Moments
 from align.reward.process import FunctionProcess, Scored
@@ -31,11 +33,14 @@ Metrics = dict[str, float]
 class Scorer:
     """The rewards of a stage, loaded once.
 
-    prompts: all that will be asked. tokenizer: the policy's. load_models: the reward models by their `init_from`.
-    announce: is told a model's name and the rows that it is about to be asked for, so that other processes which hold
-    a part of it do the same. gather: where completions are spread over processes, gives the moments of all of them
-    for one's own, so that all normalise alike. Raises UserError for what can be seen to be wrong now: columns, files,
-    checkpoints, servers.
+    All ranks make the same calls and get the same scores. Local reward models are sharded over all ranks, which run
+    them together; rank 0 alone calls functions and servers.
+
+    prompts: all prompts of the stage.
+    tokenizer: the policy's.
+    load_models: loads the reward models, by their `init_from`.
+    gather: moments of all processes from this one's, if each scores other completions, so that all normalise alike.
+    Raises UserError for what can be seen to be wrong now: columns, files, checkpoints, servers.
     """
 
     def __init__(
@@ -45,21 +50,17 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         load_models: Callable[[], Mapping[str, ModelScorer]],
-        announce: Callable[[str, Experience], None] = lambda name, batch: None,
         say: Callable[[str], None] = print,
         gather: Callable[[Moments], Sequence[Moments]] = lambda moments: [moments],
     ):
         require_columns(rewards, prompts)
         self.rewards, self.tokenizer = rewards, tokenizer
-        self.announce, self.say, self.gather = announce, say, gather
+        self.say, self.gather = say, gather
         self.moments = {reward.label: Moments() for reward in rewards if reward.normalise == "running"}
         self.process = FunctionProcess()
         # Models last: what is wrong with a function is known in a second, and they may take minutes to load.
-        self.components = {
-            r.label: build_component(r, self.process, tokenizer)
-            for r in rewards
-            if not isinstance(r, config.ModelReward)
-        }
+        self.components: dict[str, Component] = {}
+        from_rank_0("loading reward functions", self._load_components)
         models = load_models()
         self.models = {
             r.label: self._model(r, models[r.init_from]) for r in rewards if isinstance(r, config.ModelReward)
@@ -78,7 +79,7 @@ class Scorer:
             if isinstance(reward, config.ModelReward):
                 scored = self.models[reward.label](batch, samples)
             else:
-                scored = self.components[reward.label](samples)
+                scored = from_rank_0(f"reward '{reward.label}'", partial(self._call, reward.label, samples))
             seconds = time.perf_counter() - start
             missing = [score is None for score in scored.scores]
             self._report_missing(reward, scored, missing)
@@ -88,6 +89,16 @@ class Scorer:
             total += reward.weight * torch.tensor(self._scaled(reward, values))
         require_finite("the sum of all rewards", total.tolist(), samples, "lower the weights")  # float32 ends at 3e38
         return total, metrics
+
+    def _load_components(self) -> None:
+        self.components |= {
+            r.label: build_component(r, self.process, self.tokenizer)
+            for r in self.rewards
+            if not isinstance(r, config.ModelReward)
+        }
+
+    def _call(self, label: str, samples: Samples) -> Scored:
+        return self.components[label](samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rounds need to know of the earlier ones; plain JSON."""
@@ -132,7 +143,6 @@ class Scorer:
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
             scorer.require_room(batch)
-            self.announce(reward.init_from, batch)
             scores = scorer.scores(batch).tolist()
             require_finite(f"reward model '{reward.label}'", scores, samples, "take an earlier checkpoint")
             return Scored(scores)

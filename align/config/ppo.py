@@ -77,6 +77,7 @@ LOOKED_AT_ONE_IN = 16
 """Completions, of which the trainer computes one's log-probabilities under `old_logprobs: rollout`."""
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
+PolicyLoss = Literal["clip", "cispo"]
 GROUPED = ("grpo", "dr_grpo", "rloo")
 """Estimators that compare the completions of one prompt."""
 
@@ -125,6 +126,9 @@ class PpoStage(StageWithParent):
     """Discount factor of a token's later rewards (1: none)."""
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
+    policy_loss: PolicyLoss = "clip"
+    """clip: PPO's loss, in which a token outside of the clip range has no gradient. cispo: `-w * A * log pi`
+    (MiniMax-M1), in which every token keeps its gradient; the weight `w` is the clipped ratio as a constant."""
     ratio: Literal["token", "sequence"] = "token"
     """Probability ratio that is clipped: each token's, or one a completion, the geometric mean over its tokens (GSPO,
     whose clip ranges are around 4e-4)."""
@@ -220,6 +224,12 @@ class PpoStage(StageWithParent):
                 f"advantage_estimator {estimator} has no critic; remove the section critic, or set "
                 "advantage_estimator to gae"
             )
+        if self.policy_loss == "cispo" and (self.dual_clip is not None or self.ratio == "sequence"):
+            key, value = ("ratio", "token") if self.dual_clip is None else ("dual_clip", "null")
+            raise ValueError(
+                f"{key} changes policy_loss clip only, but policy_loss is cispo; set {key} to {value}, or policy_loss "
+                "to clip"
+            )
         if self.dynamic_sampling and not grouped:
             raise ValueError(
                 f"dynamic_sampling replaces groups of equal scores, which advantage_estimator {estimator} does not "
@@ -235,7 +245,8 @@ class PpoStage(StageWithParent):
                 "overlap trains on completions of an earlier policy, which importance.correction none leaves "
                 "uncorrected; set importance.correction to truncate or mask, or overlap to false"
             )
-        if self.overlap and self.old_logprobs == "rollout" and self.dual_clip is None:
+        unbounded = self.policy_loss == "clip" and self.dual_clip is None
+        if self.overlap and self.old_logprobs == "rollout" and unbounded:
             raise ValueError(
                 "overlap with old_logprobs rollout leaves the probability ratio of a negative advantage unbounded; "
                 "set dual_clip, for example to 3.0, or old_logprobs to trainer"

@@ -1,6 +1,6 @@
 """Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL").
 
-Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts.
+Shapes: all tensors are [B, T] over completion tokens; mask is 1 on tokens with a loss.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from torch import Tensor
 from align.losses.reduce import masked_mean
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to this: exp(20) is already meaningless, and exp(90) overflows fp32."""
+"""Log-ratios are clamped to +- this: exp(20) is already meaningless, and exp(90) overflows fp32."""
 
 ADAPTATION_BOUND = 0.2
-"""Largest relative error of the measured KL that the controller acts on."""
+"""Relative error of the measured KL at which the controller's response is clipped."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """k1 = log p/q: unbiased, any sign. k2 = (log p/q)^2 / 2: biased, low variance. k3 = q/p - 1 - log q/p: unbiased,
-    never negative."""
+    """Estimates [B, T] in nats, with p the policy and q the reference.
+
+    k1 = log p/q: unbiased, any sign.
+    k2 = (log p/q)^2 / 2: biased, low variance.
+    k3 = q/p - 1 - log q/p: unbiased, never negative.
+    """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
         return log_ratio
@@ -38,9 +42,9 @@ def kl_loss(
     count: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over valid tokens of weight * estimate / count, to be added to the policy's loss.
+    """KL loss, to be added to the policy's loss: sum over valid tokens of weight * estimate, divided by count.
 
-    The gradient goes through `logprobs`; k1's is the score function, whose mean over samples is zero, so it is refused.
+    The gradient flows through `logprobs`. k1 is refused: its gradient is the score function, which is zero on average.
     """
     if estimator == "k1":
         raise ValueError("the gradient of k1 is zero on average: a KL loss needs k2 or k3")
@@ -49,10 +53,10 @@ def kl_loss(
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
-    """The coefficient after a round whose completions had a mean KL of `kl` nats: larger where that is above `target`.
+    """The next KL coefficient, after completions with a mean KL of `kl` nats: larger if `kl` is above `target`.
 
-    Proportional in the relative error, clipped to ADAPTATION_BOUND. Source: Ziegler et al. 2019 (arXiv 1909.08593),
-    section 2.2.
+    A proportional controller: its relative error is clipped to ADAPTATION_BOUND. Source: Ziegler et al. 2019
+    (arXiv 1909.08593), section 2.2.
     """
     error = min(max(kl / target - 1, -ADAPTATION_BOUND), ADAPTATION_BOUND)
     return coef * (1 + error * completions / horizon)

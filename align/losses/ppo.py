@@ -1,18 +1,20 @@
-"""Clipped policy and value losses of PPO (Schulman et al. 2017, arXiv 1707.06347).
+"""Losses of PPO and its relatives: policy losses, importance weights, value loss.
 
-Shapes: all tensors are [B, T] over completion tokens; mask is 1 where a token counts; count is the number of valid
-tokens of the whole optimizer step.
+Shapes: all tensors are [B, T] over completion tokens; mask is 1 on tokens with a loss; count is the number of such
+tokens in the whole optimizer step.
+
+A new policy loss is a function here with its entry in `POLICY_LOSSES`, and its name in the recipe's Literal.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from align.losses.kl import LOG_RATIO_BOUND, kl_estimate
 from align.losses.reduce import masked_mean
-
-Metrics = dict[str, Tensor]
 
 
 def importance_weight(
@@ -24,10 +26,12 @@ def importance_weight(
     sequence: bool = False,
     drop: bool = False,
 ) -> Tensor:
-    """Corrects the sampler's distribution to the trainer's: old / rollout, truncated at `cap`, or 0 beyond it (drop).
+    """Importance weights [B, T] from the sampler's distribution to the trainer's: old / rollout, without gradient.
 
-    sequence: one weight a completion, the product over its tokens. No gradient. Source: Yao et al. 2025, truncated
-    importance sampling; masking as in IcePop.
+    cap: largest weight; larger ones are truncated to it.
+    drop: set weights above `cap` to 0 instead.
+    sequence: one weight per completion, the product over its tokens.
+    Source: Yao et al. 2025, truncated importance sampling; masking as in IcePop.
     """
     log_ratio = torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0)
     if sequence:
@@ -37,10 +41,10 @@ def importance_weight(
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, sequence: bool = False) -> Tensor:
-    """new / old of each token; or (GSPO) of the whole completion, the geometric mean over its tokens.
+    """new / old probability of each token.
 
-    The sequence ratio's gradient is spread over the tokens, so that a token's own term in the loss still has the
-    sequence's value. Source: Zheng et al., GSPO (arXiv 2507.18071), equations 5 and 14.
+    sequence: the ratio of the whole completion instead (GSPO), the geometric mean over its tokens. Every token then has
+    the sequence's value and its own share of the gradient. Source: Zheng et al. (arXiv 2507.18071), equations 5 and 14.
     """
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
     if sequence:
@@ -61,11 +65,15 @@ def policy_loss(
     dual_clip: float | None = None,
     sequence: bool = False,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """Sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio, 1 - low, 1 + high)) / count.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss: the sum over valid tokens of weight * max(-A * ratio, -A * clip(ratio, 1 - low, 1 + high)),
+    divided by count.
 
-    clip_range_high: another upper bound (DAPO, arXiv 2503.14476). dual_clip: for A < 0 the loss is at most
-    -A * dual_clip, so that one token far off cannot dominate (arXiv 1912.09729); above 1. sequence: GSPO's ratio.
+    clip_range: `low`, and `high` unless clip_range_high (DAPO, arXiv 2503.14476) is given.
+    dual_clip: for A < 0, bound the loss by -A * dual_clip (arXiv 1912.09729); above 1.
+    sequence: use GSPO's ratio of the whole completion.
+    weights: factors [B, T] of each token's loss.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
     ratio = probability_ratio(logprobs, old_logprobs, mask, sequence=sequence)
     high = clip_range if clip_range_high is None else clip_range_high
@@ -74,8 +82,7 @@ def policy_loss(
     loss = torch.maximum(plain, clipped)
     metrics = {
         "clip_fraction": masked_mean((clipped > plain).float(), mask, count).detach(),
-        # From the policy before the update to the present one.
-        "update_kl": masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask, count).detach(),
+        "update_kl": update_kl(logprobs, old_logprobs, mask, count),
     }
     if dual_clip is not None:
         bound = -advantages * dual_clip
@@ -87,9 +94,49 @@ def policy_loss(
     return masked_mean(loss, mask, count), metrics
 
 
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    count: float,
+    clip_range_high: float | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CISPO: the sum over valid tokens of -weight * sg(clip(ratio, 1 - low, 1 + high)) * A * log pi, divided by count.
+
+    The clipped ratio is a constant weight (sg: stop gradient), so every token keeps its gradient, unlike in
+    `policy_loss`. clip_range: `low`, and `high` unless clip_range_high is given. weights: factors [B, T].
+    `clip_fraction` is the share of tokens whose ratio is clipped, for either sign of A.
+    Source: MiniMax-M1 (arXiv 2506.13585), equations 4 and 5.
+    """
+    ratio = probability_ratio(logprobs, old_logprobs, mask).detach()
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = ratio.clamp(1 - clip_range, 1 + high)
+    loss = -clipped * advantages * logprobs
+    if weights is not None:
+        loss = loss * weights
+    return masked_mean(loss, mask, count), {
+        "clip_fraction": masked_mean((clipped != ratio).float(), mask, count),
+        "update_kl": update_kl(logprobs, old_logprobs, mask, count),
+    }
+
+
+POLICY_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {"clip": policy_loss, "cispo": cispo_loss}
+"""(loss, metrics) by the name in the recipe. All take (logprobs, old_logprobs, advantages, mask) and the keywords
+clip_range, clip_range_high, weights and count."""
+
+
+def update_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, count: float) -> Tensor:
+    """k3 estimate of KL(policy before the update || present policy) in nats per token."""
+    return masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask, count).detach()
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float, count: float
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the larger of (V - R)^2 and (clip(V, V_old +- clip_range) - R)^2, summed over valid tokens / count."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
@@ -100,7 +147,7 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - var(returns - values) / var(returns) over valid tokens: 1 is perfect, 0 no better than a constant."""
+    """1 - var(returns - values) / var(returns) over valid tokens: 1 is perfect, 0 is no better than a constant."""
     valid = mask.bool()
     if not valid.any():
         return values.new_zeros(())

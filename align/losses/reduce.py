@@ -1,7 +1,7 @@
-"""Means over valid tokens, normalised by a count the caller gives.
+"""Means over valid tokens, normalised by a count that the caller passes.
 
-A loss is a sum over this micro-batch divided by the valid tokens of the whole optimizer step, so that splitting the
-batch into micro-batches or ranks changes nothing.
+A loss is the sum over a micro-batch divided by the valid tokens of the whole optimizer step, so the split into
+micro-batches and ranks changes nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
-    """Sum of values where mask is 1, over `count` (default: the mask's own sum)."""
-    # where, not a product: a masked position may hold inf or nan.
+    """Sum of values where mask is 1, divided by `count` (default: the sum of the mask)."""
+    # Not a product with the mask: a masked position may hold inf or nan.
     total = torch.where(mask.bool(), values, 0.0).sum()
     return total / (mask.sum().clamp_min(1.0) if count is None else count)
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(values - mean) / std over the valid tokens, zero elsewhere; with shift_mean=False the mean is added back.
+    """(values - mean) / std over the valid tokens, zero elsewhere.
 
-    The variance is the population's (divided by n). For PPO advantages the mean is shifted, as in the InstructGPT line
-    of implementations.
+    shift_mean: False adds the mean back. PPO's advantages are shifted, as in InstructGPT's line of implementations.
+    The variance is the population's (divided by n).
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
@@ -30,10 +30,11 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def averaging_weights(mask: Tensor, how: str, *, count: float, completions: float, max_tokens: int) -> Tensor | None:
-    """Factors [B, T] by which a sum over tokens divided by `count` becomes another mean; None for "tokens" itself.
+    """Factors [B, T] that turn a sum over tokens divided by `count` into another average.
 
-    "completions": the mean over `completions` of each one's mean over its own tokens. "constant": the sum divided by
-    completions * max_tokens. count and completions are those of the whole optimizer step.
+    how: "tokens": none are needed, returns None. "completions": the mean over completions of each one's mean over its
+    tokens (GRPO). "constant": the sum over tokens divided by completions * max_tokens (Dr. GRPO).
+    count, completions: valid tokens of the whole optimizer step, and completions that have such tokens.
     """
     if how == "tokens":
         return None

@@ -1,8 +1,10 @@
-"""Policy optimisation, part by part; `align.recipes.ppo` tells the story.
+"""The steps of a PPO iteration; `align.recipes.ppo` puts them in order. Every rank runs all of them.
 
-draw      which prompts, and their completions
-models      the models that take part
-look_back what the trainer knows of a round before it learns: log-probabilities, values, advantages
-update    epochs of mini-batches
-state     what a killed run needs to go on
+sample      sample the completions of the next prompts
+score       score them and build the rollout batch
+complete    add log-probabilities, values and advantages to the batch
+update      update policy and critic over its mini-batches
+models      policy, critic, reference, reward models
+checkpoint  save and resume
+log, panel  metrics, samples, trackers, terminal
 """

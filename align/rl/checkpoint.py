@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.errors import UserError
+from align.parallel.group import from_rank_0
 from align.reward.mixture import Scorer
-from align.rl.follow import load_learners, save_learners, tell
 from align.rl.models import Models
-from align.rl.sample import Draw, Sampler
+from align.rl.sample import Rollouts, Sampler
 from align.rollout.store import completion_tensors, stored_completions
 from align.run.folder import remove_folder, replace_file
+from align.train.finite import require_finite
 from align.train.state import load_state, save_state
 
-DRAWN = "drawn.safetensors"
+SAMPLES = "drawn.safetensors"
 
 
 @dataclass
@@ -32,55 +34,76 @@ class Checkpoint:
     """The checkpoints of a run, in `folder`: everything that determines what follows.
 
     Trained weights and both optimizers, EMA weights, random states, the sampler's position, the KL coefficient, running
-    moments of the rewards, and a rollout batch that is sampled but not yet learned from.
+    moments of the rewards, and a rollout batch that is sampled but not yet learned from. All ranks make the same calls.
     """
 
     def __init__(self, folder: Path, models: Models, sampler: Sampler, scorer: Scorer):
         self.folder, self.models, self.sampler, self.scorer = folder, models, sampler, scorer
 
     @property
-    def exists(self) -> bool:
-        return (self.folder / "last").is_dir()
+    def last(self) -> Path:
+        """Folder of the last checkpoint."""
+        return self.folder / "last"
+
+    def clear(self) -> None:
+        """Remove the checkpoints of an earlier run of the stage."""
+        from_rank_0("removing old checkpoints", lambda: remove_folder(self.folder))
 
     def save(self, progress: Progress) -> None:
         """Replace the last checkpoint, or leave it untouched if anything fails."""
-        ahead = self.sampler.wait()
-        tensors = {} if ahead is None else completion_tensors(ahead.position, ahead.completions)
         learners = self.folder / "next"
-        remove_folder(learners)
+        for learner in self.models.learners.values():
+            require_finite(learner.model, self.folder.parent)
+        from_rank_0("preparing a checkpoint", lambda: remove_folder(learners))
         try:
-            tell("save", learners)
-            save_learners(self.models, learners)
-            counters = {
-                "step": progress.step,
-                "kl_coef": progress.kl_coef,
-                "position": self.sampler.position,
-                "scorer": self.scorer.state_dict(),
-            }
-            save_state(self.folder / "last", counters, tensors, learners)
+            for name, learner in self.models.learners.items():
+                learner.save(learners / name)
+            from_rank_0("writing a checkpoint", lambda: self._write(progress, learners))
         except UserError:
             remove_folder(learners)
             raise
+
+    def _write(self, progress: Progress, learners: Path) -> None:
+        """Put a checkpoint together, around what the learners have saved."""
+        pending = self.sampler.pending()
+        tensors = {} if pending is None else completion_tensors(pending.position, pending.completions)
+        counters = {
+            "step": progress.step,
+            "kl_coef": progress.kl_coef,
+            "position": self.sampler.position,
+            "scorer": self.scorer.state_dict(),
+        }
+        save_state(self.last, counters, tensors, learners)
         remove_folder(learners)
 
-    def save_drawn(self, drawn: Draw) -> None:
-        """Keep a rollout batch between its sampling and its update."""
-        tensors = completion_tensors(drawn.position, drawn.completions)
-        replace_file(self.folder / DRAWN, lambda file: save_file(tensors, file))
+    def save_samples(self, samples: Rollouts) -> None:
+        """Keep samples until their update is done."""
 
-    def load(self) -> Progress:
-        """Restore the last checkpoint."""
-        last = self.folder / "last"
-        tell("load", last)
-        load_learners(self.models, last)
-        counters, tensors = load_state(last)
+        def write() -> None:
+            tensors = completion_tensors(samples.position, samples.completions)
+            replace_file(self.folder / SAMPLES, lambda file: save_file(tensors, file))
+
+        from_rank_0("keeping the samples", write)
+
+    def load(self) -> Progress | None:
+        """Restore the last checkpoint and the samples that were not learned from; None if there is no checkpoint."""
+        counters = from_rank_0("reading the checkpoint", self._read)
+        if counters is None:
+            return None
+        for name, learner in self.models.learners.items():
+            learner.load(self.last / name)
         self.scorer.load_state_dict(counters["scorer"])
-        self.resume_sampler(counters["position"], tensors)
+        self.sampler.position = counters["position"]
         return Progress(counters["step"], counters["kl_coef"])
 
-    def resume_sampler(self, position: int, tensors: dict[str, Tensor] | None = None) -> None:
-        """Continue sampling at `position`, with the rollout batch that was sampled but not learned from, if any."""
-        drawn = stored_completions(tensors or {})
-        if drawn is None and (self.folder / DRAWN).is_file():
-            drawn = stored_completions(load_file(self.folder / DRAWN))
-        self.sampler.resume(position, drawn)
+    def _read(self) -> dict[str, Any] | None:
+        """On rank 0: restore the random state and the sampler; returns the counters."""
+        counters: dict[str, Any] | None = None
+        tensors: dict[str, Tensor] = {}
+        if self.last.is_dir():
+            counters, tensors = load_state(self.last)
+        samples = stored_completions(tensors)
+        if samples is None and (self.folder / SAMPLES).is_file():
+            samples = stored_completions(load_file(self.folder / SAMPLES))
+        self.sampler.resume(counters["position"] if counters is not None else 0, samples)
+        return counters

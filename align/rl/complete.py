@@ -1,4 +1,7 @@
-"""What the trainer knows of a round before it learns from it: log-probabilities, values, advantages."""
+"""Complete a rollout batch before the update: old and reference log-probabilities, values, advantages.
+
+Shapes: B completions, T completion tokens, L prompt and completion tokens, D hidden, k experts per token.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor
 
 from align.config.ppo import LOOKED_AT_ONE_IN, PpoStage
 from align.data.experience import OF_ALL_TOKENS, Experience
-from align.losses import advantages
+from align.errors import UserError
+from align.losses.advantages import ADVANTAGE_ESTIMATORS, EstimatorInputs
 from align.losses.kl import kl_estimate
 from align.losses.ppo import explained_variance
 from align.losses.reduce import masked_mean
@@ -21,19 +25,16 @@ from align.parallel.micro_batches import largest, shared_passes, summed
 from align.rl.models import Models
 from align.train.learner import Learner
 
-Metrics = dict[str, float]
-Answer = dict[str, Tensor]
-"""Fields of `Experience` and what else was asked for, [b, T] or [b, L]."""
-Part = tuple[Tensor, bool]
-"""Rows of a pass, and whether what is found there counts."""
 ROUTING = "routed_experts"
+UNROUTED = -1
+"""In `routed_experts`, where no expert is recorded; less than any expert's number."""
 
 
 @torch.no_grad()
-def look_back(stage: PpoStage, models: Models, batch: Experience, kl_coef: float) -> Metrics:
-    """Fill the round's old and reference log-probabilities, values, advantages and returns."""
-    metrics = ask_models(stage, models, batch)
-    old, ref, score = known(batch.old_logprobs), known(batch.ref_logprobs), known(batch.score)
+def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: float) -> dict[str, float]:
+    """Fill the batch's old and reference log-probabilities, values, advantages and returns; returns metrics."""
+    metrics = forward_passes(stage, models, batch)
+    old, ref, score = filled(batch.old_logprobs), filled(batch.ref_logprobs), filled(batch.score)
     kl = kl_estimate(old, ref, stage.kl.estimator) * batch.mask
     penalty = kl_coef * kl if stage.kl.apply_to == "reward" else torch.zeros_like(kl)
     batch.advantages, batch.returns = estimate_advantages(stage, batch, score, penalty)
@@ -46,71 +47,100 @@ def look_back(stage: PpoStage, models: Models, batch: Experience, kl_coef: float
     }
 
 
-def ask_models(stage: PpoStage, models: Models, batch: Experience) -> Metrics:
-    """One pass of each model over the round; where the sampler's log-probabilities are taken, of the policy over some
-    rows alone, to see how far they are from the trainer's."""
+def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[str, float]:
+    """Run policy, critic and reference over the batch and store their results in it; returns entropy and mismatch.
 
-    def parts_of(rows: Tensor) -> list[Part]:
+    Each rank computes its share of the micro-batches. Under `old_logprobs: rollout` the policy computes a sample of the
+    completions alone, to measure the mismatch between sampler and trainer.
+    """
+
+    def micro_batches(rows: Tensor) -> list[tuple[Tensor, bool]]:
         return list(shared_passes(list(batch.micro_batches(rows, stage.micro_batch_tokens))))
 
-    parts = parts_of(torch.arange(len(batch)))
-    sample = parts if stage.old_logprobs == "trainer" else parts_of(torch.arange(0, len(batch), LOOKED_AT_ONE_IN))
+    every = micro_batches(torch.arange(len(batch)))
+    some = every if stage.old_logprobs == "trainer" else micro_batches(torch.arange(0, len(batch), LOOKED_AT_ONE_IN))
 
-    def asked(parts: list[Part], of: Callable[..., Answer], *whom: Any) -> list[Callable[[], Answer]]:
-        return [partial(of, *whom, stage, batch.rows(rows)) for rows, _ in parts]
+    def passes(
+        micros: list[tuple[Tensor, bool]], run: Callable[..., dict[str, Tensor]], *models: Any
+    ) -> list[Callable[[], dict[str, Tensor]]]:
+        return [partial(run, *models, stage, batch.rows(rows)) for rows, _ in micros]
 
-    passes = [(models.policy.model, asked(sample, ask_policy, models))]
+    trained = [(models.policy.model, passes(some, policy_pass, models))]
     if models.critic is not None:
-        passes.append((models.critic.model, asked(parts, ask_critic, models, models.critic)))
-    answers = models.run_passes(*passes)
-    with models.reference_run() as reference:
-        answering = models.policy.model if models.reference is None else models.reference.model
-        answers += models.run_passes((answering, asked(parts, ask_reference, models, reference)))
+        trained.append((models.critic.model, passes(every, critic_pass, models, models.critic)))
+    results = models.run_passes(*trained)
+    with models.reference_run() as run:
+        reference = models.policy.model if models.reference is None else models.reference.model
+        results += models.run_passes((reference, passes(every, reference_pass, models, run)))
 
-    tables: Answer = {}
-    for answer, (rows, counts) in zip(answers, chain(sample, cycle(parts))):
-        for name, values in answer.items():
+    tables: dict[str, Tensor] = {}
+    for result, (rows, counts) in zip(results, chain(some, cycle(every))):
+        for name, values in result.items():
             if name not in tables:
                 size = batch.input_ids.shape[1] if name in OF_ALL_TOKENS else batch.mask.shape[1]
-                tables[name] = values.new_full((len(batch), size, *values.shape[2:]), -1 if name == ROUTING else 0)
+                empty = UNROUTED if name == ROUTING else 0
+                tables[name] = values.new_full((len(batch), size, *values.shape[2:]), empty)
             if counts:
                 tables[name][rows, : values.shape[1]] = values
-    # Each rank has filled its own rows; now all have all. A place that nobody filled has less than any expert's number.
+    # Each rank has filled the rows that it computed; the all-reduce gives every rank all rows.
     for name, table in tables.items():
         tables[name] = largest(table, models.device) if name == ROUTING else summed(table, models.device)
-    asked_mask, logprobs, entropy = (tables.pop(name) for name in ("asked_mask", "logprobs", "entropy"))
+    require_finite_results(batch, tables)
+    computed, logprobs, entropy = (tables.pop(name) for name in ("computed", "logprobs", "entropy"))
     batch.old_logprobs = logprobs if stage.old_logprobs == "trainer" else batch.rollout_logprobs
     for name, table in tables.items():
         setattr(batch, name, table)
-    mismatch = (logprobs - batch.rollout_logprobs).abs() * asked_mask
+    mismatch = (logprobs - batch.rollout_logprobs).abs() * computed
     return {
-        "entropy": masked_mean(entropy, asked_mask).item(),
-        "mismatch_mean": masked_mean(mismatch, asked_mask).item(),
+        "entropy": masked_mean(entropy, computed).item(),
+        "mismatch_mean": masked_mean(mismatch, computed).item(),
         "mismatch_max": mismatch.max().item(),
     }
 
 
-def ask_policy(models: Models, stage: PpoStage, batch: Experience) -> Answer:
-    """Of some rows, in host memory; here and below."""
+def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
+    """Forward pass of the policy; results are on the CPU, here and in the other passes.
+
+    Returns log-probabilities and entropy [B, T], `computed` [B, T] (1 where they are) and, for routing replay, experts
+    [B, L, layers, k].
+    """
     replay = stage.routing_replay == "rollout"
     output = models.policy.run(policy_output, batch.to(models.device), stage.rollout.temperature, replay=replay)
-    answer = {"logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu(), "asked_mask": batch.mask}
+    results = {"logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu(), "computed": batch.mask}
     if stage.routing_replay == "trainer" and output.routed_experts is not None:
-        answer[ROUTING] = output.routed_experts.cpu().to(torch.int16)
-    return answer
+        results[ROUTING] = output.routed_experts.cpu().to(torch.int16)
+    return results
 
 
-def ask_critic(models: Models, critic: Learner, stage: PpoStage, batch: Experience) -> Answer:
-    rows, answer = batch.to(models.device), {}
-    if stage.critic.trainable == "head":  # its trunk stays as it is, and so do the features
+def critic_pass(models: Models, critic: Learner, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
+    """Values [B, T]; with a frozen trunk also its features [B, T, D], which the updates reuse."""
+    rows, results = batch.to(models.device), {}
+    if stage.critic.trainable == "head":
         rows.features = critic.run(critic_features, rows)
-        answer["features"] = rows.features.float().cpu()
-    return answer | {"values": critic.run(critic_values, rows).cpu()}
+        results["features"] = rows.features.float().cpu()
+    return results | {"values": critic.run(critic_values, rows).cpu()}
 
 
-def ask_reference(models: Models, reference: Callable[..., Any], stage: PpoStage, batch: Experience) -> Answer:
-    output = reference(policy_output, batch.to(models.device), stage.rollout.temperature)
+def reference_pass(models: Models, run: Callable[..., Any], stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
+    """Log-probabilities [B, T] of the reference."""
+    output = run(policy_output, batch.to(models.device), stage.rollout.temperature)
     return {"ref_logprobs": output.logprobs.cpu()}
+
+
+def require_finite_results(batch: Experience, tables: dict[str, Tensor]) -> None:
+    """Raise `UserError` if a log-probability or value is not finite; all ranks have the same tables."""
+    names = {
+        "logprobs": "log-probabilities of the policy",
+        "ref_logprobs": "log-probabilities of the reference",
+        "values": "values of the critic",
+    }
+    found = {names[name]: table for name, table in tables.items() if name in names}
+    for name, table in {"log-probabilities of the rollout engine": batch.rollout_logprobs, **found}.items():
+        if bad := int((~table.isfinite()).sum()):
+            raise UserError(
+                f"PPO: {bad:,} of {table.numel():,} {name} are infinite or not a number. Lower optimizer.learning_rate "
+                "and critic.learning_rate, or start from another checkpoint (init_from)."
+            )
 
 
 def estimate_advantages(
@@ -118,35 +148,28 @@ def estimate_advantages(
 ) -> tuple[Tensor, Tensor | None]:
     """(advantages, returns for the critic), both [B, T].
 
-    penalty_BT: what each token's nearness to the reference costs. Where tokens have rewards of their own, the score
-    comes on top at the completion's last token, be it a stop token or the one at which it was cut.
+    penalty_BT: KL penalty of each token. The reward of a token is minus its penalty; the score is added at the last
+    completion token, which is a stop token or the one at which the completion was truncated.
     """
     rewards = -penalty_BT
     last = (batch.lengths - batch.prompt_lengths - 1).clamp_min(0)
     rewards[torch.arange(len(batch)), last] += score_B
-    mask, group = batch.loss_mask, stage.completions_per_prompt
-    match stage.advantage_estimator:
-        case "gae":
-            return advantages.ppo(
-                rewards,
-                known(batch.values),
-                mask,
-                gamma=stage.gamma,
-                lam=stage.lam,
-                value_lam=stage.critic.lam,
-                whitened=stage.whiten_advantages,
-            )
-        case "reinforce_plus_plus":
-            return advantages.reinforce_plus_plus(rewards, mask, gamma=stage.gamma), None
-        case "grpo":
-            return advantages.grpo(rewards.sum(1), mask, group), None
-        case "dr_grpo":
-            return advantages.dr_grpo(rewards.sum(1), mask, group), None
-        case "rloo":
-            return advantages.rloo(rewards.sum(1), mask, group), None
+    estimate = ADVANTAGE_ESTIMATORS[stage.advantage_estimator]
+    return estimate(
+        EstimatorInputs(
+            rewards=rewards,
+            mask=batch.loss_mask,
+            values=batch.values,
+            group_size=stage.completions_per_prompt,
+            gamma=stage.gamma,
+            lam=stage.lam,
+            value_lam=stage.critic.lam,
+            whiten=stage.whiten_advantages,
+        )
+    )
 
 
-def known(tensor: Tensor | None) -> Tensor:
-    """A field that an earlier step of the round has filled."""
+def filled(tensor: Tensor | None) -> Tensor:
+    """A field of the batch that an earlier step has filled."""
     assert tensor is not None
     return tensor

@@ -1,4 +1,4 @@
-"""What is said of a run while it goes: metrics.jsonl, samples.jsonl, experiment trackers, the screen."""
+"""Report a PPO run while it goes: metrics.jsonl, samples.jsonl, experiment trackers, the terminal."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import torch
 
 from align.config.ppo import PpoStage
-from align.rl.complete import Metrics, known
+from align.parallel.group import is_main
+from align.rl.complete import filled
 from align.rl.panel import Panel
-from align.rl.score import Round
+from align.rl.score import RolloutBatch
 from align.run.context import StageContext
 from align.run.folder import MetricsWriter
 from align.train.trackers import Trackers
 
 PHASES = ("generate", "score", "logprobs", "update", "sync")
 SAMPLES = 4
-"""Completions of a round that are written to samples.jsonl."""
+"""Completions of a rollout batch that are written to samples.jsonl."""
 
 
 class Clock:
-    """Seconds of each phase; `show` is told which one begins."""
+    """Seconds of each phase of an iteration; calls `show` with the name of the phase that begins."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self.show = show
@@ -39,45 +40,51 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-class RoundLog:
-    """Writes every round's metrics, and shows them."""
+class RunLog:
+    """Writes and shows the metrics of every iteration, on rank 0; the other ranks only time their phases."""
 
     def __init__(self, stage: PpoStage, context: StageContext, model: Any, tokenizer: Any, *, first_step: int):
         self.stage, self.context, self.tokenizer = stage, context, tokenizer
         self.step = first_step
-        kept = first_step or None
-        self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)
-        self.samples = MetricsWriter(context.dir / "samples.jsonl", from_step=kept)
-        self.trackers = Trackers(context, model)
-        self.panel = Panel(context.name, self.stage.steps, PHASES) if sys.stdout.isatty() else None
+        self.panel: Panel | None = None
         self.clock = Clock(self._show_phase)
+        if is_main():
+            kept = first_step or None
+            self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)
+            self.samples = MetricsWriter(context.dir / "samples.jsonl", from_step=kept)
+            self.trackers = Trackers(context, model)
+            self.panel = Panel(context.name, self.stage.steps, PHASES) if sys.stdout.isatty() else None
 
     def _show_phase(self, phase: str) -> None:
         if self.panel is not None:
             self.panel.phase(self.step + 1, phase)
 
-    def finish_round(self, whole: Round, metrics: Metrics) -> None:
-        """Record a round whose weights are already with the sampler."""
+    def finish_iteration(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
+        """Record an iteration whose new weights the rollout engine has."""
         self.step += 1
-        metrics = metrics | speeds(whole, self.clock.seconds)
+        if is_main():
+            self._record(batch, metrics | speeds(batch, self.clock.seconds))
+        self.clock = Clock(self._show_phase)
+
+    def _record(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
         self.metrics.write(self.step, metrics)
         self.trackers.log(self.step, metrics)
-        samples = list(self._samples(whole))
+        samples = list(self._samples(batch))
         if self.step % self.stage.sample_every == 0:
             for sample in samples:
                 self.samples.write(self.step, sample)
         if self.panel is not None:
-            self.panel.finish_round(self.step, metrics, samples[0])
-        else:
-            self.context.say(
-                f"  step {self.step}/{self.stage.steps}  score {metrics['score_mean']:.3f}  kl {metrics['kl']:.4f}  "
-                f"length {metrics['completion_length']:.1f}  {sum(self.clock.seconds.values()):.1f} s"
-            )
-        self.clock = Clock(self._show_phase)
+            self.panel.finish_iteration(self.step, metrics, samples[0])
+            return
+        skipped = f"  skipped updates {metrics['skipped_updates']:.0f}" if metrics["skipped_updates"] else ""
+        self.context.say(
+            f"  step {self.step}/{self.stage.steps}  score {metrics['score_mean']:.3f}  kl {metrics['kl']:.4f}  "
+            f"length {metrics['completion_length']:.1f}  {sum(self.clock.seconds.values()):.1f} s{skipped}"
+        )
 
-    def _samples(self, whole: Round) -> Iterator[dict[str, Any]]:
-        scores = known(whole.batch.score)
-        for row, completion, score in list(zip(whole.rows, whole.completions, scores.tolist(), strict=True))[:SAMPLES]:
+    def _samples(self, batch: RolloutBatch) -> Iterator[dict[str, Any]]:
+        scores = filled(batch.experience.score).tolist()
+        for row, completion, score in list(zip(batch.rows, batch.completions, scores, strict=True))[:SAMPLES]:
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             yield {
                 "prompt": row.messages[-1]["content"],
@@ -88,25 +95,32 @@ class RoundLog:
             }
 
     def close(self) -> None:
-        if self.panel is not None:
-            self.panel.close()
-        self.trackers.close()
-        self.metrics.close()
-        self.samples.close()
+        """Close files, trackers and the terminal view."""
+        if is_main():
+            if self.panel is not None:
+                self.panel.close()
+            self.trackers.close()
+            self.metrics.close()
+            self.samples.close()
 
 
-def speeds(whole: Round, seconds: dict[str, float]) -> Metrics:
-    """time/PHASE in seconds; speed/PHASE in tokens a second: sampled ones for `generate`, prompts included for the
-    others; memory/peak_gib of this process (on a GPU: of its tensors)."""
-    sampled, seen = whole.batch.mask.sum().item(), whole.batch.lengths.sum().item()
-    found = {f"time/{phase}": round(spent, 3) for phase, spent in seconds.items()}
+def speeds(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
+    """Times, speeds and memory of an iteration.
+
+    time/PHASE in seconds. speed/PHASE in tokens per second: sampled tokens for `generate`, all tokens including prompts
+    for the other phases. memory/peak_gib: peak memory of this process; on a GPU, of its tensors.
+    """
+    sampled = batch.experience.mask.sum().item()
+    every = batch.experience.lengths.sum().item()
+    metrics = {f"time/{phase}": round(spent, 3) for phase, spent in seconds.items()}
     for phase, spent in seconds.items():
         if phase != "sync":
-            found[f"speed/{phase}"] = round((sampled if phase == "generate" else seen) / max(spent, 1e-9), 1)
-    return found | {"memory/peak_gib": round(peak_bytes() / 2**30, 3)}
+            metrics[f"speed/{phase}"] = round((sampled if phase == "generate" else every) / max(spent, 1e-9), 1)
+    return metrics | {"memory/peak_gib": round(peak_bytes() / 2**30, 3)}
 
 
 def peak_bytes() -> int:
+    """Peak memory of this process, or of its tensors on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The live view of a run on a terminal."""
+"""Live view of a PPO run on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align.run.charts import CHARTS
 
 
 class Panel:
-    """Progress, the last round's phases and metrics, and one of its completions; redrawn in place."""
+    """Progress, and of the last iteration its phases, metrics and one completion; redrawn in place."""
 
     def __init__(self, name: str, steps: int, phases: Sequence[str], console: Console | None = None):
         self.name, self.steps, self.phases = name, steps, phases
@@ -27,13 +27,15 @@ class Panel:
         self.live.start()
 
     def phase(self, step: int, phase: str) -> None:
-        """Round `step` (from 1) enters a phase."""
+        """Show that iteration `step` (1-based) enters a phase."""
         self.step, self.current = step, phase
 
-    def finish_round(self, step: int, metrics: dict[str, float], sample: dict[str, Any]) -> None:
+    def finish_iteration(self, step: int, metrics: dict[str, float], sample: dict[str, Any]) -> None:
+        """Show the results of iteration `step`."""
         self.step, self.current, self.metrics, self.sample = step, "", metrics, sample
 
     def close(self) -> None:
+        """Stop redrawing; the last view stays on the terminal."""
         self.current = ""
         self.live.stop()
 
@@ -53,17 +55,17 @@ class Panel:
         return line
 
     def _phases(self) -> RenderableType:
-        """A bar for each phase, as long as its share of the round."""
+        """A bar for each phase, as long as its share of the iteration."""
         table = Table.grid(padding=(0, 1), expand=True)
         for justify in ("left", "right", "right"):
             table.add_column(justify=justify, no_wrap=True)
         table.add_column(ratio=1)
         seconds = {phase: self.metrics.get(f"time/{phase}", 0.0) for phase in self.phases}
-        whole = sum(seconds.values()) or 1.0
+        total = sum(seconds.values()) or 1.0
         for phase, spent in seconds.items():
             speed = self.metrics.get(f"speed/{phase}")
             rate = f"{speed:,.0f} tokens/s" if speed is not None else ""
-            table.add_row(phase, f"{spent:.1f} s", rate, ProgressBar(total=whole, completed=spent))
+            table.add_row(phase, f"{spent:.1f} s", rate, ProgressBar(total=total, completed=spent))
         return table
 
     def _numbers(self) -> RenderableType:

@@ -1,89 +1,143 @@
-"""The rounds' prompts and completions: which come next depends on the seed and on a position, nothing else."""
+"""Sample completions of the prompts. The seed and a position in the stream of prompts fix what is sampled next."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
+from align.parallel.group import from_rank_0, is_main
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
+from align.train.learner import Learner
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Completions of the prompts from `position` on, `completions_per_prompt` of each behind each other."""
+class Rollouts:
+    """Completions of consecutive prompts.
+
+    position: index of the first prompt in the stream of prompts.
+    rows: each completion's prompt; the `completions_per_prompt` completions of a prompt are adjacent.
+    completions: one per row.
+    metrics: the engine's, see `GenerationReport`.
+    """
 
     position: int
     rows: list[PromptRow]
     completions: list[Completion]
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the engine: see `GenerationReport`."""
 
 
 class Sampler:
-    """Draws prompts in the order of shuffled epochs and has them completed.
+    """Rollouts completions with the rollout engine, which rank 0 alone holds; all ranks get them.
 
-    position: prompts drawn so far; it and the seed fix what is drawn next.
+    Prompts come in shuffled epochs. All ranks make the same calls.
+
+    position: index of the next prompt in the stream of prompts.
     """
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        build_engine: Callable[[], RolloutEngine],
         prompts: Sequence[PromptRow],
         stage: PpoStage,
         *,
         stop_ids: Sequence[int],
         seed: int,
     ):
-        self.engine, self.prompts, self.stage, self.seed = engine, prompts, stage, seed
+        self.prompts, self.stage, self.seed = prompts, stage, seed
         self.stop_ids = tuple(stop_ids)
         self.position = 0
+        self._engine: RolloutEngine | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="align-rollout")
-        self._pending: Future[Draw] | None = None
+        self._pending: Future[Rollouts] | None = None
+        from_rank_0("starting the rollout engine", lambda: self._start(build_engine))
 
-    def draw(self, completions: int | None = None) -> Draw:
-        """The next prompts' completions (by default a round's): those begun by `begin`, else sampled now."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            drawn = pending.result()
-        else:
-            drawn = self._sample(self.position, completions or self.stage.batch_size)
-        self.position = drawn.position + len(drawn.rows) // self.stage.completions_per_prompt
-        return drawn
+    def _start(self, build_engine: Callable[[], RolloutEngine]) -> None:
+        self._engine = build_engine()
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine, on rank 0."""
+        assert self._engine is not None
+        return self._engine
+
+    def sample(self, completions: int | None = None) -> Rollouts:
+        """The next `completions` completions (default: a rollout batch): those that `begin` started, or new ones."""
+        position, sampled, metrics = from_rank_0("sampling", lambda: self._next(completions or self.stage.batch_size))
+        self.position = position + len(sampled) // self.stage.completions_per_prompt
+        return Rollouts(position, self._rows(position, len(sampled)), sampled, metrics)
 
     def begin(self) -> None:
-        """Sample the next round in the background."""
-        self._pending = self._pool.submit(self._sample, self.position, self.stage.batch_size)
+        """Start sampling the next rollout batch in the background."""
+        if is_main():
+            self._pending = self._pool.submit(self._generate, self.position, self.stage.batch_size)
 
-    def wait(self) -> Draw | None:
-        """What `begin` samples, once it is there; the next `draw` still returns it."""
+    def wait(self) -> None:
+        """Wait for the samples that `begin` started; the next `sample` returns them."""
+        from_rank_0("sampling", self._wait)
+
+    def _wait(self) -> None:
+        self.pending()
+
+    def pending(self) -> Rollouts | None:
+        """On rank 0: the samples that `begin` started, once they are complete, or that a checkpoint held."""
         return self._pending.result() if self._pending is not None else None
 
-    def resume(self, position: int, drawn: tuple[int, list[Completion]] | None) -> None:
-        """Go on at `position`; `drawn`: completions that were sampled from there before the run was interrupted."""
+    def resume(self, position: int, stored: tuple[int, list[Completion]] | None) -> None:
+        """Continue at `position`. stored: on rank 0, completions of an interrupted iteration and their position."""
         self.position = position
-        if drawn is not None and drawn[0] == position:
-            done: Future[Draw] = Future()
-            done.set_result(Draw(position, self._rows(position, len(drawn[1])), drawn[1]))
+        if stored is not None and stored[0] == position:
+            done: Future[Rollouts] = Future()
+            done.set_result(Rollouts(position, self._rows(position, len(stored[1])), stored[1]))
             self._pending = done
 
+    def update_weights(self, policy: Learner, version: int) -> dict[str, float]:
+        """Send the policy's weights to the engine; returns rank 0's metrics of the transfer."""
+        weights = policy.published_weights()
+        if not is_main():
+            deque(weights, maxlen=0)  # takes part in gathering
+            return {}
+        self.engine.update_weights(weights, version=version)
+        if not policy.collective:  # otherwise all ranks would have to gather them again
+            self.engine.offer_weights(policy.published_weights)
+        return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}
+
+    def sleep(self) -> None:
+        """Release the accelerator's memory until `wake`."""
+        if is_main():
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        """Take the accelerator's memory back."""
+        if is_main():
+            self.engine.wake()
+
     def close(self) -> None:
+        """Wait for background sampling and close the engine."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._engine is not None:
+            self._engine.close()
 
     def _rows(self, position: int, completions: int) -> list[PromptRow]:
         each = self.stage.completions_per_prompt
-        found = []
+        rows = []
         for place in range(position, position + completions // each):
             epoch, index = divmod(place, len(self.prompts))
             row = self.prompts[shuffled(len(self.prompts), self.seed * 7919 + epoch)[index]]
-            found += [row] * each
-        return found
+            rows += [row] * each
+        return rows
 
-    def _sample(self, position: int, completions: int) -> Draw:
+    def _next(self, completions: int) -> tuple[int, list[Completion], dict[str, float]]:
+        samples = self.pending() or self._generate(self.position, completions)
+        self._pending = None
+        return samples.position, samples.completions, samples.metrics
+
+    def _generate(self, position: int, completions: int) -> Rollouts:
         rows = self._rows(position, completions)
         each = self.stage.completions_per_prompt
         sampling = SamplingSettings(
@@ -95,7 +149,7 @@ class Sampler:
         )
         groups = self.engine.generate([list(row.ids) for row in rows[::each]], sampling)
         report = self.engine.last_generation
-        return Draw(
+        return Rollouts(
             position,
             rows,
             [completion for group in groups for completion in group],
@@ -105,7 +159,7 @@ class Sampler:
 
 @lru_cache(maxsize=2)
 def shuffled(count: int, seed: int) -> list[int]:
-    """The order of an epoch's prompts."""
+    """Order of an epoch's prompts."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

@@ -1,4 +1,4 @@
-"""From drawn completions to a scored round: padded tensors, rewards, penalties for length."""
+"""Score samples and build the rollout batch: padded tensors, rewards, length penalties, dynamic sampling."""
 
 from __future__ import annotations
 
@@ -13,75 +13,83 @@ from align.data.experience import Experience, build_experience
 from align.data.prepare import PromptRow
 from align.reward.mixture import Scorer
 from align.reward.shaping import overlong_shaping
-from align.rl.complete import Metrics, known
-from align.rl.sample import Draw, Sampler
+from align.rl.complete import filled
+from align.rl.sample import Rollouts, Sampler
 from align.rollout.base import Completion
 
 
 @dataclass
-class Round:
-    """Completions, their prompts' rows and scores, and what was measured of them."""
+class RolloutBatch:
+    """Scored completions of one PPO iteration; the same on all ranks.
+
+    rows: each completion's prompt.
+    completions: as the engine sampled them.
+    experience: the same as padded tensors, with scores.
+    metrics: of sampling and scoring.
+    """
 
     rows: list[PromptRow]
     completions: list[Completion]
-    batch: Experience
-    metrics: Metrics
+    experience: Experience
+    metrics: dict[str, float]
 
-    def groups(self, size: int) -> Tensor:
-        """Scores [G, size] of the completions of one prompt."""
-        return known(self.batch.score).view(-1, size)
+    def group_scores(self, size: int) -> Tensor:
+        """Scores [G, size] of the completions of each prompt."""
+        return filled(self.experience.score).view(-1, size)
 
 
-def scored_round(stage: PpoStage, sampler: Sampler, drawn: Draw, scorer: Scorer) -> Round:
-    """The round to learn from. With dynamic sampling, groups of equal scores are replaced by further draws where those
-    have better ones, so that its size is always the recipe's."""
+def score_batch(stage: PpoStage, sampler: Sampler, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
+    """Score `samples`. With dynamic sampling, sample further groups to replace those of equal scores; the batch keeps
+    the recipe's size."""
     group = stage.completions_per_prompt
-    rounds = [score_draw(stage, drawn, scorer)]
+    batches = [score_samples(stage, samples, scorer)]
     for _ in range(stage.dynamic_sampling):
-        missing = stage.batch_size - group * sum(int(teaches(r.groups(group)).sum()) for r in rounds)
+        missing = stage.batch_size - group * sum(int(informative(b.group_scores(group)).sum()) for b in batches)
         if missing <= 0:
             break
-        rounds.append(score_draw(stage, sampler.draw(missing), scorer))
-    whole = joined(rounds)
+        batches.append(score_samples(stage, sampler.sample(missing), scorer))
+    batch = concatenate(batches)
     if group > 1:
-        useful = teaches(whole.groups(group))
-        whole.metrics["informative_groups"] = useful.float().mean().item()
-        whole.metrics["drawn_completions"] = float(len(whole.batch))
-        if len(rounds) > 1:
+        useful = informative(batch.group_scores(group))
+        batch.metrics["informative_groups"] = useful.float().mean().item()
+        batch.metrics["drawn_completions"] = float(len(batch.experience))
+        if len(batches) > 1:
             first = torch.argsort(~useful, stable=True)[: stage.batch_size // group].sort().values
-            whole = picked(whole, (first[:, None] * group + torch.arange(group)).flatten())
+            batch = select(batch, (first[:, None] * group + torch.arange(group)).flatten())
     if stage.mask_truncated:
-        finished = torch.tensor([float(c.finished) for c in whole.completions])
-        whole.batch.loss_mask = whole.batch.mask * finished[:, None]
-    whole.metrics |= describe(whole)
-    return whole
+        finished = torch.tensor([float(c.finished) for c in batch.completions])
+        batch.experience.loss_mask = batch.experience.mask * finished[:, None]
+    batch.metrics |= batch_metrics(batch)
+    return batch
 
 
-def teaches(scores_GN: Tensor) -> Tensor:
-    """[G], whether the scores of a group differ; advantages of equal ones are zero."""
+def informative(scores_GN: Tensor) -> Tensor:
+    """True [G] for groups whose scores differ; the advantages of equal scores are zero."""
     return (scores_GN - scores_GN[:, :1]).abs().amax(dim=1) > 1e-6
 
 
-def score_draw(stage: PpoStage, drawn: Draw, scorer: Scorer) -> Round:
-    """Rewards, less the penalties for completions that are cut or nearly so."""
-    batch = to_experience(drawn.completions)
-    scores, metrics = scorer.score(batch, drawn.rows, drawn.completions)
+def score_samples(stage: PpoStage, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
+    """Rewards minus the penalties for truncated and overlong completions."""
+    experience = to_experience(samples.completions)
+    scores, metrics = scorer.score(experience, samples.rows, samples.completions)
     if stage.missing_eos_penalty is not None:
-        scores = scores - stage.missing_eos_penalty * torch.tensor([float(not c.finished) for c in drawn.completions])
+        truncated = torch.tensor([float(not c.finished) for c in samples.completions])
+        scores = scores - stage.missing_eos_penalty * truncated
     if stage.overlong_buffer:
         shaping = overlong_shaping(
-            batch.lengths - batch.prompt_lengths,
+            experience.lengths - experience.prompt_lengths,
             max_new_tokens=stage.rollout.max_new_tokens,
             buffer=stage.overlong_buffer,
             penalty=stage.overlong_penalty,
         )
         metrics["overlong_penalty"] = -shaping.mean().item()
         scores = scores + shaping
-    batch.score = scores
-    return Round(drawn.rows, drawn.completions, batch, drawn.metrics | metrics)
+    experience.score = scores
+    return RolloutBatch(samples.rows, samples.completions, experience, samples.metrics | metrics)
 
 
 def to_experience(completions: Sequence[Completion]) -> Experience:
+    """Completions as padded tensors."""
     return build_experience(
         [c.prompt_ids for c in completions],
         [c.token_ids for c in completions],
@@ -90,21 +98,21 @@ def to_experience(completions: Sequence[Completion]) -> Experience:
     )
 
 
-def joined(rounds: list[Round]) -> Round:
-    """Several draws as one."""
-    if len(rounds) == 1:
-        return rounds[0]
-    completions = [c for r in rounds for c in r.completions]
-    batch = to_experience(completions)
-    batch.score = torch.cat([known(r.batch.score) for r in rounds])
-    sizes = [len(r.batch) for r in rounds]
-    metrics = {name: pooled(name, [r.metrics[name] for r in rounds], sizes) for name in rounds[0].metrics}
-    return Round([row for r in rounds for row in r.rows], completions, batch, metrics)
+def concatenate(batches: list[RolloutBatch]) -> RolloutBatch:
+    """One batch of all completions, with pooled metrics."""
+    if len(batches) == 1:
+        return batches[0]
+    completions = [c for batch in batches for c in batch.completions]
+    experience = to_experience(completions)
+    experience.score = torch.cat([filled(batch.experience.score) for batch in batches])
+    sizes = [len(batch.experience) for batch in batches]
+    metrics = {name: pool(name, [b.metrics[name] for b in batches], sizes) for name in batches[0].metrics}
+    return RolloutBatch([row for batch in batches for row in batch.rows], completions, experience, metrics)
 
 
-def pooled(name: str, values: list[float], sizes: list[int]) -> float:
-    """One draw's metric for several of these sizes: extremes stay extremes, times add up, means are weighted (also of
-    standard deviations, which are then those within a draw)."""
+def pool(name: str, values: list[float], sizes: list[int]) -> float:
+    """A metric of several batches of these sizes: extremes stay extremes, times and counts add up, everything else is a
+    weighted mean (a pooled standard deviation is then the one within a batch)."""
     if name.endswith(("/min", "/max")):
         return min(values) if name.endswith("/min") else max(values)
     if name.startswith("time/") or name in ("rollout/prompt_tokens", "rollout/retried"):
@@ -112,19 +120,20 @@ def pooled(name: str, values: list[float], sizes: list[int]) -> float:
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
-def picked(whole: Round, index: Tensor) -> Round:
-    return Round(
-        [whole.rows[i] for i in index], [whole.completions[i] for i in index], whole.batch.rows(index), whole.metrics
-    )
+def select(batch: RolloutBatch, index: Tensor) -> RolloutBatch:
+    """The completions at `index`; metrics stay those of the whole batch."""
+    rows, completions = [batch.rows[i] for i in index], [batch.completions[i] for i in index]
+    return RolloutBatch(rows, completions, batch.experience.rows(index), batch.metrics)
 
 
-def describe(whole: Round) -> Metrics:
-    scores, completions = known(whole.batch.score), whole.completions
+def batch_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Scores, lengths and ends of the batch's completions."""
+    scores, completions = filled(batch.experience.score), batch.completions
     finished = sum(c.finished for c in completions) / len(completions)
     return {
         "score_mean": scores.mean().item(),
         "score_std": scores.std(unbiased=False).item(),
-        "completion_length": whole.batch.mask.sum(1).mean().item(),
+        "completion_length": batch.experience.mask.sum(1).mean().item(),
         "eos_rate": finished,
         "truncated_share": 1 - finished,
     }

@@ -1,36 +1,55 @@
-"""Learning from a round: epochs over mini-batches, each made of micro-batches."""
+"""Update policy and critic on a rollout batch: epochs of mini-batches, each one optimizer step over micro-batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.config.ppo import PpoStage
 from align.data.experience import Experience
+from align.errors import UserError
 from align.losses.kl import kl_loss
-from align.losses.ppo import importance_weight, policy_loss, value_loss
+from align.losses.ppo import POLICY_LOSSES, importance_weight, value_loss
 from align.losses.reduce import averaging_weights
 from align.models.forward import critic_values, policy_output
 from align.parallel.micro_batches import shared_passes, summed
-from align.rl.complete import Metrics, known
+from align.rl.complete import filled
 from align.rl.models import Models
+from align.train.learner import Learner
+
+OVERFLOWS = 3
+"""Successive steps that bf16 gradients may overflow before the run stops."""
+LOSSES = {"policy": ("policy_loss", "kl_loss", "aux_loss", "router_z_loss"), "critic": ("value_loss",)}
+"""Metrics that are losses, by the model that they train."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a mini-batch holds altogether, by which each of its micro-batches' losses is divided."""
+class BatchTotals:
+    """Totals of a whole mini-batch, which normalise the losses of its micro-batches.
+
+    tokens: completion tokens with a loss.
+    completions: completions with such tokens.
+    all_tokens: tokens of all prompts and completions; the router's losses are means over them.
+    """
 
     tokens: float
     completions: float
+    all_tokens: float
 
 
-def update(stage: PpoStage, models: Models, batch: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
-    """Means over the mini-batches of what was measured in them, and the numbers of updates made and skipped. The
-    policy's average, where there is one, moves on by a round."""
+def update(
+    stage: PpoStage, models: Models, batch: Experience, *, step: int, seed: int, kl_coef: float
+) -> dict[str, float]:
+    """Run all epochs of updates and move the policy's EMA weights.
+
+    Returns each metric's mean over the mini-batches, and the numbers of updates made and skipped. Stops with a
+    `UserError` at the first loss or gradient norm that is not finite.
+    """
     measured: dict[str, list[float]] = {}
     counts = {"policy_updates": 0.0, "skipped_updates": 0.0}
     active = dict(models.learners)
@@ -40,106 +59,156 @@ def update(stage: PpoStage, models: Models, batch: Experience, *, step: int, see
         learner.schedule(step)
     shuffle = torch.Generator().manual_seed(seed * 1_000_003 + step)
     for _ in range(stage.epochs):
-        for mini in torch.randperm(len(batch), generator=shuffle).split(stage.mini_batch_size):
-            mask = batch.loss_mask[mini]
-            whole = Whole(mask.sum().item(), mask.any(dim=1).sum().item())
-            if not whole.tokens:
-                counts["skipped_updates"] += len(active)  # every completion was cut, and those do not count
+        for mini_batch in torch.randperm(len(batch), generator=shuffle).split(stage.mini_batch_size):
+            mask = batch.loss_mask[mini_batch]
+            totals = BatchTotals(
+                tokens=mask.sum().item(),
+                completions=mask.any(dim=1).sum().item(),
+                all_tokens=batch.lengths[mini_batch].sum().item(),
+            )
+            if not totals.tokens:
+                counts["skipped_updates"] += len(active)  # `mask_truncated` left no completion
                 continue
-            found = gather_gradients(stage, models, batch, mini, whole, kl_coef, policy_learns="policy" in active)
-            if "policy" in active and stage.kl.stop is not None and found["update_kl"] > stage.kl.stop:
+            metrics = accumulate_gradients(
+                stage, models, batch, mini_batch, totals, kl_coef, train_policy="policy" in active
+            )
+            require_finite_losses(metrics, step)
+            if "policy" in active and stage.kl.stop is not None and metrics["update_kl"] > stage.kl.stop:
                 active.pop("policy").discard()
             for name, learner in active.items():
                 norm = learner.step()
+                require_finite_gradients(name, learner, step)
                 if norm is None:
                     counts["skipped_updates"] += 1
                 else:
-                    found[f"{name}_grad_norm"] = norm
+                    metrics[f"{name}_grad_norm"] = norm
                     counts["policy_updates"] += name == "policy"
-            for name, value in found.items():
+            for name, value in metrics.items():
                 measured.setdefault(name, []).append(value)
     models.policy.update_ema()
-    return counts | {name: mean_of_finite(values) for name, values in measured.items()}
+    return counts | {name: sum(values) / len(values) for name, values in measured.items()}
 
 
-def gather_gradients(
+def require_finite_losses(metrics: dict[str, float], step: int) -> None:
+    """Raise `UserError` if a mini-batch's loss is not finite. `metrics` are the same on all ranks."""
+    for model, names in LOSSES.items():
+        for name in names:
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise diverged(f"{name} is {metrics[name]}", model, step)
+
+
+def require_finite_gradients(model: str, learner: Learner, step: int) -> None:
+    """Raise `UserError` if the learner skipped its last step because of gradients that are not finite.
+
+    A learner under DeepSpeed in bf16 may skip single steps, because bf16 gradients can overflow where the loss does
+    not; `OVERFLOWS` of them in a row stop the run.
+    """
+    if learner.skips_in_a_row and not learner.skips_overflow:
+        raise diverged("the gradient norm is not finite", model, step)
+    if learner.skips_in_a_row >= OVERFLOWS:
+        raise diverged(f"the bf16 gradients overflowed in {OVERFLOWS} steps in a row", model, step)
+
+
+def diverged(problem: str, model: str, step: int) -> UserError:
+    """The error for a loss or gradient that is infinite or not a number."""
+    key = "critic.learning_rate" if model == "critic" else "optimizer.learning_rate"
+    return UserError(f"PPO step {step + 1}, {model}: {problem}. Lower {key}, and start the stage again with --from.")
+
+
+def accumulate_gradients(
     stage: PpoStage,
     models: Models,
     batch: Experience,
-    mini: Tensor,
-    whole: Whole,
+    mini_batch: Tensor,
+    totals: BatchTotals,
     kl_coef: float,
     *,
-    policy_learns: bool,
-) -> Metrics:
-    """Gradients of a mini-batch, in as many passes as its tokens need; their split changes nothing."""
-    found: Metrics = {}
-    for micro, counts in shared_passes(list(batch.micro_batches(mini, stage.micro_batch_tokens))):
-        rows = batch.rows(micro).to(models.device)
-        if not counts:
+    train_policy: bool,
+) -> dict[str, float]:
+    """Accumulate the gradients of a mini-batch over its micro-batches on all ranks; returns its metrics.
+
+    The result does not depend on how the mini-batch is split, with one exception. The router's balance loss is a
+    product of two means, so it is defined per micro-batch; the mini-batch's is the mean over its micro-batches,
+    weighted by their tokens.
+    """
+    metrics: dict[str, float] = {}
+    for micro_batch, counts in shared_passes(list(batch.micro_batches(mini_batch, stage.micro_batch_tokens))):
+        rows = batch.rows(micro_batch).to(models.device)
+        if not counts:  # this rank only takes part in the collectives
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
+        share = counts * rows.lengths.sum().item() / totals.all_tokens
         passes = []
-        if policy_learns:
-            passes.append((models.policy.model, [partial(learn_policy, stage, models, rows, whole, kl_coef)]))
+        if train_policy:
+            passes.append(
+                (models.policy.model, [partial(policy_backward, stage, models.policy, rows, totals, share, kl_coef)])
+            )
         if models.critic is not None:
-            passes.append((models.critic.model, [partial(learn_values, stage, models, rows, whole)]))
-        parts = models.run_passes(*passes)
-        for name, value in (item for part in parts for item in part.items()):
-            found[name] = found.get(name, 0.0) + float(value)
-    sums = summed(torch.tensor(list(found.values()), dtype=torch.float64), models.device)
-    return dict(zip(found, sums.tolist(), strict=True))
+            passes.append((models.critic.model, [partial(critic_backward, stage, models.critic, rows, totals)]))
+        for results in models.run_passes(*passes):
+            for name, value in results.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+    sums = summed(torch.tensor(list(metrics.values()), dtype=torch.float64), models.device)
+    return dict(zip(metrics, sums.tolist(), strict=True))
 
 
-def learn_policy(stage: PpoStage, models: Models, rows: Experience, whole: Whole, kl_coef: float) -> dict[str, Tensor]:
-    """Gradients of the policy's loss on some rows, as their share of the whole mini-batch."""
-    replay = stage.routing_replay != "none"
-    output = models.policy.run(policy_output, rows, stage.rollout.temperature, replay=replay)
-    old, mask = known(rows.old_logprobs), rows.loss_mask
+def policy_backward(
+    stage: PpoStage, policy: Learner, rows: Experience, totals: BatchTotals, share: float, kl_coef: float
+) -> dict[str, Tensor]:
+    """Backward pass of the policy's loss on a micro-batch, as its share of the mini-batch's loss.
+
+    share: the micro-batch's share of the mini-batch's tokens, which weights the router's losses.
+    """
+    output = policy.run(policy_output, rows, stage.rollout.temperature, replay=stage.routing_replay != "none")
+    mask = rows.loss_mask
     average = averaging_weights(
         mask,
         stage.loss_average,
-        count=whole.tokens,
-        completions=whole.completions,
+        count=totals.tokens,
+        completions=totals.completions,
         max_tokens=stage.rollout.max_new_tokens,
     )
-    loss, metrics = policy_loss(
+    loss, metrics = POLICY_LOSSES[stage.policy_loss](
         output.logprobs,
-        old,
-        known(rows.advantages),
+        filled(rows.old_logprobs),
+        filled(rows.advantages),
         mask,
         clip_range=stage.clip_range,
         clip_range_high=stage.clip_range_high,
-        dual_clip=stage.dual_clip,
-        sequence=stage.ratio == "sequence",
         weights=_product(sampler_correction(stage, rows), average),
-        count=whole.tokens,
+        count=totals.tokens,
+        **clip_options(stage),
     )
     metrics["policy_loss"] = loss.detach()
     if stage.kl.apply_to == "loss":
-        distance = kl_loss(
+        kl = kl_loss(
             output.logprobs,
-            known(rows.ref_logprobs),
+            filled(rows.ref_logprobs),
             mask,
             estimator=stage.kl.estimator,
-            count=whole.tokens,
+            count=totals.tokens,
             weights=average,
         )
-        metrics["kl_loss"] = distance.detach()
-        loss = loss + kl_coef * distance
+        metrics["kl_loss"] = kl.detach()
+        loss = loss + kl_coef * kl
     if output.router is not None:
-        share = mask.sum() / whole.tokens
-        loss = loss + share * output.router.loss(models.policy.model.config)
+        loss = loss + share * output.router.loss(policy.model.config)
         metrics |= {name: share * value for name, value in output.router.metrics().items()}
-    models.policy.backward(loss)
+    policy.backward(loss)
     return metrics
 
 
+def clip_options(stage: PpoStage) -> dict[str, Any]:
+    """Options of the clipped loss that are set; the recipe refuses them for losses that lack them."""
+    options: dict[str, Any] = {} if stage.dual_clip is None else {"dual_clip": stage.dual_clip}
+    return options | ({"sequence": True} if stage.ratio == "sequence" else {})
+
+
 def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
-    """Weights [B, T] from the sampler's distribution to the trainer's, as the recipe wants them."""
+    """Importance weights [B, T] from the sampler's distribution to the trainer's, if the recipe wants any."""
     if stage.importance.correction == "none":
         return None
     return importance_weight(
-        known(rows.old_logprobs),
+        filled(rows.old_logprobs),
         rows.rollout_logprobs,
         rows.loss_mask,
         cap=stage.importance.cap,
@@ -148,25 +217,18 @@ def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
     )
 
 
-def learn_values(stage: PpoStage, models: Models, rows: Experience, whole: Whole) -> dict[str, Tensor]:
-    """Gradients of the critic's loss on some rows, as their share of the whole mini-batch."""
-    assert models.critic is not None
+def critic_backward(stage: PpoStage, critic: Learner, rows: Experience, totals: BatchTotals) -> dict[str, Tensor]:
+    """Backward pass of the critic's loss on a micro-batch, as its share of the mini-batch's loss."""
     loss, metrics = value_loss(
-        models.critic.run(critic_values, rows),
-        known(rows.values),
-        known(rows.returns),
+        critic.run(critic_values, rows),
+        filled(rows.values),
+        filled(rows.returns),
         rows.loss_mask,
         clip_range=stage.value_clip_range,
-        count=whole.tokens,
+        count=totals.tokens,
     )
-    models.critic.backward(loss)
+    critic.backward(loss)
     return metrics | {"value_loss": loss.detach()}
-
-
-def mean_of_finite(values: list[float]) -> float:
-    """A mini-batch whose loss was not finite is counted among the skipped, and would hide the others here."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else 0.0
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

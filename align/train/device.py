@@ -1,4 +1,4 @@
-"""Where this process computes."""
+"""The device of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def training_device() -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
+    """This process's GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

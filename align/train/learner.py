@@ -51,7 +51,8 @@ class Learner(ABC):
     every rank calls them in the same order and equally often.
 
     collective: forward and backward passes contain collectives, so two of them cannot run in parallel threads.
-    skips_overflow: `step` may skip a single update because bf16 gradients overflowed.
+    skips_overflow: gradients are computed in bf16, which can overflow in single steps.
+    skips_in_a_row: number of steps up to the last one that were skipped.
     """
 
     collective = False
@@ -62,6 +63,7 @@ class Learner(ABC):
         self.optimizer = build_optimizer(model, settings)
         self.ema_decay: float | None = None
         self.ema: dict[str, Tensor] = {}
+        self.skips_in_a_row = 0
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     def schedule(self, step: int) -> None:
@@ -78,12 +80,18 @@ class Learner(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`. The total gradient is the sum over all calls and ranks."""
 
-    @abstractmethod
     def step(self) -> float | None:
         """Clip and apply the accumulated gradients, then clear them.
 
-        Returns the gradient norm before clipping, or None if it was not finite: nothing is updated then.
+        Returns the gradient norm before clipping, or None if it was not finite: the step is skipped then.
         """
+        norm = self._step()
+        self.skips_in_a_row = 0 if norm is not None else self.skips_in_a_row + 1
+        return norm
+
+    @abstractmethod
+    def _step(self) -> float | None:
+        """As `step`."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -112,10 +120,6 @@ class Learner(ABC):
     @abstractmethod
     def exchange(self, values: dict[str, Tensor]) -> None:
         """Swap the trained parameters with `values`, which has the names of `trained_weights`."""
-
-    def finite(self) -> bool:
-        """True if every trained weight on this rank is finite."""
-        return all(bool(weights.isfinite().all()) for _, weights in self.trained_weights())
 
     # --- EMA weights ------------------------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class LocalLearner(Learner):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float | None:
+    def _step(self) -> float | None:
         norm = clip_and_step(self.model, self.optimizer, self.settings.max_grad_norm)
         self.discard()
         return norm

@@ -55,7 +55,7 @@ class ShardedLearner(Learner):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * world()[1])  # DeepSpeed averages over the ranks
 
-    def step(self) -> float | None:
+    def _step(self) -> float | None:
         if self._steps_itself:
             self.engine.buffered_allreduce_fallback()
             norm = clip_and_step(self.model, self.optimizer, self.settings.max_grad_norm)

@@ -1,4 +1,4 @@
-"""Works that share nothing they change, side by side on the cores of one machine."""
+"""Run independent tasks concurrently on the cores of one machine."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import TypeVar
 
 import torch
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 _helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
 
-def side_by_side(works: Sequence[Callable[[], Answer]]) -> list[Answer]:
-    """What each of the works returns; of several, two go at a time, with half of torch's threads each.
+def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run tasks that share nothing they change, two at a time with half of torch's threads each; results in order.
 
-    Two passes on half of the cores lose less to waiting than two on all of them, one after the other. The price is that
-    both passes' activations are alive at once. With one thread they do go one after the other. None
-    may draw random numbers: their order would be left to chance.
+    Two forward passes on half of the cores each lose less to waiting than two passes on all cores, one after another.
+    The price is that the activations of both exist at once. With a single thread tasks run one after another.
+
+    Tasks must not draw random numbers: the order of the draws would be arbitrary.
     """
     threads = torch.get_num_threads()
-    if len(works) < 2 or threads < 2:
-        return [work() for work in works]
-    waiting = deque(enumerate(works))
-    answers: dict[int, Answer] = {}
+    if len(tasks) < 2 or threads < 2:
+        return [task() for task in tasks]
+    waiting = deque(enumerate(tasks))
+    results: dict[int, Result] = {}
     grad = torch.is_grad_enabled()
 
     def take_turns(share: int) -> None:
-        torch.get_num_threads()  # a new thread's first question sets its number to the last one set anywhere
+        torch.get_num_threads()  # in a new thread, the first call resets the number to the last one set in any thread
         torch.set_num_threads(share)
         with torch.set_grad_enabled(grad):
             while waiting:
                 try:
-                    place, work = waiting.popleft()
-                except IndexError:  # the other thread was quicker
+                    place, task = waiting.popleft()
+                except IndexError:  # the other thread took the last task
                     return
                 try:
-                    answers[place] = work()
+                    results[place] = task()
                 except BaseException:
                     waiting.clear()
                     raise
@@ -48,6 +49,6 @@ def side_by_side(works: Sequence[Callable[[], Answer]]) -> list[Answer]:
         take_turns(threads - threads // 2)
         future.result()
     finally:
-        future.exception()  # waits for it, should this thread's work have failed
+        future.exception()  # waits for the other thread if this one failed
         torch.set_num_threads(threads)
-    return [answers[place] for place in range(len(works))]
+    return [results[place] for place in range(len(tasks))]

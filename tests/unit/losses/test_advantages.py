@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from align.losses.advantages import dr_grpo, grpo, ppo, reinforce_plus_plus, rloo
-from align.losses.ppo import policy_loss, probability_ratio, value_loss
+from align.config.ppo import AdvantageEstimator, PolicyLoss
+from align.losses.advantages import (
+    ADVANTAGE_ESTIMATORS,
+    EstimatorInputs,
+    dr_grpo,
+    gae_advantages,
+    grpo,
+    reinforce_plus_plus,
+    rloo,
+)
+from align.losses.ppo import POLICY_LOSSES, cispo_loss, policy_loss, probability_ratio, value_loss
 
 MASK = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
 SCORES = torch.tensor([1.0, 3.0, 5.0, 5.0])
+
+
+def test_every_name_in_a_recipe_has_its_function() -> None:
+    assert set(ADVANTAGE_ESTIMATORS) == set(get_args(AdvantageEstimator))
+    assert set(POLICY_LOSSES) == set(get_args(PolicyLoss))
+    assert POLICY_LOSSES["clip"] is policy_loss
+    assert POLICY_LOSSES["cispo"] is cispo_loss
+
+
+def test_an_estimator_gets_the_sum_of_a_completions_rewards() -> None:
+    """Rewards per token, as a KL penalty makes them: scores 1, 3, 5, 5 (as SCORES) and one token without a loss."""
+    rewards = torch.tensor([[-1.0, 2.0], [3.0, 0.0], [4.0, 1.0], [-0.5, 5.5]])
+    inputs = EstimatorInputs(
+        rewards, MASK, values=torch.full((4, 2), 0.5), group_size=4, gamma=0.5, lam=0.0, value_lam=1.0, whiten=False
+    )
+    found = {name: estimate(inputs) for name, estimate in ADVANTAGE_ESTIMATORS.items()}
+    assert found["dr_grpo"][0].tolist() == [[-2.5, -2.5], [-0.5, 0.0], [1.5, 1.5], [1.5, 1.5]]
+    assert found["rloo"][0][:, 0].tolist() == pytest.approx([-10 / 3, -2 / 3, 2.0, 2.0])
+    deviation = math.sqrt(11 / 3)  # 2.5^2 + 0.5^2 + 1.5^2 + 1.5^2 = 11
+    assert found["grpo"][0][:, 1].tolist() == pytest.approx(
+        [-2.5 / deviation, 0, 1.5 / deviation, 1.5 / deviation], rel=1e-3
+    )
+    # Lambda 0: r + gamma * next value - value; the returns have lambda 1, so they are discounted sums of the rewards.
+    advantages, returns = found["gae"]
+    assert advantages.tolist() == [[-1.25, 1.5], [2.5, 0.0], [3.75, 0.5], [-0.75, 5.0]]
+    assert returns.tolist() == [[0.0, 2.0], [3.0, 0.0], [4.5, 1.0], [2.25, 5.5]]
+    discounted = torch.tensor([0.0, 2.0, 3.0, 4.5, 1.0, 2.25, 5.5])
+    expected = (discounted - discounted.mean()) / discounted.std(unbiased=False)
+    assert found["reinforce_plus_plus"][0][MASK.bool()].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [found[name][1] for name in ("dr_grpo", "rloo", "grpo", "reinforce_plus_plus")] == [None] * 4
 
 
 def test_grpo_by_hand() -> None:
@@ -65,8 +105,8 @@ def test_ppo_is_gae_whitened_over_the_round() -> None:
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 3, 5).double()
     mask = torch.ones(3, 5).double()
-    advantages, returns = ppo(rewards, values, mask, gamma=1.0, lam=0.95)
-    raw, _ = ppo(rewards, values, mask, gamma=1.0, lam=0.95, whitened=False)
+    advantages, returns = gae_advantages(rewards, values, mask, gamma=1.0, lam=0.95)
+    raw, _ = gae_advantages(rewards, values, mask, gamma=1.0, lam=0.95, whiten=False)
     assert advantages.mean().item() == pytest.approx(0, abs=1e-9)
     assert advantages.std(unbiased=False).item() == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(returns, raw + values)

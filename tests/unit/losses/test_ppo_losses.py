@@ -12,7 +12,7 @@ from align.losses.gae import gae
 from align.losses.kl import kl_estimate
 from align.losses.logprobs import token_entropy, token_logprobs
 from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
-from align.losses.ppo import explained_variance, importance_weight, policy_loss, value_loss
+from align.losses.ppo import cispo_loss, explained_variance, importance_weight, policy_loss, value_loss
 from align.losses.reduce import masked_mean, whiten
 
 
@@ -36,6 +36,39 @@ def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage() -> None:
         tensor([-1.0, -2.0]), tensor([-1.0, -2.0]), advantages, tensor([1, 1]), clip_range=0.2, count=2
     )
     assert loss.item() == pytest.approx(-1.0)
+
+
+def test_cispo_by_hand() -> None:
+    """Ratios 1.5 (clipped to 1.2), 0.5 (clipped to 0.8), 1.1 (inside), and a masked token."""
+    ratios, advantages = tensor([1.5, 0.5, 1.1, 1e9]), tensor([2.0, -1.0, 1.0, 5.0])
+    old = tensor([-2.0, -1.0, -0.5, -3.0])
+    logprobs = (old + ratios.log()).requires_grad_()
+    mask, weights = tensor([1, 1, 1, 0]), tensor([1.0, 0.5, 2.0, 1.0])
+    loss, metrics = cispo_loss(logprobs, old, advantages, mask, clip_range=0.2, count=4, weights=weights)
+    new = [math.log(1.5) - 2, math.log(0.5) - 1, math.log(1.1) - 0.5]
+    expected = -(1.2 * 2 * new[0] + 0.5 * 0.8 * -1 * new[1] + 2 * 1.1 * new[2]) / 4
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["clip_fraction"].item() == pytest.approx(2 / 4)
+    kl = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1)) / 4
+    assert metrics["update_kl"].item() == pytest.approx(kl)
+    loss.backward()
+    # REINFORCE with a constant weight; a clipped token keeps its gradient, where the clipped loss has none.
+    assert logprobs.grad[0].tolist() == pytest.approx([-1.2 * 2 / 4, 0.5 * 0.8 / 4, -2 * 1.1 / 4, 0.0])
+    logprobs.grad = None
+    policy_loss(logprobs, old, advantages, mask, clip_range=0.2, count=4)[0].backward()
+    assert logprobs.grad[0, :2].tolist() == [0.0, 0.0]
+
+
+def test_cispo_clips_either_side_on_its_own() -> None:
+    ratios = tensor([2.0, 1.25, 0.6])
+    old = torch.full_like(ratios, -1.0)
+    loss, metrics = cispo_loss(
+        old + ratios.log(), old, torch.ones_like(ratios), torch.ones_like(ratios),
+        clip_range=0.5, clip_range_high=0.28, count=3,
+    )  # fmt: skip
+    expected = -sum(w * (math.log(r) - 1) for w, r in ((1.28, 2.0), (1.25, 1.25), (0.6, 0.6))) / 3
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["clip_fraction"].item() == pytest.approx(1 / 3)
 
 
 def test_losses_do_not_depend_on_how_a_batch_is_split() -> None:

@@ -18,6 +18,7 @@ from align.config.parallel import Parallel
 from align.config.ppo import PpoStage
 from align.data.experience import Experience
 from align.data.tokenizer import train_tokenizer
+from align.errors import UserError
 from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.parallel import micro_batches as passes
@@ -26,7 +27,7 @@ from align.parallel.export import gathered
 from align.parallel.group import start_deepspeed
 from align.parallel.sharding import held_values
 from align.reward.model import ModelScorer
-from align.rl.complete import look_back
+from align.rl.complete import complete_batch
 from align.rl.models import Models
 from align.rl.score import to_experience
 from align.rl.update import update
@@ -91,7 +92,7 @@ def rounds(stage: PpoStage, models: Models, steps: range) -> list[dict[str, floa
     found = []
     for step in steps:
         batch = prepared(stage, step)
-        measured = look_back(stage, models, batch, 0.1)
+        measured = complete_batch(stage, models, batch, 0.1)
         measured |= update(stage, models, batch, step=step, seed=1, kl_coef=0.1)
         found.append(measured)
     return found
@@ -268,14 +269,22 @@ def scored(out: Path) -> dict[str, Any]:
     return found
 
 
-def poisoned_update(parallel: Parallel) -> dict[str, float]:
+def poisoned_update(parallel: Parallel) -> dict[str, Any]:
+    """The error of every rank, and the largest change of a weight."""
     stage = settings(**{**SIZES, "epochs": 1})
     models = spread(stage, parallel)
     poisoned = experience(0)
-    look_back(stage, models, poisoned, 0.1)
+    complete_batch(stage, models, poisoned, 0.1)
     assert poisoned.advantages is not None
-    poisoned.advantages[0, 0] = float("nan")
-    return update(stage, models, poisoned, step=0, seed=1, kl_coef=0.1)
+    poisoned.advantages[:, 0] = float("nan")
+    before = weights(models)
+    try:
+        error = str(update(stage, models, poisoned, step=0, seed=1, kl_coef=0.1))
+    except UserError as found:
+        error = str(found)
+    errors = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return {"errors": errors, "moved": differ(weights(models), before)}
 
 
 def main(out: Path) -> None:

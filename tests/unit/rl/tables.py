@@ -14,10 +14,10 @@ from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
 from align.models.hunyuan.modeling import TokenHead
 from align.models.packing import Packing
-from align.rl.complete import look_back
+from align.rl.complete import complete_batch
 from align.rl.models import Models
 from align.rl.sample import Sampler
-from align.rl.score import Round, scored_round
+from align.rl.score import RolloutBatch, score_batch
 from align.rl.update import update
 from align.rollout.base import Completion, SamplingSettings, SyncReport
 from align.train.frozen import FrozenModel
@@ -108,18 +108,18 @@ class Task:
             critic=self._critic(horizon, tokens, optimizer) if self.stage.advantage_estimator == "gae" else None,
         )
         row = PromptRow((PROMPT,), [{"role": "user", "content": "go"}], None, {})
-        self.sampler = Sampler(TableEngine(self.policy), [row], self.stage, stop_ids=[], seed=0)
+        self.sampler = Sampler(lambda: TableEngine(self.policy), [row], self.stage, stop_ids=[], seed=0)
         self.scorer = TokenReward(reward)
 
     def _critic(self, horizon: int, tokens: int, optimizer: Optimizer) -> Learner:
         settings = optimizer.model_copy(update={"learning_rate": self.stage.critic.learning_rate})
         return LocalLearner(Table(horizon, tokens), settings, total=self.stage.steps)
 
-    def round(self, step: int) -> tuple[Round, dict[str, float]]:
+    def round(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
         coef = self.stage.kl.coef
-        scored = scored_round(self.stage, self.sampler, self.sampler.draw(), self.scorer)
-        metrics = scored.metrics | look_back(self.stage, self.models, scored.batch, coef)
-        return scored, metrics | update(self.stage, self.models, scored.batch, step=step, seed=0, kl_coef=coef)
+        scored = score_batch(self.stage, self.sampler, self.sampler.sample(), self.scorer)
+        metrics = scored.metrics | complete_batch(self.stage, self.models, scored.experience, coef)
+        return scored, metrics | update(self.stage, self.models, scored.experience, step=step, seed=0, kl_coef=coef)
 
     def learn(self) -> list[dict[str, float]]:
         return [self.round(step)[1] for step in range(self.stage.steps)]

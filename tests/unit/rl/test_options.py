@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -11,17 +10,18 @@ from rich.console import Console
 from torch import nn
 
 from align.config.parts import Lora
+from align.errors import UserError
 from align.losses.reduce import averaging_weights, masked_mean
 from align.models.forward import policy_output
 from align.models.hunyuan.modeling import DecoderLayer
 from align.models.lora.adapters import add_lora, is_factor
 from align.pipeline import run
 from align.recipes import ppo
-from align.rl.complete import look_back
+from align.rl.complete import complete_batch
 from align.rl.panel import Panel
-from align.rl.score import scored_round, to_experience
+from align.rl.score import score_batch, to_experience
 from align.rollout.base import Completion
-from align.train.learner import LocalLearner
+from align.train.learner import Learner, LocalLearner
 from tests.unit.rl import small
 from tests.unit.rl.runs import lines, recipe
 from tests.unit.rl.tables import Task
@@ -55,20 +55,20 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
             reward, horizon=1, tokens=4, advantage_estimator="grpo", completions_per_prompt=2, batch_size=32,
             mini_batch_size=32, dynamic_sampling=extra,
         )  # fmt: skip
-        return scored_round(task.stage, task.sampler, task.sampler.draw(), task.scorer), task.sampler.position
+        return score_batch(task.stage, task.sampler, task.sampler.sample(), task.scorer), task.sampler.position
 
     plain, position = first_round(0)
     share = plain.metrics["informative_groups"]
     assert 0.1 < share < 0.7  # expected: 2 * 1/4 * 3/4 = 0.375
     assert position == 16
     filled, position = first_round(8)
-    assert (filled.groups(2).std(dim=1) > 0).all()
-    assert len(filled.batch) == 32
+    assert (filled.group_scores(2).std(dim=1) > 0).all()
+    assert len(filled.experience) == 32
     assert filled.metrics["drawn_completions"] == 2 * position > 32
     some, _ = first_round(1)
-    useful = (some.groups(2).std(dim=1) > 0).float().mean().item()
+    useful = (some.group_scores(2).std(dim=1) > 0).float().mean().item()
     assert share < useful < 1  # one more draw is not enough; the round is filled up with what there is
-    assert len(some.batch) == 32
+    assert len(some.experience) == 32
 
 
 def test_loss_averages_by_hand() -> None:
@@ -133,26 +133,71 @@ def test_recomputed_activations_change_no_result(tmp_path, start, monkeypatch, l
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
-def test_an_update_that_is_not_finite_is_skipped_and_reported(score) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(score) -> None:
     task = Task(lambda ids: score, horizon=1, tokens=4)
     before = logits(task)
-    _, metrics = task.round(0)
+    with pytest.raises(UserError, match="PPO step 1, policy: policy_loss is nan"):
+        task.round(0)
     assert torch.equal(logits(task), before)
-    assert metrics["skipped_updates"] == 8  # policy and critic, two epochs of two mini-batches
-    assert metrics["policy_updates"] == 0
-    json.dumps({k: v for k, v in metrics.items() if "loss" in k}, allow_nan=False)
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch, learner: Learner, turns: set[int]) -> list[int]:
+    """Let the learner's gradients be non-finite in these steps (from 0); the result counts its steps."""
+    steps: list[int] = []
+    real = learner._step
+
+    def step() -> float | None:
+        steps.append(1)
+        if len(steps) - 1 not in turns:
+            return real()
+        learner.discard()
+        return None
+
+    monkeypatch.setattr(learner, "_step", step)
+    return steps
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch) -> None:
+    task = Task(lambda ids: ids[0], horizon=1, tokens=4)
+    steps = overflow(monkeypatch, task.models.critic, {1})
+    with pytest.raises(UserError, match="PPO step 1, critic: the gradient norm is not finite"):
+        task.round(0)
+    assert len(steps) == 2
+
+
+def test_single_overflows_in_bf16_are_skipped_and_three_in_a_row_stop_the_run(monkeypatch) -> None:
+    task = Task(lambda ids: ids[0], horizon=1, tokens=4)
+    task.models.policy.skips_overflow = True
+    overflow(monkeypatch, task.models.policy, {0, 1, 3, 4, 6, 7, 8})  # an iteration has four steps
+    _, metrics = task.round(0)
+    assert (metrics["skipped_updates"], metrics["policy_updates"]) == (3, 1)
+    assert metrics["policy_grad_norm"] > 0
+    with pytest.raises(UserError, match="PPO step 3, policy: the bf16 gradients overflowed in 3 steps in a row"):
+        [task.round(step) for step in (1, 2)]
+
+
+@pytest.mark.parametrize("model", ["reference", "critic", "policy"])
+def test_a_forward_pass_that_is_not_finite_stops_the_run(model) -> None:
+    task = Task(lambda ids: ids[0], horizon=1, tokens=4)
+    samples = task.sampler.sample()
+    task.sampler.sample = lambda: samples
+    table = {"reference": task.reference, "policy": task.policy, "critic": task.models.critic.model}[model]
+    (table.score if model == "critic" else table.lm_head).weight.data[0, 0] = float("nan")
+    what = "values of the critic" if model == "critic" else f"log-probabilities of the {model}"
+    with pytest.raises(UserError, match=f"PPO: .* of 32 {what} are infinite or not a number"):
+        task.round(0)
 
 
 def test_a_round_of_cut_completions_alone_teaches_nothing_where_they_do_not_count() -> None:
     task = Task(lambda ids: ids[0], horizon=2, tokens=4, mask_truncated=True)
-    draw = task.sampler.draw
+    draw = task.sampler.sample
 
     def cut():
         drawn = draw()
         drawn.completions[:] = [Completion(c.prompt_ids, c.token_ids, c.logprobs, False, 0) for c in drawn.completions]
         return drawn
 
-    task.sampler.draw = cut
+    task.sampler.sample = cut
     before = logits(task)
     _, metrics = task.round(0)
     assert torch.equal(logits(task), before)
@@ -172,17 +217,17 @@ def test_equal_rewards_move_no_group_based_policy(estimator) -> None:
 
 def test_an_empty_completion_takes_part_without_tokens() -> None:
     task = Task(lambda ids: len(ids), horizon=2, tokens=4, batch_size=4, mini_batch_size=4)
-    draw = task.sampler.draw
+    draw = task.sampler.sample
 
     def with_an_empty_one():
         drawn = draw()
         drawn.completions[0] = Completion([0], [], [], True, 0)
         return drawn
 
-    task.sampler.draw = with_an_empty_one
+    task.sampler.sample = with_an_empty_one
     scored, metrics = task.round(0)
-    assert scored.batch.mask.sum(1).tolist() == [0, 2, 2, 2]
-    assert scored.batch.score.tolist() == [0, 2, 2, 2]
+    assert scored.experience.mask.sum(1).tolist() == [0, 2, 2, 2]
+    assert scored.experience.score.tolist() == [0, 2, 2, 2]
     assert metrics["policy_updates"] > 0
     assert logits(task).isfinite().all()
     nothing = to_experience([Completion([0], [], [], True, 0)])
@@ -232,7 +277,7 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
     console = Console(width=90, force_terminal=True, record=True)
     panel = Panel("ppo", 10, ("generate", "update"), console)
     panel.phase(3, "update")
-    panel.finish_round(
+    panel.finish_iteration(
         3,
         {"score_mean": 1.25, "score_std": 0.5, "time/generate": 1.0, "speed/generate": 12345.0, "time/update": 3.0},
         {"score": 0.75, "prompt": "What is it?", "completion": "A test."},
@@ -271,7 +316,7 @@ def test_passes_through_adapted_experts_do_not_meet() -> None:
     stage = small.settings(advantage_estimator="reinforce_plus_plus", micro_batch_tokens=5)
     torch.set_num_threads(2)
     try:
-        look_back(stage, models, batch, 0.05)
+        complete_batch(stage, models, batch, 0.05)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(batch.old_logprobs, truth)

@@ -8,7 +8,7 @@ import torch
 from align.models.forward import policy_output
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.moe import MoeBlock
-from align.rl.complete import look_back
+from align.rl.complete import complete_batch
 from tests.unit.rl.small import SIZES, build, settings
 
 
@@ -50,7 +50,7 @@ def test_a_mixed_model_has_minus_one_where_there_are_no_experts() -> None:
 def test_updates_use_the_experts_of_the_pass_before_them(batch) -> None:
     models = build()
     batch.score = torch.tensor([1.0, 0.0, -1.0])
-    look_back(settings(routing_replay="trainer"), models, batch, 0.05)
+    complete_batch(settings(routing_replay="trainer"), models, batch, 0.05)
     before = batch.routed_experts.clone()
     real = torch.arange(before.shape[1]) < batch.lengths[:, None]
     with torch.no_grad():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
 from align.pipeline import run
 from align.recipes import ppo
 from align.rollout.hf_engine import HuggingFaceEngine
+from align.run import interrupt
 from align.train import state
 from tests.unit.rl.runs import lines, recipe
 
@@ -77,18 +80,19 @@ def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[i
     return calls
 
 
-def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch) -> None:
+@pytest.mark.parametrize("file", [7, 9], ids=["policy", "counters"])
+def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch, file) -> None:
     made = recipe(tmp_path, checkpoint_every=1)
     whole, cut = start("whole"), start("cut")
     quietly(made, whole)
     with monkeypatch.context() as patched:
         original, calls = state.save_file, []
 
-        def full(tensors, file):
+        def full(tensors, path):
             calls.append(1)
-            original(tensors, file)
-            if len(calls) == 3:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            original(tensors, path)
+            if len(calls) == file:  # of the third checkpoint, which has three
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         patched.setattr(state, "save_file", full)
         with pytest.raises(UserError, match="the disk is full; free some space and continue with --resume"):
@@ -97,6 +101,64 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch)
     assert json.loads((cut / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 2
     quietly(made, cut, resume=True)
     assert lines(cut) == lines(whole)
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes(tmp_path, start, monkeypatch) -> None:
+    made = recipe(tmp_path)  # checkpoints after steps 2 and 4
+    whole, cut = start("whole"), start("cut")
+    quietly(made, whole)
+    with monkeypatch.context() as patched:
+        answers = iter([False, False, True])
+        patched.setattr(ppo, "should_stop", lambda: next(answers))
+        with pytest.raises(interrupt.Stopped):
+            quietly(made, cut)
+    assert json.loads((cut / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 3
+    quietly(made, cut, resume=True)
+    assert lines(cut) == lines(whole)
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("poisoned", [2, 4], ids=["at a checkpoint", "at the end"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, start, monkeypatch, poisoned) -> None:
+    made, run_dir = recipe(tmp_path, checkpoint_every=2 if poisoned == 2 else 10), start("run")
+    real = ppo.update
+
+    def update(stage, models, *arguments, step, **options):
+        metrics = real(stage, models, *arguments, step=step, **options)
+        if step + 1 == poisoned:
+            next(models.policy.model.parameters()).data[-1, -1] = float("inf")
+        return metrics
+
+    monkeypatch.setattr(ppo, "update", update)
+    with pytest.raises(UserError, match="1 weights are infinite or not a number, so the model is not saved"):
+        quietly(made, run_dir)
+    assert not (run_dir / "ppo" / "model").exists()
+    assert not (run_dir / "ppo" / "manifest.json").exists()
+    assert not (run_dir / "ppo" / "checkpoints" / "last").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch) -> None:
+    """Earlier versions kept all learners of an unsharded run in one file."""
+    made = recipe(tmp_path, ema_decay=0.5)
+    whole, cut = start("whole"), start("cut")
+    quietly(made, whole)
+    with monkeypatch.context() as patched:
+        count_calls(patched, ppo, "update", fail_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(made, cut)
+    last = cut / "ppo" / "checkpoints" / "last"
+    tensors = load_file(last / "state.safetensors")
+    for name in ("policy", "critic"):
+        for key, tensor in load_file(last / name / "state.safetensors").items():
+            kind, rest = key.split(".", 1)
+            tensors[f"other.ema.{rest}" if kind == "ema" else f"{kind}.{name}.{rest}"] = tensor
+        shutil.rmtree(last / name)
+    save_file(tensors, last / "state.safetensors")
+    quietly(made, cut, resume=True)
+    assert lines(cut) == lines(whole)
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

@@ -11,16 +11,16 @@ from pydantic import ValidationError
 
 from align.config.ppo import Kl
 from align.config.rollout import Rollout
-from align.losses.advantages import ppo
+from align.losses.advantages import gae_advantages
 from align.losses.gae import gae
 from align.losses.kl import adapted_kl_coef, kl_estimate, kl_loss
 from align.losses.ppo import importance_weight, policy_loss, value_loss
 from align.losses.reduce import whiten
 from align.models.forward import critic_values, policy_output
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
-from align.rl.complete import estimate_advantages, look_back
+from align.rl.complete import complete_batch, estimate_advantages
 from align.rl.models import build_critic
-from align.rl.score import scored_round, to_experience
+from align.rl.score import score_batch, to_experience
 from align.rl.update import update
 from tests.unit.rl.small import EOS, SIZES, build, completions, settings
 from tests.unit.rl.tables import Task
@@ -38,15 +38,15 @@ def test_01_the_score_sits_on_the_last_completion_token(batch) -> None:
 def test_02_the_penalty_for_a_missing_eos_looks_at_the_completion_only() -> None:
     # The prompt holds the stop token and the completion does not: it was cut, and is penalised and counted.
     task = Task(lambda ids: 1.0, horizon=2, tokens=4, missing_eos_penalty=0.25, batch_size=2, mini_batch_size=2)
-    drawn = task.sampler.draw()
+    drawn = task.sampler.sample()
     drawn.completions[:] = completions(([EOS], [1, 2], False), ([1], [3, EOS], True))
-    scored = scored_round(task.stage, task.sampler, drawn, task.scorer)
-    assert scored.batch.score.tolist() == [0.75, 1.0]
+    scored = score_batch(task.stage, task.sampler, drawn, task.scorer)
+    assert scored.experience.score.tolist() == [0.75, 1.0]
     assert scored.metrics["truncated_share"] == scored.metrics["eos_rate"] == 0.5
     masking = task.stage.model_copy(update={"mask_truncated": True})
-    masked = scored_round(masking, task.sampler, drawn, task.scorer)
-    assert masked.batch.loss_mask.tolist() == [[0.0, 0.0], [1.0, 1.0]]
-    assert masked.batch.mask.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    masked = score_batch(masking, task.sampler, drawn, task.scorer)
+    assert masked.experience.loss_mask.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert masked.experience.mask.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_03_masks_come_from_lengths_for_pad_may_equal_eos(batch) -> None:
@@ -86,7 +86,7 @@ def test_05_gae_carries_values_over_masked_tokens_and_has_two_lambdas() -> None:
     found, _ = gae(rewards, values, mask, 1.0, 0.5)
     # The next value of the first token is the third's: 0.25 - 0.5 + 0.5 * (1 - 0.25).
     assert found.tolist() == [pytest.approx([0.125, 0.0, 0.75])]
-    both, returns = ppo(rewards, values, mask, gamma=1.0, lam=0.5, value_lam=1.0, whitened=False)
+    both, returns = gae_advantages(rewards, values, mask, gamma=1.0, lam=0.5, value_lam=1.0, whiten=False)
     assert both.tolist() == found.tolist()
     assert returns.tolist() == [pytest.approx([1.0, 0.0, 1.0])]  # Monte Carlo
     batch = to_experience(completions(([5], [7, 8], True)))
@@ -123,7 +123,7 @@ def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(
     truth = policy_output(models.policy.model, batch, 1.0).logprobs.detach()
     batch.rollout_logprobs = (truth + 0.5 * batch.mask).clone()
     batch.rollout_logprobs[0, 0] = truth[0, 0] - 2.0
-    metrics = look_back(settings(), models, batch, 0.05)
+    metrics = complete_batch(settings(), models, batch, 0.05)
     assert metrics["mismatch_max"] == pytest.approx(2.0, abs=1e-5)
     assert metrics["mismatch_mean"] == pytest.approx((2.0 + 8 * 0.5) / 9, abs=1e-5)
     torch.testing.assert_close(batch.old_logprobs, truth)
@@ -147,7 +147,7 @@ def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(bat
     apart = torch.tensor([[0.1], [0.2], [0.4]])
     batch.rollout_logprobs = sampled = (truth + apart) * batch.mask
     stage = settings(old_logprobs="rollout", micro_batch_tokens=5, mini_batch_size=4, batch_size=4, epochs=1)
-    metrics = look_back(stage, models, batch, 0.05)
+    metrics = complete_batch(stage, models, batch, 0.05)
     # Each of the three rows fills a pass, and the policy has one of the first and the last.
     assert passes == {"policy": 2, "reference": 3}
     torch.testing.assert_close(batch.old_logprobs, sampled)
@@ -190,7 +190,7 @@ def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, aver
         batch.score = torch.tensor([1.0, -1.0, 2.0])
         batch.features = None
         stage = settings(batch_size=3, mini_batch_size=3, micro_batch_tokens=tokens, loss_average=average, epochs=1)
-        look_back(stage, models, batch, 0.05)
+        complete_batch(stage, models, batch, 0.05)
         update(stage, models, batch, step=0, seed=0, kl_coef=0.05)
         found.append([p.detach().clone() for m in models.learners.values() for p in m.model.parameters()])
     torch.set_num_threads(before)
@@ -236,6 +236,6 @@ def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -
     # The first pass of an update sees the ratios of the look back: exactly 1.
     batch.score = torch.ones(3)
     stage = settings(epochs=1, mini_batch_size=3, batch_size=3)
-    look_back(stage, models, batch, 0.0)
+    complete_batch(stage, models, batch, 0.0)
     assert update(stage, models, batch, step=0, seed=0, kl_coef=0.0)["update_kl"] == pytest.approx(0.0, abs=1e-10)
     assert stage.optimizer.eps == 1e-5

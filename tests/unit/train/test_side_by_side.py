@@ -1,4 +1,4 @@
-"""Two works at a time: that they really are, what they return, and that nothing of it is left behind."""
+"""Two tasks at a time: that they are concurrent, what they return, and that the thread settings are restored."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def five_threads():
     torch.set_num_threads(before)
 
 
-def test_two_works_go_at_the_same_time_on_half_of_the_threads_each() -> None:
+def test_two_tasks_run_concurrently_on_half_of_the_threads_each() -> None:
     meeting = threading.Barrier(2)
 
-    def work():
-        meeting.wait(timeout=30)  # breaks unless both are here
+    def task():
+        meeting.wait(timeout=30)  # raises unless both tasks are here
         return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        first, second = side_by_side([work, work])
+        first, second = side_by_side([task, task])
     assert first[0] != second[0]
-    assert {first[1:], second[1:]} == {(3, False), (2, False)}  # whichever thread was first
+    assert {first[1:], second[1:]} == {(3, False), (2, False)}  # either thread may be first
     assert torch.get_num_threads() == 5
 
 
-def test_one_work_has_all_threads_and_two_on_one_thread_take_turns() -> None:
+def test_one_task_has_all_threads_and_two_on_one_thread_run_in_order() -> None:
     assert side_by_side([torch.get_num_threads]) == [5]
     torch.set_num_threads(1)
     order: list[int] = []
@@ -41,20 +41,20 @@ def test_one_work_has_all_threads_and_two_on_one_thread_take_turns() -> None:
     assert order == [1, 2]
 
 
-def test_of_many_works_each_is_done_once_and_answers_keep_their_order() -> None:
+def test_many_tasks_run_once_each_and_results_keep_their_order() -> None:
     done: list[int] = []
 
-    def work(number: int) -> int:
+    def task(number: int) -> int:
         threading.Event().wait(0.01 * (number % 3))
         done.append(number)
         return -number
 
-    assert side_by_side([partial(work, number) for number in range(7)]) == [-number for number in range(7)]
+    assert side_by_side([partial(task, number) for number in range(7)]) == [-number for number in range(7)]
     assert sorted(done) == list(range(7))
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_comes_through_when_what_has_begun_is_done(failing) -> None:
+def test_an_error_is_raised_once_the_running_task_has_ended(failing) -> None:
     meeting, ended, never = threading.Barrier(2), threading.Event(), threading.Event()
 
     def good():
@@ -64,12 +64,12 @@ def test_an_error_comes_through_when_what_has_begun_is_done(failing) -> None:
 
     def bad():
         meeting.wait(timeout=30)
-        raise ArithmeticError("of one work")
+        raise ArithmeticError("in one task")
 
-    works = [good, good, never.set]
-    works[failing] = bad
-    with pytest.raises(ArithmeticError, match="of one work"):
-        side_by_side(works)
+    tasks = [good, good, never.set]
+    tasks[failing] = bad
+    with pytest.raises(ArithmeticError, match="in one task"):
+        side_by_side(tasks)
     assert ended.is_set()
     assert not never.is_set()
     assert torch.get_num_threads() == 5

@@ -348,3 +348,8 @@ def _(here: Here) -> str:
 @wrong("overlap-without-bound", "Completions of an earlier policy without a bound on the ratio")
 def _(here: Here) -> str:
     return optimise(here, **OVERLAPPED, old_logprobs="rollout")
+
+
+@wrong("cispo-with-dual-clip", "An option of the clipped loss with another policy loss")
+def _(here: Here) -> str:
+    return optimise(here, policy_loss="cispo", dual_clip=3.0)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from align.reward.process import FunctionProcess, UserFunction
+from align.rl.complete import require_finite_results
+from align.rl.update import OVERFLOWS, require_finite_gradients, require_finite_losses
 
 from .here import PORT, Here, wrong
 
@@ -150,3 +155,24 @@ def _(here: Here) -> str:
 @wrong("serve-without-tokens", "A server without room for a token")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--micro-batch-tokens", "0")
+
+
+@wrong("ppo-loss-not-finite", "A loss of PPO becomes infinite or not a number")
+def _(here: Here) -> None:
+    require_finite_losses({"policy_loss": 0.5, "value_loss": float("nan")}, step=11)
+
+
+@wrong("ppo-gradient-not-finite", "A gradient of PPO becomes infinite or not a number")
+def _(here: Here) -> None:
+    require_finite_gradients("policy", SimpleNamespace(skips_in_a_row=1, skips_overflow=False), step=11)
+
+
+@wrong("ppo-gradient-overflows", "PPO's gradients overflow again and again in bf16")
+def _(here: Here) -> None:
+    require_finite_gradients("policy", SimpleNamespace(skips_in_a_row=OVERFLOWS, skips_overflow=True), step=11)
+
+
+@wrong("ppo-values-not-finite", "The critic's values become infinite or not a number")
+def _(here: Here) -> None:
+    values = torch.tensor([[0.5, float("inf")]])
+    require_finite_results(SimpleNamespace(rollout_logprobs=torch.zeros(1, 2)), {"values": values})
