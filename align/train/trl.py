@@ -126,14 +126,16 @@ class AlignTrainer:
         return dataset
 
     def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Sampler | None:
-        if not self.align_stage.group_by_length:
+        stage: TrainingStage = self.align_stage
+        if not stage.group_by_length:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return LengthGroups(row_lengths(self.train_dataset), self.align_stage.batch_size, self.args.data_seed)
+        return LengthGroups(row_lengths(self.train_dataset), stage.batch_size, self.args.data_seed)
 
     def get_train_dataloader(self: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super().get_train_dataloader()  # type: ignore[misc]
-        rows, stage, seed = self.train_dataset, self.align_stage, self.args.data_seed
+        stage: TrainingStage = self.align_stage
+        rows, seed = self.train_dataset, self.args.data_seed
         # The order in which accelerate gives the rows to a single process.
         order = self._get_train_sampler() if stage.group_by_length else SeedableRandomSampler(rows, data_seed=seed)
         batches = SharedBatches(
@@ -189,8 +191,9 @@ class AlignTrainer:
             from align.parallel.state import load_training_state
 
             load_training_state(self.model_wrapped, Path(resume_from_checkpoint) / TRAINING_STATE)
+            stage: TrainingStage = self.align_stage
             step = self.lr_scheduler.last_epoch = self.state.global_step
-            factor = schedule_factor(step, max_steps, self.align_stage.optimizer)
+            factor = schedule_factor(step, max_steps, stage.optimizer)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -211,13 +214,15 @@ class AlignTrainer:
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self.model, self.align_stage.optimizer)
+            stage: TrainingStage = self.align_stage
+            self.optimizer = build_optimizer(model or self.model, stage.optimizer)
         return self.optimizer
 
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The recipe's schedule, the same function as PPO's; the first step's rate is above zero."""
         if self.lr_scheduler is None:
-            settings = self.align_stage.optimizer
+            stage: TrainingStage = self.align_stage
+            settings = stage.optimizer
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer, lambda step: schedule_factor(step, num_training_steps, settings)
             )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import align.models  # noqa: F401
+from tests.near import assert_near
 
 GOLDEN = Path(__file__).parent / "data"
 EPS = torch.finfo(torch.float32).eps
@@ -32,7 +33,7 @@ def test_logits_loss_and_gradients(case, attention) -> None:
     ids, mask = golden["input_ids"].long(), golden["attention_mask"].long()
     output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
     wanted = golden["logits"][mask.bool()]
-    torch.testing.assert_close(output.logits[mask.bool()], wanted, rtol=0, atol=64 * EPS * wanted.abs().max().item())
+    assert_near(output.logits[mask.bool()], wanted, units=64)
     assert output.loss.item() == pytest.approx(golden["loss"].item(), rel=16 * EPS)
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -10,6 +10,7 @@ import torch
 from align.models.experts import Experts, grouped_product, sorted_product
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.moe import Router, limit_capacity, route
+from tests.near import assert_near
 
 
 def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
@@ -116,7 +117,7 @@ def test_a_recycled_token_is_weighted_by_its_probability_for_the_new_expert() ->
     assert moved.chosen_Tk.flatten().tolist() == [0, 0]
     pair = route(logits, 2, lambda chosen: torch.tensor([[0, 2], [0, -1]]))
     first = probabilities[0, [0, 2]] / probabilities[0, [0, 2]].sum()
-    torch.testing.assert_close(pair.weights_Tk[0], first)
+    assert_near(pair.weights_Tk[0], first)
     torch.testing.assert_close(pair.weights_Tk[1, 0], probabilities[1, 0] / probabilities[1, [0, 2]].sum())
 
 
@@ -146,9 +147,9 @@ def test_a_grouped_product_is_that_of_the_loop() -> None:
         (output * factors).sum().backward()
         results.append((output.detach(), rows.grad, weights.grad))
     expected = torch.cat([rows[:4] @ weights[0].T, rows[4:7] @ weights[2].T, torch.zeros(2, 8)])
-    torch.testing.assert_close(results[0][0], expected.detach(), atol=1e-5, rtol=1e-5)
+    assert_near(results[0][0], expected.detach())
     for loop, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(loop, grouped, atol=1e-4, rtol=1e-4)
+        assert_near(grouped, loop)
 
 
 def test_frozen_experts_and_frozen_tokens_have_no_gradient() -> None:

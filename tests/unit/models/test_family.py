@@ -23,6 +23,7 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSe
 from align.models.hunyuan.family import HUNYUAN
 from align.models.weights import load_published, published_weights
 from align.train.checkpoint import count_parameters, load_policy, load_reward_model, load_scorer, save_model
+from tests.near import assert_near
 
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """The toy family's published names of an expert's matrices, as Mixtral has them, and HunYuan's."""
@@ -130,7 +131,7 @@ def test_the_whole_way_of_a_policy(checkpoint: Path, tmp_path: Path) -> None:
     # transformers' forward pass over the padded batch is the witness of the packed one.
     full = policy(BATCH.input_ids, attention_mask=(torch.arange(5) < BATCH.lengths[:, None]).long()).logits
     row = full[1, 0].log_softmax(-1)[21]
-    torch.testing.assert_close(before[1, 0], row.detach(), rtol=1e-5, atol=0)
+    assert_near(before[1, 0], row.detach())
 
     sent = dict(published_weights(policy))
     assert sent.keys() == stored.keys()
@@ -161,7 +162,7 @@ def test_adapters_reach_its_targets(checkpoint: Path, tmp_path: Path) -> None:
     expected = logprobs(policy)
     save_model(policy, TOKENIZER, tmp_path / "stage", "float32")
     merged = load_policy(tmp_path / "stage" / "model", "float32")
-    torch.testing.assert_close(logprobs(merged), expected, rtol=1e-5, atol=1e-6)
+    assert_near(logprobs(merged), expected)
 
 
 def test_a_reward_model_is_known_by_its_architecture(checkpoint: Path, tmp_path: Path) -> None:

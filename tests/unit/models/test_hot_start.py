@@ -10,6 +10,7 @@ from align.config.parts import Lora
 from align.errors import UserError
 from align.models.hot_start import hot_start
 from align.models.lora.adapters import add_lora, merge_lora
+from tests.near import assert_near
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def dense() -> LlamaForCausalLM:
 def test_the_function_is_unchanged(dense, experts, top_k, width) -> None:
     grown = hot_start(dense, experts=experts, top_k=top_k, expert_width=width, seed=0)
     ids = torch.randint(0, 64, (2, 20))
-    torch.testing.assert_close(grown(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+    assert_near(grown(ids).logits, dense(ids).logits)
 
 
 def test_experts_diverge_and_share_the_load(dense) -> None:
@@ -68,6 +69,6 @@ def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) ->
     ids = torch.randint(0, 64, (2, 20))
     wrapped = model.eval()(ids).logits
     with model.disable_adapter():
-        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+        assert_near(model(ids).logits, dense(ids).logits)
     assert (wrapped - dense(ids).logits).abs().max() > 1e-3
-    torch.testing.assert_close(merge_lora(model)(ids).logits, wrapped, atol=1e-5, rtol=0)
+    assert_near(merge_lora(model)(ids).logits, wrapped)

@@ -12,6 +12,7 @@ import align.models  # noqa: F401
 from align.models.cost import bytes_per_token
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.moe import route
+from tests.near import assert_near
 
 SIZES = {
     "vocab_size": 97,
@@ -56,7 +57,7 @@ def test_cached_decoding_equals_the_full_forward(changes, attention) -> None:
         full = model(ids, use_cache=False).logits
         cache = DynamicCache()
         steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(10)]
-    torch.testing.assert_close(torch.cat(steps, 1), full, atol=2e-5, rtol=0)
+    assert_near(torch.cat(steps, 1), full)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
@@ -95,7 +96,7 @@ def test_padding_changes_nothing(side) -> None:
     mask = (padded != 0).long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     out = model(padded, attention_mask=mask, position_ids=positions).logits[mask.bool()]
-    torch.testing.assert_close(out, model(ids).logits[0], atol=2e-5, rtol=0)
+    assert_near(out, model(ids).logits[0])
 
 
 def test_padding_does_not_count_in_the_balance_loss() -> None:
@@ -105,8 +106,9 @@ def test_padding_does_not_count_in_the_balance_loss() -> None:
     mask = torch.cat((torch.ones(1, 6), torch.zeros(1, 5)), 1).long()
     alone = model(ids, output_router_logits=True)
     together = model(padded, attention_mask=mask, output_router_logits=True)
-    torch.testing.assert_close(alone.aux_loss, together.aux_loss)
-    assert all(torch.allclose(a, b) for a, b in zip(alone.router.load, together.router.load))
+    assert_near(alone.aux_loss, together.aux_loss)
+    for a, b in zip(alone.router.load, together.router.load, strict=True):
+        assert_near(a, b)
 
 
 def test_the_balance_loss_reaches_the_router() -> None:
@@ -133,7 +135,7 @@ def test_experts_equal_a_sum_over_one_token_at_a_time() -> None:
         for expert, weight in zip(routing.experts_Tk[t], routing.weights_Tk[t]):
             gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
             expected = expected + weight * (block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
-        torch.testing.assert_close(output[0, t], expected, atol=1e-5, rtol=1e-5)
+        assert_near(output[0, t], expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -160,7 +162,7 @@ def test_gradient_checkpointing_leaves_a_cache_alone() -> None:
     with torch.no_grad():
         cache = model(ids[:, :5], use_cache=True).past_key_values
     continued = model(ids[:, 5:], past_key_values=cache).logits
-    torch.testing.assert_close(continued, whole[:, 5:], atol=1e-5, rtol=1e-5)
+    assert_near(continued, whole[:, 5:])
     continued.sum().backward()
     assert cache.get_seq_length() == 8
 
@@ -184,7 +186,7 @@ def test_the_score_is_read_at_the_last_attended_token() -> None:
         (ids, [1] * 6),
     ):
         logits = scorer(padded, attention_mask=torch.tensor([mask])).logits
-        torch.testing.assert_close(logits, scorer(ids).logits, atol=1e-5, rtol=0)
+        assert_near(logits, scorer(ids).logits)
 
 
 def test_unknown_keys_of_a_checkpoint_are_kept(tmp_path) -> None:
@@ -210,7 +212,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
             for attention in ("eager", "sdpa"):
                 model = build(**changes)
                 model.set_attn_implementation(attention)
-                torch.testing.assert_close(model.eval()(ids).logits, wanted, atol=2e-5, rtol=0)
+                assert_near(model.eval()(ids).logits, wanted)
                 model.train()
                 assert not torch.allclose(model(ids).logits, model(ids).logits), (changes, attention)
         # One attention layer by itself is linear in its weights, so the mean over many draws is the plain output.

@@ -7,6 +7,7 @@ import torch
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.packing import SHORTEST, Packing
+from tests.near import assert_near
 
 SIZES = {
     "vocab_size": 40,
@@ -64,20 +65,21 @@ def test_packed_sequences_equal_each_alone_in_values_and_gradients(case, changes
     model, sequences = build(**changes), tokens_of(LENGTHS[case])
     alone = torch.cat([model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in sequences])
     packed = read(model, sequences)
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    assert_near(packed, alone)
     expected, found = gradients(model, alone), gradients(model, packed)
     assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5 * max(1.0, largest), rtol=1e-5)
+        # A gradient that cancels to zero, as single tokens' queries have, is as exact as the largest terms are.
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
 
 
 def test_a_sequence_does_not_feel_its_neighbours() -> None:
     model, (first, second, third) = build(), tokens_of([7, 12, 4])
     before = read(model, [first, second, third])
     after = read(model, [first, (second + 1) % SIZES["vocab_size"], third])
-    torch.testing.assert_close(after[:7], before[:7], atol=1e-6, rtol=0)
-    torch.testing.assert_close(after[19:], before[19:], atol=1e-6, rtol=0)
+    assert_near(after[:7], before[:7])
+    assert_near(after[19:], before[19:])
     assert (after[7:19] - before[7:19]).abs().max() > 1e-2
 
 

@@ -22,6 +22,7 @@ from align.models.hunyuan.vllm_kernels import (
     in_rows,
     rms_norm,
 )
+from tests.near import assert_near
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="kernels of vLLM's CPU build")
 
@@ -60,7 +61,7 @@ def test_fused_experts_are_the_weighted_sum_of_each_tokens_experts(tokens, top_k
         for expert, weight in zip(chosen[token], weights[token], strict=True):
             gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
             expected += weight * (down[expert].double() @ (silu(gate) * up))
-        torch.testing.assert_close(found[token].double(), expected, atol=1e-5, rtol=1e-5)
+        assert_near(found[token], expected)
 
 
 def test_the_kernel_is_used_where_it_can_compute_the_shape() -> None:
@@ -76,8 +77,8 @@ def test_norms_take_parts_of_rows_and_add_in_place() -> None:
     part, weight = rows[:, 16:80].unflatten(1, (2, 32)), normal(32)
     wide = part.double()
     unit = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    torch.testing.assert_close(rms_norm(part, None, 1e-3).double(), unit, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rms_norm(part, weight, 1e-3).double(), unit * weight.double(), atol=1e-5, rtol=1e-5)
+    assert_near(rms_norm(part, None, 1e-3), unit)
+    assert_near(rms_norm(part, weight, 1e-3), unit * weight.double())
     norm = RMSNorm(96, 1e-3)
     norm.weight.data.copy_(normal(96))
     x, residual = normal(5, 96) + 1, rows.clone()
@@ -98,6 +99,6 @@ def test_rotation_is_a_multiplication_by_a_complex_number() -> None:
         low, high = before[:, first : first + 32].chunk(2, dim=1)
         turned = torch.complex(low, high) * turn
         expected = torch.cat((turned.real, turned.imag), dim=1)
-        torch.testing.assert_close(rows[:, first : first + 32].double(), expected, atol=1e-5, rtol=1e-5)
+        assert_near(rows[:, first : first + 32], expected)
     untouched = [0, 1, 2, *range(99, 103)]
     assert torch.equal(rows[:, untouched].double(), before[:, untouched])

@@ -10,6 +10,7 @@ from align.models.hunyuan.norm import RMSNorm, _RmsNorm, _UnitRms, unit_rms
 from align.models.hunyuan.rope import _Rotation, rotate, rotation_tables
 from align.models.short_attention import LONGEST, _ShortAttention, causal_attention
 from align.models.swiglu import _GatedSilu, _GatedSiluOfHalves, gated, gated_halves
+from tests.near import assert_near
 
 EPS = 1e-3
 """Large enough to be seen in the numbers."""
@@ -72,7 +73,7 @@ def test_short_attention_is_causal_grouped_attention(tokens) -> None:
         scores = 0.3 * torch.einsum("bqd,bkd->bqk", q, k)
         hidden = torch.ones(tokens, tokens).triu(1).bool()
         expected = torch.einsum("bqk,bkd->bqd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-        torch.testing.assert_close(found[:, head].double(), expected, atol=1e-5, rtol=1e-5)
+        assert_near(found[:, head], expected)
 
 
 def tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,18 +86,15 @@ def test_norms_are_the_formula(dtype) -> None:
     x, weight = (doubles(*shape).detach().to(dtype).requires_grad_() for shape in ((2, 3, 8), (8,)))
     wide = x.double()
     unit = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     module = RMSNorm(8, EPS).to(dtype)
     module.weight.data.copy_(weight.data)
     for found, expected in ((unit_rms(x, EPS), unit), (module(x), unit * weight.double())):
         assert found.dtype == dtype
-        torch.testing.assert_close(found.double(), expected, **tolerance)
+        assert_near(found, expected, units=8)
     d_x, d_weight = torch.autograd.grad((module(x).float() * 2).square().sum(), (x, module.weight))
     e_x, e_weight = torch.autograd.grad((unit * weight.double() * 2).square().sum(), (x, weight))
-    torch.testing.assert_close(d_x.double(), e_x.double(), atol=tolerance["atol"] * 40, rtol=tolerance["rtol"] * 10)
-    torch.testing.assert_close(
-        d_weight.double(), e_weight.double(), atol=tolerance["atol"] * 40, rtol=tolerance["rtol"] * 10
-    )
+    assert_near(d_x, e_x, units=16)
+    assert_near(d_weight, e_weight, units=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,4 +105,4 @@ def test_a_rotation_is_a_multiplication_by_a_complex_number(dtype) -> None:
     turned = torch.complex(low, high) * torch.polar(torch.ones_like(angles.double()), angles.double())
     found = rotate(x, *tables(dtype))
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+    assert_near(found, expected, units=8)
