@@ -59,8 +59,8 @@ class RewardClient:
 
     def _request(self, method: str, path: str, body: bytes | None) -> tuple[int, Any]:
         """Send a request, with retries; returns (status, parsed response)."""
-        started, reason = time.monotonic(), ""
-        for number in range(self.retries + 1):
+        started, reason, tries = time.monotonic(), "", self.retries + 1
+        for number in range(tries):
             if number:
                 time.sleep(min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S))
             try:
@@ -68,7 +68,7 @@ class RewardClient:
             except _TryAgain as problem:
                 reason = str(problem)
         raise UserError(
-            f"reward server {self.url}: no response ({reason}) in {self.retries + 1} tries and "
+            f"reward server {self.url}: no response ({reason}) in {tries} {'try' if tries == 1 else 'tries'} and "
             f"{time.monotonic() - started:.0f} s. Start it with `align serve-reward`, or set the reward's `url` to a "
             "running server."
         )

@@ -251,7 +251,7 @@ def as_list(values: Any, count: int) -> list[Any]:
             "set `batched: false` for a function of one completion" if single else FIX,
         ) from None
     if len(scores) != count:
-        raise Problem(f"returned {len(scores)} scores for {count} completions", "return one score per completion")
+        raise Problem(f"returned {len(scores)} instead of {count} scores", "return one score per completion")
     return scores
 
 

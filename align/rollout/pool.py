@@ -83,8 +83,8 @@ class ServerPool:
                 if server.has_ended() or hangs:
                     server.start()
 
-    def failure_message(self, servers: Iterable[Server]) -> str:
-        """One sentence with the address and failure of each of these servers."""
+    def failures(self, servers: Iterable[Server]) -> str:
+        """Description of the address and failure of each of these servers, without a final stop."""
         reasons = []
         for server in servers:
             reason = server.failure or "it failed"
@@ -92,7 +92,14 @@ class ServerPool:
                 reason = f"it ended: {server.last_log_line()}"
             reasons.append(f"{server.url} ({reason})")
         only = "" if len(reasons) == 1 else f"all {len(reasons)} rollout servers failed, "
-        return f"no rollout server responds: {only}{', '.join(reasons)}."
+        return f"no rollout server responds: {only}{', '.join(reasons)}"
+
+    def no_server(self, servers: Iterable[Server]) -> UserError:
+        """Error for a run without any server, with the failure of each and the fix."""
+        servers = list(servers)
+        started_here = all(isinstance(server, StartedServer) for server in servers)
+        fix = "Fix the cause" if started_here else "Start the servers with `align serve-rollout`"
+        return UserError(f"{self.failures(servers)}. {fix}, then run again with --resume.")
 
     def close(self) -> None:
         """Stop the servers that were started here; the others go on."""

@@ -84,7 +84,7 @@ class RemoteEngine:
             self.pool.start()
             self.pool.wait(self.servers, restart=False)
             if missing := [server for server in self.servers if server.failure]:
-                raise UserError(self.pool.failure_message(missing))
+                raise self.pool.no_server(missing)
             self.last_sync = self._synchronise(self._source(), 0, self.servers)
         except BaseException:
             self.close()
@@ -129,7 +129,7 @@ class RemoteEngine:
             self.pool.wait(self.servers, restart=True)
             responding = self.pool.in_use()
         if not responding:
-            raise UserError(self.pool.failure_message(self.servers))
+            raise self.pool.no_server(self.servers)
         self.version = version
         self.last_sync = self._synchronise(named_tensors, version, responding)
         return self.last_sync
@@ -159,7 +159,7 @@ class RemoteEngine:
         """Servers with the current weights. If none is left, wait for some and send them the weights again."""
         if usable := self.pool.in_use():
             return usable
-        lost = self.pool.failure_message(self.servers)
+        lost, error = self.pool.failures(self.servers), self.pool.no_server(self.servers)
         self.pool.restart()
         self.pool.wait((server for server in self.pool.started() if not server.has_ended()), restart=True)
         for server in self.servers:
@@ -167,15 +167,15 @@ class RemoteEngine:
                 self.pool.connect(server)
         found = self.pool.in_use()
         if not found:
-            raise UserError(lost)
+            raise error
         if self._source is None:
-            raise UserError(f"{lost[:-1]}; they respond again, but without the weights. Continue with --resume.")
+            raise UserError(f"{lost}; they respond again, but without the weights. Continue with --resume.")
         before = self.last_sync
         report = self._synchronise(self._source(), self.version, found)
         if before is not None and report.checksum != before.checksum:
             for server in self.servers:
                 server.failure = "it has weights of another update"
-            raise UserError(f"{lost[:-1]}; the weights of the last update are gone. Continue with --resume.")
+            raise UserError(f"{lost}; the weights of the last update are gone. Continue with --resume.")
         return [server for server in found if server.failure is None]
 
     def _synchronise(self, stream: Iterable[tuple[str, Tensor]], version: int, servers: list[Server]) -> SyncReport:
@@ -187,7 +187,7 @@ class RemoteEngine:
         try:
             return send_stream(stream, transport, version, bucket_mib=self.rollout.bucket_mib, dtype=self.dtype)
         except ServerFailure:
-            raise UserError(self.pool.failure_message(servers)) from None
+            raise self.pool.no_server(servers) from None
         except BaseException:
             for server in servers:
                 server.failure = server.failure or "a weight update was interrupted"

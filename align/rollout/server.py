@@ -62,7 +62,7 @@ class Server:
         except TimeoutError:
             raise ServerFailure(f"no response within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise ServerFailure(str(error) or type(error).__name__) from None
+            raise ServerFailure(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
         finally:
             connection.close()
         if response.status == 200:

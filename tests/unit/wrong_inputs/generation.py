@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import socket
 import sys
+import threading
 from pathlib import Path
 
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
+from align.rollout.remote import RemoteEngine
+from align.rollout.vllm_options import check_checkpoint, check_temperature
 from align.train.checkpoint import load_policy
 
-from .here import NUMBER, Here, sample_stage, wrong
+from .here import NUMBER, PORT, Here, sample_stage, wrong
 
 
 @wrong("prompts-too-long", "No prompt is short enough")
@@ -51,3 +55,60 @@ def _(here: Here) -> str:
     here.monkeypatch.setenv("ALIGN_CACHE", "cache")
     here.monkeypatch.setattr(importlib.metadata, "distribution", missing)
     return here.run(model={"kind": "hot_start"})
+
+
+def connect(*ports: int) -> None:
+    """Build an engine on rollout servers at these ports."""
+    servers = [f"http://127.0.0.1:{port}" for port in ports]
+    rollout = Rollout(engine="remote", servers=servers, max_model_length=64, start_timeout_seconds=0.1)
+    RemoteEngine(Path("model"), rollout, dtype="float32", seed=0)
+
+
+@wrong("rollout-server-down", "A rollout server is down", varies=PORT)
+def _(here: Here) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    connect(port)
+
+
+@wrong("rollout-server-foreign", "The address is that of another server", varies=PORT)
+def _(here: Here) -> None:
+    from align.reward.server import RewardServer
+
+    with RewardServer("127.0.0.1", 0, lambda items: [], {}) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            connect(server.server_port)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@wrong("serve-rollout-port-in-use", "A rollout server on a port that is in use", varies=PORT)
+def _(here: Here) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        return here.align("serve-rollout", "model", "--max-model-length", "64", "--port", str(port))
+
+
+@wrong("serve-rollout-stage-of-a-checkpoint", "`serve-rollout` of a checkpoint with a stage")
+def _(here: Here) -> str:
+    return here.align("serve-rollout", "model", "--stage", "ppo")
+
+
+@wrong("serve-rollout-without-a-stage", "`serve-rollout` of a recipe without naming its stage")
+def _(here: Here) -> str:
+    here.recipe(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=64)})
+    return here.align("serve-rollout", "recipe.yaml")
+
+
+@wrong("weights-beside-the-model", "Other weights in the model's folder")
+def _(here: Here) -> None:
+    Path("model/adapter_model.safetensors").touch()
+    check_checkpoint(Path("model"), Rollout(max_model_length=64))
+
+
+@wrong("temperature-too-low-for-vllm", "A temperature that vLLM would raise silently")
+def _(here: Here) -> None:
+    check_temperature(0.001)

@@ -148,7 +148,7 @@ def _(here: Here) -> str:
     from align.reward.server import RewardServer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        RewardServer("127.0.0.1", listener.getsockname()[1], lambda questions: [], {})
+        RewardServer("127.0.0.1", listener.getsockname()[1], lambda items: [], {})
     raise AssertionError("it listened on a port in use")
 
 
