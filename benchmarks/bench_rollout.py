@@ -31,7 +31,8 @@ from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.remote import RemoteEngine
 from align.rollout.sync.stream import digest
 from align.rollout.vllm_engine import VllmEngine
-from align.train.checkpoint import checkpoint_folder, load_policy
+from align.run.checkpoint import checkpoint_folder
+from align.train.checkpoint import load_policy
 from align.train.quiet import quieten
 
 PROMPT, NEW = 64, 64

@@ -11,7 +11,7 @@ from pathlib import Path
 from align.data.chat import tokenizer_fingerprint
 from align.reward.model import ModelScorer
 from align.reward.server import BadRequest, PromptCompletion, RewardServer
-from align.train.checkpoint import checkpoint_folder
+from align.run.checkpoint import checkpoint_folder
 from align.train.quiet import quieten
 
 

@@ -40,7 +40,7 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
     """
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if Path(target).is_dir():
-        from align.train.checkpoint import checkpoint_folder
+        from align.run.checkpoint import checkpoint_folder
 
         for flag, given in (("--stage", stage), ("--run-dir", run_dir)):
             if given is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,8 @@ from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_nam
 from align.models.weights import check_weights
 from align.parallel.offload import require_room
 from align.parallel.sharding import held_values, whole_shape, world
-from align.run.folder import MODEL, replace_folder
+from align.run.checkpoint import read_config
+from align.run.folder import replace_folder
 from align.train.finite import require_finite
 
 DEFAULT_FAMILY = "hunyuan"
@@ -42,15 +42,7 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
 
     weights: False where the configuration alone is of interest.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json there; give the folder of a checkpoint.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not valid JSON, so the checkpoint is damaged; copy or download it again.")
+    path, config = folder / "config.json", read_config(folder)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
@@ -65,17 +57,6 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
 
 def _quoted(names: Iterable[str]) -> str:
     return " or ".join(f"'{name}'" for name in names)
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint of a stage's folder, or the folder itself; a run's folder is refused with its stages named."""
-    if (path / MODEL / "config.json").is_file():
-        return path / MODEL
-    if (path / "recipe.json").is_file():
-        stages = sorted(model.parent.name for model in path.glob(f"*/{MODEL}"))
-        made = f"one of its stages: {', '.join(stages)}" if stages else "a stage's folder once one has finished"
-        raise UserError(f"{path}: the folder of a whole run; give {made}.")
-    return path
 
 
 def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:

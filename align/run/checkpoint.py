@@ -1,0 +1,44 @@
+"""Find and check a checkpoint that a command or a recipe names, without loading torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.config.paths import local_path
+from align.errors import UserError
+from align.run.folder import MODEL
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint in a stage's folder, or the folder itself; raises `UserError` for the folder of a whole run."""
+    path = local_path(path)
+    if (path / MODEL / "config.json").is_file():
+        return path / MODEL
+    if (path / "recipe.json").is_file():
+        stages = sorted(model.parent.name for model in path.glob(f"*/{MODEL}"))
+        made = f"one of its stages: {', '.join(stages)}" if stages else "a stage's folder once one has finished"
+        raise UserError(f"{path}: this is the folder of a whole run; pass {made}.")
+    return path
+
+
+def require_checkpoint(path: Path) -> Path:
+    """The checkpoint's folder, as `checkpoint_folder`; raises `UserError` if its config.json is missing or damaged."""
+    folder = checkpoint_folder(path)
+    read_config(folder)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: it has no config.json; pass the folder of a checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not valid JSON, so the checkpoint is damaged; copy or download it again.")
+    return config
