@@ -1,15 +1,15 @@
-"""Whether a recipe's files are there and its processes suit its models, asked before anything is loaded. No torch
-here."""
+"""Preflight checks: a recipe's files exist and its processes fit its models. Nothing here loads torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
+from align.config.paths import local_path
 from align.config.presets import PRESETS
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
@@ -23,9 +23,9 @@ from align.run.folder import MODEL
 
 
 def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
-    """One sentence for each thing that keeps `stages` from running; what earlier stages make is not looked for.
+    """The problems that keep `stages` from running, one sentence each. Results of earlier stages are not checked.
 
-    files: look at this machine's files; without, only the recipe itself is judged.
+    files: also check the files on this machine, not only the recipe.
     """
     stages, found = list(stages), list[str]()
     if files:
@@ -62,9 +62,8 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
         yield from _file(f"stages.{name}.{field}", source)
     for field, reference, _ in stage.checkpoints():
         if is_path(reference):
-            folder = Path(reference)
-            if not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
-                yield f"stages.{name}.{field}: '{reference}' has no config.json; give a checkpoint folder."
+            problem = f"'{reference}' has no config.json; set it to the folder of a checkpoint."
+            yield from _unless(_is_checkpoint, f"stages.{name}.{field}", reference, problem)
     for field, reward in find(stage, FunctionReward):
         try:
             find_reward_function(reward.path)
@@ -81,7 +80,7 @@ def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
 
 
 def _of_machines(parallel: Parallel) -> Iterator[str]:
-    from align.launch.processes import slots_of  # only runs of several processes load it
+    from align.launch.processes import slots_of
 
     try:
         slots_of(parallel)
@@ -95,7 +94,7 @@ def _of_machines(parallel: Parallel) -> Iterator[str]:
 
 
 def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> Iterator[str]:
-    """Models of a stage that all processes work on whose experts these cannot share."""
+    """Models of a training stage whose experts cannot be sharded evenly over the processes."""
     from align.plan.shape import expert_counts
 
     stage = recipe.stages[name]
@@ -115,7 +114,7 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
 
 
 def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
-    """The keys of config.json on which a model's experts depend; None where they are not known here."""
+    """The keys of config.json that set a model's experts; None if this machine does not know them."""
     match model:
         case ScratchModel(preset=preset, config=changes):
             return (PRESETS[preset] if preset else {}) | changes
@@ -127,23 +126,38 @@ def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
 
 
 def _config_in(path: str) -> dict[str, Any] | None:
-    """A checkpoint's config.json; one that is damaged or not there is for others to tell."""
-    for folder in (Path(path) / MODEL, Path(path)):
+    """A checkpoint's config.json; None if it is missing or damaged, which other checks report."""
+    for inner in (MODEL, "."):
         try:
+            folder = local_path(path) / inner
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             continue
         return values if isinstance(values, dict) else None
     return None
 
 
 def _file(where: str, source: FileSource) -> Iterator[str]:
-    if not Path(source.path).expanduser().exists():
-        yield f"{where}: {source.path} does not exist (paths are relative to {Path.cwd()})."
+    yield from _unless(Path.exists, where, source.path, _missing(source.path))
 
 
 def _folder(where: str, path: str) -> Iterator[str]:
-    """Where the path can be a hub's id, only the hub knows."""
-    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if is_local and not Path(path).expanduser().exists():
-        yield f"{where}: {path} does not exist (paths are relative to {Path.cwd()})."
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # otherwise it may be a hub id
+        yield from _unless(Path.exists, where, path, _missing(path))
+
+
+def _missing(path: str) -> str:
+    return f"{path} does not exist (paths are relative to {Path.cwd()})."
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return any((path / "config.json").is_file() for path in (folder / MODEL, folder))
+
+
+def _unless(holds: Callable[[Path], bool], where: str, path: str, problem: str) -> Iterator[str]:
+    """The problem of a path in the recipe for which `holds` is false."""
+    try:
+        if not holds(local_path(path)):
+            yield f"{where}: {problem}"
+    except UserError as error:
+        yield f"{where}: {error}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from align.config.paths import local_path
 from align.errors import UserError
 from align.reward.text import accepted_values, spellings, token_f1
 
@@ -36,10 +36,10 @@ def find_reward_function(path: str) -> tuple[str, str]:
     if path in BUILT_IN:
         return "", path
     file, colon, name = path.rpartition(":")
-    if not colon or not Path(file).is_file():
+    if not colon or not local_path(file).is_file():
         known = ", ".join(BUILT_IN)
         raise UserError(
             f"reward function '{path}': it does not name a function in an existing file. Set `path` to "
             f"file.py:function, or to one of: {known}."
         )
-    return file, name
+    return str(local_path(file)), name

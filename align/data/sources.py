@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
 from align.config.parts import FileSource, HubSource, PythonDocsSource, Source, StageSource
+from align.config.paths import local_path
 from align.data.formats import STANDARD_COLUMNS, Format, require_format
 from align.data.python_docs import python_docs_rows
 from align.errors import UserError
@@ -100,7 +101,7 @@ def _prepared_source(source: Source, seed: int, stage_dirs: Mapping[str, Path], 
 def _read_source(source: Source, stage_dirs: Mapping[str, Path]) -> Rows:
     match source:
         case FileSource():
-            return _read_files(Path(source.path).expanduser(), source.streaming)
+            return _read_files(local_path(source.path), source.streaming)
         case HubSource():
             return _read_hub(source)
         case PythonDocsSource():

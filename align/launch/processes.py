@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from align.config.parallel import Parallel
+from align.config.paths import local_path
 from align.errors import Stopped, UserError, signal_name
 from align.launch.ending import STOPPED
 from align.launch.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
@@ -118,7 +119,7 @@ def first_host(nodes: str) -> str:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots of each machine, in the file's order; lines are `host slots=N`, `#` begins a comment."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = local_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"parallel.hostfile: {path} cannot be read ({error.strerror}); check the path.") from None
     except UnicodeDecodeError:

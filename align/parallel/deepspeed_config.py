@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.config.parallel import Parallel
+from align.config.paths import local_path
 
 BUCKET = 50_000_000
 """Elements that are gathered or reduced at a time; DeepSpeed's default of 500 million costs 2 GB a buffer in fp32."""
@@ -39,7 +40,7 @@ def deepspeed_config(
         if device is not None:
             zero[key] = {"device": device, "pin_memory": True}
             if device == "nvme":
-                zero[key]["nvme_path"] = offload.path
+                zero[key]["nvme_path"] = str(local_path(str(offload.path)))
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

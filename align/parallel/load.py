@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from align.config.parallel import Parallel
 from align.config.parts import Lora
+from align.config.paths import local_path
 from align.errors import UserError
 from align.models.family import Place, family_of
 from align.models.lora.adapters import add_lora, is_factor, plain_name
@@ -104,7 +105,7 @@ def on_disk(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
     ranks = world()[1]
     return {
         # DeepSpeed empties the folder before it writes a model there, and a policy's critic is still to come.
-        "nvme_path": str(Path(str(parallel.offload.path)) / f"model-{next(MODELS)}"),
+        "nvme_path": str(local_path(str(parallel.offload.path)) / f"model-{next(MODELS)}"),
         # A buffer holds the largest slice. DeepSpeed's default is 100 million elements for each of five buffers.
         "buffer_size": max(
             -(-parameter.numel() // (ranks // parallel.expert_parallel_size if expert_share(parameter) else ranks))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from align.config.parallel import Parallel
 from align.config.parts import HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
+from align.config.paths import local_path
 from align.config.ppo import PpoStage
 from align.config.presets import PRESETS, PUBLISHED
 from align.config.recipe import BASE, Recipe, is_path
@@ -282,7 +283,7 @@ def _shapes(recipe: Recipe, given: str | None) -> Shapes:
 
     def shape(reference: str) -> ModelShape:
         if is_path(reference):
-            folder = Path(reference)
+            folder = local_path(reference)
             if (found := _config_in(folder)) is not None:
                 return shape_of(reference, found)
             return stand_in or _published(reference, {})
@@ -312,7 +313,7 @@ def _not_here(path: str) -> UserError:
 def _named(name: str) -> ModelShape:
     if name in PRESETS:
         return shape_of(name, PRESETS[name])
-    if (config := _config_in(Path(name))) is not None:
+    if (config := _config_in(local_path(name))) is not None:
         return shape_of(name, config)
     raise UserError(f"--model {name}: use a preset ({', '.join(PRESETS)}) or a folder with config.json.")
 
@@ -324,12 +325,12 @@ def _base(recipe: Recipe) -> ModelShape:
         sizes |= {"vocab_size": entries} if (entries := _vocabulary(model)) else {}
         return shape_of(model.preset or "scratch", sizes | model.config)
     if isinstance(model, HotStartModel):
-        dense = SMOLLM2_135M if "/" not in model.source else _config_in(Path(model.source))
+        dense = SMOLLM2_135M if "/" not in model.source else _config_in(local_path(model.source))
         if dense is None:
             raise _not_here(model.source)
         return shape_of(f"{model.source}, grown", _grown(model, dense) | model.config)
     assert isinstance(model, PretrainedModel)
-    config = _config_in(Path(model.path))
+    config = _config_in(local_path(model.path))
     if config is None:
         return _published(model.path, model.config)
     return shape_of(model.path, config | model.config)
@@ -339,7 +340,7 @@ def _vocabulary(model: ScratchModel) -> int | None:
     """Vocabulary size of the tokenizer, from the recipe or its folder; None if the folder has no tokenizer.json."""
     if isinstance(model.tokenizer, ScratchTokenizer):
         return model.tokenizer.vocab_size
-    path = Path(model.tokenizer) / "tokenizer.json"
+    path = local_path(model.tokenizer) / "tokenizer.json"
     if not path.is_file():
         return None
     tokenizer = _read_json(path)

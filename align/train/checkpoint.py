@@ -27,7 +27,7 @@ from align.errors import UserError
 from align.models.family import FAMILIES, FamilyConfig, family_of
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
 from align.models.weights import check_weights
-from align.parallel.offload import require_room
+from align.parallel.offload import require_space
 from align.parallel.sharding import held_values, whole_shape, world
 from align.run.checkpoint import read_config
 from align.run.folder import replace_folder
@@ -161,7 +161,7 @@ def check_parallel(
         from align.plan.shape import shape_of
 
         trained = sum(shape_of("", config.to_dict()).adapters(lora))
-    require_room(parallel, parameters, dtype, machines, trained)
+    require_space(parallel, parameters, dtype, machines, trained)
 
 
 def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:

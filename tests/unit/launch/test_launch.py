@@ -16,7 +16,7 @@ from align.cli import parse, run_command
 from align.config.parallel import Offload, Parallel
 from align.errors import Stopped, UserError
 from align.launch import processes as launch
-from align.parallel.offload import available_memory, require_room
+from align.parallel.offload import available_memory, require_space
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def test_the_words_of_a_run_are_passed_on() -> None:
 def test_offload_without_room_is_refused(tmp_path: Path) -> None:
     free = available_memory()
     assert 2**28 < free < 2**46
-    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
-        require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1)
-    require_room(Parallel(offload=Offload(optimizer="cpu")), free // 64, "float32", machines=1)
-    require_room(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1, trained=free // 64)
-    with pytest.raises(UserError, match="GiB are to go to this machine's memory"):
-        require_room(Parallel(offload=Offload(optimizer="cpu")), 1, "float32", machines=1, trained=free)
+    with pytest.raises(UserError, match="GiB are to be offloaded to this machine's memory"):
+        require_space(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1)
+    require_space(Parallel(offload=Offload(optimizer="cpu")), free // 64, "float32", machines=1)
+    require_space(Parallel(offload=Offload(optimizer="cpu")), free, "float32", machines=1, trained=free // 64)
+    with pytest.raises(UserError, match="GiB are to be offloaded to this machine's memory"):
+        require_space(Parallel(offload=Offload(optimizer="cpu")), 1, "float32", machines=1, trained=free)
     with pytest.raises(UserError, match="the disk of"):
-        require_room(Parallel(offload=Offload(parameters="nvme", path=str(tmp_path))), 10**15, "bfloat16", machines=2)
+        require_space(Parallel(offload=Offload(parameters="nvme", path=str(tmp_path))), 10**15, "bfloat16", machines=2)
     with pytest.raises(UserError, match="does not exist"):
-        require_room(Parallel(offload=Offload(parameters="nvme", path="/no/such")), 1, "bfloat16", machines=1)
+        require_space(Parallel(offload=Offload(parameters="nvme", path="/no/such")), 1, "bfloat16", machines=1)
 
 
 def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> float:

@@ -353,3 +353,8 @@ def _(here: Here) -> str:
 @wrong("cispo-with-dual-clip", "An option of the clipped loss with another policy loss")
 def _(here: Here) -> str:
     return optimise(here, policy_loss="cispo", dual_clip=3.0)
+
+
+@wrong("home-of-nobody", "A path in the home directory of a user who does not exist")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": "~nobody-here/rows.jsonl"}]})

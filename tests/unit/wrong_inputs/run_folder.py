@@ -153,5 +153,5 @@ def _(here: Here) -> None:
 def _(here: Here) -> str:
     from align.recipes import sft
 
-    here.monkeypatch.setattr(sft, "fit", full_disk)
+    here.monkeypatch.setattr(sft, "train_and_save", full_disk)
     return here.run()

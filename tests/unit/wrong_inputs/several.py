@@ -215,13 +215,13 @@ def _(here: Here) -> str:
 
 @wrong("offload-without-room", "No room for what is offloaded", varies=NUMBER)
 def _(here: Here) -> None:
-    offload.require_room(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
+    offload.require_space(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
 
 
 @wrong("offload-without-folder", "No folder for it")
 def _(here: Here) -> None:
     nvme = Offload(optimizer="nvme", path=str(Path("nowhere")))
-    offload.require_room(Parallel(offload=nvme), 1, "float32", machines=1)
+    offload.require_space(Parallel(offload=nvme), 1, "float32", machines=1)
 
 
 @wrong("offload-without-folder-checked", "A file instead, from `align check`")
