@@ -75,6 +75,10 @@ RUNS = {
             "stages.grpo.dynamic_sampling=0",
             "stages.grpo.steps=16",
             "stages.grpo.checkpoint_every=4",
+            # The file has no test split, so this is the accuracy on training rows.
+            "stages.evaluate.tasks=[{name: gsm8k_train, prompts: [{kind: file, path: gsm8k.jsonl, limit: 64, "
+            "columns: {prompt: question}}], metrics: [{kind: math}], temperature: 0.0, max_new_tokens: 96}]",
+            "stages.evaluate.rollout={max_model_length: 192, max_sequences: 64, cache_gib: 0.5}",
         ),
         (Curves("gsm8k_grpo", "grpo", ("reward/math", "reward/form", "completion_length")),),
         ("gsm8k.jsonl",),
