@@ -82,6 +82,19 @@ def test_a_checkpoint_generates_in_plain_transformers(folder: Path, output) -> N
     assert printed.startswith("HunYuanForCausalLM (align.models.hunyuan.modeling): ")
 
 
+def test_any_checkpoint_is_evaluated(folder: Path, tmp_path: Path, output) -> None:
+    """Untrained models of 300 entries answer nothing right; the reference itself would score 1."""
+    checkpoints = folder / "run/base", folder / "run/dpo/model"
+    printed = output(
+        "evaluate_any_checkpoint.py", *checkpoints, "--prompts", folder / "pairs.jsonl", "--metric", "exact",
+        "--max-new-tokens", 4, "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    lines = printed.splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == [str(path) for path in checkpoints]
+    assert all(f"exact 0.000 [0.000, 0.000]  n {len(PAIRS)}" in line for line in lines[:2])
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     changes = ["stages.sft.epochs=1", "stages.dpo.max_steps=1", "model.config.num_hidden_layers=2"]
