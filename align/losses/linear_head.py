@@ -1,8 +1,8 @@
-"""Cross entropy and log-probabilities straight from hidden states, without ever holding [tokens, vocabulary].
+"""Cross entropy and log-probabilities from hidden states, without materialising the [N, V] logits.
 
-A few tokens at a time meet the vocabulary, and what their gradient needs is computed while their logits are at hand:
-for cross entropy all of it, for log-probabilities the direction in which each token's own value rises (the weight's
-gradient, where it is wanted, takes a second pass, because it depends on what the caller does with the values).
+Logits are computed for one chunk of tokens at a time. Cross entropy computes both of its gradients during the forward
+pass. For log-probabilities the forward pass computes d logprob / d hidden per token; the gradient of the weight, if it
+is needed, depends on the incoming gradient and takes a second pass over the chunks.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 96 * 2**20
-"""Logits held at a time."""
+"""Size of one chunk's fp32 logits."""
 
 IGNORED = -100
 
@@ -26,7 +26,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over targets that are not ignored, divided by `count`.
 
-    count: by default the number of targets that are not ignored. A scalar in fp32; 0 where all are ignored.
+    The result is a scalar in fp32, 0 if all targets are ignored. count: by default the targets that are not ignored.
     """
     kept = targets_N != ignore_index
     loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept])
@@ -36,16 +36,16 @@ def linear_cross_entropy(
 def linear_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature)[token] and the distribution's entropy in nats, both [N], fp32.
+    """log softmax(hidden @ weight.T / temperature)[token] and the distribution's entropy in nats, both [N] in fp32.
 
-    The log-probabilities have a gradient, the entropy has none.
+    Only the log-probabilities are differentiable.
     """
     output: tuple[Tensor, Tensor] = _Logprobs.apply(hidden_ND, weight_VD, tokens_N, temperature)
     return output
 
 
 class _Chunks:
-    """Softmax of a few tokens' logits at a time, in two buffers that are used again and again."""
+    """Softmax of the logits chunk by chunk, in two reused buffers."""
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, temperature: float = 1.0):
         self.hidden, self.weight, self.temperature = hidden_ND, weight_VD, temperature
@@ -58,7 +58,7 @@ class _Chunks:
             yield slice(start, min(start + self.size, len(self.hidden)))
 
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits minus their maximum, exp of them, the sum of those [n, 1]); valid until the next call."""
+        """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`; overwritten by the next call."""
         count = rows.stop - rows.start
         shifted, exponentials = self.logits[:count], self.exponentials[:count]
         if self.hidden.dtype == torch.float32:
@@ -73,7 +73,7 @@ class _Chunks:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of -log p[target]; the gradients are ready when the forward pass ends."""
+    """Sum of -log p[target]; the forward pass computes the gradients too."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Logprobs(torch.autograd.Function):
-    """d logprob / d hidden = (weight[token] - sum_v p_v weight[v]) / temperature, whatever comes after."""
+    """Log-probabilities and entropies; d logprob / d hidden = (weight[token] - sum_v p_v weight[v]) / temperature."""
 
     @staticmethod
     def forward(
@@ -121,7 +121,7 @@ class _Logprobs(torch.autograd.Function):
             tokens = tokens_N[rows, None]
             shifted, exponentials, total = chunks.softmax(rows)
             logprobs[rows] = (shifted.gather(1, tokens) - total.log())[:, 0]
-            # A batched product needs no third buffer: E[logit] = sum_v exp_v logit_v / total.
+            # E[logit] = sum_v exp_v logit_v / total, as a batched product so that no third buffer is needed.
             expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
             entropy[rows] = (total.log() - expected)[:, 0]
             if direction is not None:

@@ -1,6 +1,9 @@
-"""Losses and measures of a router: balance, z-loss, load, entropy. Padding (mask_T 0) never counts.
+"""Losses and metrics of a router: balance loss, z-loss, expert load, entropy. Padding (mask_T 0) never counts.
 
-Shapes: T tokens, E experts, k experts a token.
+All are means over the valid tokens of one call. The z-loss of a whole step is the mean of its micro-batches' weighted
+by their valid tokens. The balance loss is a product of two means, so it depends on how a step is cut.
+
+Shapes: T tokens, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from torch import Tensor
 
 
 def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
-    """Share of the valid tokens' assignments that each expert gets, [E], summing to one."""
+    """Share of the valid tokens' assignments per expert, [E]; the shares sum to one."""
     valid = mask_T[:, None].expand_as(experts_Tk).flatten().float()
     counts = torch.zeros(num_experts, device=experts_Tk.device).index_add(0, experts_Tk.flatten(), valid)
     return counts / counts.sum().clamp_min(1.0)
@@ -31,7 +34,7 @@ def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tenso
 
 
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
-    """Mean squared log of the softmax's denominator, which keeps the router's logits small.
+    """Mean of (log sum_e exp(logit_e))^2, which keeps the router's logits small.
 
     Source: Zoph et al., ST-MoE (arXiv 2202.08906), equation 5.
     """
@@ -39,7 +42,7 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
 
 
 def router_entropy(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
-    """Mean entropy of the router's distribution in nats; log E is an undecided router, 0 a certain one."""
+    """Mean entropy of the router's distribution in nats, from 0 (one expert has all probability) to log E (uniform)."""
     log_probabilities = logits_TE.log_softmax(dim=-1, dtype=torch.float32)
     return _mean_over(-(log_probabilities.exp() * log_probabilities).sum(-1), mask_T)
 

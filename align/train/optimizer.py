@@ -1,4 +1,4 @@
-"""AdamW with groups for experts and for parameters that do not decay, and the schedule as a pure function."""
+"""AdamW with parameter groups for routed experts and for vectors, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from align.config.parts import Optimizer
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """Routed experts learn at learning_rate * expert_learning_rate_scale; norms and other vectors do not decay.
+    """AdamW over the trainable parameters.
 
-    A parameter that ZeRO has cut up is a matrix if its whole is one. Experts that are spread over ranks are in groups
-    of their own, which name their process group, as DeepSpeed wants it.
+    Routed experts learn at learning_rate * expert_learning_rate_scale. Norms, biases and other vectors do not decay.
+    For a parameter that ZeRO-3 has partitioned, the shape before partitioning decides. DeepSpeed requires
+    expert-parallel parameters in groups of their own that name their process group.
     """
     groups: dict[tuple[bool, bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            spread_over = getattr(parameter, "group_name", "")
-            groups.setdefault((".experts." in name, dimensions > 1, spread_over), []).append(parameter)
+            expert_group = getattr(parameter, "group_name", "")
+            groups.setdefault((".experts." in name, dimensions > 1, expert_group), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "lr": settings.learning_rate * (settings.expert_learning_rate_scale if is_expert else 1.0),
                 "weight_decay": settings.weight_decay if decays else 0.0,
-                **({"moe": True, "name": spread_over} if spread_over else {}),
+                **({"moe": True, "name": expert_group} if expert_group else {}),
             }
-            for (is_expert, decays, spread_over), parameters in sorted(groups.items())
+            for (is_expert, decays, expert_group), parameters in sorted(groups.items())
         ],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
-        fused=True,  # one pass over each parameter instead of a dozen: five times faster on a CPU
+        fused=True,  # one pass over each parameter instead of a dozen; five times faster on a CPU
     )
 
 
 def schedule_factor(step: int, total: int, settings: Optimizer) -> float:
-    """Factor on the peak rate at `step` (0-based) of `total`."""
+    """Factor on the peak learning rate at `step` (0-based) of `total` steps: linear warm-up, then the decay."""
     warmup = math.ceil(settings.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup

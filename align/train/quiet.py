@@ -1,4 +1,4 @@
-"""Keeps the libraries' progress bars and notices out of a run's log; ALIGN_VERBOSE=1 lets them through."""
+"""Keep the libraries' progress bars and notices out of a run's log; ALIGN_VERBOSE=1 shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 
 
 def quieten() -> None:
-    """Call once before a stage. Errors and our own lines stay."""
+    """Silence warnings and progress bars of the libraries; errors and our own output stay. Call once before a stage."""
     if os.environ.get("ALIGN_VERBOSE"):
         return
     for category in (FutureWarning, UserWarning, DeprecationWarning):

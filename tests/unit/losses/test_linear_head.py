@@ -1,4 +1,4 @@
-"""The chunked head against the plain one: values, gradients, temperature, ignored targets."""
+"""The chunked head against the plain one in float64: values, gradients, temperature, ignored targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align.losses.linear_head import linear_cross_entropy, linear_logprobs
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Seven tokens at a time, so that 23 need four chunks, the last one shorter."""
+    """Chunks of seven tokens, so that 23 tokens make four chunks, the last one shorter."""
     monkeypatch.setattr(linear_head, "CHUNK_BYTES", 7 * 50 * 4)
 
 
@@ -64,7 +64,7 @@ def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
     assert_close_in_float32(logprobs.double(), plain, every)
     assert_close_in_float32(entropy.double(), -(every.exp() * every).sum(-1), every)
     assert not entropy.requires_grad
-    # Any function of the log-probabilities, as PPO's clipped one.
+    # A nonlinear function of the log-probabilities, such as PPO's.
     weights = torch.randn(23)
     ours, theirs = (weights * logprobs.exp()).sum(), (weights * plain.exp()).sum()
     for a, b in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight), strict=True):
@@ -72,7 +72,7 @@ def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_gets_no_gradient(inputs, frozen) -> None:
+def test_a_frozen_input_gets_no_gradient(inputs, frozen) -> None:
     hidden, weight, tokens = inputs
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     trained = weight if frozen == "hidden" else hidden
@@ -80,10 +80,10 @@ def test_what_is_frozen_gets_no_gradient(inputs, frozen) -> None:
     ours = linear_logprobs(hidden, weight, tokens)[0].sum()
     assert_close_in_float32(gradients(ours, trained)[0], gradients(plain, trained)[0])
     loss = linear_cross_entropy(hidden, weight, tokens)
-    assert_close_in_float32(gradients(loss, trained)[0], -gradients(plain_again(hidden, weight, tokens), trained)[0])
+    assert_close_in_float32(gradients(loss, trained)[0], -gradients(mean_logprob(hidden, weight, tokens), trained)[0])
 
 
-def plain_again(hidden, weight, tokens):
+def mean_logprob(hidden, weight, tokens):
     return (hidden @ weight.T).log_softmax(-1).gather(1, tokens[:, None]).mean()
 
 

@@ -1,4 +1,4 @@
-"""AdamW as it is built: the textbook's arithmetic, and who is in which group."""
+"""AdamW against the published algorithm, and the schedule against arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align.config.parts import Optimizer
-from align.train.optimizer import build_optimizer
+from align.train.optimizer import build_optimizer, schedule_factor
 
 
 class Model(nn.Module):
@@ -40,5 +40,42 @@ def test_steps_are_the_published_algorithm() -> None:
     assert model.frozen.tolist() == [1, 1]
 
 
-def test_what_is_not_in_memory_yet_can_have_an_optimizer() -> None:
+def test_parameters_on_the_meta_device_can_have_an_optimizer() -> None:
     assert len(build_optimizer(Model("meta"), Optimizer()).param_groups) == 2
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.norm = nn.Module(), nn.LayerNorm(2, bias=False)
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 2, 2))
+        self.proj = nn.Linear(2, 2, bias=False)
+
+
+def test_routed_experts_have_a_rate_of_their_own_and_norms_do_not_decay() -> None:
+    layer = nn.ModuleDict({"mlp": Layer()})
+    settings = Optimizer(learning_rate=1e-2, expert_learning_rate_scale=0.25, weight_decay=0.1)
+    groups = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in build_optimizer(layer, settings).param_groups
+        for parameter in group["params"]
+    }
+    found = {name: groups[id(parameter)] for name, parameter in layer.named_parameters()}
+    assert found == {
+        "mlp.experts.gate_up_proj": (2.5e-3, 0.1),
+        "mlp.norm.weight": (1e-2, 0.0),
+        "mlp.proj.weight": (1e-2, 0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1 / 2, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [1 / 2, 1, 1, (1 + math.sqrt(0.5)) / 2, 1 / 2, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_the_schedule_warms_up_and_decays(schedule: str, factors: list[float]) -> None:
+    settings = Optimizer(schedule=schedule, warmup_fraction=0.3)  # 2 of 6 steps, rounded up
+    assert [schedule_factor(step, 6, settings) for step in range(6)] == pytest.approx(factors, rel=1e-12)

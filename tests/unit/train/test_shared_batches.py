@@ -1,4 +1,4 @@
-"""Dealing an epoch's micro-batches out to ranks changes no optimizer step."""
+"""Assigning an epoch's micro-batches to ranks changes no optimizer step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def epoch(rows: int, ranks: int, micro_batches: int = 4, micro_batch_size: int =
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("rows", range(1, 34))
 def test_each_step_has_the_mean_gradient_of_one_process(rows: int, ranks: int) -> None:
-    """The gradient of a micro-batch is the mean of its rows; a step's, the mean of the step's rows."""
+    """The gradient of a micro-batch is the mean over its rows; that of a step, the mean over the step's rows."""
     value = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
     def micro(batch: list) -> float:
         return value[[row for row, _ in batch]].mean().item()
 
     (single,), shared = epoch(rows, 1), epoch(rows, ranks)
-    assert len({len(batches) for batches in shared}) == 1, "a rank would wait for one that has finished"
+    assert len({len(batches) for batches in shared}) == 1, "a rank would wait for one that has finished its epoch"
     passes = 4 // ranks
     for step, start in enumerate(range(0, len(single), 4)):
         rows_of_step = [row for batch in single[start : start + 4] for row, _ in batch]
@@ -51,7 +51,7 @@ def test_each_step_has_the_mean_gradient_of_one_process(rows: int, ranks: int) -
     assert counted == list(range(rows))
 
 
-def test_the_length_is_known_and_epochs_reach_the_sampler() -> None:
+def test_the_number_of_batches_and_the_epoch() -> None:
     batches = SharedBatches(Order(range(11)), micro_batch_size=2, micro_batches=4, rank=1, ranks=2)
     assert len(batches) == len(list(batches))
     first = [row for row, _ in next(iter(batches))]
@@ -59,7 +59,7 @@ def test_the_length_is_known_and_epochs_reach_the_sampler() -> None:
     assert [row for row, _ in next(iter(batches))] == [row + 3 for row in first]
 
 
-def test_a_repeated_batch_has_no_share_and_no_labels() -> None:
+def test_a_repeated_batch_has_weight_0_and_no_labels() -> None:
     rows = [{"labels": row} for row in range(2)]
 
     def collate(batch: list[dict]) -> dict:
@@ -80,8 +80,8 @@ def test_a_repeated_batch_has_no_share_and_no_labels() -> None:
     assert second[SHARE] == 0.0
 
 
-def test_lengths_that_differ_are_gathered_whole() -> None:
-    """A stand-in for two ranks: the other one always holds three sevens."""
+def test_tensors_of_different_lengths_are_gathered() -> None:
+    """With a stand-in for two ranks: the other rank always passes three sevens."""
 
     def gather(tensor: torch.Tensor) -> torch.Tensor:
         other = torch.tensor([3]) if tensor.dtype == torch.int64 else torch.zeros_like(tensor)
