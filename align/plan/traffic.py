@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from align.config.ppo import LOOKED_AT_ONE_IN
+from align.config.ppo import LOGPROBS_OF_ONE_IN
 from align.plan.job import Job, Member
 from align.plan.memory import adapter_width, value_width, weight_width
 from align.plan.setting import Setting
@@ -49,7 +49,7 @@ def work(job: Job, setting: Setting) -> list[Work]:
     if job.rollouts is not None:
         round_ = math.ceil(job.rollouts.completions / (setting.micro_batch * setting.gpus))
         others = [*job.members[1:], *([] if "reference" in by_role else [policy])]
-        sample = math.ceil(round_ / LOOKED_AT_ONE_IN)
+        sample = math.ceil(round_ / LOGPROBS_OF_ONE_IN)
         found.append(Work(policy, sample if job.rollouts.as_old_logprobs else round_, False))
         found += [Work(member, round_, False) for member in others]
     return found

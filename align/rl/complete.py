@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config.ppo import LOOKED_AT_ONE_IN, PpoStage
+from align.config.ppo import LOGPROBS_OF_ONE_IN, PpoStage
 from align.data.experience import OF_ALL_TOKENS, Experience
 from align.errors import UserError
 from align.losses.advantages import ADVANTAGE_ESTIMATORS, EstimatorInputs
@@ -58,7 +58,7 @@ def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[s
         return list(shared_passes(list(batch.micro_batches(rows, stage.micro_batch_tokens))))
 
     every = micro_batches(torch.arange(len(batch)))
-    some = every if stage.old_logprobs == "trainer" else micro_batches(torch.arange(0, len(batch), LOOKED_AT_ONE_IN))
+    some = every if stage.old_logprobs == "trainer" else micro_batches(torch.arange(0, len(batch), LOGPROBS_OF_ONE_IN))
 
     def passes(
         micros: list[tuple[Tensor, bool]], run: Callable[..., dict[str, Tensor]], *models: Any

@@ -255,5 +255,5 @@ def test_a_run_goes_on_from_one_process_to_two_to_four_to_two(recipe: Path, seve
 
 def test_what_does_not_fit_is_refused(recipe: Path, tmp_path: Path) -> None:
     output = run(recipe, tmp_path / "run", "--nproc", "3", "parallel.expert_parallel_size=3", code=2)
-    assert "cannot share batch_size 16 evenly" in output
+    assert "batch_size 16 is not divisible by" in output
     assert "Traceback" not in output

@@ -75,16 +75,25 @@ def test_sources_and_reward_functions_are_found_in_any_depth() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores__init_from": "pairs"}, "makes preference pairs, where a language model or a reward model is needed"),
-        ({"ppo__init_from": "scores"}, "makes a reward model, where a language model is needed"),
-        ({"ppo__rewards": [{"kind": "model", "init_from": "dpo"}]}, "makes a language model, where a reward model"),
-        ({"ppo__critic": {"init_from": "pairs"}}, "critic.init_from names 'pairs', which makes preference pairs"),
+        (
+            {"scores__init_from": "pairs"},
+            "needs a language model or a reward model, but 'pairs' makes preference pairs",
+        ),
+        ({"ppo__init_from": "scores"}, "needs a language model, but 'scores' makes a reward model"),
+        (
+            {"ppo__rewards": [{"kind": "model", "init_from": "dpo"}]},
+            "a reward model, but 'dpo' makes a language model",
+        ),
+        (
+            {"ppo__critic": {"init_from": "pairs"}},
+            "critic.init_from needs .* but 'pairs' makes preference pairs",
+        ),
         (
             {"dpo__data": {"train": [{"kind": "stage", "stage": "scores"}]}},
-            "data.train names 'scores', which makes a",
+            "data.train needs preference pairs, but 'scores' makes a reward model",
         ),
-        ({"compare__reward_model": "ppo"}, "makes a language model, where a reward model is needed"),
-        ({"compare__models": ["scores"]}, "makes a reward model, where a language model is needed"),
+        ({"compare__reward_model": "ppo"}, "needs a reward model, but 'ppo' makes a language model"),
+        ({"compare__models": ["scores"]}, "needs a language model, but 'scores' makes a reward model"),
     ],
 )
 def test_a_reference_to_a_stage_that_makes_something_else_is_refused(change: dict, message: str) -> None:
@@ -117,7 +126,7 @@ def test_a_missing_reward_function_of_a_task_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_stage_names_are_refused() -> None:
-    with pytest.raises(UserError, match=r"stages\.dpo\.init_from names 'sfft'"):
+    with pytest.raises(UserError, match=r"stages\.dpo\.init_from: 'sfft' is not an earlier stage"):
         load_recipe("tiny", ["stages.dpo.init_from=sfft"])
 
 

@@ -136,7 +136,7 @@ def test_08_rollout_and_trainer_are_two_policies_and_their_mismatch_is_reported(
 
 
 def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(batch, monkeypatch) -> None:
-    monkeypatch.setattr("align.rl.complete.LOOKED_AT_ONE_IN", 2)
+    monkeypatch.setattr("align.rl.complete.LOGPROBS_OF_ONE_IN", 2)
     models = build()
     batch.score = torch.zeros(3)
     passes = Counter()

@@ -66,7 +66,7 @@ def test_what_cannot_be_served(tmp_path):
         serve_settings(recipe, "sft", None, {})
     with pytest.raises(UserError, match="run it first"):
         serve_settings(recipe, None, tmp_path / "run", {})
-    with pytest.raises(UserError, match="there is no such recipe file"):
+    with pytest.raises(UserError, match="not a file and not a shipped recipe"):
         serve_settings(str(tmp_path / "nowhere.yaml"), None, None, {})
     folder = make_checkpoint(tmp_path / "model")
     with pytest.raises(UserError, match=r"--stage: it needs a recipe, but .* is a checkpoint\. Remove --stage\."):
@@ -157,28 +157,37 @@ def test_cores_of_each_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "remote"}, "rollout.engine remote has neither servers nor start_servers; give one of them"),
+        (
+            {"engine": "remote"},
+            "rollout.engine is remote, but neither servers nor start_servers is set; set one",
+        ),
         (
             {"engine": "remote", "servers": ["http://a:1"], "start_servers": 1},
-            "rollout.engine remote has both servers and start_servers; give one of them",
+            "rollout.engine is remote, but both servers and start_servers are set; set one",
         ),
-        ({"servers": ["http://a:1"]}, "rollout.servers needs rollout.engine remote; set that, or remove servers"),
-        ({"start_servers": 2}, "rollout.start_servers needs rollout.engine remote; set that, or remove start_servers"),
+        (
+            {"servers": ["http://a:1"]},
+            "rollout.servers needs `engine: remote`; set it, or remove servers",
+        ),
+        (
+            {"start_servers": 2},
+            "rollout.start_servers needs `engine: remote`; set it, or remove start_servers",
+        ),
         (
             {"tensor_parallel_size": 2},
-            "rollout.tensor_parallel_size 2 needs rollout.engine remote; set that, or remove tensor_parallel_size",
+            "rollout.tensor_parallel_size 2 needs `engine: remote`; set it, or remove tensor_parallel_size",
         ),
         (
             {"engine": "remote", "servers": ["localhost:8001"]},
-            "rollout.servers has 'localhost:8001', which is no address; write it as http://HOST:PORT",
+            "rollout.servers: 'localhost:8001' is not a valid server URL; write it as http://HOST:PORT",
         ),
         (
             {"engine": "remote", "servers": ["http://a:1", "http://a:1"]},
-            "rollout.servers names a server twice; keep one of them",
+            "rollout.servers lists a server twice; remove one of the two",
         ),
         (
             {"engine": "huggingface", "return_routing": True},
-            "rollout.return_routing needs rollout.engine vllm; change one of them",
+            "rollout.return_routing needs rollout.engine vllm or remote; change engine, or remove return_routing",
         ),
     ],
 )
