@@ -14,9 +14,9 @@ INTRO = """# Metrics
 
 Written by `python docs/make_metrics.py` from `align/run/metrics.py`.
 
-`metrics.jsonl` of a stage has one JSON object per line: one per optimizer step (PPO: per round), and one per evaluation
-on held-out rows, with the number of the step before it. With the same seed all values are reproducible, except those
-that begin with `time/`, `speed/`, `memory/` or `rollout/`.
+`metrics.jsonl` of a stage has one JSON object per line: one per optimizer step (PPO: per iteration), and one per
+evaluation on held-out rows, with the number of the step before it. With the same seed all values are reproducible,
+except those that begin with `time/`, `speed/`, `memory/` or `rollout/`.
 """
 TRAINING = """`eval_KEY` is the same metric on held-out rows: once before the first step and once after the last.
 
@@ -27,7 +27,7 @@ smallest and largest score, mean logits) vary slightly with the micro-batch size
 ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers, without padding.
 """
 PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of
-a round.
+an iteration.
 """
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.

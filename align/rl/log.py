@@ -18,9 +18,9 @@ from align.rl.panel import Panel
 from align.rl.score import RolloutBatch
 from align.run.context import StageContext
 from align.run.folder import MetricsWriter
+from align.run.metrics import PHASES
 from align.train.trackers import Trackers
 
-PHASES = ("generate", "score", "logprobs", "update", "sync")
 SAMPLES = 4
 """Completions of a rollout batch that are written to samples.jsonl."""
 

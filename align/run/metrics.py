@@ -13,6 +13,8 @@ HELD_OUT = "eval_"
 SHARE = "share"
 """Unit of values between 0 and 1."""
 PER_TOKEN, PER_COMPLETION = "nats per token", "nats per completion"
+PHASES = ("generate", "score", "logprobs", "update", "sync")
+"""Phases of a PPO iteration in their order. `time/` metrics with other names are parts of these."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ PPO = (
         PER_COMPLETION,
         "The same by the k3 estimator, which is never negative.",
     ),
-    Metric("kl_coef", "KL coefficient", "", "Coefficient of that KL in the round."),
+    Metric("kl_coef", "KL coefficient", "", "Coefficient of that KL in the iteration."),
     Metric(
         "mismatch_mean",
         "Mismatch of sampler and trainer, mean",
@@ -223,12 +225,12 @@ PPO = (
         PER_TOKEN,
         "With `kl.apply_to: loss`: KL to the reference in the loss, before its coefficient.",
     ),
-    Metric("policy_updates", "Policy updates", "optimizer steps", "Optimizer steps of the policy in the round."),
+    Metric("policy_updates", "Policy updates", "optimizer steps", "Optimizer steps of the policy in the iteration."),
     Metric(
         "skipped_updates",
         "Skipped updates",
         "optimizer steps",
-        "Updates that were skipped because a gradient was not finite or no token counted.",
+        "Updates that were skipped: `mask_truncated` left no completion, or (DeepSpeed in bf16) gradients overflowed.",
     ),
     Metric("value_loss", "Value loss", "", "Half the squared error of the values, after value clipping."),
     Metric(
@@ -270,8 +272,8 @@ PPO = (
         "time/PHASE",
         "Time in PHASE",
         "s",
-        "Time of a round in `generate`, `score`, `logprobs` (old and reference log-probabilities, values), `update` "
-        "and `sync`.",
+        "Time of an iteration in `generate`, `score`, `logprobs` (old and reference log-probabilities, values), "
+        "`update` and `sync`.",
     ),
     Metric("time/reward/NAME", "Time in reward NAME", "s", "Part of `time/score` that one reward takes."),
     Metric("time/weights", "Time to transfer weights", "s", "Part of `time/sync` that the weight transfer takes."),

@@ -193,21 +193,21 @@ def _figures(plots: list[Plot]) -> str:
 
 def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
     yield f'<p class="soft">{_text(samples_line(evaluation))}</p>'
-    for i, sample in enumerate(evaluation["samples"], start=1):
-        answers, reference = [], ""
+    for sample in evaluation["samples"]:
+        completions, reference = [], ""
         if sample["reference"] is not None:
-            reference = _answer("Reference", sample["reference"], "reference")
+            reference = _completion("Reference", sample["reference"], "reference")
         for model, completion in sample["completions"].items():
             score = sample["scores"].get(model)
-            answers.append(_answer(model if score is None else f"{model} · score {number(score)}", completion))
+            completions.append(_completion(model if score is None else f"{model} · score {number(score)}", completion))
         yield (
-            f'<article class="card"><h3>Prompt {i}</h3>'
+            f'<article class="card"><h3>{_text(sample["title"])}</h3>'
             f'<p class="text prompt" dir="auto">{_text(sample["prompt"])}</p>'
-            f'{reference}<div class="answers">{"".join(answers)}</div></article>'
+            f'{reference}<div class="completions">{"".join(completions)}</div></article>'
         )
 
 
-def _answer(title: str, completion: str, style: str = "") -> str:
+def _completion(title: str, completion: str, style: str = "") -> str:
     body = _text(completion) if completion.strip() else '<span class="soft">(empty)</span>'
     text = f'<p class="text" dir="auto" tabindex="0">{body}</p>'
     return f'<div class="{style}"><h3>{_text(title)}</h3>{text}</div>'

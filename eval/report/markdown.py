@@ -181,8 +181,8 @@ def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
     if not evaluation["samples"]:
         return
     yield from (f"## Samples ({_cell(evaluation['stage'])})", "", samples_line(evaluation), "")
-    for i, sample in enumerate(evaluation["samples"], start=1):
-        yield from (f"### Prompt {i}", "", *_fenced(sample["prompt"]))
+    for sample in evaluation["samples"]:
+        yield from (f"### {_cell(sample['title'])}", "", *_fenced(sample["prompt"]))
         if sample["reference"] is not None:
             yield from ("reference:", "", *_fenced(sample["reference"]))
         for model, completion in sample["completions"].items():
@@ -194,7 +194,7 @@ def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
 def samples_line(evaluation: dict[str, Any]) -> str:
     """Number of the samples and how they were selected."""
     shown = len(evaluation["samples"])
-    return f"The first {shown} of {evaluation['prompts']} stored prompts, not selected by quality."
+    return f"{shown} of {evaluation['prompts']} stored prompts: the first ones, not selected by quality."
 
 
 def _fenced(text: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from align.eval.report.formatting import mean
 from align.run.charts import CHARTS, Chart, chart
-from align.run.metrics import SHARE, with_unit
+from align.run.metrics import PHASES, SHARE, with_unit
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
 SMOOTH_FROM = 60
@@ -27,7 +27,7 @@ SMOOTH_FROM = 60
 ROUGH = 3.0
 """A curve is rough if its total variation exceeds its range by this factor. A schedule's factor is 1."""
 BARS = 40
-"""Largest number of bars in a chart of times; a bar of a longer run is a mean over neighbouring rounds."""
+"""Largest number of bars in a chart of times; a bar of a longer run is a mean over neighbouring iterations."""
 LEGEND: Any = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
@@ -69,10 +69,6 @@ class Plot(NamedTuple):
     caption: str
 
 
-PHASES = ("generate", "score", "logprobs", "update", "sync")
-"""Phases of a PPO round in their order. Other `time/` metrics are parts of these."""
-
-
 def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot]:
     """The charts of a stage with the metrics `rows`, without empty series; `prefix` makes ids unique."""
     plots = []
@@ -80,7 +76,7 @@ def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot
         if (figure := _curves(series, rows)) is not None:
             plots.append(Plot(series.full_title, _svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
     if (figure := _times(rows)) is not None:
-        title = with_unit("Time per round", "s")
+        title = with_unit("Time per iteration", "s")
         plots.append(Plot(title, _svg(figure[0], f"{prefix}-time-", title), figure[1]))
     return plots
 
@@ -88,7 +84,7 @@ def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot
 def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
     """One chart of means and intervals for each metric of `align.eval.compare.compare`."""
     plots = []
-    for metric in comparison["metrics"]:
+    for i, metric in enumerate(comparison["metrics"]):
         names = [name for name in comparison["models"] if name in metric["models"]]
         with matplotlib.rc_context(STYLE):
             figure, axes = _figure(height=0.75 + 0.27 * len(names))
@@ -105,7 +101,7 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.margins(x=0.12)
-        plots.append(Plot(metric["label"], _svg(figure, f"{prefix}-{metric['key']}-", metric["label"]), ""))
+        plots.append(Plot(metric["label"], _svg(figure, f"{prefix}-{i}-", metric["label"]), ""))
     return plots
 
 
@@ -196,7 +192,7 @@ def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
             bottom += heights
         axes.legend(**LEGEND | {"handlelength": 0.8})
         _finish(axes)
-    return figure, f"each bar: mean of {group} rounds" if group > 1 else ""
+    return figure, f"each bar: mean of {group} iterations" if group > 1 else ""
 
 
 def _finish(axes: Axes) -> None:

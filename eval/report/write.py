@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from align.errors import UserError
 from align.eval.compare import compare
 from align.eval.report.formatting import NOT_FINITE, flat, interval, mean, plain
 from align.eval.report.markdown import render_markdown
+from align.run.folder import write_text
 
 RESAMPLES = 2000
 SAMPLES = 8
@@ -94,7 +95,9 @@ def write_report(run_dir: Path) -> list[Path]:
         "report.md": render_markdown(report),
         "report.html": render_html(report, curves),
     }
-    return [_write_atomically(run_dir / name, text) for name, text in texts.items()]
+    for name, text in texts.items():
+        write_text(run_dir / name, text)
+    return [run_dir / name for name in texts]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -148,19 +151,31 @@ def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, A
     if settings.get("reference"):
         results.setdefault("reference", settings["reference"])  # results of earlier versions do not name it
     table = compare(results, resamples=settings.get("bootstrap", RESAMPLES), seed=recipe.get("seed") or 0)
-    prompts = results.get("prompts") or []
-    shown = prompts[: settings.get("samples", SAMPLES)]
-    scores = {model: values.get("scores") or [] for model, values in (results.get("models") or {}).items()}
+    limit = settings.get("samples", SAMPLES)
+    models = results.get("models") or {}
+    scores = {model: found["scores"] for model, found in models.items() if "scores" in found}
+    groups = [("Prompt", results.get("prompts") or [], scores)]
+    for task, found in (results.get("tasks") or {}).items():
+        values = {model: next(iter(of["metrics"].values()))["values"] for model, of in found["models"].items()}
+        groups.append((f"{task}, prompt", found["prompts"], values))
     samples = [
-        {
+        sample for title, prompts, values in groups for sample in _samples(title, prompts[:limit], values, len(prompts))
+    ]
+    return {"stage": name, **table, "samples": samples, "prompts": sum(len(prompts) for _, prompts, _ in groups)}
+
+
+def _samples(
+    title: str, shown: list[dict[str, Any]], values: dict[str, list[float | None]], prompts: int
+) -> Iterator[dict[str, Any]]:
+    """Prompts side by side with every model's completion and its score, if it has one."""
+    for i, row in enumerate(shown):
+        yield {
+            "title": f"{title} {i + 1}",
             "prompt": plain(row.get("prompt")),
             "reference": plain(row["reference"]) if row.get("reference") else None,
             "completions": {model: plain(text) for model, text in (row.get("completions") or {}).items()},
-            "scores": {model: of[i] for model, of in scores.items() if len(of) == len(prompts)},
+            "scores": {model: of[i] for model, of in values.items() if len(of) == prompts and of[i] is not None},
         }
-        for i, row in enumerate(shown)
-    ]
-    return {"stage": name, **table, "samples": samples, "prompts": len(prompts)}
 
 
 def _verdict(evaluations: list[dict[str, Any]]) -> str:
@@ -255,13 +270,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
             "stage's folder."
         )
     return content
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -19,6 +19,7 @@ from align.eval.report.formatting import duration, number
 from align.eval.report.plots import stage_plots
 from align.eval.report.write import build_report, read_metrics, write_report
 from align.run.charts import CHARTS
+from align.run.metrics import PHASES
 
 ATTACK = "<script>alert('x')</script> <img src=x onerror=alert(1)> ``` | \x00"
 STAGES = {"sft": "sft", "rm": "reward_model", "dpo": "dpo", "ppo": "ppo", "evaluate": "evaluate"}
@@ -109,7 +110,8 @@ def task(values: dict[str, list[float | None]]) -> dict[str, Any]:
         return {"n": len(scores), "truncated": 2, "mean_length": 17.5, "metrics": {"math": math_metric}}
 
     models = {name: result(scores) for name, scores in values.items()}
-    return {"temperature": 0.0, "max_new_tokens": 256, "models": models, "prompts": []}
+    prompts = [{"prompt": f"{n} + 1?", "reference": None, "completions": dict.fromkeys(values, "5")} for n in range(4)]
+    return {"temperature": 0.0, "max_new_tokens": 256, "models": models, "prompts": prompts}
 
 
 def metric(report: dict, key: str) -> dict:
@@ -173,6 +175,12 @@ def test_tasks_are_columns_and_have_their_counts(run: Path) -> None:
     assert "| sums | ppo | math | 0.667 | 0.250 | 3 | 1 | 1 | 2 | 17.50 |" in markdown
     assert "greedy decoding, at most 256 new tokens" in markdown
     assert "greedy decoding, at most 256 new tokens" in page
+    assert [sample["title"] for sample in report["evaluations"][0]["samples"]] == [
+        "Prompt 1",
+        *(f"sums, prompt {n}" for n in (1, 2, 3, 4)),
+    ]
+    assert report["evaluations"][0]["samples"][-1]["scores"] == {"base": 0.0}  # ppo has none on the last prompt
+    assert "5 of 5 stored prompts" in page
 
 
 def test_reading_changes_nothing_and_is_reproducible(run: Path) -> None:
@@ -259,7 +267,7 @@ def test_plots_are_deterministic_and_scale(run: Path) -> None:
     first, second = stage_plots("ppo", rows, "a"), stage_plots("ppo", rows, "a")
     assert first == second
     assert "KL of the policy to the reference (nats per completion)" in [plot.title for plot in first]
-    assert [plot.title for plot in first][-1] == "Time per round (s)"
+    assert [plot.title for plot in first][-1] == "Time per iteration (s)"
     # The time of a reward is a part of the phase `score` and must not be stacked on top of it.
     assert ">score</text>" in first[-1].svg
     assert "reward" not in first[-1].svg
@@ -277,7 +285,7 @@ def test_a_curve_with_values_that_are_not_finite_says_so() -> None:
 
 
 def test_legends_stay_within_the_figure() -> None:
-    keys = {key for chart in CHARTS["ppo"] for key, _ in chart.all_series} | {f"time/{phase}" for phase in plots.PHASES}
+    keys = {key for chart in CHARTS["ppo"] for key, _ in chart.all_series} | {f"time/{phase}" for phase in PHASES}
     rows = [{"step": step, **dict.fromkeys(keys, step)} for step in range(3)]
     drawn = [plots._times(rows), *(plots._curves(chart, rows) for chart in CHARTS["ppo"])]
     legends = 0
