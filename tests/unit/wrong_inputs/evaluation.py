@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .here import Here, sample_stage, wrong
+from .here import IN_PARENTHESES, Here, sample_stage, wrong
 from .rewards import ppo_stage
 
 ROWS = [{"kind": "file", "path": "rows.jsonl"}]
@@ -72,3 +72,34 @@ def _(here: Here) -> str:
 @wrong("greedy-pairs", "Preference pairs without sampling")
 def _(here: Here) -> str:
     return here.check(stages={"pairs": sample_stage(temperature=0.0)})
+
+
+def run(here: Here, *metrics: dict[str, Any]) -> str:
+    task = {"name": "sums", "prompts": ROWS, "metrics": list(metrics)}
+    rollout = {"engine": "huggingface", "max_new_tokens": 4, "max_model_length": 64}
+    return here.run(stages={"evaluate": {"kind": "evaluate", "models": ["base"], "tasks": [task], "rollout": rollout}})
+
+
+@wrong("metric-column-empty", "A metric that compares with a column which no row has")
+def _(here: Here) -> str:
+    return run(here, {"kind": "math"})
+
+
+@wrong("metric-function-fails", "A metric's function that fails on every completion")
+def _(here: Here) -> str:
+    here.write("mine.py", "def score(prompt, completion, row):\n    return float(row['weight'])\n")
+    return run(here, {"kind": "function", "path": "mine.py:score", "batched": False})
+
+
+@wrong("report-damaged", "A report on a run with a damaged file", varies=IN_PARENTHESES)
+def _(here: Here) -> str:
+    (here.folder / "run").mkdir()
+    here.write("run/recipe.json", "{")
+    return here.align("report", "run")
+
+
+@wrong("report-list", "A report on a run with a list where an object must be")
+def _(here: Here) -> str:
+    (here.folder / "run").mkdir()
+    here.write("run/recipe.json", "[]")
+    return here.align("report", "run")
