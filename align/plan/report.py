@@ -219,7 +219,7 @@ def _step_lines(plan: Plan) -> list[str]:
     step = "round" if plan.job.rollouts is not None else "step"
     spent = plan.duration
     parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in spent.parts.items())
-    lines = [f"  time per {step}   {_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
+    lines = [f"  {f'time/{step}':<14}{_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
     if flows:
         moved = ", ".join(f"{flow.name} {_gb(size)}" for flow, size in flows)
         lines.append(f"  GB received per GPU and {step}: {moved}")

@@ -1,7 +1,8 @@
-"""Figures in the documentation are those of the results that lie beside the benchmarks."""
+"""The documentation: its figures are those of the results beside the benchmarks, and its links lead somewhere."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -27,3 +28,38 @@ def test_a_figure_that_was_typed_by_hand_is_noticed(tables) -> None:
         page = path.read_text(encoding="utf-8")
         changed = page.replace("\n<!-- end -->", " 1.5 times faster\n<!-- end -->", 1)
         assert tables["fill"](changed) == page != changed
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    found = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            found.append(link)
+    return found
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One\n[a](page.md#one) [b](page.md#two) [c](gone.md) [d](https://example.org)", encoding="utf-8")
+    assert broken_links(page) == ["page.md#two", "gone.md"]
