@@ -146,7 +146,7 @@ def measure(case: str) -> dict[str, Any]:
         context = StageContext(recipe, "measured", folder / "run", say=lambda line: None)
         stage = importlib.import_module(f"align.recipes.{kind}")
         loaded: list[tuple[int, int]] = []
-        mark = "RoundLog" if kind == "ppo" else "count_parameters"
+        mark = "RunLog" if kind == "ppo" else "count_parameters"
         call = getattr(stage, mark)  # the stage calls it once its models are loaded, before anything else
 
         def note_and_call(*arguments: Any, **named: Any) -> Any:

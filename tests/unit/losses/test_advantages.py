@@ -101,7 +101,7 @@ def test_reinforce_plus_plus_by_hand() -> None:
     assert found[1, 1] == 0
 
 
-def test_ppo_is_gae_whitened_over_the_round() -> None:
+def test_gae_is_whitened_over_the_batch() -> None:
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 3, 5).double()
     mask = torch.ones(3, 5).double()
@@ -177,7 +177,7 @@ def test_the_sequence_ratio_has_the_gradient_of_the_geometric_mean() -> None:
     torch.testing.assert_close(found, new.grad)
 
 
-def test_dual_clip_bounds_what_one_token_costs() -> None:
+def test_dual_clip_bounds_the_loss_of_a_token() -> None:
     new, old = torch.tensor([[4.0]]), torch.tensor([[0.0]])
     loss, metrics = policy_loss(new, old, torch.tensor([[-1.0]]), torch.ones(1, 1), clip_range=0.2, count=1)
     assert loss.item() == pytest.approx(math.exp(4))

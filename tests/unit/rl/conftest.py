@@ -1,4 +1,4 @@
-"""One base model for all runs of this folder."""
+"""A base model that all runs of this folder share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.rl.small import EOS, completions
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    """A run folder whose base model is made."""
+    """A run folder with a finished base model."""
     folder = tmp_path_factory.mktemp("base")
     run(recipe(folder), folder / "run", only="base", say=lambda line: None)
     return folder / "run"
@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(base: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A new run folder that has the base model."""
+    """Makes a new run folder with the base model."""
 
     def make(name: str) -> Path:
         shutil.copytree(base, tmp_path / name)
@@ -36,7 +36,7 @@ def start(base: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def batch() -> Experience:
-    """Three completions of different lengths: one ended by EOS, one cut, one that holds EOS's id (also pad's) twice."""
+    """Three completions of different lengths: ended by EOS, truncated, and with the id of EOS (also of pad) twice."""
     return to_experience(
         completions(([5, 6], [7, 8, EOS], True), ([5], [9, 9, 9, 9], False), ([5, 6, 7], [EOS, EOS], True))
     )

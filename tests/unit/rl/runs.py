@@ -1,4 +1,4 @@
-"""A stage of policy optimisation on a base model of a few thousand parameters, as a user runs it."""
+"""A PPO stage on a base model of a few thousand parameters, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def score(prompts, completions, rows):
 
 
 def recipe(folder: Path, **ppo: Any) -> Recipe:
-    """The recipe, its reward function and prompts in `folder`."""
+    """A recipe whose reward function and prompts are in `folder`; `ppo` overrides keys of the stage."""
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     prompts = [{"prompt": f"Say {word}."} for word in ("one", "two", "three", "four", "five", "six")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
@@ -56,6 +56,6 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """What a run has recorded, but for what differs from run to run."""
+    """The recorded lines of a run, without times and memory."""
     text = (run_dir / "ppo" / name).read_text(encoding="utf-8")
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOISE)} for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Policies and critics that are tables, so that a test can compute what they ought to learn."""
+"""Policies and critics that are tables, so that a test can compute their optimum."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ PROMPT = 0
 
 
 class Table(nn.Module):
-    """Reads everything from a one-hot state, (tokens completed so far, last token), as a language model and as a
-    critic: `lm_head` holds the logits and `score` the values of every state."""
+    """A language model and critic over one-hot states (tokens sampled so far, last token).
+
+    `lm_head` holds the logits of every state, `score` its value.
+    """
 
     def __init__(self, horizon: int, tokens: int):
         super().__init__()
@@ -47,7 +49,7 @@ class Table(nn.Module):
 
 
 class TableEngine:
-    """Samples from a table as it is now."""
+    """A rollout engine that samples from the present table."""
 
     last_generation = last_sync = None
 
@@ -77,7 +79,7 @@ class TableEngine:
 
 
 class TokenReward:
-    """A `Scorer` whose score is a function of the completion's tokens."""
+    """A `Scorer` that applies a function to each completion's tokens."""
 
     def __init__(self, function):
         self.function = function
@@ -87,7 +89,7 @@ class TokenReward:
 
 
 class Task:
-    """A table that learns a task by the product's own functions, round by round."""
+    """A table that the product's own functions train on a task."""
 
     def __init__(self, reward, *, horizon: int, tokens: int, **settings: Any):
         rate = settings.pop("learning_rate", 0.05)
@@ -115,14 +117,14 @@ class Task:
         settings = optimizer.model_copy(update={"learning_rate": self.stage.critic.learning_rate})
         return LocalLearner(Table(horizon, tokens), settings, total=self.stage.steps)
 
-    def round(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
+    def iterate(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
         coef = self.stage.kl.coef
         scored = score_batch(self.stage, self.sampler, self.sampler.sample(), self.scorer)
         metrics = scored.metrics | complete_batch(self.stage, self.models, scored.experience, coef)
         return scored, metrics | update(self.stage, self.models, scored.experience, step=step, seed=0, kl_coef=coef)
 
     def learn(self) -> list[dict[str, float]]:
-        return [self.round(step)[1] for step in range(self.stage.steps)]
+        return [self.iterate(step)[1] for step in range(self.stage.steps)]
 
     def probabilities(self) -> Tensor:
         """[states, tokens] of the policy."""

@@ -1,4 +1,4 @@
-"""Tasks whose optimum is known: the algorithms find it, and a hand-made update equals theirs."""
+"""Tasks with a known optimum: every estimator reaches it, and one update equals the same update by hand."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_the_best_arm_of_a_bandit_is_found(estimator) -> None:
 
 
 STEP_REWARDS = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(5)) ** 2
-"""[time, last token, token]: what choosing a token in a state of the token game brings."""
+"""Reward [time, last token, token] of choosing a token in a state of the token game."""
 
 
 def game_reward(ids: list[int]) -> float:
-    """Known only at the end, as one number."""
+    """Score of a whole game."""
     return sum(STEP_REWARDS[t, last, token].item() for t, (last, token) in enumerate(zip([PROMPT, *ids], ids)))
 
 
 def expected_reward(probabilities: torch.Tensor) -> float:
-    """Of a policy [time * last token, token], by going through all 64 games."""
+    """Expected score of a policy [time * last token, token], summed over all 64 games."""
     total = 0.0
     for ids in itertools.product(range(4), repeat=3):
         states = zip(range(3), [PROMPT, *ids], ids)
@@ -132,7 +132,7 @@ def test_one_update_equals_one_by_hand() -> None:
         steps=1,
     )
     task.reference.lm_head.weight.data[:, PROMPT] = torch.tensor([0.7, 0.0])
-    scored, metrics = task.round(0)
+    scored, metrics = task.iterate(0)
     arms = [c.token_ids[0] for c in scored.completions]
     assert set(arms) == {0, 1}
 
@@ -178,7 +178,7 @@ def test_one_update_equals_one_by_hand() -> None:
 
 
 def adam(moments: list[float], gradient: float, turn: int, eps: float) -> float:
-    """The step of one number, in units of the rate; betas 0.9 and 0.95 as the recipe's default."""
+    """AdamW's step of one number, in units of the rate; betas 0.9 and 0.95 as in the recipe's defaults."""
     if len(moments) < 2:
         moments += [0.0] * (2 - len(moments))
     moments[0] = 0.9 * moments[0] + 0.1 * gradient

@@ -1,4 +1,4 @@
-"""Early stop, dynamic sampling, averages, overlap, and rounds from which nothing can be learned."""
+"""Early stop, dynamic sampling, loss averages, EMA weights, overlap, non-finite numbers, no signal."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ def logits(task: Task) -> torch.Tensor:
     return task.policy.lm_head.weight.detach().clone()
 
 
-def test_an_update_stops_at_its_kl_limit_and_the_critic_goes_on() -> None:
+def test_policy_updates_stop_at_the_kl_limit_and_the_critic_continues() -> None:
     def task(stop: float | None) -> Task:
         kl = {"coef": 0.0, "stop": stop}
         return Task(lambda ids: ids[0], horizon=1, tokens=4, learning_rate=0.5, kl=kl, epochs=2)
 
-    _, free = task(None).round(0)
+    _, free = task(None).iterate(0)
     stopped_task = task(0.01)
-    _, stopped = stopped_task.round(0)
+    _, stopped = stopped_task.iterate(0)
     assert free["policy_updates"] == 4
-    # The first mini-batch is at ratio 1; the second sees what the first did and is left out, as all after it.
+    # The first mini-batch is at ratio 1; the second exceeds the limit, so it and all later ones are omitted.
     assert stopped["policy_updates"] == 1
-    assert stopped_task.policy.lm_head.weight.grad is None  # nothing is left over for the next round
+    assert stopped_task.policy.lm_head.weight.grad is None  # no gradient is left for the next iteration
     assert stopped_task.models.critic.optimizer.state[stopped_task.models.critic.model.score.weight]["step"] == 4
 
 
-def test_dynamic_sampling_replaces_groups_that_teach_nothing() -> None:
+def test_dynamic_sampling_replaces_groups_without_a_signal() -> None:
     def reward(ids: list[int]) -> float:
         return float(ids[0] == 3)
 
-    def first_round(extra: int):
+    def first_batch(extra: int):
         task = Task(
             reward, horizon=1, tokens=4, advantage_estimator="grpo", completions_per_prompt=2, batch_size=32,
             mini_batch_size=32, dynamic_sampling=extra,
         )  # fmt: skip
         return score_batch(task.stage, task.sampler, task.sampler.sample(), task.scorer), task.sampler.position
 
-    plain, position = first_round(0)
+    plain, position = first_batch(0)
     share = plain.metrics["informative_groups"]
     assert 0.1 < share < 0.7  # expected: 2 * 1/4 * 3/4 = 0.375
     assert position == 16
-    filled, position = first_round(8)
+    filled, position = first_batch(8)
     assert (filled.group_scores(2).std(dim=1) > 0).all()
     assert len(filled.experience) == 32
     assert filled.metrics["drawn_completions"] == 2 * position > 32
-    some, _ = first_round(1)
+    some, _ = first_batch(1)
     useful = (some.group_scores(2).std(dim=1) > 0).float().mean().item()
-    assert share < useful < 1  # one more draw is not enough; the round is filled up with what there is
+    assert share < useful < 1  # one more draw is not enough; the batch is filled up with uninformative groups
     assert len(some.experience) == 32
 
 
@@ -84,7 +84,7 @@ def test_loss_averages_by_hand() -> None:
     assert average("constant") == pytest.approx(16 / 10)
 
 
-def test_the_average_of_the_weights_is_the_closed_form() -> None:
+def test_ema_weights_equal_the_closed_form() -> None:
     model = nn.Linear(1, 1, bias=False)
     values = [1.0, 3.0, -2.0]
     model.weight.data.fill_(values[0])
@@ -99,7 +99,7 @@ def test_the_average_of_the_weights_is_the_closed_form() -> None:
     assert model.weight.item() == -2.0
 
 
-def test_the_saved_model_is_the_average(tmp_path, start) -> None:
+def test_the_saved_model_has_the_ema_weights(tmp_path, start) -> None:
     plain, averaged = start("plain"), start("averaged")
     for folder, settings in ((plain, {}), (averaged, {"ema_decay": 0.999999})):
         run(recipe(tmp_path, **settings), folder, say=lambda line: None)
@@ -128,7 +128,7 @@ def test_recomputed_activations_change_no_result(tmp_path, start, monkeypatch, l
         settings = {"gradient_checkpointing": recompute, "lora": lora, "critic": {"lora": lora}, "steps": 2}
         run(recipe(tmp_path, **settings), folder, say=lambda line: None)
     assert lines(tmp_path / "True") == lines(tmp_path / "False")
-    # Two rounds of two epochs of two mini-batches, one pass of each: two layers of policy and critic.
+    # Two iterations of two epochs of two mini-batches, one forward pass each: two layers of policy and of critic.
     assert passes["True"] - passes["False"] == 8 * 2 * 2
 
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(score) -> None:
     task = Task(lambda ids: score, horizon=1, tokens=4)
     before = logits(task)
     with pytest.raises(UserError, match="PPO step 1, policy: policy_loss is nan"):
-        task.round(0)
+        task.iterate(0)
     assert torch.equal(logits(task), before)
 
 
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch) -> None:
     task = Task(lambda ids: ids[0], horizon=1, tokens=4)
     steps = overflow(monkeypatch, task.models.critic, {1})
     with pytest.raises(UserError, match="PPO step 1, critic: the gradient norm is not finite"):
-        task.round(0)
+        task.iterate(0)
     assert len(steps) == 2
 
 
@@ -169,11 +169,11 @@ def test_single_overflows_in_bf16_are_skipped_and_three_in_a_row_stop_the_run(mo
     task = Task(lambda ids: ids[0], horizon=1, tokens=4)
     task.models.policy.skips_overflow = True
     overflow(monkeypatch, task.models.policy, {0, 1, 3, 4, 6, 7, 8})  # an iteration has four steps
-    _, metrics = task.round(0)
+    _, metrics = task.iterate(0)
     assert (metrics["skipped_updates"], metrics["policy_updates"]) == (3, 1)
     assert metrics["policy_grad_norm"] > 0
     with pytest.raises(UserError, match="PPO step 3, policy: the bf16 gradients overflowed in 3 steps in a row"):
-        [task.round(step) for step in (1, 2)]
+        [task.iterate(step) for step in (1, 2)]
 
 
 @pytest.mark.parametrize("model", ["reference", "critic", "policy"])
@@ -185,10 +185,10 @@ def test_a_forward_pass_that_is_not_finite_stops_the_run(model) -> None:
     (table.score if model == "critic" else table.lm_head).weight.data[0, 0] = float("nan")
     what = "values of the critic" if model == "critic" else f"log-probabilities of the {model}"
     with pytest.raises(UserError, match=f"PPO: .* of 32 {what} are infinite or not a number"):
-        task.round(0)
+        task.iterate(0)
 
 
-def test_a_round_of_cut_completions_alone_teaches_nothing_where_they_do_not_count() -> None:
+def test_a_batch_of_truncated_completions_changes_nothing_if_they_are_masked() -> None:
     task = Task(lambda ids: ids[0], horizon=2, tokens=4, mask_truncated=True)
     draw = task.sampler.sample
 
@@ -199,7 +199,7 @@ def test_a_round_of_cut_completions_alone_teaches_nothing_where_they_do_not_coun
 
     task.sampler.sample = cut
     before = logits(task)
-    _, metrics = task.round(0)
+    _, metrics = task.iterate(0)
     assert torch.equal(logits(task), before)
     assert metrics["truncated_share"] == 1
     assert metrics["skipped_updates"] == 8
@@ -210,12 +210,12 @@ def test_equal_rewards_move_no_group_based_policy(estimator) -> None:
     task = Task(
         lambda ids: 0.7, horizon=1, tokens=4, advantage_estimator=estimator, completions_per_prompt=4, kl={"coef": 0.0}
     )
-    _, metrics = task.round(0)
+    _, metrics = task.iterate(0)
     assert logits(task).abs().max() == 0
     assert metrics["informative_groups"] == 0
 
 
-def test_an_empty_completion_takes_part_without_tokens() -> None:
+def test_an_empty_completion_has_a_score_and_no_tokens() -> None:
     task = Task(lambda ids: len(ids), horizon=2, tokens=4, batch_size=4, mini_batch_size=4)
     draw = task.sampler.sample
 
@@ -225,7 +225,7 @@ def test_an_empty_completion_takes_part_without_tokens() -> None:
         return drawn
 
     task.sampler.sample = with_an_empty_one
-    scored, metrics = task.round(0)
+    scored, metrics = task.iterate(0)
     assert scored.experience.mask.sum(1).tolist() == [0, 2, 2, 2]
     assert scored.experience.score.tolist() == [0, 2, 2, 2]
     assert metrics["policy_updates"] > 0
@@ -234,7 +234,7 @@ def test_an_empty_completion_takes_part_without_tokens() -> None:
     assert policy_output(task.policy, nothing, 1.0).logprobs.shape == (1, 1)
 
 
-def test_overlapped_rounds_are_one_version_behind_and_resume(tmp_path, start, monkeypatch) -> None:
+def test_overlapped_sampling_is_one_version_behind_and_resumes(tmp_path, start, monkeypatch) -> None:
     made = recipe(tmp_path)
     stage = made.stages["ppo"].model_copy(update={"overlap": True})
     made = made.model_copy(update={"stages": {"ppo": stage}})
@@ -259,7 +259,7 @@ def test_overlapped_rounds_are_one_version_behind_and_resume(tmp_path, start, mo
     assert lines(cut) == lines(whole)
 
 
-def test_trackers_are_sent_every_round(tmp_path, start) -> None:
+def test_trackers_receive_every_iteration(tmp_path, start) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -296,8 +296,8 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
     assert "mismatch" not in text
 
 
-def test_passes_through_adapted_experts_do_not_meet() -> None:
-    # PEFT swaps a model's stacked experts for as long as a pass takes; two at a time adapted them twice, or for good.
+def test_passes_through_adapted_experts_are_not_concurrent() -> None:
+    # PEFT swaps a model's stacked experts during a forward pass; concurrent passes would adapt them twice, or for good.
     threads = torch.get_num_threads()
     models = small.build()
     policy = add_lora(models.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()

@@ -1,4 +1,4 @@
-"""A run whose reward fails in the middle is mended and resumed, and ends as if nothing had been."""
+"""A run whose reward function fails midway resumes once it is fixed, and ends like an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def score(prompts, completions, rows):
 """
 
 
-def test_a_run_goes_on_after_its_reward_was_mended(tmp_path: Path, start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_after_its_reward_function_was_fixed(
+    tmp_path: Path, start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(FUNCTION, encoding="utf-8")
     scored = {"kind": "function", "path": "mine.py:score", "normalise": "running"}

@@ -1,4 +1,4 @@
-"""Routing replay: tokens go to the experts of an earlier pass, and the router still learns."""
+"""Routing replay: tokens go to the experts of an earlier forward pass, and the router keeps its gradient."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_forced_experts_are_weighted_by_the_routers_own_probabilities(top_k) -> 
     assert block.gate.weight.grad.abs().max() > 0
 
 
-def test_a_mixed_model_has_minus_one_where_there_are_no_experts() -> None:
+def test_layers_without_experts_have_minus_one_in_the_routing() -> None:
     model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, "num_experts": [1, 4], "moe_topk": [1, 2]})).eval()
     table = model.model(torch.tensor([[1, 2, 3]]), output_router_logits=True).routed_experts
     assert table.shape == (1, 3, 2, 2)
@@ -47,7 +47,7 @@ def test_a_mixed_model_has_minus_one_where_there_are_no_experts() -> None:
     assert (table[..., 1, 0] != table[..., 1, 1]).all()
 
 
-def test_updates_use_the_experts_of_the_pass_before_them(batch) -> None:
+def test_updates_use_the_experts_of_the_forward_pass_before_them(batch) -> None:
     models = build()
     batch.score = torch.tensor([1.0, 0.0, -1.0])
     complete_batch(settings(routing_replay="trainer"), models, batch, 0.05)

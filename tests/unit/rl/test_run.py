@@ -1,4 +1,4 @@
-"""A whole stage: every algorithm runs, resumes where it was, and leaves a checkpoint."""
+"""A whole stage: every method runs, resumes bit for bit, stops cleanly and never saves a non-finite model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, 
     before = len(sampled)
     quietly(made, cut, resume=True)
     if not made.stages["ppo"].dynamic_sampling:
-        # The third round was sampled, and its checkpoint is the second round's: it is not sampled again.
+        # The samples of the third iteration were kept, so they are not sampled again.
         assert (before, len(sampled)) == (3, 4)
     assert lines(cut) == lines(whole)
     assert lines(cut, "samples.jsonl") == lines(whole, "samples.jsonl")
@@ -67,7 +67,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, 
 
 
 def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[int]:
-    """Replace a function by one that counts its calls in the list, and is interrupted at one of them."""
+    """Replace a function by one that counts its calls in the returned list and raises KeyboardInterrupt at one."""
     original, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_servers_sample_the_next_round_while_this_one_is_learned_from(tmp_path, start) -> None:
+def test_servers_sample_the_next_batch_during_the_update(tmp_path, start) -> None:
     rollout = {"engine": "remote", "start_servers": 1, "cache_gib": 0.1, "max_sequences": 8}
     made = recipe(tmp_path, rollout=rollout, overlap=True, steps=3)
     folder = start("run")

@@ -1,4 +1,4 @@
-"""What implementations of PPO get wrong, one test a point: the list is in docs/ppo.md."""
+"""The points where implementations of PPO go wrong, one test per point of the list in docs/ppo.md."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_01_the_score_sits_on_the_last_completion_token(batch) -> None:
     batch.values = torch.zeros_like(batch.mask)
     stage = settings(gamma=0.5, lam=1.0, whiten_advantages=False)
     found, _ = estimate_advantages(stage, batch, batch.score, torch.zeros_like(batch.mask))
-    # Without values the advantage is the discounted score: undiscounted at the very last token, EOS or the cut.
+    # With values 0 the advantage is the discounted score; it is undiscounted at the last token, EOS or not.
     assert found.tolist() == [[0.25, 0.5, 1.0, 0.0], [0.25, 0.5, 1.0, 2.0], [1.5, 3.0, 0.0, 0.0]]
 
 
 def test_02_the_penalty_for_a_missing_eos_looks_at_the_completion_only() -> None:
-    # The prompt holds the stop token and the completion does not: it was cut, and is penalised and counted.
+    # The first prompt has the stop token and its completion does not: it is truncated, penalised and counted.
     task = Task(lambda ids: 1.0, horizon=2, tokens=4, missing_eos_penalty=0.25, batch_size=2, mini_batch_size=2)
     drawn = task.sampler.sample()
     drawn.completions[:] = completions(([EOS], [1, 2], False), ([1], [3, EOS], True))
@@ -169,14 +169,14 @@ def test_09_logprobs_are_of_the_sampled_distribution(batch) -> None:
     logits = model(torch.tensor([[5, 6, 7, 8, EOS]])).logits[0]
     expected = [(logits[1 + t] / 0.5).log_softmax(-1)[token].item() for t, token in enumerate((7, 8, EOS))]
     assert found[0, :3].tolist() == pytest.approx(expected, abs=1e-5)
-    # Renormalised distributions cannot be asked for.
+    # Settings that renormalise the distribution do not exist.
     for setting in ("top_p", "top_k", "min_p"):
         with pytest.raises(ValidationError, match=setting):
             Rollout.model_validate({setting: 1})
 
 
 def test_10_token_ids_go_through_as_they_are() -> None:
-    # Ids that no tokenizer would produce for their text: two halves of a word, a special token in the middle.
+    # Ids that no tokenizer produces for their text: two halves of a word, a special token in the middle.
     drawn = completions(([3, 3], [4, EOS, 4, 4], False))
     assert to_experience(drawn).input_ids.tolist() == [[3, 3, 4, EOS, 4, 4]]
 
@@ -184,7 +184,7 @@ def test_10_token_ids_go_through_as_they_are() -> None:
 @pytest.mark.parametrize("average", ["tokens", "completions", "constant"])
 def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, average) -> None:
     found, before = [], torch.get_num_threads()
-    for tokens, threads in ((5, 1), (1000, 1), (5, 2)):  # with two threads, policy and critic learn side by side
+    for tokens, threads in ((5, 1), (1000, 1), (5, 2)):  # with two threads, policy and critic run concurrently
         torch.set_num_threads(threads)
         models = build(router_aux_loss_coef=0.0)
         batch.score = torch.tensor([1.0, -1.0, 2.0])
@@ -218,11 +218,11 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
     critic = build_critic(stage, Context)
     assert critic.score.weight.abs().max() == 0
     torch.testing.assert_close(critic.model.layers[1].mlp.gate.weight, scorer.model.layers[1].mlp.gate.weight)
-    # Warm-up: the critic learns and the policy does not.
+    # Warm-up: the critic is trained and the policy is not.
     task = Task(lambda ids: float(ids[0]), horizon=1, tokens=3, critic={"warmup_steps": 2}, steps=3)
     for step, moved in enumerate((False, False, True)):
         before = task.policy.lm_head.weight.detach().clone()
-        metrics = task.round(step)[1]
+        metrics = task.iterate(step)[1]
         assert (not torch.equal(before, task.policy.lm_head.weight)) == moved
         assert (metrics["policy_updates"] > 0) == moved
         assert metrics["critic_grad_norm"] > 0
@@ -233,7 +233,7 @@ def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -
     once, again = (policy_output(models.policy.model, batch, 1.0).logprobs for _ in range(2))
     assert torch.equal(once, again)
     assert torch.equal(critic_values(models.critic.model, batch), critic_values(models.critic.model, batch))
-    # The first pass of an update sees the ratios of the look back: exactly 1.
+    # The first forward pass of an update has the log-probabilities of `complete_batch`: all ratios are exactly 1.
     batch.score = torch.ones(3)
     stage = settings(epochs=1, mini_batch_size=3, batch_size=3)
     complete_batch(stage, models, batch, 0.0)

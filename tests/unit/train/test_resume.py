@@ -1,4 +1,4 @@
-"""A checkpoint in the middle of a stage brings everything back: weights of every kind, optimizer, order of the rows."""
+"""A checkpoint restores everything: all weights, the optimizer, the order of the rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recipe(folder: Path, **sft):
 
 
 def preferences(folder: Path) -> dict:
-    """16 pairs in a file, as the data section of a stage."""
+    """The data section of a stage with 16 pairs in a file."""
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(16)]
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
@@ -70,20 +70,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stage_cut_off_after_a_checkpoint_ends_like_one_that_was_not(tmp_path, case) -> None:
+def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(tmp_path, case) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = CASES[case]
     settings = recipe(tmp_path, **(preferences(tmp_path) if "kind" in changes else {}), **changes)
     for folder in (whole, cut):
         run(settings, folder, say=lambda line: None)
-    # What a kill after step 7 leaves: no manifest, no model, the checkpoint of step 5 (in the second epoch), 7 lines.
+    # The state after a kill at step 7: no manifest, no model, the checkpoint of step 5 (second epoch), 7 lines.
     for name in ("manifest.json", "model/model.safetensors", "model/config.json"):
         (cut / "sft" / name).unlink()
     (cut / "sft" / "checkpoints" / "checkpoint-8" / "complete").unlink()
     lines = (cut / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (cut / "sft" / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n", encoding="utf-8")
 
-    torch.manual_seed(12345)  # whatever another process's generator holds
+    torch.manual_seed(12345)  # the generator's state in another process is arbitrary
     run(settings, cut, resume=True, say=lambda line: None)
 
     written = [
@@ -97,7 +97,7 @@ def test_a_stage_cut_off_after_a_checkpoint_ends_like_one_that_was_not(tmp_path,
         assert torch.equal(tensor, found[name]), name
 
 
-def test_a_models_configuration_can_be_changed_without_touching_its_files(tmp_path) -> None:
+def test_a_models_configuration_can_be_overridden_without_changing_its_files(tmp_path) -> None:
     run(recipe(tmp_path), tmp_path / "first", say=lambda line: None)
     trained = tmp_path / "first" / "sft" / "model"
     before = (trained / "config.json").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_a_models_configuration_can_be_changed_without_touching_its_files(tmp_pa
 
 
 def test_full_training_in_bfloat16_keeps_small_updates(tmp_path) -> None:
-    """Norm weights begin at 1, where bfloat16's next number is 0.4 % away: steps of 0.1 % add up in float32 only."""
+    """Norm weights start at 1, where bfloat16's spacing is 0.4 %, so steps of 0.1 % add up in float32 only."""
     content = recipe(tmp_path, optimizer={"learning_rate": 1e-3, "schedule": "constant"}).model_dump(mode="json")
     settings = load_recipe_from({**content, "dtype": "bfloat16"}, tmp_path)
     run(settings, tmp_path / "run", say=lambda line: None)
