@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from align.config.parts import Optimizer
 from align.models.hunyuan import HunYuanForCausalLM
 from align.run.folder import MetricsWriter
+from align.train.learner import LocalLearner
 
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, full_disk, wrong
 
@@ -155,3 +158,11 @@ def _(here: Here) -> str:
 
     here.monkeypatch.setattr(sft, "train_and_save", full_disk)
     return here.run()
+
+
+@wrong("resume-ppo-without-parallel", "--resume without the parallel section that a PPO stage began with")
+def _(here: Here) -> None:
+    sharded = here.folder / "run" / "ppo" / "checkpoints" / "last" / "policy"
+    sharded.mkdir(parents=True)
+    (sharded / "state.json").write_text('{"processes": 2, "steps": 1}')
+    LocalLearner(torch.nn.Linear(2, 1), Optimizer(), total=1).load(sharded)
