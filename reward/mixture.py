@@ -1,4 +1,4 @@
-"""Scores of a round's completions: the weighted sum of a stage's rewards, whatever they are.
+"""The reward mixture of a stage: the weighted sum of its rewards for each completion.
 
 Shapes: B completions.
 """
@@ -39,8 +39,10 @@ class Scorer:
     prompts: all prompts of the stage.
     tokenizer: the policy's.
     load_models: loads the reward models, by their `init_from`.
-    gather: moments of all processes from this one's, if each scores other completions, so that all normalise alike.
-    Raises UserError for what can be seen to be wrong now: columns, files, checkpoints, servers.
+    gather: returns the moments of all processes, given this one's. Needed if processes score different completions, so
+        that all normalise by the same moments.
+
+    Raises UserError for a missing column, a faulty function, an unusable checkpoint or a server that is down.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Scorer:
         self.say, self.gather = say, gather
         self.moments = {reward.label: Moments() for reward in rewards if reward.normalise == "running"}
         self.process = FunctionProcess()
-        # Models last: what is wrong with a function is known in a second, and they may take minutes to load.
+        # Models last: they may take minutes to load, and a faulty function or server shows within seconds.
         self.components: dict[str, Component] = {}
         from_rank_0("loading reward functions", self._load_components)
         models = load_models()
@@ -70,7 +72,11 @@ class Scorer:
     def score(
         self, batch: Experience, rows: Sequence[PromptRow], completions: Sequence[Completion]
     ) -> tuple[Tensor, Metrics]:
-        """(scores [B], metrics of each reward). Raises UserError with the reward and the completion at fault."""
+        """Score completions; returns (scores [B], metrics of each reward).
+
+        batch: the completions as tensors, for reward models. rows: the prompt of each completion.
+        Raises UserError with the reward and the completion if a score is missing or not finite.
+        """
         samples = Samples(rows, completions, self.tokenizer)
         total = torch.zeros(len(samples))
         metrics: Metrics = {}
@@ -83,12 +89,24 @@ class Scorer:
             seconds = time.perf_counter() - start
             missing = [score is None for score in scored.scores]
             self._report_missing(reward, scored, missing)
-            substitute = getattr(reward, "failure_score", None) or 0.0
-            values = [substitute if score is None else score for score in scored.scores]
+            failure_score = getattr(reward, "failure_score", None) or 0.0
+            values = [failure_score if score is None else score for score in scored.scores]
             metrics |= describe(reward.label, values, sum(missing), seconds)
             total += reward.weight * torch.tensor(self._scaled(reward, values))
-        require_finite("the sum of all rewards", total.tolist(), samples, "lower the weights")  # float32 ends at 3e38
+        # The sum is a float32, which overflows at 3e38.
+        require_finite("the sum of all rewards", total.tolist(), samples, "Lower the weights of the rewards")
         return total, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of the scores so far, for a checkpoint; JSON can represent them."""
+        return {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments |= {name: Moments(*state[name]) for name in self.moments if name in state}
+
+    def close(self) -> None:
+        """End the process of users' functions."""
+        self.process.close()
 
     def _load_components(self) -> None:
         self.components |= {
@@ -99,17 +117,6 @@ class Scorer:
 
     def _call(self, label: str, samples: Samples) -> Scored:
         return self.components[label](samples)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next rounds need to know of the earlier ones; plain JSON."""
-        return {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moments |= {name: Moments(*state[name]) for name in self.moments if name in state}
-
-    def close(self) -> None:
-        """End the process of users' functions."""
-        self.process.close()
 
     def _scaled(self, reward: config.RewardBase, values: list[float]) -> list[float]:
         if reward.normalise == "running":
@@ -127,31 +134,33 @@ class Scorer:
         if all(missing):
             raise UserError(
                 f"reward '{reward.label}': none of {len(missing)} completions could be scored (the last one: "
-                f"{scored.problem}); mend that, or leave the reward out."
+                f"{scored.problem}). Fix the cause, or remove the reward."
             )
         self.say(f"  reward '{reward.label}': {sum(missing)} of {len(missing)} completions failed ({scored.problem})")
 
     def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Callable[[Experience, Samples], Scored]:
+        """Component of a reward model, which also takes the batch that the policy's tokenizer made."""
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
-            self.say(f"  reward '{reward.label}': another tokenizer or chat template; completions are encoded again")
+            self.say(
+                f"  reward '{reward.label}': its tokenizer or chat template differs; completions are encoded again"
+            )
 
         def component(batch: Experience, samples: Samples) -> Scored:
-            batch = replace(batch, routed_experts=None)  # of the policy
+            batch = replace(batch, routed_experts=None)  # they are the policy's
             if not same:
                 texts = zip(samples.prompt_rows, samples.texts, samples.completions, strict=True)
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
-            scorer.require_room(batch)
             scores = scorer.scores(batch).tolist()
-            require_finite(f"reward model '{reward.label}'", scores, samples, "take an earlier checkpoint")
+            require_finite(f"reward model '{reward.label}'", scores, samples, "Use an earlier checkpoint of it")
             return Scored(scores)
 
         return component
 
 
 def describe(label: str, values: Sequence[float], missing: int, seconds: float) -> Metrics:
-    """A reward's own figures of a round, before it is normalised, clipped and weighted."""
+    """Metrics of a reward's scores before they are normalised, clipped and weighted."""
     moments = Moments.of(values)
     return {
         f"reward/{label}": moments.mean,

@@ -1,4 +1,4 @@
-"""A reward model that scores completions."""
+"""Score completions with a reward model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align.train.frozen import FrozenModel
 
 
 class ModelScorer:
-    """A reward model with its tokenizer. parallel: all ranks load and ask it together, and each holds its part."""
+    """A reward model with its tokenizer. parallel: the model is sharded, and all ranks call it together."""
 
     def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int, parallel: Parallel | None = None):
         self.tokenizer = load_tokenizer(folder)
@@ -33,23 +33,18 @@ class ModelScorer:
         self._end = ends[-1] if ends else None
         self._folder, self._micro_batch_tokens = folder, micro_batch_tokens
 
-    def __call__(self, batch: Experience) -> Tensor:
-        """Scores [B]."""
-        self.require_room(batch)
-        return self.scores(batch)
+    @torch.no_grad()
+    def scores(self, batch: Experience) -> Tensor:
+        """Scores [B] on every rank; the micro-batches, of similar lengths, are distributed over the ranks.
 
-    def require_room(self, batch: Experience) -> None:
-        """Raises UserError where a row is too long for the model."""
+        Raises UserError if a sequence is longer than the model's context.
+        """
         longest = int(batch.lengths.max())
         if longest > self.max_length:
             raise UserError(
-                f"{self._folder}: a completion has {longest} tokens with its prompt, more than the reward model's "
-                f"max_position_embeddings {self.max_length}; lower rollout.max_model_length, or take another model."
+                f"reward model {self._folder}: a prompt and completion of {longest} tokens exceed the model's "
+                f"max_position_embeddings {self.max_length}. Lower rollout.max_model_length, or use another model."
             )
-
-    @torch.no_grad()
-    def scores(self, batch: Experience) -> Tensor:
-        """Scores [B] on every rank, in micro-batches of similar length; each rank does its share of them."""
         scores = torch.zeros(len(batch))
         micros = list(batch.micro_batches(torch.arange(len(batch)), self._micro_batch_tokens))
         for micro, counts in shared_passes(micros):
@@ -59,10 +54,11 @@ class ModelScorer:
         return summed(scores, self.device)
 
     def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
-        """Ids of prompt and completion in this model's own chat template; one that was cut has no end of turn."""
+        """Token ids of prompt and completion in this model's chat template; a truncated one has no end of turn."""
         answer = encode_answer(text, self.tokenizer, end=self._end if finished else None)
         return encode_prompt(self.tokenizer, prompt), answer
 
     @staticmethod
     def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Experience:
+        """Batch of token ids without log-probabilities."""
         return build_experience(prompts, completions, [[0.0] * len(c) for c in completions])

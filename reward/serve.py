@@ -53,7 +53,7 @@ def build_server(
         if int(batch.lengths.max()) > scorer.max_length:
             raise BadRequest(f"a completion has more than {scorer.max_length} tokens with its prompt")
         with one_at_a_time:
-            return scorer(batch).tolist()
+            return scorer.scores(batch).tolist()
 
     about = {"checkpoint": str(checkpoint), "tokenizer": tokenizer_fingerprint(scorer.tokenizer)}
     return RewardServer(host, port, score, about)

@@ -245,7 +245,7 @@ def scored(out: Path) -> dict[str, Any]:
     real, passes.world = passes.world, lambda: (0, 1)
     try:
         witness = ModelScorer(folder, "float32", 12)
-        expected = witness(batch)
+        expected = witness.scores(batch)
     finally:
         passes.world = real
     found = {}
@@ -261,8 +261,8 @@ def scored(out: Path) -> dict[str, Any]:
             for model in (scorer.model, witness.model)
         )
         found[name] = {
-            "difference": (scorer(batch) - expected).abs().max().item(),
-            "again": (scorer(batch.rows(torch.tensor([4, 1]))) - expected[[4, 1]]).abs().max().item(),
+            "difference": (scorer.scores(batch) - expected).abs().max().item(),
+            "again": (scorer.scores(batch.rows(torch.tensor([4, 1]))) - expected[[4, 1]]).abs().max().item(),
             "held": held / every,
         }
     found["spread of the scores"] = expected.std().item()

@@ -164,7 +164,7 @@ def test_another_tokenizer_is_said_once_and_reads_what_it_was_trained_on(
     one = scorer({"kind": "model", "init_from": str(other_model), "name": "other"})
     for _ in range(2):
         assert sorted(one.score(*asked)[0].tolist()) == pytest.approx(expected, abs=1e-5)
-    said = ["  reward 'other': another tokenizer or chat template; completions are encoded again"]
+    said = ["  reward 'other': its tokenizer or chat template differs; completions are encoded again"]
     assert said == scorer.said
 
 
@@ -385,7 +385,7 @@ def test_a_sequence_beyond_the_models_context_is_refused(scorer, tmp_path, token
     folder = save_reward_model(tmp_path / "short", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
-    with pytest.raises(UserError, match="more than the reward model's max_position_embeddings 32"):
+    with pytest.raises(UserError, match="tokens exceed the model's max_position_embeddings 32"):
         scorer({"kind": "model", "init_from": str(folder)}).score(*asked)
 
 
