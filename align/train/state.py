@@ -62,8 +62,8 @@ def load_local_learner(
     """Restore what `save_local_learner` wrote, or the same tensors from a checkpoint of an earlier version."""
     if (folder / COUNTERS).is_file():  # sharded learners have one
         raise UserError(
-            f"{folder.parent}: the checkpoint of a run with a `parallel` section. Add the section (parallel.processes may "
-            "differ), or start the stage again with --from."
+            f"{folder.parent}: the checkpoint of a run with a `parallel` section. Add the section "
+            "(parallel.processes may differ), or start the stage again with --from."
         )
     path = folder / TENSORS
     tensors = load_file(path) if path.is_file() else _earlier_layout(folder)
