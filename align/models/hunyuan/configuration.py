@@ -12,20 +12,20 @@ Number = TypeVar("Number", int, float)
 
 @strict
 class HunYuanConfig(PreTrainedConfig):
-    """Sizes and switches of a HunYuan model; keys it does not know are kept and saved again.
+    """Sizes and switches of a HunYuan model; unknown keys are kept and saved again.
 
     use_cla, cla_share_factor: layer i owns keys and values when `i % cla_share_factor == 0`, others use the owner's.
     use_qk_norm: RMSNorm over the head dimension of queries and keys, after RoPE.
     rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every
     length.
-    rope_inv_freq_dtype: precision to which the inverse frequencies are rounded; by default as the reference does:
-        bfloat16 with a plain base, float32 (no rounding) with an alpha. Models converted from elsewhere say float32.
-    num_experts, moe_topk: an integer, or one for each layer; one expert means a dense layer.
+    rope_inv_freq_dtype: type to which the inverse frequencies are rounded; by default that of the reference: bfloat16
+        without an alpha, float32 (no rounding) with one. Models converted from other families set float32.
+    num_experts, moe_topk: an integer, or one per layer; one expert means a dense layer.
     use_mixed_mlp_moe, num_shared_expert: a shared expert of width `intermediate_size * num_shared_expert`.
     router_aux_loss_coef, router_z_loss_coef: weights of the balance loss and the z-loss in the training loss.
     moe_drop_tokens, capacity_factor: in training no expert takes more than capacity_factor * k * T / E assignments.
-    moe_random_routing_dropped_token: recycle routing; what does not fit goes to a random expert with room instead of
-        nowhere.
+    moe_random_routing_dropped_token: recycle routing: an assignment over the capacity goes to a random expert with a
+        free slot instead of being dropped.
 
     Source: the released configuration files and Sun et al., Hunyuan-Large (arXiv 2411.02265).
     """
@@ -79,11 +79,11 @@ class HunYuanConfig(PreTrainedConfig):
 
     @property
     def kv_group_size(self) -> int:
-        """Layers that share one key/value cache."""
+        """Consecutive layers that share one key/value cache."""
         return self.cla_share_factor if self.use_cla else 1
 
     def kv_owner(self, layer: int) -> int:
-        """The layer whose keys and values `layer` attends to."""
+        """Layer whose keys and values `layer` attends to."""
         return layer - layer % self.kv_group_size
 
     def experts_in(self, layer: int) -> int:
@@ -96,11 +96,11 @@ class HunYuanConfig(PreTrainedConfig):
         return _per_layer(self.capacity_factor, layer)
 
     def shared_width(self, layer: int) -> int:
-        """Intermediate size of the shared expert; 0 where there is none."""
+        """Intermediate size of the shared expert; 0 without one."""
         return self.intermediate_size * _per_layer(self.num_shared_expert, layer) if self.use_mixed_mlp_moe else 0
 
     def rope_base(self) -> float:
-        """RoPE's base after the NTK-alpha change."""
+        """RoPE base after NTK-alpha scaling."""
         alpha: float | None = (self.rope_scaling or {}).get("alpha")
         if not alpha:
             return self.rope_theta

@@ -1,6 +1,7 @@
-"""HunYuan: grouped-query attention with one shared cache a cross-layer group, QK norm, mixture of experts.
+"""HunYuan: grouped-query attention with one cache per cross-layer group, QK norm, mixture of experts.
 
-Shapes: B sequences, T tokens, D hidden, H query heads, K key/value heads, d head size, E experts, k experts a token.
+Shapes: B sequences, T tokens, S tokens in the cache, D hidden, H query heads, K key/value heads, d head size,
+E experts, k experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ from align.models.routing import RouterReport, Routing, choices_of_layers, repor
 
 @dataclass
 class HunYuanModelOutput(ModelOutput):
-    """last_hidden_state [B, T, D]. With `output_router_logits`: aux_loss, the balance loss averaged over MoE layers;
-    router, all that is measured of the routers; router_logits, [B * T, E] a MoE layer; routed_experts, the routers'
-    choice [B, T, layers, k], -1 in layers that have none."""
+    """Output of the trunk; the last four are set with `output_router_logits`.
+
+    last_hidden_state: [B, T, D].
+    aux_loss: balance loss, averaged over MoE layers.
+    router: statistics of the routers.
+    router_logits: [B * T, E] per MoE layer.
+    routed_experts: experts chosen by the routers [B, T, layers, k], -1 in dense layers.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -49,8 +55,11 @@ class HunYuanModelOutput(ModelOutput):
 
 @dataclass
 class HunYuanCausalLMOutput(ModelOutput):
-    """loss: cross entropy and the router's losses by their coefficients; logits [B, T, V]; the rest as
-    `HunYuanModelOutput`."""
+    """Output of the language model; the rest is that of `HunYuanModelOutput`.
+
+    loss: cross entropy plus the router losses times their coefficients.
+    logits: [B, T, V].
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -63,7 +72,7 @@ class HunYuanCausalLMOutput(ModelOutput):
 
 @dataclass
 class HunYuanSequenceClassifierOutput(ModelOutput):
-    """logits [B, num_labels] read at each sequence's last attended token."""
+    """Output of the scorer; `logits` [B, num_labels] are read at each sequence's last attended token."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -83,7 +92,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d]."""
+    """Attention in plain operations: query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d]."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -95,11 +104,11 @@ def eager_attention(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; a layer that does not own keys and values uses its owner's.
+    """Grouped-query attention; a layer without keys and values of its own uses its owner's.
 
-    What is shared is the rotated key divided by its rms, without the norm's weight: that weight is a factor on each
-    head dimension, so q . (w * k) = (q * w) . k, and every layer applies its own to its queries. The cache therefore
-    holds one key and one value for the whole group, exactly.
+    The group shares the rotated key divided by its rms, without the norm's weight. That weight is a factor per head
+    dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own weight. So one key and
+    one value per group is exact.
     """
 
     def __init__(self, config: HunYuanConfig, layer: int):
@@ -107,7 +116,7 @@ class Attention(nn.Module):
         self.config = config
         self.layer_idx = layer
         self.owns_kv = config.kv_owner(layer) == layer
-        # Slots are numbered by group: a cache never has more of them than there are keys and values.
+        # Cache slots are numbered by group, so the cache has no empty slots.
         self.cache_slot = layer // config.kv_group_size
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
@@ -135,7 +144,7 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Returns the attention's output [B, T, D] and the group's (key, value), each [B, K, S, d]."""
+        """Attention output [B, T, D] and the group's (key, value), each [B, K, S, d]."""
         batch, length, _ = hidden_BTD.shape
 
         def heads(x: Tensor) -> Tensor:
@@ -143,7 +152,7 @@ class Attention(nn.Module):
 
         query = rotate(heads(self.q_proj(hidden_BTD)), *rotation)
         if self.config.use_qk_norm:
-            # The two weights meet first: they are vectors, and the queries are large.
+            # The product of the two weights comes first: they are vectors, the queries are large.
             query = unit_rms(query, self.config.rms_norm_eps) * (
                 self.query_layernorm.weight * self.key_layernorm.weight
             )
@@ -178,8 +187,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Recomputes for gradients in evaluation mode too, in which PPO's models learn; transformers' layers do it in
-        training mode alone. Not with a cache, which a second pass would extend again."""
+        """Checkpoint activations in evaluation mode too, in which PPO trains; transformers' layers do it in training
+        only. Off with a cache, which the second forward pass would extend again."""
         if self.gradient_checkpointing and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
             return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
         return nn.Module.__call__(self, *args, **kwargs)
@@ -187,7 +196,12 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_BTD: Tensor, token_mask: Tensor | None = None, replay_Tk: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Routing | None]:
-        """token_mask [B * T]: 0 for padding. replay_Tk: experts to take, -1 for the router's own."""
+        """Hidden states, the group's (key, value) and the routing, if any.
+
+        Args:
+            token_mask: [B * T], 0 for padding.
+            replay_Tk: Experts to use, -1 for the router's own choice.
+        """
         attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
         hidden_BTD = hidden_BTD + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_BTD)
@@ -213,8 +227,8 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Keys, values and routing pass between layers beside the hidden state; reentrant checkpointing would cut
-        their gradient, so it raises `ValueError`."""
+        """Refuse reentrant checkpointing with a `ValueError`: it cuts the gradient of the keys, values and routing that
+        layers hand on beside the hidden state."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
@@ -228,7 +242,7 @@ class HunYuanPreTrainedModel(PreTrainedModel):
         load_config: LoadStateDictConfig,
         *args: Any,
     ) -> tuple[LoadStateDictInfo, Any]:
-        """The step of `from_pretrained` that reads the weights: with `load_pieces`, which holds nothing twice."""
+        """Read the weights with `load_pieces`, which needs no second copy; `from_pretrained` calls this."""
         files = [Path(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         device = device_for_pieces(model, load_config)
         if state_dict is None and files and device is not None:
@@ -277,13 +291,16 @@ class HunYuanModel(HunYuanPreTrainedModel):
         packing: Packing | None = None,
         **kwargs: Any,
     ) -> HunYuanModelOutput:
-        """routed_experts [B, T, layers, k]: experts that tokens go to, -1 where the router is to choose.
+        """Forward pass of the trunk.
 
-        packing: the input is one row of several sequences, and each attends to itself alone, by PyTorch's own kernels
-        whatever `attn_implementation` says. Raises `ValueError` together with a cache, a mask or positions.
+        Args:
+            routed_experts: [B, T, layers, k], experts to use, -1 for the router's own choice.
+            packing: The input is one row of several sequences, each of which attends to itself only; attention then
+                uses PyTorch's kernels whatever `attn_implementation` is. Raises `ValueError` if combined with a cache,
+                a mask or positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if self.gradient_checkpointing and torch.is_grad_enabled():
             use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -293,9 +310,12 @@ class HunYuanModel(HunYuanPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if packing is not None:
             if hidden.shape[:2] != (1, packing.total):
-                raise ValueError(f"{packing.total} packed tokens are one row, not {tuple(hidden.shape[:2])}")
+                raise ValueError(
+                    f"input_ids must be one row of the {packing.total} packed tokens, but has the shape "
+                    f"{tuple(hidden.shape[:2])}"
+                )
             if any(given is not None for given in (past_key_values, attention_mask, position_ids)):
-                raise ValueError("packed sequences have neither a cache nor a mask or positions beside their packing")
+                raise ValueError("packed sequences take neither a cache nor an attention mask nor positions")
             position_ids = packing.position_ids
         elif position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
@@ -355,9 +375,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
 
 
 class TokenHead(nn.Linear):
-    """Scores of the vocabulary; given `tokens_N`, their log-probabilities and the entropy, as `linear_logprobs`.
+    """Logits [..., V]; with `tokens_N` their log-probabilities and the entropy, as `linear_logprobs` computes them.
 
-    A module's own call and not a look at its weight: ZeRO 3 brings the weight together for calls.
+    It is a module because ZeRO-3 gathers a weight for calls of its module only.
     """
 
     def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
@@ -367,7 +387,7 @@ class TokenHead(nn.Linear):
 
 
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
-    """The language model."""
+    """Language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -390,7 +410,12 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> HunYuanCausalLMOutput:
-        """labels [B, T]: -100 is ignored; they are shifted here. logits_to_keep: only the last n positions' logits."""
+        """Forward pass of the language model.
+
+        Args:
+            labels: [B, T], not shifted; -100 is ignored.
+            logits_to_keep: Number of last positions, or the positions, whose logits are computed; 0 for all.
+        """
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -421,7 +446,7 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 
 
 class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
-    """A linear head on the last attended token: the reward model, and with every token's score the critic."""
+    """Linear head on the last attended token: the reward model. The critic applies the same head to every token."""
 
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
@@ -449,7 +474,7 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
         if attention_mask is None:
             last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
         else:
-            # The mask, not the pad id, says where a sequence ends: pad may equal EOS.
+            # The mask marks the end of a sequence; the pad id may equal EOS.
             positions = torch.arange(hidden.shape[1], device=hidden.device)
             last = (attention_mask * positions).argmax(dim=-1)
         logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])

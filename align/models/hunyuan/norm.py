@@ -1,9 +1,9 @@
-"""RMSNorm with its gradient written out.
+"""RMSNorm with an explicit backward pass.
 
-Normalising is cheap arithmetic on large tensors, so its time is that of reading and writing them; autograd's chain of
-small steps takes about twice as many passes over memory as the closed form does.
+Normalisation is bound by memory bandwidth: autograd's chain of small operations reads and writes about twice as often
+as the closed form.
 
-Shapes: D is the last dimension, over which the mean is taken; r = 1 / sqrt(mean(x^2) + eps).
+Shapes: the mean is over the last dimension, D; r = 1 / sqrt(mean(x^2) + eps).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from align.models.hunyuan.configuration import HunYuanConfig
 def inverse_frequencies(config: HunYuanConfig) -> Tensor:
     """base' ** (-2i/d), i = 0..d/2-1, as float32 [d/2], rounded to `rope_inv_freq_dtype`.
 
-    The reference rounds them to bfloat16 when the base is plain and keeps float32 when an alpha changes it. Measured on
-    its outputs: the wrong choice moves logits of a four-layer model by 1e-2, the right one agrees to 2e-5.
+    The reference rounds them to bfloat16 without an alpha and keeps float32 with one. Measured on its outputs: the
+    wrong choice moves the logits of a four-layer model by 1e-2, the right one agrees to 2e-5.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_base() ** exponent
@@ -28,7 +28,7 @@ def inverse_frequencies(config: HunYuanConfig) -> Tensor:
 
 
 def rotation_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, T, d] of position_ids [B, T]; the lower half of sin is negated, as `rotate` wants it."""
+    """cos and sin [B, 1, T, d] of position_ids [B, T]; the first half of sin is negated, as `rotate` needs it."""
     angles = position_ids[:, None, :, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: the same arithmetic with the other sign of sin."""
+    """The backward pass is the inverse rotation: the same arithmetic with sin negated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The released tokenizer (hy.tiktoken) as a fast tokenizer of transformers, with a template that marks assistant turns.
+"""Conversion of the released tokenizer (hy.tiktoken) to a fast tokenizer, with a template that marks assistant turns.
 
-Facts from the released tokenizer: byte-level BPE after NFC, single digits, 209 special tokens behind the last rank.
-The vocabulary file itself is Tencent's and is never part of this project.
+The released tokenizer is byte-level BPE after NFC, with single digits and 209 special tokens after the last rank. The
+vocabulary file is Tencent's and not part of this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.errors import UserError
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where BPE may not merge across: contractions, words, single digits, punctuation, white space."""
+"""Pieces that BPE does not merge across: contractions, words, single digits, punctuation, white space."""
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"] + [
     f"<|extra_{number}|>" for number in range(204)
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{%- if loop.first and message['role'] == 'system' and headed -%}"
     "{{- '<|startoftext|>' + text + '<|extra_4|>' -}}"
     "{%- elif message['role'] == 'user' -%}"
-    # The released template opens a user turn that follows an empty first message twice; so do we.
+    # Like the released template, open a user turn after an empty first message twice.
     "{%- if loop.index0 != 1 or not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
     "{%- if loop.index0 == 1 and not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
     "{{- text + '<|extra_0|>' -}}"
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{- text -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-"""Renders as the released template does: STARTOFTEXT system EXTRA_4 user EXTRA_0 assistant EOS."""
+"""The released template's rendering: STARTOFTEXT system EXTRA_4 user EXTRA_0 assistant EOS."""
 
 
 def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
@@ -60,7 +60,7 @@ def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token to rank from lines of `base64 rank`; a `UserError` names the line that is anything else."""
+    """Rank of each token, from lines of `base64 rank`; `UserError` with the number of an invalid line."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -86,7 +86,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Byte-level BPE whose merges are those that tiktoken would make: the pair of lowest rank first."""
+    """Byte-level BPE with tiktoken's merges: the pair of lowest rank first."""
     letters = _byte_letters()
 
     def spell(piece: bytes) -> str:
@@ -111,7 +111,7 @@ def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter by which `tokenizers` writes each byte (Radford et al. 2019, GPT-2)."""
+    """The printable letter that `tokenizers` writes for each byte (Radford et al. 2019, GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,17 +1,17 @@
-"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights replaced in place.
+"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights that can be replaced in place.
 
-Every parameter is read live at each forward pass. vLLM's own CPU layers compute with copies that they repack
-once, after the first load; those go stale when weights change (measured: reloading the same weights moved a
-log-probability by 0.19). So linear layers, the head and the experts compute with their parameters directly,
-and an update is a plain `load_weights`. On a CPU the routed experts are computed by vLLM's kernel, whose order of
-weights their parameters keep; elsewhere by `moe.mix_experts`, as in training: vLLM's fused kernels may be faster on
-a GPU, but have not been proved against our model there.
+Every forward pass reads the parameters themselves. vLLM's CPU layers compute with copies that they repack once, after
+the first load; these go stale when weights change (measured: reloading the same weights moved a log-probability by
+0.19). So linear layers, head and experts compute with their parameters, and an update is a plain `load_weights`.
 
-Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on
-a CPU. No pipeline parallelism, no quantization.
+On a CPU vLLM's kernel computes the routed experts, whose parameters are stored in the kernel's order. On a GPU
+`mix_experts` does, as in training; vLLM's fused kernels may be faster there, but have not been compared with our model.
+
+Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on a CPU.
+Pipeline parallelism and quantization are not supported.
 
 Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
-k experts a token, F expert width; H, K and F are one rank's share.
+k experts per token, F expert width; H, K and F are rank-local.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from align.models.hunyuan.vllm_kernels import (
 
 
 class LiveLinear(UnquantizedLinearMethod):
-    """x W^T + b with the parameter as it is now: no repacked copy that an update would leave behind."""
+    """Compute x W^T + b with the parameter itself instead of a repacked copy, which an update would leave stale."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
@@ -75,7 +75,7 @@ class LiveLinear(UnquantizedLinearMethod):
 
 
 class LiveHead(UnquantizedEmbeddingMethod):
-    """The same for the output head, whose matrix may be the embedding's."""
+    """The same for the output head, which may be tied to the embedding."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
@@ -88,7 +88,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def live(layer: Layer) -> Layer:
-    """A vLLM linear layer that computes with its live parameter."""
+    """Make a vLLM linear layer compute with its parameter."""
     layer.quant_method = LiveLinear()  # type: ignore[assignment]
     return layer
 
@@ -96,10 +96,8 @@ def live(layer: Layer) -> Layer:
 class Attention(nn.Module):
     """Grouped-query attention; a sharing layer attends to its owner's cache.
 
-    The cache holds rotated keys divided by their rms, without the norm's weight; each layer multiplies its
-    queries
-    with its own key-norm weight instead (see `modeling.Attention`). So one cache serves a whole group
-    exactly.
+    The cache stores rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries by
+    its own key-norm weight instead (see `modeling.Attention`). So one cache per group is exact.
     """
 
     def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):
@@ -111,7 +109,7 @@ class Attention(nn.Module):
         owner = config.kv_owner(layer)
         self.owns_kv = owner == layer
         self.query_size = heads // ranks * self.head_dim
-        # With more ranks than key/value heads, each head is held by several ranks.
+        # With more ranks than key/value heads, each head is replicated on several ranks.
         self.kv_size = max(1, kv_heads // ranks) * self.head_dim
         bias = config.attention_bias
         if self.owns_kv:
@@ -140,7 +138,7 @@ class Attention(nn.Module):
             prefix=f"{prefix}.attn",
             kv_sharing_target_layer_name=None if self.owns_kv else _name_of(owner, prefix) + ".attn",
         )
-        self.attn.use_direct_call = True  # a custom op serves torch.compile, which is not used here
+        self.attn.use_direct_call = True  # the custom op is for torch.compile, which is not used
 
     def forward(self, hidden_TD: Tensor, positions: Tensor, rotate: Rotation) -> Tensor:
         eps = self.config.rms_norm_eps
@@ -161,7 +159,7 @@ class Attention(nn.Module):
         return self.o_proj(self._attend(query, key, value))[0]
 
     def _attend(self, query: Any, key: Tensor | None, value: Tensor | None) -> Tensor:
-        """[T, H, d] and, in an owner, [T, K, d] -> [T, H * d]."""
+        """Query [T, H, d] and, in an owner, key and value [T, K, d] -> [T, H * d]."""
         if not self.padding:
             return self.attn(query, key, value)
         # Zeros change neither q . k nor the first d components of the weighted values.
@@ -175,7 +173,7 @@ class Attention(nn.Module):
 
 
 def _kernel_head_dim(head_dim: int) -> int:
-    """The head size that the kernel runs with: vLLM's CPU kernel has only some sizes, others are padded."""
+    """Head size of the kernel: the next one that vLLM's CPU kernel supports; heads are padded to it."""
     if not current_platform.is_cpu():
         return head_dim
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -184,7 +182,7 @@ def _kernel_head_dim(head_dim: int) -> int:
 
 
 def _name_of(layer: int, prefix: str) -> str:
-    """The name of another layer's module: `prefix` with its layer number replaced."""
+    """Name of another layer's module: `prefix` with the layer index replaced."""
     return re.sub(r"(?<=\.layers\.)\d+", str(layer), prefix)
 
 
@@ -208,7 +206,7 @@ class SwiGlu(nn.Module):
 class Experts(nn.Module):
     """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
 
-    Where vLLM's kernel computes them, their memory is in its order: see `matrix`.
+    If vLLM's kernel computes them, their memory is in its order: see `matrix`.
     """
 
     def __init__(self, config: HunYuanConfig, layer: int):
@@ -222,19 +220,19 @@ class Experts(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def matrix(self, expert: int, projection: str) -> Tensor:
-        """This rank's share of one expert's published matrix, in the live parameter: [N, K], or [N/16, 16, K]."""
+        """View of this rank's shard of a published matrix: [N, K], or [N/16, 16, K] in the kernel's order."""
         stack = self.w2.data if projection == "down_proj" else self.w13.data
         rows = in_rows(stack[expert]) if self.fused else stack[expert]
         return rows if projection == "down_proj" else rows.chunk(2)[projection == "up_proj"]
 
     def load(self, expert: int, projection: str, weight: Tensor) -> None:
-        """Copy this rank's share of one expert's published matrix."""
+        """Copy this rank's shard of one expert's published matrix into its stack."""
         rank = get_tensor_model_parallel_rank()
         share = weight.chunk(self.ranks, dim=1 if projection == "down_proj" else 0)[rank]
         self.matrix(expert, projection).copy_(share.unflatten(0, (-1, BLOCK)) if self.fused else share)
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """As `moe.mix_experts`, summed over the ranks."""
+        """Like `mix_experts`, all-reduced over the ranks."""
         if self.fused:
             output = fused_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2)
         else:
@@ -243,7 +241,7 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Linear scores in fp32; the published name of its matrix is `gate.wg.weight`."""
+    """Linear router in fp32; its weight has the published name."""
 
     def __init__(self, config: HunYuanConfig, layer: int):
         super().__init__()
@@ -256,8 +254,8 @@ class Router(nn.Module):
 class MoeBlock(nn.Module):
     """Shared expert plus weighted routed experts.
 
-    `layer_id` and `capture_fn` are what vLLM's RoutedExpertsCaptureSource has: a function that is set is called with
-    each forward's chosen experts [T, k].
+    `layer_id` and `capture_fn` are those of vLLM's RoutedExpertsCaptureSource: if `capture_fn` is set, it is called
+    with the chosen experts [T, k] of each forward pass.
     """
 
     def __init__(self, config: HunYuanConfig, layer: int, prefix: str):
@@ -292,8 +290,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_TD: Tensor | None, sum_TD: Tensor, positions: Tensor, rotate: Rotation) -> Tensor:
-        """Adds what the layer before has put out (nothing, in the first) to the residual stream, in place, and its own
-        attention's output; returns the MLP's."""
+        """Add the previous layer's output (None in the first layer) and this layer's attention to the residual stream
+        `sum_TD` in place; returns the MLP's output."""
         norm = self.input_layernorm
         hidden_TD = norm(sum_TD) if hidden_TD is None else norm.add(hidden_TD, sum_TD)
         hidden_TD = self.self_attn(hidden_TD, positions, rotate)
@@ -318,7 +316,7 @@ class HunYuanModel(nn.Module):
         self.rotate = Rotation(config, model.max_model_len, model.dtype)
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-        # The layers add to it in place.
+        # The layers add to the residual in place.
         residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         hidden = None
         for layer in self.layers:
@@ -328,8 +326,12 @@ class HunYuanModel(nn.Module):
 
 @dataclass
 class Update:
-    """A weight update in progress: the function that digests a tensor, the pieces of each parameter that have arrived,
-    and a digest of each weight."""
+    """A weight update in progress.
+
+    digest: fingerprints a tensor.
+    pieces: published names received so far, per parameter.
+    digests: digest of each published weight.
+    """
 
     digest: Callable[[Tensor], str]
     pieces: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -337,10 +339,10 @@ class Update:
 
 
 class HunYuanForCausalLM(nn.Module, SupportsLoRA):
-    """The language model, in the form vLLM asks for.
+    """Language model with vLLM's model interface.
 
-    LoRA adapters may sit on attention and on dense or shared MLPs. Those on routed experts or the router must be merged
-    into the checkpoint, as the stages do.
+    LoRA adapters are supported on attention and on dense or shared MLPs. Adapters on routed experts or the router must
+    be merged into the checkpoint, which the stages do.
     """
 
     packed_modules_mapping = {merged: list(projections) for merged, projections in VLLM_MERGED.items()}
@@ -348,7 +350,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         if vllm_config.quant_config is not None:
-            raise ValueError("HunYuan runs unquantized: its layers compute with their live parameters")
+            raise ValueError("quantization is not supported for HunYuan: its layers compute with their parameters")
         self.config: Any = vllm_config.model_config.hf_config
         self.model = HunYuanModel(vllm_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size)
@@ -377,21 +379,21 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def begin_update(self, digest: Callable[[Tensor], str]) -> None:
-        """Until `finish_update`, `load_weights` may be called many times, each with a part of the weights.
+        """Begin an update: until `finish_update`, each call of `load_weights` may bring some of the weights.
 
         digest: fingerprints a tensor; sender and receiver use the same function.
         """
         self._update = Update(digest)
 
     def finish_update(self) -> dict[str, str]:
-        """All weights must have come. Returns a digest of each under its published name.
+        """End an update, which must be complete; returns a digest per published name.
 
-        With one rank they are of the parameters that the model computes with, so they prove the copying too; with
-        several they are of what was received.
+        With one rank these are digests of the parameters themselves, so they prove the copy too; with several ranks, of
+        the received tensors.
         """
         update, self._update = self._update, None
         if update is None:
-            raise RuntimeError("no update of the weights has begun")
+            raise RuntimeError("finish_update was called without begin_update")
         self._require_all(update.pieces)
         if get_tensor_model_parallel_world_size() > 1:
             return update.digests
@@ -400,10 +402,10 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy published weights into the live parameters: all of them at the start, or a part within an update.
+        """Copy published weights into the parameters: all of them at the start, or some of them during an update.
 
-        Returns the names of the loaded parameters. A name that is not the model's, or a parameter of which a
-        piece is missing, is an error: a half-updated model would sample from a policy that never existed.
+        Returns the names of the loaded parameters. Raises `ValueError` for an unknown name and for an incomplete
+        parameter: a half-updated model would sample from a policy that never existed.
         """
         parameters = dict(self.named_parameters())
         pieces = defaultdict(set) if self._update is None else self._update.pieces
@@ -437,7 +439,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
                 raise ValueError(f"'{name}' got {len(pieces[name])} of its {count} published weights")
 
     def _live(self, parameters: dict[str, nn.Parameter], name: str) -> Tensor:
-        """The part of a live parameter that a published weight fills (one rank)."""
+        """View of the part of a parameter that a published weight fills (one rank)."""
         place = vllm_place(name, self.config)
         parameter = parameters[place.parameter].data
         if place.expert is not None:

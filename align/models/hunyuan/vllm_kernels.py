@@ -1,9 +1,9 @@
-"""vLLM's kernels for what lies between the matrix products: one call where torch takes five to fifteen.
+"""vLLM's kernels for the operations between the matrix products: one call instead of torch's five to fifteen.
 
-While a few sequences are decoded, a step's time is the number of calls. All of them read their weights anew at each
-call; the experts' are stored in the kernel's order instead of being repacked after every update.
+With few running sequences a decoding step's time is set by the number of calls. Every kernel reads its weights at each
+call; the experts' weights are stored in the kernel's order, so that an update needs no repacking.
 
-Shapes: T tokens, D hidden, H heads, d head size, E experts, k experts a token, F expert width.
+Shapes: T tokens, D hidden, H heads, d head size, E experts, k experts per token, F expert width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.rope import inverse_frequencies
 
 BLOCK = 16
-"""Rows that `cpu_fused_moe` keeps together."""
+"""Rows per block in the weight layout of `cpu_fused_moe`."""
 
 
 class RMSNorm(nn.Module):
@@ -32,20 +32,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Adds x to `residual`, in place, and returns the sum's norm in x's memory."""
+        """Add x to `residual` in place; returns the norm of the sum in x's memory."""
         kernels.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    x = x.contiguous()  # the kernel takes other strides and returns nonsense
+    x = x.contiguous()  # with other strides the kernel silently returns wrong values
     normed = torch.empty_like(x)
     kernels.rms_norm(normed, x, weight, eps)
     return normed
 
 
 class Rotation(nn.Module):
-    """Rotates queries and keys in place by the angles of their positions."""
+    """Rotate queries and keys in place by the angles of their positions."""
 
     table: Tensor
 
@@ -57,18 +57,18 @@ class Rotation(nn.Module):
         self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None) -> None:
-        """positions [T]; query and key [T, H * d], whose rows may be parts of longer ones."""
+        """positions [T]; query and key [T, H * d], possibly slices of longer rows."""
         kernels.rotary_embedding(positions, query, key, self.head_dim, self.table, True)
 
 
 def has_fused_experts(config: HunYuanConfig, width: int) -> bool:
-    """Whether vLLM's kernel for a CPU computes experts of this shape."""
+    """True if vLLM's CPU kernel supports experts of this shape."""
     aligned = config.hidden_size % 32 == 0 and width % 32 == 0
     return current_platform.is_cpu() and aligned and config.hidden_act == "silu"
 
 
 def fused_experts(hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """As `moe.mix_experts`, of weights whose rows are stored as `in_rows` says."""
+    """Like `mix_experts`, with weights in the order that `in_rows` reads."""
     output = torch.empty_like(hidden_TD)
     kernels.cpu_fused_moe(
         output, hidden_TD.contiguous(), w13, w2, None, None, weights_Tk, experts_Tk.int(), "silu", "vec"
@@ -77,6 +77,6 @@ def fused_experts(hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, w13
 
 
 def in_rows(matrices: Tensor) -> Tensor:
-    """[..., N, K] as the kernel stores it, in transposed blocks of 16 rows -> the same memory as [..., N/16, 16, K]."""
+    """View of [..., N, K] in the kernel's order, transposed blocks of 16 rows, as [..., N/16, 16, K]."""
     *experts, rows, columns = matrices.shape
     return matrices.view(*experts, rows // BLOCK, columns, BLOCK).transpose(-2, -1)

@@ -35,20 +35,22 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
 
 
 def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:
-    """Wrap the model; only adapters (and the router, if asked) train. in_float32: adapters do not have the model's
-    precision."""
+    """Wrap the model; only the adapters train, and the router if `lora.train_router` is set.
+
+    in_float32: create the adapters in float32 whatever the model's precision is.
+    """
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter of a wrapped model is one of an adapter's two factors."""
+    """True if a parameter of a wrapped model is one of an adapter's two factors."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def plain_name(name: str) -> str:
-    """What the parameter of which a wrapped model has this one is called without the wrapping."""
+    """Strip PEFT's prefixes and infixes from a parameter name."""
     for part in (".base_layer", ".original_module", ".modules_to_save.default"):
         name = name.replace(part, "")
     return name.removeprefix("base_model.model.")
@@ -56,10 +58,10 @@ def plain_name(name: str) -> str:
 
 @contextmanager
 def one_adapter(model: AnyModel) -> Iterator[None]:
-    """While TRL makes a trainer for DPO: the copy of the adapter that it wants as reference is not made.
+    """Keep TRL from copying the adapter as DPO's reference while it builds the trainer.
 
-    Our adapters begin as the parent, so the model with its adapter off is the same reference for less. `Trainer` would
-    not restore the first of two adapters on resume, and a model that is cut up has no values that could be copied.
+    Fresh adapters do not change the model, so the model with its adapter off is the same reference without a copy. With
+    two adapters `Trainer` would not restore the first one on resume, and a sharded model has no values to copy.
     """
     if not hasattr(model, "peft_config"):
         yield
@@ -74,5 +76,5 @@ def one_adapter(model: AnyModel) -> Iterator[None]:
 
 
 def merge_lora(model: AnyModel) -> AnyModel:
-    """The plain model with the adapters folded into its weights; a plain model is returned as it is."""
+    """Merge the adapters into the weights; returns the plain model, a plain model unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

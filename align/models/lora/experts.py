@@ -1,10 +1,10 @@
-"""LoRA on stacked experts as products with the rows that an expert has, instead of with its weights.
+"""LoRA on stacked experts, applied to the rows of each expert instead of to its weights.
 
-PEFT adds B_e A_e to the whole stack before every pass, which needs memory and a gradient as large as the stack. Here
-W_e x + s B_e (A_e x) is computed for the rows x of expert e. What it holds may be some of a layer's experts only, and
-a rank's part of those: nothing but a factor's own pass looks at its weight.
+PEFT adds B_e A_e to the whole stack before every forward pass, which needs memory and a gradient as large as the stack.
+Here W_e x + s B_e (A_e x) is computed for the rows x of expert e. The experts may be rank-local and the factors sharded
+by ZeRO-3: a factor's weight is read in its own forward pass only.
 
-Shapes: N rows sorted by expert, E experts, I inputs, O outputs, r rank.
+Shapes: N rows sorted by expert, E experts on this rank, I inputs, O outputs, r LoRA rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from align.models.experts import in_autocast_dtype, sorted_product
 
 
 class Factor(nn.Module):
-    """One factor of the held experts' adapters, [E, O, I]."""
+    """One factor of the adapters of this rank's experts, [E, O, I]."""
 
     def __init__(self, weight_EOI: Tensor):
         super().__init__()
@@ -32,10 +32,10 @@ class Factor(nn.Module):
 
 
 class ExpertAdapter(ParamWrapper):
-    """PEFT's adapter on one of the stacks of an `Experts`, which it hands what is to be added to the stack's product.
+    """Adapter on one stack of an `Experts` module, to which it passes a correction of the stack's product.
 
-    It takes the place of an adapter that PEFT has made for all experts of the layer, with PEFT's names and switches,
-    and keeps the held ones' part of the values. `peft_shape` gives the factors the shapes in which PEFT writes them.
+    It replaces an adapter that PEFT created for all experts of the layer, keeps PEFT's names and switches, and copies
+    the factors of this rank's experts. `peft_shape` restores the shapes in which PEFT writes the factors.
     """
 
     def __init__(self, made: ParamWrapper):
@@ -60,14 +60,14 @@ class ExpertAdapter(ParamWrapper):
         return outputs
 
     def correction(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
-        """s B_e A_e x of the rows, [N, O]."""
+        """s B_e A_e x for each row, [N, O]."""
         (name,) = self.active_adapters
         outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, counts_E), counts_E) * self.scaling[name]
         return outputs
 
 
 def adapt_by_row(model: nn.Module) -> None:
-    """Put an `ExpertAdapter` in the place of every adapter that PEFT has on a stack."""
+    """Replace every PEFT adapter on a stack by an `ExpertAdapter`."""
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is ParamWrapper:
@@ -75,7 +75,7 @@ def adapt_by_row(model: nn.Module) -> None:
 
 
 def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
-    """What an adapter adds to its whole weight, given its whole factors in float32."""
+    """The adapter's addition to the full weight, from its full factors in float32."""
     if isinstance(adapter, ExpertAdapter):
         product = torch.bmm(b, a)
     else:
@@ -85,7 +85,7 @@ def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def peft_shape(name: str, factor: Tensor) -> Tensor:
-    """A whole parameter as PEFT writes it: stacks of factors are matrices there, A by expert and B by rank first."""
+    """A full parameter in the shape in which PEFT writes it: A [E r, I] by expert, B [O, r E] by LoRA rank."""
     if factor.dim() != 3:
         return factor
     if ".lora_A." in name:

@@ -1,4 +1,4 @@
-"""The parameters of a model with its LoRA adapters (PEFT) merged, without changing the model."""
+"""Parameters of a model with its LoRA adapters (PEFT) merged, one at a time, without changing the model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, tensor) of every parameter, adapters added one layer at a time.
+    """(name in the plain model, tensor) of every parameter, with adapters added.
 
-    What `merge_and_unload` would give, but only one merged matrix exists at a time and the model stays as it
-    is. Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that
-    are switched off or already merged are not added. A plain model's parameters come as they are, shared ones
-    once.
+    The result is that of `merge_and_unload`, but only one merged matrix exists at a time and the model is unchanged.
+    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are off or
+    already merged are not added. Shared parameters appear once.
     """
     for name, parameter, adapters in plain_parameters(model):
         merged = parameter.detach()
@@ -40,7 +39,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
     adapters: list[LoraLayer] = []
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         if isinstance(module, LoraLayer):
-            # Adapters on several parameters of one module are wrapped around each other.
+            # Adapters on several parameters of one module are nested.
             adapters.append(module)
             module = module.base_layer
         elif isinstance(module, ModulesToSaveWrapper):
@@ -57,7 +56,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 
 
 def _saved_module(wrapper: Any) -> nn.Module:
-    """The trained copy that stands in for the original while its adapter is on."""
+    """The trained copy, or the original module while the adapter is off."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
         original: nn.Module = wrapper.original_module
         return original
