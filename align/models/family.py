@@ -202,7 +202,7 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def read_config(checkpoint: Path) -> Any:
+def load_config(checkpoint: Path) -> Any:
     """Configuration of a checkpoint folder, a `FamilyConfig`."""
     values = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     return FAMILIES[values["model_type"]].config(**values)

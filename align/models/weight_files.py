@@ -48,11 +48,11 @@ class StoredTensor:
             for part in values.split(CHUNK):
                 piece = part if buffer is None else buffer[: len(part)]
                 if file.readinto(piece.view(torch.uint8).numpy()) != piece.nbytes:  # type: ignore[arg-type]
-                    raise damaged(self.file, "it ends too early")
+                    raise damaged(self.file, "the file is truncated")
                 if not _all_finite(piece):
                     raise UserError(
-                        f"{self.file.parent}: the tensor '{self.name}' holds values that are not finite; take an "
-                        "earlier checkpoint."
+                        f"{self.file.parent}: the tensor '{self.name}' has values that are infinite or not a number; "
+                        "use an earlier checkpoint."
                     )
                 if buffer is not None:
                     part.copy_(piece)
@@ -74,7 +74,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise damaged(file, "its header is cut off")
+            raise damaged(file, "its header is truncated")
         try:
             header = json.loads(content.read(length))
             header.pop("__metadata__", None)
@@ -85,7 +85,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
     end = 8 + length
     for tensor in tensors:
         if tensor.offset != end:
-            raise damaged(file, f"the bytes of '{tensor.name}' are not where they should be")
+            raise damaged(file, f"the bytes of '{tensor.name}' are not at their offset")
         end += math.prod(tensor.shape) * tensor.dtype.itemsize
     if end != size:
         raise damaged(file, f"it has {size} bytes, but its header says {end}")
@@ -97,7 +97,7 @@ def _stored(name: str, file: Path, start: int, dtype: str, shape: list[int], dat
         raise UserError(f"{file}: the tensor '{name}' is of type {dtype}; save the weights in float32 or bfloat16.")
     first, last = data_offsets
     if any(size < 0 for size in shape) or last - first != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"'{name}' has not the bytes of its shape")
+        raise ValueError(f"the size of '{name}' does not match its shape")
     return StoredTensor(name, file, DTYPES[dtype], tuple(shape), start + first)
 
 
@@ -113,8 +113,8 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{index}: not a valid index of safetensors files; copy or download it again.") from None
+        raise UserError(f"{index}: it is not a valid index of safetensors files; copy or download it again.") from None
     for name in named:
         if not (folder / name).is_file():
-            raise UserError(f"{index} names the file '{name}', which is not there; copy or download it.")
+            raise UserError(f"{index}: the file '{name}' does not exist; copy or download it.")
     return [folder / name for name in named]

@@ -86,7 +86,7 @@ def find_pieces(
         halves = [None] if part.half is None else [0, 1]
         if found_parts != {(expert, half) for expert in range(len(parameters[name])) for half in halves}:
             raise UserError(
-                f"{tensor.file.parent}: the files hold other experts than the {len(parameters[name])} of '{name}'; "
+                f"{tensor.file.parent}: the files do not have the {len(parameters[name])} experts of '{name}'; "
                 "copy the missing files, or the config.json that belongs to these."
             )
     return pieces, unused
@@ -112,7 +112,7 @@ def read_weights(model: Any, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     pieces, _ = find_pieces(parameters, stored_tensors(weight_files(folder)), family_of(model.config).place)
     if missing := sorted(set(parameters) - set(pieces)):
-        raise UserError(f"{folder}: there is no tensor for '{missing[0]}'; copy the missing files.")
+        raise UserError(f"{folder}: the weights of '{missing[0]}' are missing; copy the missing files.")
     read_pieces(pieces, parameters)
 
 
@@ -140,12 +140,12 @@ def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
     if extra:
         others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UserError(
-            f"{folder}: config.json has no place for the tensor '{extra[0]}'{others}; copy the config.json that "
+            f"{folder}: a model with this config.json has no tensor '{extra[0]}'{others}; copy the config.json that "
             "belongs to the weights."
         )
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             raise UserError(
-                f"{folder}: the tensor '{name}' has the shape {list(found[name])}, but config.json asks for "
+                f"{folder}: the tensor '{name}' has the shape {list(found[name])}, but config.json requires "
                 f"{list(shape)}; copy the config.json that belongs to the weights."
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.models.family import read_config
+from align.models.family import load_config
 from align.rollout.base import (
     Completion,
     GenerationReport,
@@ -78,7 +78,7 @@ class RemoteEngine:
         self._run = secrets.token_hex(4)
         self._source: WeightSource | None = partial(checkpoint_weights, checkpoint)
         self._delivery: tuple[str, tuple[str, ...], Delivery] | None = None
-        self._top_k = moe_layers(read_config(checkpoint)) if rollout.return_routing else None
+        self._top_k = moe_layers(load_config(checkpoint)) if rollout.return_routing else None
         self.pool = ServerPool(checkpoint, rollout, dtype=dtype, seed=seed)
         try:
             self.pool.start()

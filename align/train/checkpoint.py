@@ -1,4 +1,4 @@
-"""Load and save models and tokenizers, with errors before any memory is spent."""
+"""Load and save models and tokenizers; bad checkpoints are refused before a model is built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from align.models.weights import check_weights
 from align.parallel.offload import require_space
 from align.parallel.sharding import held_values, whole_shape, world
 from align.run.checkpoint import read_config
-from align.run.folder import replace_folder
+from align.run.folder import MODEL, replace_folder
 from align.train.finite import require_finite
 
 DEFAULT_FAMILY = "hunyuan"
@@ -38,19 +38,22 @@ DEFAULT_FAMILY = "hunyuan"
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """The config.json of a HunYuan checkpoint whose weights are safetensors; raises `UserError` for anything else.
+    """Values of config.json, once they are known to describe a model of a registered family with safetensors weights;
+    otherwise a `UserError`.
 
-    weights: False where the configuration alone is of interest.
+    weights: False to skip the check for weights.
     """
     path, config = folder / "config.json", read_config(folder)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
-            f"{folder}: a checkpoint of type '{kind}', but align trains {_quoted(FAMILIES)} models; "
-            "a Llama-type one can be grown with `align convert hot-start`."
+            f"{folder}: its model_type is '{kind}', but align trains {_quoted(FAMILIES)} models; "
+            "grow a Llama-type model with `align convert hot-start`."
         )
     if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no safetensors file there; convert the weights (pickled ones are never loaded).")
+        raise UserError(
+            f"{folder}: it has no safetensors file; convert the weights (pickled weights are never loaded)."
+        )
     settings = checked_config(config, str(path), "restore the value that the model was trained with")
     return {**config, "vocab_size": settings.vocab_size}
 
@@ -81,14 +84,14 @@ def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer with a template that marks assistant turns; checks that its ids fit the embedding."""
+    """Load a checkpoint's tokenizer, add a template that marks assistant turns, and check its size."""
     config = check_checkpoint(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json into it.")
+        raise UserError(f"{folder}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) > config["vocab_size"]:
         raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries but the model's vocabulary only "
+            f"{folder}: the tokenizer has {len(tokenizer)} entries, but the model's vocabulary has "
             f"{config['vocab_size']}; copy the tokenizer that the model was trained with."
         )
     prepare_chat_template(tokenizer)
@@ -102,7 +105,7 @@ def _is_scorer(config: dict[str, Any]) -> bool:
 
 @contextmanager
 def _damage_explained(folder: Path) -> Iterator[None]:
-    """Weights that cannot be read are the checkpoint's fault, not a bug."""
+    """Turn errors of reading weights into a `UserError`."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -112,11 +115,18 @@ def _damage_explained(folder: Path) -> Iterator[None]:
 def load_policy(
     folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None, *, frozen: bool = False
 ) -> AnyModel:
-    """A causal language model; under `parallel`, with this rank's share of its experts; with fresh adapters, if `lora`
-    says so; if `frozen`, one of which nothing will train."""
+    """Load a causal language model.
+
+    Args:
+        folder: The checkpoint.
+        dtype: Type of the weights in memory.
+        parallel: Shard the model over the ranks.
+        lora: Add fresh adapters, which alone will train.
+        frozen: No parameter will train.
+    """
     config = check_checkpoint(folder)
     if _is_scorer(config):
-        raise UserError(f"{folder}: a reward model, where a language model is needed; name the stage that trained one.")
+        raise UserError(f"{folder}: it is a reward model; use the checkpoint of a language model.")
     with _damage_explained(folder):
         settings = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
@@ -139,7 +149,7 @@ def _load_spread(
     head_only: bool = False,
     frozen: bool = False,
 ) -> AnyModel:
-    """The model of which this rank holds its part."""
+    """Load this rank's shard of a model."""
     check_parallel(config, parallel, dtype, lora, trunk_trains=not (head_only or frozen))
     from align.parallel.load import load_spread
 
@@ -150,7 +160,7 @@ def _load_spread(
 def check_parallel(
     config: FamilyConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
 ) -> None:
-    """Raise `UserError` where a layer's experts cannot be dealt out evenly, or what is offloaded finds no room."""
+    """Raise `UserError` if the expert-parallel size does not divide a layer's experts, or offloading does not fit."""
     for layer in range(config.num_hidden_layers):
         if problem := parallel.expert_group_problem(config.experts_in(layer), f"layer {layer}"):
             raise UserError(problem)
@@ -165,10 +175,12 @@ def check_parallel(
 
 
 def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
-    """A trained reward model, ready to score; a checkpoint without a trained head is refused. `parallel` as for
-    `load_policy`."""
+    """Load a trained reward model in evaluation mode; a checkpoint without a trained head is refused.
+
+    parallel: as in `load_policy`.
+    """
     if not _is_scorer(check_checkpoint(folder)):
-        raise UserError(f"{folder}: a language model, where a reward model is needed; name the stage that trained one.")
+        raise UserError(f"{folder}: it is a language model; use the checkpoint of a reward model.")
     return load_scorer(folder, dtype, parallel=parallel, frozen=True).eval()
 
 
@@ -182,11 +194,15 @@ def load_scorer(
     parallel: Parallel | None = None,
     lora: Lora | None = None,
 ) -> AnyModel:
-    """A model with one scalar head, for the reward model and the critic; `parallel`, `lora` and `frozen` as for
-    `load_policy`. head_only: nothing but the head trains.
+    """Load a model with one scalar head: a reward model or a critic.
 
-    From a language model the head is random, so that the trunk has a gradient from the first step. With `fresh_head`
-    it is zero: a critic's first values are then 0 instead of another quantity's scores.
+    A language model's checkpoint gives a random head, so that the trunk has a gradient from the first step.
+
+    Args:
+        folder: The checkpoint of a language model or of a scorer.
+        dtype, parallel, lora, frozen: As in `load_policy`.
+        fresh_head: Set the head to zero: a critic's first values are then 0, not the scores of a reward model.
+        head_only: Only the head will train.
     """
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
@@ -203,7 +219,7 @@ def load_scorer(
                 model = add_lora(model, lora, task="SEQ_CLS")
     if fresh_head:
         for name, parameter in model.named_parameters():
-            if plain_name(name) == "score.weight":  # with adapters there are two, the frozen one and the trained
+            if plain_name(name) == "score.weight":  # PEFT keeps a frozen and a trained copy
                 nn.init.zeros_(held_values(parameter))
     if frozen:
         model.requires_grad_(False)
@@ -221,9 +237,9 @@ def save_model(
     dtype: str,
     parallel: Parallel | None = None,
 ) -> None:
-    """Write stage_dir/model (merged, complete, in `dtype`) and, for LoRA, stage_dir/adapter.
+    """Write stage_dir/model (merged, in `dtype`) and, for LoRA, stage_dir/adapter.
 
-    Under `parallel` every rank takes part and rank 0 writes.
+    With `parallel` this is a collective; rank 0 writes.
     """
     require_finite(model, stage_dir)
     if parallel is not None:
@@ -237,7 +253,7 @@ def save_model(
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    replace_folder(stage_dir / "model", write)
+    replace_folder(stage_dir / MODEL, write)
 
 
 def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
@@ -251,7 +267,7 @@ def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir:
         save_spread_adapter(model, folder)
 
     folders = {"adapter": write_adapter} if hasattr(model, "peft_config") else {}
-    for name, work in (folders | {"model": write}).items():
+    for name, work in (folders | {MODEL: write}).items():
         if world()[0] == 0:
             replace_folder(stage_dir / name, work)
         else:
@@ -259,7 +275,7 @@ def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir:
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:
-    """Total, active (a token's routed share) and trainable parameters; call it before adapters are merged."""
+    """Parameters in total, used for one token (active) and trainable; call it before adapters are merged."""
     total = active = trainable = 0
     config = model.config
     for name, parameter in model.named_parameters():

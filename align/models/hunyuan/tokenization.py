@@ -64,7 +64,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the released hy.tiktoken file.") from None
+        raise UserError(f"{path}: it cannot be read ({error.strerror}); pass the released hy.tiktoken file.") from None
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -74,14 +74,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 raise ValueError
         except (ValueError, binascii.Error):
             raise UserError(
-                f"{path}: line {number} is not the base64 of a new token and its rank {len(ranks)}; give the released "
+                f"{path}: line {number} is not the base64 of a new token and its rank {len(ranks)}; pass the released "
                 "hy.tiktoken file, unchanged."
             ) from None
         ranks[piece] = len(ranks)
     if not ranks:
-        raise UserError(f"{path}: the file is empty; give the released hy.tiktoken file.")
+        raise UserError(f"{path}: the file is empty; pass the released hy.tiktoken file.")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{path}: has no token for the byte {missing[0]}, so not every text could be encoded.")
+        raise UserError(f"{path}: it has no token for the byte {missing[0]}; pass the released hy.tiktoken file.")
     return ranks
 
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from align.config.parts import Lora
 from align.data.experience import build_experience
 from align.errors import UserError
-from align.models.family import FAMILIES, Place, family_of, read_config, register
+from align.models.family import FAMILIES, Place, family_of, load_config, register
 from align.models.forward import policy_output, sequence_scores
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification, HunYuanModel
 from align.models.hunyuan.family import HUNYUAN
@@ -172,9 +172,9 @@ def test_a_reward_model_is_known_by_its_architecture(checkpoint: Path, tmp_path:
     save_model(scorer, TOKENIZER, tmp_path / "stage", "float32")
     folder = tmp_path / "stage" / "model"
     assert torch.equal(sequence_scores(load_reward_model(folder, "float32"), BATCH), scores)
-    with pytest.raises(UserError, match="reward model, where a language model is needed"):
+    with pytest.raises(UserError, match="it is a reward model"):
         load_policy(folder, "float32")
-    with pytest.raises(UserError, match="language model, where a reward model is needed"):
+    with pytest.raises(UserError, match="it is a language model"):
         load_reward_model(checkpoint, "float32")
 
 
@@ -187,12 +187,12 @@ def test_parameters_are_counted(checkpoint: Path) -> None:
 def test_a_checkpoint_of_no_family_is_refused(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"toy"', '"other"'))
-    with pytest.raises(UserError, match="a checkpoint of type 'other', but align trains 'hunyuan' or 'toy' models"):
+    with pytest.raises(UserError, match="its model_type is 'other', but align trains 'hunyuan' or 'toy' models"):
         load_policy(checkpoint, "float32")
 
 
 def test_the_family_is_found_by_model_type(checkpoint: Path) -> None:
-    config = read_config(checkpoint)
+    config = load_config(checkpoint)
     assert type(config) is ToyConfig
     assert family_of(config) is TOY
     assert family_of(HunYuanConfig()) is HUNYUAN
