@@ -10,6 +10,7 @@ from torch import Tensor
 
 from align.config.stages import LOSS_OPTIONS, WHOLE_BATCH
 from align.losses.preference import PREFERENCE_LOSSES
+from align.recipes import dpo
 from tests.unit.train.one_step import build, checkpoint, gradient_of, mean_gradient_of_ranks, train_one_step
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -78,6 +79,26 @@ def test_micro_batches_of_every_loss_of_pairs(loss_type: str, dpo_trainers: list
         trainer.loss_types, trainer.label_smoothing = [loss_type], options.get("label_smoothing", 0.0)
     whole, cut = map(gradient_of, dpo_trainers)
     assert_equal(cut, whole)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "robust"])
+def test_a_loss_that_trl_lacks_is_computed_as_trl_would(
+    loss_type: str, dpo_trainers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's own loss, on losses that TRL has."""
+    trainer = dpo_trainers[1]
+    trainer.align_stage = trainer.align_stage.model_copy(update={"loss_type": loss_type})
+    trainer.loss_types, trainer.label_smoothing = [loss_type], LOSS_OPTIONS.get(loss_type, {}).get("label_smoothing", 0)
+    theirs = gradient_of(trainer)
+    monkeypatch.setattr(dpo, "BY_TRL", set())
+    assert_equal(gradient_of(trainer), theirs)
+
+
+def test_the_same_with_adapters_and_an_sft_term(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build("dpo", model, tmp_path, monkeypatch, lora={"rank": 2}, sft_coef=0.5, micro_batch_size=2)
+    theirs = gradient_of(trainer)
+    monkeypatch.setattr(dpo, "BY_TRL", set())
+    assert_equal(gradient_of(trainer), theirs)
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
 from align.run.interrupt import Stopped
 from align.train import fit
-from align.train.finite import require_finite
+from align.train.checkpoint import load_policy, load_tokenizer, save_model
 from tests.unit.train.one_step import checkpoint, run_stage
 
 
@@ -52,12 +51,13 @@ def test_every_non_finite_value_ends_training(name: str, label: str, value: floa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_model_with_non_finite_weights_is_not_saved(value: float, tmp_path: Path) -> None:
-    net = torch.nn.Linear(3, 2)
-    require_finite(net, tmp_path / "sft")
-    net.weight.data[0, 1:] = value
+def test_a_model_with_non_finite_weights_is_not_saved(value: float, model: Path, tmp_path: Path) -> None:
+    policy, tokenizer = load_policy(model, "float32"), load_tokenizer(model)
+    save_model(policy, tokenizer, tmp_path / "before", "float32")
+    policy.model.norm.weight.data[:2] = value
     with pytest.raises(UserError, match="sft: 2 weights are infinite or not a number"):
-        require_finite(net, tmp_path / "sft")
+        save_model(policy, tokenizer, tmp_path / "sft", "float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes(
