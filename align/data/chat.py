@@ -1,7 +1,6 @@
-"""Chat templates: which tokens of a conversation the assistant says, and whether a template can be trained
-on.
+"""Chat templates: encode conversations, mark the assistant's tokens, check that a template can be trained on.
 
-Shapes: ids and masks are lists of length T (tokens of one rendered conversation).
+Ids and masks are lists of length T, the tokens of one rendered conversation.
 """
 
 from __future__ import annotations
@@ -38,10 +37,9 @@ _SYSTEM = "{%- if loop.first and message['role'] != 'system' -%}{{- @TEXT@ -}}{%
 
 
 def chatml_template(default_system: str | None = None) -> str:
-    """ChatML with generation markers around each assistant turn, its end-of-turn token included.
+    """ChatML template with generation markers around each assistant turn, including its end-of-turn token.
 
-    default_system: content of a system turn that is put before conversations that have none (SmolLM2,
-    Qwen2.5).
+    default_system: content of the system turn of conversations without one (SmolLM2, Qwen2.5); None adds no turn.
     """
     if default_system is None:
         return _CHATML.replace("@SYSTEM@", "")
@@ -53,7 +51,7 @@ def chatml_template(default_system: str | None = None) -> str:
 DEFAULT_TEMPLATE = chatml_template()
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SMOLLM2_TEMPLATE = chatml_template(SMOLLM2_SYSTEM)
-"""Renders exactly as the template published with SmolLM2-Instruct, which has no generation markers."""
+"""Template that renders exactly as the one published with SmolLM2-Instruct, which has no generation markers."""
 
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _ASSISTANT = {"role": "assistant", "content": "It's 4."}
@@ -66,43 +64,42 @@ PROBES: tuple[list[Message], ...] = (
     [_USER, _ASSISTANT, *_MORE],
     [_SYSTEM_TURN, _USER, _ASSISTANT, *_MORE],
 )
-"""Conversations on which two templates are compared and a template is checked."""
+"""Conversations on which templates are compared and checked."""
 
 
 # --- rendering --------------------------------------------------------------------------------------------
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """(input_ids (T,), assistant_mask (T,)); the mask is 1 on what the assistant says, 0 elsewhere."""
+    """(input_ids [T], assistant_mask [T]) of a conversation; the mask is 1 on the assistant's tokens, otherwise 0."""
     encoded = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Ids (T,) of a finished conversation; needs no generation markers in the template."""
+    """Ids [T] of a whole conversation. The template needs no generation markers."""
     return list(_apply(tokenizer, messages)["input_ids"])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str) -> list[int]:
-    """Ids of the prompt with the header of the assistant's turn, ready to be continued. A string is a user
-    turn.
-    """
+    """Ids [T] of the prompt and the header of the assistant's turn. A string is one user turn."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
 
 
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, *, end: int | None) -> list[int]:
-    """Ids of an assistant's turn as generation makes them, behind the prompt's header; `end` is the token that ends it.
+    """Ids [T] of an assistant's turn after the prompt's header, tokenised as generation produces it.
 
-    A turn that was cut has no end (None).
+    end: token that ends the turn; None for a truncated turn.
     """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if end is None else [*ids, end]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for two tokenizers whose ids mean the same and whose templates render the probes alike: then token ids of
-    one can be given to a model of the other.
+    """Hash of the vocabulary and of the chat template's rendering of `PROBES`.
+
+    Models whose tokenizers have equal fingerprints can exchange token ids.
     """
     rendered: list[Any] = []
     if tokenizer.chat_template:
@@ -110,14 +107,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             for prompt in (False, True):
                 try:
                     rendered.append(_render(tokenizer, tokenizer.chat_template, probe, prompt))
-                except Exception:  # a template may refuse a conversation in any way it likes
+                except Exception:  # a template may raise anything for a conversation that it does not support
                     rendered.append(None)
     known = json.dumps([sorted(tokenizer.get_vocab().items()), rendered])
     return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
-    """Raises UserError without a template, DropRow where the template refuses the conversation."""
+    """Apply the chat template. Raises `UserError` if there is none, `DropRow` if it refuses the conversation."""
     _require_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(list(messages), return_dict=True, **options)
@@ -128,13 +125,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         name = tokenizer.name_or_path or "the tokenizer"
-        raise UserError(f"{name} has no chat template: put one beside its files, as chat_template.jinja.")
+        raise UserError(f"{name}: it has no chat template. Add one to its folder as chat_template.jinja.")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a turn: the end-of-sequence token, and the one the template writes after an assistant
-    turn.
-    """
+    """Tokens that end a turn: the end-of-sequence token, and the one the template puts after an assistant turn."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         content = "Sentinel-7"
@@ -155,12 +150,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Me
 
 
 def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give the tokenizer a template with generation markers where one renders the same; True if it was
-    replaced.
+    """Replace the tokenizer's template by one with generation markers that renders the same; True if replaced.
 
-    A ChatML template is replaced by ours if both agree on every probe; other families by TRL's training
-    version of the published template. Without any template, a tokenizer that knows ChatML's tokens gets the
-    default one. Everything else is left alone, for `check_template` to judge.
+    A ChatML template is replaced by ours if both render every probe the same, other families' templates by TRL's
+    training version. A tokenizer without a template but with ChatML's tokens gets the default template. Any other
+    template is kept; `check_template` decides about it.
     """
     current = tokenizer.chat_template
     if not current:
@@ -175,7 +169,7 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     default_system = _default_system(tokenizer)
     if default_system is not None:
         candidates.append(chatml_template(default_system))
-    # Tools are beyond our ChatML: swapping it in would lose them silently.
+    # Our ChatML template does not render tools, so it must not replace one that does.
     if "tools" not in current:
         for candidate in candidates:
             if _same_rendering(tokenizer, current, candidate):
@@ -192,12 +186,12 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def set_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Let a ChatML template put this system turn before conversations that have none; "" puts none there."""
+    """Set the system turn that a ChatML template adds to conversations without one; "" adds none."""
     prepare_chat_template(tokenizer)
     if tokenizer.chat_template not in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer))):
         raise UserError(
-            "model.system_prompt: the source's chat template is not ChatML, so its system turn cannot be changed; "
-            "leave the key out."
+            "model.system_prompt: the chat template of the source is not ChatML, so its system turn cannot be changed; "
+            "remove the key."
         )
     tokenizer.chat_template = chatml_template(text or None)
 
@@ -205,7 +199,7 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         rendered = _render(tokenizer, tokenizer.chat_template, [_USER])
-    except Exception:  # a template may refuse a conversation in any way it likes
+    except Exception:  # a template may raise anything for a conversation that it does not support
         return None
     head, tail = f"{TURN_START}system\n", f"{TURN_END}\n{TURN_START}user\n"
     return rendered.removeprefix(head).partition(tail)[0] if rendered.startswith(head) and tail in rendered else None
@@ -223,10 +217,10 @@ def _same_rendering(tokenizer: PreTrainedTokenizerBase, first: str, second: str)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless the template can be trained on with a loss on assistant turns.
+    """Raise `UserError` unless the template can be used for training with a loss on assistant turns.
 
-    It must mark assistant tokens, count the end-of-turn token among them (or the model never learns to stop),
-    and preserve prefixes (or prompts at generation differ from those in training).
+    It must mark the assistant's tokens, include the end-of-turn token (otherwise the model never learns to stop), and
+    preserve prefixes (otherwise prompts differ between training and generation).
     """
     name = tokenizer.name_or_path or "the tokenizer"
     _require_template(tokenizer)
@@ -234,23 +228,23 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, mask = encode_conversation(tokenizer, conversation)
     if not any(mask):
         raise UserError(
-            f"The chat template of {name} marks no assistant tokens, so nothing would be trained: put "
+            f"{name}: the chat template marks no assistant tokens, so no token would be in the loss. Put "
             "{% generation %} ... {% endgeneration %} around the assistant's content and end-of-turn token."
         )
     stops = set(stop_token_ids(tokenizer))
-    # Anywhere in the turn, not only at its end: published templates also mark the line break that follows.
+    # The end-of-turn token may be anywhere in the turn, because published templates also mark the line break after it.
     turns = [list(run) for marked, run in groupby(range(len(ids)), key=lambda t: mask[t]) if marked]
     if len(turns) != 2 or not all(any(ids[t] in stops for t in turn) for turn in turns):
         raise UserError(
-            f"The chat template of {name} leaves the end-of-turn token out of its {{% generation %}} block, "
-            "so the model would never learn to stop: move {% endgeneration %} behind that token."
+            f"{name}: the {{% generation %}} block of the chat template does not include the end-of-turn token, so the "
+            "model would never learn to stop. Move {% endgeneration %} after that token."
         )
     for count in (1, 3):
         prompt = encode_prompt(tokenizer, conversation[:count])
         longer = encode_messages(tokenizer, conversation[: count + 1])
         if longer[: len(prompt)] != prompt or ids[: len(prompt)] != prompt:
             raise UserError(
-                f"The chat template of {name} renders a prompt differently once the answer follows (it is "
-                "not prefix-preserving), so training and generation would see different prompts: use a "
-                "template that does not rewrite earlier turns."
+                f"{name}: the chat template is not prefix-preserving: it renders a prompt differently when an answer "
+                "follows, so prompts would differ between training and generation. Use a template that does not "
+                "rewrite earlier turns."
             )

@@ -1,6 +1,7 @@
-"""Completions as padded tensors, and what a model says about their tokens.
+"""The rollout batch: completions as padded tensors, with the values that scoring and forward passes add.
 
-Shapes: B sequences, T completion tokens (right-padded), L prompt and completion tokens.
+Shapes: B sequences, T completion tokens, L prompt and completion tokens, D hidden size, k experts per token; all
+right-padded.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ import torch
 from torch import Tensor
 
 OF_ALL_TOKENS = ("input_ids", "routed_experts")
-"""Fields that have a column for each token of the prompt too."""
+"""Fields with a column per prompt token too."""
 
 
 @dataclass
 class Experience:
-    """One round of completions. Every [B, T] tensor is zero where `mask` is.
+    """A rollout batch. Every [B, T] tensor is zero where `mask` is zero.
 
-    input_ids [B, L] prompt and completion, right-padded; lengths [B] of both; prompt_lengths [B]; mask [B, T], 1 on
-    real tokens; loss_mask [B, T], 1 on those that count in the losses;
-    rollout_logprobs by the sampler; old_logprobs before the update, by the trainer or the sampler as the recipe says;
-    ref_logprobs by the reference, values by the critic; score [B], one a completion; advantages and returns; features
-    [B, T, D], the critic's hidden states when its trunk is frozen; routed_experts [B, L, layers, k], int16, where the
-    policy's tokens are to go, -1 for wherever its router chooses.
+    input_ids         [B, L] prompt and completion
+    lengths           [B] tokens of prompt and completion
+    prompt_lengths    [B] tokens of the prompt
+    mask              [B, T] 1 on completion tokens, 0 on padding
+    rollout_logprobs  [B, T] log-probabilities of the sampler
+    loss_mask         [B, T] 1 on tokens in the losses
+    score             [B] score per completion
+    old_logprobs      [B, T] log-probabilities before the update, of the trainer or the sampler (`old_logprobs`)
+    ref_logprobs      [B, T] log-probabilities of the reference
+    values            [B, T] values of the critic
+    advantages        [B, T]
+    returns           [B, T] regression targets of the critic
+    features          [B, T, D] the critic's hidden states if only its head is trained
+    routed_experts    [B, L, layers, k] int16, experts that the policy must use; -1: its router chooses
     """
 
     input_ids: Tensor
@@ -48,7 +57,7 @@ class Experience:
         return self.input_ids.shape[0]
 
     def rows(self, index: Tensor) -> Experience:
-        """The rows at `index`, with padding that none of them needs cut off."""
+        """The rows at `index`, padded to the longest of them."""
         length = int(self.lengths[index].max())
         completion = int((self.lengths - self.prompt_lengths)[index].max())
         picked = {}
@@ -62,7 +71,7 @@ class Experience:
         return Experience(**picked)
 
     def to(self, device: torch.device) -> Experience:
-        """Every tensor on `device`."""
+        """A copy with every tensor on `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -70,7 +79,7 @@ class Experience:
         return Experience(**moved)
 
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
-        """Split rows into groups of similar length, of at most max_tokens each (or one row)."""
+        """Split the rows at `index` into micro-batches of similar lengths of at most `max_tokens`, or one row."""
         order = index[self.lengths[index].argsort(descending=True, stable=True)]
         start = tokens = 0
         for end, length in enumerate(self.lengths[order].tolist()):
@@ -88,9 +97,9 @@ def build_experience(
     logprobs: Sequence[Sequence[float]],
     routed_experts: Sequence[numpy.ndarray] = (),
 ) -> Experience:
-    """Pad to tensors. Lengths, not pad ids, say what is real: pad may equal EOS.
+    """Pad completions to a rollout batch. Padding is known by the lengths, because the pad id may be the EOS id.
 
-    routed_experts: none, or for each sequence the sampler's [layers, tokens - 1, k].
+    routed_experts: empty, or the sampler's experts of each sequence, [layers, tokens - 1, k].
     """
     sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
     mask = _pad([[1.0] * len(c) for c in completions], torch.float32)
@@ -106,7 +115,7 @@ def build_experience(
 
 
 def _pad_routing(routed_experts: Sequence[numpy.ndarray], length: int) -> Tensor:
-    """[B, length, layers, k]; -1 at the last token, which the sampler never computed, and behind it."""
+    """[B, length, layers, k]; -1 on padding and on the last token, which the sampler does not compute."""
     layers, _, width = routed_experts[0].shape
     table = torch.full((len(routed_experts), length, layers, width), -1, dtype=torch.int16)
     for row, routing in enumerate(routed_experts):

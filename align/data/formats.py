@@ -1,8 +1,8 @@
-"""The data formats of TRL's documentation, recognised by their columns, and one canonical form for each use.
+"""TRL's data formats, recognised by their columns, and one canonical form per use.
 
-A message is {"role": str, "content": str, ...}. A plain string in `prompt`, `completion`, `chosen` or
-`rejected` stands for one turn (the user's, or the assistant's): every stage speaks through the chat template,
-so that a model is trained, sampled and scored on the same rendering. Only `text` rows bypass the template.
+A message is {"role": str, "content": str, ...}. A string in `prompt`, `completion`, `chosen` or `rejected` is one turn:
+the user's in `prompt`, otherwise the assistant's. Every stage applies the chat template, so that a model is trained,
+sampled and scored on the same rendering. Only `text` rows bypass the template.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "text": ("text",),
 }
-"""Columns a format needs, most specific first; `prompt` is optional in preference rows."""
+"""Required columns of each format, most specific format first. `prompt` is optional in preference rows."""
 
 STANDARD_COLUMNS = frozenset(column for columns in FORMAT_COLUMNS.values() for column in columns) | {"reference"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 class DropRow(Exception):
-    """A row that cannot be used; the message is the reason under which the report counts it."""
+    """A row cannot be used. The message is the reason that the report counts it under."""
 
 
 def format_of(columns: Iterable[str], accepted: Sequence[Format]) -> Format | None:
-    """The most specific accepted format whose columns are all there."""
+    """The most specific accepted format whose columns are all present, if any."""
     present = set(columns)
     for name, needed in FORMAT_COLUMNS.items():
         if name in accepted and present.issuperset(needed):
@@ -43,21 +43,21 @@ def format_of(columns: Iterable[str], accepted: Sequence[Format]) -> Format | No
 
 
 def require_format(columns: Iterable[str], accepted: Sequence[Format], where: str) -> Format:
-    """`format_of`, or a UserError that names the columns seen, those needed, and how to rename."""
+    """Like `format_of`, but raises `UserError` if no format fits."""
     columns = list(columns)
     found = format_of(columns, accepted)
     if found is None:
         needed = ", or ".join(" and ".join(f"`{c}`" for c in FORMAT_COLUMNS[name]) for name in accepted)
         new, old = FORMAT_COLUMNS[accepted[0]][0], min(columns, default="name")
         raise UserError(
-            f"{where} has the columns {', '.join(sorted(columns)) or '(none)'}, but this stage needs "
-            f"{needed}. Rename them in the recipe, for example `columns: {{{new}: {old}}}`."
+            f"{where}: the columns are {', '.join(sorted(columns)) or '(none)'}, but this stage needs {needed}. "
+            f"Rename them in the recipe, for example `columns: {{{new}: {old}}}`."
         )
     return found
 
 
 def _row_format(row: Row, accepted: Sequence[Format]) -> Format:
-    # A mixture of formats has every column in every row, with None where a source lacks it.
+    # In a mixture of formats every row has every column; None marks the columns that its source lacks.
     found = format_of((c for c, value in row.items() if value is not None), accepted)
     if found is None:
         raise DropRow("empty columns")
@@ -68,10 +68,9 @@ def _row_format(row: Row, accepted: Sequence[Format]) -> Format:
 
 
 def to_messages(value: Any, role: str) -> list[Message]:
-    """Messages of a column's value: a list as it is (ShareGPT's from/value too), a string as one turn of
-    `role`.
+    """Messages of a column's value: a list of messages (ShareGPT's from/value too), or a string as one turn of `role`.
 
-    Raises DropRow for anything empty or that is not text.
+    Raises `DropRow` if it is empty or not text.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -85,7 +84,7 @@ def to_messages(value: Any, role: str) -> list[Message]:
 def _message(item: Any) -> Message:
     if not isinstance(item, Mapping):
         raise DropRow("a message is not an object with role and content")
-    # Arrow gives every message of a column the union of all keys; None marks those it never had.
+    # Arrow gives every message of a column the union of all keys; None marks the keys that it does not have.
     message = {key: value for key, value in item.items() if value is not None}
     if "from" in message and "value" in message:
         speaker = message.pop("from")
@@ -98,7 +97,7 @@ def _message(item: Any) -> Message:
 
 
 def plain(messages: Sequence[Message]) -> str:
-    """The contents alone, one turn a line."""
+    """The contents of the messages, one line per turn."""
     return "\n".join(message["content"] for message in messages)
 
 
@@ -106,9 +105,9 @@ def plain(messages: Sequence[Message]) -> str:
 
 
 def to_conversation(row: Row) -> dict[str, list[Message]]:
-    """{"prompt": messages, "completion": messages}: only the completion's assistant turns are trained on.
+    """{"prompt": messages, "completion": messages}; only assistant turns of the completion are in the loss.
 
-    A `messages` row becomes an empty prompt and the whole conversation as completion.
+    A `messages` row has an empty prompt and the whole conversation as completion.
     """
     if _row_format(row, ("messages", "prompt_completion")) == "messages":
         completion = to_messages(row["messages"], "user")
@@ -122,7 +121,7 @@ def to_conversation(row: Row) -> dict[str, list[Message]]:
 
 
 def to_pair(row: Row) -> dict[str, list[Message]]:
-    """{"prompt", "chosen", "rejected"}: messages; an implicit prompt (the common start) is made explicit."""
+    """{"prompt", "chosen", "rejected"}: messages. Without the column `prompt`, the common beginning is the prompt."""
     _row_format(row, ("preference",))
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
@@ -134,7 +133,7 @@ def to_pair(row: Row) -> dict[str, list[Message]]:
             if ours != theirs:
                 break
             shared += 1
-        # Equal conversations share their answer as well: keep it, so that the caller sees equal completions.
+        # Equal conversations share their answer too. Keep it out of the prompt, so that equal answers are seen below.
         shared = min(shared, len(pair["chosen"]) - 1, len(pair["rejected"]) - 1)
         if shared == 0:
             raise DropRow("chosen and rejected share no prompt")
@@ -148,7 +147,7 @@ def to_pair(row: Row) -> dict[str, list[Message]]:
 
 
 def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two strings with a common beginning -> (prompt, chosen, rejected), cut at a word boundary."""
+    """(prompt, chosen, rejected) of two strings with a common beginning, split at a word boundary."""
     if chosen == rejected:
         raise DropRow("chosen equals rejected")
     end = 0
@@ -164,10 +163,10 @@ def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def to_prompt(row: Row) -> tuple[list[Message], str | None]:
-    """(messages that end with the user's turn, reference answer or None).
+    """(messages up to a user turn, reference answer or None).
 
-    The reference is the column `reference`; without it, the completion, the chosen answer or the last
-    assistant turn of the row, where it has one.
+    The reference is the column `reference`, otherwise the completion, the chosen answer or the last assistant turn of
+    the row, if any.
     """
     kind = _row_format(row, ("preference", "prompt_completion", "messages", "prompt"))
     answer: list[Message] = []
@@ -189,7 +188,7 @@ def to_prompt(row: Row) -> tuple[list[Message], str | None]:
 
 
 def to_text(row: Row) -> str:
-    """Plain text of a row of any format: the `text` column, or the contents of all turns."""
+    """Plain text of a row of any format: the column `text`, or the contents of all turns."""
     kind = _row_format(row, tuple(FORMAT_COLUMNS))
     if kind == "text":
         text = row["text"]

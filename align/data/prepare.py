@@ -1,19 +1,19 @@
-"""From a recipe's data section to tokenised rows, one function for each kind of trainer.
+"""Tokenise the data section of a recipe, one function per kind of trainer.
 
-Column layouts (lists of length T, tokens of the row) as TRL 1.16 reads them:
+Columns, as TRL 1.16 reads them; each holds the T tokens of a row:
 
-    SFTTrainer      input_ids, labels (-100 where there is no loss). `input_ids` makes it skip tokenisation.
-    RewardTrainer   chosen_ids, rejected_ids, each with the prompt in front. Both make it skip tokenisation.
-    DPOTrainer      prompt_ids, chosen_ids, rejected_ids, where the latter two hold the completion only.
+    SFTTrainer      input_ids, labels (-100: not in the loss). `input_ids` makes it skip tokenisation.
+    RewardTrainer   chosen_ids, rejected_ids, both with the prompt. They make it skip tokenisation.
+    DPOTrainer      prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
 
-DPOTrainer tokenises whatever it is given. The rows therefore keep prompt, chosen and rejected as messages
-too: left alone, it arrives at the same ids but for what the template writes behind the end of a turn (a line
-break in ChatML); a subclass whose `_prepare_dataset` returns its argument trains on the ids made here.
+DPOTrainer always tokenises, so the rows also keep prompt, chosen and rejected as messages. TRL's own tokenisation of
+them gives the same ids except for what the template puts after the end of a turn (a line break in ChatML). A subclass
+whose `_prepare_dataset` returns its argument trains on the ids made here.
 
-In pairs, a completion ends with the token that ends the turn, because that is where generation stops: a
-reward model must read its score at the same token in training and in PPO.
+In pairs, a completion ends with its end-of-turn token, because generation stops there: a reward model must read its
+score at the same token in training and in PPO.
 
-Nothing is dropped in silence: every reason and its count are in the report.
+No row is silently dropped: the report has every reason with its count.
 """
 
 from __future__ import annotations
@@ -46,31 +46,35 @@ from align.data.splits import is_held_out, prompt_key
 from align.errors import UserError
 
 IGNORED = -100
-"""Label of a token that is not in the loss."""
+"""Label of tokens that are not in the loss."""
 StageDirs = Mapping[str, Path] | None
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows."""
+    """Counts of rows and tokens.
+
+    rows_read      all rows of the sources
+    rows_train     rows in the training split
+    rows_held_out  rows in the held-out split
+    dropped        {reason: rows dropped}, over both splits
+    truncated      rows kept without their end
+    tokens         tokens of the training rows
+    loss_tokens    training tokens in the loss; the first token of a row is never in it
+    fingerprint    SHA-256 over the ids of all rows, training rows first
+    """
 
     rows_read: int
     rows_train: int
     rows_held_out: int
     dropped: dict[str, int]
-    """Rows left out, by reason; training and held-out rows together."""
     truncated: int
-    """Rows kept with their end cut off."""
     tokens: int
-    """Tokens of the training rows."""
     loss_tokens: int
-    """Training tokens that are predicted: labelled ones, without the first of a row, which nothing precedes.
-    """
     fingerprint: str
-    """sha256 over the ids of all rows, training first."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """The fields as JSON types."""
         return asdict(self)
 
     def summary(self) -> str:
@@ -89,36 +93,37 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows, ready for a trainer."""
+    """Tokenised rows for a trainer. held_out is None if the recipe holds out no rows."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
-    """None where the recipe holds nothing back."""
     report: DataReport
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt to be answered."""
+    """A prompt for generation.
+
+    ids        tokens of the prompt and of the header of the assistant's turn
+    messages   the prompt as messages
+    reference  reference answer, if the data has one
+    row        the row as read, for reward functions
+    """
 
     ids: tuple[int, ...]
-    """Prompt with the header of the assistant's turn."""
     messages: list[Message]
     reference: str | None
-    """A good answer, where the data has one."""
     row: dict[str, Any] = field(repr=False)
-    """The row as read, for reward functions."""
 
 
 @dataclass
 class _Encoded:
-    """One tokenised row and its share of the report."""
+    """One tokenised row and its counts. key: canonical prompt, whose hash decides about the split."""
 
     columns: dict[str, Any]
     loss_tokens: int
     truncated: bool = False
     key: str = ""
-    """Canonical prompt, by which rows are held back."""
 
     @property
     def tokens(self) -> int:
@@ -142,13 +147,16 @@ def _loss_tokens(labels: Sequence[int]) -> int:
 def prepare_text(
     data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
 ) -> Prepared:
-    """Documents packed back to back into rows of `max_length` tokens (input_ids = labels), for pretraining.
+    """Concatenate documents and split them into rows of `max_length` tokens (input_ids = labels), for pretraining.
 
-    Each document ends with the end-of-sequence token; only the last row may be shorter. Conversations are
-    rendered with the chat template. No token is lost, so nothing counts as truncated.
+    Each document ends with the end-of-sequence token; only the last row may be shorter. Conversations are rendered
+    with the chat template. No token is lost, so no row counts as truncated.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-sequence token, which pretraining puts between documents.")
+        raise UserError(
+            "The tokenizer has no end-of-sequence token, which pretraining puts after each document. Set eos_token in "
+            "tokenizer_config.json."
+        )
 
     def encode(row: formats.Row) -> _Encoded:
         if row.get("text") is None:
@@ -165,7 +173,7 @@ def prepare_text(
     def pack(documents: list[_Encoded]) -> list[_Encoded]:
         stream = [token for document in documents for token in document.columns["input_ids"]]
         blocks = [stream[start : start + data.max_length] for start in range(0, len(stream), data.max_length)]
-        # A last block of one token would predict nothing.
+        # A last block of one token has no token in the loss.
         return [_Encoded({"input_ids": b, "labels": b}, len(b) - 1) for b in blocks if len(b) > 1]
 
     return _prepare(data, encode, ("text", "messages", "prompt_completion"), seed, stage_dirs, pack)
@@ -181,9 +189,9 @@ def prepare_sft(
 ) -> Prepared:
     """Conversations as input_ids and labels, for SFTTrainer.
 
-    assistant_only_loss: count the assistant's turns (of a prompt/completion row, the completion's only);
-    otherwise every token counts, and rows of plain `text` are accepted too. Rows longer than `max_length`
-    keep their start; those left without a token in the loss are dropped.
+    assistant_only_loss: only assistant turns are in the loss (of a prompt/completion row, those of the completion).
+    Otherwise every token is, and `text` rows are accepted too. Rows longer than `max_length` are truncated at the end,
+    and dropped if no token in the loss remains.
     """
     accepted: tuple[Format, ...] = ("messages", "prompt_completion")
     if assistant_only_loss:
@@ -228,9 +236,9 @@ def _encode_sft(tokenizer: Any, conversation: dict[str, list[Message]], masked: 
 def prepare_reward_pairs(
     data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
 ) -> Prepared:
-    """Preference pairs as chosen_ids and rejected_ids, prompts included, for RewardTrainer.
+    """Preference pairs as chosen_ids and rejected_ids, both with the prompt, for RewardTrainer.
 
-    Pairs of which one side is longer than `max_length` are dropped, and so are pairs with equal answers.
+    A pair is dropped if one side is longer than `max_length` or if both answers are equal.
     """
 
     stops = frozenset(stop_token_ids(tokenizer))
@@ -246,9 +254,9 @@ def prepare_reward_pairs(
 def prepare_dpo_pairs(
     data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
 ) -> Prepared:
-    """Preference pairs as prompt_ids, chosen_ids and rejected_ids beside their messages, for DPOTrainer.
+    """Preference pairs as prompt_ids, chosen_ids, rejected_ids and messages, for DPOTrainer.
 
-    The same pairs are dropped as in `prepare_reward_pairs`.
+    Drops the same pairs as `prepare_reward_pairs`.
     """
 
     stops = frozenset(stop_token_ids(tokenizer))
@@ -273,7 +281,7 @@ def _encode_pair(
         ids = encode_messages(tokenizer, messages)
         end = len(_checked_prefix(ids, prompt))
         end = max((t + 1 for t in range(end, len(ids)) if ids[t] in stops), default=len(ids))
-        # A sample that was cut at its length limit has no end of turn, here as in PPO.
+        # A sample truncated at its length limit has no end-of-turn token, here as in PPO.
         cut = row.get(f"{side}_finished") is False and ids[end - 1] in stops
         sides.append(ids[len(prompt) : end - cut])
     if len(prompt) + max(map(len, sides)) > max_length:
@@ -291,9 +299,9 @@ def prepare_prompts(
     seed: int,
     stage_dirs: StageDirs = None,
 ) -> tuple[list[PromptRow], DataReport]:
-    """Prompts in the order of the shuffled mixture; those longer than `max_prompt_length` tokens are dropped.
+    """Prompts in the order of the shuffled mixture, without those longer than `max_prompt_length` tokens.
 
-    Raises UserError if none is left.
+    Raises `UserError` if no prompt remains.
     """
     accepted: tuple[Format, ...] = ("prompt", "prompt_completion", "preference", "messages")
     tally, prompts = _Tally(), []
@@ -317,7 +325,7 @@ def prepare_prompts(
 
 
 def _conversation_key(conversation: dict[str, list[Message]]) -> str:
-    """The prompt of a conversation: all that comes before its last assistant turn."""
+    """Key of a conversation's prompt: everything before its last assistant turn."""
     if conversation["prompt"]:
         return prompt_key(conversation["prompt"])
     turns = conversation["completion"]
@@ -326,8 +334,7 @@ def _conversation_key(conversation: dict[str, list[Message]]) -> str:
 
 
 def _checked_prefix(ids: list[int], prompt: list[int]) -> list[int]:
-    # An answer that starts with white space may merge with the header: generation could never produce those
-    # ids.
+    # An answer that begins with white space may be tokenised together with the header, which generation cannot produce.
     if ids[: len(prompt)] != prompt:
         raise DropRow("prompt and answer share a token")
     return prompt
@@ -341,10 +348,10 @@ def _prepare(
     stage_dirs: StageDirs,
     pack: Callable[[list[_Encoded]], list[_Encoded]] = lambda rows: rows,
 ) -> Prepared:
-    """Read, encode, split, pack and count. Raises UserError if no training row is left."""
+    """Read, encode, split, pack and count. Raises `UserError` if no training row remains."""
     tally = _Tally()
     rows = load_rows(data.train, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
-    # Held-out sources are read before the slow part, so that a mistake in them shows at once.
+    # Held-out sources are read before the slow encoding, so that an error in them is reported early.
     others = load_rows(data.held_out, seed=seed, stage_dirs=stage_dirs, accepted=accepted) if data.held_out else None
     train, held_out = _encode_all(rows, encode, tally), []
     if not train:
@@ -358,8 +365,8 @@ def _prepare(
         train = [row for row in train if not is_held_out(row.key, data.held_out_fraction)]
         if not train or not held_out:
             raise UserError(
-                f"held_out_fraction {data.held_out_fraction} of {len(train) + len(held_out)} rows leaves "
-                "one side empty: add rows, or name `held_out` sources."
+                f"held_out_fraction {data.held_out_fraction} of {len(train) + len(held_out)} rows leaves one split "
+                "empty. Add rows, or set `held_out` to sources."
             )
     counts = len(train), len(held_out)
     train, held_out = pack(train), pack(held_out)
@@ -382,7 +389,7 @@ def _nothing_left(sources: Sequence[Source], tally: _Tally, setting: str) -> Use
     names = ", ".join(describe_source(source) for source in sources)
     reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
     advice = f"; raise {setting}" if any("longer" in r or "truncated" in r for r in tally.dropped) else ""
-    return UserError(f"All {tally.read} rows of {names} were dropped ({reasons}){advice}.")
+    return UserError(f"{names}: all {tally.read} rows were dropped ({reasons}){advice}.")
 
 
 def _report(
@@ -409,6 +416,6 @@ def _report(
 def _to_dataset(rows: list[_Encoded]) -> datasets.Dataset:
     arrays = {}
     for name in rows[0].columns:
-        ids = name.endswith("ids") or name == "labels"  # int32: half the memory of what Arrow would guess
+        ids = name.endswith("ids") or name == "labels"  # int32 takes half the memory of Arrow's default
         arrays[name] = pa.array([row.columns[name] for row in rows], pa.list_(pa.int32()) if ids else None)
     return datasets.Dataset(InMemoryTable(pa.table(arrays)))

@@ -1,8 +1,8 @@
-"""Documentation of Python's standard library, read from the running installation, as training data.
+"""Training data from the documentation of Python's standard library, read from the running installation.
 
-Python sources are parsed with `ast` and never imported, so nothing is executed; a few C modules without side
-effects (math, itertools, builtins, ...) are imported for their docstrings. Order is deterministic. The rows
-depend on the Python version and, for a few compiled modules, on how it was built.
+Python sources are parsed with `ast` and not imported, so no code runs. A few C modules without side effects (math,
+itertools, builtins, ...) are imported for their docstrings. The order is deterministic. The rows depend on the Python
+version and, for a few compiled modules, on its build.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ View = Literal["text", "conversation", "prompts", "pairs"]
 
 MIN_DOC_CHARS = 30
 HELD_OUT_PERCENT = 13
-"""Share of the top-level modules that are held out."""
+"""Percentage of the top-level modules that is held out."""
 
-# C modules: no *.py source to parse, and importing them does nothing visible.
+# C modules have no *.py source to parse; importing these has no side effects.
 COMPILED_MODULES = (
     "array", "atexit", "binascii", "builtins", "cmath", "collections", "datetime", "decimal", "errno",
     "functools", "gc", "hashlib", "io", "itertools", "marshal", "math", "operator", "pickle", "random",
     "re", "select", "socket", "sqlite3", "struct", "sys", "threading", "time", "unicodedata", "weakref",
     "zlib",
 )  # fmt: skip
-# Applications, tests, jokes, generated codec tables, and what exists on one platform only.
+# Applications, tests, jokes, generated codec tables, and modules of a single platform.
 SKIPPED_MODULES = {
     "antigravity", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "nt",
     "ntpath", "nturl2path", "pydoc_data", "site", "test", "this", "tkinter", "turtle", "turtledemo",
@@ -55,18 +55,18 @@ class DocEntry:
     """Qualified name, for example `textwrap.TextWrapper.fill`."""
     kind: Literal["function", "class", "method", "module", "topic"]
     signature: str
-    """Argument names in parentheses, or the empty string where they are unknown or long."""
+    """Argument names in parentheses; empty if unknown or too long."""
     doc: str
-    """Cleaned documentation, uncut."""
+    """Cleaned documentation, not truncated."""
 
     @property
     def group(self) -> str:
-        """Top-level module name: all entries of a group fall on the same side of the split."""
+        """Name of the top-level module; all entries of a group are in the same split."""
         return self.module.split(".")[0]
 
 
 def split_of(group: str) -> Split:
-    """The side of the split on which a top-level module falls; depends on its name only."""
+    """Split of a top-level module. Depends on its name only."""
     digest = hashlib.sha256(group.encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT else "train"
 
@@ -76,9 +76,9 @@ def split_of(group: str) -> Split:
 
 @lru_cache(maxsize=1)
 def documented_names() -> tuple[DocEntry, ...]:
-    """Every documented public name, about four thousand entries in four seconds; the result is cached.
+    """All documented public names, about 4000 entries in four seconds. The result is cached.
 
-    Raises UserError where the installation has no *.py sources (a frozen Python).
+    Raises `UserError` if the installation has no *.py sources (a frozen Python).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     entries: dict[str, DocEntry] = {}
@@ -93,7 +93,9 @@ def documented_names() -> tuple[DocEntry, ...]:
             for entry in _imported_entries(group):
                 entries.setdefault(entry.name, entry)
     if len(entries) < 100:
-        raise UserError(f"python_docs needs the standard library's *.py files, and {root} holds too few of them.")
+        raise UserError(
+            f"python_docs: {root} has too few *.py files of the standard library; use a Python with its sources."
+        )
     return tuple(sorted(entries.values(), key=lambda entry: entry.module))  # stable: source order in a module
 
 
@@ -113,7 +115,7 @@ def _module_name(root: Path, path: Path) -> str:
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
-    # What users know as os.path.
+    # Documented under the name os.path.
     return "os.path" if parts in (["posixpath"], ["genericpath"]) else ".".join(parts)
 
 
@@ -158,11 +160,11 @@ def _imported_entries(module: str) -> Iterator[DocEntry]:
     namespace = importlib.import_module(module)
     yield from _entry(module, module, "module", "", namespace.__doc__)
     for name, value in sorted(vars(namespace).items()):
-        if module == "sys":  # hooks that a library has put in the place of Python's own are not documentation
+        if module == "sys":  # use Python's own hooks, which a library may have replaced
             value = getattr(namespace, f"__{name}__", value)
         home = getattr(value, "__module__", None) or module
-        # A name that another public module defines is documented there (threading.get_ident is _thread's:
-        # keep).
+        # A name defined in another public module is documented there. Private homes are kept: threading.get_ident
+        # is defined in _thread.
         if name.startswith("_") or (home != module and not home.startswith("_")):
             continue
         if inspect.isclass(value):
@@ -178,7 +180,7 @@ def _imported_entries(module: str) -> Iterator[DocEntry]:
 def _signature(routine: Any) -> str:
     try:
         parameters = inspect.signature(routine).parameters.values()
-    except (TypeError, ValueError):  # many C functions carry none
+    except (TypeError, ValueError):  # many C functions have no signature
         return ""
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     names = [stars.get(p.kind, "") + p.name for p in parameters if p.name not in ("self", "cls", "type")]
@@ -195,9 +197,7 @@ def _entry(module: str, name: str, kind: Any, signature: str, doc: str | None) -
 
 
 def clean_doc(doc: str, name: str) -> str:
-    """`doc` without indentation, without leading lines that only repeat the signature, paragraphs on one
-    line.
-    """
+    """`doc` without indentation and without leading lines that repeat the signature; one line per paragraph."""
     lines = inspect.cleandoc(doc).splitlines()
     call = re.compile(rf"(?:\w+\.)*{re.escape(name)}\s*\(.*\)?(?:\s*->.*)?$")
     while lines and (not lines[0].strip() or call.match(lines[0])):
@@ -212,7 +212,7 @@ def clean_doc(doc: str, name: str) -> str:
 
 
 def _reflow(paragraph: str) -> str:
-    """Joins the lines of prose; lists, tables and examples (indented or marked) stay as they are."""
+    """Join the lines of a paragraph of prose; lists, tables and examples are unchanged."""
     lines = [line.rstrip() for line in paragraph.strip("\n").splitlines()]
     if any(re.match(r"\s|>>>|\.\.\.|[-*=+|#:]|\d+[.)]\s", line) for line in lines):
         return "\n".join(lines)
@@ -220,9 +220,9 @@ def _reflow(paragraph: str) -> str:
 
 
 def cut_at_sentence(text: str, limit: int) -> str:
-    """The longest beginning of `text` that ends with a sentence within `limit` characters, without examples.
+    """The longest beginning of `text` of whole sentences within `limit` characters, without examples.
 
-    Empty where no sentence ends in time.
+    Empty if the first sentence is longer than `limit`.
     """
     text = re.split(r"\n*^\s*(?:>>>|\.\. |:param|:type)", text, maxsplit=1, flags=re.MULTILINE)[0].strip()
     if len(text) <= limit:
@@ -257,7 +257,7 @@ PHRASINGS = {
 
 
 def question(entry: DocEntry) -> str:
-    """The question whose answer is the entry's documentation; the phrasing depends on the name only."""
+    """Question about an entry. The phrasing depends on the entry's name only."""
     name = entry.name.removeprefix("builtins.")
     phrasings = PHRASINGS[entry.kind]
     number = int.from_bytes(hashlib.sha256(entry.name.encode()).digest()[:4], "big") % len(phrasings)
@@ -266,11 +266,11 @@ def question(entry: DocEntry) -> str:
 
 @lru_cache(maxsize=8)
 def _answers(split: Split, max_answer_chars: int) -> tuple[tuple[DocEntry, str], ...]:
-    """(entry, answer) of a split. No answer occurs twice in both splits, so none leaks into held-out rows."""
+    """(entry, answer) of a split. No answer occurs twice, so no training answer is in the held-out split."""
     seen: set[str] = set()
     kept: dict[Split, list[tuple[DocEntry, str]]] = {"train": [], "held_out": []}
     candidates = [e for e in documented_names() if e.kind in PHRASINGS]
-    for side in ("train", "held_out"):  # training rows claim an answer first
+    for side in ("train", "held_out"):  # an answer of both splits belongs to the training split
         for entry in candidates:
             if split_of(entry.group) != side:
                 continue
@@ -283,7 +283,7 @@ def _answers(split: Split, max_answer_chars: int) -> tuple[tuple[DocEntry, str],
 
 
 def _neighbour(answers: tuple[tuple[DocEntry, str], ...], number: int) -> str:
-    """Another entry's answer: of the same module where it has one, else of the next module."""
+    """Answer of another entry: of the same module if it has one, otherwise of the next module."""
     module = answers[number][0].module
     first, last = number, number + 1  # entries of a module are contiguous
     while first > 0 and answers[first - 1][0].module == module:
@@ -304,10 +304,10 @@ def _texts(split: Split) -> list[dict[str, Any]]:
                 if side == split:
                     head = f"{entry.name}{entry.signature}".removeprefix("builtins.")
                     rows.append({"text": f"{head}\n\n{entry.doc}", "module": entry.module, "name": entry.name})
-    from pydoc_data.topics import topics  # the language reference: large, and only this view needs it
+    from pydoc_data.topics import topics  # the language reference is large, and only this view needs it
 
     for name, text in sorted(topics.items()):
-        # By content: some topics have two names.
+        # The split depends on the content, because some topics have two names.
         if split_of(text) == split and text not in seen:
             seen.add(text)
             rows.append({"text": text.strip(), "module": "pydoc_data.topics", "name": name})
@@ -315,11 +315,12 @@ def _texts(split: Split) -> list[dict[str, Any]]:
 
 
 def python_docs_rows(view: View, split: Split, max_answer_chars: int) -> list[dict[str, Any]]:
-    """Rows of one view, in a fixed order; every row also has `module` and `name`.
+    """Rows of one view in a fixed order. Every row also has the columns `module` and `name`.
 
-    text: {text}, uncut, topics of the language reference included. conversation: {messages}. prompts:
-    {prompt, reference}. pairs: {prompt, chosen, rejected}, where rejected is the documentation of a
-    neighbour.
+    text          {text}, not truncated; includes the topics of the language reference
+    conversation  {messages}
+    prompts       {prompt, reference}
+    pairs         {prompt, chosen, rejected}; rejected is the documentation of a neighbouring entry
     """
     if view == "text":
         return _texts(split)

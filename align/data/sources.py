@@ -1,6 +1,6 @@
 """Read the sources of a recipe into one data set.
 
-Everything is checked while reading, which is cheap, so that a bad line is reported before a model is loaded.
+Rows are checked when they are read, so that a bad line is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from align.errors import UserError
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 SHUFFLE_BUFFER = 10_000
-"""Rows among which a streaming source is shuffled."""
+"""Rows in the shuffle buffer of a streaming source."""
 
 
 def load_rows(
@@ -33,15 +33,14 @@ def load_rows(
     stage_dirs: Mapping[str, Path] | None = None,
     accepted: Sequence[Format] | None = None,
 ) -> Rows:
-    """The mixture of `sources`, shuffled with `seed`; an IterableDataset only where every source streams.
+    """The mixture of `sources`, shuffled with `seed`; an IterableDataset if every source streams.
 
-    `limit` takes rows after a source's own shuffle. Several sources of which none sets a weight are joined:
-    each row occurs once. As soon as one sets a weight, sources are drawn with probabilities proportional to
-    the weights (an unset one counts as 1) until the first is used up: shares are as asked and no row is
-    repeated, but rows of the others may be left over. Rows of different formats may be mixed; the columns a
-    source lacks are None.
+    `limit` applies after the shuffle of the source. If no source sets a weight, sources are concatenated and each row
+    occurs once. If one sets a weight, rows are drawn with probabilities proportional to the weights (default 1) until
+    one source is exhausted: the shares are exact in expectation and no row is repeated, but rows of the other sources
+    may be unused. Formats may be mixed; columns that a source lacks are None.
 
-    accepted: formats of which each source must have the columns. Raises UserError for anything unreadable.
+    accepted: each source must have the columns of one of these formats. Raises `UserError` if a source is unreadable.
     """
     loaded = [_prepared_source(source, seed, stage_dirs or {}, accepted) for source in sources]
     if not all(isinstance(rows, datasets.IterableDataset) for rows in loaded):
@@ -60,13 +59,14 @@ def load_rows(
     except (ValueError, pa.ArrowException) as error:
         names = ", ".join(describe_source(source) for source in sources)
         raise UserError(
-            f"The sources {names} cannot be mixed: a column has text in one and messages in another ({error})."
+            f"{names}: these sources cannot be mixed, because a column is text in one and messages in another "
+            f"({error}). Convert one of them."
         ) from error
     return mixed
 
 
 def describe_source(source: Source) -> str:
-    """A short name for messages: the path, the hub id, or what is built in."""
+    """Short name of a source for messages: its path, hub id or kind."""
     match source:
         case FileSource():
             return source.path
@@ -84,7 +84,7 @@ def _prepared_source(source: Source, seed: int, stage_dirs: Mapping[str, Path], 
         rows = _rename(rows, source.columns, name)
     columns = rows.column_names or list(next(iter(rows), {}))
     if not columns or (isinstance(rows, datasets.Dataset) and len(rows) == 0):
-        raise UserError(f"{name} has no rows; name a source that has some.")
+        raise UserError(f"{name}: the source has no rows; set another source.")
     if "messages" not in columns and "conversations" in columns:  # the name ShareGPT files use
         rows = rows.rename_column("conversations", "messages")
         columns = ["messages" if column == "conversations" else column for column in columns]
@@ -109,10 +109,10 @@ def _read_source(source: Source, stage_dirs: Mapping[str, Path]) -> Rows:
         case StageSource():
             if source.stage not in stage_dirs:
                 known = ", ".join(sorted(stage_dirs)) or "none"
-                raise UserError(f"There are no rows of the stage '{source.stage}' yet; stages with rows: {known}.")
+                raise UserError(f"stage '{source.stage}': it has no rows yet; the stages with rows are {known}.")
             path = Path(stage_dirs[source.stage]) / "data" / f"{source.split}.jsonl"
             if not path.is_file():
-                raise UserError(f"The stage '{source.stage}' left no {path}: run that stage first.")
+                raise UserError(f"stage '{source.stage}': {path} does not exist; run that stage first.")
             return _read_files(path, streaming=False)
 
 
@@ -122,8 +122,8 @@ def _read_hub(source: HubSource) -> Rows:
     except (OSError, ValueError, RuntimeError) as error:  # not found, offline, unknown configuration or split
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"The data set '{source.id}' (split '{source.split}') cannot be loaded from the Hugging Face hub"
-            f": {reason}. Check the id and the network, or download it and use a `file` source."
+            f"data set '{source.id}', split '{source.split}': cannot be loaded from the Hugging Face hub: {reason}. "
+            "Check the id and the network, or download the data set and use a `file` source."
         ) from error
 
 
@@ -134,7 +134,9 @@ def _read_files(path: Path, streaming: bool) -> Rows:
     files = _data_files(path)
     jsonl = [file for file in files if file.suffix != ".parquet"]
     if jsonl and len(jsonl) < len(files):
-        raise UserError(f"{path} holds both JSONL and Parquet files; name one of them, or use two sources.")
+        raise UserError(
+            f"{path}: the folder has both JSONL and Parquet files; set path to one file, or use two sources."
+        )
     if jsonl:
         if streaming:
             return datasets.IterableDataset.from_generator(read_jsonl, gen_kwargs={"files": jsonl})
@@ -145,7 +147,7 @@ def _read_files(path: Path, streaming: bool) -> Rows:
             return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
         tables = [datasets.Dataset(InMemoryTable(pq.read_table(file))) for file in files]
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
+        raise UserError(f"{path}: not a readable Parquet file ({error}); write it again.") from error
     return datasets.concatenate_datasets(tables)
 
 
@@ -153,17 +155,17 @@ def _data_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".parquet") and p.is_file())
         if not files:
-            raise UserError(f"{path} holds no *.jsonl or *.parquet file.")
+            raise UserError(f"{path}: the folder has no *.jsonl or *.parquet file; set another path.")
         return files
     if not path.is_file():
-        raise UserError(f"{path} does not exist (paths are relative to {Path.cwd()}).")
+        raise UserError(f"{path}: does not exist (paths are relative to {Path.cwd()}); correct the path.")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them.")
+        raise UserError(f"{path}: neither .jsonl nor .parquet; convert it to one of them.")
     return [path]
 
 
 def read_jsonl(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The objects of JSONL files; blank lines are skipped. Raises UserError with file and line."""
+    """The objects of JSONL files, without blank lines. Raises `UserError` with file and line."""
     expected: set[str] | None = None
     first = ""
     for file in files:
@@ -178,8 +180,8 @@ def read_jsonl(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
                     expected, first = set(standard), where
                 elif standard != expected:
                     raise UserError(
-                        f"{where}: has the columns {', '.join(sorted(row))}, which does not match {first}: "
-                        f"{', '.join(sorted(expected ^ standard))} is in one of them only."
+                        f"{where}: the columns {', '.join(sorted(row))} differ from those of {first}: "
+                        f"{', '.join(sorted(expected ^ standard))} is in one of them only. Give both the same columns."
                     )
                 yield row
 
@@ -188,23 +190,25 @@ def _parsed_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise UserError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8."
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line."
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); correct or remove the line."
         ) from error
     if not isinstance(row, dict) or not row:
         kind = "an empty object" if row == {} else f"a {type(row).__name__}"
-        raise UserError(f"{where}: each line must be a JSON object with named columns, but this is {kind}.")
+        raise UserError(
+            f"{where}: {kind}, but each line must be a JSON object with named columns; correct or remove it."
+        )
     return row
 
 
 def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Dataset:
-    """Rows in memory as a Dataset with the union of their columns. Raises UserError for no rows or mixed
-    types.
-    """
+    """Dataset in memory with the union of the rows' columns. Raises `UserError` for no rows or mixed types."""
     if not rows:
-        raise UserError(f"{name} has no rows; name a source that has some.")
+        raise UserError(f"{name}: the source has no rows; set another source.")
     columns = dict.fromkeys(column for row in rows for column in row)
     arrays = {}
     for column in columns:
@@ -213,8 +217,8 @@ def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Da
             arrays[column] = pa.array(values)
         except pa.ArrowException as error:
             if column in STANDARD_COLUMNS:
-                raise UserError(f"{name}: the column '{column}' mixes types ({error}).") from error
-            # A column that only a reward function may read: keep it as JSON text.
+                raise UserError(f"{name}: the column '{column}' mixes types ({error}); write one type.") from error
+            # Only a reward function can read other columns, so mixed types are kept as JSON text.
             arrays[column] = pa.array([json.dumps(value) for value in values])
     return datasets.Dataset(InMemoryTable(pa.table(arrays)))
 
@@ -227,10 +231,13 @@ def _rename(rows: Rows, columns: Mapping[str, str], name: str) -> Rows:
     missing = sorted(set(columns.values()) - set(present))
     if missing:
         raise UserError(
-            f"{name}: `columns` names {', '.join(missing)}, but the columns are {', '.join(sorted(present))}."
+            f"{name}: `columns` names {', '.join(missing)}, but the columns are {', '.join(sorted(present))}; correct "
+            "`columns`."
         )
     moved = {old: new for new, old in columns.items() if old != new}
-    hidden = [new for new in moved.values() if new in present and new not in moved]  # the recipe's choice wins
+    hidden = [
+        new for new in moved.values() if new in present and new not in moved
+    ]  # the recipe's `columns` takes precedence
     return rows.remove_columns(hidden).rename_columns(moved)
 
 
@@ -241,5 +248,5 @@ def _shuffled(rows: Rows, seed: int) -> Rows:
 
 
 def _in_memory(rows: Rows) -> datasets.Dataset:
-    """A streaming source that is mixed with one in memory is read at once."""
+    """The rows in memory; a streaming source is read as a whole, to be mixed with sources in memory."""
     return rows if isinstance(rows, datasets.Dataset) else rows_to_dataset(list(rows), "streaming source")

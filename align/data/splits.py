@@ -1,4 +1,4 @@
-"""Hold rows back by a hash, so that adding rows never moves an old one to the other side."""
+"""Hold out rows by a hash of their prompt, so that adding rows moves no old row to the other split."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ T = TypeVar("T")
 
 
 def prompt_key(prompt: Any) -> str:
-    """Canonical text of a prompt: a string as it is; messages as their roles and contents."""
+    """Canonical text of a prompt: the string itself, or the messages' roles and contents as JSON."""
     if isinstance(prompt, str):
         return prompt
     return json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """True for about `fraction` of all keys; depends on the key alone."""
+    """True for about `fraction` of all keys. Depends on the key only."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def split_by_prompt_hash(rows: Iterable[T], fraction: float, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
-    """(train, held_out), each in the given order. Rows with the same key fall on the same side."""
+    """(train, held_out), each in the given order. Rows with the same key are in the same split."""
     sides: tuple[list[T], list[T]] = ([], [])
     for row in rows:
         sides[is_held_out(key(row), fraction)].append(row)

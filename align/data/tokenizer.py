@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on a run's own text."""
+"""Train a byte-level BPE tokenizer on the text of a recipe's sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAD = "<|pad|>"
 
 
 def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Path] | None = None) -> Iterator[str]:
-    """Plain text of every row of the sources, of any format; rows without text are skipped."""
+    """Plain text of every row, of any format. Rows without text are skipped."""
     for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs):
         try:
             yield to_text(row)
@@ -27,15 +27,15 @@ def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Pat
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with at most `vocab_size` entries, fewer where the text is too small to fill them.
+    """Byte-level BPE tokenizer with at most `vocab_size` entries; fewer if the text has too few distinct pairs.
 
-    Special tokens: padding (id 0), `<|im_start|>` (1), and `<|im_end|>` (2), which ends turns and documents
-    alike. Any text survives encoding and decoding unchanged. The same texts in the same order give the same
-    vocabulary. Raises UserError if there is no text.
+    Special tokens: padding (id 0), `<|im_start|>` (1), and `<|im_end|>` (2), which ends turns and documents. Decoding
+    the ids of any text gives that text. The same texts in the same order give the same vocabulary. Raises `UserError`
+    if there is no text.
     """
     texts = list(texts)
     if not any(text.strip() for text in texts):
-        raise UserError("The tokenizer's sources hold no text to train on.")
+        raise UserError("model.tokenizer.data: the sources have no text to train on; set other sources.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -74,7 +74,9 @@ def test_sft_truncation_keeps_the_start_and_counts(tokenizer, jsonl):
         "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no assistant turn, "
         "1 dropped: truncated before the answer"
     )
-    with pytest.raises(UserError, match=r"All 4 rows of .*truncated before the answer.*raise data.max_length"):
+    with pytest.raises(
+        UserError, match=r"all 4 rows were dropped .*before the answer.*raise data.max_length"
+    ):
         prepare.prepare_sft(data(jsonl(rows), max_length=9), tokenizer, assistant_only_loss=True, seed=0)
 
 
@@ -192,7 +194,7 @@ def test_held_out_by_fraction_and_by_source(tokenizer, jsonl):
         Data(train=[FileSource(path=jsonl(rows))], held_out=[FileSource(path=other)]), tokenizer, **options
     )
     assert (made.report.rows_train, made.report.rows_held_out, made.report.rows_read) == (100, 3, 103)
-    with pytest.raises(UserError, match="one side empty"):
+    with pytest.raises(UserError, match="one split empty"):
         prepare.prepare_sft(data(jsonl(rows[:1]), held_out_fraction=0.3), tokenizer, **options)
 
 
@@ -219,5 +221,5 @@ def test_prompts(tokenizer, jsonl):
 
 
 def test_wrong_format_is_reported_before_tokenising(tokenizer, jsonl):
-    with pytest.raises(UserError, match=r"rows.jsonl has the columns text, .*`chosen` and `rejected`.*`columns: {cho"):
+    with pytest.raises(UserError, match=r"rows.jsonl: the columns are text, .*`chosen` and `rejected`.*`columns: {cho"):
         prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), tokenizer, seed=0)

@@ -46,12 +46,12 @@ def test_parquet_folder_and_renames(tmp_path, jsonl):
             '{"text": "a"}\n\n{"text": }\n',
             r"bad\.jsonl line 3: not valid JSON \(Expecting value at column 10\)",
         ),
-        ('{"text": "a"}\n["b"]\n', r"line 2: each line must be a JSON object .* this is a list"),
+        ('{"text": "a"}\n["b"]\n', r"line 2: a list, but each line must be a JSON object"),
         (
             '{"text": "a"}\n{"prompt": "b"}\n',
-            r"line 2: has the columns prompt, .*line 1: prompt, text is in one",
+            r"line 2: the columns prompt differ from .*line 1: prompt, text is in one",
         ),
-        ("", r"bad\.jsonl has no rows"),
+        ("", r"bad\.jsonl: the source has no rows"),
         ('{"text": "a"}\n{"text": 3}\n', r"column 'text' mixes types"),
     ],
 )
@@ -69,8 +69,8 @@ def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
     (tmp_path / "no.parquet").write_text("not parquet")
     (tmp_path / "empty").mkdir()
     cases = [
-        (FileSource(path=str(tmp_path / "none.jsonl")), "none.jsonl does not exist"),
-        (FileSource(path=str(tmp_path / "empty")), r"holds no \*.jsonl"),
+        (FileSource(path=str(tmp_path / "none.jsonl")), "none.jsonl: does not exist"),
+        (FileSource(path=str(tmp_path / "empty")), r"has no \*.jsonl"),
         (FileSource(path=str(tmp_path / "latin.jsonl")), "line 1: not UTF-8"),
         (FileSource(path=str(tmp_path / "no.parquet")), "not a readable Parquet"),
         (
@@ -79,18 +79,18 @@ def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
         ),
         (
             FileSource(path=path),
-            r"columns question, text2, but this stage needs `messages`, or `prompt` and `comp",
+            r"columns are question, text2, but this stage needs `messages`, or `prompt` and `comp",
         ),
-        (StageSource(kind="stage", stage="sample"), "no rows of the stage 'sample'"),
+        (StageSource(kind="stage", stage="sample"), "stage 'sample': it has no rows yet"),
         (
             HubSource(kind="hub", id="someone/nothing"),
-            "'someone/nothing' .* cannot be loaded from the Hugging Face",
+            "'someone/nothing'.* cannot be loaded from the Hugging Face",
         ),
     ]
     for source, message in cases:
         with pytest.raises(UserError, match=message):
             load_rows([source], seed=0, accepted=("messages", "prompt_completion"))
-    with pytest.raises(UserError, match=r"left no .*run that stage first"):
+    with pytest.raises(UserError, match=r"does not exist; run that stage first"):
         load_rows([StageSource(kind="stage", stage="s")], seed=0, stage_dirs={"s": tmp_path})
 
 
