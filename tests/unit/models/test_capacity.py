@@ -61,7 +61,7 @@ def test_too_little_capacity_drops_exactly_the_rest() -> None:
 
 
 def test_the_reports_example() -> None:
-    """Capacity 2, tokens A..D; the third that wants expert 1 finds it full and lands on one with room."""
+    """Capacity 2, tokens A..D: the third token routed to expert 1 moves to an expert with a free slot."""
     chosen = torch.tensor([[1], [1], [0], [1]])
     landed = set()
     for seed in range(30):

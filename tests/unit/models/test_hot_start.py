@@ -1,4 +1,4 @@
-"""A grown model computes what its dense source computes, and its experts then go their own ways."""
+"""A grown model has the function of its dense source, and its experts diverge in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's invariants, on random weights: caches, padding, sharing, the Auto classes."""
+"""Invariants of the model on random weights: caches, padding, shared keys and values, Auto classes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_cached_decoding_equals_the_full_forward(changes, attention) -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_cache_holds_one_key_and_value_a_group(factor) -> None:
+def test_the_cache_has_one_key_and_value_per_group(factor) -> None:
     model = build(cla_share_factor=factor)
     cache = DynamicCache()
     model(torch.randint(0, 97, (3, 7)), past_key_values=cache, use_cache=True)
@@ -182,7 +182,7 @@ def test_the_score_is_read_at_the_last_attended_token() -> None:
     scorer = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1)).eval()
     ids = torch.randint(3, 97, (1, 6))
     for padded, mask in (
-        (torch.cat((ids, ids[:, :2]), 1), [1] * 6 + [0] * 2),  # what pads is irrelevant, even real tokens
+        (torch.cat((ids, ids[:, :2]), 1), [1] * 6 + [0] * 2),  # the ids of padding do not matter
         (ids, [1] * 6),
     ):
         logits = scorer(padded, attention_mask=torch.tensor([mask])).logits

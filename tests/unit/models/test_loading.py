@@ -1,4 +1,4 @@
-"""Loading a published checkpoint: every tensor in its place, bit for bit, without memory for a second copy."""
+"""Loading a published checkpoint: every tensor in its place, bit for bit, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_tensor_is_in_its_place(saved: Path, stored: torch.dtype, wanted: 
     assert torch.equal(model.model.inv_freq, HunYuanModel(model.config).inv_freq)
 
 
-def test_what_is_loaded_is_saved_in_the_published_layout(saved: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_is_saved_in_the_published_layout(saved: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).save_pretrained(tmp_path / "again")
     assert same(published(tmp_path / "again"), published(saved))
 
@@ -131,7 +131,7 @@ def test_weights_are_replaced_where_they_are(saved: Path) -> None:
 
 @pytest.mark.slow
 def test_the_peak_is_the_model(tmp_path: Path) -> None:
-    """In a process of its own; a loader that holds a layer twice needs 1.3 times the model here."""
+    """Measured in its own process; a loader with two copies of a layer needs 1.3 times the model here."""
     if not sys.platform.startswith("linux"):
         pytest.skip("needs Linux's /proc")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_experts": 8}
@@ -252,7 +252,7 @@ def test_other_shapes_are_reported_as_transformers_does(saved: Path) -> None:
 
 
 def test_headers_are_checked_without_reading_values(saved: Path) -> None:
-    """A sparse file of a terabyte has an honest header, and is refused for its name alone."""
+    """A sparse file of a terabyte with a valid header is refused for its tensor's name."""
     config = HunYuanConfig.from_pretrained(saved)
     check_weights(saved, config)
     file = saved / "model-extra.safetensors"

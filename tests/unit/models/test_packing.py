@@ -1,4 +1,4 @@
-"""Sequences laid one behind the other against the same model on each of them alone."""
+"""Packed sequences against the same model on each sequence alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LENGTHS = {
 def build(**changes) -> HunYuanForCausalLM:
     torch.manual_seed(0)
     model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, **changes}))
-    with torch.no_grad():  # norms whose weights are one would hide that a weight is left out
+    with torch.no_grad():  # norm weights of one would hide a missing weight
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
@@ -53,7 +53,7 @@ def read(model: HunYuanForCausalLM, sequences: list[torch.Tensor]) -> torch.Tens
 
 
 def gradients(model: HunYuanForCausalLM, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a sum in which every hidden number has a weight of its own."""
+    """Gradients of a sum of all hidden values with random weights."""
     model.zero_grad()
     (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -74,7 +74,7 @@ def test_packed_sequences_equal_each_alone_in_values_and_gradients(case, changes
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
 
 
-def test_a_sequence_does_not_feel_its_neighbours() -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     model, (first, second, third) = build(), tokens_of([7, 12, 4])
     before = read(model, [first, second, third])
     after = read(model, [first, (second + 1) % SIZES["vocab_size"], third])
@@ -111,7 +111,7 @@ def test_a_sequence_without_tokens_is_refused(lengths) -> None:
         Packing(torch.tensor(lengths, dtype=torch.long))
 
 
-def test_what_contradicts_a_packing_is_refused() -> None:
+def test_inputs_that_contradict_a_packing_are_refused() -> None:
     model, packing = build(), Packing(torch.tensor([2, 3]))
     ids = torch.zeros(1, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="one row"):

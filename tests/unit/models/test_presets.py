@@ -1,4 +1,4 @@
-"""Sizes of the family against the report's arithmetic, and the caches against bytes that are really allocated."""
+"""Sizes of the presets against the report's arithmetic, and cache sizes against allocated bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_other_presets_have_the_active_size_they_promise(name) -> None:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    """torch's own counter over a forward pass of the tiny preset; its attention sees half the square, we count all."""
+    """torch's counter over a forward pass of the tiny preset with eager attention, which computes masked scores too."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = HunYuanConfig(**PRESETS["tiny"])

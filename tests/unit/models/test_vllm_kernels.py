@@ -1,4 +1,4 @@
-"""vLLM's kernels, as the vLLM model uses them, against the formulas in float64."""
+"""vLLM's kernels, called as the vLLM model calls them, against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_fused_experts_are_the_weighted_sum_of_each_tokens_experts(tokens, top_k
         assert_near(found[token], expected)
 
 
-def test_the_kernel_is_used_where_it_can_compute_the_shape() -> None:
+def test_the_kernel_is_used_for_the_shapes_that_it_supports() -> None:
     config = HunYuanConfig(hidden_size=64, num_attention_heads=2)
     assert has_fused_experts(config, 32)
     assert not has_fused_experts(config, 48)

@@ -1,4 +1,4 @@
-"""Gradients that are written out against the formulas under autograd, and against finite differences in float64."""
+"""Explicit backward passes against the formulas under autograd, and against finite differences in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.models.swiglu import _GatedSilu, _GatedSiluOfHalves, gated, gated_hal
 from tests.near import assert_near
 
 EPS = 1e-3
-"""Large enough to be seen in the numbers."""
+"""Large enough to change the results visibly."""
 
 
 def doubles(*shape: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_short_attention_gradients_equal_finite_differences() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, LONGEST])
 def test_short_attention_is_causal_grouped_attention(tokens) -> None:
     heads, kv_heads, size = 4, 2, 8
-    # As packing hands them over: tokens first in memory.
+    # Packing passes tensors with tokens first in memory.
     shapes = [(2, tokens, h, size) for h in (heads, kv_heads, kv_heads)]
     query, key, value = ((doubles(*shape).detach() + i).float() for i, shape in enumerate(shapes))
     query.requires_grad_()
