@@ -19,6 +19,7 @@ from align.data.experience import Experience
 from align.losses.moe import expert_load
 from align.models.forward import policy_output
 from align.parallel import micro_batches
+from align.rl import complete as complete_module
 from align.rl import update as update_module
 from align.rl.complete import complete_batch
 from align.rl.models import Models
@@ -147,6 +148,27 @@ def test_the_gradient_does_not_depend_on_how_a_mini_batch_is_split(name, monkeyp
         assert apart(whole, gradients) < 2e-5
         for key in metrics.keys() - set(NOT_ADDITIVE):
             assert others[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+
+
+def test_each_rank_computes_its_share_of_the_forward_passes(batch, monkeypatch) -> None:
+    """Three micro-batches on two ranks: the last pass of rank 1 only takes part in the collectives."""
+    stage = settings(routing_replay="trainer", micro_batch_tokens=ROWS)
+    names = ("old_logprobs", "ref_logprobs", "values", "routed_experts")
+
+    def run(place: tuple[int, int]) -> dict[str, Tensor]:
+        rows = batch.rows(torch.arange(3))
+        monkeypatch.setattr(micro_batches, "world", lambda: place)
+        monkeypatch.setattr(complete_module, "summed", lambda tensor, device: tensor)
+        monkeypatch.setattr(complete_module, "largest", lambda tensor, device: tensor)
+        complete_module.forward_passes(stage, build(), rows)
+        return {name: getattr(rows, name) for name in names}
+
+    whole, first, second = run((0, 1)), run((0, 2)), run((1, 2))
+    for name in names[:-1]:
+        torch.testing.assert_close(first[name] + second[name], whole[name])
+        assert (first[name] == 0).all(dim=1).sum() == 1
+        assert (second[name] == 0).all(dim=1).sum() == 2
+    assert torch.equal(torch.maximum(first["routed_experts"], second["routed_experts"]), whole["routed_experts"])
 
 
 def router_logits(models: Models, batch: Experience) -> list[Tensor]:
