@@ -199,12 +199,18 @@ PPO = (
         "`old_logprobs: rollout` it is measured, like `entropy`, on one completion in 16.",
     ),
     Metric("mismatch_max", "Mismatch of sampler and trainer, largest", "nats", "Largest such difference."),
-    Metric("policy_loss", "Policy loss", "", "Clipped loss of the policy, without the KL loss and router losses."),
+    Metric(
+        "policy_loss",
+        "Policy loss",
+        "",
+        "Loss of the policy (`policy_loss` in the recipe), without the KL loss and router losses.",
+    ),
     Metric(
         "clip_fraction",
         "Clipped tokens, policy",
         SHARE,
-        "Share of tokens whose clipped term is larger than the unclipped one, so that they have no gradient.",
+        "Share of tokens whose clipped term is larger than the unclipped one, so that they have no gradient. With "
+        "`policy_loss: cispo`: share of tokens whose ratio is clipped.",
     ),
     Metric(
         "dual_clip_fraction",
