@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md, the reference of every setting of a recipe, from the classes that validate it."""
+"""Write docs/recipes.md, the reference of every setting, from the classes that validate a recipe."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ PAGE = Path(__file__).parent / "recipes.md"
 
 INTRO = """# Every setting of a recipe
 
-Written by `python docs/make_reference.py` from `align/config`; [guide.md](guide.md) says how the parts work together,
-and `align show RECIPE` prints a recipe with all its defaults.
+`python docs/make_reference.py` writes this page from `align/config`. [guide.md](guide.md) explains how the parts work
+together, and `align show RECIPE` prints a recipe with all its defaults.
 
-* An unknown key is refused, and so is a value of another type: `"8"` and `true` are no numbers, `8.0` is no whole
+* Unknown keys are refused, and so are values of another type: `"8"` and `true` are not numbers, `8.0` is not a whole
   number.
-* A setting without a default (–) must be written. A section that is written replaces the default section as a whole:
-  the keys it leaves out take the defaults of the section's own table.
-* Paths of data, models and reward functions are relative to the working directory, not to the recipe's folder.
-* † says how or where a result is made: `--resume` goes on with another value, and a finished stage is kept.
-* PPO computes log-probabilities and values in evaluation mode, in the update too: no dropout, and no capacity limit of
-  the experts.
+* A setting without a default (–) is required. A section in the recipe replaces the default section as a whole: keys
+  that it does not set have the defaults of the section's own table.
+* Paths of data, models and reward functions are relative to the working directory, not to the folder of the recipe.
+* † marks a setting that does not affect a stage's result. It may change when a run is resumed, and a finished stage is
+  kept.
+* PPO computes log-probabilities and values in evaluation mode, also in the updates: without dropout and without a
+  capacity limit of the experts.
 """
 
 SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
@@ -64,7 +65,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Every training stage", stages.TrainingStage),
             ("Pretraining", stages.PretrainStage),
             ("Supervised fine-tuning", stages.SftStage),
-            ("Sampling pairs", stages.SampleStage),
+            ("Preference pairs", stages.SampleStage),
             ("Reward model", stages.RewardModelStage),
             ("DPO", stages.DpoStage),
             ("PPO and its relatives", ppo.PpoStage),
@@ -79,7 +80,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Rollout", rollout.Rollout),
             ("Critic", ppo.Critic),
             ("KL to the reference", ppo.Kl),
-            ("Importance of a sample", ppo.Importance),
+            ("Importance weights", ppo.Importance),
         ],
     ),
     (
@@ -132,7 +133,7 @@ def page() -> str:
 
 
 def section(title: str, model: type[BaseModel]) -> str:
-    """A class: what it is, a table of the settings that no base class has, and a link to the base class."""
+    """Section of a class: its docstring, a table of its own settings, and a link to its base class."""
     base = next((base for base in model.__bases__ if base in TITLES), None)
     inherited = base.model_fields if base else {}
     rows = [
@@ -154,7 +155,7 @@ def row(name: str, field: FieldInfo) -> tuple[str, ...]:
 
 
 def anchor(model: type[BaseModel]) -> str:
-    """The address that GitHub gives to a section's heading."""
+    """Anchor that GitHub gives to the heading of a class."""
     kept = "".join(letter for letter in TITLES[model].lower() if letter.isalnum() or letter in " -_")
     return "#" + kept.replace(" ", "-")
 
@@ -170,7 +171,7 @@ UNION = (Union, types.UnionType)
 
 
 def words(annotation: Any) -> str:
-    """A type as the author of a recipe would name it."""
+    """A type in words, as it is written in a recipe."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in PLAIN:
         return PLAIN[annotation]
@@ -201,7 +202,7 @@ LIMITS: dict[type, Callable[[Any], str]] = {
 
 
 def limits(annotation: Any, metadata: list[Any]) -> str:
-    """The allowed range, of a list's entries where it has one for them."""
+    """The allowed range of a setting, or of the entries of a list."""
     found = [LIMITS[type(limit)](limit) for limit in flat(metadata) if type(limit) in LIMITS]
     found += [f"`{limit.pattern}`" for limit in flat(metadata) if getattr(limit, "pattern", None)]
     if get_origin(annotation) is Annotated:
@@ -213,7 +214,7 @@ def limits(annotation: Any, metadata: list[Any]) -> str:
 
 
 def flat(metadata: list[Any]) -> list[Any]:
-    """Limits stand alone, or in the metadata of a `Field`."""
+    """Limits of a field; pydantic stores them alone or inside the metadata of a `Field`."""
     return [limit for item in metadata for limit in (item.metadata if isinstance(item, FieldInfo) else [item])]
 
 
@@ -231,7 +232,7 @@ def default(field: FieldInfo) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe writes it."""
+    """A value in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

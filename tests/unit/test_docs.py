@@ -63,3 +63,9 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One\n[a](page.md#one) [b](page.md#two) [c](gone.md) [d](https://example.org)", encoding="utf-8")
     assert broken_links(page) == ["page.md#two", "gone.md"]
+
+
+def test_the_table_of_recipes_lists_every_recipe() -> None:
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    listed = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
