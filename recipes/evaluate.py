@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack, closing
 
 import torch
@@ -46,6 +47,8 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
                 completions = engine.sample(rows, temperature=task.temperature, max_new_tokens=task.max_new_tokens)
                 results.add_task(name, task, scorer.score(task, rows, completions), decode(completions, tokenizer))
             context.say(results.line(name))
+            del model
+            gc.collect()  # DeepSpeed's engines hold reference cycles; free this model before the next one is loaded
     results.add_reward_model(held_out.reward_model_accuracy())
     if is_main():
         write_json(context.dir / "results.json", results.content)

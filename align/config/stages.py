@@ -263,6 +263,11 @@ class EvaluateStage(StageBase):
             for key, other in (("reference", ()), ("reward_model", self.preferences)):
                 if getattr(self, key) is not None and not other:
                     raise ValueError(f"{key} is measured on the completions of prompts; add prompts, or remove {key}")
+        if self.reference is not None and self.rollout.temperature == 0:
+            raise ValueError(
+                "reference needs samples to estimate the KL, but rollout.temperature 0 is greedy decoding; remove "
+                "reference, or set a temperature above 0"
+            )
         return self
 
 

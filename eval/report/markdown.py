@@ -79,7 +79,7 @@ def caveat(evaluation: dict[str, Any]) -> str:
         "resamples); differences are paired by prompt. The intervals cover the choice of prompts, not the variance "
         "between training runs with other seeds."
     )
-    return text + (f" {unscored} prompts could not be scored and are not in the means." if unscored else "")
+    return text + (f" {unscored} unscored values are not in the means." if unscored else "")
 
 
 def reward_model_line(evaluation: dict[str, Any]) -> str:

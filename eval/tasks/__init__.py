@@ -1,4 +1,7 @@
-"""Built-in tasks: every module of this folder defines one as `TASK`."""
+"""Built-in tasks. Each module of this folder defines one as `TASK`; a new file is a new task.
+
+Recipes use a task by its name: `tasks: [{name: gsm8k}]`.
+"""
 
 from __future__ import annotations
 

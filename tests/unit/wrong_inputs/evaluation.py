@@ -28,6 +28,11 @@ def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm8k"}], reference="base")
 
 
+@wrong("evaluate-reference-greedy", "A reference, and greedy decoding, which gives no samples for the KL")
+def _(here: Here) -> str:
+    return check(here, prompts=ROWS, reference="base", rollout={"temperature": 0.0})
+
+
 @wrong("task-unknown", "A task without prompts that is not built in")
 def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm9k"}])
