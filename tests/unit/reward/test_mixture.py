@@ -1,4 +1,4 @@
-"""The sum of a stage's rewards, each kind of them, and what the log says of each."""
+"""Each kind of reward, their weighted sum, and the metrics of each."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def other_model(tmp_path_factory, other_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(tokenizer) -> tuple[Experience, list[PromptRow], list[Completion]]:
-    """A round: batch, prompts and completions."""
+def scored_batch(tokenizer) -> tuple[Experience, list[PromptRow], list[Completion]]:
+    """Arguments of `Scorer.score`: batch, prompt rows and completions."""
     (end,) = stop_token_ids(tokenizer)
     rows, completions = [], []
     for question, answer, text, done in zip(QUESTIONS, ANSWERS, TEXTS, FINISHED, strict=True):
@@ -94,8 +94,8 @@ def asked(tokenizer) -> tuple[Experience, list[PromptRow], list[Completion]]:
     return batch, rows, completions
 
 
-class Made:
-    """Scorers, closed when the test is over, and what they said."""
+class Scorers:
+    """Makes scorers that are closed after the test, and collects their messages."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.scorers, self.said = tokenizer, [], []
@@ -112,8 +112,8 @@ class Made:
 
 
 @pytest.fixture
-def scorer(tokenizer) -> Iterator[Made]:
-    made = Made(tokenizer)
+def scorer(tokenizer) -> Iterator[Scorers]:
+    made = Scorers(tokenizer)
     yield made
     for one in made.scorers:
         one.close()
@@ -138,21 +138,21 @@ def one_by_one(folder: Path, sequences: list[list[int]]) -> list[float]:
         return [model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
 
 
-# --- one kind after the other ----------------------------------------------------------------------------------
+# --- each kind ----------------------------------------------------------------------------------
 
 
-def test_a_reward_model_scores_token_ids(scorer, model, asked) -> None:
-    scores, metrics = scorer({"kind": "model", "init_from": str(model)}).score(*asked)
-    expected = one_by_one(model, [c.prompt_ids + c.token_ids for c in asked[2]])
+def test_a_reward_model_scores_token_ids(scorer, model, scored_batch) -> None:
+    scores, metrics = scorer({"kind": "model", "init_from": str(model)}).score(*scored_batch)
+    expected = one_by_one(model, [c.prompt_ids + c.token_ids for c in scored_batch[2]])
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert np.std(expected) > 0.05
     assert metrics[f"reward/{model}"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
-def test_another_tokenizer_is_said_once_and_reads_what_it_was_trained_on(
-    scorer, other_model, other_tokenizer, asked, tmp_path
+def test_a_model_with_another_tokenizer_gets_the_texts_in_its_own_format(
+    scorer, other_model, other_tokenizer, scored_batch, tmp_path
 ) -> None:
-    """The model's own training data is the witness: the same conversation, prepared as a preference pair."""
+    """The expected token ids are those of the same conversations prepared as training pairs of the model."""
     pairs = tmp_path / "pairs.jsonl"
     lines = [
         {"prompt": q, "chosen": t, "rejected": "-", "chosen_finished": f} for q, t, f in zip(QUESTIONS, TEXTS, FINISHED)
@@ -163,17 +163,17 @@ def test_another_tokenizer_is_said_once_and_reads_what_it_was_trained_on(
     expected = sorted(one_by_one(other_model, [row["chosen_ids"] for row in prepared]))
     one = scorer({"kind": "model", "init_from": str(other_model), "name": "other"})
     for _ in range(2):
-        assert sorted(one.score(*asked)[0].tolist()) == pytest.approx(expected, abs=1e-5)
+        assert sorted(one.score(*scored_batch)[0].tolist()) == pytest.approx(expected, abs=1e-5)
     said = ["  reward 'other': its tokenizer or chat template differs; completions are encoded again"]
     assert said == scorer.said
 
 
-def test_functions_see_prompts_texts_rows_and_the_reference(scorer, functions, asked) -> None:
+def test_functions_get_prompts_texts_rows_and_the_reference(scorer, functions, scored_batch) -> None:
     one = scorer(
         {"kind": "function", "path": "mine.py:length", "weight": 2.0},
         {"kind": "function", "path": "mine.py:reference", "batched": False},
     )
-    scores, metrics = one.score(*asked)
+    scores, metrics = one.score(*scored_batch)
     assert scores.tolist() == [2 * len(t) + len("a reference") + len(q) for t, q in zip(TEXTS, QUESTIONS)]
     figures = {k.removeprefix("reward/mine.py:length"): v for k, v in metrics.items() if "length" in k}
     lengths = [7, 17, 10, 2]
@@ -183,7 +183,7 @@ def test_functions_see_prompts_texts_rows_and_the_reference(scorer, functions, a
     assert metrics["time/reward/mine.py:length"] >= 0
 
 
-def test_verifiers(scorer, asked) -> None:
+def test_verifiers(scorer, scored_batch) -> None:
     rewards: list[dict] = [
         {"kind": "math"},
         {"kind": "exact", "column": "reference"},
@@ -196,19 +196,19 @@ def test_verifiers(scorer, asked) -> None:
         "math": [1, 0, 1, 0],
         "exact": [0, 0, 0, 0],
         "regex": [1, 1, 0, 0],
-        "the number": [0, 0, 0, 0],  # the column has more than the number
+        "the number": [0, 0, 0, 0],  # the column holds more than the number
         "format": [0, 0, 0, 0],
         "length": [1, 0, 0, 1],  # bytes, and an end in the first three
     }
     for reward in rewards:
         name = reward.get("name", reward["kind"])
-        scores, metrics = scorer(reward).score(*asked)
+        scores, metrics = scorer(reward).score(*scored_batch)
         assert scores.tolist() == expected[name], name
         assert metrics[f"reward/{name}/failures"] == (0.25 if name == "math" else 0.0)  # "so" has no answer
 
 
-def test_a_pattern_that_backtracks_for_ever_is_ended(scorer, tokenizer, asked) -> None:
-    batch, rows, completions = asked
+def test_a_pattern_that_backtracks_for_ever_is_stopped(scorer, tokenizer, scored_batch) -> None:
+    batch, rows, completions = scored_batch
     ids = tokenizer("a" * 40 + "!")["input_ids"]
     evil = [*completions[:2], Completion(completions[2].prompt_ids, ids, [0.0] * len(ids), True, 0), completions[3]]
     one = scorer({"kind": "regex", "pattern": "(a+)+$", "timeout_s": 0.5})
@@ -216,12 +216,12 @@ def test_a_pattern_that_backtracks_for_ever_is_ended(scorer, tokenizer, asked) -
         one.score(batch, rows, evil)
 
 
-def test_a_missing_column_is_a_users_error(scorer, asked) -> None:
+def test_a_missing_column_is_a_users_error(scorer, scored_batch) -> None:
     with pytest.raises(
         UserError, match="'math': a row has no value in the column 'solution', only in answer, prompt, "
     ):
-        scorer({"kind": "math", "column": "solution"}, prompts=asked[1])
-    scorer({"kind": "math", "column": "reference"}, prompts=asked[1])
+        scorer({"kind": "math", "column": "solution"}, prompts=scored_batch[1])
+    scorer({"kind": "math", "column": "reference"}, prompts=scored_batch[1])
 
 
 # --- a server ------------------------------------------------------------------------------------------------
@@ -237,41 +237,45 @@ def server(model) -> Iterator[Any]:
         thread.join()
 
 
-def test_a_served_model_scores_as_at_home(scorer, server, model, asked, other_tokenizer, monkeypatch) -> None:
+def test_a_served_model_gives_the_scores_of_a_local_one(
+    scorer, server, model, scored_batch, other_tokenizer, monkeypatch
+) -> None:
     requests: list[dict] = []
     original = remote.RewardClient.score
     monkeypatch.setattr(remote.RewardClient, "score", lambda self, r: requests.append(r) or original(self, r))
-    at_home, _ = scorer({"kind": "model", "init_from": str(model)}).score(*asked)
-    served, _ = scorer({"kind": "remote", "url": server.url, "batch_size": 3}).score(*asked)
-    assert served.tolist() == pytest.approx(at_home.tolist(), abs=1e-6)
+    local, _ = scorer({"kind": "model", "init_from": str(model)}).score(*scored_batch)
+    served, _ = scorer({"kind": "remote", "url": server.url, "batch_size": 3}).score(*scored_batch)
+    assert served.tolist() == pytest.approx(local.tolist(), abs=1e-6)
     assert [len(r["completions"]) for r in requests] == [3, 1]
-    assert requests[0]["completions"] == [c.token_ids for c in asked[2][:3]]  # one vocabulary: ids travel
-    scorer.tokenizer = other_tokenizer  # of another policy: texts travel, and say the same
+    assert requests[0]["completions"] == [
+        c.token_ids for c in scored_batch[2][:3]
+    ]  # same tokenizer: token ids are sent
+    scorer.tokenizer = other_tokenizer  # of another policy: texts are sent, with the same scores
     monkeypatch.setattr("align.reward.components.Samples.texts", TEXTS)
-    as_texts, _ = scorer({"kind": "remote", "url": server.url, "send_rows": True}).score(*asked)
-    assert as_texts.tolist() == pytest.approx(at_home.tolist(), abs=1e-6)
+    as_texts, _ = scorer({"kind": "remote", "url": server.url, "send_rows": True}).score(*scored_batch)
+    assert as_texts.tolist() == pytest.approx(local.tolist(), abs=1e-6)
     assert requests[-1]["completions"] == TEXTS
     assert requests[-1]["rows"][0]["answer"] == "#### 5"
 
 
-def test_a_server_that_is_down_at_the_start_or_goes_down_later(scorer, model, asked, monkeypatch) -> None:
+def test_a_server_that_is_down_at_the_start_or_later(scorer, model, scored_batch, monkeypatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
     server = build_server(model, dtype="float32", micro_batch_tokens=64)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     reward = {"kind": "remote", "url": server.url, "retries": 2, "failure_score": 0.0}
     one = scorer(reward)
-    assert one.score(*asked)[0].isfinite().all()
+    assert one.score(*scored_batch)[0].isfinite().all()
     server.shutdown()
     thread.join()
     server.server_close()
     with pytest.raises(UserError, match=r"no response .Connection refused. in 3 tries"):
-        one.score(*asked)  # a failure_score is for single completions, not for a server that is gone
+        one.score(*scored_batch)  # a failure_score is for single completions, not for a server that is gone
     with pytest.raises(UserError, match=r"no response .Connection refused. in 3 tries"):
         scorer(reward)
 
 
-def test_the_server_refuses_what_the_model_cannot_read(server) -> None:
+def test_the_server_refuses_invalid_token_ids_and_long_texts(server) -> None:
     client = remote.RewardClient(server.url, timeout_s=5, retries=0)
     with pytest.raises(UserError, match=r"token ids must be from 0 to 258"):
         client.score({"prompts": [[1]], "completions": [[259]]})
@@ -280,58 +284,58 @@ def test_the_server_refuses_what_the_model_cannot_read(server) -> None:
     assert client.score({"prompts": ["x"], "completions": [""]})[0] is not None
 
 
-# --- what goes wrong -----------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------
 
 
-def test_nan_of_a_reward_model_names_the_completion(scorer, model, asked, monkeypatch) -> None:
+def test_nan_of_a_reward_model_names_the_completion(scorer, model, scored_batch, monkeypatch) -> None:
     one = scorer({"kind": "model", "init_from": str(model), "name": "rm"})
     from align.reward import model as scoring
 
     def with_nan(model: Any, batch: Experience) -> torch.Tensor:
-        return torch.where(batch.lengths == asked[0].lengths[2], float("nan"), 1.0)
+        return torch.where(batch.lengths == scored_batch[0].lengths[2], float("nan"), 1.0)
 
     monkeypatch.setattr(scoring, "sequence_scores", with_nan)
     with pytest.raises(UserError, match="reward model 'rm': no finite score for completion 2 "):
-        one.score(*asked)
+        one.score(*scored_batch)
 
 
-def test_nan_of_a_server_names_the_completion_or_has_a_score(scorer, server, asked, monkeypatch) -> None:
+def test_nan_of_a_server_names_the_completion_or_has_a_score(scorer, server, scored_batch, monkeypatch) -> None:
     monkeypatch.setattr(remote.RewardClient, "score", lambda self, r: [1.0, None, 2.0, 3.0])
     reward = {"kind": "remote", "url": server.url}
     with pytest.raises(UserError, match=r"no finite score for completion 1 .'It is 8, I think.'.\. Fix the server"):
-        scorer(reward).score(*asked)
-    scores, metrics = scorer({**reward, "failure_score": -1.0}).score(*asked)
+        scorer(reward).score(*scored_batch)
+    scores, metrics = scorer({**reward, "failure_score": -1.0}).score(*scored_batch)
     assert scores.tolist() == [1.0, -1.0, 2.0, 3.0]
     assert metrics["reward/remote/failures"] == 0.25
 
 
-def test_a_failed_completion_has_the_failure_score_and_is_told(scorer, functions, asked) -> None:
+def test_a_failed_completion_gets_the_failure_score_and_a_message(scorer, functions, scored_batch) -> None:
     reward = {"kind": "function", "path": "mine.py:picky", "batched": False}
     with pytest.raises(UserError, match="returned None for completion 3"):
-        scorer(reward).score(*asked)
-    scores, metrics = scorer({**reward, "failure_score": -2.0}).score(*asked)
+        scorer(reward).score(*scored_batch)
+    scores, metrics = scorer({**reward, "failure_score": -2.0}).score(*scored_batch)
     assert scores.tolist() == [1.0, 1.0, 1.0, -2.0]
     assert metrics["reward/mine.py:picky/failures"] == 0.25
     assert scorer.said == ["  reward 'mine.py:picky': 1 of 4 completions failed (returned None)"]
 
 
-def test_a_round_in_which_everything_failed_stops_the_run(scorer, functions, asked) -> None:
+def test_a_batch_without_any_score_stops_the_run(scorer, functions, scored_batch) -> None:
     one = scorer({"kind": "function", "path": "mine.py:broken", "batched": False, "failure_score": 0.0})
     with pytest.raises(UserError, match=r"none of 4 completions could be scored .*ValueError: no"):
-        one.score(*asked)
+        one.score(*scored_batch)
 
 
-def test_a_sum_beyond_float32_is_refused(scorer, functions, asked) -> None:
+def test_a_sum_beyond_float32_is_refused(scorer, functions, scored_batch) -> None:
     with pytest.raises(UserError, match="the sum of all rewards: no finite score for completion 0"):
-        scorer({"kind": "function", "path": "mine.py:huge", "batched": False}).score(*asked)
+        scorer({"kind": "function", "path": "mine.py:huge", "batched": False}).score(*scored_batch)
 
 
 # --- normalising ---------------------------------------------------------------------------------------------
 
 
-def test_running_normalisation_is_over_all_rounds_and_survives_a_restart(scorer, functions, asked) -> None:
+def test_running_normalisation_covers_all_batches_and_survives_a_restart(scorer, functions, scored_batch) -> None:
     reward = {"kind": "function", "path": "mine.py:length", "normalise": "running", "weight": 3.0}
-    batch, rows, completions = asked
+    batch, rows, completions = scored_batch
     first, second = scorer(reward), scorer(reward)
     all_lengths: list[int] = []
     for number, picked in enumerate(([0, 1, 2, 3], [1, 1, 2, 0], [3, 3, 3, 3])):
@@ -343,34 +347,34 @@ def test_running_normalisation_is_over_all_rounds_and_survives_a_restart(scorer,
         scores, metrics = first.score(*part)
         assert scores.tolist() == pytest.approx(expected.tolist(), rel=1e-5), number
         assert metrics["reward/mine.py:length"] == np.mean(lengths)
-        second.load_state_dict(json.loads(json.dumps(second.state_dict())))  # as a run that is resumed each time
+        second.load_state_dict(json.loads(json.dumps(second.state_dict())))  # like a run that is resumed each time
         assert second.score(*part)[0].tolist() == scores.tolist()
         restarted = scorer(reward)
         restarted.load_state_dict(json.loads(json.dumps(second.state_dict())))
         second = restarted
 
 
-def test_equal_scores_do_not_divide_by_zero(scorer, functions, asked) -> None:
+def test_equal_scores_do_not_divide_by_zero(scorer, functions, scored_batch) -> None:
     one = scorer({"kind": "function", "path": "mine.py:constant", "normalise": "running", "clip": 5.0})
     for _ in range(3):
-        assert one.score(*asked)[0].tolist() == [0.0] * 4
+        assert one.score(*scored_batch)[0].tolist() == [0.0] * 4
 
 
-def test_clipping_is_after_normalising_and_before_the_weight(scorer, functions, asked) -> None:
+def test_clipping_is_after_normalising_and_before_the_weight(scorer, functions, scored_batch) -> None:
     raw = np.array([7, 17, 10, 2])
     one = scorer({"kind": "function", "path": "mine.py:length", "clip": 8.0, "weight": 0.5})
-    assert one.score(*asked)[0].tolist() == [3.5, 4.0, 4.0, 1.0]
+    assert one.score(*scored_batch)[0].tolist() == [3.5, 4.0, 4.0, 1.0]
     one = scorer({"kind": "function", "path": "mine.py:length", "clip": 1.0, "weight": 0.5, "normalise": "running"})
     expected = 0.5 * np.clip((raw - raw.mean()) / raw.std(), -1, 1)
-    assert one.score(*asked)[0].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert one.score(*scored_batch)[0].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
-def test_processes_normalise_by_the_moments_of_all(scorer, functions, asked) -> None:
-    """Two halves of a round in two processes get the scores that one process gives them."""
+def test_processes_normalise_by_the_moments_of_all_completions(scorer, functions, scored_batch) -> None:
+    """Two processes with half of the batch each give the scores that one process gives to the whole."""
     reward = {"kind": "function", "path": "mine.py:length", "normalise": "running"}
-    whole, _ = scorer(reward).score(*asked)
+    whole, _ = scorer(reward).score(*scored_batch)
     halves = [Moments.of([7.0, 17.0]), Moments.of([10.0, 2.0])]
-    batch, rows, completions = asked
+    batch, rows, completions = scored_batch
     for rank, picked in enumerate(([0, 1], [2, 3])):
         seen: list[Moments] = []
         one = scorer(reward, gather=lambda moments, seen=seen: seen.append(moments) or halves)
@@ -381,16 +385,16 @@ def test_processes_normalise_by_the_moments_of_all(scorer, functions, asked) -> 
         assert seen == [halves[rank]]
 
 
-def test_a_sequence_beyond_the_models_context_is_refused(scorer, tmp_path, tokenizer, asked) -> None:
+def test_a_sequence_beyond_the_models_context_is_refused(scorer, tmp_path, tokenizer, scored_batch) -> None:
     folder = save_reward_model(tmp_path / "short", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     with pytest.raises(UserError, match="tokens exceed the model's max_position_embeddings 32"):
-        scorer({"kind": "model", "init_from": str(folder)}).score(*asked)
+        scorer({"kind": "model", "init_from": str(folder)}).score(*scored_batch)
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(scorer, model, asked) -> None:
+def test_the_command_serves_until_sigterm(scorer, model, scored_batch) -> None:
     command = [sys.executable, "-m", "align.cli", "serve-reward", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -398,11 +402,11 @@ def test_the_command_serves_until_it_is_told_to_stop(scorer, model, asked) -> No
         line = process.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert url is not None, line
-        served, _ = scorer({"kind": "remote", "url": url.group()}).score(*asked)
+        served, _ = scorer({"kind": "remote", "url": url.group()}).score(*scored_batch)
         process.terminate()
         _, errors = process.communicate(timeout=20)
     finally:
         process.kill()
     assert (process.returncode, errors) == (0, "")
-    at_home, _ = scorer({"kind": "model", "init_from": str(model)}).score(*asked)
-    assert served.tolist() == pytest.approx(at_home.tolist(), abs=1e-6)
+    local, _ = scorer({"kind": "model", "init_from": str(model)}).score(*scored_batch)
+    assert served.tolist() == pytest.approx(local.tolist(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Rules for one completion, against expectations written by hand."""
+"""Verifiers, compared with expectations written by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_length_without_a_buffer_is_a_range() -> None:
 
 
 def test_overlong_shaping_falls_linearly_in_the_buffer() -> None:
-    """The example of the paper's appendix in small: a limit of 20 of which the last 4 are the buffer."""
+    """The limit is 20 tokens, of which the last 4 are the buffer."""
     lengths = torch.tensor([1, 15, 16, 17, 18, 19, 20, 25])
     shaped = overlong_shaping(lengths, max_new_tokens=20, buffer=4, penalty=2.0)
     assert shaped.tolist() == [0.0, 0.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.0]

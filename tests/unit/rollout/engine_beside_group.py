@@ -1,4 +1,4 @@
-"""Two engines, one after the other, in a process that has its own process group; prints what it reduces after each."""
+"""Start two engines one after another in a process with its own process group; print an all-reduce after each."""
 
 from __future__ import annotations
 

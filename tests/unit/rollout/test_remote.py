@@ -1,6 +1,6 @@
-"""The remote engine against servers that fail in every way; they only play vLLM, so that this takes seconds.
+"""The remote engine on fake servers that fail in every way, so that the tests take seconds.
 
-What a real vLLM server does is in test_remote_vllm.py.
+test_remote_vllm.py tests it on real vLLM servers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PROMPTS = [[i, i + 1] for i in range(6)]
 SETTINGS = SamplingSettings(max_new_tokens=4, seed=3, n=2)
 
 
-class PlayedServer:
-    """vLLM's routes over a dictionary of weights; a completion is made of its seed and the weights' sum."""
+class FakeServer:
+    """vLLM's routes with a dictionary as weights; a completion depends on its seed and on the sum of the weights."""
 
     def __init__(self, **facts: str):
         self.facts = {"dtype": "float32", "transfer": "host", "routing": "False", **facts}
@@ -46,17 +46,17 @@ class PlayedServer:
         self._start(0)
 
     def _start(self, port: int) -> None:
-        played = self
+        fake = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *arguments):
                 pass
 
             def do_GET(self):
-                played.handle(self, None)
+                fake.handle(self, None)
 
             def do_POST(self):
-                played.handle(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                fake.handle(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
@@ -69,7 +69,7 @@ class PlayedServer:
         self.server.server_close()
 
     def come_back(self) -> None:
-        """A new process at the same address: nothing is left of the weights that were sent."""
+        """Restart at the same address without the weights that were sent."""
         self.weights, self.version, self.updating, self.dies_after = {}, "default", None, None
         self._start(self.port)
 
@@ -79,7 +79,7 @@ class PlayedServer:
         status, answer = 200, self.respond(path, json.loads(body) if body else {})
         if isinstance(answer, tuple):
             status, answer = answer
-        if answer is None:  # as a killed process: the connection ends without a word
+        if answer is None:  # like a killed process: the connection ends without a response
             request.connection.close()
             return
         text = json.dumps(answer).encode()
@@ -159,9 +159,9 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def servers():
-    played = [PlayedServer(), PlayedServer()]
-    yield played
-    for server in played:
+    fakes = [FakeServer(), FakeServer()]
+    yield fakes
+    for server in fakes:
         server.stop()
 
 
@@ -195,7 +195,9 @@ def test_every_server_gets_the_weights_in_buckets(connect, servers, transfer):
     engine = connect(weight_transfer=transfer)
     for server in servers:
         assert all(torch.equal(server.weights[name], tensor) for name, tensor in WEIGHTS.items())
-        assert server.calls["/update_weights"] == 5 + 1  # 3.05 MiB a tensor, at most 5 a bucket; and the digests
+        assert (
+            server.calls["/update_weights"] == 5 + 1
+        )  # 3.05 MiB per tensor, at most 5 MiB per bucket; then the digests
     report = engine.update_weights(((n, t.double() + 1) for n, t in WEIGHTS.items()), 1)
     assert (report.version, report.buckets, report.engines) == (1, 5, 2)
     assert report.bytes == sum(t.numel() * 4 for t in WEIGHTS.values())
@@ -206,25 +208,25 @@ def test_every_server_gets_the_weights_in_buckets(connect, servers, transfer):
     assert {c.weight_version for row in engine.generate(PROMPTS, SETTINGS) for c in row} == {1}
 
 
-def test_work_is_shared_and_in_order(connect, servers):
+def test_requests_are_distributed_and_the_result_is_in_order(connect, servers):
     rows = connect().generate(PROMPTS, SETTINGS)
     assert [c.prompt_ids for row in rows for c in row] == [p for p in PROMPTS for _ in range(2)]
     assert all(server.calls["/inference/v1/generate"] >= 3 for server in servers)
     assert len({tuple(t) for t in tokens(rows)}) == 12
 
 
-def test_servers_that_can_sleep_do_between_rollouts(connect, servers):
+def test_servers_started_with_sleep_sleep_between_rollouts(connect, servers):
     servers[0].facts["sleeps"] = "True"
     engine = connect(sleep=True)
-    asked = [server.calls for server in servers]
-    before = asked[0]["/wake_up"]
+    calls = [server.calls for server in servers]
+    before = calls[0]["/wake_up"]
     engine.sleep()
-    assert asked[0]["/sleep"] == 1
+    assert calls[0]["/sleep"] == 1
     engine.wake()
-    assert asked[0]["/wake_up"] == before + 1
-    assert not asked[1]["/sleep"] + asked[1]["/wake_up"]
-    connect().sleep()  # the recipe does not ask for it
-    assert asked[0]["/sleep"] == 1
+    assert calls[0]["/wake_up"] == before + 1
+    assert not calls[1]["/sleep"] + calls[1]["/wake_up"]
+    connect().sleep()  # the recipe does not set rollout.sleep
+    assert calls[0]["/sleep"] == 1
 
 
 def test_a_server_that_comes_back_asleep_is_woken_before_it_gets_weights(connect, servers):
@@ -242,7 +244,7 @@ def test_a_server_that_comes_back_asleep_is_woken_before_it_gets_weights(connect
     assert servers[0].weights.keys() == WEIGHTS.keys()
 
 
-def test_a_server_that_dies_changes_nothing_in_the_result(connect, servers):
+def test_the_result_is_the_same_if_a_server_dies(connect, servers):
     engine = connect()
     expected = tokens(engine.generate(PROMPTS, SETTINGS))
     assert engine.last_generation.retried == 0
@@ -254,7 +256,7 @@ def test_a_server_that_dies_changes_nothing_in_the_result(connect, servers):
 
 
 @pytest.mark.parametrize("fault", ["internal error", "other weights", "no tokens", "aborted"])
-def test_a_server_that_answers_wrongly_is_left_out(connect, servers, fault):
+def test_a_server_with_a_wrong_response_is_not_used_again(connect, servers, fault):
     engine = connect()
     expected = tokens(engine.generate(PROMPTS, SETTINGS))
     if fault == "internal error":
@@ -267,7 +269,7 @@ def test_a_server_that_answers_wrongly_is_left_out(connect, servers, fault):
     assert engine.last_generation.retried > 0
 
 
-def test_a_server_that_hangs_is_left_out(connect, servers):
+def test_a_server_that_hangs_is_not_used_again(connect, servers):
     engine = connect(request_timeout_seconds=1)
     expected = tokens(engine.generate(PROMPTS, SETTINGS))
     servers[0].hangs = True
@@ -275,7 +277,7 @@ def test_a_server_that_hangs_is_left_out(connect, servers):
     assert "no response within 1 s" in engine.servers[0].failure
 
 
-def test_when_none_is_left_the_error_says_so(connect, servers):
+def test_an_error_names_all_servers_if_none_is_left(connect, servers):
     engine = connect()
     servers[0].dies_after = servers[1].dies_after = 0
     with pytest.raises(
@@ -295,7 +297,7 @@ def test_a_completion_that_fails_everywhere_is_an_error(connect, servers):
         engine.generate(PROMPTS[:1], SamplingSettings(max_new_tokens=4))
 
 
-def test_a_refused_request_is_not_tried_elsewhere(connect, servers):
+def test_a_refused_request_is_not_retried(connect, servers):
     engine = connect()
     for server in servers:
         server.generate_status = 400
@@ -303,7 +305,7 @@ def test_a_refused_request_is_not_tried_elsewhere(connect, servers):
         engine.generate(PROMPTS, SETTINGS)
 
 
-def test_a_server_that_comes_back_gets_the_weights_before_it_is_used(connect, servers, checkpoint):
+def test_a_restarted_server_gets_the_weights_before_it_is_used(connect, servers, checkpoint):
     engine = connect()
     changed = {name: tensor + 2 for name, tensor in WEIGHTS.items()}
     engine.update_weights(iter(changed.items()), 1)
@@ -321,7 +323,7 @@ def test_a_server_that_comes_back_gets_the_weights_before_it_is_used(connect, se
     assert torch.equal(servers[1].weights["w0"], WEIGHTS["w0"])
 
 
-def test_servers_that_come_back_after_the_weights_have_changed_are_refused(connect, servers):
+def test_restarted_servers_are_refused_if_the_weights_have_changed(connect, servers):
     engine = connect()
     weights = {name: tensor + 2 for name, tensor in WEIGHTS.items()}
     engine.update_weights(iter(weights.items()), 1)
@@ -336,7 +338,7 @@ def test_servers_that_come_back_after_the_weights_have_changed_are_refused(conne
     engine.generate(PROMPTS, SETTINGS)
 
 
-def test_a_server_that_dies_within_an_update_is_left_out_until_the_next(connect, servers):
+def test_a_server_that_dies_in_an_update_is_used_again_after_the_next(connect, servers):
     engine = connect()
 
     def stream():
@@ -355,9 +357,9 @@ def test_a_server_that_dies_within_an_update_is_left_out_until_the_next(connect,
     assert servers[0].calls["/inference/v1/generate"] > before
 
 
-def test_weights_that_arrive_otherwise_than_they_were_sent_are_refused(connect, servers, monkeypatch):
+def test_weights_that_differ_from_the_sent_ones_are_refused(connect, servers, monkeypatch):
     engine = connect()
-    update = PlayedServer.update
+    update = FakeServer.update
 
     def damaged(self, info):
         answer = update(self, info)
@@ -365,7 +367,7 @@ def test_weights_that_arrive_otherwise_than_they_were_sent_are_refused(connect, 
             self.updating["w1"][2, 5] += 1e-3
         return answer
 
-    monkeypatch.setattr(PlayedServer, "update", damaged)
+    monkeypatch.setattr(FakeServer, "update", damaged)
     assert engine.update_weights(iter(WEIGHTS.items()), 1).engines == 1
     assert "weights differ" in engine.servers[0].failure
     servers[1].stop()
@@ -373,14 +375,14 @@ def test_weights_that_arrive_otherwise_than_they_were_sent_are_refused(connect, 
         engine.update_weights(iter(WEIGHTS.items()), 2)
 
 
-def test_an_update_that_broke_off_in_the_trainer_can_be_made_again(connect, servers):
+def test_an_interrupted_update_can_be_repeated(connect, servers):
     engine = connect()
 
     def breaking():
         yield "w0", WEIGHTS["w0"]
-        raise OSError("the trainer's own trouble")
+        raise OSError("the trainer failed")
 
-    with pytest.raises(OSError, match="own trouble"):
+    with pytest.raises(OSError, match="the trainer failed"):
         engine.update_weights(breaking(), 1)
     with pytest.raises(UserError, match="without the weights"):
         engine.generate(PROMPTS, SETTINGS)
@@ -388,7 +390,7 @@ def test_an_update_that_broke_off_in_the_trainer_can_be_made_again(connect, serv
     engine.generate(PROMPTS, SETTINGS)
 
 
-def test_another_trainers_session_is_ended(connect, servers):
+def test_an_open_update_of_another_trainer_is_abandoned(connect, servers):
     servers[0].updating = {"old": torch.zeros(3)}
     connect()
     assert set(servers[0].weights) == set(WEIGHTS)
@@ -409,14 +411,14 @@ def test_an_unreachable_server_at_the_start(connect, servers):
         ({"transfer": "nccl"}, r"started for nccl\. Start it with --weight-transfer host\."),
     ],
 )
-def test_a_server_that_does_not_fit(connect, servers, facts, message):
+def test_a_server_with_other_settings_is_refused(connect, servers, facts, message):
     for server in servers:
         server.facts |= facts
     with pytest.raises(UserError, match=message):
         connect(weight_transfer="shared_memory")
 
 
-def test_a_server_that_is_too_short_or_returns_no_routing(connect, servers):
+def test_a_server_with_a_short_context_or_without_routing_is_refused(connect, servers):
     servers[0].length = 256
     with pytest.raises(UserError, match=r"max_model_length 256 is less than rollout\.max_model_length 512"):
         connect()
@@ -425,13 +427,13 @@ def test_a_server_that_is_too_short_or_returns_no_routing(connect, servers):
         connect(return_routing=True)
 
 
-def test_a_server_of_something_else(connect, servers, monkeypatch):
-    monkeypatch.setattr(PlayedServer, "respond", lambda self, path, body: {"data": [{"id": "x", "max_model_len": 9}]})
+def test_another_kind_of_server_is_refused(connect, servers, monkeypatch):
+    monkeypatch.setattr(FakeServer, "respond", lambda self, path, body: {"data": [{"id": "x", "max_model_len": 9}]})
     with pytest.raises(UserError, match=r"is not an align rollout server\. Start one with `align serve-rollout`"):
         connect()
 
 
-def test_prompts_are_checked_before_anything_is_sent(connect, servers):
+def test_prompts_are_checked_before_any_request(connect, servers):
     engine = connect()
     with pytest.raises(UserError, match=r"prompt 0: its 510 tokens .*max_model_length 512"):
         engine.generate([[1] * 510], SETTINGS)
@@ -440,7 +442,7 @@ def test_prompts_are_checked_before_anything_is_sent(connect, servers):
     assert not servers[0].calls["/inference/v1/generate"]
 
 
-def test_shared_memory_is_given_back(connect):
+def test_closing_deletes_the_shared_memory(connect):
     engine = connect()
     files = [Path(path) for _, path in engine._delivery[2]._files]
     assert all(path.exists() for path in files)
@@ -448,7 +450,7 @@ def test_shared_memory_is_given_back(connect):
     assert not any(path.exists() for path in files)
 
 
-def test_a_checkpoints_stream_leaves_out_a_tied_head(checkpoint):
+def test_the_stream_of_a_checkpoint_omits_a_tied_head(checkpoint):
     save_file({**WEIGHTS, "lm_head.weight": torch.zeros(2)}, checkpoint / "model.safetensors")
     assert {name for name, _ in checkpoint_weights(checkpoint)} == set(WEIGHTS)
     (checkpoint / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))

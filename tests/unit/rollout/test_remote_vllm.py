@@ -1,4 +1,4 @@
-"""Two real vLLM servers behind the remote engine; witnesses are the in-process engine and the transformers model."""
+"""The remote engine on two vLLM servers, compared with the in-process engine and the transformers model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(checkpoint) -> list[list[Completion]]:
-    """What the in-process engine makes of the checkpoint."""
+    """Completions of the in-process engine."""
     engine = VllmEngine(checkpoint, Rollout(**SIZES), dtype="float32", seed=0)
     rows = engine.generate(PROMPTS, SETTINGS)
     engine.close()
@@ -99,7 +99,7 @@ def assert_same(rows, expected) -> None:
             assert (completion.prompt_ids, completion.finished) == (other.prompt_ids, other.finished)
 
 
-def test_servers_make_the_completions_of_the_in_process_engine(engine, local):
+def test_servers_generate_the_completions_of_the_in_process_engine(engine, local):
     assert_same(engine.generate(PROMPTS, SETTINGS), local)
     assert engine.last_generation.completion_tokens == 12 * 100
 
@@ -129,28 +129,28 @@ def test_an_update_reaches_every_server(engine, model, transfer):
         assert error(model, rows) < 1e-4
         assert {c.weight_version for row in rows for c in row} == {1}
     finally:
-        model.load_state_dict(before, strict=False)  # the tied head is not among them
+        model.load_state_dict(before, strict=False)  # named_parameters omits the tied head
         engine.update_weights(published_weights(model), 0)
     assert error(model, engine.generate(PROMPTS, SETTINGS)) < 1e-4
 
 
-def test_a_server_killed_in_mid_generation_changes_no_completion(engine, local, model):
-    """Only its front is killed; its engine is an orphan that must not stay."""
+def test_killing_a_server_during_generation_changes_no_completion(engine, local, model):
+    """Only its front end is killed; its engine becomes an orphan, which must end too."""
     front, *rest = family(engine.servers[0].process.pid)
     timer = threading.Timer(0.4, front.kill)
     timer.start()
     started = time.monotonic()
     rows = engine.generate(PROMPTS * 6, SETTINGS)
     timer.join()
-    assert time.monotonic() - started < 300  # a request may take 600
+    assert time.monotonic() - started < 300  # less than the 600 s that a request may take
     assert engine.last_generation.retried > 0
     assert_same(rows[:4], local)
-    assert engine.update_weights(published_weights(model), 0).engines == 1  # the other is being started again
+    assert engine.update_weights(published_weights(model), 0).engines == 1  # the other one is still starting
     assert_same(engine.generate(PROMPTS, SETTINGS), local)
     assert not psutil.wait_procs(rest, timeout=20)[1]
 
 
-def test_all_servers_killed_are_started_again_and_given_the_weights(engine, local, model):
+def test_all_servers_are_restarted_with_the_weights(engine, local, model):
     engine.offer_weights(lambda: published_weights(model))
     for process in [process for server in engine.servers for process in family(server.process.pid)]:
         process.kill()
@@ -163,7 +163,7 @@ def test_all_servers_killed_are_started_again_and_given_the_weights(engine, loca
 
 
 def test_a_server_of_two_ranks_takes_an_update(model, checkpoint, local):
-    """The digests are then of what was received; that each rank holds its share shows in the log-probabilities."""
+    """The digests cover only the received tensors; the log-probabilities show that each rank loaded its shard."""
     rollout = Rollout(engine="remote", start_servers=1, tensor_parallel_size=2, start_timeout_seconds=600, **SIZES)
     moved = copy.deepcopy(model)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_an_update_by_vllms_gpu_transports(model, tmp_path, transfer):
 
 
 def test_a_server_ends_with_the_trainer_that_started_it(tmp_path):
-    """The watch alone, over a process that has a child as a server has its engine."""
+    """Tests only the thread that watches the parent, in a process with a child (a server has its engine)."""
     server = tmp_path / "server.py"
     server.write_text(
         "import os, subprocess, sys, threading, time\n"

@@ -1,4 +1,4 @@
-"""The routing that an engine records is that of our transformers model on the same tokens."""
+"""An engine records the routing that the transformers model computes for the same tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def policy(**changes) -> HunYuanForCausalLM:
 
 @torch.no_grad()
 def router_probabilities(model: HunYuanForCausalLM, ids: list[int]) -> dict[int, torch.Tensor]:
-    """Of each layer with routed experts: probabilities [T, E], from a forward of the whole sequence."""
+    """Probabilities [T, E] of each layer with routed experts, from a forward pass of the whole sequence."""
     found: dict[int, torch.Tensor] = {}
     hooks = [
         layer.mlp.gate.register_forward_hook(
@@ -87,8 +87,8 @@ def engine(model, tmp_path_factory):
     engine.close()
 
 
-def test_recorded_routing_is_the_models(engine, model):
-    """Three sequences at a time, so that prompts wait, join late and leave early; two prompts begin alike."""
+def test_recorded_routing_equals_the_models(engine, model):
+    """Three sequences run at a time, so requests wait, join late and leave early; two prompts are equal."""
     rows = engine.generate(PROMPTS, SamplingSettings(24, seed=1, n=2))
     stops = {row[0].token_ids[4 * i] for i, row in enumerate(rows)}
     rows += engine.generate(PROMPTS, SamplingSettings(24, seed=1, n=2, stop_token_ids=tuple(stops)))
@@ -110,12 +110,12 @@ def test_routing_follows_an_update(engine, model):
     for (completion,) in second:
         assert_routing(model, completion)
     assert any((a.routed_experts[:, :-4] != b.routed_experts[:, :-4]).any() for (a,), (b,) in zip(first, second))
-    model.load_state_dict(before, strict=False)  # the tied head is not among them
+    model.load_state_dict(before, strict=False)  # named_parameters omits the tied head
     engine.update_weights(published_weights(model), 0)
 
 
 def test_preempted_requests_keep_their_routing_and_their_tokens(engine, tmp_path):
-    """A cache too small for all sequences: vLLM throws some out in mid-generation and computes them again later."""
+    """The cache is too small for all sequences, so vLLM pre-empts some and computes them again later."""
     model = policy()
     model.save_pretrained(tmp_path)
     prompts, settings = PROMPTS[2:4] * 4, SamplingSettings(36, seed=1)
@@ -147,7 +147,7 @@ def test_without_the_setting_nothing_is_recorded(tmp_path):
         engine.close()
 
 
-def test_what_vllm_returns_is_brought_into_form():
+def test_routing_from_vllm_is_converted():
     returned = numpy.zeros((5, 3, 2), dtype=numpy.uint8)
     returned[:, 1] = [[3, 1], [2, 0], [0, 7], [1, 2], [4, 5]]
     returned[:, 2, 0] = [1, 0, 2, 3, 1]
@@ -173,7 +173,7 @@ def test_rows_that_vllm_never_wrote_are_an_error(top_k):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM returns routed experts on a GPU only")
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_vllms_own_capture_is_the_models(top_k, tmp_path):
+def test_routing_from_vllm_equals_the_models(top_k, tmp_path):
     model = policy(num_experts=8, moe_topk=top_k)
     model.save_pretrained(tmp_path)
     rollout = Rollout(max_model_length=128, cache_gib=0.5, max_sequences=3, return_routing=True)

@@ -1,4 +1,4 @@
-"""What `align serve-rollout` makes of its arguments, and what a recipe may say about servers."""
+"""Arguments of `align serve-rollout`, and settings of a recipe about servers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_recipes_stage_with_its_settings(tmp_path):
     assert (served.rollout.max_sequences, served.rollout.tensor_parallel_size) == (9, 2)
 
 
-def test_what_cannot_be_served(tmp_path):
+def test_targets_that_cannot_be_served(tmp_path):
     recipe = write_recipe(tmp_path, {"first": ppo()})
     with pytest.raises(UserError, match=r"--stage must name a stage that samples\. Pass --stage with one of: first"):
         serve_settings(recipe, "sft", None, {})
@@ -106,8 +106,8 @@ def test_flags_of_vllm():
     assert command_line(options) == expected
 
 
-def test_a_started_server_is_told_everything(tmp_path):
-    """The command's own parser reads back what the engine was given."""
+def test_a_started_server_gets_every_setting(tmp_path):
+    """The command's own parser reads the settings back."""
     rollout = Rollout(
         engine="remote",
         start_servers=1,
@@ -136,8 +136,8 @@ def test_a_started_server_is_told_everything(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_start_says_why(tmp_path):
-    """It ends at once, so nobody waits for the start's time limit."""
+def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path):
+    """The server ends at once, so the engine does not wait for the start timeout."""
     from align.rollout.remote import RemoteEngine
 
     folder = make_checkpoint(tmp_path / "model")
@@ -191,7 +191,7 @@ def test_cores_of_each_rank(monkeypatch):
         ),
     ],
 )
-def test_a_recipe_that_contradicts_itself(changes, message):
+def test_contradictory_settings(changes, message):
     with pytest.raises(ValidationError) as error:
         Rollout(**changes)
     assert error.value.errors()[0]["msg"] == f"Value error, {message}"

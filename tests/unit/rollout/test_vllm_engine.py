@@ -1,4 +1,4 @@
-"""vLLM samples from the policy that the trainer has; the witness is the transformers model's forward."""
+"""vLLM samples from the trainer's policy, compared with the forward pass of the transformers model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 
 def tiny(**changes) -> HunYuanForCausalLM:
-    """A random model whose norms matter and whose next token is far from certain and far from uniform."""
+    """A random model whose norms have an effect, and whose next token is neither certain nor uniform."""
     sizes = {
         "vocab_size": 384,
         "hidden_size": 64,
@@ -56,7 +56,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module, size: float = 0.03) -> None:
-    """What an optimizer step does, but larger; norms are drawn anew."""
+    """Change all weights, by more than an optimizer step; draw the norms anew."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
@@ -93,7 +93,7 @@ def engine(model, tmp_path_factory):
     engine.close()
 
 
-def test_greedy_tokens_are_the_models(engine, model):
+def test_greedy_tokens_equal_the_models(engine, model):
     rows = engine.generate(PROMPTS, SamplingSettings(24, temperature=0.0))
     for prompt, (completion,) in zip(PROMPTS, rows):
         expected = model.generate(
@@ -145,7 +145,7 @@ def test_stop_token_is_part_of_the_completion(engine):
 
 
 def test_a_first_token_that_stops_is_the_whole_completion(engine, model):
-    """There is no empty completion: the stop token is part of it, has its log-probability and can be learnt."""
+    """The stop token is part of the completion and has a log-probability, so no completion is empty."""
     greedy = engine.generate(PROMPTS[:1], SamplingSettings(8, temperature=0.0))[0][0]
     stop = greedy.token_ids[0]
     rows = engine.generate(PROMPTS[:1], SamplingSettings(8, temperature=0.0, stop_token_ids=(stop,)))
@@ -154,13 +154,13 @@ def test_a_first_token_that_stops_is_the_whole_completion(engine, model):
     assert error(model, rows, 1.0) < TOLERANCE
 
 
-def test_all_completions_cut(engine):
+def test_truncated_completions(engine):
     rows = engine.generate(PROMPTS, SamplingSettings(5, seed=3, n=2))
     assert all(len(c.token_ids) == 5 and not c.finished for row in rows for c in row)
 
 
 def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
-    """64 prompts of 100 tokens: vLLM would compute some of them in pieces, which fails with seeds on a CPU."""
+    """With 64 prompts of 100 tokens, chunked prefill would split some, which fails with seeds on a CPU."""
     engine = start(model, tmp_path, Rollout(max_model_length=512, cache_gib=0.1, max_sequences=64))
     try:
         rows = engine.generate([[i] * 100 for i in range(64)], SamplingSettings(4, seed=3))
@@ -170,13 +170,13 @@ def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
 
 
 def test_closing_one_engine_leaves_another_alone(engine, model):
-    """The test before this one closed a second engine; vLLM's own shutdown takes the first one's groups with it."""
+    """The previous test closed a second engine, and vLLM's own shutdown would destroy the first one's groups too."""
     engine.update_weights(published_weights(model), 0)
     assert error(model, engine.generate(PROMPTS, SamplingSettings(4, seed=3)), 1.0) < TOLERANCE
 
 
 def test_the_trainers_process_group_outlives_the_engine(tmp_path):
-    """As under torchrun: a group that was there before the engine can still reduce after it."""
+    """As under torchrun: an existing process group still works after the engine is closed."""
     script = Path(__file__).parent / "engine_beside_group.py"
     ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -184,7 +184,7 @@ def test_the_trainers_process_group_outlives_the_engine(tmp_path):
 
 
 def test_a_prompts_beginning_is_computed_once(engine, model):
-    """Four completions of prompts of 96 tokens: three read the prompt's whole blocks from the cache."""
+    """Of four completions of a prompt of 96 tokens, three read its whole blocks from the cache."""
     settings = SamplingSettings(8, seed=3, n=4)
     engine.update_weights(published_weights(model), 0)
     rows = engine.generate(LONG, settings)
@@ -211,7 +211,7 @@ def test_a_prefix_cached_under_old_weights_does_not_outlive_them(engine, model):
         assert engine.last_generation.cached_tokens == 0
         assert error(model, rows, 1.0) < TOLERANCE
     finally:
-        model.load_state_dict(old, strict=False)  # the tied head is not among them
+        model.load_state_dict(old, strict=False)  # named_parameters omits the tied head
         engine.update_weights(published_weights(model), 0)
 
 
@@ -230,7 +230,7 @@ def test_the_trainers_torch_is_left_alone(engine, model):
     torch.set_num_threads(threads)
 
 
-def test_bad_requests_name_the_remedy(engine):
+def test_errors_of_bad_requests_name_the_fix(engine):
     with pytest.raises(UserError, match=r"prompt 1: its 120 tokens .*max_model_length 128"):
         engine.generate([[1], [1] * 120], SamplingSettings(16))
     with pytest.raises(UserError, match="empty"):
@@ -260,7 +260,7 @@ def test_updated_weights_are_the_ones_that_sample(engine, model):
 
 
 def test_every_weight_matters_after_an_update(engine, model):
-    """A parameter that kept an old copy would show: each is changed alone and must matter."""
+    """Each parameter is changed alone and must change the result, so none is a stale copy."""
     settings = SamplingSettings(4, seed=2)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -285,14 +285,14 @@ def test_incomplete_or_foreign_weights_are_refused(engine, model):
     engine.update_weights(iter(weights), 0)
 
 
-def test_an_update_that_broke_off_must_be_made_again(engine, model):
+def test_an_interrupted_update_must_be_repeated(engine, model):
     def breaking():
         for i, pair in enumerate(published_weights(model)):
             if i == 5:
-                raise OSError("the trainer's own trouble")
+                raise OSError("the trainer failed")
             yield pair
 
-    with pytest.raises(OSError, match="own trouble"):
+    with pytest.raises(OSError, match="the trainer failed"):
         engine.update_weights(breaking(), 1)
     with pytest.raises(RuntimeError, match="was interrupted"):
         engine.generate(PROMPTS, SamplingSettings(4))
@@ -301,8 +301,8 @@ def test_an_update_that_broke_off_must_be_made_again(engine, model):
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "0.self_attn.k_proj", "experts.3.up_proj", "shared_mlp.gate_proj"])
-def test_weights_that_are_not_held_as_sent_are_an_error(engine, model, part, monkeypatch):
-    """A copy that goes wrong on the receiving side, in one value."""
+def test_weights_that_differ_after_loading_are_an_error(engine, model, part, monkeypatch):
+    """One value changes while the engine loads it."""
     load = type(engine_model(engine)).load_weights
 
     def wrong(self, weights):
@@ -323,7 +323,7 @@ def engine_model(engine):
 
 def test_sleep_and_wake_change_nothing_on_a_cpu(engine, model):
     if torch.cuda.is_available():
-        pytest.skip("this is the CPU's behaviour")
+        pytest.skip("tests the CPU's behaviour")
     engine.sleep()
     engine.wake()
     assert error(model, engine.generate(PROMPTS, SamplingSettings(4)), 1.0) < TOLERANCE

@@ -1,4 +1,4 @@
-"""vLLM as it serves: two tensor-parallel processes, and LoRA adapters that are not merged."""
+"""Our model class in vLLM with two tensor-parallel processes, and with LoRA adapters that are not merged."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def model() -> HunYuanForCausalLM:
 
 
 def serve(tmp_path: Path, adapter: str | None = None, **settings) -> list:
-    """Greedy tokens and their log-probabilities from vLLM in a process of its own, which finds our class by itself."""
+    """Greedy tokens and log-probabilities from vLLM in another process, which finds our class through the plugin."""
     script = tmp_path / "serve.py"
     script.write_text(SERVE, encoding="utf-8")
     arguments = [str(tmp_path / "model"), json.dumps(PROMPTS), json.dumps(adapter), json.dumps(settings)]
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    if settings.get("tensor_parallel_size", 1) > 1:  # vLLM would want a NUMA node for each process
+    if settings.get("tensor_parallel_size", 1) > 1:  # otherwise vLLM requires a NUMA node per process
         cores = sorted(os.sched_getaffinity(0))
         quiet["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
     done = subprocess.run(

@@ -32,7 +32,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
 
 
 def with_lora(model: HunYuanForCausalLM) -> torch.nn.Module:
-    """Adapters everywhere, with weights that are not zero, and a router that has moved."""
+    """Add adapters with non-zero weights to all layers, and change the router."""
     wrapped = add_lora(model, Lora(rank=4, alpha=8.0), task="CAUSAL_LM")
     with torch.no_grad():
         for parameter in (p for p in wrapped.parameters() if p.requires_grad):
@@ -41,7 +41,7 @@ def with_lora(model: HunYuanForCausalLM) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_plain_weights_are_the_saved_checkpoint(tied, tmp_path):
+def test_plain_weights_equal_the_saved_checkpoint(tied, tmp_path):
     model = tiny(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -67,7 +67,7 @@ def test_adapters_are_merged_as_peft_merges_them(top_k):
         assert torch.equal(tensor, base[name]) != adapted, name
 
 
-def test_merged_stream_computes_what_the_adapters_compute():
+def test_a_model_with_merged_weights_equals_one_with_adapters():
     wrapped = with_lora(tiny())
     plain = tiny()
     load_published(plain, published_weights(wrapped))
@@ -76,7 +76,7 @@ def test_merged_stream_computes_what_the_adapters_compute():
         torch.testing.assert_close(plain(ids).logits, wrapped(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_that_are_off_are_not_merged():
+def test_disabled_adapters_are_not_merged():
     wrapped = with_lora(tiny())
     with wrapped.disable_adapter():
         streamed = dict(merged_parameters(wrapped))
