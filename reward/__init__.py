@@ -1,4 +1,4 @@
-"""Rewards that are not models: text scores and users' functions."""
+"""Everything that gives a score: reward models, functions, servers and verifiers, and their weighted mixture."""
 
 if __name__ != "align.reward":
     raise ImportError("import it as align.reward")

@@ -24,11 +24,9 @@ from align.errors import UserError
 from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
 from align.reward.process import FunctionProcess, Scored, UserFunction
 from align.reward.remote import RewardClient
-from align.reward.text import is_missing
+from align.reward.text import Row, is_missing
 from align.reward.verifiers import VERIFIERS, Sample
 from align.rollout.base import Completion
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

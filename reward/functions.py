@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from align.config.paths import local_path
 from align.errors import UserError
-from align.reward.text import accepted_values, spellings, token_f1
+from align.reward.text import Row, accepted_values, spellings, token_f1
 
-RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
-"""f(prompts, completions, rows) -> one score per completion; rows are the data columns."""
+RewardFunction = Callable[[list[str], list[str], list[Row]], list[float]]
+"""f(prompts, completions, rows) -> one score per completion."""
 
 REFERENCE = "reference"
-"""Column with a good answer to the prompt."""
+"""Column with a reference answer to the prompt."""
 
 
-def reference_f1(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
+def reference_f1(prompts: list[str], completions: list[str], rows: list[Row]) -> list[float]:
     """Word F1 of each completion with its row's `reference`; the best one if the column has several texts."""
     references = [[spellings(value)[0] for value in accepted_values(row.get(REFERENCE))] for row in rows]
     if not all(references):

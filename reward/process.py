@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from align.errors import UserError
+from align.reward.text import Row
 from align.reward.worker import FIX, Call, took_too_long
 
 IMPORT_TIMEOUT_S = 600.0
@@ -89,6 +90,12 @@ class FunctionProcess:
         self._connection: Connection | None = None
         self._finalizer: weakref.finalize | None = None
 
+    def __enter__(self) -> FunctionProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def load(self, function: UserFunction) -> None:
         """Import the function's file, so that a fault in it ends the run before anything else is loaded."""
         outcome = self._call(_to_call(function, IMPORT_TIMEOUT_S))
@@ -102,7 +109,7 @@ class FunctionProcess:
         function: UserFunction,
         prompts: Sequence[str],
         completions: Sequence[str],
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Row],
     ) -> Scored:
         """Call the function; the result has a finite score per completion, or None if the function is tolerant.
 

@@ -8,6 +8,9 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
+Row = dict[str, Any]
+"""Data columns of one prompt."""
+
 
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from align.config import rewards as config
 from align.reward.math_answer import AnswerFormat, expected_answer, final_answer, same_answer
-from align.reward.text import accepted_values, spellings
+from align.reward.text import Row, accepted_values, spellings
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Sample:
     """
 
     text: str
-    row: dict[str, Any]
+    row: Row
     tokens: int
 
 
 Section = TypeVar("Section", bound=config.RewardBase)
 
 VERIFIERS: dict[type[config.RewardBase], Callable[[Any, Sample], float | None]] = {}
-"""Verifier of each reward section: f(section, sample) -> score, or None if the completion holds no answer."""
+"""Verifier of each reward section: f(section, sample) -> score, or None if the completion has no answer."""
 
 
 def verifier(
@@ -77,9 +77,11 @@ def verify_length(reward: config.LengthReward, sample: Sample) -> float:
 
 
 def math_score(completion: str, expected: Any, format: AnswerFormat = "any") -> float | None:
-    """1.0 if the completion's final answer equals the expected one, 0.0 if it differs, None if there is no answer."""
+    """1.0 if the completion's final answer equals `expected`, or one of several, else 0.0; None without an answer."""
     answer = final_answer(completion, format)
-    return None if answer is None else float(same_answer(answer, expected_answer(str(expected))))
+    if answer is None:
+        return None
+    return float(any(same_answer(answer, expected_answer(str(value))) for value in accepted_values(expected)))
 
 
 def exact_score(completion: str, expected: Any, *, ignore_case: bool = False) -> float:
@@ -126,6 +128,6 @@ def length_score(length: int, *, min_tokens: int, max_tokens: int, buffer: int) 
     return max(0.0, 1.0 - outside / (buffer + 1))
 
 
-def regex_row(prompt: str, completion: str, row: dict[str, Any]) -> float:
+def regex_row(prompt: str, completion: str, row: Row) -> float:
     """`regex_score` with the signature of a reward function, for the process of users' functions."""
     return regex_score(row["pattern"], completion, row["expected"])

@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from align.reward.text import Row
+
 FIX = "fix the function"
 FAILURES = (Exception, SystemExit)
 """Exceptions of a user's code that become a problem; others end the process."""
@@ -50,9 +52,9 @@ class Call:
     timeout_s: float
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
-    def arguments(self) -> list[tuple[str, str, dict[str, Any]]]:
+    def arguments(self) -> list[tuple[str, str, Row]]:
         """Arguments for each completion."""
         return list(zip(self.prompts, self.completions, self.rows, strict=True))
 

@@ -14,11 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from align.config import load_recipe
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
 from align.rollout.vllm_options import check_checkpoint, engine_options, prepare_vllm
+from align.run.checkpoint import checkpoint_folder
+from align.run.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,6 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
     """
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if Path(target).is_dir():
-        from align.run.checkpoint import checkpoint_folder
-
         for flag, given in (("--stage", stage), ("--run-dir", run_dir)):
             if given is not None:
                 raise UserError(f"{flag}: it needs a recipe, but {target} is a checkpoint. Remove {flag}.")
@@ -49,9 +50,6 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
         settings: dict[str, Any] = {"max_model_length": min(Rollout().max_model_length, _context_length(checkpoint))}
         dtype, seed = "float32", 0
     else:
-        from align.config import load_recipe
-        from align.run.context import StageContext
-
         recipe = load_recipe(target)
         sampling = [name for name, part in recipe.stages.items() if part.generates_with is not None]
         if stage is None:

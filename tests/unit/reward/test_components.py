@@ -60,11 +60,8 @@ def test_a_metric_scores_texts_against_rows(tokenizer, settings: dict[str, Any],
     rows = [{"answer": 4, "reference": "is 4"}, {"answer": "4.", "reference": "5"}, {"answer": 4.0, "reference": "c"}]
     if settings["kind"] == "math":
         rows[1]["answer"] = 5
-    process = FunctionProcess()
-    try:
+    with FunctionProcess() as process:
         scored = build_component(section(**settings), process, tokenizer)(samples(tokenizer, texts, rows))
-    finally:
-        process.close()
     assert scored.scores == pytest.approx(expected) if None not in expected else scored.scores == expected
 
 
@@ -92,6 +89,7 @@ def test_a_floats_own_spelling_is_still_exact() -> None:
 def test_a_final_answer_is_compared_with_a_number_of_any_type() -> None:
     assert [math_score("The answer is 4", value) for value in (4, 4.0, "4", 5, 4.5)] == [1, 1, 1, 0, 0]
     assert math_score("The answer is true.", True) == 1.0
+    assert [math_score("The answer is 4", value) for value in ([5, "3 + 1 = #### 4"], [5, 3], [])] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("empty", [None, float("nan")])

@@ -187,11 +187,11 @@ def test_scores() -> None:
     ],
 )
 def test_no_text_takes_long(text: str) -> None:
-    """A policy writes whatever pays, and a reward runs on every completion."""
-    start = time.perf_counter()
+    """A policy may write anything, and a reward runs on every completion. CPU time, since other processes may run."""
+    start = time.process_time()
     math_score(text, "72")
     math_score("72", text)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_a_number_is_exact() -> None:

@@ -98,14 +98,14 @@ class Scorers:
     """Makes scorers that are closed after the test, and collects their messages."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.scorers, self.said = tokenizer, [], []
+        self.tokenizer, self.scorers, self.messages = tokenizer, [], []
 
     def __call__(self, *rewards: dict, **options: Any) -> Scorer:
         parsed = TypeAdapter(Rewards).validate_python(list(rewards))
         names = {reward.init_from for reward in parsed if isinstance(reward, ModelReward)}
         settings = {
             "load_models": lambda: {name: ModelScorer(Path(name), "float32", micro_batch_tokens=64) for name in names},
-            "say": self.said.append,
+            "say": self.messages.append,
         }
         self.scorers.append(Scorer(parsed, options.pop("prompts", []), self.tokenizer, **settings | options))
         return self.scorers[-1]
@@ -164,8 +164,8 @@ def test_a_model_with_another_tokenizer_gets_the_texts_in_its_own_format(
     one = scorer({"kind": "model", "init_from": str(other_model), "name": "other"})
     for _ in range(2):
         assert sorted(one.score(*scored_batch)[0].tolist()) == pytest.approx(expected, abs=1e-5)
-    said = ["  reward 'other': its tokenizer or chat template differs; completions are encoded again"]
-    assert said == scorer.said
+    messages = ["  reward 'other': its tokenizer or chat template differs; completions are encoded again"]
+    assert messages == scorer.messages
 
 
 def test_functions_get_prompts_texts_rows_and_the_reference(scorer, functions, scored_batch) -> None:
@@ -316,7 +316,7 @@ def test_a_failed_completion_gets_the_failure_score_and_a_message(scorer, functi
     scores, metrics = scorer({**reward, "failure_score": -2.0}).score(*scored_batch)
     assert scores.tolist() == [1.0, 1.0, 1.0, -2.0]
     assert metrics["reward/mine.py:picky/failures"] == 0.25
-    assert scorer.said == ["  reward 'mine.py:picky': 1 of 4 completions failed (returned None)"]
+    assert scorer.messages == ["  reward 'mine.py:picky': 1 of 4 completions failed (returned None)"]
 
 
 def test_a_batch_without_any_score_stops_the_run(scorer, functions, scored_batch) -> None:

@@ -133,9 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def functions() -> Iterator[FunctionProcess]:
-    functions = FunctionProcess()
-    yield functions
-    functions.close()
+    with FunctionProcess() as functions:
+        yield functions
 
 
 @pytest.fixture(autouse=True)
@@ -195,34 +194,34 @@ def test_prints_of_a_function_appear(functions, folder: Path) -> None:
 
 def test_an_exception_names_the_function_the_completion_and_the_line(functions) -> None:
     line = MINE.splitlines().index("    return [1 / (len(c) - 3) for c in completions]") + 1
-    said = f"raised ZeroDivisionError: division by zero (mine.py line {line}) for completion 2 ('ccc')"
-    assert refusal(functions, mine("raises")) == f"{said}. Fix the function."
+    message = f"raised ZeroDivisionError: division by zero (mine.py line {line}) for completion 2 ('ccc')"
+    assert refusal(functions, mine("raises")) == f"{message}. Fix the function."
     assert "ValueError: too many" in refusal(functions, mine("raises_together"))
-    assert "invalid literal" in (said := refusal(functions, mine("raises_single", batched=False)))
-    assert "for completion 2 ('ccc')" in said
+    assert "invalid literal" in (message := refusal(functions, mine("raises_single", batched=False)))
+    assert "for completion 2 ('ccc')" in message
     assert "SystemExit: enough" in refusal(functions, mine("exits", batched=False))
 
 
 def test_the_line_is_in_the_users_file(functions) -> None:
     line = MINE.splitlines().index("    return json.loads(completion)") + 1
-    said = refusal(functions, mine("raises_far_away", batched=False))
-    assert said.startswith("raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py line ")
-    assert f"(mine.py line {line}) for completion 0 ('a')" in said
+    message = refusal(functions, mine("raises_far_away", batched=False))
+    assert message.startswith("raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py line ")
+    assert f"(mine.py line {line}) for completion 0 ('a')" in message
 
 
 @pytest.mark.parametrize("name", ["hangs", "hangs_in_c"])
 def test_a_hanging_function_is_killed(functions, name: str) -> None:
     functions.load(mine(name))
     start = time.perf_counter()
-    said = refusal(functions, mine(name, timeout_s=0.5))
-    assert said == "took longer than 0.5 s. Fix the function, or raise its timeout_s."
+    message = refusal(functions, mine(name, timeout_s=0.5))
+    assert message == "took longer than 0.5 s. Fix the function, or raise its timeout_s."
     assert time.perf_counter() - start < 2.0
 
 
 @pytest.mark.parametrize("name", ["hangs_single", "hangs_async"])
 def test_a_hang_names_the_completion(functions, name: str) -> None:
-    said = refusal(functions, mine(name, batched=False, timeout_s=0.5))
-    assert said == "took longer than 0.5 s for completion 2 ('ccc'). Fix the function, or raise its timeout_s."
+    message = refusal(functions, mine(name, batched=False, timeout_s=0.5))
+    assert message == "took longer than 0.5 s for completion 2 ('ccc'). Fix the function, or raise its timeout_s."
 
 
 def test_a_hang_among_awaited_calls_names_no_completion(functions, monkeypatch) -> None:
@@ -234,8 +233,8 @@ def test_a_hang_among_awaited_calls_names_no_completion(functions, monkeypatch) 
 
 
 def test_a_crash_of_the_process_is_the_functions_fault(functions) -> None:
-    said = refusal(functions, mine("dies", batched=False))
-    assert said == "ended its process (exit status 3) for completion 2 ('ccc'). Fix the function."
+    message = refusal(functions, mine("dies", batched=False))
+    assert message == "ended its process (exit status 3) for completion 2 ('ccc'). Fix the function."
     assert refusal(functions, mine("segfaults")) == "ended its process (signal SIGSEGV). Fix the function."
     assert score(functions, mine("single", batched=False))  # works in a new process
 

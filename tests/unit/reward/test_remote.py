@@ -72,9 +72,9 @@ def post(server: RewardServer, body: str, path: str = "/score", headers: dict | 
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
     connection.request("POST", path, body, headers or {})
     response = connection.getresponse()
-    answer = response.status, json.loads(response.read())
+    result = response.status, json.loads(response.read())
     connection.close()
-    return answer
+    return result
 
 
 def test_completions_arrive_as_they_were_sent() -> None:
@@ -97,7 +97,7 @@ def test_completions_arrive_as_they_were_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("request_", "reason"),
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
@@ -113,11 +113,11 @@ def test_completions_arrive_as_they_were_sent() -> None:
         ('{"prompts": ["p"], "completions": [null]}', "completions[0]"),
     ],
 )
-def test_a_bad_request_gets_the_reason(request_: str, said: str) -> None:
+def test_a_bad_request_gets_the_reason(request_: str, reason: str) -> None:
     with serving(lambda items: [0.0] * len(items)) as server:
-        status, answer = post(server, request_)
+        status, response = post(server, request_)
         assert status == 400
-        assert said in answer["error"]
+        assert reason in response["error"]
         assert post(server, json.dumps(REQUEST))[0] == 200  # the server keeps working
 
 
@@ -211,9 +211,9 @@ def dribble_headers(connection: socket.socket) -> None:
         pass
 
 
-@pytest.mark.parametrize("answer", [lambda connection: time.sleep(1.5), dribble, dribble_headers])
-def test_a_request_ends_in_time(answer) -> None:
-    with raw_server(answer) as url:
+@pytest.mark.parametrize("respond", [lambda connection: time.sleep(1.5), dribble, dribble_headers])
+def test_a_request_ends_in_time(respond) -> None:
+    with raw_server(respond) as url:
         start = time.perf_counter()
         with pytest.raises(UserError, match=r"within 0\.5 s"):
             client(url, timeout_s=0.5).score(REQUEST)
@@ -221,7 +221,7 @@ def test_a_request_ends_in_time(answer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("respond", "reason"),
     [
         (lambda c: None, "no response .Remote end closed connection"),
         (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"), "no complete response"),
@@ -233,8 +233,8 @@ def test_a_request_ends_in_time(answer) -> None:
         (lambda c: reply(c, "busy", "503 Busy"), "no response .status 503"),
     ],
 )
-def test_responses_without_scores(answer, said: str) -> None:
-    with raw_server(answer) as url, pytest.raises(UserError, match=said):
+def test_responses_without_scores(respond, reason: str) -> None:
+    with raw_server(respond) as url, pytest.raises(UserError, match=reason):
         client(url).score(REQUEST)
 
 

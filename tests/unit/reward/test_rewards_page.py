@@ -22,9 +22,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "mine.py").write_text(program, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     rewards = TypeAdapter(Rewards).validate_python(yaml.safe_load(recipe)["rewards"])
-    functions = FunctionProcess()
     found = {}
-    try:
+    with FunctionProcess() as functions:
         for reward in rewards:
             assert isinstance(reward, FunctionReward)
             file, _, name = reward.path.partition(":")
@@ -34,8 +33,6 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         cites = UserFunction("mine.py:cites", "mine.py", "cites", batched=False, timeout_s=20)
         with pytest.raises(UserError) as caught:
             functions.score(cites, ["p"] * 4, ["Water boils at"] * 4, [{"source": "W"}] * 3 + [{}])
-    finally:
-        functions.close()
     assert found == {"short": [-0.09, -0.08], "cites": [1.0, 0.0], "judged": [1.0, pytest.approx(1 / 3)]}
     assert str(caught.value) in PAGE
 

@@ -41,7 +41,7 @@ class FakeServer:
         self.dies_after: int | None = None
         self.hangs = False
         self.length = 512
-        self.answer: dict = {}
+        self.response: dict = {}
         self.seen: list[int] = []
         self._start(0)
 
@@ -76,13 +76,13 @@ class FakeServer:
     def handle(self, request: BaseHTTPRequestHandler, body: bytes | None) -> None:
         path = request.path.partition("?")[0]
         self.calls[path] += 1
-        status, answer = 200, self.respond(path, json.loads(body) if body else {})
-        if isinstance(answer, tuple):
-            status, answer = answer
-        if answer is None:  # like a killed process: the connection ends without a response
+        status, response = 200, self.respond(path, json.loads(body) if body else {})
+        if isinstance(response, tuple):
+            status, response = response
+        if response is None:  # like a killed process: the connection ends without a response
             request.connection.close()
             return
-        text = json.dumps(answer).encode()
+        text = json.dumps(response).encode()
         request.send_response(status)
         request.send_header("Content-Length", str(len(text)))
         request.end_headers()
@@ -142,7 +142,7 @@ class FakeServer:
             "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
             "logprobs": {"content": [{"token_id": t, "logprob": -t / 1000} for t in tokens]},
         }
-        return {"choices": [choice | self.answer]}
+        return {"choices": [choice | self.response]}
 
 
 WEIGHTS = {f"w{i}": torch.arange(4.0 * 200_000).view(4, -1) % 7 + i for i in range(5)}
@@ -264,7 +264,7 @@ def test_a_server_with_a_wrong_response_is_not_used_again(connect, servers, faul
     elif fault == "other weights":
         servers[0].version = "0badc0de:7"
     else:
-        servers[0].answer = {"token_ids": [], "finish_reason": "abort" if fault == "aborted" else "stop"}
+        servers[0].response = {"token_ids": [], "finish_reason": "abort" if fault == "aborted" else "stop"}
     assert tokens(engine.generate(PROMPTS, SETTINGS)) == expected
     assert engine.last_generation.retried > 0
 
@@ -362,10 +362,10 @@ def test_weights_that_differ_from_the_sent_ones_are_refused(connect, servers, mo
     update = FakeServer.update
 
     def damaged(self, info):
-        answer = update(self, info)
+        response = update(self, info)
         if self is servers[0] and self.updating and "w1" in self.updating:
             self.updating["w1"][2, 5] += 1e-3
-        return answer
+        return response
 
     monkeypatch.setattr(FakeServer, "update", damaged)
     assert engine.update_weights(iter(WEIGHTS.items()), 1).engines == 1

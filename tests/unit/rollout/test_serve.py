@@ -75,7 +75,7 @@ def test_targets_that_cannot_be_served(tmp_path):
         serve_settings(str(folder), None, None, {"cache_gib": -1.0})
 
 
-def said(*arguments: str) -> str:
+def error_of(*arguments: str) -> str:
     error = io.StringIO()
     with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
         cli.main(["serve-rollout", *arguments])
@@ -85,14 +85,14 @@ def said(*arguments: str) -> str:
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
     folder = str(make_checkpoint(tmp_path / "model"))
-    assert "max_position_embeddings 128" in said(folder, "--max-model-length", "200")
+    assert "max_position_embeddings 128" in error_of(folder, "--max-model-length", "200")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}: cannot listen there" in said(folder, "--max-model-length", "100", "--port", port)
+        assert f"127.0.0.1:{port}: cannot listen there" in error_of(folder, "--max-model-length", "100", "--port", port)
     (tmp_path / "empty").mkdir()
-    assert "it is not a checkpoint" in said(str(tmp_path / "empty"))
+    assert "no config.json" in error_of(str(tmp_path / "empty"))
 
 
 def test_a_model_shorter_than_the_default(tmp_path):
