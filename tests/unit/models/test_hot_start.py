@@ -35,6 +35,24 @@ def test_the_function_is_unchanged(dense, experts, top_k, width) -> None:
     assert_near(grown(ids).logits, dense(ids).logits)
 
 
+def test_experts_share_out_the_neurons_and_the_router_is_random(dense) -> None:
+    """Four experts of 12 take each of the 48 neurons once, in another order per layer; eight take each twice."""
+    grown = hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0)
+    orders = []
+    for layer, source in zip(grown.model.layers, dense.model.layers, strict=True):
+        gate, up = layer.mlp.experts.gate_up_proj.chunk(2, dim=1)
+        rows = (gate.flatten(0, 1)[:, None] == source.mlp.gate_proj.weight).all(-1).nonzero()
+        assert rows[:, 0].tolist() == list(range(48))
+        assert sorted(rows[:, 1].tolist()) == list(range(48))
+        assert torch.equal(up.flatten(0, 1), source.mlp.up_proj.weight[rows[:, 1]])
+        assert layer.mlp.experts.down_proj.count_nonzero() == 0
+        assert layer.mlp.gate.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        orders.append(rows[:, 1].tolist())
+    assert orders[0] != orders[1] != list(range(48))
+    twice = hot_start(dense, experts=8, top_k=1, expert_width=12, seed=0).model.layers[0].mlp.experts.gate_up_proj
+    assert torch.equal(twice[:4].flatten().sort().values, twice[4:].flatten().sort().values)
+
+
 def test_experts_diverge_and_share_the_load(dense) -> None:
     grown = hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0).train()
     optimizer = torch.optim.AdamW(grown.parameters(), lr=3e-3)

@@ -12,6 +12,7 @@ import align.models  # noqa: F401
 from align.models.cost import bytes_per_token
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.moe import route
+from align.models.hunyuan.rope import rotation_tables
 from tests.near import assert_near
 
 SIZES = {
@@ -165,6 +166,63 @@ def test_gradient_checkpointing_leaves_a_cache_alone() -> None:
     assert_near(continued, whole[:, 5:])
     continued.sum().backward()
     assert cache.get_seq_length() == 8
+
+
+def test_checkpointing_alone_switches_the_cache_off() -> None:
+    model = build()
+    ids = torch.randint(3, 97, (1, 4))
+    assert model(ids).past_key_values.get_seq_length() == 4
+    model.gradient_checkpointing_enable()
+    assert model(ids).past_key_values is None
+    with torch.no_grad():
+        assert model(ids).past_key_values.get_seq_length() == 4
+
+
+def test_logits_of_some_positions() -> None:
+    model, ids = build(), torch.randint(3, 97, (2, 7))
+    logits = model(ids).logits
+    assert_near(model(ids, logits_to_keep=2).logits, logits[:, 5:])
+    assert_near(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+
+
+def test_hidden_states_begin_with_the_embedding_and_end_with_the_norm() -> None:
+    model, ids = build(), torch.randint(3, 97, (1, 5))
+    output = model.model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 5
+    assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    layer = model.model.layers[0]
+    attended, _ = layer.self_attn(
+        layer.input_layernorm(output.hidden_states[0]),
+        rotation_tables(model.model.inv_freq, torch.arange(5)[None], torch.float32),
+        torch.full((5, 5), -torch.inf).triu(1)[None, None],
+        None,
+        None,
+    )
+    middle = output.hidden_states[0] + attended
+    assert_near(output.hidden_states[1], middle + layer.mlp(layer.post_attention_layernorm(middle))[0])
+
+
+def test_the_training_loss_adds_the_router_losses() -> None:
+    model = build(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
+    ids = torch.randint(3, 97, (2, 8))
+    plain, output = model(ids, labels=ids), model(ids, labels=ids, output_router_logits=True)
+    added = 0.5 * output.router.balance_loss + 0.25 * output.router.z_loss
+    assert added > 0.4
+    assert_near(output.loss, plain.loss + added)
+    expected = torch.nn.functional.cross_entropy(plain.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert_near(plain.loss, expected)
+
+
+def test_weights_start_with_the_configured_deviation() -> None:
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, "hidden_size": 128}, initializer_range=0.3))
+    mlp = model.model.layers[0].mlp
+    matrices = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.shared_mlp.up_proj.weight)
+    for weight in (*matrices, model.model.embed_tokens.weight):
+        assert weight.std().item() == pytest.approx(0.3, rel=0.15)
+        assert abs(weight.mean().item()) < 0.05
+    assert all((parameter == 1).all() for name, parameter in model.named_parameters() if "norm" in name)
 
 
 def test_auto_classes_load_what_was_saved(tmp_path) -> None:

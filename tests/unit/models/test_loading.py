@@ -251,6 +251,38 @@ def test_other_shapes_are_reported_as_transformers_does(saved: Path) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("layers", "message"), [([2], "is missing"), ([1, 2], "and 1 more are missing")])
+def test_missing_tensors_are_counted(saved: Path, layers: list[int], message: str) -> None:
+    config = HunYuanConfig.from_pretrained(saved)
+    gone = [f"model.layers.{layer}.input_layernorm.weight" for layer in layers]
+    for file in saved.glob("*.safetensors"):
+        save_file({n: t for n, t in load_file(file).items() if n not in gone}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"the tensor '{gone[0]}' {message}"):
+        check_weights(saved, config)
+
+
+def test_extra_tensors_are_counted_and_old_rotary_buffers_ignored(saved: Path) -> None:
+    config = HunYuanConfig.from_pretrained(saved)
+    (saved / "model.safetensors.index.json").unlink()
+    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, saved / "extra.safetensors")
+    check_weights(saved, config)
+    save_file({"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}, saved / "extra.safetensors")
+    with pytest.raises(UserError, match="has no tensor 'a' and 2 more"):
+        check_weights(saved, config)
+
+
+def test_a_head_is_required_unless_it_is_tied_or_a_scorer(saved: Path) -> None:
+    config = HunYuanConfig.from_pretrained(saved, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"the tensor 'lm_head\.weight' is missing"):
+        check_weights(saved, config)
+    check_weights(saved, config, scorer=True)
+    save_file({"score.weight": torch.ones(3, 16)}, saved / "score.safetensors")
+    (saved / "model.safetensors.index.json").unlink()
+    check_weights(saved, HunYuanConfig.from_pretrained(saved, num_labels=3), scorer=True)
+    with pytest.raises(UserError, match=r"has the shape \[3, 16\], but config.json requires \[1, 16\]"):
+        check_weights(saved, HunYuanConfig.from_pretrained(saved, num_labels=1), scorer=True)
+
+
 def test_headers_are_checked_without_reading_values(saved: Path) -> None:
     """A sparse file of a terabyte with a valid header is refused for its tensor's name."""
     config = HunYuanConfig.from_pretrained(saved)

@@ -28,6 +28,7 @@ LENGTHS = {
     "one sequence": [5],
     "single tokens": [1, 1, 1],
     "one group": [8, 7, 6],
+    "two lengths": [4, 9, 4],
 }
 
 
