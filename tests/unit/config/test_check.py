@@ -1,4 +1,4 @@
-"""`align check` judges a recipe as `align run` would take it."""
+"""`align check` accepts and refuses the same recipes as `align run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from align.errors import UserError
 from align.launch import processes as launch
 
 
-def test_changes_are_judged_with_the_recipe(capsys) -> None:
+def test_overrides_are_checked_with_the_recipe(capsys) -> None:
     main(["check", "tiny", "stages.dpo.beta=0.2"])
     assert capsys.readouterr().out == "tiny: ok\n"
     with pytest.raises(SystemExit) as ended:
@@ -30,7 +30,7 @@ def test_changes_are_judged_with_the_recipe(capsys) -> None:
     assert problems.count("stages.dpo.beta") == 2
 
 
-def test_changes_alone_are_no_recipe(capsys) -> None:
+def test_overrides_without_a_recipe_are_refused(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["check", "stages.dpo.beta=0.2"])
     assert ended.value.code == 2
@@ -47,16 +47,16 @@ def test_changes_alone_are_no_recipe(capsys) -> None:
         ("stages.dpo.lora.r=8", "known keys are alpha, attention, dropout, experts, rank"),
     ],
 )
-def test_an_unknown_key_is_met_with_what_may_have_been_meant(change: str, hint: str) -> None:
-    """A near spelling, or a section that has the key; nothing far-fetched, which would change something else."""
+def test_an_unknown_key_gets_a_suggestion(change: str, hint: str) -> None:
+    """A similar key, or a section that has the key, but no dissimilar key, which would change another setting."""
     with pytest.raises(UserError) as error:
         load_recipe("tiny", [change])
     assert hint in str(error.value)
 
 
 @pytest.mark.parametrize("processes", [3, 5, 32])
-def test_batches_that_processes_cannot_share_are_told_for_all_stages_with_values_that_work(processes: int) -> None:
-    """Each of the named values is written into the recipe, and the recipe is then taken."""
+def test_uneven_batches_are_reported_for_all_stages_with_valid_values(processes: int) -> None:
+    """The recipe is accepted with the suggested values."""
     wanted = [f"parallel.processes={processes}"]
     with pytest.raises(UserError) as error:
         load_recipe("tiny", wanted)
@@ -67,7 +67,7 @@ def test_batches_that_processes_cannot_share_are_told_for_all_stages_with_values
 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(12, 4, 2), (30, 5, 5), (7, 3, 1), (96, 5, 8)])
-def test_passes_that_do_not_fill_a_share_are_told_with_values_that_work(batch, micro, processes) -> None:
+def test_uneven_micro_batches_are_reported_with_valid_values(batch, micro, processes) -> None:
     wanted = [f"stages.sft.batch_size={batch}", f"stages.sft.micro_batch_size={micro}", "stages.pretrain.batch_size=40"]
     wanted += [f"stages.{name}.batch_size=40" for name in ("reward_model", "dpo")]
     wanted += ["stages.reward_model.micro_batch_size=1", "stages.dpo.micro_batch_size=1"]
@@ -86,7 +86,7 @@ def test_the_first_recipes_run_on_one_two_and_four_processes(processes: int, cap
     assert capsys.readouterr().out == "tiny: ok\nquickstart: ok\n"
 
 
-def test_a_pass_has_the_rows_of_a_process_where_those_are_fewer() -> None:
+def test_a_forward_pass_has_at_most_the_rows_of_a_process() -> None:
     stage = load_recipe("tiny").stages["dpo"]
     assert isinstance(stage, TrainingStage)
     assert (stage.batch_size, stage.micro_batch_size) == (16, 16)
@@ -111,10 +111,10 @@ LAYERS = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num
         ("quickstart", 8, ["model.path=./nowhere"], "unknown key"),
     ],
 )
-def test_experts_that_ranks_cannot_share_are_told_without_a_file(
+def test_uneven_experts_are_reported_without_a_checkpoint(
     recipe: str, size: int, changes: list[str], told: int | str | None, capsys
 ) -> None:
-    """From the recipe alone; hand-counted."""
+    """From the recipe alone. The expected numbers are counted by hand."""
     batches = [f"stages.{stage}.batch_size=16" for stage in ("sft", "reward_model", "dpo")]
     batches += ["stages.pretrain.batch_size=16"] if recipe == "tiny" else []
     words = ["check", "--without-files", recipe, f"parallel={{processes: 16, expert_parallel_size: {size}}}"]
@@ -130,8 +130,8 @@ def test_experts_that_ranks_cannot_share_are_told_without_a_file(
 
 
 @pytest.mark.parametrize(("processes", "experts", "sizes"), [(16, 8, [1, 2, 4, 8]), (6, 8, [1, 2]), (6, 7, [1])])
-def test_sizes_of_groups_are_told_that_work(processes: int, experts: int, sizes: list[int], capsys) -> None:
-    """Every size that is named is taken, and no other one."""
+def test_valid_expert_parallel_sizes_are_suggested(processes: int, experts: int, sizes: list[int], capsys) -> None:
+    """Exactly the suggested sizes are accepted."""
     changes = [f"stages.{stage}.batch_size={processes}" for stage in ("pretrain", "sft", "reward_model", "dpo")]
     changes += [f"model.config.num_experts={experts}", f"parallel.processes={processes}"]
     words = ["check", "--without-files", "tiny", *changes]
@@ -148,7 +148,7 @@ def test_sizes_of_groups_are_told_that_work(processes: int, experts: int, sizes:
                 main([*words, f"parallel.expert_parallel_size={size}"])
 
 
-def test_a_forgotten_number_of_processes_is_named_and_does_not_narrow_the_sizes(capsys) -> None:
+def test_a_wrong_number_of_processes_does_not_limit_the_suggested_sizes(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["check", "--without-files", "tiny", "parallel.expert_parallel_size=16"])
     processes, experts = capsys.readouterr().err.splitlines()
@@ -167,7 +167,7 @@ finally:
 
 
 @pytest.mark.parametrize("command", [["check"], ["plan", "--gpu", "h100"], ["run", "--nproc", "2"]])
-def test_unknown_keys_of_a_configuration_are_told_all_at_once_without_torch(command: list[str], tmp_path) -> None:
+def test_all_unknown_keys_of_a_configuration_are_reported_without_torch(command: list[str], tmp_path) -> None:
     words = [*command, "tiny", "model.config={head_dim: 3, xyz: 4, num_experts: 4}"]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -192,7 +192,7 @@ def checkpoint(folder: Path, **config: object) -> str:
 @pytest.mark.parametrize("where", ["model.path", "stages.dpo.init_from", "stages.ppo.rewards.0.init_from"])
 @pytest.mark.parametrize("inside", ["", "model"])
 def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, capsys, where: str, inside: str) -> None:
-    """Also one in a stage's folder; its config.json is a file, so not with --without-files."""
+    """A checkpoint or the folder of a stage. --without-files does not read config.json."""
     path = recipe_with(tmp_path, rewards=[{"kind": "model", "init_from": checkpoint(tmp_path / "six", num_experts=6)}])
     eight = tmp_path / "eight"
     checkpoint(eight / inside, num_experts=8)
@@ -206,7 +206,7 @@ def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, cap
     main([*words, "--without-files"])
 
 
-def test_stages_of_one_process_share_no_experts(tmp_path: Path, capsys) -> None:
+def test_expert_parallelism_does_not_concern_evaluation(tmp_path: Path, capsys) -> None:
     path = recipe_with(tmp_path, rewards=[{"kind": "model", "init_from": checkpoint(tmp_path / "two", num_experts=2)}])
     evaluate = "{kind: evaluate, models: [base], prompts: [{kind: file, path: " + str(tmp_path / "rows.jsonl") + "}]}"
     words = [f"model.path={checkpoint(tmp_path / 'nine', num_experts=9)}", f"stages={{evaluate: {evaluate}}}"]
@@ -214,7 +214,7 @@ def test_stages_of_one_process_share_no_experts(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == f"{path}: ok\n"
 
 
-def test_a_launcher_says_what_is_wrong_before_it_starts_a_rank(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_problems_are_reported_before_ranks_are_started(tmp_path: Path, capsys, monkeypatch) -> None:
     for name in launch.PLACE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("ranks are started"))
@@ -234,7 +234,7 @@ def test_a_launcher_says_what_is_wrong_before_it_starts_a_rank(tmp_path: Path, c
 
 
 def recipe_with(tmp_path: Path, **ppo: object) -> str:
-    """Pairs from an earlier stage, a parent from the hub, and whatever `ppo` changes."""
+    """Write a recipe with a parent from the hub and pairs from an earlier stage. ppo: overrides of its PPO stage."""
     prompts = [{"kind": "file", "path": str(tmp_path / "rows.jsonl")}]
     stages = {
         "pairs": {"kind": "sample", "train": prompts},
@@ -247,8 +247,8 @@ def recipe_with(tmp_path: Path, **ppo: object) -> str:
     return str(tmp_path / "t.yaml")
 
 
-def test_only_what_this_machine_must_have_is_looked_for(tmp_path: Path, capsys) -> None:
-    """Not what an earlier stage makes, nor what the hub may have; and a user's file is not run."""
+def test_results_of_earlier_stages_and_hub_models_are_not_required(tmp_path: Path, capsys) -> None:
+    """And the file of a reward function is not run."""
     (tmp_path / "mine.py").write_text("raise SystemExit('imported')\n")
     reward = {"kind": "function", "path": f"{tmp_path / 'mine.py'}:score"}
     path = recipe_with(tmp_path, rewards=[reward, {"kind": "function", "path": "reference_f1"}])
@@ -256,7 +256,7 @@ def test_only_what_this_machine_must_have_is_looked_for(tmp_path: Path, capsys) 
     assert capsys.readouterr().out == f"{path}: ok\n"
 
 
-def test_all_that_is_missing_is_told_at_once(tmp_path: Path, capsys) -> None:
+def test_everything_missing_is_reported_at_once(tmp_path: Path, capsys) -> None:
     rewards = [{"kind": "function", "path": "absent.py:score"}, {"kind": "model", "init_from": "./absent-model"}]
     path = recipe_with(tmp_path, rewards=rewards, init_from="./absent-parent")
     (tmp_path / "rows.jsonl").unlink()

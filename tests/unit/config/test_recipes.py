@@ -1,4 +1,4 @@
-"""Shipped recipes load, overrides reach them, and what `align show` prints is the same recipe again."""
+"""Shipped recipes load, overrides apply, and `align show` prints the same recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def minimal(tmp_path: Path) -> Path:
 
 
 def sections(value: object) -> list[BaseModel]:
-    """Every section of a recipe, the recipe included."""
+    """Every section of a recipe, including the recipe itself."""
     if isinstance(value, BaseModel):
         return [value, *(s for name in type(value).model_fields for s in sections(getattr(value, name)))]
     if isinstance(value, dict):
@@ -68,9 +68,7 @@ def test_a_shipped_recipe_loads_by_path_and_by_name(
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("form", ["yaml", "json"])
-def test_what_show_prints_is_the_same_recipe(
-    path: Path, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_prints_the_same_recipe(path: Path, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["show", str(path), *(["--json"] if form == "json" else [])])
     printed = capsys.readouterr().out
     again = tmp_path / "again.yaml"
@@ -116,13 +114,13 @@ def test_exponents_read_as_numbers(minimal: Path, text: str, number: float) -> N
     assert load_recipe(minimal, [f"stages.dpo.beta={text}"]).stages["dpo"].beta == number
 
 
-def test_what_only_looks_like_an_exponent_stays_text(minimal: Path) -> None:
+def test_text_that_resembles_an_exponent_is_text(minimal: Path) -> None:
     assert load_recipe(minimal, ["description=e5", "name=e-6"]).name == "e-6"
     assert load_recipe(minimal, ["description='5e-6'"]).description == "5e-6"
 
 
 @pytest.mark.parametrize("text", ["1:30", "1:30.5", "2026-01-31", "2026-13-45", "0b2", "0x_", "=", "1_e", "٣"])
-def test_what_yaml_1_1_takes_for_a_number_or_a_date_is_text(minimal: Path, text: str) -> None:
+def test_numbers_and_dates_of_yaml_1_1_only_are_text(minimal: Path, text: str) -> None:
     assert load_recipe(minimal, [f"description={text}"]).description == text
 
 
@@ -143,7 +141,7 @@ def test_numbers(minimal: Path, text: str, number: float) -> None:
     assert (found, type(found)) == (number, float)
 
 
-def test_an_override_of_what_an_alias_stands_for_changes_one_place(minimal: Path) -> None:
+def test_an_override_of_an_aliased_section_changes_one_place(minimal: Path) -> None:
     minimal.write_text(
         """
 name: aliases
@@ -165,7 +163,7 @@ ODD = [None, True, -1, 10**30, 1.5, math.nan, "", "x", "²", [], [None], [[]], {
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_any_odd_value_in_any_place_is_read_or_refused(path: Path, tmp_path: Path) -> None:
-    """Nothing but a `UserError` comes out, and what is read can be shown."""
+    """Only `UserError` is raised, and a recipe that loads can be shown."""
     values, odd = yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path / "odd.yaml"
     choose = random.Random(0)
     for place in choose.sample(places(values), 20):
@@ -183,7 +181,7 @@ def test_any_odd_value_in_any_place_is_read_or_refused(path: Path, tmp_path: Pat
 
 
 def places(value: object, above: tuple = ()) -> list[tuple]:
-    """The keys that lead to each value."""
+    """The path of keys to each value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, item in items for place in ((*above, key), *places(item, (*above, key)))]
 
@@ -213,19 +211,19 @@ def test_the_last_override_wins_and_equals_signs_are_kept(minimal: Path) -> None
     assert load_recipe(minimal, ["description=a=b"]).description == "a=b"
 
 
-def test_overrides_may_stand_behind_flags(minimal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_follow_flags(minimal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["show", str(minimal), "seed=3", "--json", "stages.dpo.beta=0.2"])
     shown = json.loads(capsys.readouterr().out)
     assert (shown["seed"], shown["stages"]["dpo"]["beta"]) == (3, 0.2)
 
 
-def test_a_whole_number_is_a_number_but_not_the_other_way_round(minimal: Path) -> None:
+def test_a_whole_number_is_a_number_but_2_0_is_not_a_whole_number(minimal: Path) -> None:
     assert load_recipe(minimal, ["stages.dpo.epochs=2"]).stages["dpo"].epochs == 2.0
     with pytest.raises(UserError, match=r"'seed' is 2\.0, but must be a whole number"):
         load_recipe(minimal, ["seed=2.0"])
 
 
-def test_several_mistakes_are_told_at_once(minimal: Path) -> None:
+def test_several_problems_are_reported_at_once(minimal: Path) -> None:
     with pytest.raises(UserError) as told:
         load_recipe(minimal, ["sede=1", "stages.dpo.beta=-1", "stages.dpo.lora.rank=0"])
     lines = str(told.value).splitlines()
@@ -233,9 +231,7 @@ def test_several_mistakes_are_told_at_once(minimal: Path) -> None:
     assert all(line.startswith(f"{minimal}: ") and line.endswith((".", "?")) for line in lines)
 
 
-def test_a_recipe_in_the_working_folder_comes_before_a_shipped_one(
-    minimal: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_in_the_working_directory_has_precedence(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(minimal.parent)
     minimal.rename(minimal.parent / "tiny.yaml")
     assert load_recipe("tiny.yaml").name == "minimal"
@@ -248,7 +244,7 @@ def test_recipes_survive_a_round_trip_of_their_defaults(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["5e-6", "010", "1:30", "0x1f", "true", "null", "1_000", "- a", "é: b"])
-def test_text_that_looks_like_something_else_survives_show(minimal: Path, tmp_path: Path, capsys, text: str) -> None:
+def test_text_that_resembles_another_type_survives_show(minimal: Path, tmp_path: Path, capsys, text: str) -> None:
     recipe = load_recipe(minimal, [f"description={json.dumps(text)}"])
     assert recipe.description == text
     cli.main(["show", str(minimal), f"description={json.dumps(text)}"])

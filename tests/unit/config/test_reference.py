@@ -1,4 +1,4 @@
-"""docs/recipes.md says of every setting what it means, and is what the classes say."""
+"""docs/recipes.md describes every setting and is up to date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reference() -> dict:
 
 
 def reachable(model: type[BaseModel]) -> set[type[BaseModel]]:
-    """Every class of which a recipe can hold a section, with the recipe: found in the JSON schema, not in the page."""
+    """Every class of a recipe's sections, found through the JSON schema and not through the page."""
     names = {*model.model_json_schema()["$defs"], model.__name__}
     found: set[type[BaseModel]] = set()
     waiting = [BaseModel]
@@ -33,7 +33,7 @@ def reachable(model: type[BaseModel]) -> set[type[BaseModel]]:
     return found
 
 
-def test_the_page_is_what_the_classes_say(reference) -> None:
+def test_the_page_is_up_to_date(reference) -> None:
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     assert reference["page"]() == page, "run `python docs/make_reference.py`"
 
@@ -52,7 +52,7 @@ def test_every_class_has_a_section_and_every_setting_a_description(reference) ->
     assert [model.__name__ for model in reference["TITLES"] if not inspect.getdoc(model)] == []
 
 
-def test_every_setting_stands_in_its_own_section_or_in_that_of_its_base(reference) -> None:
+def test_every_setting_is_listed_once_in_its_section_or_its_base_class(reference) -> None:
     page = reference["page"]()
     sections = {block.partition("\n")[0]: block for block in page.replace("\n## ", "\n### ").split("\n### ")}
     for model in reachable(Recipe):
@@ -62,7 +62,7 @@ def test_every_setting_stands_in_its_own_section_or_in_that_of_its_base(referenc
             assert len(rows) == 1, (model, name)
 
 
-def test_rows_say_type_default_and_range(reference) -> None:
+def test_rows_have_type_default_and_range(reference) -> None:
     page = reference["page"]()
     for row in (
         "| `seed` | whole number | `0` | ≥ 0, < 4294967296 |",
@@ -75,7 +75,7 @@ def test_rows_say_type_default_and_range(reference) -> None:
         assert row in page
 
 
-def test_links_lead_to_headings(reference) -> None:
+def test_links_point_to_headings(reference) -> None:
     page = reference["page"]()
     headings = {line.lstrip("# ") for line in page.splitlines() if line.startswith("##")}
     # GitHub's rule for the address of a heading.

@@ -1,4 +1,4 @@
-"""Facts that a stage's class states: what it makes, what it refers to, which sources it reads."""
+"""Facts about a stage's class: its references, its sources, what it makes."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ from align.data.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Bytes only (256 + 3 special tokens, no merges): one token a character, so tests can count by hand."""
+    """A tokenizer of 256 bytes and 3 special tokens without merges: one token per character, to count by hand."""
     return train_tokenizer(["a"], 259)
 
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows to a JSONL file and returns its path."""
+    """Function that writes rows to a JSONL file and returns its path."""
 
     def write(rows: list[Any], name: str = "rows.jsonl") -> str:
         path = tmp_path / name

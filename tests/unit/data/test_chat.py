@@ -1,4 +1,4 @@
-"""Chat templates: masks counted by hand, identity with published templates, refusals."""
+"""Chat templates: masks counted by hand, identity with published templates, errors."""
 
 from __future__ import annotations
 

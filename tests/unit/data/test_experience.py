@@ -1,4 +1,4 @@
-"""Padding, micro-batches and what is read at which position."""
+"""Padding, micro-batches, and the positions at which log-probabilities, values and scores are read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_shapes_and_masks(batch) -> None:
     assert cut.mask.shape == (2, 2)
 
 
-def test_micro_batches_cover_every_row_once_and_keep_to_the_budget(batch) -> None:
+def test_micro_batches_cover_every_row_once_and_respect_the_budget(batch) -> None:
     groups = list(batch.micro_batches(torch.arange(3), max_tokens=10))
     assert sorted(torch.cat(groups).tolist()) == [0, 1, 2]
     assert [len(group) for group in groups] == [2, 1]
@@ -87,7 +87,7 @@ def test_values_and_scores_are_read_before_a_token_and_at_the_last_one(completio
 
 
 def test_adapters_and_replayed_routing_act_on_packed_sequences() -> None:
-    """Witness: the wrapped model on each sequence alone, with the same experts forced on it."""
+    """Witness: the same model on each sequence alone, with the same experts prescribed."""
     torch.manual_seed(0)
     batch = experience(UNEVEN)
     policy = add_lora(HunYuanForCausalLM(HunYuanConfig(**SIZES)), Lora(rank=4), task="CAUSAL_LM").eval()

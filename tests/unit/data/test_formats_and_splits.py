@@ -1,4 +1,4 @@
-"""Formats in their canonical forms, and the split by hash."""
+"""Canonical forms of the data formats, and the split by hash."""
 
 from __future__ import annotations
 

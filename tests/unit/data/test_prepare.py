@@ -1,4 +1,4 @@
-"""Tokenised rows: by hand for one-byte tokens, and against what TRL itself makes of the same rows."""
+"""Tokenised rows: counted by hand with one-byte tokens, and equal to TRL's own tokenisation."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_pairs_by_hand(tokenizer, jsonl):
         assert (made.report.rows_read, made.report.rows_train) == (3, 1)
 
 
-def test_a_completion_that_was_cut_has_no_end_of_turn(tokenizer, jsonl):
+def test_a_truncated_completion_has_no_end_of_turn(tokenizer, jsonl):
     rows = [{"prompt": "a", "chosen": "good", "rejected": "cut of", "rejected_finished": False}]
     made = prepare.prepare_dpo_pairs(data(jsonl(rows)), tokenizer, seed=0).train[0]
     assert tokenizer.decode(made["rejected_ids"]) == "cut of"
@@ -128,7 +128,7 @@ def trl_arguments(**options) -> SimpleNamespace:
     return SimpleNamespace(**defaults, dataset_text_field="text", **options)
 
 
-def test_trl_accepts_the_rows_and_would_have_made_the_same(tokenizer, jsonl):
+def test_trl_accepts_the_rows_and_tokenises_the_same(tokenizer, jsonl):
     from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
     conversations = [{"messages": talk("a" * n, "b" * n) + talk("c", "d")} for n in range(1, 6)]

@@ -1,4 +1,4 @@
-"""The built-in source: what it says, and that nothing held out is in training."""
+"""The source `python_docs`: its text, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_known_documentation():
 
 
 @pytest.mark.parametrize("limit", [80, 400])
-def test_nothing_held_out_is_in_training(limit):
+def test_no_held_out_answer_is_in_training(limit):
     train, held_out = by_name("conversation", "train", limit), by_name("conversation", "held_out", limit)
     assert len(train) > 2000
     assert len(held_out) > 200
@@ -42,7 +42,7 @@ def test_nothing_held_out_is_in_training(limit):
     assert not texts[0] & texts[1]
 
 
-def test_the_side_of_a_module_is_its_hash():
+def test_the_split_of_a_module_is_its_hash():
     for module in ("textwrap", "shlex", "email"):
         percent = int(hashlib.sha256(module.encode()).hexdigest()[:8], 16) % 100
         assert python_docs.split_of(module) == ("held_out" if percent < 13 else "train")
@@ -60,7 +60,7 @@ def test_rejected_is_documentation_of_a_neighbour():
     assert sum(n for n in size.values() if n > 1) > 0.95 * len(rows)
 
 
-def test_phrasings_are_spread():
+def test_every_phrasing_is_used():
     starts = Counter(row["prompt"][0]["content"].split("`")[0] for row in by_name("prompts").values())
     assert starts["Explain the Python function "] > 150
     assert len(starts) == 10  # 3 kinds of 4 phrasings, of which one is common to all kinds

@@ -1,4 +1,4 @@
-"""Reading: every mistake names its file and line; limits, renames and shares."""
+"""Reading sources: errors name file and line; limits, renamed columns, shares of a mixture."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_stage_rows(tmp_path):
     assert texts(load_rows([source], seed=0, stage_dirs={"s": Path(tmp_path)})) == ["a"]
 
 
-def test_sources_without_weights_are_joined_and_weights_set_shares(jsonl):
+def test_sources_without_weights_are_concatenated_and_weights_set_shares(jsonl):
     big = jsonl([{"text": f"big{n}"} for n in range(900)], "big.jsonl")
     small = jsonl([{"text": f"small{n}"} for n in range(300)], "small.jsonl")
     joined = texts(load_rows([FileSource(path=big), FileSource(path=small)], seed=0))

@@ -14,18 +14,18 @@ from align.train.finite import require_finite
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, wrong
 
 
-@wrong("no-such-model", "Neither a folder nor a reachable hub id")
+@wrong("no-such-model", "A path that is neither a folder nor a reachable hub id")
 def _(here: Here) -> str:
     return here.run(model={"kind": "pretrained", "path": "nobody/nothing"})
 
 
-@wrong("no-config", "A folder without config.json")
+@wrong("no-config", "A checkpoint folder without config.json")
 def _(here: Here) -> str:
     (here.folder / "model" / "config.json").unlink()
     return here.run()
 
 
-@wrong("damaged-config", "A config.json that is cut off")
+@wrong("damaged-config", "A truncated config.json")
 def _(here: Here) -> str:
     here.write("model/config.json", '{"model_type": "huny')
     return here.run()
@@ -37,7 +37,7 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("impossible-config", "Values that contradict each other in config.json")
+@wrong("impossible-config", "Contradicting values in config.json")
 def _(here: Here) -> str:
     here.change_config(moe_topk=3)
     return here.run()
@@ -49,38 +49,38 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("pickled-weights", "Pickled weights")
+@wrong("pickled-weights", "A checkpoint with pickled weights only")
 def _(here: Here) -> str:
     (here.folder / "model" / "model.safetensors").rename(here.folder / "model" / "pytorch_model.bin")
     return here.run()
 
 
-@wrong("cut-off-weights", "Weights that are cut off", varies=IN_PARENTHESES)
+@wrong("cut-off-weights", "Truncated weights", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     weights = here.folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     return here.run()
 
 
-@wrong("weights-of-other-sizes", "Weights that do not fit config.json", varies=r"[(\[][\d, ]+[)\]]")
+@wrong("weights-of-other-sizes", "Weights with other shapes than config.json", varies=r"[(\[][\d, ]+[)\]]")
 def _(here: Here) -> str:
     here.change_config(hidden_size=64)
     return here.run()
 
 
-@wrong("tensor-missing", "A tensor that is missing")
+@wrong("tensor-missing", "A checkpoint without one of the model's tensors")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights.pop("model.layers.0.mlp.experts.1.up_proj.weight"))
     return here.run()
 
 
-@wrong("tensor-extra", "A tensor that the model has no place for")
+@wrong("tensor-extra", "A checkpoint with a tensor that the model does not have")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights.update({"model.layers.0.mlp.experts.7.up_proj.weight": torch.ones(2)}))
     return here.run()
 
 
-@wrong("tensor-nan", "A tensor with a value that is not a number")
+@wrong("tensor-nan", "A tensor with non-finite values")
 def _(here: Here) -> str:
     here.change_weights(lambda weights: weights["model.norm.weight"][3:4].fill_(float("nan")))
     return here.run()
@@ -99,33 +99,33 @@ def _(here: Here) -> None:
     require_finite(layer, Path("run") / "sft")
 
 
-@wrong("index-names-missing-file", "An index that names a file that is not there")
+@wrong("index-names-missing-file", "A safetensors index that names a missing file")
 def _(here: Here) -> str:
     index = {"weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002.safetensors"}}
     here.write("model/model.safetensors.index.json", json.dumps(index))
     return here.run()
 
 
-@wrong("index-damaged", "An index that is damaged")
+@wrong("index-damaged", "A damaged safetensors index")
 def _(here: Here) -> str:
     here.write("model/model.safetensors.index.json", "{}")
     return here.run()
 
 
-@wrong("no-tokenizer", "No tokenizer")
+@wrong("no-tokenizer", "A checkpoint without a tokenizer")
 def _(here: Here) -> str:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (here.folder / "model" / name).unlink()
     return here.run()
 
 
-@wrong("vocabulary-mismatch", "A tokenizer larger than the embedding", varies=NUMBER)
+@wrong("vocabulary-mismatch", "A tokenizer with more entries than the embedding", varies=NUMBER)
 def _(here: Here) -> str:
     train_tokenizer([" ".join(f"word{n * 37} other{n * 91}" for n in range(300))], 700).save_pretrained("model")
     return here.run()
 
 
-@wrong("parent-not-run", "The parent stage has not run")
+@wrong("parent-not-run", "A parent stage that has not run")
 def _(here: Here) -> str:
     data = {"train": [{"kind": "file", "path": "rows.jsonl"}]}
     stages = {"sft": {"kind": "sft", "data": data}, "more": {"kind": "sft", "init_from": "sft", "data": data}}
@@ -137,27 +137,27 @@ def _(here: Here) -> str:
     return here.run(init_from="./nowhere")
 
 
-@wrong("scratch-unknown-key", "A new model with an unknown key")
+@wrong("scratch-unknown-key", "An unknown key in `model.config`")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": {"hiden_size": 32}})
 
 
-@wrong("scratch-strange-key", "The same, where no key resembles it")
+@wrong("scratch-strange-key", "An unknown key in `model.config` that resembles no other")
 def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "tokenizer": "./model", "config": {"xyz": 32}})
 
 
-@wrong("scratch-impossible-sizes", "A new model with impossible sizes")
+@wrong("scratch-impossible-sizes", "Contradicting values in `model.config`")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"moe_topk": 4}})
 
 
-@wrong("scratch-wrong-type", "A new model with a value of the wrong type")
+@wrong("scratch-wrong-type", "A value of the wrong type in `model.config`")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"hidden_size": "wide"}})
 
 
-@wrong("scratch-without-tokenizer", "A new model whose tokenizer is not there")
+@wrong("scratch-without-tokenizer", "A model from scratch without a tokenizer")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "nobody/nothing", "config": SIZES})
 
@@ -167,12 +167,12 @@ def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown")
 
 
-@wrong("hot-start-not-empty", "A hot start into a folder that is in use")
+@wrong("hot-start-not-empty", "A hot start into a folder that is not empty")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "model")
 
 
-@wrong("hot-start-width", "A hot start with experts that do not fit")
+@wrong("hot-start-width", "A hot start whose expert width does not divide the dense width")
 def _(here: Here) -> str:
     sizes = {k: v for k, v in SIZES.items() if k != "num_experts"}
     LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained("dense")

@@ -23,19 +23,19 @@ def _(here: Here) -> str:
     return here.align("run", "recipe.yaml", "stages.sft.optimizer.lerning_rate=0.2")
 
 
-@wrong("override-below-a-value", "An override below a plain value")
+@wrong("override-below-a-value", "An override of a key below a single value")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.sft.batch_size.x=2")
 
 
-@wrong("override-in-a-list", "An override of a list's entry without its number")
+@wrong("override-in-a-list", "An override of a list entry by name")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("run", "recipe.yaml", "stages.sft.data.train.limit=2")
 
 
-@wrong("override-unusual-digit", "The same with a digit that is not 0 to 9")
+@wrong("override-unusual-digit", "An override of a list entry by a digit of another script")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "stages.sft.data.train.²=5")
@@ -53,13 +53,13 @@ def _(here: Here) -> str:
     return here.align("show", "recipe.yaml", "model.config={a: 1, a: 2}")
 
 
-@wrong("override-nested-too-deep", "An override with lists or sections in each other without end", varies=r"\[{9,}\]*")
+@wrong("override-nested-too-deep", "An override whose value is nested too deep", varies=r"\[{9,}\]*")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "model.config=" + "[" * 5000 + "]" * 5000)
 
 
-@wrong("override-key-too-deep", "The same with its key", varies=r"(\.a){9,}")
+@wrong("override-key-too-deep", "An override whose key is nested too deep", varies=r"(\.a){9,}")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("show", "recipe.yaml", "model.config" + ".a" * 5000 + "=1")
@@ -81,12 +81,12 @@ def _(here: Here) -> str:
     return here.run("--from", "dpo")
 
 
-@wrong("unknown-flag", "A flag that does not exist")
+@wrong("unknown-flag", "An unknown flag")
 def _(here: Here) -> str:
     return here.run("--rsume")
 
 
-@wrong("report-of-no-run", "A report of a folder that is not a run")
+@wrong("report-of-no-run", "A report on a folder that is not a run")
 def _(here: Here) -> str:
     return here.align("report", "model")
 
@@ -101,12 +101,12 @@ def _(here: Here) -> str:
     return here.align("chat", "nowhere")
 
 
-@wrong("chat-without-room", "A chat without room for an answer")
+@wrong("chat-without-room", "A chat with no tokens for an answer")
 def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 
 
-@wrong("hot-start-numbers", "A hot start with more experts a token than there are")
+@wrong("hot-start-numbers", "A hot start with more experts per token than experts")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown", "--experts", "2", "--top-k", "3")
 
@@ -116,36 +116,36 @@ def _(here: Here) -> str:
     return here.align("show-model", "hunyuan-huge")
 
 
-@wrong("show-model-run", "A model folder that is a whole run's")
+@wrong("show-model-run", "The folder of a run instead of a model")
 def _(here: Here) -> str:
     here.write("bad.jsonl", "{\n")
     here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # refused when the base model is made
     return here.align("show-model", "run")
 
 
-@wrong("show-model-context", "A context below zero")
+@wrong("show-model-context", "A negative context length")
 def _(here: Here) -> str:
     return here.align("show-model", "tiny", "--context", "-1")
 
 
-@wrong("tokenizer-missing", "A tokenizer file that is not there")
+@wrong("tokenizer-missing", "A missing tokenizer file")
 def _(here: Here) -> str:
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-damaged", "A tokenizer file with a line that is no token")
+@wrong("tokenizer-damaged", "A tokenizer file with an invalid line")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "IQ== 0\nnonsense\n")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-empty", "A tokenizer file without a line")
+@wrong("tokenizer-empty", "An empty tokenizer file")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
 
 
-@wrong("tokenizer-without-bytes", "A tokenizer file that cannot spell every text")
+@wrong("tokenizer-without-bytes", "A tokenizer file without all single bytes")
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "IQ== 0\n")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")

@@ -1,4 +1,4 @@
-"""Rows and files."""
+"""Data files and their rows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("missing-column", "The columns have other names")
+@wrong("missing-column", "Columns with other names")
 def _(here: Here) -> str:
     here.write("rows.jsonl", '{"question": "a", "answer": "b"}\n')
     return here.run()
 
 
-@wrong("renamed-column-missing", "`columns` names a column that is not there")
+@wrong("renamed-column-missing", "`columns` with a column that does not exist")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl", "columns": {"messages": "talk"}}]})
 
@@ -36,32 +36,32 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("all-truncated", "Every row is cut off before its answer")
+@wrong("all-truncated", "Rows that are all truncated before the answer")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "max_length": 8})
 
 
-@wrong("missing-data-file", "No such file")
+@wrong("missing-data-file", "A missing data file")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.json1"}]})
 
 
-@wrong("missing-data-file-checked", "The same, from `align check`")
+@wrong("missing-data-file-checked", "A missing data file, in `align check`")
 def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "rows.json1"}]})
 
 
-@wrong("unknown-data-format", "A file of another format")
+@wrong("unknown-data-format", "A data file of another format")
 def _(here: Here) -> str:
     here.write("rows.csv", "a,b\n")
     return here.run(data={"train": [{"kind": "file", "path": "rows.csv"}]})
 
 
-@wrong("data-set-offline", "A hub's data set that cannot be reached", varies=r"(?<=hub: ).+(?=\. Check)")
+@wrong("data-set-offline", "A data set on an unreachable hub", varies=r"(?<=hub: ).+(?=\. Check)")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "hub", "id": "nobody/nothing"}]})
 
 
-@wrong("nothing-held-out", "Too few rows to hold some back")
+@wrong("nothing-held-out", "Too few rows for a held-out split")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "held_out_fraction": 0.001})

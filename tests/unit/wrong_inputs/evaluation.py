@@ -23,7 +23,7 @@ def _(here: Here) -> str:
     return check(here)
 
 
-@wrong("evaluate-reference-without-prompts", "A reference, and no prompts on which to measure the KL to it")
+@wrong("evaluate-reference-without-prompts", "An evaluate stage with a reference but without prompts")
 def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm8k"}], reference="base")
 
@@ -53,7 +53,7 @@ def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm8k"}], rollout={"max_model_length": 256})
 
 
-@wrong("metric-with-weight", "A metric with a reward's setting")
+@wrong("metric-with-weight", "A metric with a setting of rewards")
 def _(here: Here) -> str:
     return check_metrics(here, {"kind": "math", "weight": 2.0})
 
@@ -68,13 +68,13 @@ def _(here: Here) -> str:
     return check_metrics(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("greedy-ppo", "PPO without sampling")
+@wrong("greedy-ppo", "PPO with greedy decoding")
 def _(here: Here) -> str:
     stage = ppo_stage({"kind": "exact"}) | {"rollout": {"temperature": 0.0}}
     return here.check(stages={"ppo": stage})
 
 
-@wrong("greedy-pairs", "Preference pairs without sampling")
+@wrong("greedy-pairs", "Preference pairs with greedy decoding")
 def _(here: Here) -> str:
     return here.check(stages={"pairs": sample_stage(temperature=0.0)})
 
@@ -85,12 +85,12 @@ def run(here: Here, *metrics: dict[str, Any]) -> str:
     return here.run(stages={"evaluate": {"kind": "evaluate", "models": ["base"], "tasks": [task], "rollout": rollout}})
 
 
-@wrong("metric-column-empty", "A metric that compares with a column which no row has")
+@wrong("metric-column-empty", "A metric on a column that no row has")
 def _(here: Here) -> str:
     return run(here, {"kind": "math"})
 
 
-@wrong("metric-function-fails", "A metric's function that fails on every completion")
+@wrong("metric-function-fails", "A metric function that fails on every completion")
 def _(here: Here) -> str:
     here.write("mine.py", "def score(prompt, completion, row):\n    return float(row['weight'])\n")
     return run(here, {"kind": "function", "path": "mine.py:score", "batched": False})

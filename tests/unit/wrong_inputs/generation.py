@@ -18,23 +18,23 @@ from align.train.checkpoint import load_policy
 from .here import NUMBER, PORT, Here, sample_stage, wrong
 
 
-@wrong("prompts-too-long", "No prompt is short enough")
+@wrong("prompts-too-long", "Prompts that are all too long")
 def _(here: Here) -> str:
     return here.run(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=16)})
 
 
-@wrong("prompt-exceeds-context", "A prompt leaves no room for its completion")
+@wrong("prompt-exceeds-context", "A prompt that leaves no tokens for a completion")
 def _(here: Here) -> None:
     engine = HuggingFaceEngine(load_policy(Path("model"), "float32"), Rollout(max_model_length=32, max_new_tokens=8))
     engine.generate([[1] * 30], SamplingSettings(max_new_tokens=8))
 
 
-@wrong("context-exceeds-model", "The context asked for is longer than the model's")
+@wrong("context-exceeds-model", "A context longer than the model's")
 def _(here: Here) -> str:
     return here.run(stages={"pairs": sample_stage(max_new_tokens=8, max_model_length=256)})
 
 
-@wrong("conversation-exceeds-context", "A conversation outgrows the model's context", varies=NUMBER)
+@wrong("conversation-exceeds-context", "A conversation longer than the model's context", varies=NUMBER)
 def _(here: Here) -> str:
     here.monkeypatch.setattr("builtins.input", lambda prompt="": "word " * 200)
     return here.align("chat", "model")
@@ -71,7 +71,7 @@ def _(here: Here) -> None:
     connect(port)
 
 
-@wrong("rollout-server-foreign", "The address is that of another server", varies=PORT)
+@wrong("rollout-server-foreign", "The URL of another kind of server", varies=PORT)
 def _(here: Here) -> None:
     from align.reward.server import RewardServer
 

@@ -1,4 +1,4 @@
-"""What the cases share: an empty working folder with a small checkpoint, and a register of the cases."""
+"""The register of the cases, and the working folder in which they run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def wrong(name: str, description: str, varies: str = "") -> Callable:
 
 
 class Here:
-    """An empty working folder with a small checkpoint in model/ and conversations in rows.jsonl."""
+    """A working folder with a small checkpoint in model/ and conversations in rows.jsonl."""
 
     def __init__(self, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.tokenizer, self.monkeypatch = folder, tokenizer, monkeypatch
@@ -110,7 +110,7 @@ class Here:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def recipe(self, *, model: Any = None, stages: Any = None, **stage: Any) -> None:
-        """recipe.yaml with one SFT stage; `stage` changes its keys."""
+        """Write recipe.yaml with one SFT stage; `stage` overrides its keys."""
         data = {"train": [{"kind": "file", "path": "rows.jsonl"}], "max_length": 64}
         sft = {"kind": "sft", "data": data, "batch_size": 4, "micro_batch_size": 4, "max_steps": 1} | stage
         values = {
@@ -121,7 +121,7 @@ class Here:
         self.write("recipe.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def align(self, *arguments: str) -> str:
-        """What `align` writes to standard error before it exits with 2."""
+        """Run `align`, which must exit with status 2; return the last line of its standard error."""
         said, out = io.StringIO(), io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
             cli.main(list(arguments))

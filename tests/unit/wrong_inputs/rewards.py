@@ -1,4 +1,4 @@
-"""Rewards: of a recipe, of users' functions, of servers."""
+"""Rewards: sections of a recipe, users' functions, servers."""
 
 from __future__ import annotations
 
@@ -42,39 +42,39 @@ def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "a"}, {"kind": "regex", "pattern": "b"})
 
 
-@wrong("reward-url", "A server's address that is none")
+@wrong("reward-url", "An invalid server URL")
 def _(here: Here) -> str:
     return check(here, {"kind": "remote", "url": "localhost:8100"})
 
 
-@wrong("reward-pattern", "A pattern that is no regular expression")
+@wrong("reward-pattern", "An invalid regular expression")
 def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "(a"})
 
 
-@wrong("reward-pattern-without-group", "A pattern without a group to compare")
+@wrong("reward-pattern-without-group", "A regular expression without a group to compare")
 def _(here: Here) -> str:
     return check(here, {"kind": "regex", "pattern": "is .*", "column": "answer"})
 
 
-@wrong("reward-lengths-crossed", "A range of lengths without a length")
+@wrong("reward-lengths-crossed", "A range of lengths that is empty")
 def _(here: Here) -> str:
     return check(here, {"kind": "length", "min_tokens": 9, "max_tokens": 8})
 
 
-@wrong("reward-file-missing", "A reward function's file is not there")
+@wrong("reward-file-missing", "A missing file of a reward function")
 def _(here: Here) -> str:
     said = run(here, {"kind": "function", "path": "mine.py:score"})
     assert not (here.folder / "run" / "base").exists()  # refused before the model was loaded
     return said
 
 
-@wrong("reward-file-missing-checked", "The same, from `align check`")
+@wrong("reward-file-missing-checked", "A missing file of a reward function, in `align check`")
 def _(here: Here) -> str:
     return check(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-without-function", "The file defines no such function")
+@wrong("reward-without-function", "A file without the reward function")
 def _(here: Here) -> str:
     here.write("mine.py", "x = 1\n")
     said = run(here, {"kind": "function", "path": "mine.py:score"})
@@ -82,49 +82,49 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("reward-other-arguments", "The function takes other arguments")
+@wrong("reward-other-arguments", "A reward function with other arguments")
 def _(here: Here) -> str:
     here.write("mine.py", "def score(completions): return [0.0]\n")
     return run(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-import-raises", "The file cannot be imported")
+@wrong("reward-import-raises", "A file of a reward function that cannot be imported")
 def _(here: Here) -> str:
     here.write("mine.py", "import nothing_like_it\n")
     return run(here, {"kind": "function", "path": "mine.py:score"})
 
 
-@wrong("reward-raises", "The function raises")
+@wrong("reward-raises", "A reward function that raises")
 def _(here: Here) -> None:
     score_with(here, "return [len(row['answer']) for row in rows]")
 
 
-@wrong("reward-hangs", "The function hangs")
+@wrong("reward-hangs", "A reward function that hangs")
 def _(here: Here) -> None:
     score_with(here, "while True: pass", timeout_s=0.5)
 
 
-@wrong("reward-ends-its-process", "The function crashes or leaves its process")
+@wrong("reward-ends-its-process", "A reward function that ends its process")
 def _(here: Here) -> None:
     score_with(here, "import os; os._exit(7)")
 
 
-@wrong("reward-wrong-length", "The function returns too few scores")
+@wrong("reward-wrong-length", "A reward function that returns too few scores")
 def _(here: Here) -> None:
     score_with(here, "return [1.0]")
 
 
-@wrong("reward-not-a-list", "The function returns something else")
+@wrong("reward-not-a-list", "A reward function that returns something else")
 def _(here: Here) -> None:
     score_with(here, "pass")
 
 
-@wrong("reward-nan", "The function returns a number that is not finite")
+@wrong("reward-nan", "A reward function that returns a number that is not finite")
 def _(here: Here) -> None:
     score_with(here, "return [0.5, float('nan')]")
 
 
-@wrong("reward-column", "A column that a row does not have")
+@wrong("reward-column", "A column that the rows do not have")
 def _(here: Here) -> str:
     return run(here, {"kind": "math"})
 
@@ -138,12 +138,12 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("serve-language-model", "A server of a model without a scalar head")
+@wrong("serve-language-model", "A reward server for a model without a scalar head")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--port", "0")
 
 
-@wrong("serve-port-in-use", "A server on a port that is in use", varies=PORT)
+@wrong("serve-port-in-use", "A reward server on a port that is in use", varies=PORT)
 def _(here: Here) -> str:
     from align.reward.server import RewardServer
 
@@ -152,7 +152,7 @@ def _(here: Here) -> str:
     raise AssertionError("it listened on a port in use")
 
 
-@wrong("serve-without-tokens", "A server without room for a token")
+@wrong("serve-without-tokens", "A reward server with empty micro-batches")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--micro-batch-tokens", "0")
 

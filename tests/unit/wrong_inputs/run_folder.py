@@ -1,4 +1,4 @@
-"""The run folder, and a disk that is full."""
+"""The run folder and a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from align.train.learner import LocalLearner
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, full_disk, wrong
 
 
-@wrong("run-folder-in-use", "Another process works in the run folder", varies=NUMBER)
+@wrong("run-folder-in-use", "A run folder in use by another process", varies=NUMBER)
 def _(here: Here) -> str:
     code = (
         "import sys, time, pathlib; from align.run.folder import locked\n"
@@ -39,13 +39,13 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("run-folder-is-a-file", "The run folder is a file")
+@wrong("run-folder-is-a-file", "A run folder that is a file")
 def _(here: Here) -> str:
     here.write("run", "")
     return here.run()
 
 
-@wrong("interrupted", "A stage was interrupted, and neither `--resume` nor `--from` says what to do")
+@wrong("interrupted", "An interrupted stage, without `--resume` or `--from`")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/config.json", "{}")
@@ -59,7 +59,7 @@ def _(here: Here) -> str:
     return here.run("--resume")
 
 
-@wrong("changed-settings", "A finished stage's settings have changed")
+@wrong("changed-settings", "A finished stage whose settings have changed")
 def _(here: Here) -> str:
     from align.config import load_recipe
     from align.run.manifest import stage_settings
@@ -73,7 +73,7 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("changed-parent", "A parent was run again since")
+@wrong("changed-parent", "A finished stage whose parent was run again")
 def _(here: Here) -> str:
     from align.config import load_recipe
     from align.run.manifest import stage_settings
@@ -114,7 +114,7 @@ def record_of_sft(here: Here, name: str) -> None:
     here.write(f"run/sft/{name}", json.dumps(finished if name == "manifest.json" else settings | {"inputs": inputs}))
 
 
-@wrong("damaged-manifest", "A manifest that is cut off")
+@wrong("damaged-manifest", "A truncated manifest")
 def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/manifest.json", '{"status": "fini')

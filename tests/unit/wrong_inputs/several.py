@@ -20,7 +20,7 @@ TWO = "127.0.0.1 slots=1\n127.0.0.2 slots=1\n"
 
 
 def started(here: Here, hosts: str | None, *words: str, where: str = "hosts") -> str:
-    """`align run` with a hostfile, in a process that nothing has started as a rank."""
+    """Run `align run` with a hostfile, outside any launcher."""
     for name in launch.PLACE:
         here.monkeypatch.delenv(name, raising=False)
     if hosts is not None:
@@ -36,7 +36,7 @@ def checked(here: Here, hosts: str, *words: str) -> str:
 
 
 def in_place(here: Here, **variables: str) -> str:
-    """`align run` for two processes where a launcher has set these variables."""
+    """Run `align run --nproc 2` with these variables of a launcher."""
     for name in launch.PLACE:
         here.monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -49,29 +49,29 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 
 
 def together(here: Here, port: int, name: str) -> None:
-    """The machines of the hostfile meet, and this is the one of that name."""
+    """Connect the machines of a hostfile, as the machine `name`."""
     here.monkeypatch.setenv("MASTER_PORT", str(port))
     here.monkeypatch.setattr(machines, "MEETING", 0.6)
     launch.meet_others({"127.0.0.1": 1, "127.0.0.2": 1}, name)
 
 
-@wrong("hostfile-missing", "A hostfile that is not there")
+@wrong("hostfile-missing", "A missing hostfile")
 def _(here: Here) -> str:
     return started(here, None, where="nowhere")
 
 
-@wrong("hostfile-not-text", "One that is not text")
+@wrong("hostfile-not-text", "A hostfile that is not text")
 def _(here: Here) -> str:
     (here.folder / "hosts").write_bytes(b"\x7fELF\x80")
     return started(here, None)
 
 
-@wrong("hostfile-no-slots", "A line without slots")
+@wrong("hostfile-no-slots", "A line of a hostfile without slots")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1\n")
 
 
-@wrong("hostfile-slots-in-words", "Slots that are no number")
+@wrong("hostfile-slots-in-words", "Slots that are not a number")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=two\n")
 
@@ -81,17 +81,17 @@ def _(here: Here) -> str:
     return started(here, "slots=2\n")
 
 
-@wrong("hostfile-line", "A line that says something else")
+@wrong("hostfile-line", "A line of a hostfile with something else")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 max_slots=4\n")
 
 
-@wrong("hostfile-machine-twice", "A machine twice")
+@wrong("hostfile-machine-twice", "A machine listed twice")
 def _(here: Here) -> str:
     return started(here, TWICE)
 
 
-@wrong("hostfile-machine-twice-checked", "The same, from `align check`")
+@wrong("hostfile-machine-twice-checked", "A machine listed twice, in `align check`")
 def _(here: Here) -> str:
     return checked(here, TWICE)
 
@@ -101,32 +101,32 @@ def _(here: Here) -> str:
     return started(here, "# none yet\n")
 
 
-@wrong("hostfile-slots", "Other slots than processes")
+@wrong("hostfile-slots", "A sum of slots other than the number of processes")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
-@wrong("hostfile-slots-checked", "The same, from `align check`")
+@wrong("hostfile-slots-checked", "A sum of slots other than the number of processes, in `align check`")
 def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
-@wrong("hostfile-slots-without-a-share", "Slots that cannot share a step's rows")
+@wrong("hostfile-slots-without-a-share", "A batch that the slots cannot divide evenly")
 def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=400\n")
 
 
-@wrong("hostfile-unknown-machine", "A machine that nobody knows")
+@wrong("hostfile-unknown-machine", "A machine that cannot be resolved")
 def _(here: Here) -> str:
     return started(here, "no-such-machine.invalid slots=1\n")
 
 
-@wrong("hostfile-of-others", "A hostfile of other machines", varies=IN_PARENTHESES)
+@wrong("hostfile-of-others", "A hostfile without this machine", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     return started(here, "192.0.2.7 slots=1\n")  # an address that nobody has
 
 
-@wrong("master-port", "`MASTER_PORT` that is no port")
+@wrong("master-port", "A `MASTER_PORT` that is not a port")
 def _(here: Here) -> str:
     here.monkeypatch.setenv("MASTER_PORT", "http")
     here.write("hosts", TWO)
@@ -134,13 +134,13 @@ def _(here: Here) -> str:
     return here.align("run", "recipe.yaml", "--hostfile", "hosts", "parallel.processes=2")
 
 
-@wrong("port-in-use", "The port is in use on the first machine", varies=PORT)
+@wrong("port-in-use", "A port in use on the first machine", varies=PORT)
 def _(here: Here) -> None:
     with socket.create_server(("", 0)) as holder:
         together(here, holder.getsockname()[1], "127.0.0.1")
 
 
-@wrong("port-of-something-else", "Something else answers at the first machine's port", varies=PORT)
+@wrong("port-of-something-else", "Another program on the first machine's port", varies=PORT)
 def _(here: Here) -> None:
     with socket.create_server(("", 0)) as server:
 
@@ -154,17 +154,17 @@ def _(here: Here) -> None:
         together(here, server.getsockname()[1], "127.0.0.2")
 
 
-@wrong("machine-not-there", "A machine that does not come within 15 minutes", varies=MEETING)
+@wrong("machine-not-there", "A machine that does not connect in time", varies=MEETING)
 def _(here: Here) -> None:
     together(here, launch.free_port(), "127.0.0.1")
 
 
-@wrong("first-machine-not-there", "The first machine does not come", varies=MEETING)
+@wrong("first-machine-not-there", "A first machine that does not respond in time", varies=MEETING)
 def _(here: Here) -> None:
     together(here, launch.free_port(), "127.0.0.2")
 
 
-@wrong("rank-alone", "Ranks that something else has started do not meet", varies=MEETING)
+@wrong("rank-alone", "Ranks of another launcher that do not find each other", varies=MEETING)
 def _(here: Here) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
     for name, value in place.items():
@@ -173,64 +173,64 @@ def _(here: Here) -> None:
     processes.meet("gloo")
 
 
-@wrong("other-number-of-processes", "Another number of ranks than the recipe says")
+@wrong("other-number-of-processes", "Another number of ranks than the recipe's")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"WORLD_SIZE": "3"})
 
 
-@wrong("world-without-rank", "A number of ranks and no rank")
+@wrong("world-without-rank", "`WORLD_SIZE` without `RANK`")
 def _(here: Here) -> str:
     return in_place(here, WORLD_SIZE="2")
 
 
-@wrong("rank-without-world", "A rank and no number of ranks")
+@wrong("rank-without-world", "`RANK` without `WORLD_SIZE`")
 def _(here: Here) -> str:
     return in_place(here, RANK="0")
 
 
-@wrong("rank-in-words", "A rank that is no number")
+@wrong("rank-in-words", "A `RANK` that is not a number")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "zero"})
 
 
-@wrong("rank-beyond-the-last", "A rank beyond the last")
+@wrong("rank-beyond-the-last", "A `RANK` of at least `WORLD_SIZE`")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "5"})
 
 
-@wrong("slurm-rank-beyond-the-last", "The same under Slurm")
+@wrong("slurm-rank-beyond-the-last", "A Slurm rank of at least the number of tasks")
 def _(here: Here) -> str:
     return in_place(here, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="9")
 
 
-@wrong("rank-master-port", "A rank whose `MASTER_PORT` is no port")
+@wrong("rank-master-port", "A `MASTER_PORT` that is not a port, for a started rank")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"MASTER_PORT": "abc"})
 
 
-@wrong("rank-without-address", "A rank that something else has started halfway")
+@wrong("rank-without-address", "A rank without `MASTER_ADDR`")
 def _(here: Here) -> str:
     return in_place(here, RANK="0", WORLD_SIZE="2")
 
 
-@wrong("offload-without-room", "No room for what is offloaded", varies=NUMBER)
+@wrong("offload-without-room", "Offloaded state that does not fit in memory", varies=NUMBER)
 def _(here: Here) -> None:
     offload.require_space(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
 
 
-@wrong("offload-without-folder", "No folder for it")
+@wrong("offload-without-folder", "A missing folder for nvme")
 def _(here: Here) -> None:
     nvme = Offload(optimizer="nvme", path=str(Path("nowhere")))
     offload.require_space(Parallel(offload=nvme), 1, "float32", machines=1)
 
 
-@wrong("offload-without-folder-checked", "A file instead, from `align check`")
+@wrong("offload-without-folder-checked", "A file instead of a folder for nvme, in `align check`")
 def _(here: Here) -> str:
     here.recipe()
     return here.align("check", "recipe.yaml", "parallel.offload={optimizer: nvme, path: rows.jsonl}")
 
 
-@wrong("nvme-without-libaio", "Offloading to a disk without libaio")
+@wrong("nvme-without-libaio", "Offloading to nvme without libaio")
 def _(here: Here) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -238,7 +238,7 @@ def _(here: Here) -> None:
     async_io.require_async_io()
 
 
-@wrong("nvme-without-compiler", "Offloading to a disk without a compiler", varies=IN_PARENTHESES)
+@wrong("nvme-without-compiler", "Offloading to nvme without a compiler", varies=IN_PARENTHESES)
 def _(here: Here) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

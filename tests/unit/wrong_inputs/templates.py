@@ -1,4 +1,4 @@
-"""Chat templates that cannot be trained on."""
+"""Chat templates that training cannot use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CHATML = (
 )
 
 
-@wrong("template-without-markers", "The template marks no assistant turns, and none of ours renders the same")
+@wrong("template-without-markers", "A template that does not mark the assistant's tokens")
 def _(here: Here) -> None:
     check_template(here.with_template(CHATML.replace("m.content", "m.content | upper")))
 
 
-@wrong("template-without-end-of-turn", "The marked part leaves the end of the turn out")
+@wrong("template-without-end-of-turn", "A template that does not mark the end-of-turn token")
 def _(here: Here) -> None:
     inside = "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
     assert inside in DEFAULT_TEMPLATE
@@ -27,13 +27,13 @@ def _(here: Here) -> None:
     check_template(here.with_template(DEFAULT_TEMPLATE.replace(inside, outside)))
 
 
-@wrong("template-rewrites-turns", "The template changes earlier turns later")
+@wrong("template-rewrites-turns", "A template that changes earlier turns")
 def _(here: Here) -> None:
     last_only = "(message['content'] if loop.last else '-') +"
     check_template(here.with_template(DEFAULT_TEMPLATE.replace("message['content'] +", last_only)))
 
 
-@wrong("no-template", "No template, and a vocabulary that does not suggest one")
+@wrong("no-template", "A tokenizer without a template")
 def _(here: Here) -> str:
     settings = here.folder / "model" / "tokenizer_config.json"
     (here.folder / "model" / "chat_template.jinja").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What was refused or interrupted leaves no trace that a later run could stumble over."""
+"""A refused or interrupted command leaves nothing that a later run would misread."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_refused_stage_is_not_an_interrupted_one(here: Here) -> None:
 
 
 def test_base_can_be_made_again(here: Here) -> None:
-    """A mended model is taken up after a first one that could not be loaded."""
+    """The base model is made again after a first attempt with a checkpoint that cannot be loaded."""
     (here.folder / "other").mkdir()
     assert "no config.json" in here.run(model={"kind": "pretrained", "path": "other"})
     here.write("bad.jsonl", "{\n")
