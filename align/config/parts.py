@@ -5,8 +5,9 @@ Every class is frozen and refuses unknown keys; every number has bounds. Nothing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import to_jsonable_python
@@ -27,6 +28,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy with other values, which are not validated. Raises `TypeError` for a key that the section lacks."""
+        if unknown := set(update or ()) - set(type(self).model_fields):
+            raise TypeError(f"{type(self).__name__} has no key {', '.join(sorted(unknown))}")
+        return super().model_copy(update=update, deep=deep)
 
 
 RENAMED_KEYS = {"algorithm": "advantage_estimator"}

@@ -69,7 +69,7 @@ class StageWithParent(StageBase):
 def find(section: Section, kind: type[Found], path: str = "") -> Iterator[tuple[str, Found]]:
     """Every instance of `kind` in a section and in the sections below it, with the dotted path of its field.
 
-    A section inside a list is named by its `name`, or else by its position in the list.
+    A section inside a list is named by its `name`, otherwise by its position in the list.
     """
     for name in type(section).model_fields:
         field, value = f"{path}{name}", getattr(section, name)

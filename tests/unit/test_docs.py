@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from align.config import load_recipe
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,3 +71,13 @@ def test_the_table_of_recipes_lists_every_recipe() -> None:
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     listed = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_the_settings_of_published_methods_are_valid() -> None:
+    page = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+    methods = re.findall(r"^\| .* \| `\{(.*)\}` \|$", page, re.MULTILINE)
+    assert len(methods) > 5
+    basis = "kind: ppo, prompts: [{path: rows.jsonl}], rewards: [{kind: length, max_tokens: 8}]"
+    for settings in methods:
+        stage = load_recipe("tiny", [f"stages.ppo={{{basis}, {settings}}}"]).stages["ppo"]
+        assert stage != load_recipe("tiny", [f"stages.ppo={{{basis}}}"]).stages["ppo"]

@@ -94,6 +94,14 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(path: Path) -> None:
             setattr(section, name, getattr(section, name))
 
 
+def test_a_copy_refuses_unknown_keys_too() -> None:
+    """pydantic's own `model_copy` would accept them silently."""
+    stage = load_recipe("tiny").stages["dpo"]
+    assert stage.model_copy(update={"beta": 0.3}).beta == 0.3
+    with pytest.raises(TypeError, match="DpoStage has no key betta"):
+        stage.model_copy(update={"betta": 0.3})
+
+
 def test_defaults_are_frozen_too() -> None:
     for default in (DpoStage, PpoStage):
         optimizer = default.model_fields["optimizer"].default

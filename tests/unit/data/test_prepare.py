@@ -155,7 +155,7 @@ def test_trl_accepts_the_rows_and_tokenises_the_same(tokenizer, jsonl):
         for r in pairs()
     ]
     raw, settings = datasets.Dataset.from_list(as_messages), data(jsonl(pairs()), max_length=64)
-    (line_break,) = tokenizer("\n")["input_ids"]  # what the template writes behind the end of a turn
+    (line_break,) = tokenizer("\n")["input_ids"]  # written by the template after the end of a turn
 
     def trimmed(rows, *columns):
         assert all(row[column][-1] == line_break for row in rows for column in columns)
