@@ -102,7 +102,7 @@ def rank_main(variant: str, out: str) -> None:
     from align.config.parts import Optimizer
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
     from align.parallel.deepspeed_config import deepspeed_config
-    from align.parallel.experts import spread_experts
+    from align.parallel.experts import shard_experts
     from align.parallel.group import start_deepspeed
     from align.train.optimizer import build_optimizer
 
@@ -119,7 +119,7 @@ def rank_main(variant: str, out: str) -> None:
         )  # fmt: skip
         model = HunYuanForCausalLM(config).train()
         parameters = sum(p.numel() for p in model.parameters())
-        spread_experts(model, parallel.expert_parallel_size)
+        shard_experts(model, parallel.expert_parallel_size)
         settings = deepspeed_config(
             parallel, micro_batch_size=SEQUENCES, accumulation=1, max_grad_norm=1.0, dtype="float32"
         )

@@ -182,7 +182,7 @@ def measure_sharded(case: str) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-    from align.parallel.experts import spread_experts
+    from align.parallel.experts import shard_experts
     from align.parallel.group import start_deepspeed
     from align.train.optimizer import build_optimizer
 
@@ -195,7 +195,7 @@ def measure_sharded(case: str) -> dict[str, Any]:
     if setting.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     length, rows = 128, setting.micro_batch
-    spread_experts(model, setting.expert_parallel_size)
+    shard_experts(model, setting.expert_parallel_size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, Optimizer()), config=deepspeed_settings(setting, dtype)

@@ -1,8 +1,8 @@
-"""The launchers of several machines keep in touch: a failure on one machine ends the run on all. No torch here.
+"""Connect the launchers of several machines, so that a failure on one ends the run on all. Does not import torch.
 
-The launcher on the hostfile's first machine leads. It listens on a port that all know, starts when all have come, and
-tells the others where their ranks meet. From then on every launcher writes a line each second; a failure goes to the
-leader, which tells everybody the one that speaks for all. Messages are JSON, one a line.
+The launcher on the hostfile's first machine is the leader. It listens on MASTER_PORT, waits for all other launchers and
+sends them the port at which the ranks connect. Every launcher then sends a heartbeat each second. Failures go to the
+leader, which sends the one to report to all. Messages are JSON, one per line.
 """
 
 from __future__ import annotations
@@ -20,43 +20,45 @@ from typing import Any, Protocol
 from align.errors import UserError
 
 MEETING = 15 * 60.0
-"""Seconds that machines (and ranks) wait for all to have started: some are slow, but one may also never come."""
+"""Seconds that launchers and ranks wait for all others to start."""
 SILENCE = 30.0
-"""Seconds after which a machine that says nothing is taken for lost."""
+"""Seconds without a heartbeat after which a machine counts as lost."""
 BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 SETTLE = 1.0
-"""Seconds in which failures are collected: the ranks that lose their connection to a dead one fail as well."""
+"""Seconds in which failures are collected: ranks that lose their connection to a dead rank fail as well."""
 ANSWER = 10.0
-"""Seconds in which a leader greets a launcher; what takes longer is none."""
+"""Seconds in which the leader must reply to a launcher; a slower peer is not one."""
 LONGEST_LINE = 2**20
 LOG_SENT = 50_000
-"""Characters of a failed rank's log that go to the other machines."""
+"""Characters of a failed rank's log that are sent to the other machines."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ends."""
+    """The reason why a run ends.
+
+    code      exit status
+    sentence  message for the user; None: print the log
+    log       end of the failed rank's log
+    where     names the failed rank and its log file
+    cause     the failure is not the consequence of another rank's
+    """
 
     code: int
-    """Exit status."""
     sentence: str | None
-    """What to say to the user; None: the log speaks."""
     log: str = ""
-    """The end of the failed rank's log."""
     where: str = ""
-    """Which rank failed, and the file of its log."""
     cause: bool = False
-    """It fails by itself: others that fail with it may only have lost their connection to it."""
 
 
 class Others(Protocol):
     """The other machines of a run."""
 
     def turn(self, own: Failure | None, finished: bool) -> tuple[bool, Failure | None]:
-        """(whether the run is over, why it failed), after at most about a tenth of a second.
+        """Exchange messages for about 0.1 s; returns (the run is over, its failure if any).
 
-        `own` is this machine's failure; `finished` says that all of its ranks have ended well.
+        own: this machine's failure. finished: all ranks of this machine have succeeded.
         """
 
     def close(self) -> None: ...
@@ -75,11 +77,11 @@ class Alone:
 
 
 class Line:
-    """Messages over a connection; `ConnectionError` or `TimeoutError` where it is lost."""
+    """A connection that carries messages; raises `ConnectionError` or `TimeoutError` if it is lost."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
-        connection.settimeout(5.0)  # of a send; what is received is there already
+        connection.settimeout(5.0)  # for sending; receiving waits in select
         self.buffer = b""
         self.heard = self.spoke = time.monotonic()
 
@@ -95,7 +97,7 @@ class Line:
             self.send()
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come; `ValueError` where it is not one of our messages."""
+        """Read the messages that have arrived; raises `ValueError` for anything else."""
         received = self.connection.recv(65536)
         if not received:
             raise ConnectionResetError("closed")
@@ -116,8 +118,8 @@ class Line:
 def lost(host: str) -> Failure:
     return Failure(
         2,
-        f"{host} has not answered for {SILENCE:.0f} seconds; look at that machine and at the network, then continue "
-        "with --resume.",
+        f"{host} has not responded for {SILENCE:.0f} seconds; check that machine and the network, then continue with "
+        "--resume.",
         cause=True,
     )
 
@@ -141,19 +143,19 @@ class Leader:
             self.server = socket.create_server(("", port))
         except OSError as error:
             raise UserError(
-                f"port {port} is in use on this machine ({os.strerror(error.errno or 0)}); end what uses it, or set "
-                "MASTER_PORT to another everywhere."
+                f"port {port} cannot be used on this machine ({os.strerror(error.errno or 0)}); end the process that "
+                "uses it, or set MASTER_PORT to another port on every machine."
             ) from None
 
     def gather(self, say: Callable[[str], None], meeting_port: int) -> int:
-        """Wait for all machines and tell them the port where ranks meet; `UserError` where one does not come."""
+        """Wait for all machines and send them the ranks' port; raises `UserError` if one is missing in the end."""
         since, said = time.monotonic(), False
         while missing := [host for host in self.hosts if host not in (self.here, *self.lines)]:
             waited = time.monotonic() - since
             if waited > MEETING:
                 raise UserError(
-                    f"{', '.join(missing)}: not there within {MEETING / 60:.0f} minutes; start the same `align run` on "
-                    f"every machine, and look whether it reaches {self.here}:{self.port}."
+                    f"{', '.join(missing)}: no connection within {MEETING / 60:.0f} minutes; start the same "
+                    f"`align run` on every machine, and check that it reaches {self.here}:{self.port}."
                 )
             if waited > 3 and not said:
                 said = True
@@ -187,12 +189,12 @@ class Leader:
             self.reported = True
             self._fail(own)
         if self.failures and time.monotonic() - self.first_failure > SETTLE:
-            # In the order in which they came: what a rank fails of because another has failed comes later.
+            # In order of arrival: consequences arrive after their cause.
             failure = min(self.failures, key=lambda failure: not failure.cause)
-            self._tell_all(failed=asdict(failure))
+            self._send_all(failed=asdict(failure))
             return True, failure
         if finished and self.finished >= set(self.lines) and not self.failures:
-            self._tell_all(over=True)
+            self._send_all(over=True)
             return True, None
         return False, None
 
@@ -208,12 +210,12 @@ class Leader:
             self.failures.append(failure)
 
     def _part(self, host: str) -> None:
-        """A launcher is gone; before the start it may come again."""
+        """Drop a launcher's connection; before the start it may reconnect."""
         self.lines.pop(host).close()
         if self.begun and host not in self.finished:
             self._fail(ended(host))
 
-    def _tell_all(self, **message: Any) -> None:
+    def _send_all(self, **message: Any) -> None:
         for line in self.lines.values():
             with suppress(OSError):
                 line.send(**message)
@@ -243,14 +245,14 @@ class Leader:
             self.finished.add(host)
 
     def _greet(self, line: Line) -> None:
-        """A connection says who it is, or is dropped."""
+        """Accept or refuse a new connection by its first message."""
         try:
             messages = [] if line.silent(ANSWER) else line.receive()
             if not messages and not line.silent(ANSWER):
-                return  # half a line
+                return  # an incomplete line
             self.strangers.remove(line)
             host = messages[0].get("host") if messages else None
-            refusal = self._refusal(host, messages[0]) if messages else "it said nothing"
+            refusal = self._refusal(host, messages[0]) if messages else "no message"
             line.send(**({"refused": refusal} if refusal else {"welcome": self.here}))
         except (OSError, ValueError):
             if line in self.strangers:
@@ -266,13 +268,13 @@ class Leader:
     def _refusal(self, host: Any, message: dict[str, Any]) -> str | None:
         if list(map(list, self.hosts.items())) != message.get("hosts"):
             return (
-                f"{self.here} runs with another hostfile ({_listed(self.hosts)}); start all machines with the same, or "
-                "set MASTER_PORT to another port everywhere."
+                f"{self.here} runs with another hostfile ({_listed(self.hosts)}); use the same on all machines, or set "
+                "MASTER_PORT to another port on all of them."
             )
         if host not in self.hosts or host == self.here:
-            return f"{host} is not a machine that {self.here} waits for; start `align run` once on every machine."
+            return f"{self.here} does not wait for {host}; start `align run` once on every machine of the hostfile."
         if self.begun:
-            return f"the run on {self.here} has begun; end it there, and start all machines again."
+            return f"the run on {self.here} has already started; end it there, and start all machines again."
         return None
 
 
@@ -290,15 +292,15 @@ class Follower:
         self.welcome = self.reported = self.done = False
 
     def gather(self, say: Callable[[str], None]) -> int:
-        """Wait for the leader and for the other machines; the port where ranks meet."""
+        """Wait for the leader and all other machines; returns the ranks' port."""
         since, said = time.monotonic(), False
         place = f"{self.leader}:{self.port}"
         while True:
             waited = time.monotonic() - since
             if waited > MEETING:
                 raise UserError(
-                    f"{self.leader}: not there within {MEETING / 60:.0f} minutes; start the same `align run` on every "
-                    f"machine, and look whether this one reaches {place}."
+                    f"{self.leader}: no connection within {MEETING / 60:.0f} minutes; start the same `align run` on "
+                    f"every machine, and check that this one reaches {place}."
                 )
             if waited > 3 and self.line is None and not said:
                 said = True
@@ -361,12 +363,12 @@ class Follower:
         return None
 
     def _leave(self, place: str) -> None:
-        """The leader was ended, and may be started again; what never answered as one is none."""
+        """Drop the connection. A leader that has ended may be started again; any other peer is an error."""
         self.close()
         self.line = None
         if not self.welcome:
             raise UserError(
-                f"{place} is answered by something else than `align run`; set MASTER_PORT to another port on every "
+                f"{place} is in use by a program other than `align run`; set MASTER_PORT to another port on every "
                 "machine."
             )
         self.welcome = False

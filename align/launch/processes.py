@@ -1,7 +1,7 @@
-"""Start a run's processes on this machine and end them together. Nothing here imports torch or DeepSpeed.
+"""Start a run's ranks on this machine and end them together. Imports neither torch nor DeepSpeed.
 
-A process finds its place in the variables that torchrun, `accelerate launch` and this module set: RANK, LOCAL_RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under `srun` they are made from Slurm's.
+A rank is described by the variables that torchrun, `accelerate launch` and this module set: RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under `srun` they are derived from Slurm's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from align.launch.ending import STOPPED
 from align.launch.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
 
 PORT = 29500
-"""Where the launcher on the first of several machines listens, unless MASTER_PORT says otherwise."""
+"""Default of MASTER_PORT: the launcher on the first of several machines listens there."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for the other ranks of a run that has failed."""
 STOP = 600.0
@@ -37,21 +37,21 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 def environment_of_its_own() -> dict[str, str]:
-    """For a process that a rank starts and that must not take itself for that rank."""
+    """Environment for a process that a rank starts and that is not itself a rank."""
     return {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
 
 
 def is_rank() -> bool:
-    """True in a process that something has started as one of several (torchrun, accelerate, Slurm, this module)."""
-    # In a batch script Slurm sets SLURM_PROCID and SLURM_NTASKS too; only srun's tasks are in a step.
+    """True in a process that a launcher (torchrun, accelerate, Slurm, this module) has started as a rank."""
+    # Slurm sets SLURM_PROCID and SLURM_NTASKS in batch scripts too; only tasks of srun have SLURM_STEP_NUM_TASKS.
     if "RANK" not in os.environ and whole_number(os.environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
         os.environ.update(slurm_place(dict(os.environ)))
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(given) == 1:
         (missing,) = {"RANK", "WORLD_SIZE"} - set(given)
         raise UserError(
-            f"{given[0]} is set and {missing} is not, so this may be one of several processes and may be none; set "
-            f"both, as torchrun does, or unset {given[0]}."
+            f"{given[0]} is set but {missing} is not, so it is unclear whether this process is a rank; set both, as "
+            f"torchrun does, or unset {given[0]}."
         )
     return bool(given)
 
@@ -64,18 +64,18 @@ def whole_number(variables: Mapping[str, str], name: str, default: str = "") -> 
 
 
 def require_place(parallel: Parallel) -> None:
-    """Raise `UserError` where a launcher's variables give this process no place among those of `parallel`."""
+    """Raise `UserError` if the launcher's variables do not describe a rank of `parallel`."""
     world = whole_number(os.environ, "WORLD_SIZE")
     if world != parallel.processes:
         raise UserError(
-            f"parallel.processes is {parallel.processes}, but {world} were started; make them equal "
-            f"(parallel.processes={world})."
+            f"parallel.processes is {parallel.processes}, but {world} processes were started; set "
+            f"parallel.processes={world}, or start {parallel.processes}."
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise UserError(
-            f"WORLD_SIZE says that this is one of {world} ranks, but {missing[0]} is not set; start it with torchrun "
-            "or with --nproc alone, or unset WORLD_SIZE and RANK."
+            f"WORLD_SIZE is {world}, but {missing[0]} is not set; start align with torchrun, or unset WORLD_SIZE and "
+            "RANK and pass --nproc."
         )
     _require_below(whole_number(os.environ, "RANK"), "RANK", world, "WORLD_SIZE")
     whole_number(os.environ, "LOCAL_RANK")
@@ -85,13 +85,12 @@ def require_place(parallel: Parallel) -> None:
 def _require_below(number: int, name: str, limit: int, total: str) -> None:
     if number >= limit:
         raise UserError(
-            f"{name} is {number}, but {total} is {limit}, so that the last rank is {limit - 1}; start every process "
-            "with a number of its own, beginning with 0."
+            f"{name} is {number}, but {total} is {limit}; number the processes from 0 to {limit - 1}, each once."
         )
 
 
 def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
-    """torchrun's variables from those that `srun` sets for a task."""
+    """torchrun's variables, derived from those that `srun` sets for a task."""
     first = first_host(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost")
     job = whole_number(slurm, "SLURM_JOB_ID", "0")
     tasks = whole_number(slurm, "SLURM_STEP_NUM_TASKS")
@@ -101,29 +100,29 @@ def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
-        # Offloading asks how many ranks share a machine's memory.
+        # The preflight check of offloading needs the number of ranks that share a machine's memory.
         "LOCAL_WORLD_SIZE": str(max(1, tasks // machines)),
         "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
-        # Two jobs on a machine must not meet: each has a port of its own.
+        # Two jobs on a machine need different ports.
         "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),
     }
 
 
 def first_host(nodes: str) -> str:
-    """First host of Slurm's short form: `gpu[07-09,12],login` is gpu07."""
+    """First host of a Slurm node list: gpu07 for `gpu[07-09,12],login`."""
     found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     assert found is not None, nodes
     return found[1] + (found[2] or "")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of each machine, in the file's order; lines are `host slots=N`, `#` begins a comment."""
+    """Slots per machine, in the file's order. Lines are `host slots=N`; `#` starts a comment."""
     try:
         text = local_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"parallel.hostfile: {path} cannot be read ({error.strerror}); check the path.") from None
     except UnicodeDecodeError:
-        raise UserError(f"parallel.hostfile: {path} is not a text file; write lines 'host slots=N' into one.") from None
+        raise UserError(f"parallel.hostfile: {path} is not a text file; write lines 'host slots=N'.") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -133,24 +132,24 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"{path}: line {number}: {problem}.")
         hosts[words[0]] = int(words[1].removeprefix("slots="))
     if not hosts:
-        raise UserError(f"{path}: no machine in it; write lines 'host slots=N'.")
+        raise UserError(f"{path}: it lists no machine; write lines 'host slots=N'.")
     return hosts
 
 
 def _line_problem(words: list[str], hosts: dict[str, int]) -> str | None:
-    """What is wrong with a hostfile's line, behind which `hosts` were read already."""
+    """The problem of a hostfile's line, if any. hosts: the machines of the lines before it."""
     host, *rest = words
     unknown = [word for word in rest if not word.startswith("slots=")] or rest[1:]
     if host.startswith("slots="):
-        return f"no machine stands before '{host}'; write 'host {host}'"
+        return f"'{host}' has no machine before it; write 'host {host}'"
     if host in hosts:
-        return f"the machine '{host}' is there a second time; write it once, with all its slots"
+        return f"the machine '{host}' is listed twice; list it once, with all its slots"
     if unknown:
-        return f"'{unknown[0]}' is not understood; write 'host slots=N' and nothing else"
+        return f"'{unknown[0]}' is not valid here; write 'host slots=N' and nothing else"
     if not rest:
-        return f"'{host}' has no slots; write '{host} slots=N', N the processes there"
+        return f"'{host}' has no slots; write '{host} slots=N', with N processes"
     if not re.fullmatch("slots=[1-9][0-9]{0,5}", rest[0]):
-        return f"'{rest[0]}' is no number of processes; write slots=1 or more"
+        return f"'{rest[0]}' is not a valid number of processes; write slots=1 or more"
     return None
 
 
@@ -162,14 +161,14 @@ def slots_of(parallel: Parallel) -> dict[str, int]:
     total = sum(hosts.values())
     if total != parallel.processes:
         raise UserError(
-            f"{parallel.hostfile}: the sum of its slots is {total}, but parallel.processes is {parallel.processes}; "
-            "make them equal."
+            f"{parallel.hostfile}: it has {total} slots, but parallel.processes is {parallel.processes}; set "
+            f"parallel.processes={total}, or change the slots."
         )
     return hosts
 
 
 def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
-    """(slots of each machine of a run, which of them this is)."""
+    """(slots of each machine of a run, name of this machine)."""
     hosts = slots_of(parallel)
     if parallel.hostfile is None:
         return hosts, "localhost"
@@ -179,7 +178,7 @@ def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
 
 
 def meet_others(hosts: dict[str, int], here: str) -> tuple[Others, str, int]:
-    """(the other machines, address and port where all ranks meet), when all machines are there."""
+    """Wait for all machines; returns (connection to them, MASTER_ADDR, MASTER_PORT of the ranks)."""
     if len(hosts) == 1:
         return Alone(), "127.0.0.1", free_port()
     first, port = next(iter(hosts)), master_port()
@@ -204,12 +203,12 @@ def meet_others(hosts: dict[str, int], here: str) -> tuple[Others, str, int]:
 def master_port() -> int:
     text = os.environ.get("MASTER_PORT", str(PORT))
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) < 65536):
-        raise UserError(f"MASTER_PORT is '{text}', but must be a port's number, 1 to 65535.")
+        raise UserError(f"MASTER_PORT is '{text}', but must be a port from 1 to 65535.")
     return int(text)
 
 
 def local_places(hosts: dict[str, int], here: str, address: str, port: int) -> list[dict[str, str]]:
-    """Variables of each rank of this machine; ranks are numbered through the machines in their order."""
+    """Variables of each rank on this machine; ranks are numbered machine by machine, in the hostfile's order."""
     names = list(hosts)
     first = sum(hosts[name] for name in names[: names.index(here)])
     return [
@@ -229,11 +228,11 @@ def resolve(host: str, where: str) -> set[str]:
     try:
         return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
-        raise UserError(f"{where}: the machine '{host}' cannot be found; check its name.") from None
+        raise UserError(f"{where}: the machine '{host}' cannot be resolved; check its name.") from None
 
 
 def this_machine(hosts: dict[str, int], where: str) -> str:
-    """The machine of `hosts` that this is: by its name, or because it has the address."""
+    """The entry of `hosts` that is this machine: by host name, otherwise by address."""
     own = {socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()}
     for host in hosts:
         if host in own:
@@ -242,12 +241,12 @@ def this_machine(hosts: dict[str, int], where: str) -> str:
         if any(is_own(address) for address in resolve(host, where)):
             return host
     raise UserError(
-        f"{where}: this machine ({socket.gethostname()}) is not among {', '.join(hosts)}; start `align run` on those."
+        f"{where}: this machine ({socket.gethostname()}) is not listed; run align on {', '.join(hosts)}, or list it."
     )
 
 
 def is_own(address: str) -> bool:
-    """True for an address of this machine: only to those can a socket be bound."""
+    """True for an address of this machine: a socket can be bound to no other."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
         try:
@@ -264,10 +263,10 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
-    """Run `align ARGUMENTS` as this machine's ranks; returns when all have finished, on all machines.
+    """Run `align ARGUMENTS` as this machine's ranks; returns when the ranks of all machines have finished.
 
-    Rank 0 prints. What a rank writes to stderr goes to logs/rank-N.log. When one fails, on whatever machine, the others
-    are ended, its error is printed and the process exits with its code.
+    Rank 0 prints to stdout; a rank's stderr goes to logs/rank-N.log. If a rank fails on any machine, the others are
+    ended, its error is printed and this process exits with its code. SIGTERM and SIGINT are forwarded to the ranks.
     """
     hosts, here = machines_of(parallel)
     logs.mkdir(parents=True, exist_ok=True)
@@ -330,7 +329,7 @@ class StopRequest:
 
 
 def failure_of(rank: int, code: int, file: Path, on: str) -> Failure:
-    """What a rank that ended with `code` has to say; `on` names its machine where there are several."""
+    """The failure of a rank that ended with `code`. on: names its machine in a run of several."""
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if code in STOPPED:
         return Failure(code, None, cause=True)
@@ -356,10 +355,10 @@ def wait(
     on: str,
     stop: StopRequest,
 ) -> Failure | None:
-    """The failure that speaks for all, or None when all have finished well.
+    """Wait for all ranks of all machines; returns the failure to report, or None if all have succeeded.
 
-    Ranks that meet the same error end within moments of each other; the lowest one speaks for all. One that was
-    killed, or that failed alone, drags the others along with errors about their connection: it comes before them.
+    Of ranks that end at the same time, one with a user's error or SIGKILL is reported before one with a traceback,
+    which may only have lost its connection; among equals the lowest rank is reported.
     """
     own: Failure | None = None
     while True:
@@ -379,7 +378,7 @@ def wait(
 
 
 def end(processes: dict[int, subprocess.Popen[bytes]]) -> None:
-    """End what still runs: first asked, then killed."""
+    """End the ranks that still run: SIGTERM, then SIGKILL after `GRACE` seconds."""
     running = [process for process in processes.values() if process.poll() is None]
     for process in running:
         process.terminate()

@@ -1,4 +1,4 @@
-"""What DeepSpeed reaches a disk with: a library that torch compiles on this machine at its first use."""
+"""DeepSpeed's library for NVMe offload, which torch compiles on this machine at its first use."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ LIBRARY = "async_io/async_io.so"
 
 
 def require_async_io() -> None:
-    """Raise `UserError` where DeepSpeed cannot reach an NVMe disk. It compiles what it needs for that, once."""
+    """Compile DeepSpeed's library for NVMe offload, once; raises `UserError` if that is impossible."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(
-            "parallel.offload: DeepSpeed reaches nvme through libaio, which is not installed; install libaio-dev, or "
-            "write cpu."
+            "parallel.offload: nvme needs libaio, which is not installed; install libaio-dev, or set cpu instead."
         )
     try:
         with compiling_alone(extensions_folder()) as folder:
             if not (folder / LIBRARY).is_file():
-                print(f"compiling what DeepSpeed reaches a disk with, once, in {folder} (minutes)", flush=True)
+                print(f"compiling DeepSpeed's async_io, once, in {folder} (takes minutes)", flush=True)
             AsyncIOBuilder().load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"parallel.offload: what DeepSpeed reaches nvme with cannot be compiled ({reason}); install a C++ compiler "
-            "and ninja, or write cpu."
+            f"parallel.offload: DeepSpeed's async_io, which nvme needs, cannot be compiled ({reason}); install a C++ "
+            "compiler and ninja, or set cpu instead."
         ) from None
 
 
 def extensions_folder() -> Path:
-    """A folder of align's own in the place where torch keeps what it has compiled, for these versions."""
+    """align's folder in torch's build root, one per version of torch and DeepSpeed."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
@@ -46,18 +45,18 @@ def extensions_folder() -> Path:
 
 @contextmanager
 def compiling_alone(folder: Path) -> Iterator[Path]:
-    """Within it torch compiles and loads in `folder`, where one process at a time is let in.
+    """Let torch compile and load extensions in `folder` within the block, one process at a time.
 
-    torch marks what it works on by a file `lock`, which stays when the process is killed and for which every later one
-    would wait without end. The operating system takes this lock here from a process that dies, and whoever has it
-    knows that no other is at work, whatever files say so.
+    torch guards a build by a file named `lock`. A killed process leaves it behind, and every later process then waits
+    forever. The lock taken here is released by the operating system when its process dies, so its holder may remove
+    any `lock` file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("TORCH_EXTENSIONS_DIR")
     with open(folder / ".alone", "w") as alone:
         fcntl.flock(alone, fcntl.LOCK_EX)
-        for left in folder.glob("*/lock"):
-            left.unlink()
+        for stale in folder.glob("*/lock"):
+            stale.unlink()
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
         try:
             yield folder

@@ -1,4 +1,4 @@
-"""DeepSpeed engines for training loops of our own, which decide themselves when gradients are complete."""
+"""DeepSpeed engines for our own training loops, which decide when a step's gradients are complete."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from align.config.parallel import Parallel
 from align.parallel.deepspeed_config import deepspeed_config
 
 
-class Asked(nn.Module):
-    """A model in the root module that DeepSpeed wants to be called: questions are functions of the model."""
+class FunctionOfModel(nn.Module):
+    """Root module whose forward pass calls a function of the model: DeepSpeed runs its hooks in the root's forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, question: Any, *arguments: Any, **options: Any) -> Any:
-        return question(self.model, *arguments, **options)
+    def forward(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        return function(self.model, *arguments, **options)
 
 
-def learning_engine(
+def training_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel, *, max_grad_norm: float, dtype: str
 ) -> Any:
-    """engine(question, ...) asks the model. Its gradients add up until `step`, over however many passes."""
+    """An engine whose call `engine(function, ...)` returns function(model, ...); gradients accumulate until `step`."""
     config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=max_grad_norm, dtype=dtype)
     config["managed_gradient_accumulation"] = False
     config["bf16"]["check_grad_overflow"] = True
-    engine, *_ = deepspeed.initialize(model=Asked(model), optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=FunctionOfModel(model), optimizer=optimizer, config=config)
     return engine
 
 
-def asking_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any:
-    """An engine for a model that is asked and never trained."""
+def inference_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any:
+    """An engine for a frozen model, called as that of `training_engine`."""
     config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=0.0, dtype=dtype)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     if parallel.zero_stage < 3:
         config["zero_optimization"] = {"stage": 0}
-    engine, *_ = deepspeed.initialize(model=Asked(model), config=config)
+    engine, *_ = deepspeed.initialize(model=FunctionOfModel(model), config=config)
     engine.eval()
     return engine
 
 
-def forget_gradients(engine: Any) -> None:
-    """Drop what was gathered since the last step, on all ranks alike: what DeepSpeed does in a step that overflows."""
+def discard_gradients(engine: Any) -> None:
+    """Discard the gradients since the last step, as DeepSpeed does in a step that overflows. All ranks call this."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         engine.zero_grad()

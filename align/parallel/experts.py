@@ -1,9 +1,10 @@
-"""Expert parallelism: each rank of a group keeps some of a layer's experts, and tokens travel to them.
+"""Expert parallelism: each rank of a group holds some of a layer's experts; an all-to-all dispatches tokens to them.
 
-The router, the shared expert, capacity, recycling and all that is measured stay as they are: only `Experts`, which is
-given its assignments, is replaced. ZeRO shards what a rank keeps over the ranks that keep the same experts.
+Only `Experts` is replaced, which receives its assignments; router, shared expert, capacity, recycling and metrics are
+unchanged. ZeRO shards a rank's experts over the ranks that hold the same ones.
 
-Shapes: T tokens, D hidden, E experts, k experts a token, G ranks in an expert-parallel group, N rows that travel.
+Shapes: T tokens, D hidden, E experts, k experts per token, G ranks in an expert-parallel group, L experts per rank,
+N dispatched rows.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from align.models.experts import (
     mix_outputs,
     sorting,
 )
-from align.parallel.sharding import Share
+from align.parallel.sharding import ExpertShard
 
 
-class Exchange(torch.autograd.Function):
-    """Rows sent to the ranks of a group, `sent[r]` to rank r; the gradient travels back the same way."""
+class AllToAll(torch.autograd.Function):
+    """All-to-all of rows within a group, `sent[r]` of them to rank r; the gradient takes the reverse way."""
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -49,8 +50,8 @@ def _all_to_all(rows_ND: Tensor, sent: list[int], received: list[int], group: An
     return arrived
 
 
-class SpreadExperts(Experts):
-    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of all of them."""
+class ShardedExperts(Experts):
+    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of `Experts`."""
 
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
@@ -60,9 +61,9 @@ class SpreadExperts(Experts):
         self.first = self.local * dist.get_rank(group)
         self.act = whole.act
         for name, stacked in whole.named_parameters(recurse=False):
-            own = stacked.detach()[self.first : self.first + self.local].clone()
-            parameter = nn.Parameter(own, requires_grad=stacked.requires_grad)
-            self.register_parameter(name, mark(parameter, group_name, Share(self.num_experts, self.ranks)))
+            shard = stacked.detach()[self.first : self.first + self.local].clone()
+            parameter = nn.Parameter(shard, requires_grad=stacked.requires_grad)
+            self.register_parameter(name, mark(parameter, group_name, ExpertShard(self.num_experts, self.ranks)))
         self.train(whole.training)
 
     @property
@@ -70,45 +71,50 @@ class SpreadExperts(Experts):
         return slice(self.first, self.first + self.local)
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
-        """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 stands for no expert.
+        """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 means no expert.
 
-        Every rank of the group takes part, with however few tokens, so none waits for another in vain.
+        Collective within the group: a rank without tokens takes part as well.
         """
         hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
 
         def compute(rows_ND: Tensor, counts_L: Tensor) -> Tensor:
             return expert_outputs(rows_ND, gate_up, down, self.act, counts_L, corrections)
 
-        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.elsewhere, compute))
+        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.dispatched, compute))
 
-    def elsewhere(self, compute: Callable[[Tensor, Tensor], Tensor], rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Outputs [N, D] of rows that are sorted by expert, computed where those experts are; zero for those behind
-        the last expert's."""
+    def dispatched(self, compute: Callable[[Tensor, Tensor], Tensor], rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Dispatch rows that are sorted by expert, compute them on their experts' ranks and return the outputs [N, D].
+
+        counts_E: rows per expert. Rows after the last expert's have no expert; their output is zero.
+        """
         arriving_GL = torch.empty_like(counts_E)
         dist.all_to_all_single(arriving_GL, counts_E, group=self.group)
         arriving_GL = arriving_GL.view(self.ranks, self.local)
         sent = counts_E.view(self.ranks, self.local).sum(1).tolist()
         received = arriving_GL.sum(1).tolist()
-        rows = Exchange.apply(rows_ND[: sum(sent)], sent, received, self.group)
-        # They arrive by rank and then by expert; the experts need them by expert.
+        rows = AllToAll.apply(rows_ND[: sum(sent)], sent, received, self.group)
+        # Rows arrive ordered by rank, then by expert; the computation needs them ordered by expert.
         expert = torch.arange(self.local, device=rows.device).repeat(self.ranks)
         order, inverse = sorting(expert.repeat_interleave(arriving_GL.flatten()))
         outputs = compute(Gather.apply(rows, order, inverse, 1), arriving_GL.sum(0))
-        answers = Exchange.apply(Gather.apply(outputs, inverse, order, 1), received, sent, self.group)
-        return torch.cat([answers, answers.new_zeros(len(rows_ND) - len(answers), answers.shape[1])])
+        returned = AllToAll.apply(Gather.apply(outputs, inverse, order, 1), received, sent, self.group)
+        return torch.cat([returned, returned.new_zeros(len(rows_ND) - len(returned), returned.shape[1])])
 
 
-class TrainedSpreadExperts(SpreadExperts, AutoEPMoELayer):
-    """DeepSpeed keeps the gradients of expert-parallel parameters apart where it finds a layer of its own class, and
-    below ZeRO 3 stops if there are none. Nothing else of that class is used."""
+class TrainedShardedExperts(ShardedExperts, AutoEPMoELayer):
+    """Sharded experts that train.
+
+    DeepSpeed reduces the gradients of expert-parallel parameters separately only if the model has a layer of its class
+    `AutoEPMoELayer`, and below ZeRO 3 refuses such parameters otherwise. Nothing else of that class is used.
+    """
 
     def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-        """DeepSpeed's own layer looks up its groups here; ours has been given them."""
+        """Do nothing: the groups are set in the constructor."""
 
 
-def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter:
-    """Tell DeepSpeed that a parameter differs within the expert-parallel group and is sharded over its replicas."""
-    parameter.expert_share = share
+def mark(parameter: nn.Parameter, group_name: str, shard: ExpertShard) -> nn.Parameter:
+    """Set the attributes by which DeepSpeed treats a parameter as expert-parallel: it is sharded over its replicas."""
+    parameter.expert_shard = shard
     parameter.allreduce = False  # ZeRO 1 and 2
     parameter.group_name = group_name
     parameter.ds_zero_placement_family = "autoep_expert"  # ZeRO 3
@@ -117,10 +123,10 @@ def mark(parameter: nn.Parameter, group_name: str, share: Share) -> nn.Parameter
     return parameter
 
 
-def spread_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
-    """Replace every `Experts` of a model by this rank's share; `size` ranks with consecutive numbers form a group.
+def shard_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
+    """Replace every `Experts` of a model by this rank's shard; `size` consecutive ranks form a group.
 
-    trained: something of the experts learns, they themselves or adapters.
+    trained: the experts or their adapters train.
     """
     if size == 1:
         return
@@ -130,15 +136,15 @@ def spread_experts(model: nn.Module, size: int, *, trained: bool = True) -> None
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is Experts:
-                kind = TrainedSpreadExperts if trained else SpreadExperts
+                kind = TrainedShardedExperts if trained else ShardedExperts
                 setattr(parent, key, kind(child, group, name))
 
 
 def mark_adapters(model: nn.Module) -> None:
-    """Tell DeepSpeed that the adapters of spread experts are spread with them."""
+    """Mark the adapters of sharded experts as expert-parallel, like the experts themselves."""
     from align.models.lora.experts import ExpertAdapter
 
     for module in model.modules():
-        if isinstance(module, ExpertAdapter) and isinstance(experts := module.get_base_layer(), SpreadExperts):
+        if isinstance(module, ExpertAdapter) and isinstance(experts := module.get_base_layer(), ShardedExperts):
             for parameter in module.factors():
-                mark(parameter, experts.group_name, Share(experts.num_experts, experts.ranks))
+                mark(parameter, experts.group_name, ExpertShard(experts.num_experts, experts.ranks))

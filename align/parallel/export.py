@@ -1,4 +1,4 @@
-"""Write a spread model as an ordinary checkpoint: tensor by tensor to rank 0, which writes a file a layer."""
+"""Write a sharded model as an ordinary checkpoint: rank 0 gathers tensor by tensor and writes one file per layer."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from align.models.family import family_of
 from align.models.lora.adapters import is_factor
 from align.models.lora.experts import delta, peft_shape
 from align.models.lora.merge import plain_parameters
-from align.parallel.sharding import own_values, pieces, whole_shape, world
+from align.parallel.sharding import full_shape, shard_values, shards, world
 
 INDEX = "model.safetensors.index.json"
 
 
 @torch.no_grad()
 def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name in our layout, whole tensor on the CPU) of every parameter, on rank 0; every rank must iterate to the end.
+    """Gather every parameter on rank 0: (name in our layout, full tensor on the CPU).
 
-    The others send what they hold and see empty tensors. Adapters are merged. Peak extra memory: one tensor, on rank 0,
-    and with it what an adapter adds to it.
+    Collective: every rank must iterate to the end. Other ranks send their shards and get empty tensors. Adapters are
+    merged. Peak extra memory on rank 0: one full tensor and its adapter's product.
     """
     rank, _ = world()
     for name, parameter, adapters in plain_parameters(model):
-        whole = gather(parameter, dtype, rank)
+        full = gather(parameter, dtype, rank)
         for adapter in adapters:
             for key in adapter.active_adapters:
                 a, b = (gather(f[key].weight, torch.float32, rank) for f in (adapter.lora_A, adapter.lora_B))
                 if rank == 0:
-                    whole += delta(adapter, key, a, b).to(dtype)
-        yield name, whole
+                    full += delta(adapter, key, a, b).to(dtype)
+        yield name, full
 
 
 @torch.no_grad()
-def save_spread_adapter(model: Any, folder: Path) -> None:
-    """Write `folder` (on rank 0) from all ranks, as PEFT writes the adapter of a single process."""
+def save_sharded_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter to `folder` as PEFT would in a run of one process. Collective; rank 0 writes."""
     rank, _ = world()
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -54,54 +54,55 @@ def save_spread_adapter(model: Any, folder: Path) -> None:
 
 
 def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
-    shape = whole_shape(parameter)
-    whole = torch.empty(math.prod(shape) if rank == 0 else 0, dtype=dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # NCCL carries nothing else
-    for piece in pieces(parameter):
-        if piece.rank == rank:
-            values = own_values(parameter, piece).to(dtype)
+    """The full parameter on rank 0, in host memory; empty on other ranks. Collective."""
+    shape = full_shape(parameter)
+    full = torch.empty(math.prod(shape) if rank == 0 else 0, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # NCCL sends GPU tensors only
+    for shard in shards(parameter):
+        if shard.rank == rank:
+            values = shard_values(parameter, shard).to(dtype)
             if rank == 0:
-                whole[piece.start : piece.start + piece.size] = values
+                full[shard.start : shard.start + shard.size] = values
             else:
                 dist.send(values.contiguous().to(device), dst=0)
         elif rank == 0:
-            arrived = torch.empty(piece.size, dtype=dtype, device=device)
-            dist.recv(arrived, src=piece.rank)
-            whole[piece.start : piece.start + piece.size] = arrived
-    return whole.view(shape) if rank == 0 else whole
+            received = torch.empty(shard.size, dtype=dtype, device=device)
+            dist.recv(received, src=shard.rank)
+            full[shard.start : shard.start + shard.size] = received
+    return full.view(shape) if rank == 0 else full
 
 
 def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """Rank 0: a checkpoint of safetensors, a file for each layer and one for the rest; the others: iterate along."""
+    """Write a safetensors checkpoint on rank 0, one file per layer and one for the rest; other ranks only iterate."""
     rank, _ = world()
     published = family_of(model.config).published
     last = model.config.num_hidden_layers
     files = last + 1
-    shards: dict[int, dict[str, Tensor]] = {}
+    pending: dict[int, dict[str, Tensor]] = {}
     places: dict[str, str] = {}
     total = 0
 
-    def flush(shard: int) -> None:
-        if held := shards.pop(shard, None):
-            save_file(held, folder / file_name(shard, files), metadata={"format": "pt"})
+    def flush(number: int) -> None:
+        if layer := pending.pop(number, None):
+            save_file(layer, folder / file_name(number, files), metadata={"format": "pt"})
 
     current = 0
     for name, tensor in tensors:
         found = re.search(r"\blayers\.(\d+)\.", name)
-        shard = int(found[1]) + 1 if found else 0
-        if shard != current and current != 0:
+        number = int(found[1]) + 1 if found else 0
+        if number != current and current != 0:
             flush(current)
-        current = shard
+        current = number
         if rank != 0:
             continue
         for key, part in published(name, tensor):
-            shards.setdefault(shard, {})[key] = part.clone() if part.numel() < tensor.numel() else part
-            places[key] = file_name(shard, files)
+            pending.setdefault(number, {})[key] = part.clone() if part.numel() < tensor.numel() else part
+            places[key] = file_name(number, files)
             total += part.numel() * part.element_size()
     if rank != 0:
         return
-    for shard in sorted(shards):
-        flush(shard)
+    for number in sorted(pending):
+        flush(number)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     config = model.config
@@ -111,11 +112,11 @@ def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path,
         model.generation_config.save_pretrained(folder)
 
 
-def file_name(shard: int, files: int) -> str:
-    return f"model-{shard + 1:05d}-of-{files:05d}.safetensors"
+def file_name(number: int, files: int) -> str:
+    return f"model-{number + 1:05d}-of-{files:05d}.safetensors"
 
 
-def save_spread_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write `folder` (on rank 0) from all ranks."""
+def save_sharded_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model to `folder`. Collective; rank 0 writes."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     write_model(plain, gathered(model, dtype), folder, dtype)

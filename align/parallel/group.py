@@ -26,12 +26,12 @@ from align.launch import machines
 from align.launch.ending import mark_joined
 from align.parallel.async_io import require_async_io
 from align.parallel.sharding import world
-from align.parallel.steps import LATE, ControlSteps
+from align.parallel.steps import ControlSteps
 from align.run import interrupt
 
 T = TypeVar("T")
 COLLECTIVE = timedelta(minutes=30)
-"""Time limit of a collective operation, and of a wait in it."""
+"""Time limit of a collective."""
 
 _steps: ControlSteps | None = None
 _cpu_group: dist.ProcessGroup | None = None
@@ -42,7 +42,7 @@ def rank() -> int:
 
 
 def join(recipe: Recipe) -> None:
-    """Meet the other processes of this run; a `UserError` on each where they do not fit together."""
+    """Connect this rank to the others. Every rank raises the same `UserError` if code, recipe or libraries differ."""
     parallel = recipe.parallel
     assert parallel is not None
     gpu = torch.cuda.is_available()
@@ -52,7 +52,7 @@ def join(recipe: Recipe) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quieten_deepspeed()
     backend = "nccl" if gpu else "gloo"
-    meet(backend)
+    connect(backend)
     start_deepspeed(backend)
     check_equal(fingerprint(recipe))
     if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
@@ -60,10 +60,10 @@ def join(recipe: Recipe) -> None:
 
 
 def start_deepspeed(backend: str) -> None:
-    """Let DeepSpeed communicate, over torch's process group where there is one.
+    """Initialise DeepSpeed's communication on torch's process group.
 
-    Its collectives over shared memory, which only inference uses, are left out: to load them a rank holds a lock file
-    in the user's cache, which stays behind if the rank is killed, and for which every later run would wait without end.
+    DeepSpeed's shared-memory collectives, which only inference uses, are disabled. Loading them takes a lock file in
+    the user's cache; a killed rank leaves it behind, and every later run would wait for it forever.
     """
     import deepspeed
 
@@ -71,34 +71,34 @@ def start_deepspeed(backend: str) -> None:
     deepspeed.init_distributed(backend, timeout=COLLECTIVE, verbose=False)
 
 
-def meet(backend: str) -> None:
-    """Connect all ranks; a `UserError` where not all come within `MEETING`, or cannot reach each other."""
-    meeting = timedelta(seconds=machines.MEETING)
+def connect(backend: str) -> None:
+    """Create the process group; raises `UserError` if a rank is missing after `MEETING` seconds or unreachable."""
+    limit = timedelta(seconds=machines.MEETING)
     try:
-        store, number, world = next(dist.rendezvous("env://", timeout=meeting))
+        store, number, world = next(dist.rendezvous("env://", timeout=limit))
         choose_interface(store, number, world)
-        # A group's timeout also holds for every wait in it: all find each other with one, and then work with another.
+        # The first group only waits for all ranks. It has its own limit, because a group's limit applies to every wait.
         first = dist.PrefixStore("meeting", store)
-        dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=meeting)
+        dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=limit)
         mark_joined()
         dist.barrier()
         dist.destroy_process_group()
         store.set_timeout(COLLECTIVE)
         dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=COLLECTIVE)
     except RuntimeError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"rank {rank()} did not meet the others at {place} ({reason}); start every machine within "
-            f"{machines.MEETING / 60:.0f} minutes, and look whether all of them can reach each other."
+            f"rank {rank()} could not connect to the other ranks at {address} ({reason}); start every machine within "
+            f"{machines.MEETING / 60:.0f} minutes, and check that they can reach each other."
         ) from None
 
 
 def choose_interface(store: dist.Store, number: int, world: int) -> None:
-    """Let gloo use the network through which the ranks have met.
+    """Make gloo use the network interface through which this rank reaches MASTER_ADDR.
 
-    By itself it takes the address of this machine's name, which often is one of the loopback network (Debian's
-    /etc/hosts has 127.0.1.1) that no other machine can reach.
+    By default gloo uses the address of this machine's host name, which is often a loopback address (127.0.1.1 in
+    Debian's /etc/hosts) that no other machine can reach.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, *_, there = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
@@ -107,7 +107,7 @@ def choose_interface(store: dist.Store, number: int, world: int) -> None:
         here = probe.getsockname()[0]
     store.set(f"route/{number}", json.dumps([here, there[0]]))
     routes = [json.loads(store.get(f"route/{other}")) for other in range(world)]
-    # On the first machine the way to itself is the loopback; others know the address by which it is reached.
+    # The first machine reaches itself through the loopback interface; the others know its real address.
     seen = [to for own, to in routes if not ipaddress.ip_address(own).is_loopback and own != to]
     if ipaddress.ip_address(here).is_loopback and seen:
         here = seen[0]
@@ -117,7 +117,7 @@ def choose_interface(store: dist.Store, number: int, world: int) -> None:
 
 
 def quieten_deepspeed() -> None:
-    """DeepSpeed reports every setting at the start; what matters of it is in the recipe."""
+    """Silence DeepSpeed's report of its settings; the recipe has those that matter."""
     import logging
 
     from deepspeed.utils import logger
@@ -126,7 +126,7 @@ def quieten_deepspeed() -> None:
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:
-    """What must be equal on all ranks: this package's code, the recipe, the libraries that compute."""
+    """Hashes and versions that must be equal on all ranks: align's code, the recipe, the libraries that compute."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     folders = os.walk(package, followlinks=True)  # reward, eval and recipes are links
@@ -137,24 +137,24 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed"):
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
-    # Machines may keep the hostfile in different places; that it says the same was seen when they met.
+    # Machines may keep the hostfile at different paths; the launchers have compared its content.
     settings = recipe.model_dump_json(exclude={"parallel": {"hostfile"}})
     recipe_hash = hashlib.sha256(settings.encode()).hexdigest()
     return {"the code of align": code.hexdigest(), "the recipe": recipe_hash, **libraries}
 
 
 def check_equal(own: dict[str, str]) -> None:
-    """Raise the same `UserError` on every rank where one differs from rank 0, after all have parted."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    for number, other in enumerate(everyone):
-        for what, value in everyone[0].items():
+    """Raise the same `UserError` on every rank if a rank's `own` differs from rank 0's."""
+    fingerprints: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, own)
+    for number, other in enumerate(fingerprints):
+        for what, value in fingerprints[0].items():
             if other.get(what) != value:
-                # A process that ends while another still holds their connection can take it down with it (SIGABRT).
+                # A rank that exits while others are still connected to it can abort them (SIGABRT).
                 dist.barrier()
                 dist.destroy_process_group()
                 raise UserError(
-                    f"rank {number} differs from rank 0 in {what}; install and start the same on every machine."
+                    f"rank {number} differs from rank 0 in {what}; use the same versions and recipe on every machine."
                 )
 
 
@@ -250,17 +250,8 @@ def cpu_group() -> dist.ProcessGroup | None:
     return _cpu_group
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank; the others may wait for hours at this step while rank 0 samples."""
-    control_steps().late = float("inf")
-    try:
-        return from_rank_0("order", lambda: value)
-    finally:
-        control_steps().late = LATE
-
-
 def forget_last_stage() -> None:
-    """Free what an earlier stage's engine held; transformers would build the next model inside its ZeRO settings."""
+    """Free the last stage's engine and its ZeRO settings, which transformers would apply to the next model."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

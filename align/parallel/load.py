@@ -1,7 +1,7 @@
-"""Build a model of which every rank reads and keeps only its own: its experts, and under ZeRO 3 its run of each tensor.
+"""Load a sharded model: every rank reads only its experts and, under ZeRO 3, only its shard of each tensor.
 
-Parameters get memory one after the other. Under ZeRO 3 each is laid out whole for a moment, but only this rank's run of
-it is read, and then cut down to that run; untouched memory is never backed by the machine.
+Parameters are allocated one after another. Under ZeRO 3 a parameter is allocated in full, its shard is read, and the
+rest is freed; the operating system never backs the pages that are not written.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from align.models.family import Place, family_of
 from align.models.lora.adapters import add_lora, is_factor, plain_name
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 from align.parallel.deepspeed_config import deepspeed_config
-from align.parallel.experts import mark_adapters, spread_experts
-from align.parallel.sharding import expert_share, whole_shape, world
+from align.parallel.experts import mark_adapters, shard_experts
+from align.parallel.sharding import expert_shard, full_shape, world
 
 
-class OwnRuns(zero.Init):
-    """DeepSpeed's way to cut a parameter up, without sending rank 0's values to all: each rank has read its own."""
+class LocalPartitioning(zero.Init):
+    """DeepSpeed's partitioning of parameters without its broadcast from rank 0: each rank has read its own shard."""
 
     def _zero_init_param(self, parameter: Any) -> None:
         self._convert_to_deepspeed_param(parameter)
         parameter.partition()
 
-    def cut(self, parameter: Any) -> None:
+    def partition_parameter(self, parameter: Any) -> None:
         self._convert_to_zero_parameters([parameter])
 
 
 MODELS = count()
-"""Numbers the models that this process has loaded."""
+"""Numbers of the models that this process loads."""
 
 
-def load_spread(
+def load_sharded(
     model_class: Any,
     config: Any,
     folder: Path,
@@ -55,79 +55,79 @@ def load_spread(
     *,
     head_only: bool = False,
 ) -> Any:
-    """A model in evaluation mode, as `from_pretrained` would give it; a head that is not in the files is random.
+    """Load a model in evaluation mode, as `from_pretrained` does; a head that the files lack is random.
 
-    With `lora` it is wrapped by PEFT and only the adapters train. Their first values are those of a single process: a
-    rank draws them all, one layer after the other, and keeps its own. head_only: at most the head will train.
+    With `lora` PEFT wraps the model and only the adapters train. Their initial values equal those of a run of one
+    process: every rank draws all of them, layer by layer, and keeps its shard. head_only: at most the head trains.
     """
     stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).place)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)
     model.name_or_path = str(folder)
     model.tie_weights()
-    spread_experts(model, parallel.expert_parallel_size, trained=not head_only and (lora is None or lora.experts))
+    shard_experts(model, parallel.expert_parallel_size, trained=not head_only and (lora is None or lora.experts))
     head = None
     if hasattr(model, "score") and "score.weight" not in stored:
         head = nn.init.normal_(torch.empty(model.score.weight.shape, dtype=dtype), std=config.initializer_range)
     if lora is not None:
-        model = wrapped(model, lora)
+        model = with_adapters(model, lora)
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"
     settings = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=1.0, dtype=name)
-    own_runs = None
+    partitioning = None
     if parallel.zero_stage == 3:
         settings["train_batch_size"] = world()[1]
         if parallel.offload.parameters == "nvme":
-            settings["zero_optimization"]["offload_param"] |= on_disk(model, parallel)
-        # Given a dtype as well, DeepSpeed takes bfloat16 wherever the processor has no float16.
-        own_runs = OwnRuns(config_dict_or_path=settings)
+            settings["zero_optimization"]["offload_param"] |= nvme_settings(model, parallel)
+        # No dtype: with one, DeepSpeed chooses bfloat16 on every processor without float16.
+        partitioning = LocalPartitioning(config_dict_or_path=settings)
     for parameter_name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
         parameter.__dict__.update(empty.__dict__)
-        pieces = stored.get(plain_name(parameter_name))
+        parts = stored.get(plain_name(parameter_name))
         if is_factor(parameter_name):
             parameter.data.copy_(empty.data)
-        elif pieces is not None:
-            fill(parameter.data, pieces, *own_range(parameter, parallel))
+        elif parts is not None:
+            read_range(parameter.data, parts, *local_range(parameter, parallel))
         elif head is not None and plain_name(parameter_name) == "score.weight":
             parameter.data.copy_(head)
         else:
-            raise UserError(f"{folder}: there is no tensor for '{parameter_name}'; copy the missing files.")
+            raise UserError(f"{folder}: the tensor of '{parameter_name}' is missing; copy the missing files.")
         replace(model, empty, parameter)
-        if own_runs is not None:
-            own_runs.cut(parameter)
+        if partitioning is not None:
+            partitioning.partition_parameter(parameter)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
-def on_disk(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
-    """Where this model's slices go on the disk, and through how large buffers."""
+def nvme_settings(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
+    """DeepSpeed's folder and buffer size for the model's parameters on disk."""
     ranks = world()[1]
     return {
-        # DeepSpeed empties the folder before it writes a model there, and a policy's critic is still to come.
+        # A folder per model: DeepSpeed empties the folder before it writes, and a stage may load several models.
         "nvme_path": str(local_path(str(parallel.offload.path)) / f"model-{next(MODELS)}"),
-        # A buffer holds the largest slice. DeepSpeed's default is 100 million elements for each of five buffers.
+        # The largest shard must fit. DeepSpeed's default is 100 million elements for each of its five buffers.
         "buffer_size": max(
-            -(-parameter.numel() // (ranks // parallel.expert_parallel_size if expert_share(parameter) else ranks))
+            -(-parameter.numel() // (ranks // parallel.expert_parallel_size if expert_shard(parameter) else ranks))
             for parameter in model.parameters()
         ),
     }
 
 
-def wrapped(model: Any, lora: Lora) -> Any:
-    """An empty model with adapters that have their first values.
+def with_adapters(model: Any, lora: Lora) -> Any:
+    """Add initialised adapters to an empty model.
 
-    PEFT makes adapters of a weight's shape and puts them where it is. So meanwhile each weight has the shape that it
-    would have on a single process, and one element of memory.
+    PEFT takes an adapter's shape and device from the weight, so each weight is replaced by a full-shape stand-in backed
+    by one element while the adapters are created.
     """
     from align.models.lora.experts import adapt_by_row
 
     stand_ins = {}
     for empty in list(model.parameters()):
-        stand_ins[empty] = nn.Parameter(torch.empty((), dtype=empty.dtype).expand(whole_shape(empty)))
+        stand_ins[empty] = nn.Parameter(torch.empty((), dtype=empty.dtype).expand(full_shape(empty)))
         replace(model, empty, stand_ins[empty])
     task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
-    model = add_lora(model, lora, task=task, in_float32=False)  # DeepSpeed keeps float32 weights of its own
+    model = add_lora(model, lora, task=task, in_float32=False)  # DeepSpeed keeps its own float32 copies
     for empty, stand_in in stand_ins.items():
         replace(model, stand_in, empty.requires_grad_(False))
     adapt_by_row(model)
@@ -138,7 +138,7 @@ def wrapped(model: Any, lora: Lora) -> Any:
 def by_parameter(
     stored: list[StoredTensor], place: Callable[[str], Place]
 ) -> dict[str, list[tuple[StoredTensor, Place]]]:
-    """The stored tensors of each parameter of the model."""
+    """The stored tensors that make up each parameter, by the parameter's name."""
     found: dict[str, list[tuple[StoredTensor, Place]]] = {}
     for tensor in stored:
         where = place(tensor.name)
@@ -146,23 +146,23 @@ def by_parameter(
     return found
 
 
-def own_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
-    """(first expert of this rank's share, first and last element of its run of the flattened share)."""
+def local_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
+    """(this rank's first expert, start and end of its ZeRO partition in the flattened parameter)."""
     rank, ranks = world()
-    share = expert_share(parameter)
-    spread = share.ranks if share else 1
-    first = (rank % spread) * parameter.shape[0] if share else 0
+    shard = expert_shard(parameter)
+    group = shard.ranks if shard else 1
+    first = (rank % group) * parameter.shape[0] if shard else 0
     if parallel.zero_stage < 3:
         return first, 0, parameter.numel()
-    run = math.ceil(parameter.numel() / (ranks // spread))
-    start = min(parameter.numel(), rank // spread * run)
-    return first, start, min(parameter.numel(), start + run)
+    size = math.ceil(parameter.numel() / (ranks // group))
+    start = min(parameter.numel(), rank // group * size)
+    return first, start, min(parameter.numel(), start + size)
 
 
-def fill(target: Tensor, pieces: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
-    """Read elements start to stop of a parameter that holds the experts from `first` on."""
+def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
+    """Read elements start to stop of a flattened parameter. first: the expert that its first row holds, if stacked."""
     flat = target.view(-1)
-    for tensor, where in pieces:
+    for tensor, where in parts:
         if where.expert is None:
             base = 0
         elif first <= where.expert < first + len(target):
@@ -177,7 +177,7 @@ def fill(target: Tensor, pieces: list[tuple[StoredTensor, Place]], first: int, s
 
 
 def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put a parameter in the place of another, wherever that stands."""
+    """Replace a parameter by another in every module that has it."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is old:

@@ -1,4 +1,4 @@
-"""Passes through a model dealt out to the ranks, where all ranks hold all rows and each computes some of them."""
+"""Micro-batches distributed over the ranks: every rank has all rows and computes some of them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 def shared_passes(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """This rank's items and whether they count, equally many on every rank.
+    """This rank's items, each with True if it counts; equally many on every rank.
 
-    Item j goes to rank j mod R. Where the last ones do not suffice for all, the others repeat one that does not count:
-    every rank takes part in every pass, as ZeRO and experts on other ranks need it.
+    Item j goes to rank j mod R. If the last items do not suffice for all ranks, the other ranks repeat one that does
+    not count: ZeRO and expert parallelism need every rank in every pass.
     """
     rank, ranks = world()
     for start in range(0, len(items), ranks):
-        place = start + rank
-        yield (items[place], True) if place < len(items) else (items[start], False)
+        index = start + rank
+        yield (items[index], True) if index < len(items) else (items[start], False)
 
 
 def summed(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over the ranks, on all of them; `device`: where this rank computes."""
+    """All-reduced sum over the ranks. device: where this rank computes."""
     if world()[1] == 1:
         return tensor
     moved = tensor.to(device)
@@ -36,7 +36,7 @@ def summed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def largest(tensor: Tensor, device: torch.device) -> Tensor:
-    """The maximum over the ranks, on all of them; for integers that few collectives know."""
+    """All-reduced maximum over the ranks, for integers that fit in int32; few collectives support smaller types."""
     if world()[1] == 1:
         return tensor
     moved = tensor.to(device, torch.int32)

@@ -1,8 +1,8 @@
-"""Which elements of a tensor each rank holds.
+"""The shard of each parameter that a rank holds.
 
-Whatever ZeRO and expert parallelism do, a rank holds a run of consecutive elements of the flattened whole: its experts
-are a run of the stack, and ZeRO 3 cuts what a group shares into equal runs. Loading, saving and resuming at another
-world size need no more than these runs.
+Under ZeRO and expert parallelism alike a shard is a range of consecutive elements of the flattened full tensor: a
+rank's experts are a slice of the stack, and ZeRO 3 partitions a tensor into equal ranges. Loading, saving and resuming
+at another world size only need these ranges.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Share(NamedTuple):
-    """A parameter that is one rank's share of a stack of `experts`, spread over `ranks`."""
+class ExpertShard(NamedTuple):
+    """Marks a parameter that is one rank's shard of a stack of experts.
+
+    experts: in the full stack. ranks: in the expert-parallel group.
+    """
 
     experts: int
     ranks: int
 
 
-def expert_share(parameter: Any) -> Share | None:
-    """None for a parameter that is not spread."""
-    return getattr(parameter, "expert_share", None)
+def expert_shard(parameter: Any) -> ExpertShard | None:
+    """The mark of a parameter that is sharded by expert; None for any other."""
+    return getattr(parameter, "expert_shard", None)
 
 
-class Piece(NamedTuple):
-    """Elements `start` to `start + size` of a flattened tensor, which `rank` holds."""
+class Shard(NamedTuple):
+    """Elements `start` to `start + size` of a flattened tensor, held by `rank`."""
 
     rank: int
     start: int
@@ -35,52 +38,52 @@ class Piece(NamedTuple):
 
 
 def world() -> tuple[int, int]:
-    """(this process's rank, processes)."""
+    """(rank of this process, number of ranks); (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def whole_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of the parameter as one process would hold it."""
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the parameter in a run of one process."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    share = expert_share(parameter)
-    return (share.experts, *shape[1:]) if share else shape
+    shard = expert_shard(parameter)
+    return (shard.experts, *shape[1:]) if shard else shape
 
 
-def pieces(parameter: Any) -> list[Piece]:
-    """The runs that cover a parameter, each with one rank that holds it (the first, where several do)."""
+def shards(parameter: Any) -> list[Shard]:
+    """Shards that cover a parameter exactly once; a replicated shard is listed with its lowest rank."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     size = math.prod(shape)
     _, processes = world()
-    share = expert_share(parameter)
-    groups = share.ranks if share else 1
+    by_expert = expert_shard(parameter)
+    groups = by_expert.ranks if by_expert else 1
     partition = parameter.ds_tensor.ds_numel if is_partitioned(parameter) else size
     found = []
     for rank in range(processes):
-        # Ranks with consecutive numbers form an expert-parallel group; each of them is in a ZeRO group of its own.
+        # Consecutive ranks form an expert-parallel group; each of them belongs to a different ZeRO group.
         zero_rank, group_rank = divmod(rank, groups)
         start = zero_rank * partition
         if start < size:
-            found.append(Piece(rank, group_rank * size + start, min(partition, size - start)))
+            found.append(Shard(rank, group_rank * size + start, min(partition, size - start)))
     return found
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """True for a parameter that ZeRO 3 has cut up."""
+    """True for a parameter that ZeRO 3 has partitioned."""
     return getattr(parameter, "ds_tensor", None) is not None
 
 
-def own_piece(parameter: Any) -> Piece | None:
-    """This rank's run, None where it holds nothing that another does not hold before it."""
+def local_shard(parameter: Any) -> Shard | None:
+    """This rank's entry in `shards`; None if its shard is empty or a replica of a lower rank's."""
     rank, _ = world()
-    return next((piece for piece in pieces(parameter) if piece.rank == rank), None)
+    return next((shard for shard in shards(parameter) if shard.rank == rank), None)
 
 
-def held_values(parameter: Any) -> Tensor:
-    """The memory in which this rank has its part of a parameter."""
-    held: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
-    return held
+def local_values(parameter: Any) -> Tensor:
+    """The rank-local tensor of a parameter; changing it in place changes the parameter."""
+    values: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
+    return values
 
 
-def own_values(parameter: Any, piece: Piece) -> Tensor:
-    """The elements of this rank's run, flat, in the precision of the forward pass."""
-    return held_values(parameter).detach().flatten()[: piece.size]
+def shard_values(parameter: Any, shard: Shard) -> Tensor:
+    """The elements of this rank's shard, flat, in the dtype of the forward pass."""
+    return local_values(parameter).detach().flatten()[: shard.size]

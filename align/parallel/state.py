@@ -1,8 +1,8 @@
-"""Training state that any number of processes can write and any other number can read.
+"""Sharded training state that any number of ranks can write and any other number can read.
 
-Every rank writes the runs it holds of float32 weights and AdamW's two moments, and of the weights' average where there
-is one, under the parameter's name and the place of the run in the whole tensor. A reader takes from the files whatever
-overlaps what it holds, however many wrote them.
+Every rank writes its shards of the float32 weights, of AdamW's two moments and of the EMA weights, if any, under the
+parameter's name and the shard's offset in the full tensor. A reading rank collects from all files the ranges that
+overlap its own shards.
 """
 
 from __future__ import annotations
@@ -21,37 +21,42 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.errors import UserError
-from align.parallel.sharding import is_partitioned, own_piece, world
+from align.parallel.sharding import expert_shard, is_partitioned, local_shard, world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 AVERAGE = "average"
+"""Kind of the EMA weights in the files."""
 
 
-class Held:
-    """What this rank's optimizer holds of one parameter: flat float32 tensors by kind, which start at `start`.
+class LocalState:
+    """This rank's optimizer state of one parameter: flat float32 tensors by kind.
 
-    master: what AdamW updates where ZeRO cuts nothing: the parameter, or its copy in float32. saves: no rank before
-    this one holds the same.
+    name       of the parameter
+    start      offset of the shard in the flattened full parameter
+    count      elements in the shard
+    master     without ZeRO, the tensor that AdamW updates: the parameter or its float32 copy
+    saves      no lower rank holds the same shard, so this rank writes it
     """
 
     def __init__(self, name: str, parameter: Any, optimizer: Any, master: Tensor):
         self.name, self.parameter, self.optimizer, self.master = name, parameter, optimizer, master
         self.mapping = getattr(parameter, "_hp_mapping", None)
-        piece = own_piece(parameter)
+        shard = local_shard(parameter)
         if is_partitioned(parameter):
-            self.start, self.count = (piece.start, piece.size) if piece else (0, 0)
-        elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2 cut the optimizer only
+            self.start, self.count = (shard.start, shard.size) if shard else (0, 0)
+        elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2 partition the optimizer state only
             address = self.mapping.lp_fragment_address if self.mapping else None
             base = first_element(parameter)
             self.start, self.count = (base + address.start, address.numel) if address else (0, 0)
         else:
             self.start, self.count = first_element(parameter), parameter.numel()
-            self.saves = piece is not None
+            self.saves = shard is not None
             return
         self.saves = self.count > 0
 
     def read(self, kind: str) -> Tensor:
+        """The shard of a kind in `KINDS`, flat, in float32; a view wherever DeepSpeed has one."""
         if is_partitioned(self.parameter):
             key = None if kind == "weight" else kind
             part: Tensor = self.optimizer.get_local_fp32_param(self.parameter, key)
@@ -60,7 +65,7 @@ class Held:
             if kind == "weight":
                 weight: Tensor = self.mapping.get_hp_fragment()
                 return weight
-            # The mapping's own way to the moments is made in the first step, when one parameter group alone has them.
+            # The mapping's own access to the moments is built in the first step, for one parameter group only.
             flat = flat_parameters(self.optimizer)[self.mapping.param_group_index]
             address = self.mapping.hp_fragment_address
             moment: Tensor = self.optimizer.optimizer.state[flat][kind]
@@ -69,13 +74,13 @@ class Held:
         return whole.flatten()
 
     def write(self, kind: str, values: Tensor) -> None:
+        """Overwrite the shard of a kind, and with a weight also the parameter that the forward pass uses."""
         if is_partitioned(self.parameter):
-            held = self.parameter.ds_tensor
-            padded = torch.zeros(held.ds_numel, dtype=torch.float32)
+            padded = torch.zeros(self.parameter.ds_tensor.ds_numel, dtype=torch.float32)
             padded[: self.count] = values
             self.optimizer.set_local_hp_param(padded, self.parameter, None if kind == "weight" else kind)
             if kind == "weight":
-                put_slice(self.parameter, padded)
+                write_partition(self.parameter, padded)
         elif self.mapping is not None:
             self.read(kind).data.copy_(values)
         else:
@@ -84,71 +89,73 @@ class Held:
                 self.parameter.data.copy_(self.master.data)
 
 
-def put_slice(parameter: Any, values: Tensor) -> None:
-    """Give ZeRO 3's slice of a parameter other values, in memory or on the disk that it is offloaded to."""
-    held = parameter.ds_tensor
-    if held.status == PartitionedParamStatus.AVAILABLE:
-        held.data.copy_(values)
+def write_partition(parameter: Any, values: Tensor) -> None:
+    """Overwrite a parameter's ZeRO 3 partition, in memory or on the disk that it is offloaded to."""
+    partition = parameter.ds_tensor
+    if partition.status == PartitionedParamStatus.AVAILABLE:
+        partition.data.copy_(values)
     else:
         parameter.nvme_swapper.swap_out_partitioned_params(dst_fp16_params=[parameter], src_fp32_params=[values])
 
 
 def first_element(parameter: Any) -> int:
-    """Where this rank's share of a stack of experts begins; 0 for a parameter that is not spread."""
-    share = getattr(parameter, "expert_share", None)
-    return (world()[0] % share.ranks) * parameter.numel() if share else 0
+    """Offset of this rank's experts in the flattened stack; 0 for a parameter that is not sharded by expert."""
+    shard = expert_shard(parameter)
+    return (world()[0] % shard.ranks) * parameter.numel() if shard else 0
 
 
-def held_parameters(engine: Any) -> Iterator[Held]:
-    """What this rank has a part of, of all that learns."""
+def local_states(engine: Any) -> Iterator[LocalState]:
+    """This rank's state of every trained parameter of which it has a shard."""
     optimizer = engine.optimizer
     masters = float32_copies(optimizer)
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            held = Held(name, parameter, optimizer, masters.get(parameter, parameter))
-            if held.count:
-                yield held
+            state = LocalState(name, parameter, optimizer, masters.get(parameter, parameter))
+            if state.count:
+                yield state
 
 
 def float32_copies(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """Without ZeRO, DeepSpeed keeps one of each bf16 parameter."""
+    """The float32 copy of each bf16 parameter that DeepSpeed keeps without ZeRO."""
     groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
     return {parameter: copy for group in groups for parameter, copy in zip(*group, strict=True)}
 
 
-def exchange_weights(engine: Any, values: dict[str, Tensor]) -> None:
-    """Give all that learns other weights, by the names of `held_parameters`; `values` gets those that were there."""
-    for held in held_parameters(engine):
-        other = values[held.name]
-        present = held.read("weight").to(other.device, copy=True)
-        held.write("weight", other)
-        values[held.name] = present
-    spread_float32_weights(engine)
+def swap_weights(engine: Any, values: dict[str, Tensor]) -> None:
+    """Exchange the trained weights with `values`, this rank's shards by the names of `local_states`. Collective."""
+    for state in local_states(engine):
+        new = values[state.name]
+        old = state.read("weight").to(new.device, copy=True)
+        state.write("weight", new)
+        values[state.name] = old
+    all_gather_weights(engine)
 
 
-def spread_float32_weights(engine: Any) -> None:
-    """Under ZeRO 1 and 2, whose ranks have updated a part each, give all ranks all weights."""
+def all_gather_weights(engine: Any) -> None:
+    """Under ZeRO 1 and 2, update every rank's weights from the shards that the ranks have changed."""
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
 
 
 def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
-    """Every rank writes its file; the folder holds the whole state once all have returned.
+    """Write this rank's file; the folder is complete once every rank has returned. Collective.
 
-    average: this rank's part of the weights' average, by the names of `held_parameters`.
+    average: this rank's shards of the EMA weights, by the names of `local_states`.
     """
     rank, processes = world()
     folder.mkdir(parents=True, exist_ok=True)
     steps = adam_steps(engine)
     kinds = KINDS if steps else KINDS[:1]  # before its first step AdamW has no moments
-    own = [held for held in held_parameters(engine) if held.saves]
+    states = [state for state in local_states(engine) if state.saves]
     tensors = {
-        f"{kind}:{held.name}@{held.start}": held.read(kind).to("cpu", copy=True).contiguous()
-        for held in own
+        f"{kind}:{state.name}@{state.start}": state.read(kind).to("cpu", copy=True).contiguous()
+        for state in states
         for kind in kinds
     }
     if average is not None:
-        tensors |= {f"{AVERAGE}:{held.name}@{held.start}": average[held.name].to("cpu", copy=True) for held in own}
+        tensors |= {
+            f"{AVERAGE}:{state.name}@{state.start}": average[state.name].to("cpu", copy=True) for state in states
+        }
     path = folder / f"state-{rank:05d}-of-{processes:05d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
@@ -160,7 +167,7 @@ def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor]
 
 
 def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
-    """Put every rank's part back, whatever the number of processes that wrote it; raises `UserError` for a hole."""
+    """Restore this rank's shards from the files of any number of ranks; raises `UserError` if elements are missing."""
     if not (folder / "state.json").is_file():
         raise UserError(f"{folder.parent} was written by a run without `parallel`; resume it without, or start again.")
     about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -175,24 +182,27 @@ def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor]
         set_adam_steps(engine, about["steps"])
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        runs: dict[str, list[tuple[int, Any, str]]] = {}
+        found: dict[str, list[tuple[int, Any, str]]] = {}
         for tensors in opened:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 what, _, start = key.rpartition("@")
-                runs.setdefault(what, []).append((int(start), tensors, key))
-        for held in held_parameters(engine):
+                found.setdefault(what, []).append((int(start), tensors, key))
+        for state in local_states(engine):
             for kind in kinds:
-                held.write(kind, assemble(runs.get(f"{kind}:{held.name}", []), held, folder))
+                state.write(kind, assemble(found.get(f"{kind}:{state.name}", []), state, folder))
             if average is not None:
-                average[held.name].copy_(assemble(runs.get(f"{AVERAGE}:{held.name}", []), held, folder))
-    spread_float32_weights(engine)
+                average[state.name].copy_(assemble(found.get(f"{AVERAGE}:{state.name}", []), state, folder))
+    all_gather_weights(engine)
 
 
-def assemble(runs: list[tuple[int, Any, str]], held: Held, folder: Path) -> Tensor:
-    """The elements that this rank holds of a tensor, from the runs that overlap them."""
-    start, count = held.start, held.count
+def assemble(shards: list[tuple[int, Any, str]], state: LocalState, folder: Path) -> Tensor:
+    """This rank's shard of a tensor, from the stored shards that overlap it.
+
+    shards: offset in the full tensor, opened file, and key in it.
+    """
+    start, count = state.start, state.count
     values, filled = torch.empty(count), 0
-    for first, tensors, key in runs:
+    for first, tensors, key in shards:
         part = tensors.get_slice(key)
         (length,) = part.get_shape()
         low, high = max(start, first), min(start + count, first + length)
@@ -201,13 +211,13 @@ def assemble(runs: list[tuple[int, Any, str]], held: Held, folder: Path) -> Tens
             filled += high - low
     if filled != count:
         raise UserError(
-            f"{folder}: does not hold the whole of '{held.name}'; remove {folder.parent} to resume from an earlier one."
+            f"{folder}: elements of '{state.name}' are missing; remove {folder.parent} to resume from an earlier one."
         )
     return values
 
 
 def adam_states(engine: Any) -> dict[Any, dict[str, Any]]:
-    """AdamW's state, as DeepSpeed keeps it: by flat partition, or by parameter without ZeRO."""
+    """AdamW's state: by flat partition under ZeRO, by parameter without."""
     optimizer = engine.optimizer
     states: dict[Any, dict[str, Any]] = getattr(optimizer, "optimizer", optimizer).state
     return states
@@ -218,7 +228,7 @@ def adam_steps(engine: Any) -> int:
 
 
 def set_adam_steps(engine: Any, steps: int) -> None:
-    """AdamW makes its state in the first step; here it must exist before."""
+    """Create AdamW's state, which otherwise appears in the first step, and set its step count."""
     optimizer, states = engine.optimizer, adam_states(engine)
     for group, flat in enumerate(flat_parameters(optimizer)):
         with in_memory(optimizer, group):
@@ -232,7 +242,7 @@ def set_adam_steps(engine: Any, steps: int) -> None:
 
 @contextmanager
 def in_memory(optimizer: Any, group: int) -> Iterator[None]:
-    """Within it, what AdamW holds of a group is in memory; where it is offloaded to a disk it goes back to it."""
+    """Hold a parameter group's AdamW state in memory within the block: swap it in and out if it is on disk."""
     on_disk = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
     if on_disk:
         optimizer._optimizer_states_and_gradient_swap_in(group)
@@ -242,7 +252,7 @@ def in_memory(optimizer: Any, group: int) -> Iterator[None]:
 
 
 def flat_parameters(optimizer: Any) -> list[Tensor]:
-    """What AdamW itself updates: under ZeRO flat float32 partitions, else the parameters."""
+    """The tensors that AdamW updates: flat float32 partitions under ZeRO, otherwise the parameters."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))

@@ -61,7 +61,7 @@ class ControlSteps:
         # A connection of its own: the process group may block in the other one.
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         self.rank, self.world = rank, world
-        self.own, self.late = START, LATE
+        self.own = START
         self.arrivals: list[str] = []
         """Keys that count the ranks at the last steps."""
         self.heard = {other: (b"", time.monotonic()) for other in range(world)}
@@ -122,7 +122,7 @@ class ControlSteps:
             now = time.monotonic()
             if now - looked >= LOOK:
                 looked = now
-                self._use(partial(self._check_others, late=now - since > self.late))
+                self._use(partial(self._check_others, late=now - since > LATE))
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
@@ -137,7 +137,7 @@ class ControlSteps:
                 time.sleep(LAST_WORDS)
                 raise RankError(f"rank {rank} has failed at {other}; {here}")
             if late and other.number < self.own.number:
-                raise RankError(f"rank {rank} is still at {other} after {self.late:.0f} seconds; {here}")
+                raise RankError(f"rank {rank} is still at {other} after {LATE:.0f} seconds; {here}")
             self._check_heartbeat(rank, f"the last step it reached is {other}; {here}")
 
     def _check_heartbeat(self, rank: int, where: str) -> None:

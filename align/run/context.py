@@ -1,4 +1,4 @@
-"""What a stage function is given."""
+"""Input and result of a stage function."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from align.run.folder import MODEL
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage reports to its manifest; everything else it makes is in its folder.
+    """The part of a stage's result that goes to its manifest; the rest is in its folder.
 
-    metrics: final metrics, by name.
-    data: counts of rows read, used and dropped.
-    parameters: total, active and trainable parameters of the model, if the stage has one.
+    metrics     final metrics, by name
+    data        counts of rows read, used and dropped
+    parameters  total, active and trainable parameters of the model, if the stage has one
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -30,28 +30,32 @@ class StageResult:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where and how a stage runs: the recipe, the stage's name and folder, and how it reports progress."""
+    """The recipe, the stage's name and folder, and functions that report progress.
+
+    name     of the stage
+    resume   continue from the last checkpoint, if any
+    say      prints a line; does nothing on ranks other than 0
+    status   shows a line until the next one, on a terminal only
+    """
 
     recipe: Recipe
     name: str
     run_dir: Path
     resume: bool = False
     say: Callable[[str], None] = field(default=print)
-    """Prints a line for the person who watches."""
     status: Callable[[str], None] = field(default=lambda line: None)
-    """Shows what is happening right now, until the next line; only on a terminal."""
 
     @property
     def seed(self) -> int:
-        """Differs from stage to stage and depends on nothing but the recipe."""
+        """Seed of the stage's random choices; depends on the recipe's seed and the stage's position only."""
         position = 0 if self.name == BASE else 1 + list(self.recipe.stages).index(self.name)
         return (self.recipe.seed + 1000 * position) % 2**32
 
     def trained_dtype(self, lora: Lora | None) -> str:
-        """Precision in which a trained model is loaded; `lora` is its section in the recipe.
+        """Dtype in which a trained model is loaded. lora: its section in the recipe.
 
-        Full fine-tuning keeps float32 weights, because bf16's 8 bits would swallow most of an update. Under LoRA the
-        frozen weights have the recipe's precision and the adapters float32. DeepSpeed keeps its own float32 weights.
+        Full fine-tuning uses float32 weights, because rounding to bf16's 8 bits would lose most of an update. Under
+        LoRA the frozen weights have the recipe's dtype and the adapters float32. DeepSpeed keeps float32 copies.
         """
         return self.recipe.dtype if lora or self.recipe.parallel else "float32"
 
@@ -64,18 +68,20 @@ class StageContext:
         return {name: self.run_dir / name for name in self.recipe.stages}
 
     def checkpoint(self, reference: str) -> Path:
-        """The folder of a checkpoint named by stage, as `base`, or by path."""
+        """The folder of a checkpoint that is referred to by stage, as `base`, or by path."""
         if is_path(reference):
             path = local_path(reference)
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
             if not (path / "config.json").is_file():
-                raise UserError(f"stages.{self.name}: '{reference}' has no config.json; give a checkpoint folder.")
+                raise UserError(
+                    f"stages.{self.name}: '{reference}' has no config.json; set it to the folder of a checkpoint."
+                )
             return path
         path = self.run_dir / reference / MODEL
         if not (path / "config.json").is_file():
             raise UserError(
-                f"stages.{self.name} needs the checkpoint of '{reference}', which {path} does not hold; "
+                f"stages.{self.name} needs the checkpoint of '{reference}', but {path} has none; "
                 f"run it first (--only {reference})."
             )
         return path

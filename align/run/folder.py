@@ -1,9 +1,9 @@
-"""The folder of a run: stages, manifests, metrics, and the lock that keeps two processes apart.
+"""The folder of a run: stages, manifests, metrics, and a lock for one process at a time.
 
     runs/<run>/recipe.json
     runs/<run>/<stage>/{config.json, metrics.jsonl, checkpoints/, model/, manifest.json}
 
-Nothing here imports torch. Every file is written under a temporary name and renamed, so a reader sees it whole.
+Does not import torch. Every file is written under a temporary name and renamed, so readers never see a partial file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all. A full disk is a `UserError`."""
+    """Write JSON atomically; raises `UserError` if the disk is full."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path`."""
+    """Let `write` fill a temporary file, then rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,12 +58,12 @@ def disk_error(path: Path, error: Exception) -> UserError:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True for an OSError, and for what safetensors and torch raise in its place."""
+    """True for an OSError with ENOSPC, and for the exceptions that safetensors and torch raise instead."""
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, or the link to one; nothing there is fine."""
+    """Remove a folder, or the link to one; a no-op if there is none."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -71,14 +71,14 @@ def remove_folder(path: Path) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then put it in the place of `target`.
+    """Let `write` fill a temporary folder, then rename it to `target`.
 
-    Whatever `write` raises, `target` stays as it was and nothing half-written is left.
+    If `write` raises, `target` is unchanged and the temporary folder is removed.
     """
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     try:
-        for left_over in (partial, old):
-            remove_folder(left_over)
+        for stale in (partial, old):
+            remove_folder(stale)
         partial.mkdir(parents=True)
         write(partial)
         if target.is_symlink() or target.exists():
@@ -96,7 +96,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder; another process that tries gets a `UserError` with the holder's process id."""
+    """Lock the run folder; raises `UserError` with the holder's process id if another process has locked it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed by the with below)
@@ -119,7 +119,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one line a step. Opened at a checkpoint's step it drops the lines after it."""
+    """Appends to metrics.jsonl, one line per step; `from_step` drops the lines after a checkpoint's step."""
 
     def __init__(self, path: Path, *, from_step: int | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class MetricsWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line cut by a kill is left out."""
+    """Every complete line; a last line that a kill has truncated is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

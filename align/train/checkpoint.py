@@ -28,7 +28,7 @@ from align.models.family import FAMILIES, FamilyConfig, family_of
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
-from align.parallel.sharding import held_values, whole_shape, world
+from align.parallel.sharding import full_shape, local_values, world
 from align.run.checkpoint import read_config
 from align.run.folder import MODEL, replace_folder
 from align.train.finite import require_finite
@@ -131,14 +131,14 @@ def load_policy(
         settings = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
         if parallel is not None:
-            model = _load_spread(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
+            model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     return model.requires_grad_(False) if frozen else model
 
 
-def _load_spread(
+def _load_sharded(
     model_class: type,
     config: FamilyConfig,
     folder: Path,
@@ -151,10 +151,10 @@ def _load_spread(
 ) -> AnyModel:
     """Load this rank's shard of a model."""
     check_parallel(config, parallel, dtype, lora, trunk_trains=not (head_only or frozen))
-    from align.parallel.load import load_spread
+    from align.parallel.load import load_sharded
 
     head_only = head_only or frozen
-    return load_spread(model_class, config, folder, getattr(torch, dtype), parallel, lora, head_only=head_only)
+    return load_sharded(model_class, config, folder, getattr(torch, dtype), parallel, lora, head_only=head_only)
 
 
 def check_parallel(
@@ -210,7 +210,7 @@ def load_scorer(
         check_weights(folder, settings, scorer=True)
         if parallel is not None:
             scorer = family_of(settings).scorer
-            model = _load_spread(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
+            model = _load_sharded(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=settings, dtype=getattr(torch, dtype)
@@ -220,7 +220,7 @@ def load_scorer(
     if fresh_head:
         for name, parameter in model.named_parameters():
             if plain_name(name) == "score.weight":  # PEFT keeps a frozen and a trained copy
-                nn.init.zeros_(held_values(parameter))
+                nn.init.zeros_(local_values(parameter))
     if frozen:
         model.requires_grad_(False)
     elif head_only:
@@ -243,7 +243,7 @@ def save_model(
     """
     require_finite(model, stage_dir)
     if parallel is not None:
-        _save_spread(model, tokenizer, stage_dir, getattr(torch, dtype))
+        _save_sharded(model, tokenizer, stage_dir, getattr(torch, dtype))
         return
     if hasattr(model, "peft_config"):
         replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
@@ -256,15 +256,15 @@ def save_model(
     replace_folder(stage_dir / MODEL, write)
 
 
-def _save_spread(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
-    from align.parallel.export import save_spread_adapter, save_spread_model
+def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
+    from align.parallel.export import save_sharded_adapter, save_sharded_model
 
     def write(folder: Path) -> None:
-        save_spread_model(model, folder, dtype)
+        save_sharded_model(model, folder, dtype)
         tokenizer.save_pretrained(folder)
 
     def write_adapter(folder: Path) -> None:
-        save_spread_adapter(model, folder)
+        save_sharded_adapter(model, folder)
 
     folders = {"adapter": write_adapter} if hasattr(model, "peft_config") else {}
     for name, work in (folders | {MODEL: write}).items():
@@ -280,13 +280,13 @@ def count_parameters(model: AnyModel) -> dict[str, int]:
     config = model.config
     for name, parameter in model.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
-            trainable += math.prod(whole_shape(parameter)) if parameter.requires_grad else 0
+            trainable += math.prod(full_shape(parameter)) if parameter.requires_grad else 0
             continue
-        numel = math.prod(whole_shape(parameter))
+        numel = math.prod(full_shape(parameter))
         total += numel
         trainable += numel if parameter.requires_grad else 0
         share = 1.0
-        if ".experts." in name and len(whole_shape(parameter)) == 3:
+        if ".experts." in name and len(full_shape(parameter)) == 3:
             layer = int(name.split("layers.")[1].split(".")[0])
             share = config.top_k_in(layer) / config.experts_in(layer)
         active += int(numel * share)

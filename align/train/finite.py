@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
-from align.parallel.sharding import held_values, world
+from align.parallel.sharding import local_values, world
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def require_finite(model: AnyModel, stage_dir: Path) -> None:
     device = next(model.parameters()).device
     count = torch.zeros((), dtype=torch.int64, device=device)
     for parameter in model.parameters():
-        count += (~held_values(parameter).isfinite()).sum().to(device)
+        count += (~local_values(parameter).isfinite()).sum().to(device)
     if world()[1] > 1:
         dist.all_reduce(count)
     if count:

@@ -25,9 +25,9 @@ class FrozenModel:
         self.model: AnyModel = model.requires_grad_(False)
         self._engine: Callable[..., Any] | None = None
         if parallel is not None:
-            from align.parallel.engine import asking_engine  # imports DeepSpeed
+            from align.parallel.engine import inference_engine  # imports DeepSpeed
 
-            self._engine = asking_engine(model, parallel, dtype=dtype)
+            self._engine = inference_engine(model, parallel, dtype=dtype)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Return function(model, ...)."""

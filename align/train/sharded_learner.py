@@ -13,10 +13,10 @@ from align.config.parallel import Parallel
 from align.config.parts import Optimizer
 from align.models.family import family_of
 from align.models.lora.adapters import AnyModel
-from align.parallel.engine import forget_gradients, learning_engine
+from align.parallel.engine import discard_gradients, training_engine
 from align.parallel.export import gathered
 from align.parallel.sharding import world
-from align.parallel.state import exchange_weights, held_parameters, load_training_state, save_training_state
+from align.parallel.state import load_training_state, local_states, save_training_state, swap_weights
 from align.train.learner import Learner, clip_and_step
 
 
@@ -36,7 +36,7 @@ class ShardedLearner(Learner):
         ema_decay: float | None = None,
     ):
         super().__init__(model, settings, total=total)
-        self.engine = learning_engine(
+        self.engine = training_engine(
             model, self.optimizer, parallel, max_grad_norm=settings.max_grad_norm, dtype=dtype
         )
         self.engine.eval()
@@ -65,7 +65,7 @@ class ShardedLearner(Learner):
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
 
     def discard(self) -> None:
-        forget_gradients(self.engine)
+        discard_gradients(self.engine)
 
     def save(self, folder: Path) -> None:
         save_training_state(self.engine, folder, self._ema_shards())
@@ -81,12 +81,12 @@ class ShardedLearner(Learner):
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Flat float32 shards, on the CPU if the optimizer is offloaded."""
-        for held in held_parameters(self.engine):
+        for held in local_states(self.engine):
             values = held.read("weight")
             yield held.name, values.cpu() if self._offloaded else values
 
     def exchange(self, values: dict[str, Tensor]) -> None:
-        exchange_weights(self.engine, values)
+        swap_weights(self.engine, values)
 
 
 def gathered_weights(model: AnyModel) -> Iterator[tuple[str, Tensor]]:

@@ -154,7 +154,7 @@ def test_a_machine_that_vanishes_is_missed(network: Network, training) -> None:
     assert SILENCE - 2 < time.monotonic() - clock < SILENCE + 20
     for process, output, other in zip(machines, said, ("b", "a"), strict=True):
         assert process.returncode == 2
-        assert f"error: {ADDRESSES[other]} has not answered for 30 seconds" in output.splitlines()[-1]
+        assert f"error: {ADDRESSES[other]} has not responded for 30 seconds" in output.splitlines()[-1]
 
 
 def test_the_other_machine_has_another_recipe(network: Network) -> None:
@@ -174,7 +174,7 @@ def test_the_port_is_in_use(network: Network) -> None:
     assert holder.stdout.readline() == "ready\n"
     machines = [network.align("a", "port"), network.align("b", "port")]
     first, second = outputs(machines, 60)
-    assert first.startswith("error: port 29500 is in use on this machine (Address already in use)")
+    assert first.startswith("error: port 29500 cannot be used on this machine (Address already in use)")
     place = f"{ADDRESSES['a']}:29500"
-    assert second.splitlines()[-1].startswith(f"error: {place} is answered by something else than `align run`")
+    assert second.splitlines()[-1].startswith(f"error: {place} is in use by a program other than `align run`")
     assert [process.returncode for process in machines] == [2, 2]

@@ -78,13 +78,13 @@ def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: py
     ("text", "sentence"),
     [
         ("one\n", "line 1: 'one' has no slots; write 'one slots=N'"),
-        ("one slots=0\n", "line 1: 'slots=0' is no number of processes"),
-        ("one slots=1 slots=2\n", "line 1: 'slots=2' is not understood"),
-        ("one slots=9999999999\n", "line 1: 'slots=9999999999' is no number"),
-        ("one slots=1\none slots=1\n", "line 2: the machine 'one' is there a second time"),
-        ("# none\n", "no machine in it"),
-        ("localhost slots=3\n", "its slots is 3, but parallel.processes is 2"),
-        ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be found"),
+        ("one slots=0\n", "line 1: 'slots=0' is not a valid number of processes"),
+        ("one slots=1 slots=2\n", "line 1: 'slots=2' is not valid here"),
+        ("one slots=9999999999\n", "line 1: 'slots=9999999999' is not a valid number"),
+        ("one slots=1\none slots=1\n", "line 2: the machine 'one' is listed twice"),
+        ("# none\n", "it lists no machine"),
+        ("localhost slots=3\n", "it has 3 slots, but parallel.processes is 2"),
+        ("no-such-machine.invalid slots=2\n", "the machine 'no-such-machine.invalid' cannot be resolved"),
     ],
 )
 def test_a_hostfile_that_does_not_fit_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
@@ -243,9 +243,9 @@ def test_a_rank_whose_others_never_come_says_so(number: int, monkeypatch) -> Non
     for key, value in place.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(machines, "MEETING", 1.0)
-    sentence = rf"^rank {number} did not meet the others at 127\.0\.0\.1:\d+ \(.*\); start every machine within"
+    sentence = rf"^rank {number} could not connect to the other ranks at 127\.0\.0\.1:\d+ \(.*\); start every machine"
     with pytest.raises(UserError, match=sentence):
-        processes.meet("gloo")
+        processes.connect("gloo")
 
 
 def test_ranks_that_finish_are_waited_for(monkeypatch, tmp_path) -> None:

@@ -111,13 +111,16 @@ def test_silence_is_a_loss_after_a_while(met: Met, monkeypatch: pytest.MonkeyPat
     assert said[0] == said[1]
     assert said[0] is not None
     assert said[0].sentence is not None
-    assert said[0].sentence.startswith("127.0.0.3 has not answered for 2 seconds")
+    assert said[0].sentence.startswith("127.0.0.3 has not responded for 2 seconds")
 
 
 def test_what_does_not_belong_to_the_run_is_turned_away() -> None:
     met = Met()
     late, other = Follower(HOSTS, "127.0.0.3", met.port), Follower(HOSTS | {"127.0.0.3": 5}, "127.0.0.3", met.port)
-    for follower, sentence in ((late, "the run on 127.0.0.1 has begun"), (other, "runs with another hostfile")):
+    for follower, sentence in (
+        (late, "127.0.0.1 has already started"),
+        (other, "runs with another hostfile"),
+    ):
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(follower.gather, say)
             deadline = time.monotonic() + 20

@@ -23,9 +23,9 @@ from align.config.parts import Lora
 from align.launch.ending import end_process
 from align.models.lora.adapters import merge_lora
 from align.parallel.deepspeed_config import deepspeed_config
-from align.parallel.export import save_spread_adapter, save_spread_model
+from align.parallel.export import save_sharded_adapter, save_sharded_model
 from align.parallel.group import quieten_deepspeed, start_deepspeed
-from align.parallel.sharding import held_values
+from align.parallel.sharding import local_values
 from align.parallel.state import load_training_state, save_training_state
 from align.train.checkpoint import load_policy
 from align.train.optimizer import build_optimizer
@@ -78,8 +78,8 @@ def engine(folder: Path, parallel: Parallel, lora: Lora = LORA, checkpointing: b
 
 def exported(made: Any, folder: Path) -> None:
     for name, write in (
-        ("adapter", lambda target: save_spread_adapter(made.module, target)),
-        ("model", lambda target: save_spread_model(made.module, target, torch.float32)),
+        ("adapter", lambda target: save_sharded_adapter(made.module, target)),
+        ("model", lambda target: save_sharded_model(made.module, target, torch.float32)),
     ):
         (folder / name).mkdir(parents=True, exist_ok=True)
         write(folder / name)
@@ -108,8 +108,8 @@ def held(made: Any) -> dict[str, int]:
     parameters = list(made.module.parameters())
     state = getattr(made.optimizer, "optimizer", made.optimizer).state
     return {
-        "frozen": sum(held_values(p).numel() for p in parameters if not p.requires_grad),
-        "trained": sum(held_values(p).numel() for p in parameters if p.requires_grad),
+        "frozen": sum(local_values(p).numel() for p in parameters if not p.requires_grad),
+        "trained": sum(local_values(p).numel() for p in parameters if p.requires_grad),
         "moments": sum(s["exp_avg"].numel() for s in state.values() if "exp_avg" in s),
         "frozen gradients": sum(p.grad is not None for p in parameters if not p.requires_grad),
     }

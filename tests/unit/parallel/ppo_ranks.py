@@ -22,10 +22,10 @@ from align.errors import UserError
 from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.parallel import micro_batches as passes
-from align.parallel.experts import spread_experts
+from align.parallel.experts import shard_experts
 from align.parallel.export import gathered
 from align.parallel.group import start_deepspeed
-from align.parallel.sharding import held_values
+from align.parallel.sharding import local_values
 from align.reward.model import ModelScorer
 from align.rl.complete import complete_batch
 from align.rl.models import Models
@@ -126,7 +126,7 @@ def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Model
     for model in (policy, reference, critic):
         if model is not None:
             trained = model is policy or stage.critic.trainable == "all"
-            spread_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
+            shard_experts(model.to(getattr(torch, dtype)), parallel.expert_parallel_size, trained=trained)
             if stage.gradient_checkpointing and model is not reference:
                 model.gradient_checkpointing_enable()
     return Models(
@@ -257,7 +257,7 @@ def scored(out: Path) -> dict[str, Any]:
     }.items():
         scorer = ModelScorer(folder, "float32", 12, parallel)
         held, every = (
-            sum(held_values(parameter).numel() for parameter in model.parameters())
+            sum(local_values(parameter).numel() for parameter in model.parameters())
             for model in (scorer.model, witness.model)
         )
         found[name] = {

@@ -25,10 +25,10 @@ from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weight_files import StoredTensor
 from align.parallel.deepspeed_config import deepspeed_config
-from align.parallel.experts import spread_experts
-from align.parallel.export import save_spread_model
+from align.parallel.experts import shard_experts
+from align.parallel.export import save_sharded_model
 from align.parallel.group import start_deepspeed
-from align.parallel.load import load_spread
+from align.parallel.load import load_sharded
 from align.parallel.state import load_training_state, save_training_state
 from align.train.optimizer import build_optimizer
 
@@ -109,7 +109,7 @@ def engine(parallel: Parallel, *, dtype: str = "float32", checkpointing: bool = 
     prepare(net, changes)
     if checkpointing:
         net.gradient_checkpointing_enable()
-    spread_experts(net, parallel.expert_parallel_size)
+    shard_experts(net, parallel.expert_parallel_size)
     config = deepspeed_config(
         parallel,
         micro_batch_size=2,
@@ -145,7 +145,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def exported(made: Any, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    save_spread_model(made.module, folder, torch.float32)
+    save_sharded_model(made.module, folder, torch.float32)
     dist.barrier()
 
 
@@ -170,7 +170,7 @@ def loaded(parallel: Parallel, folder: Path) -> tuple[Any, float]:
 
     StoredTensor.read_into = counted
     try:
-        net = load_spread(HunYuanForCausalLM, HunYuanConfig.from_pretrained(folder), folder, torch.float32, parallel)
+        net = load_sharded(HunYuanForCausalLM, HunYuanConfig.from_pretrained(folder), folder, torch.float32, parallel)
     finally:
         StoredTensor.read_into = real
     config = deepspeed_config(

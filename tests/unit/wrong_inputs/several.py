@@ -170,7 +170,7 @@ def _(here: Here) -> None:
     for name, value in place.items():
         here.monkeypatch.setenv(name, value)
     here.monkeypatch.setattr(machines, "MEETING", 1.0)
-    processes.meet("gloo")
+    processes.connect("gloo")
 
 
 @wrong("other-number-of-processes", "Another number of ranks than the recipe's")
