@@ -50,11 +50,8 @@ class RewardClient:
             )
         scores = response.get("scores") if isinstance(response, dict) else None
         if not isinstance(scores, list) or len(scores) != count:
-            found = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
-            raise UserError(
-                f"reward server {self.url}: it returned {found} for {count} completions. Let it return one score per "
-                "completion."
-            )
+            found = f"{len(scores)} instead of {count} scores" if isinstance(scores, list) else "no list of scores"
+            raise UserError(f"reward server {self.url}: it returned {found}. Let it return one score per completion.")
         return [_finite(score) for score in scores]
 
     def _request(self, method: str, path: str, body: bytes | None) -> tuple[int, Any]:

@@ -194,6 +194,11 @@ def test_no_text_takes_long(text: str) -> None:
     assert time.process_time() - start < 1.0
 
 
+def test_a_number_beyond_the_length_limit_is_compared_as_text() -> None:
+    assert same_answer("5" + " " * 300, "5")
+    assert not same_answer("5" + "0" * 300, "5")
+
+
 def test_a_number_is_exact() -> None:
     assert to_numbers("0.1")[0] * 3 == to_numbers("0.3")[0]
     assert not same_answer("10000001", "10000002.1")

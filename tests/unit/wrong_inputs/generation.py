@@ -7,11 +7,13 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
 from align.rollout.remote import RemoteEngine
+from align.rollout.server import Server
 from align.rollout.vllm_options import check_checkpoint, check_temperature
 from align.train.checkpoint import load_policy
 
@@ -57,11 +59,20 @@ def _(here: Here) -> str:
     return here.run(model={"kind": "hot_start"})
 
 
-def connect(*ports: int) -> None:
-    """Build an engine on rollout servers at these ports."""
-    servers = [f"http://127.0.0.1:{port}" for port in ports]
-    rollout = Rollout(engine="remote", servers=servers, max_model_length=64, start_timeout_seconds=0.1)
+def connect(port: int, **settings: Any) -> None:
+    """Build an engine on a rollout server at this port."""
+    servers = [f"http://127.0.0.1:{port}"]
+    rollout = Rollout(engine="remote", servers=servers, max_model_length=64, start_timeout_seconds=0.1, **settings)
     RemoteEngine(Path("model"), rollout, dtype="float32", seed=0)
+
+
+def connect_to_server_with(here: Here, max_model_length: int = 64, facts: str = "", **settings: Any) -> None:
+    """Build an engine on a rollout server that reports these facts."""
+    names = ["align", *f"dtype=float32 transfer=host routing=False {facts}".split()]
+    models = [{"id": name, "max_model_len": max_model_length} for name in names]
+    responses = {"/health": None, "/v1/models": {"data": models}, "/get_world_size": {"world_size": 1}}
+    here.monkeypatch.setattr(Server, "call", lambda self, method, path, **_: responses[path])
+    connect(8001, **settings)
 
 
 @wrong("rollout-server-down", "A rollout server is down", varies=PORT)
@@ -85,11 +96,36 @@ def _(here: Here) -> None:
             thread.join()
 
 
+@wrong("rollout-server-too-short", "A rollout server with a shorter context than the recipe's")
+def _(here: Here) -> None:
+    connect_to_server_with(here, max_model_length=32)
+
+
+@wrong("rollout-server-of-another-dtype", "A rollout server that computes in another dtype")
+def _(here: Here) -> None:
+    connect_to_server_with(here, facts="dtype=bfloat16")
+
+
+@wrong("rollout-server-without-routing", "A rollout server that cannot return the routing")
+def _(here: Here) -> None:
+    connect_to_server_with(here, return_routing=True)
+
+
+@wrong("rollout-server-of-another-transfer", "A rollout server started for another weight transfer")
+def _(here: Here) -> None:
+    connect_to_server_with(here, facts="transfer=nccl", weight_transfer="http")
+
+
 @wrong("serve-rollout-port-in-use", "A rollout server on a port that is in use", varies=PORT)
 def _(here: Here) -> str:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         return here.align("serve-rollout", "model", "--max-model-length", "64", "--port", str(port))
+
+
+@wrong("serve-rollout-without-a-cache", "A rollout server without memory for its cache")
+def _(here: Here) -> str:
+    return here.align("serve-rollout", "model", "--cache-gib", "0")
 
 
 @wrong("serve-rollout-stage-of-a-checkpoint", "`serve-rollout` of a checkpoint with a stage")

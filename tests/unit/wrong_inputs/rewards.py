@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from align.reward.process import FunctionProcess, UserFunction
+from align.reward.remote import RewardClient
+from align.reward.server import BadRequest, PromptCompletion, RewardServer, Scoring
 from align.rl.complete import require_finite_results
 from align.rl.update import OVERFLOWS, require_finite_gradients, require_finite_losses
 
@@ -138,6 +141,32 @@ def _(here: Here) -> str:
     return said
 
 
+def score_at_server(scoring: Scoring) -> None:
+    """Send two completions to a reward server with this scoring function."""
+    with RewardServer("127.0.0.1", 0, scoring, {}) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            client = RewardClient(server.url, timeout_s=10, retries=0)
+            client.score({"prompts": ["a", "b"], "completions": ["c", "d"]})
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@wrong("reward-server-refuses", "A reward server refuses a request", varies=PORT)
+def _(here: Here) -> None:
+    def refuse(items: list[PromptCompletion]) -> list[float]:
+        raise BadRequest("completions must be in Latin")
+
+    score_at_server(refuse)
+
+
+@wrong("reward-server-wrong-count", "A reward server returns too few scores", varies=PORT)
+def _(here: Here) -> None:
+    score_at_server(lambda items: [1.0])
+
+
 @wrong("serve-language-model", "A reward server for a model without a scalar head")
 def _(here: Here) -> str:
     return here.align("serve-reward", "model", "--port", "0")
@@ -145,8 +174,6 @@ def _(here: Here) -> str:
 
 @wrong("serve-port-in-use", "A reward server on a port that is in use", varies=PORT)
 def _(here: Here) -> str:
-    from align.reward.server import RewardServer
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         RewardServer("127.0.0.1", listener.getsockname()[1], lambda items: [], {})
     raise AssertionError("it listened on a port in use")
