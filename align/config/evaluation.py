@@ -7,15 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from align.config.parts import Positive, Section, Source
-from align.config.rewards import (
-    ExactReward,
-    FormatReward,
-    FunctionReward,
-    LengthReward,
-    MathReward,
-    RegexReward,
-    RewardBase,
-)
+from align.config.rewards import ModelReward, Reward, RewardBase
 
 
 class F1Metric(RewardBase):
@@ -32,19 +24,16 @@ FOR_REWARDS = ("weight", "normalise", "clip", "failure_score")
 
 
 def _plain(metric: RewardBase) -> RewardBase:
+    if isinstance(metric, ModelReward):
+        raise ValueError(f"metric '{metric.label}' is a reward model; set reward_model of the stage instead")
     for key in FOR_REWARDS:
         if key in metric.model_fields_set:
             raise ValueError(f"metric '{metric.label}' sets {key}, which only rewards have; remove {key}")
     return metric
 
 
-Metric = Annotated[
-    Annotated[
-        F1Metric | MathReward | ExactReward | RegexReward | FormatReward | LengthReward | FunctionReward,
-        Field(discriminator="kind"),
-    ],
-    AfterValidator(_plain),
-]
+Metric = Annotated[Annotated[F1Metric | Reward, Field(discriminator="kind")], AfterValidator(_plain)]
+"""Word F1, and every reward except a reward model."""
 
 
 def _distinct(metrics: list[Metric]) -> list[Metric]:
@@ -63,7 +52,7 @@ class EvaluationTask(Section):
     prompts: list[Source] = Field(default_factory=list)
     """Held-out prompts, with the columns that the metrics read. Default: the built-in task's."""
     metrics: Annotated[list[Metric], AfterValidator(_distinct)] = Field(default_factory=list)
-    """Verifiers, functions and F1, each applied to every completion. Default: the built-in task's."""
+    """Verifiers, functions, reward servers and F1, each applied to every completion. Default: the built-in task's."""
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     """Sampling temperature; 0 is greedy decoding. Default: the built-in task's, otherwise `rollout.temperature`."""
     max_new_tokens: Positive | None = None

@@ -58,6 +58,11 @@ def _(here: Here) -> str:
     return check_metrics(here, {"kind": "math", "weight": 2.0})
 
 
+@wrong("metric-reward-model", "A reward model as a metric of a task")
+def _(here: Here) -> str:
+    return check_metrics(here, {"kind": "model", "init_from": "models/reward"})
+
+
 @wrong("metrics-of-one-name", "Two metrics of a task under one name")
 def _(here: Here) -> str:
     return check_metrics(here, {"kind": "exact"}, {"kind": "exact", "ignore_case": True})
