@@ -52,7 +52,7 @@ def text(start: int, words: int) -> str:
 
 def rows(kind: str) -> list[dict[str, Any]]:
     if kind == "pretrain":
-        return [{"text": text(0, 16)}]
+        return [{"text": text(0, 33)}]  # packed into four rows of 8 tokens and one of 3
     if kind == "sft":
         turns = [(text(n, 2), text(n + 3, length)) for n, length in enumerate(LENGTHS)]
         pairs = [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in turns]
@@ -71,7 +71,7 @@ def prepare(kind: str, model: Path, folder: Path, **stage: Any) -> tuple[Any, Re
     values = {
         "kind": kind,
         "init_from": str(model),
-        "data": {"train": [{"path": str(data)}], "max_length": 12 if kind == "pretrain" else 128},
+        "data": {"train": [{"path": str(data)}], "max_length": 8 if kind == "pretrain" else 128},
         "optimizer": {"max_grad_norm": 1e9},
         "batch_size": 6,
         "micro_batch_size": 6,
@@ -102,6 +102,7 @@ def build(
     monkeypatch.setattr(KINDS[kind], "train_and_save", lambda trainer, *_: made.append(trainer))
     run_stage(kind, model, folder, **stage)
     (trainer,) = made
+    assert len(trainer.train_dataset) == len(LENGTHS)
     for name, value in (router or {}).items():
         setattr(trainer.model.config, name, value)
     return trainer
