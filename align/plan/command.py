@@ -52,7 +52,7 @@ class Options:
 def plan_recipe(recipe: Recipe, options: Options) -> str:
     """The report that `align plan` prints."""
     if options.show < 1:
-        raise UserError(f"--show {options.show}: must be 1 or more.")
+        raise UserError(f"--show {options.show}: the number of settings must be 1 or more.")
     cluster, (rates, source) = cluster_of(recipe, options), rates_of(options)
     jobs = jobs_of(recipe, options.model, options.stage)
     for job in jobs:
@@ -140,7 +140,7 @@ def cluster_of(recipe: Recipe, options: Options) -> Cluster:
     hosts = options.hosts if options.hosts is not None else -(-gpus // 8)
     for flag, number in (("--gpus", gpus), ("--hosts", hosts)):
         if number < 1:
-            raise UserError(f"{flag} {number}: must be 1 or more.")
+            raise UserError(f"{flag} {number}: the number must be 1 or more.")
     if gpus % hosts and options.hosts is None:
         even = [number for number in range(1, 2 * gpus) if number % -(-number // 8) == 0]
         below, above = max(n for n in even if n < gpus), min(n for n in even if n > gpus)
@@ -157,7 +157,7 @@ def cluster_of(recipe: Recipe, options: Options) -> Cluster:
     sizes = {"--gpu-memory": memory, "--host-memory": options.host_memory, "--nvme": options.nvme}
     for flag, size in sizes.items():
         if size is not None and not 0 < size < float("inf"):
-            raise UserError(f"{flag} {size:g}: must be more than 0 GB.")
+            raise UserError(f"{flag} {size:g}: the memory must be more than 0 GB.")
     if not 0 <= options.reserve < memory:
         raise UserError(f"--reserve {options.reserve:g}: must be 0 or more and less than the GPU's {memory:g} GB.")
     return Cluster(
@@ -184,7 +184,7 @@ def rates_of(options: Options) -> tuple[Rates, str]:
     measured = {field: rate for field, rate in given.items() if rate is not None}
     for field, rate in measured.items():
         if not 0 < rate < float("inf"):
-            raise UserError(f"--{field.replace('host', 'host-link')} {rate:g}: must be more than 0.")
+            raise UserError(f"--{field.replace('host', 'host-link')} {rate:g}: a measured rate must be more than 0.")
     source = f"{TFLOPS_EFFICIENCY:.0%} and {LINK_EFFICIENCY:.0%} of {name}'s peak rates"
     if measured:
         source = f"measured: {', '.join(measured)}; otherwise {source}"

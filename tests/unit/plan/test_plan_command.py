@@ -471,20 +471,20 @@ stages:
     ("arguments", "sentence"),
     [
         (["tiny"], "the GPU memory is unknown; pass --gpu-memory in GB, or --gpu with one of a100-40, a100,"),
-        (["tiny", "--gpu", "h100", "--gpus", "0"], "--gpus 0: must be 1 or more."),
-        (["tiny", "--gpu-memory", "0"], "--gpu-memory 0: must be more than 0 GB."),
-        (["tiny", "--gpu-memory", "nan"], "--gpu-memory nan: must be more than 0 GB."),
+        (["tiny", "--gpu", "h100", "--gpus", "0"], "--gpus 0: the number must be 1 or more."),
+        (["tiny", "--gpu-memory", "0"], "--gpu-memory 0: the memory must be more than 0 GB."),
+        (["tiny", "--gpu-memory", "nan"], "--gpu-memory nan: the memory must be more than 0 GB."),
         (
             ["tiny", "--gpu-memory", "8", "--reserve", "8"],
             "--reserve 8: must be 0 or more and less than the GPU's 8 GB.",
         ),
-        (["tiny", "--gpu", "h100", "--host-memory", "-1"], "--host-memory -1: must be more than 0 GB."),
-        (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: must be more than 0."),
+        (["tiny", "--gpu", "h100", "--host-memory", "-1"], "--host-memory -1: the memory must be more than 0 GB."),
+        (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: a measured rate must be more than 0."),
         (
             ["tiny", "--gpu", "h100", "--gpus", "8", "--hosts", "3"],
             "--hosts 3: does not divide 8 GPUs; every host must have the same number.",
         ),
-        (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: must be 1 or more."),
+        (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: the number of settings must be 1 or more."),
         (["tiny", "--gpu", "abacus"], "--gpu abacus: unknown; use one of a100-40, a100,"),
         (
             ["tiny", "--gpu", "h100", "--gpus", "3"],

@@ -8,6 +8,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     data,
     evaluation,
     generation,
+    planning,
     recipes,
     rewards,
     run_folder,

@@ -37,6 +37,7 @@ SECTIONS = {
     "Rewards, generation and optional packages": ["rewards", "generation"],
     "Evaluation": ["evaluation"],
     "Several processes and machines": ["several"],
+    "Planning a cluster": ["planning"],
 }
 # Patterns of what varies in a sentence. Written so that they survive an edit of the words around it.
 NUMBER = r"\d+(,\d{3})*(\.\d+)?"
