@@ -192,12 +192,12 @@ def test_a_batch_of_truncated_completions_changes_nothing_if_they_are_masked() -
     task = Task(lambda ids: ids[0], horizon=2, tokens=4, mask_truncated=True)
     draw = task.sampler.sample
 
-    def cut():
+    def truncated():
         drawn = draw()
         drawn.completions[:] = [Completion(c.prompt_ids, c.token_ids, c.logprobs, False, 0) for c in drawn.completions]
         return drawn
 
-    task.sampler.sample = cut
+    task.sampler.sample = truncated
     before = logits(task)
     _, metrics = task.iterate(0)
     assert torch.equal(logits(task), before)
@@ -238,25 +238,25 @@ def test_overlapped_sampling_is_one_version_behind_and_resumes(tmp_path, start, 
     made = recipe(tmp_path)
     stage = made.stages["ppo"].model_copy(update={"overlap": True})
     made = made.model_copy(update={"stages": {"ppo": stage}})
-    whole, cut = start("whole"), start("cut")
-    run(made, whole, say=lambda line: None)
-    versions = {(line["step"], line["weight_version"]) for line in lines(whole, "samples.jsonl")}
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
+    run(made, uninterrupted, say=lambda line: None)
+    versions = {(line["step"], line["weight_version"]) for line in lines(uninterrupted, "samples.jsonl")}
     assert versions == {(1, 0), (2, 0), (3, 1), (4, 2)}
     with monkeypatch.context() as patched:
         calls = []
 
-        def interrupted(*args, **kwargs):
+        def stopping(*args, **kwargs):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
             return update(*args, **kwargs)
 
         update = ppo.update
-        patched.setattr(ppo, "update", interrupted)
+        patched.setattr(ppo, "update", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(made, cut, say=lambda line: None)
-    run(made, cut, resume=True, say=lambda line: None)
-    assert lines(cut) == lines(whole)
+            run(made, interrupted, say=lambda line: None)
+    run(made, interrupted, resume=True, say=lambda line: None)
+    assert lines(interrupted) == lines(uninterrupted)
 
 
 def test_trackers_receive_every_iteration(tmp_path, start) -> None:

@@ -29,17 +29,18 @@ def test_a_run_resumes_after_its_reward_function_was_fixed(
     (tmp_path / "mine.py").write_text(FUNCTION, encoding="utf-8")
     scored = {"kind": "function", "path": "mine.py:score", "normalise": "running"}
     short = {"kind": "length", "max_tokens": 4, "buffer": 20}
-    plan, whole, cut = recipe(tmp_path, rewards=[scored, short], checkpoint_every=1), start("whole"), start("cut")
+    plan = recipe(tmp_path, rewards=[scored, short], checkpoint_every=1)
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
     said: list[str] = []
-    run(plan, whole, say=said.append)
+    run(plan, uninterrupted, say=said.append)
     (tmp_path / "fail").touch()
     with pytest.raises(
         UserError, match=r"'mine.py:score' raised ConnectionError: the judge is gone \(mine.py line 8\)"
     ):
-        run(plan, cut, say=said.append)
-    assert len(lines(cut)) == 2
+        run(plan, interrupted, say=said.append)
+    assert len(lines(interrupted)) == 2
     (tmp_path / "fail").unlink()
-    run(plan, cut, resume=True, say=said.append)
+    run(plan, interrupted, resume=True, say=said.append)
     assert "  resuming at step 2" in said
-    assert lines(cut) == lines(whole)
-    assert len({line["reward/mine.py:score"] for line in lines(whole)}) > 1
+    assert lines(interrupted) == lines(uninterrupted)
+    assert len({line["reward/mine.py:score"] for line in lines(uninterrupted)}) > 1

@@ -46,23 +46,23 @@ def quietly(made, run_dir: Path, **options) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, monkeypatch, name) -> None:
     made = recipe(tmp_path, **KINDS[name])
-    whole, cut = start("whole"), start("cut")
-    quietly(made, whole)
-    assert [line["step"] for line in lines(whole)] == [1, 2, 3, 4]
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
+    quietly(made, uninterrupted)
+    assert [line["step"] for line in lines(uninterrupted)] == [1, 2, 3, 4]
 
     sampled = count_calls(monkeypatch, HuggingFaceEngine, "generate", fail_at=None)
     with monkeypatch.context() as patched:
         count_calls(patched, ppo, "update", fail_at=3)
         with pytest.raises(KeyboardInterrupt):
-            quietly(made, cut)
+            quietly(made, interrupted)
     before = len(sampled)
-    quietly(made, cut, resume=True)
+    quietly(made, interrupted, resume=True)
     if not made.stages["ppo"].dynamic_sampling:
         # The samples of the third iteration were kept, so they are not sampled again.
         assert (before, len(sampled)) == (3, 4)
-    assert lines(cut) == lines(whole)
-    assert lines(cut, "samples.jsonl") == lines(whole, "samples.jsonl")
-    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert lines(interrupted) == lines(uninterrupted)
+    assert lines(interrupted, "samples.jsonl") == lines(uninterrupted, "samples.jsonl")
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (uninterrupted, interrupted)]
     assert weights[0] == weights[1]
 
 
@@ -83,8 +83,8 @@ def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[i
 @pytest.mark.parametrize("file", [7, 9], ids=["policy", "counters"])
 def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch, file) -> None:
     made = recipe(tmp_path, checkpoint_every=1)
-    whole, cut = start("whole"), start("cut")
-    quietly(made, whole)
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
+    quietly(made, uninterrupted)
     with monkeypatch.context() as patched:
         original, calls = state.save_file, []
 
@@ -96,26 +96,26 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch,
 
         patched.setattr(state, "save_file", full)
         with pytest.raises(UserError, match="the disk is full; free some space and continue with --resume"):
-            quietly(made, cut)
-    assert sorted(path.name for path in (cut / "ppo/checkpoints").iterdir()) == ["drawn.safetensors", "last"]
-    assert json.loads((cut / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 2
-    quietly(made, cut, resume=True)
-    assert lines(cut) == lines(whole)
+            quietly(made, interrupted)
+    assert sorted(path.name for path in (interrupted / "ppo/checkpoints").iterdir()) == ["drawn.safetensors", "last"]
+    assert json.loads((interrupted / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 2
+    quietly(made, interrupted, resume=True)
+    assert lines(interrupted) == lines(uninterrupted)
 
 
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes(tmp_path, start, monkeypatch) -> None:
     made = recipe(tmp_path)  # checkpoints after steps 2 and 4
-    whole, cut = start("whole"), start("cut")
-    quietly(made, whole)
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
+    quietly(made, uninterrupted)
     with monkeypatch.context() as patched:
         answers = iter([False, False, True])
         patched.setattr(ppo, "should_stop", lambda: next(answers))
         with pytest.raises(interrupt.Stopped):
-            quietly(made, cut)
-    assert json.loads((cut / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 3
-    quietly(made, cut, resume=True)
-    assert lines(cut) == lines(whole)
-    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+            quietly(made, interrupted)
+    assert json.loads((interrupted / "ppo/checkpoints/last/state.json").read_text(encoding="utf-8"))["step"] == 3
+    quietly(made, interrupted, resume=True)
+    assert lines(interrupted) == lines(uninterrupted)
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (uninterrupted, interrupted)]
     assert weights[0] == weights[1]
 
 
@@ -141,13 +141,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, start, monkeypatc
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch) -> None:
     """Earlier versions kept all learners of an unsharded run in one file."""
     made = recipe(tmp_path, ema_decay=0.5)
-    whole, cut = start("whole"), start("cut")
-    quietly(made, whole)
+    uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
+    quietly(made, uninterrupted)
     with monkeypatch.context() as patched:
         count_calls(patched, ppo, "update", fail_at=3)
         with pytest.raises(KeyboardInterrupt):
-            quietly(made, cut)
-    last = cut / "ppo" / "checkpoints" / "last"
+            quietly(made, interrupted)
+    last = interrupted / "ppo" / "checkpoints" / "last"
     tensors = load_file(last / "state.safetensors")
     for name in ("policy", "critic"):
         for key, tensor in load_file(last / name / "state.safetensors").items():
@@ -155,9 +155,9 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch
             tensors[f"other.ema.{rest}" if kind == "ema" else f"{kind}.{name}.{rest}"] = tensor
         shutil.rmtree(last / name)
     save_file(tensors, last / "state.safetensors")
-    quietly(made, cut, resume=True)
-    assert lines(cut) == lines(whole)
-    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (whole, cut)]
+    quietly(made, interrupted, resume=True)
+    assert lines(interrupted) == lines(uninterrupted)
+    weights = [(folder / "ppo/model/model.safetensors").read_bytes() for folder in (uninterrupted, interrupted)]
     assert weights[0] == weights[1]
 
 

@@ -109,8 +109,8 @@ def step(
         patch.setattr(learner, "_step", lambda name=name: keep(name))
     patch.setattr(micro_batches, "world", lambda: place)
     patch.setattr(update_module, "summed", lambda tensor, device: tensor)
-    cut = stage.model_copy(update={"micro_batch_tokens": tokens})
-    return found, Counter(update(cut, models, batch, step=0, seed=0, kl_coef=stage.kl.coef))
+    split = stage.model_copy(update={"micro_batch_tokens": tokens})
+    return found, Counter(update(split, models, batch, step=0, seed=0, kl_coef=stage.kl.coef))
 
 
 def both_ranks(*arguments: Any) -> tuple[dict[str, Tensor], Counter[str]]:

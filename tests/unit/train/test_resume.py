@@ -71,28 +71,30 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(tmp_path, case) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     changes = CASES[case]
     settings = recipe(tmp_path, **(preferences(tmp_path) if "kind" in changes else {}), **changes)
-    for folder in (whole, cut):
+    for folder in (uninterrupted, interrupted):
         run(settings, folder, say=lambda line: None)
     # The state after a kill at step 7: no manifest, no model, the checkpoint of step 5 (second epoch), 7 lines.
     for name in ("manifest.json", "model/model.safetensors", "model/config.json"):
-        (cut / "sft" / name).unlink()
-    (cut / "sft" / "checkpoints" / "checkpoint-8" / "complete").unlink()
-    lines = (cut / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    (cut / "sft" / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n", encoding="utf-8")
+        (interrupted / "sft" / name).unlink()
+    (interrupted / "sft" / "checkpoints" / "checkpoint-8" / "complete").unlink()
+    lines = (interrupted / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (interrupted / "sft" / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n", encoding="utf-8")
 
     torch.manual_seed(12345)  # the generator's state in another process is arbitrary
-    run(settings, cut, resume=True, say=lambda line: None)
+    run(settings, interrupted, resume=True, say=lambda line: None)
 
     written = [
         [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        for folder in (whole, cut)
+        for folder in (uninterrupted, interrupted)
     ]
     assert [line["step"] for line in written[0]] == list(range(1, 9))
     assert written[0] == written[1]
-    expected, found = (load_file(folder / "sft" / "model" / "model.safetensors") for folder in (whole, cut))
+    expected, found = (
+        load_file(folder / "sft" / "model" / "model.safetensors") for folder in (uninterrupted, interrupted)
+    )
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
 
