@@ -203,3 +203,4 @@ def test_a_number_is_exact() -> None:
     assert to_numbers("0.1")[0] * 3 == to_numbers("0.3")[0]
     assert not same_answer("10000001", "10000002.1")
     assert not same_answer("12345678", "12345698")
+    assert not same_answer("1.0000001", "1.0000002")

@@ -388,8 +388,13 @@ def test_processes_normalise_by_the_moments_of_all_completions(scorer, functions
 def test_a_sequence_beyond_the_models_context_is_refused(scorer, tmp_path, tokenizer, scored_batch) -> None:
     folder = save_reward_model(tmp_path / "short", tokenizer)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
-    with pytest.raises(UserError, match="tokens exceed the model's max_position_embeddings 32"):
+    longest = int(scored_batch[0].lengths.max())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": longest}))
+    assert scorer({"kind": "model", "init_from": str(folder)}).score(*scored_batch)[0].isfinite().all()
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": longest - 1}))
+    with pytest.raises(
+        UserError, match=f"of {longest} tokens exceed the model's max_position_embeddings {longest - 1}"
+    ):
         scorer({"kind": "model", "init_from": str(folder)}).score(*scored_batch)
 
 
