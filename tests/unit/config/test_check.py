@@ -34,7 +34,7 @@ def test_overrides_without_a_recipe_are_refused(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["check", "stages.dpo.beta=0.2"])
     assert ended.value.code == 2
-    assert "put a recipe's name or file in front" in capsys.readouterr().err
+    assert "overrides but no recipe; add the name or file of a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_problems_are_reported_before_ranks_are_started(tmp_path: Path, capsys, 
         main(["run", path, "--run-dir", str(tmp_path / "run"), f"model.path={two}", f"parallel={parallel}"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "the sum of its slots is 3, but parallel.processes is 4" in said
+    assert "it has 3 slots, but parallel.processes is 4" in said
     assert f"nowhere does not exist (paths are relative to {Path.cwd()})" in said
     assert "does not divide the 2 experts of model" in said
     assert not (tmp_path / "run").exists()
