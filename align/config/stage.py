@@ -19,7 +19,7 @@ class Reference(NamedTuple):
 
     field   dotted path of the field below the stage, for example `critic.init_from`
     name    its value
-    accepts what that stage may make
+    accepts results that the named stage may make
     """
 
     field: str
@@ -33,7 +33,7 @@ class StageBase(Section):
     if TYPE_CHECKING:
         kind: str
     makes: ClassVar[str]
-    """What the stage leaves to later stages."""
+    """Result that later stages can use: one of the constants above."""
     trains: ClassVar[bool] = False
     """The stage updates weights, so `align plan` plans it and expert parallelism must suit its models."""
 
@@ -49,7 +49,7 @@ class StageBase(Section):
 
     @property
     def generates_with(self) -> str | None:
-        """Checkpoint that generates the stage's completions first; None if the stage generates nothing."""
+        """Checkpoint of the rollout engine at the start of the stage; None if the stage generates no completions."""
         return None
 
 
@@ -57,7 +57,7 @@ class StageWithParent(StageBase):
     """Settings of every stage that starts from one checkpoint."""
 
     starts_from: ClassVar[tuple[str, ...]] = (LANGUAGE_MODEL,)
-    """What `init_from` may name."""
+    """Results that `init_from` accepts."""
 
     init_from: str = "base"
     """Checkpoint the weights come from: an earlier stage, `base` (the recipe's model), or a checkpoint folder."""

@@ -157,7 +157,7 @@ LOSS_OPTIONS: dict[str, dict[str, float]] = {
 """Options of each `loss_type` besides `beta`, with their defaults."""
 
 WHOLE_BATCH = ("aot", "aot_unpaired")
-"""Values of `loss_type` that sort the pairs of a batch, so that the loss depends on how a batch is cut."""
+"""Values of `loss_type` that sort the pairs of a batch, so that the loss depends on the division into micro-batches."""
 
 WITHOUT_REFERENCE = ("simpo",)
 """Values of `loss_type` that use no reference model."""
@@ -174,8 +174,8 @@ class DpoStage(TrainingStage):
     """Loss of a pair, by TRL's names; `sigmoid` is DPO. `simpo` has no reference. align/losses/preference.py has the
     equations and papers."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps nearer to the reference.
-    Under `simpo`, factor of the mean log-probability per token (its paper: 2 to 10)."""
+    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps the policy nearer to the
+    reference. Under `simpo`, factor of the mean log-probability per token (its paper: 2 to 10)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """Assumed share of flipped labels, for `robust` (default 0.1), `exo_pair` (0.001), `aot` and `aot_unpaired` (0)."""
     discopop_tau: Annotated[float, Field(gt=0)] | None = None
@@ -230,7 +230,7 @@ class EvaluateStage(StageBase):
     preferences: list[Source] = Field(default_factory=list)
     """Held-out pairs on which each model's implicit preference accuracy is measured."""
     rollout: Rollout = Rollout()
-    """How the compared models generate completions. Temperature 0 is greedy decoding."""
+    """Generation of completions by the compared models. `temperature: 0` is greedy decoding."""
     reference: str | None = None
     """Model to which each model's KL is estimated on that model's samples. Default: the first of `models`."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
