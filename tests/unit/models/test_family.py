@@ -21,6 +21,7 @@ from align.models.family import FAMILIES, Place, family_of, load_config, registe
 from align.models.forward import policy_output, sequence_scores
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification, HunYuanModel
 from align.models.hunyuan.family import HUNYUAN
+from align.models.lora.adapters import lora_config
 from align.models.weights import load_published, published_weights
 from align.train.checkpoint import count_parameters, load_policy, load_reward_model, load_scorer, save_model
 from tests.near import assert_near
@@ -197,3 +198,11 @@ def test_the_family_is_found_by_model_type(checkpoint: Path) -> None:
     assert family_of(config) is TOY
     assert family_of(HunYuanConfig()) is HUNYUAN
     assert len(get_checkpoint_conversion_mapping("toy")) == 3
+
+
+def test_a_scorers_head_is_trained_beside_its_adapters(checkpoint: Path) -> None:
+    lora = Lora(rank=2, train_router=True)
+    policy, scorer = load_policy(checkpoint, "float32"), load_scorer(checkpoint, "float32")
+    assert lora_config(lora, policy, task="CAUSAL_LM").modules_to_save == ["mlp.gate"]
+    assert lora_config(lora, scorer, task="SEQ_CLS").modules_to_save == ["mlp.gate", "score"]
+    assert lora_config(Lora(rank=2, train_router=False), policy, task="CAUSAL_LM").modules_to_save is None
