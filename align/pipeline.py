@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +17,7 @@ from align.errors import UserError
 from align.preflight import problems
 from align.run import interrupt, manifest
 from align.run.context import StageContext, StageResult
+from align.run.environment import prepare_process
 from align.run.folder import disk_error, is_disk_full, locked, write_json
 
 
@@ -42,7 +41,7 @@ def run(
 ) -> None:
     """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
     choose(recipe, run_dir, resume=resume, only=only, start=start)
-    _prepare_process(recipe)
+    prepare_process(recipe)
     with ExitStack() as until_the_end:
 
         def plan() -> list[PlannedStage]:
@@ -196,19 +195,6 @@ def run_stage(context: StageContext) -> StageResult:
             return evaluate.run(stage, context)
         case stage:
             assert_never(stage)
-
-
-def _prepare_process(recipe: Recipe) -> None:
-    """Set the environment variables that torch, tqdm and vLLM read when they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log
-    if not Path("/dev/nvidia0").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if recipe.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
-    # vLLM derives its threads from this variable, and without it reduces torch to one.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 def _silent(line: str) -> None:
