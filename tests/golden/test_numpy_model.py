@@ -1,4 +1,4 @@
-"""The model against a second implementation: NumPy in float64, one token and one head at a time, from the report."""
+"""The model against a second implementation, written from the report: NumPy, float64, one token and head at a time."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def swiglu(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
     return w[f"{name}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * (w[f"{name}.up_proj.weight"] @ x))
 
 
-def turn(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray:
-    """RoPE: component i and i + d/2 are one point in the plane, turned by position * frequency_i."""
+def rotate(x: np.ndarray, position: int, frequencies: np.ndarray) -> np.ndarray:
+    """Apply RoPE: rotate the pair of components i and i + d/2 by position * frequencies[i]."""
     half = len(x) // 2
     points = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequencies)
     return np.concatenate([points.real, points.imag])
@@ -55,7 +55,7 @@ def frequencies(config: HunYuanConfig) -> np.ndarray:
     if alpha:
         base = base * alpha ** (d / (d - 2))
     found = 1 / base ** (np.arange(0, d, 2) / d)
-    # Without an alpha the published models were trained with frequencies of 8 significant bits.
+    # Published models without alpha were trained with frequencies of 8 significant bits (bfloat16).
     return found if alpha else np.array([float(torch.tensor(f).bfloat16()) for f in found])
 
 
@@ -67,7 +67,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def forward(config: HunYuanConfig, w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     share = config.cla_share_factor if config.use_cla else 1
-    turning = frequencies(config)
+    rope_frequencies = frequencies(config)
     hidden = [w["model.embed_tokens.weight"][token] for token in ids]
     raw_keys: list[list[np.ndarray]] = []
     values: list[list[np.ndarray]] = []
@@ -82,8 +82,8 @@ def forward(config: HunYuanConfig, w: dict[str, np.ndarray], ids: list[int]) -> 
             outputs = []
             for head, query in enumerate(np.split(w[f"{name}.self_attn.q_proj.weight"] @ x, heads)):
                 group = head // (heads // kv_heads)
-                query = turn(query, t, turning)
-                keys = [turn(raw_keys[s][group], s, turning) for s in range(t + 1)]
+                query = rotate(query, t, rope_frequencies)
+                keys = [rotate(raw_keys[s][group], s, rope_frequencies) for s in range(t + 1)]
                 if config.use_qk_norm:
                     query = rms(query, w[f"{name}.self_attn.query_layernorm.weight"])
                     keys = [rms(key, w[f"{name}.self_attn.key_layernorm.weight"]) for key in keys]
@@ -110,7 +110,7 @@ def block(config: HunYuanConfig, w: dict[str, np.ndarray], layer: int, x: np.nda
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_of_a_second_implementation(case, attention) -> None:
+def test_logits_equal_those_of_a_second_implementation(case, attention) -> None:
     torch.manual_seed(0)
     config = HunYuanConfig(**(SIZES | CASES[case]))
     model = HunYuanForCausalLM(config).eval()

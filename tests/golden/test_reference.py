@@ -46,7 +46,7 @@ def test_logits_loss_and_gradients(case, attention) -> None:
 
 
 def published_gradient(name: str, gradients: dict) -> torch.Tensor:
-    """The gradient under the published name of a parameter that we store stacked."""
+    """The gradient of a parameter by its published name; experts are slices of stacked parameters."""
     expert = re.fullmatch(r"(.*mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
     if not expert:
         return gradients[name.replace("gate.wg", "gate")]
@@ -86,7 +86,7 @@ def test_greedy_tokens(case, use_cache) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_greedy_tokens_of_a_padded_batch(case, side) -> None:
-    """All rows at once: with left padding through generate, with right padding token by token."""
+    """All rows in one batch: `generate` with left padding, one forward pass per token with right padding."""
     _, model, golden = case
     rows = [row[row >= 0].long() for row in golden["greedy_ids"]]
     prompts = [row[:-24] for row in rows]
@@ -113,7 +113,7 @@ def test_greedy_tokens_of_a_padded_batch(case, side) -> None:
 
 
 def test_greedy_tokens_continued_from_a_cache(case) -> None:
-    """Half of the reference's continuation is read in one piece into the cache, the rest generated from there."""
+    """Half of the reference's continuation is put into the cache at once; the other half is generated from it."""
     _, model, golden = case
     for row in golden["greedy_ids"]:
         row = row[row >= 0].long()[None]

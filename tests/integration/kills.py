@@ -1,4 +1,4 @@
-"""kill -9 of one rank, at a moment that can be seen in the run folder."""
+"""Kill the last rank of a run with SIGKILL once a condition holds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def kill_last_rank(launcher: subprocess.Popen, moment: Callable[[], bool]) -> None:
-    """Kill it as soon as the moment has come; all ranks are held while that is looked at once more."""
+def kill_last_rank(launcher: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Kill the last rank once `condition()` is true; the launcher must end within 30 s and name the signal."""
     deadline = time.monotonic() + 600
-    while not (moment() and killed_if(moment, launcher)):
+    while not (condition() and killed_if(condition, launcher)):
         assert time.monotonic() < deadline
-        assert launcher.poll() is None, f"the run was over before the moment came: {launcher.communicate()[0][-2000:]}"
+        assert launcher.poll() is None, (
+            f"the run ended before the condition was true: {launcher.communicate()[0][-2000:]}"
+        )
         time.sleep(0.001)
     clock = time.monotonic()
     output, _ = launcher.communicate(timeout=60)
@@ -25,11 +27,12 @@ def kill_last_rank(launcher: subprocess.Popen, moment: Callable[[], bool]) -> No
     assert re.search(r"rank \d was ended by SIGKILL", output)
 
 
-def killed_if(moment: Callable[[], bool], launcher: subprocess.Popen) -> bool:
+def killed_if(condition: Callable[[], bool], launcher: subprocess.Popen) -> bool:
+    """Stop all ranks, check the condition again and, if it still holds, kill the last one; return True if it was."""
     pids = rank_processes(launcher)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    still = moment()
+    still = condition()
     if still:
         os.kill(pids[-1], signal.SIGKILL)
     for pid in pids:
@@ -38,5 +41,5 @@ def killed_if(moment: Callable[[], bool], launcher: subprocess.Popen) -> bool:
 
 
 def rank_processes(launcher: subprocess.Popen) -> list[int]:
-    """Process ids by rank: the launcher starts them in order, and nothing else."""
+    """Process ids in order of rank; the ranks are the only children of the launcher."""
     return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]

@@ -1,4 +1,4 @@
-"""`align run` in a process of its own, and what it leaves in the run folder."""
+"""Run `align run` in a subprocess; read metrics and weights from its run folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from align.run.folder import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 NOISE = ("time/", "speed/", "memory/", "rollout/")
-"""What the clock and the machine's memory say."""
+"""Prefixes of metrics that depend on time or memory and so differ between equal runs."""
 
 
 def small_model(tokenizer_data: list[dict], **config: Any) -> dict[str, Any]:
-    """A recipe's `model`: two layers, grouped heads, experts."""
+    """The `model` section of a recipe: two layers, grouped-query attention, four experts; `config` overrides sizes."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 24,
@@ -42,12 +42,14 @@ ROUTED: dict[str, Any] = {
     "router_aux_loss_coef": 0.02,
     "router_z_loss_coef": 0.001,
 }
-"""For `small_model`: a top-1 router with both of its losses."""
+"""Settings for `small_model`: a top-1 router with balance loss and z-loss."""
 
 
 def write_pretraining(folder: Path, path: Path, steps: int) -> None:
-    """A recipe of pretraining on two ranks that hold half of the experts each; its texts, in `folder`, are named by
-    `path`."""
+    """Write texts.jsonl and recipe.yaml to `folder`: pretraining on two ranks with half of the experts each.
+
+    The recipe refers to the texts as `path`/texts.jsonl.
+    """
     texts = [{"text": f"{n} and {n + 1} make {2 * n + 1}."} for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     source = [{"kind": "file", "path": str(path / "texts.jsonl")}]
@@ -62,7 +64,7 @@ def write_pretraining(folder: Path, path: Path, steps: int) -> None:
 
 
 def plain_environment() -> dict[str, str]:
-    """Of a process that nothing has started as a rank, and that computes with one thread."""
+    """Environment of a single-threaded process that no launcher has started as a rank."""
     prefixes = ("SLURM_", "ACCELERATE_")
     kept = {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith(prefixes)}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -79,7 +81,7 @@ def start(recipe: Path | str, run_dir: Path, *words: str) -> subprocess.Popen:
 
 
 def run(recipe: Path | str, run_dir: Path, *words: str, code: int = 0) -> str:
-    """What it printed; it must end with `code`."""
+    """Run `align run`, which must exit with `code`; return its output."""
     process = start(recipe, run_dir, *words)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
@@ -87,17 +89,17 @@ def run(recipe: Path | str, run_dir: Path, *words: str, code: int = 0) -> str:
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict]:
-    """The log, without `NOISE`."""
+    """Lines of the stage's metrics.jsonl without the `NOISE` keys."""
     lines = read_jsonl(run_dir / stage / "metrics.jsonl")
     return [{key: value for key, value in line.items() if not key.startswith(NOISE)} for line in lines]
 
 
 def weights(run_dir: Path, stage: str) -> dict[str, Tensor]:
-    """Of the stage's model, from all of its files."""
+    """Weights of the stage's model, from all of its files."""
     files = (run_dir / stage / "model").glob("*.safetensors")
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
 def exported(run_dir: Path, stage: str) -> dict[str, bytes]:
-    """The same, file by file."""
+    """Bytes of each weight file of the stage's model."""
     return {file.name: file.read_bytes() for file in (run_dir / stage / "model").glob("*.safetensors")}

@@ -1,4 +1,4 @@
-"""The tiny recipe as a user runs it: it learns, and a run killed in every stage ends like one that was not."""
+"""The tiny recipe from the command line: every stage learns, and a run killed in each stage gives the same result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_stage_learns(finished) -> None:
     assert max(line["mismatch_max"] for line in metrics(finished, "ppo")) < 1e-3
 
 
-def test_the_report_tells_what_the_results_say(finished) -> None:
+def test_the_report_shows_the_results(finished) -> None:
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     assert {stage["name"] for stage in report["stages"]} == {"base", "pairs", "evaluate", *KILL_AFTER}
     assert {stage["status"] for stage in report["stages"]} == {"finished"}
@@ -68,13 +68,13 @@ def test_a_finished_run_is_kept(finished) -> None:
     assert (finished / "sft" / "manifest.json").read_text(encoding="utf-8") == before
 
 
-def test_chat_answers_with_any_stage(finished) -> None:
+def test_chat_runs_on_a_trained_stage(finished) -> None:
     command = [sys.executable, "-m", "align.cli", "chat", str(finished / "ppo"), "--max-new-tokens", "8"]
     done = subprocess.run(command, input="What does len do?\nAnd abs?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(finished, tmp_path) -> None:
+def test_a_run_killed_in_every_stage_ends_like_an_uninterrupted_one(finished, tmp_path) -> None:
     run_dir = tmp_path / "run"
     for stage, lines in KILL_AFTER.items():
         kill_during(run_dir, stage, lines)
@@ -86,7 +86,7 @@ def test_a_run_killed_in_every_stage_ends_like_one_that_was_not(finished, tmp_pa
 
 
 def kill_during(run_dir: Path, stage: str, lines: int) -> None:
-    """Run until a stage has written `lines` lines (or its settings, for 0), then kill -9."""
+    """Run until the stage has written more than `lines` lines of metrics (0: its config.json), then send SIGKILL."""
     file = run_dir / stage / ("metrics.jsonl" if lines else "config.json")
     process = subprocess.Popen(
         [*COMMAND, "--run-dir", str(run_dir), "--resume"],

@@ -1,4 +1,4 @@
-"""Two ranks by every way in which they can be started: what `align run --nproc 2` makes, each time."""
+"""Two ranks under every launcher give the metrics and weights of `align run --nproc 2`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:
-    """In an environment where nothing says yet that this is a rank."""
+    """Start `command` without the environment variables of a rank, but with `variables`."""
     return subprocess.Popen(
         command,
         env={**plain_environment(), **variables},
@@ -43,7 +43,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """What each printed; all must have ended well. When one has not, nobody waits for the others."""
+    """Wait for all processes, which must exit with 0; return their outputs. One failure ends all of them."""
     deadline = time.monotonic() + 400
     try:
         while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
@@ -59,7 +59,7 @@ def finish(*processes: subprocess.Popen) -> list[str]:
 
 
 def result(run_dir: Path) -> tuple[list[dict], dict[str, bytes]]:
-    """The lines of the metrics, and the weights."""
+    """Metrics and weights of the pretraining stage."""
     return metrics(run_dir, "pretrain"), exported(run_dir, "pretrain")
 
 
@@ -75,21 +75,21 @@ def ours(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(ours: Path, tmp_path: Path) -> Path:
-    """A folder of its own, with the base model that is there already."""
+    """A new run folder with a copy of the finished base model."""
     shutil.copytree(ours / "base", tmp_path / "run" / "base")
     return tmp_path / "run"
 
 
 @pytest.fixture
 def words(recipe: Path, run_dir: Path) -> list[str]:
-    """What stands behind `align`, or behind `-m align.cli`."""
+    """Arguments of `align` or `-m align.cli`."""
     return ["run", str(recipe), "--run-dir", str(run_dir)]
 
 
 def require_same(run_dir: Path, ours: Path, outputs: list[str]) -> None:
     assert result(run_dir) == result(ours)
     assert sum(output.count("pretrain: done") for output in outputs) == 1, "only rank 0 prints"
-    # A launcher that started one process would have had it start the ranks, with logs of their own.
+    # If the launcher had started a single process, that process would have started ranks with log files.
     assert not (run_dir / "logs").exists()
 
 
@@ -99,14 +99,14 @@ def test_torchrun(ours: Path, run_dir: Path, words: list[str]) -> None:
 
 
 def test_accelerate_launch(ours: Path, run_dir: Path, words: list[str]) -> None:
-    """--multi_gpu, which it takes for granted where it sees several, has it start ranks on a CPU as well."""
+    """`--multi_gpu`, the default on a machine with several GPUs, makes accelerate start ranks on a CPU too."""
     command = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", str(free_port())]
     require_same(run_dir, ours, finish(start([*command, "-m", "align.cli", *words])))
 
 
 def test_slurm(ours: Path, run_dir: Path, words: list[str]) -> None:
-    """The variables that `srun --ntasks 2` gives to its tasks."""
+    """Two processes with the variables that `srun --ntasks 2` sets are two ranks."""
     job = {
         "SLURM_JOB_ID": free_job(),
         "SLURM_STEP_NUM_TASKS": "2",
@@ -121,7 +121,7 @@ def test_slurm(ours: Path, run_dir: Path, words: list[str]) -> None:
 
 
 def free_job() -> str:
-    """The number of a job whose port nobody has."""
+    """A Slurm job number whose port (20,000 + job) is free."""
     while True:
         job = random.SystemRandom().randrange(10_000)
         with suppress(OSError), socket.create_server(("", 20_000 + job)):
@@ -131,11 +131,11 @@ def free_job() -> str:
 NAMED = (
     "import socket, sys; name = sys.argv.pop(1); socket.gethostname = lambda: name; import align.cli; align.cli.main()"
 )
-"""`align` on a machine that goes by another name: the loopback network has room for a whole cluster."""
+"""`align` with another host name, so that loopback addresses can stand for machines."""
 
 
 def test_hostfile(ours: Path, run_dir: Path, words: list[str], tmp_path: Path) -> None:
-    """`align run` on two machines of one rank each, which are this one under two names."""
+    """Two machines with one rank each give the same result; both are this machine, under two names."""
     names = ("127.0.0.2", "127.0.0.3")
     (tmp_path / "hosts").write_text("".join(f"{name} slots=1\n" for name in names))
     port = str(free_port())

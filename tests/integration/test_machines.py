@@ -1,4 +1,4 @@
-"""Two machines with networks of their own (Linux's network namespaces), and what happens to one while they train."""
+"""Training on two machines, and failures of one. Linux network namespaces stand for the machines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADDRESSES = {"a": "10.177.0.1", "b": "10.177.0.2"}
 
 
 class Network:
-    """Two machines, a cable between them, and a hostfile that names them by address."""
+    """Two network namespaces with a link between them, and a hostfile with their addresses."""
 
     def __init__(self, folder: Path):
         self.folder, self.started = folder, list[subprocess.Popen]()
@@ -49,7 +49,7 @@ class Network:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
     def cut(self) -> None:
-        """The cable is drawn: nobody is told."""
+        """Take the link down; no connection is closed."""
         ip("-n", self.names["b"], "link", "set", "net0", "down")
 
     def start(self, machine: str, *command: str) -> subprocess.Popen:
@@ -78,13 +78,13 @@ def ip(*words: str) -> None:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     if shutil.which("ip") is None:
-        pytest.skip("two machines are made with iproute2, which is not installed")
+        pytest.skip("needs iproute2, which is not installed")
     network = Network(tmp_path_factory.mktemp("network"))
     try:
         try:
             network.plug()
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"two machines are made with network namespaces, which are not allowed here: {error.stderr}")
+            pytest.skip(f"needs network namespaces, which cannot be created here: {error.stderr}")
         write_pretraining(network.folder, Path(), steps=3)
         yield network
     finally:
@@ -95,9 +95,9 @@ def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
     return [process.communicate(timeout=limit)[0] for process in processes]
 
 
-def until(moment: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 300
-    while not moment():
+    while not condition():
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes), outputs(processes)
         time.sleep(0.05)
@@ -122,14 +122,14 @@ LONG = ("stages.pretrain.max_steps=5000",)
 
 @pytest.fixture
 def training(network: Network, request: pytest.FixtureRequest) -> tuple[list[subprocess.Popen], str]:
-    """Both machines in the middle of a stage, and the name of the run's folder."""
+    """The launchers of both machines in the middle of a stage, and the name of the run folder."""
     name = request.node.name
     machines = [network.align(machine, name, *LONG) for machine in ("a", "b")]
     until(lambda: len(metrics(network.folder / name, "pretrain")) > 2, machines)
     return machines, name
 
 
-def test_a_rank_killed_on_one_machine_ends_both_with_its_name(network: Network, training) -> None:
+def test_a_killed_rank_ends_both_machines_with_an_error_that_names_it(network: Network, training) -> None:
     machines, name = training
     (rank,) = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
     os.kill(int(rank), signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_a_rank_killed_on_one_machine_ends_both_with_its_name(network: Network, 
         assert "Traceback" not in output
 
 
-def test_a_machine_that_vanishes_is_missed(network: Network, training) -> None:
+def test_both_machines_end_when_the_link_is_down(network: Network, training) -> None:
     machines, _ = training
     network.cut()
     clock = time.monotonic()
@@ -157,7 +157,7 @@ def test_a_machine_that_vanishes_is_missed(network: Network, training) -> None:
         assert f"error: {ADDRESSES[other]} has not responded for 30 seconds" in output.splitlines()[-1]
 
 
-def test_the_other_machine_has_another_recipe(network: Network) -> None:
+def test_machines_with_different_recipes_are_refused(network: Network) -> None:
     machines = [network.align("a", "differs"), network.align("b", "differs", "seed=3")]
     for process, output in zip(machines, outputs(machines, 120), strict=True):
         assert process.returncode == 2
@@ -165,8 +165,8 @@ def test_the_other_machine_has_another_recipe(network: Network) -> None:
     assert not (network.folder / "differs" / "base").exists()
 
 
-def test_the_port_is_in_use(network: Network) -> None:
-    """The first machine ends at once. The other has not met it, and finds what listens there."""
+def test_a_port_in_use_is_reported_on_both_machines(network: Network) -> None:
+    """The first machine cannot listen on the port and ends at once; the other connects to the program that does."""
     listener = "import socket; s = socket.create_server(('', 29500)); print('ready', flush=True)"
     listener += "\nfor _ in range(9): c = s.accept()[0]; c.recv(9); c.sendall(b'no'); c.close()"
     holder = network.start("a", sys.executable, "-c", listener)

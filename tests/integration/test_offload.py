@@ -1,4 +1,4 @@
-"""What leaves the accelerator's memory changes no result: optimizer and weights on the CPU and on a disk."""
+"""Offloading the optimizer state and the weights to CPU memory or to a disk changes no result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "parallel": {"processes": 2, "expert_parallel_size": 2},
         "model": small_model(
             rows_file,
-            hidden_size=256,  # DeepSpeed leaves what is smaller than 1 MiB in memory: a layer's experts are not
+            hidden_size=256,  # DeepSpeed offloads only tensors of 1 MiB or more, as a layer's experts are here
             intermediate_size=512,
             num_shared_expert=1,
             initializer_range=0.05,
@@ -65,9 +65,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in which everything stays where it is."""
-    run_dir = tmp_path_factory.mktemp("kept") / "run"
+def baseline(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without offloading."""
+    run_dir = tmp_path_factory.mktemp("baseline") / "run"
     run(recipe, run_dir)
     return run_dir
 
@@ -85,24 +85,24 @@ def require_async_io() -> None:
     if not builder.is_compatible(verbose=False):
         pytest.skip("nvme needs libaio with its headers (libaio-dev), which is not installed")
     if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles what reaches the disk, and there is no C++ compiler")
+        pytest.skip("nvme needs a C++ compiler for DeepSpeed's async_io; none is installed")
 
 
 @pytest.fixture(scope="module", params=["cpu", "nvme"])
-def offloaded(request: pytest.FixtureRequest, recipe: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory):
-    """(run folder, the words of its settings, the stage that is to be killed)."""
+def offloaded(request: pytest.FixtureRequest, recipe: Path, baseline: Path, tmp_path_factory: pytest.TempPathFactory):
+    """(run folder, its overrides, the stage that the kill test interrupts)."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "disk").mkdir()
     words = offload(request.param, folder / "disk")
-    shutil.copytree(kept / "base", folder / "run" / "base")
+    shutil.copytree(baseline / "base", folder / "run" / "base")
     launcher, found = start(recipe, folder / "run", *words), set[str]()
-    deadline = time.monotonic() + 1500  # DeepSpeed may have to compile what it reaches a disk with
+    deadline = time.monotonic() + 1500  # DeepSpeed may have to compile async_io first
     while launcher.poll() is None:
         assert time.monotonic() < deadline
         found |= {file.parent.parent.name for file in (folder / "disk").rglob("*.swp")}
         time.sleep(0.2)
     assert launcher.returncode == 0, launcher.communicate()[0][-3000:]
-    assert len(found) == (2 if request.param == "nvme" else 0), found  # weights, and what AdamW keeps
+    assert len(found) == (2 if request.param == "nvme" else 0), found  # weights and optimizer state
     return folder / "run", words, "ppo" if request.param == "cpu" else "sft"
 
 
@@ -113,21 +113,21 @@ COMPARED = {
 
 
 def differences(one: Path, other: Path, stage: str) -> list[float]:
-    """The largest relative difference of each step."""
+    """Largest relative difference of a metric, per step."""
     pairs = list(zip(metrics(one, stage), metrics(other, stage), strict=True))
     assert [line["step"] for line, _ in pairs] == list(range(1, STEPS[stage] + 1))
     return [max(abs(a[key] - b[key]) / max(abs(b[key]), 0.05) for key in COMPARED[stage]) for a, b in pairs]
 
 
-def test_offloading_changes_no_result(kept: Path, offloaded) -> None:
+def test_offloading_changes_no_result(baseline: Path, offloaded) -> None:
     whole, *_ = offloaded
-    assert max(differences(whole, kept, "sft")) <= 1e-6
-    rounds = differences(whole, kept, "ppo")
+    assert max(differences(whole, baseline, "sft")) <= 1e-6
+    rounds = differences(whole, baseline, "ppo")
     assert rounds[0] <= 1e-6
-    assert max(rounds) <= 2e-5  # a policy's loss is a small difference of large terms
+    assert max(rounds) <= 2e-5  # the policy loss is a small difference of large terms
 
 
-def test_a_killed_run_goes_on_to_the_same_result(recipe: Path, offloaded, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_result(recipe: Path, offloaded, tmp_path: Path) -> None:
     whole, words, stage = offloaded
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)

@@ -1,4 +1,4 @@
-"""One recipe on one process and on several: the same losses, the same model, and a run that survives its ranks."""
+"""A recipe on one process and on several gives the same losses and weights; a run resumes after a rank is killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ TRAINED = ["sft", "reward_model", "dpo", "sft_lora", "reward_lora", "dpo_lora"]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The second epoch begins in step 4 or 5: an epoch's last step is smaller, and its last micro-batch one row."""
+    """SFT, reward model, DPO and PPO, each with full weights and with LoRA.
+
+    The second epoch begins in step 4 or 5. An epoch's last step is smaller, and its last micro-batch has one row.
+    """
     folder = tmp_path_factory.mktemp("recipe")
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(61)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -63,7 +66,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": small_model([{"kind": "python_docs", "view": "text", "limit": 20}], initializer_range=0.1, **ROUTED),
         "stages": {
             "sft": {"kind": "sft", "data": data["rows"], **TRAINING},
-            # From the same bits in every run: this stage makes 1e-4 of a difference in its parent's last ones.
+            # Starts from base, which is bit-equal in every run: this stage amplifies rounding differences to 1e-4.
             "reward_model": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **TRAINING},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
             "ppo": {**ppo, "init_from": "sft"},
@@ -82,7 +85,7 @@ ROUTER = ("aux_loss", "router_z_loss")
 
 
 def difference(one: list[dict], other: list[dict], more: tuple[str, ...] = ROUTER) -> float:
-    """The largest relative difference in loss, gradient norm and the losses of the router."""
+    """Largest relative difference in loss, gradient norm, learning rate and the metrics `more`."""
     assert [line["step"] for line in one] == [line["step"] for line in other]
     assert len(one) in (STEPS, LORA_STEPS)
     keys = ("loss", "grad_norm", "learning_rate", *more)
@@ -108,31 +111,31 @@ def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, se
 
 
 @pytest.fixture(scope="module")
-def passes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same steps in passes of 16, 2 and (two ranks) 8 rows; the balance loss, which depends on the pass, is off."""
+def micro_batch_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs with 16, 2 and (on two ranks) 8 rows per micro-batch. The balance loss depends on that size and is off."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     content["model"]["config"] |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
     content["stages"] = {
         name: {**content["stages"][name], "init_from": "base", "micro_batch_size": 16}
         for name in ("sft", "reward_model", "dpo")
     }
-    folder = tmp_path_factory.mktemp("passes")
-    (folder / "passes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("micro_batch_sizes")
+    (folder / "micro_batch_sizes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     small = [f"stages.{name}.micro_batch_size=2" for name in content["stages"]]
     for name, words in {"one": [], "many": small, "ranks": ["--nproc", "2"]}.items():
-        run(folder / "passes.yaml", folder / name, *words)
+        run(folder / "micro_batch_sizes.yaml", folder / name, *words)
     return {name: folder / name for name in ("one", "many", "ranks")}
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
 @pytest.mark.parametrize("other", ["many", "ranks"])
-def test_a_steps_rows_count_the_same_in_passes_of_any_size(passes, stage: str, other: str) -> None:
-    assert difference(metrics(passes[other], stage), metrics(passes["one"], stage), ()) < 1e-5
+def test_the_micro_batch_size_does_not_change_a_step(micro_batch_sizes, stage: str, other: str) -> None:
+    assert difference(metrics(micro_batch_sizes[other], stage), metrics(micro_batch_sizes["one"], stage), ()) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["ppo", "ppo_lora"])
 def test_the_first_update_of_ppo_is_that_of_one_process(single, several, stage: str) -> None:
-    """From the same rollouts; the parents differ in their last bits, so this also bounds what those do."""
+    """Both have the same completions. Their parents differ by rounding, which the tolerance also covers."""
     (ours,), (theirs,) = metrics(several[0], stage), metrics(single, stage)
     assert ours["completion_length"] == theirs["completion_length"]
     for key in ("policy_grad_norm", "critic_grad_norm", "value_loss", "entropy", "kl_k3", "aux_loss", "score_mean"):
@@ -146,7 +149,7 @@ def test_only_rank_0_prints(several) -> None:
 
 
 @pytest.mark.parametrize("stage", [*TRAINED, "ppo", "ppo_lora"])
-def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
+def test_the_checkpoint_equals_that_of_a_single_process(single, several, stage: str) -> None:
     ours, theirs = weights(several[0], stage), weights(single, stage)
     assert set(ours) == set(theirs)
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4  # after seven steps of AdamW
@@ -161,13 +164,13 @@ def test_the_checkpoint_is_the_one_that_a_single_process_leaves(single, several,
 
 
 def half_written(checkpoints: Path) -> bool:
-    """One checkpoint is there, and rank 1 has not yet written its part of a newer one."""
+    """True if a checkpoint exists and rank 1 has not yet written its shard of a newer one."""
     found = sorted(checkpoints.glob("checkpoint-*"))
     return len(found) > 1 and not (found[-1] / "training_state" / "state-00001-of-00002.safetensors").exists()
 
 
 @pytest.mark.parametrize("stage", ["sft_lora", "reward_lora", "dpo_lora", "ppo_lora"])
-def test_the_adapter_is_the_one_that_a_single_process_leaves(single, several, stage: str) -> None:
+def test_the_adapter_equals_that_of_a_single_process(single, several, stage: str) -> None:
     ours, theirs = (
         load_file(run_dir / stage / "adapter" / "adapter_model.safetensors") for run_dir in (several[0], single)
     )
@@ -184,7 +187,7 @@ def test_the_adapter_is_the_one_that_a_single_process_leaves(single, several, st
 
 @torch.no_grad()
 def test_peft_loads_the_adapter(several) -> None:
-    """Its adapter on the parent computes what the merged checkpoint computes."""
+    """The adapter on its parent gives the logits of the merged checkpoint."""
     ids = torch.arange(1, 40)[None]
     parent = load_policy(several[0] / "sft_lora" / "model", "float32")
     adapted = PeftModel.from_pretrained(parent, several[0] / "dpo_lora" / "adapter").eval()
@@ -192,41 +195,48 @@ def test_peft_loads_the_adapter(several) -> None:
     found, plain = adapted(ids).logits, merged(ids).logits
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
     with adapted.disable_adapter():
-        assert (adapted(ids).logits - plain).abs().max() > 1e-2  # the adapter does something
+        assert (adapted(ids).logits - plain).abs().max() > 1e-2  # the adapter has an effect
 
 
 @pytest.fixture(scope="module")
 def killed(recipe: Path, several, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of two ranks of which one was killed: between two checkpoints, and while one was written."""
-    moments: dict[str, Callable[[Path], bool]] = {
+    """Runs of two ranks; rank 1 was killed between two checkpoints or while a checkpoint was written."""
+    conditions: dict[str, Callable[[Path], bool]] = {
         "in a step": lambda stage: len(read_jsonl(stage / "metrics.jsonl")) == 5,
         "in a checkpoint": lambda stage: half_written(stage / "checkpoints"),
     }
     folders = {}
-    for name, moment in moments.items():
+    for name, condition in conditions.items():
         folders[name] = run_dir = tmp_path_factory.mktemp("killed") / "run"
         shutil.copytree(several[0] / "base", run_dir / "base")
         launcher = start(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
-        kill_last_rank(launcher, partial(moment, run_dir / "sft"))
+        kill_last_rank(launcher, partial(condition, run_dir / "sft"))
     assert half_written(folders["in a checkpoint"] / "sft" / "checkpoints")
     return folders
 
 
 @pytest.mark.parametrize(
-    ("when", "processes", "experts_over", "tolerance"),
+    ("when", "processes", "expert_parallel_size", "tolerance"),
     [
         ("in a step", 2, 2, 0.0),
         ("in a step", 1, 1, 1e-5),
         ("in a checkpoint", 2, 2, 0.0),
     ],
 )
-def test_a_killed_run_goes_on_with_any_number_of_processes(
-    recipe: Path, several, killed, tmp_path: Path, when: str, processes: int, experts_over: int, tolerance: float
+def test_a_killed_run_resumes_on_any_number_of_processes(
+    recipe: Path,
+    several,
+    killed,
+    tmp_path: Path,
+    when: str,
+    processes: int,
+    expert_parallel_size: int,
+    tolerance: float,
 ) -> None:
     run_dir = tmp_path / "again"
     shutil.copytree(killed[when], run_dir)
     newest = max((run_dir / "sft" / "checkpoints").glob("*/complete"), key=lambda file: int(file.parent.name[11:]))
-    words = ["--nproc", str(processes), f"parallel.expert_parallel_size={experts_over}"]
+    words = ["--nproc", str(processes), f"parallel.expert_parallel_size={expert_parallel_size}"]
     output = run(recipe, run_dir, "--only", "sft", "--resume", *words)
     assert f"resuming at step {newest.parent.name[11:]}\n" in output
     assert difference(metrics(run_dir, "sft"), metrics(several[0], "sft")) <= tolerance
@@ -234,8 +244,8 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(
         assert exported(run_dir, "sft") == exported(several[0], "sft")
 
 
-def test_a_run_goes_on_from_one_process_to_two_to_four_to_two(recipe: Path, several, tmp_path: Path) -> None:
-    """Every stage is begun by one number of processes and ended by another."""
+def test_a_run_resumes_on_one_then_two_then_four_then_two_processes(recipe: Path, several, tmp_path: Path) -> None:
+    """Each stage starts on one number of processes and ends on another."""
     run_dir = tmp_path / "run"
     shutil.copytree(several[0] / "base", run_dir / "base")
 
@@ -253,7 +263,7 @@ def test_a_run_goes_on_from_one_process_to_two_to_four_to_two(recipe: Path, seve
         assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
 
 
-def test_what_does_not_fit_is_refused(recipe: Path, tmp_path: Path) -> None:
+def test_a_batch_size_that_the_processes_do_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
     output = run(recipe, tmp_path / "run", "--nproc", "3", "parallel.expert_parallel_size=3", code=2)
     assert "batch_size 16 is not divisible by" in output
     assert "Traceback" not in output

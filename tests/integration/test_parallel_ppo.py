@@ -1,4 +1,4 @@
-"""One PPO recipe on one process and on several: the same updates from the same completions, and it resumes."""
+"""A PPO recipe on one process and on several makes the same updates from the same completions, and resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEASURED = (
     *("score_mean", "kl", "kl_k3", "entropy", "mismatch_mean", "explained_variance", "policy_loss", "update_kl"),
     *("value_loss", "clip_fraction", "aux_loss", "router_entropy", "policy_grad_norm", "critic_grad_norm"),
 )
-"""What both sides must agree on; `mismatch` and the like are compared with what a value of 1 would differ by."""
+"""Metrics that must agree between two runs."""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(one: dict, other: dict) -> dict[str, float]:
+    """Difference of each metric, relative to its size or to 0.05."""
     return {key: abs(one[key] - other[key]) / max(abs(other[key]), 0.05) for key in MEASURED}
 
 
@@ -89,7 +90,7 @@ def require_equal_updates(one: Path, other: Path) -> None:
     assert max(found.values()) < 1e-5, found
     expected = weights(other, "ppo")
     assert expected.keys() == weights(one, "ppo").keys()
-    # AdamW makes the last bits of gradients near zero visible, round after round.
+    # AdamW amplifies rounding differences of gradients near zero in every round.
     assert max((tensor - expected[name]).abs().max().item() for name, tensor in weights(one, "ppo").items()) < 5e-3
 
 
@@ -97,15 +98,15 @@ def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: P
     require_equal_updates(two, single)
 
 
-def test_vllm_beside_a_rank_has_its_weights(recipe: Path, tmp_path: Path) -> None:
-    """vLLM in a process of its own: after two rounds it still samples from what the ranks have learnt."""
+def test_vllm_samples_from_the_updated_weights(recipe: Path, tmp_path: Path) -> None:
+    """vLLM in its own process samples from the updated policy: its log-probabilities match after two rounds."""
     run(recipe, tmp_path / "run", "--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
     lines = metrics(tmp_path / "run", "ppo")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
     assert max(line["mismatch_max"] for line in lines) < 1e-3
 
 
-def test_what_ranks_export_loads_in_vllm_and_transformers(two: Path) -> None:
+def test_the_checkpoint_of_two_ranks_loads_in_vllm_and_transformers(two: Path) -> None:
     from align.rollout.vllm_engine import VllmEngine
 
     folder = two / "ppo" / "model"
@@ -125,8 +126,8 @@ def test_what_ranks_export_loads_in_vllm_and_transformers(two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks of which one was killed in the second round's updates and, resumed, while that round's
-    checkpoint was written."""
+    """A run of two ranks, killed during the updates of the second round, resumed, and killed again while that
+    round's checkpoint was written."""
     run_dir = tmp_path_factory.mktemp("killed") / "run"
     stage, state = run_dir / "ppo", "state-00001-of-00002.safetensors"
     drawn, following = stage / "checkpoints" / "drawn.safetensors", stage / "checkpoints" / "next"
@@ -150,9 +151,9 @@ def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "tolerance"),
     [(TWO, 0.0), (("--nproc", "1"), 1e-4), (("--nproc", "2", "parallel.zero_stage=0"), 1e-4)],
-    ids=["two", "one", "two, zero 0"],
+    ids=["two ranks", "one rank", "two ranks, zero 0"],
 )
-def test_a_killed_run_goes_on_with_any_number_of_processes(
+def test_a_killed_run_resumes_on_any_number_of_processes(
     recipe: Path, two: Path, killed: Path, tmp_path: Path, words: tuple[str, ...], tolerance: float
 ) -> None:
     run_dir = tmp_path / "run"
@@ -160,12 +161,12 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(
     assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND)
     found = [difference(*lines) for lines in zip(metrics(run_dir, "ppo"), metrics(two, "ppo"), strict=True)]
     assert max(max(line.values()) for line in found) <= tolerance, found
-    expected = weights(two, "ppo")  # the average's
+    expected = weights(two, "ppo")  # EMA weights
     apart = max((tensor - expected[name]).abs().max().item() for name, tensor in weights(run_dir, "ppo").items())
     assert apart <= tolerance
 
 
-def test_a_reward_that_fails_on_rank_0_ends_all_with_its_sentence(recipe: Path, two: Path, tmp_path: Path) -> None:
+def test_a_failing_reward_on_rank_0_ends_all_ranks_with_its_error(recipe: Path, two: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def broken(prompts, completions, rows): raise ValueError('not today')\n")
     rewards = f"stages.ppo.rewards=[{{kind: function, path: '{tmp_path}/mine.py:broken'}}]"
     shutil.copytree(two / "base", tmp_path / "run" / "base")
@@ -173,4 +174,4 @@ def test_a_reward_that_fails_on_rank_0_ends_all_with_its_sentence(recipe: Path, 
     output = run(recipe, tmp_path / "run", *TWO, rewards, code=2)
     assert "ValueError: not today" in output
     assert "Traceback" not in output
-    assert time.monotonic() - before < 240  # ten seconds alone; a rank that waits would wait for ever
+    assert time.monotonic() - before < 240  # takes about ten seconds; a rank left waiting would wait forever

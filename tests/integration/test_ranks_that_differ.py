@@ -1,4 +1,4 @@
-"""Ranks that were started with different recipes or code find out before anything is loaded."""
+"""Ranks that were started with different recipes or different code end with an error before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def start_two(run_dir: Path, code: list[Path], changes: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of two ranks that someone started by hand, each with its own code and changes."""
+    """Start two ranks without a launcher, each with its own code and overrides; return their exit codes and outputs."""
     port = str(free_port())
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = ["-m", "align.cli", "run", "tiny", "--run-dir", str(run_dir), "--only", "pretrain"]
@@ -40,7 +40,7 @@ FITTING = [f"stages.{name}.micro_batch_size=4" for name in ("pretrain", "sft", "
 FITTING += ["stages.dpo.lora=null"]
 
 
-def test_another_recipe(tmp_path: Path) -> None:
+def test_ranks_with_different_recipes_are_refused(tmp_path: Path) -> None:
     changes = [[], ["stages.pretrain.optimizer.learning_rate=1e-4"]]
     for code, output in start_two(tmp_path / "run", [ROOT, ROOT], changes):
         assert code == 2, output
@@ -49,7 +49,7 @@ def test_another_recipe(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "base").exists()
 
 
-def test_other_code(tmp_path: Path) -> None:
+def test_ranks_with_different_code_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "other"
     for package in ("align", "reward", "eval", "recipes"):
         shutil.copytree(ROOT / package, other / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
