@@ -48,7 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, 1024, (BATCH, CONTEXT))
     runs, caches, formula = {}, {}, {}
-    for name, factor in (("one a layer", 1), ("one for two layers", 2), ("one for four layers", 4)):
+    for name, factor in (("one per layer", 1), ("one per two layers", 2), ("one per four layers", 4)):
         config = HunYuanConfig(**SIZES, use_cla=factor > 1, cla_share_factor=factor)
         model = HunYuanForCausalLM(config).eval()
         cache = filled_cache(model, ids)
@@ -64,8 +64,8 @@ def main() -> None:
             "tokens_per_second": {n: round(BATCH * STEPS / s, 1) for n, s in medians(seconds).items()},
             "cache_bytes": caches,
             "cache_bytes_by_formula": formula,
-            "speed of one for two layers": round(ratio(seconds, "one a layer", "one for two layers"), 3),
-            "speed of one for four layers": round(ratio(seconds, "one a layer", "one for four layers"), 3),
+            "speed of one per two layers": round(ratio(seconds, "one per layer", "one per two layers"), 3),
+            "speed of one per four layers": round(ratio(seconds, "one per layer", "one per four layers"), 3),
         },
     )
 

@@ -34,7 +34,7 @@ from align.train.checkpoint import load_policy, load_tokenizer
 
 
 def score(completion: Completion) -> float:
-    """1 for a completion of 2 to 8 tokens, falling linearly to 0 at 24 tokens beyond."""
+    """1 for 2 to 8 tokens; 1/24 less per token outside that range, at least 0."""
     return length_score(len(completion.token_ids), min_tokens=2, max_tokens=8, buffer=23)
 
 

@@ -1,4 +1,4 @@
-"""A reward function: align calls it in a process of its own with all completions of a step."""
+"""A reward function. align calls it in a separate process with all completions of an iteration."""
 
 from __future__ import annotations
 

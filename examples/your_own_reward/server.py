@@ -24,8 +24,8 @@ class Handler(BaseHTTPRequestHandler):
         pairs = zip(request["prompts"], request["completions"], strict=True)
         self.send({"scores": [score(prompt, completion) for prompt, completion in pairs]})
 
-    def send(self, answer: dict) -> None:
-        body = json.dumps(answer).encode()
+    def send(self, response: dict) -> None:
+        body = json.dumps(response).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
