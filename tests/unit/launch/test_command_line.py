@@ -1,4 +1,4 @@
-"""A command whose path is wrong says so before it loads torch."""
+"""A command with a wrong path fails before it loads torch."""
 
 from __future__ import annotations
 

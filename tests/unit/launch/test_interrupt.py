@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C stop a training loop with a checkpoint and anything else at once; `align` says how to resume."""
+"""SIGTERM and Ctrl-C stop a training loop after a checkpoint and all else at once; `align` prints how to resume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_stage_that_does_not_poll_is_interrupted_at_once(number: int) -> None:
     assert stopped.value.number == number
 
 
-def test_a_loop_that_polls_sees_the_request_and_its_copies_change_nothing(capfd) -> None:
+def test_a_loop_that_polls_sees_the_request_and_ignores_repeated_signals(capfd) -> None:
     assert not interrupt.stop_requested()
     send()
     send()  # a launcher and Slurm each send one
@@ -56,7 +56,7 @@ def test_a_second_request_interrupts_the_loop(monkeypatch: pytest.MonkeyPatch) -
         send(signal.SIGINT)
 
 
-def test_a_loop_that_does_not_come_back_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_stops_polling_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt, "GRACE", 0.2)
     monkeypatch.setattr(interrupt, "REPEATED", 0.1)
     interrupt.stop_requested()

@@ -1,4 +1,4 @@
-"""Starting ranks and ending them together; places from hostfiles, Slurm and torchrun; what is refused before."""
+"""Starting and ending ranks; their numbers from hostfiles, Slurm and torchrun; errors before the start."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_slurms_variables_become_torchruns() -> None:
 
 
 def test_a_batch_script_of_slurm_is_not_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch gives its script a number and the job's tasks; `align run` in it has ranks to start."""
+    """sbatch sets SLURM_PROCID and SLURM_NTASKS for the script too; `align run` in the script starts the ranks."""
     for name in launch.PLACE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
@@ -95,7 +95,9 @@ def test_a_hostfile_that_does_not_fit_is_refused(tmp_path: Path, text: str, sent
 
 
 @pytest.mark.parametrize(("words", "processes"), [([], 5), (["--nproc", "2"], 2), (["parallel.processes=4"], 4)])
-def test_a_hostfile_says_how_many_processes_unless_the_command_does(tmp_path, monkeypatch, words, processes) -> None:
+def test_a_hostfile_sets_the_number_of_processes_unless_the_command_does(
+    tmp_path, monkeypatch, words, processes
+) -> None:
     class Seen(Exception):
         pass
 
@@ -111,7 +113,7 @@ def test_a_hostfile_says_how_many_processes_unless_the_command_does(tmp_path, mo
 
 
 def test_a_machine_is_found_by_name_before_address_and_by_any_of_its_addresses(monkeypatch) -> None:
-    """All of 127.0.0.0/8 are this machine's; 192.0.2.7 is nobody's."""
+    """Every address in 127.0.0.0/8 belongs to this machine; 192.0.2.7 belongs to no machine."""
     hosts = {"127.0.0.2": 1, "192.0.2.7": 1, "here.test": 1}
     monkeypatch.setattr(launch, "resolve", lambda host, where: {host})
     assert launch.this_machine({"192.0.2.7": 1, "127.0.0.3": 1}, "hosts") == "127.0.0.3"
@@ -119,14 +121,14 @@ def test_a_machine_is_found_by_name_before_address_and_by_any_of_its_addresses(m
     assert launch.this_machine(hosts, "hosts") == "here.test"
 
 
-def test_the_words_of_a_run_are_passed_on() -> None:
+def test_the_arguments_of_a_run_are_passed_to_its_ranks() -> None:
     words = ["run", "tiny", "seed=3", "--run-dir", "x", "--only", "sft", "--resume", "--nproc", "2"]
     again = run_command(parse(words), ["seed=3", "parallel.processes=2"])
     assert again == ["run", "tiny", "seed=3", "parallel.processes=2", "--run-dir", "x", "--only", "sft", "--resume"]
     assert parse(again).only == "sft"
 
 
-def test_offload_without_room_is_refused(tmp_path: Path) -> None:
+def test_offloading_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     free = available_memory()
     assert 2**28 < free < 2**46
     with pytest.raises(UserError, match="GiB are to be offloaded to this machine's memory"):
@@ -142,7 +144,7 @@ def test_offload_without_room_is_refused(tmp_path: Path) -> None:
 
 
 def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> float:
-    """Start Python programs as ranks in the place of `align`; the seconds until all had ended."""
+    """Start Python programs as ranks instead of `align`; return the seconds until all have ended."""
     started: list[subprocess.Popen] = []
     real = subprocess.Popen
 
@@ -155,7 +157,7 @@ def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> floa
     try:
         launch.start(["run"], Parallel(processes=len(codes)), logs)
     finally:
-        assert all(process.poll() is not None for process in started), "a rank was left behind"
+        assert all(process.poll() is not None for process in started), "a rank is still running"
         assert len(started) == len(codes)
     return time.monotonic() - clock
 
@@ -163,7 +165,7 @@ def ranks(codes: list[str], monkeypatch: pytest.MonkeyPatch, logs: Path) -> floa
 SLEEP = "import time; time.sleep(60)"
 
 
-def test_a_users_error_on_any_rank_ends_all_and_is_the_error(monkeypatch, tmp_path) -> None:
+def test_a_users_error_on_one_rank_ends_all_ranks_and_is_raised(monkeypatch, tmp_path) -> None:
     fails = "import sys; print('error: rank three is unhappy; cheer it up.', file=sys.stderr); sys.exit(2)"
     clock = time.monotonic()
     with pytest.raises(UserError, match=r"^rank three is unhappy; cheer it up\.$"):
@@ -222,7 +224,7 @@ def test_ranks_that_ignore_a_request_to_stop_are_killed_in_the_end(monkeypatch, 
         ranks([SLEEP, stubborn], monkeypatch, tmp_path)
 
 
-def test_a_run_that_finishes_in_spite_of_a_request_to_stop_has_finished(monkeypatch, tmp_path) -> None:
+def test_a_run_that_finishes_despite_a_request_to_stop_succeeds(monkeypatch, tmp_path) -> None:
     finishes = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SIGNAL_LAUNCHER}time.sleep(1)"
     ranks([finishes], monkeypatch, tmp_path)
 
@@ -235,7 +237,7 @@ def test_a_rank_that_fails_during_a_stop_is_reported(monkeypatch, tmp_path) -> N
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_rank_whose_others_never_come_says_so(number: int, monkeypatch) -> None:
+def test_a_rank_that_cannot_connect_to_the_others_reports_it(number: int, monkeypatch) -> None:
     from align.launch import machines
     from align.parallel import group as processes
 
@@ -261,8 +263,8 @@ def test_a_process_that_torchrun_started_is_a_rank(monkeypatch) -> None:
     assert launch.is_rank()
 
 
-def test_a_lock_that_a_killed_rank_left_stops_no_run(tmp_path: Path) -> None:
-    """DeepSpeed's shared-memory collectives are loaded under a lock file, for which torch waits without end."""
+def test_the_lock_file_of_a_killed_rank_blocks_no_run(tmp_path: Path) -> None:
+    """torch loads DeepSpeed's shared-memory collectives under a lock file and waits for that file forever."""
     folder = tmp_path / "deepspeed_shm_comm"
     folder.mkdir()
     (folder / "lock").touch()
@@ -278,7 +280,7 @@ import atexit, ctypes, sys
 from align import cli
 from align.launch import ending
 
-# Python calls abort() when it is taken apart, as torch's threads now and then do.
+# The interpreter's shutdown calls abort(), as torch's threads sometimes do.
 ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
 atexit.register(print, "closed")
 if sys.argv.pop(1) == "rank":
@@ -296,12 +298,12 @@ cli.main()
         (["check", "tiny"], 1, "ZeroDivisionError: "),
     ],
 )
-def test_a_rank_ends_without_taking_python_apart(words: list[str], code: int, said: str) -> None:
-    def run(who: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", TRAPPED, who, *words], capture_output=True, text=True)
+def test_a_rank_skips_interpreter_shutdown(words: list[str], code: int, said: str) -> None:
+    def run(role: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", TRAPPED, role, *words], capture_output=True, text=True)
 
     rank = run("rank")
     assert rank.returncode == code, rank.stderr
     assert said in rank.stdout + rank.stderr
     assert "closed" in rank.stdout
-    assert run("nobody").returncode == -signal.SIGABRT
+    assert run("single").returncode == -signal.SIGABRT

@@ -1,4 +1,4 @@
-"""The launchers of several machines: they meet, and what happens to one is known to all. Threads stand for machines."""
+"""Launchers of several machines connect, and a failure of one ends all. Threads stand for machines."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def say(line: str) -> None:
     pass
 
 
-class Met:
-    """Three launchers that have met."""
+class Connected:
+    """Three connected launchers."""
 
     def __init__(self, hosts: dict[str, int] = HOSTS):
         self.port = free_port()
@@ -39,7 +39,7 @@ class Met:
             assert [job.result(20) for job in jobs] == [4711] * len(jobs)
 
     def turn_until_over(self, own: dict[int, Failure], finished: tuple[bool, ...]) -> list[Failure | None]:
-        """Every machine's word at the end; machine 0 leads."""
+        """Exchange messages until the run is over; return the failure that each machine reports. Machine 0 leads."""
 
         def work(number: int) -> Failure | None:
             deadline = time.monotonic() + 20
@@ -47,7 +47,7 @@ class Met:
                 over, failure = self.all[number].turn(own.get(number), finished[number])
                 if over:
                     return failure
-            raise AssertionError("it did not end")
+            raise AssertionError("the run did not end within 20 seconds")
 
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(work, range(len(self.all))))
@@ -62,51 +62,52 @@ class Met:
 
 
 @pytest.fixture
-def met() -> Iterator[Met]:
-    met = Met()
-    yield met
-    met.close()
+def connected() -> Iterator[Connected]:
+    connected = Connected()
+    yield connected
+    connected.close()
 
 
-def test_a_run_is_over_when_all_machines_have_finished(met: Met) -> None:
-    """Those that have finished wait for the others."""
+def test_a_run_is_over_when_all_machines_have_finished(connected: Connected) -> None:
+    """A machine that has finished waits for the others."""
     for _ in range(5):
-        assert met.leader.turn(None, True) == (False, None)
-    assert met.turn_until_over({}, (True, True, True)) == [None] * 3
+        assert connected.leader.turn(None, True) == (False, None)
+    assert connected.turn_until_over({}, (True, True, True)) == [None] * 3
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_failure_on_one_machine_is_that_of_all(met: Met, number: int) -> None:
+def test_a_failure_on_one_machine_is_reported_on_all(connected: Connected, number: int) -> None:
     long = Failure(7, None, log="é" * machines.LOG_SENT, where="rank 1 on 127.0.0.2 failed")
     clock = time.monotonic()
-    assert met.turn_until_over({number: long}, (False, True, False)) == [long] * 3
+    assert connected.turn_until_over({number: long}, (False, True, False)) == [long] * 3
     assert time.monotonic() - clock < 5
 
 
-def test_a_cause_goes_before_what_came_of_it(met: Met) -> None:
-    assert met.turn_until_over({0: CONSEQUENCE, 1: CONSEQUENCE, 2: CAUSE}, (False,) * 3) == [CAUSE] * 3
+def test_a_cause_is_reported_before_its_consequences(connected: Connected) -> None:
+    assert connected.turn_until_over({0: CONSEQUENCE, 1: CONSEQUENCE, 2: CAUSE}, (False,) * 3) == [CAUSE] * 3
 
 
-def test_a_machine_whose_launcher_is_gone_ends_the_run(met: Met) -> None:
-    met.followers[1].close()
-    met.followers.pop()
-    said = met.turn_until_over({}, (False, False))
+def test_a_machine_whose_launcher_is_gone_ends_the_run(connected: Connected) -> None:
+    connected.followers[1].close()
+    connected.followers.pop()
+    said = connected.turn_until_over({}, (False, False))
     assert said == [machines.ended("127.0.0.3")] * 2
 
 
-def test_the_first_machine_gone_ends_the_run(met: Met) -> None:
-    met.leader.close()
-    for follower in met.followers:
+def test_the_end_of_the_first_machine_ends_the_run(connected: Connected) -> None:
+    connected.leader.close()
+    for follower in connected.followers:
         while not (end := follower.turn(None, False))[0]:
             pass
         assert end[1] == machines.ended("127.0.0.1")
 
 
-def test_silence_is_a_loss_after_a_while(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_heartbeats_ends_the_run(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "SILENCE", 2.0)
-    monkeypatch.setattr(met.followers[1], "turn", lambda own, finished: (True, None))  # it hangs, connected
+    # The second follower hangs with an open connection.
+    monkeypatch.setattr(connected.followers[1], "turn", lambda own, finished: (True, None))
     clock = time.monotonic()
-    said = met.turn_until_over({}, (False,) * 3)
+    said = connected.turn_until_over({}, (False,) * 3)
     assert 1.0 < time.monotonic() - clock < 8
     assert said[0] == said[1]
     assert said[0] is not None
@@ -114,9 +115,12 @@ def test_silence_is_a_loss_after_a_while(met: Met, monkeypatch: pytest.MonkeyPat
     assert said[0].sentence.startswith("127.0.0.3 has not responded for 2 seconds")
 
 
-def test_what_does_not_belong_to_the_run_is_turned_away() -> None:
-    met = Met()
-    late, other = Follower(HOSTS, "127.0.0.3", met.port), Follower(HOSTS | {"127.0.0.3": 5}, "127.0.0.3", met.port)
+def test_connections_that_do_not_belong_to_the_run_are_refused() -> None:
+    connected = Connected()
+    late, other = (
+        Follower(HOSTS, "127.0.0.3", connected.port),
+        Follower(HOSTS | {"127.0.0.3": 5}, "127.0.0.3", connected.port),
+    )
     for follower, sentence in (
         (late, "127.0.0.1 has already started"),
         (other, "runs with another hostfile"),
@@ -125,20 +129,20 @@ def test_what_does_not_belong_to_the_run_is_turned_away() -> None:
             job = pool.submit(follower.gather, say)
             deadline = time.monotonic() + 20
             while not job.done() and time.monotonic() < deadline:
-                met.leader.turn(None, False)
+                connected.leader.turn(None, False)
             if not job.done():
-                met.close()  # the follower hears that, too
+                connected.close()  # this ends the wait of the follower too
             with pytest.raises(UserError, match=re.escape(sentence)):
                 job.result()
-    with socket.create_connection(("127.0.0.1", met.port)) as browser:
+    with socket.create_connection(("127.0.0.1", connected.port)) as browser:
         browser.sendall(b"GET / HTTP/1.1\r\n\r\n")
         for _ in range(3):
-            assert met.leader.turn(None, False) == (False, None)
-    assert met.turn_until_over({}, (True,) * 3) == [None] * 3
-    met.close()
+            assert connected.leader.turn(None, False) == (False, None)
+    assert connected.turn_until_over({}, (True,) * 3) == [None] * 3
+    connected.close()
 
 
-def test_a_launcher_may_come_again_before_the_start() -> None:
+def test_a_launcher_may_reconnect_before_the_start() -> None:
     hosts = {"127.0.0.1": 1, "127.0.0.2": 1, "127.0.0.3": 1}
     port = free_port()
     leader = Leader(hosts, "127.0.0.1", port)

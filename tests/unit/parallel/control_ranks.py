@@ -1,4 +1,4 @@
-"""Forked ranks that pass control steps, or leave them; each writes what it saw to FOLDER/SCENARIO-RANK.json."""
+"""Forked ranks that follow or violate the order of control steps; each writes FOLDER/SCENARIO-RANK.json."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from align.run import interrupt
 
 WORLD = 3
 DEADLINE = 12.0
-"""Seconds; longer than any limit that ends a scenario."""
+"""Seconds after which remaining ranks are killed; longer than every time limit in a scenario."""
 steps.LATE, steps.SILENT, steps.BEAT, steps.LOOK, steps.LAST_WORDS = 4.0, 2.0, 0.2, 0.2, 0.3
 
 
 @dataclass
 class Drawn:
-    """A result with a tensor in it."""
+    """A result with a tensor."""
 
     name: str
     values: torch.Tensor
@@ -45,7 +45,7 @@ def calls_another_step(rank: int) -> None:
     group.from_rank_0("score" if rank != 2 else "draw", lambda: time.sleep(DEADLINE))
 
 
-def does_not_come(rank: int) -> None:
+def is_late(rank: int) -> None:
     group.barrier("load")
     if rank == 2:
         time.sleep(DEADLINE)
@@ -69,7 +69,7 @@ def loses_rank_0(rank: int) -> None:
     group.from_rank_0("draw", die)
 
 
-def gets_a_bug(rank: int) -> None:
+def has_a_bug(rank: int) -> None:
     group.from_rank_0("draw", lambda: 1 / 0)
 
 
@@ -85,17 +85,17 @@ def gets_a_users_error(rank: int) -> None:
 
 
 def gets_results(rank: int) -> list[object]:
-    def work_longer_than_anyone_may_be_late() -> Drawn:
+    def work_longer_than_the_time_limit() -> Drawn:
         time.sleep(steps.LATE + 1)
         return Drawn(f"of rank {rank}", torch.arange(3.0) + rank)
 
-    drawn = group.from_rank_0("draw", work_longer_than_anyone_may_be_late)
+    drawn = group.from_rank_0("draw", work_longer_than_the_time_limit)
     nothing = group.from_rank_0("nothing", lambda: None)
     return [drawn.name, drawn.values.tolist(), nothing, group.is_main()]
 
 
 def stops_together(rank: int) -> int:
-    """The step after which all ranks stop, although one alone gets the signal."""
+    """The step after which this rank stops; only rank 1 gets a signal."""
     with interrupt.listening():
         for step in range(100):
             if rank == 1 and step == 5:
@@ -108,10 +108,10 @@ def stops_together(rank: int) -> int:
 SCENARIOS: list[Callable[[int], object]] = [
     skips_a_step,
     calls_another_step,
-    does_not_come,
+    is_late,
     is_killed,
     loses_rank_0,
-    gets_a_bug,
+    has_a_bug,
     nests_steps,
     gets_a_users_error,
     gets_results,
@@ -129,7 +129,7 @@ def run_rank(scenario: Callable[[int], object], rank: int, address: str, file: P
         seen = {"raised": f"{type(error).__name__}: {error}"}
         group.control_steps().close(failed=True)
     file.write_text(json.dumps({**seen, "seconds": time.monotonic() - clock}))
-    time.sleep(1.0)  # rank 0 holds the store, from which the others still read
+    time.sleep(1.0)  # rank 0 hosts the store, and the others still read from it
     os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""What the ranks of test_lora_ranks.py do: train adapters in many ways and write down what came of it.
+"""Train LoRA adapters under several parallel settings; run on every rank by test_lora_ranks.py.
 
-Started with torchrun's variables; the argument is the folder to write `rank-0.json` into.
+Needs torchrun's environment variables. The argument is the folder for `rank-0.json`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from tests.unit.parallel.ranks import MICROS, OPTIMIZER, STEPS, difference, micr
 
 LORA = Lora(rank=2, alpha=8.0)
 FROZEN_EXPERTS = Lora(rank=2, experts=False, train_router=False)
-READERS = ("zero 3, experts over 2", "zero 3", "zero 1")
+READERS = ("zero 3, expert parallel 2", "zero 3", "zero 1")
 
 
 def loaded(folder: Path, lora: Lora, parallel: Parallel | None = None, dtype: str = "float32") -> Any:
-    torch.manual_seed(5)  # of the adapters
+    torch.manual_seed(5)  # seed of the adapters
     return load_policy(folder, dtype, parallel, lora).train()
 
 
 def alone(folder: Path, lora: Lora) -> dict[str, Any]:
-    """The witness: PEFT's own adapters in plain torch, one process, every micro-batch."""
+    """Train PEFT's adapters in plain torch in this process, on all micro-batches, as the witness."""
     net = loaded(folder, lora)
     optimizer = build_optimizer(net, OPTIMIZER)
     losses, norms = [], []
@@ -87,7 +87,7 @@ def exported(made: Any, folder: Path) -> None:
 
 
 def against(folder: Path, net: Any, target: Path) -> dict[str, float]:
-    """The largest differences from what a single process saves; infinite where a name or a shape differs."""
+    """Largest differences from the files of a single process; infinite if a name or a shape differs."""
     net.save_pretrained(target / "adapter")
     merge_lora(net).save_pretrained(target / "model")
     found = {}
@@ -103,8 +103,8 @@ def against(folder: Path, net: Any, target: Path) -> dict[str, float]:
     return found
 
 
-def held(made: Any) -> dict[str, int]:
-    """Elements that this rank holds of frozen and of trained parameters, and the optimizer's state."""
+def local_sizes(made: Any) -> dict[str, int]:
+    """Sizes on this rank: elements of frozen and trained parameters and of first moments; gradients of frozen ones."""
     parameters = list(made.module.parameters())
     state = getattr(made.optimizer, "optimizer", made.optimizer).state
     return {
@@ -125,11 +125,11 @@ def main(out: Path) -> None:
     dist.barrier()
     found: dict[str, Any] = {}
     witness = alone(base, LORA)
-    spread = Parallel(processes=ranks, expert_parallel_size=2)
+    expert_parallel = Parallel(processes=ranks, expert_parallel_size=2)
     settings = {
         "zero 3": Parallel(processes=ranks),
-        "zero 3, experts over 2": spread,
-        "zero 2, experts over 2": Parallel(processes=ranks, zero_stage=2, expert_parallel_size=2),
+        "zero 3, expert parallel 2": expert_parallel,
+        "zero 2, expert parallel 2": Parallel(processes=ranks, zero_stage=2, expert_parallel_size=2),
         "zero 1": Parallel(processes=ranks, zero_stage=1),
         "offload": Parallel(
             processes=ranks, expert_parallel_size=2, offload=Offload(optimizer="cpu", parameters="cpu")
@@ -137,24 +137,24 @@ def main(out: Path) -> None:
     }
     for name, parallel in settings.items():
         made = engine(base, parallel)
-        if parallel == spread:
+        if parallel == expert_parallel:
             exported(made, out / "start")
         trained = train(made)
         found[name] = difference(trained, witness)
-        found[f"held by {name}"] = held(made)
-        if parallel == spread:
+        found[f"local sizes, {name}"] = local_sizes(made)
+        if parallel == expert_parallel:
             uninterrupted = trained
             exported(made, out / "end")
         made.destroy()
     if rank == 0:
         found["export at the start"] = against(out / "start", loaded(base, LORA), out / "start-alone")
         found["export at the end"] = against(out / "end", witness["model"], out / "end-alone")
-    found["activation checkpointing"] = difference(train(engine(base, spread, checkpointing=True)), witness)
-    low = train(engine(base, spread, dtype="bfloat16"))
+    found["activation checkpointing"] = difference(train(engine(base, expert_parallel, checkpointing=True)), witness)
+    low = train(engine(base, expert_parallel, dtype="bfloat16"))
     found["bf16"] = max(abs(a - b) / b for a, b in zip(low["losses"], witness["losses"], strict=True))
 
     half = STEPS // 2
-    made = engine(base, spread)
+    made = engine(base, expert_parallel)
     train(made, range(half))
     save_training_state(made, out / "state")
     for name in READERS:
@@ -163,7 +163,7 @@ def main(out: Path) -> None:
         again = train(made, range(half, STEPS))
         found[f"state read by {name}"] = difference(again, {key: uninterrupted[key][half:] for key in again})
     witness = alone(base, FROZEN_EXPERTS)
-    for name in ("zero 3, experts over 2", "zero 2, experts over 2"):
+    for name in ("zero 3, expert parallel 2", "zero 2, expert parallel 2"):
         found[f"frozen experts, {name}"] = difference(train(engine(base, settings[name], FROZEN_EXPERTS)), witness)
     if rank == 0:
         (out / "rank-0.json").write_text(json.dumps(found))

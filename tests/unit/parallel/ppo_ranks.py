@@ -1,4 +1,4 @@
-"""What the ranks of test_ppo_ranks.py do: learn from the same rounds together and, each for itself, alone."""
+"""Train PPO on the same rollout batches, sharded over the ranks and alone on each; run by test_ppo_ranks.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.launch.ending import end_process
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
-from align.parallel import micro_batches as passes
+from align.parallel import micro_batches
 from align.parallel.experts import shard_experts
 from align.parallel.export import gathered
 from align.parallel.group import start_deepspeed
@@ -38,7 +38,7 @@ from tests.unit.rl import small
 from tests.unit.rl.small import build, completions, settings
 
 SIZES = {"batch_size": 9, "mini_batch_size": 3, "micro_batch_tokens": 12, "epochs": 2}
-"""Mini-batches of three completions of different lengths are cut into two or three passes, often an odd number."""
+"""Mini-batches of three completions of different lengths have two or three micro-batches, often an odd number."""
 EXPERTS = Parallel(processes=2, expert_parallel_size=2)
 TWO, ONE = (EXPERTS.model_copy(update={"zero_stage": stage}) for stage in (2, 1))
 THREE, NONE = (Parallel(processes=2, zero_stage=stage) for stage in (3, 0))
@@ -46,7 +46,7 @@ DECAY = 0.75
 CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
     "zero 3": (THREE, {}),
     "zero 0": (NONE, {}),
-    "zero 3, experts over 2": (
+    "zero 3, expert parallel 2": (
         EXPERTS,
         {
             "critic": {"warmup_steps": 1},
@@ -55,16 +55,16 @@ CASES: dict[str, tuple[Parallel, dict[str, Any]]] = {
             "loss_average": "completions",
         },
     ),
-    "zero 1, experts over 2": (
+    "zero 1, expert parallel 2": (
         ONE,
         {"advantage_estimator": "grpo", "completions_per_prompt": 3, "kl": {"apply_to": "loss", "estimator": "k3"}},
     ),
-    "zero 2, experts over 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
-    "zero 3, experts over 2, recomputed": (EXPERTS, {"gradient_checkpointing": True}),
+    "zero 2, expert parallel 2, the critic's head": (TWO, {"critic": {"trainable": "head"}}),
+    "zero 3, expert parallel 2, activation checkpointing": (EXPERTS, {"gradient_checkpointing": True}),
     "zero 3, the sampler's log-probabilities": (THREE, {"old_logprobs": "rollout"}),
-    "left out, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
-    "left out, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
-    "left out, zero 0": (NONE, {"kl": {"stop": 1e-3}}),
+    "kl stop, zero 3": (EXPERTS, {"kl": {"stop": 1e-3}}),
+    "kl stop, zero 2": (TWO, {"kl": {"stop": 1e-3}}),
+    "kl stop, zero 0": (NONE, {"kl": {"stop": 1e-3}}),
 }
 
 
@@ -81,7 +81,7 @@ def experience(seed: int) -> Experience:
     return made
 
 
-def prepared(stage: PpoStage, step: int) -> Experience:
+def rollout_batch(stage: PpoStage, step: int) -> Experience:
     batch = experience(step)
     if stage.mask_truncated:
         batch.loss_mask[:5] = 0
@@ -91,7 +91,7 @@ def prepared(stage: PpoStage, step: int) -> Experience:
 def rounds(stage: PpoStage, models: Models, steps: range) -> list[dict[str, float]]:
     found = []
     for step in steps:
-        batch = prepared(stage, step)
+        batch = rollout_batch(stage, step)
         measured = complete_batch(stage, models, batch, 0.1)
         measured |= update(stage, models, batch, step=step, seed=1, kl_coef=0.1)
         found.append(measured)
@@ -99,13 +99,13 @@ def rounds(stage: PpoStage, models: Models, steps: range) -> list[dict[str, floa
 
 
 def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Models]:
-    """The witness: the same loop where the ranks do not know of each other."""
-    real, passes.world = passes.world, lambda: (0, 1)
+    """Run the same loop on each rank alone, without collectives, as the witness."""
+    real, micro_batches.world = micro_batches.world, lambda: (0, 1)
     try:
         models = whole(stage)
         return rounds(stage, models, steps), models
     finally:
-        passes.world = real
+        micro_batches.world = real
 
 
 def whole(stage: PpoStage) -> Models:
@@ -119,7 +119,7 @@ def whole(stage: PpoStage) -> Models:
     return models
 
 
-def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Models:
+def sharded(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Models:
     local = whole(stage)
     learner = partial(ShardedLearner, total=1, parallel=parallel, dtype=dtype)
     policy, reference, critic = local.policy.model, local.reference.model, local.critic and local.critic.model
@@ -137,7 +137,7 @@ def spread(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Model
 
 
 def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """The largest difference of a metric, relative to it or to 0.01."""
+    """Largest difference of a metric, relative to its size or to 0.01."""
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         assert set(one) == set(other), set(one) ^ set(other)
@@ -146,11 +146,11 @@ def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
 
 
 def weights(models: Models) -> dict[str, torch.Tensor]:
-    """The policy's, whole, on rank 0; of no elements on the others."""
+    """Full weights of the policy on rank 0; empty tensors on the other ranks."""
     return {name: tensor.clone() for name, tensor in gathered(models.policy.model, torch.float32)}
 
 
-def averages(models: Models) -> dict[str, torch.Tensor]:
+def ema_weights(models: Models) -> dict[str, torch.Tensor]:
     models.policy.swap_ema()
     found = weights(models)
     models.policy.swap_ema()
@@ -158,15 +158,15 @@ def averages(models: Models) -> dict[str, torch.Tensor]:
 
 
 def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of an element, on rank 0."""
+    """Largest difference of an element on rank 0; 0 on the other ranks."""
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one) if dist.get_rank() == 0 else 0.0
 
 
 def against_alone(stage: PpoStage, parallel: Parallel) -> dict[str, Any]:
-    """Two rounds of both, and how far apart they are."""
+    """Differences after two rounds between the sharded models and the witness."""
     expected, witness = alone(stage, range(2))
-    models = spread(stage, parallel)
+    models = sharded(stage, parallel)
     measured, seen = [], [weights(models)]
     for step in range(2):
         measured += rounds(stage, models, range(step, step + 1))
@@ -178,9 +178,9 @@ def against_alone(stage: PpoStage, parallel: Parallel) -> dict[str, Any]:
     return {
         "metrics": [difference(measured[:1], expected[:1]), difference(measured[1:], expected[1:])],
         "weights": differ(weights(models), weights(witness)),
-        "average": differ(averages(models), averages(witness)),
-        "average by hand": differ(averages(models), by_hand),
-        "weights after averaging": differ(weights(models), seen[2]),
+        "ema": differ(ema_weights(models), ema_weights(witness)),
+        "ema by hand": differ(ema_weights(models), by_hand),
+        "weights after swapping the ema": differ(weights(models), seen[2]),
         "updates": [line["policy_updates"] for line in expected],
     }
 
@@ -196,33 +196,33 @@ def load(models: Models, folder: Path) -> None:
 
 
 def resumed(out: Path) -> dict[str, Any]:
-    """Rounds after a state of `EXPERTS` was read by several arrangements, against those of the run that wrote it."""
+    """Differences from the run that saved a state under `EXPERTS`, one round after several settings have loaded it."""
     stage = settings(**SIZES)
-    models = spread(stage, EXPERTS)
+    models = sharded(stage, EXPERTS)
     rounds(stage, models, range(1))
     save(models, out / "state")
     expected = rounds(stage, models, range(1, 2))
     found = {}
     for name, parallel in {"the same": EXPERTS, "zero 2": TWO, "zero 0": NONE}.items():
-        again = spread(stage, parallel)
+        again = sharded(stage, parallel)
         load(again, out / "state")
         found[name] = [
             difference(rounds(stage, again, range(1, 2)), expected),
-            differ(averages(again), averages(models)),
+            differ(ema_weights(again), ema_weights(models)),
         ]
     return found
 
 
-def resumed_narrow(out: Path) -> list[float]:
-    """The same in bf16 without ZeRO, and how far the weights have come on either rank."""
+def resumed_bf16(out: Path) -> list[float]:
+    """In bf16 without ZeRO: difference of metrics and of weights after a resume, and the change of the weights."""
     stage = settings(**SIZES)
-    models = spread(stage, NONE, "bfloat16")
+    models = sharded(stage, NONE, "bfloat16")
     before = {name: tensor.float().clone() for name, tensor in models.policy.model.named_parameters()}
     rounds(stage, models, range(1))
-    save(models, out / "narrow")
+    save(models, out / "bf16")
     expected = rounds(stage, models, range(1, 2))
-    again = spread(stage, NONE, "bfloat16")
-    load(again, out / "narrow")
+    again = sharded(stage, NONE, "bfloat16")
+    load(again, out / "bf16")
     apart = difference(rounds(stage, again, range(1, 2)), expected)
     pairs = zip(again.policy.model.named_parameters(), models.policy.model.parameters(), strict=True)
     ranks = torch.tensor([max((ours - theirs).abs().max().item() for (_, ours), theirs in pairs)])
@@ -232,7 +232,7 @@ def resumed_narrow(out: Path) -> list[float]:
 
 
 def scored(out: Path) -> dict[str, Any]:
-    """A reward model's scores from all ranks together against a rank's own; the share of it that each holds."""
+    """Differences between a sharded and an unsharded reward model's scores, and the fraction of it on this rank."""
     folder = out / "reward"
     if dist.get_rank() == 0:
         tokenizer = train_tokenizer(["a"], 259)
@@ -242,37 +242,37 @@ def scored(out: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(folder)
     dist.barrier()
     batch = experience(0)
-    real, passes.world = passes.world, lambda: (0, 1)
+    real, micro_batches.world = micro_batches.world, lambda: (0, 1)
     try:
         witness = ModelScorer(folder, "float32", 12)
         expected = witness.scores(batch)
     finally:
-        passes.world = real
+        micro_batches.world = real
     found = {}
     for name, parallel in {
         "zero 3": THREE,
-        "zero 3, experts over 2": EXPERTS,
-        "zero 2, experts over 2": TWO,
+        "zero 3, expert parallel 2": EXPERTS,
+        "zero 2, expert parallel 2": TWO,
         "zero 0": NONE,
     }.items():
         scorer = ModelScorer(folder, "float32", 12, parallel)
-        held, every = (
+        local, total = (
             sum(local_values(parameter).numel() for parameter in model.parameters())
             for model in (scorer.model, witness.model)
         )
         found[name] = {
             "difference": (scorer.scores(batch) - expected).abs().max().item(),
             "again": (scorer.scores(batch.rows(torch.tensor([4, 1]))) - expected[[4, 1]]).abs().max().item(),
-            "held": held / every,
+            "local share": local / total,
         }
-    found["spread of the scores"] = expected.std().item()
+    found["standard deviation"] = expected.std().item()
     return found
 
 
 def poisoned_update(parallel: Parallel) -> dict[str, Any]:
-    """The error of every rank, and the largest change of a weight."""
+    """Errors of all ranks for an update with NaN advantages, and the largest change of a weight."""
     stage = settings(**{**SIZES, "epochs": 1})
-    models = spread(stage, parallel)
+    models = sharded(stage, parallel)
     poisoned = experience(0)
     complete_batch(stage, models, poisoned, 0.1)
     assert poisoned.advantages is not None
@@ -293,10 +293,10 @@ def main(out: Path) -> None:
     for name, (parallel, changes) in CASES.items():
         found[name] = against_alone(settings(**SIZES, **changes), parallel)
     found["resumed"] = resumed(out)
-    found["resumed in bf16"] = resumed_narrow(out)
+    found["resumed in bf16"] = resumed_bf16(out)
     found["scores"] = scored(out)
 
-    for name, parallel in {"zero 3, experts over 2": EXPERTS, "zero 0": NONE}.items():
+    for name, parallel in {"zero 3, expert parallel 2": EXPERTS, "zero 0": NONE}.items():
         found[f"a loss that is not finite, {name}"] = poisoned_update(parallel)
     if dist.get_rank() == 0:
         (out / "rank-0.json").write_text(json.dumps(found))

@@ -1,6 +1,6 @@
-"""What the ranks of test_expert_parallel.py do: train a small model in many ways and write down what came of it.
+"""Train a small model under several parallel settings; run on every rank by test_expert_parallel.py.
 
-Started with torchrun's variables; the argument is the folder to write `rank-0.json` into.
+Needs torchrun's environment variables. The argument is the folder for `rank-0.json`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SIZES = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.05,
     "router_z_loss_coef": 0.001,
-    # Full experts pass tokens on at random, and some find no place: all that the router can do.
+    # Full experts recycle tokens at random and some tokens are dropped, so every path of the router is covered.
     "moe_topk": 1,
     "capacity_factor": 0.9,
     "moe_drop_tokens": True,
@@ -58,7 +58,7 @@ OPTIMIZER = Optimizer(
     learning_rate=5e-3, expert_learning_rate_scale=0.4, weight_decay=0.1, max_grad_norm=0.5, schedule="constant"
 )
 MICROS, STEPS = 4, 6
-"""Micro-batches in a step, over all ranks; steps."""
+"""Micro-batches per step, over all ranks; number of steps."""
 
 
 def model(**changes: Any) -> HunYuanForCausalLM:
@@ -67,7 +67,7 @@ def model(**changes: Any) -> HunYuanForCausalLM:
 
 
 def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
-    """Two sequences, one of them padded. Also sets the seed by which full experts pass tokens on."""
+    """Two sequences, one of them padded. Also seeds the random recycling of tokens."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     ids = torch.randint(1, SIZES["vocab_size"], (2, 12), generator=generator)
     mask = torch.ones_like(ids)
@@ -77,7 +77,7 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
 
 
 def alone(steps: range = range(STEPS), **changes: Any) -> dict[str, Any]:
-    """The witness: plain torch, one process, every micro-batch."""
+    """Train in plain torch in this process, on all micro-batches, as the witness."""
     net = model(**changes)
     prepare(net, changes)
     optimizer = build_optimizer(net, OPTIMIZER)
@@ -98,7 +98,7 @@ def alone(steps: range = range(STEPS), **changes: Any) -> dict[str, Any]:
 
 def prepare(net: HunYuanForCausalLM, changes: dict[str, Any]) -> None:
     if changes.get("moe_drop_tokens") is False:
-        # Equal scores: every token goes to one expert, and seven never get one.
+        # With equal scores every token goes to the same expert; the other seven get none.
         for layer in net.model.layers:
             layer.mlp.gate.weight.data.zero_()
             layer.mlp.gate.weight.requires_grad_(False)
@@ -138,7 +138,7 @@ def train(made: Any, steps: range = range(STEPS)) -> dict[str, Any]:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest relative difference of losses and gradient norms."""
+    """Largest relative difference of losses and gradient norms."""
     pairs = [*zip(one["losses"], other["losses"], strict=True), *zip(one["norms"], other["norms"], strict=True)]
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
@@ -150,7 +150,7 @@ def exported(made: Any, folder: Path) -> None:
 
 
 def against(folder: Path, net: HunYuanForCausalLM, target: Path) -> float:
-    """The largest difference from an ordinary save of a model; infinite where a name is missing."""
+    """Largest difference from the file that `save_pretrained` writes; infinite if the names differ."""
     net.save_pretrained(target)
     ours = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
     theirs = load_file(target / "model.safetensors")
@@ -160,7 +160,7 @@ def against(folder: Path, net: HunYuanForCausalLM, target: Path) -> float:
 
 
 def loaded(parallel: Parallel, folder: Path) -> tuple[Any, float]:
-    """An engine whose ranks have each read their part of a checkpoint; the share of its bytes that this one read."""
+    """An engine whose ranks each loaded a shard of a checkpoint, and the fraction of its bytes that this rank read."""
     read: list[int] = []
     real = StoredTensor.read_into
 
@@ -192,44 +192,50 @@ def main(out: Path) -> None:
     found["witness"] = witness["losses"]
     settings = {
         "zero 3": Parallel(processes=ranks),
-        "zero 3, experts over 2": Parallel(processes=ranks, expert_parallel_size=2),
-        "zero 2, experts over 2": Parallel(processes=ranks, zero_stage=2, expert_parallel_size=2),
-        "zero 1, experts over 2": Parallel(processes=ranks, zero_stage=1, expert_parallel_size=2),
+        "zero 3, expert parallel 2": Parallel(processes=ranks, expert_parallel_size=2),
+        "zero 2, expert parallel 2": Parallel(processes=ranks, zero_stage=2, expert_parallel_size=2),
+        "zero 1, expert parallel 2": Parallel(processes=ranks, zero_stage=1, expert_parallel_size=2),
         "offload": Parallel(
             processes=ranks, expert_parallel_size=2, offload=Offload(optimizer="cpu", parameters="cpu")
         ),
     }
     for name, parallel in settings.items():
         made = engine(parallel)
-        if name == "zero 3, experts over 2":
+        if name == "zero 3, expert parallel 2":
             exported(made, out / "start")
             if rank == 0:
                 found["export at the start"] = against(out / "start", model(), out / "start-plain")
         found[name] = difference(train(made), witness)
-        if name == "zero 3, experts over 2":
+        if name == "zero 3, expert parallel 2":
             exported(made, out / "end")
             if rank == 0:
                 found["export at the end"] = against(out / "end", witness["model"], out / "end-plain")
         made.destroy()
-    spread = settings["zero 3, experts over 2"]
-    found["activation checkpointing"] = difference(train(engine(spread, checkpointing=True)), witness)
+    expert_parallel = settings["zero 3, expert parallel 2"]
+    found["activation checkpointing"] = difference(train(engine(expert_parallel, checkpointing=True)), witness)
     idle = {"moe_drop_tokens": False}
-    found["experts without tokens"] = difference(train(engine(spread, **idle)), alone(**idle))
-    low = train(engine(spread, dtype="bfloat16"))
+    found["experts without tokens"] = difference(train(engine(expert_parallel, **idle)), alone(**idle))
+    low = train(engine(expert_parallel, dtype="bfloat16"))
     found["bf16"] = max(abs(a - b) / b for a, b in zip(low["losses"], witness["losses"], strict=True))
 
     half = STEPS // 2
-    made = engine(spread)
+    made = engine(expert_parallel)
     train(made, range(half))
     save_training_state(made, out / "state")
     rest = {key: witness[key][half:] for key in ("losses", "norms")}
-    for name in ("zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "zero 1, experts over 2", "offload"):
+    for name in (
+        "zero 3, expert parallel 2",
+        "zero 3",
+        "zero 2, expert parallel 2",
+        "zero 1, expert parallel 2",
+        "offload",
+    ):
         made = engine(settings[name])
         load_training_state(made, out / "state")
         found[f"state read by {name}"] = difference(train(made, range(half, STEPS)), rest)
     made = engine(Parallel(processes=ranks, zero_stage=0))
     load_training_state(made, out / "state")
-    losses = train(made, range(half, STEPS))["losses"]  # DeepSpeed tells no norms there
+    losses = train(made, range(half, STEPS))["losses"]  # DeepSpeed reports no gradient norms there
     found["state read by zero 0"] = max(abs(a - b) / b for a, b in zip(losses, rest["losses"], strict=True))
     for stage, dtype in ((2, "float32"), (1, "float32"), (2, "bfloat16"), (1, "bfloat16")):
         own = Parallel(processes=ranks, zero_stage=stage)
@@ -237,13 +243,13 @@ def main(out: Path) -> None:
         made = engine(own, dtype=dtype)
         train(made, range(half))
         save_training_state(made, folder)
-        going_on = train(made, range(half, STEPS))
+        uninterrupted = train(made, range(half, STEPS))
         for reader, parallel in {"itself": own, "zero 3": settings["zero 3"]}.items():
             made = engine(parallel, dtype=dtype)
             load_training_state(made, folder)
-            apart = difference(train(made, range(half, STEPS)), going_on)
+            apart = difference(train(made, range(half, STEPS)), uninterrupted)
             found[f"state of zero {stage} in {dtype} read by {reader}"] = apart
-    for name in ("zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "offload"):
+    for name in ("zero 3, expert parallel 2", "zero 3", "zero 2, expert parallel 2", "offload"):
         made, share = loaded(settings[name], out / "start")
         shares = torch.zeros(ranks)
         shares[rank] = share

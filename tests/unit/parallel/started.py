@@ -1,4 +1,4 @@
-"""Start a Python file as ranks, the way the library's launcher does."""
+"""Start a Python file on several ranks, as align's launcher does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run_ranks(file: str, ranks: int, folder: Path) -> None:
-    """Run tests/unit/parallel/FILE FOLDER on all ranks; what they write to stderr is in folder/RANK.log."""
+    """Run tests/unit/parallel/FILE FOLDER on all ranks, with stderr in folder/RANK.log."""
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(ranks):

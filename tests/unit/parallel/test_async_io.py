@@ -1,4 +1,4 @@
-"""Compiling what DeepSpeed reaches a disk with: one process at a time, and a killed one leaves nobody waiting."""
+"""One process at a time compiles DeepSpeed's async_io, and a killed one does not block the others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start(script: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_leaves_no_lock_and_a_living_one_is_waited_for(tmp_path: Path) -> None:
+def test_a_process_waits_for_a_running_one_and_not_for_a_killed_one(tmp_path: Path) -> None:
     holder = start(HOLDER, tmp_path)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "compiling\n"
@@ -46,7 +46,7 @@ def test_a_killed_process_leaves_no_lock_and_a_living_one_is_waited_for(tmp_path
     holder.kill()
     holder.wait()
     assert waiter.communicate(timeout=60)[0] == "inside\n"
-    assert FileBaton(str(tmp_path / "async_io" / "lock")).try_acquire()  # torch would compile, and not wait
+    assert FileBaton(str(tmp_path / "async_io" / "lock")).try_acquire()  # torch would compile without waiting
 
 
 def test_torch_compiles_in_the_folder_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""Ranks that leave the common path end the run within seconds, with their number and step; others may wait for long.
+"""A rank that is late, dead or at another step ends the run within seconds, with an error that names it and its step.
 
-The ranks are real processes (control_ranks.py) whose time limits are seconds.
+Waiting for the work of rank 0 has no time limit. The ranks are processes (control_ranks.py) with short time limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEAD = r"rank 1 is dead: no heartbeat for 2 seconds; the last step it reached is
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """What each rank of each scenario saw; {} for a killed rank."""
+    """Results of each scenario by rank; {} for a killed rank."""
     folder = tmp_path_factory.mktemp("ranks")
     script = [sys.executable, str(Path(__file__).with_name("control_ranks.py")), str(folder)]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -39,13 +39,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     [
         ("skips_a_step", (0, 2), SKIPPED),
         ("calls_another_step", (1,), "rank 2 is at step 2 'draw'; rank {rank} is at step 2 'score'"),
-        ("does_not_come", (1,), LATE),
+        ("is_late", (1,), LATE),
         ("is_killed", (2,), DEAD),
         ("loses_rank_0", (1, 2), r"rank 0 is gone \(.*\); rank {rank} is at step 2 'draw'"),
-        ("gets_a_bug", (1, 2), "rank 0 has failed at step 1 'draw'; rank {rank} is at step 1 'draw'"),
+        ("has_a_bug", (1, 2), "rank 0 has failed at step 1 'draw'; rank {rank} is at step 1 'draw'"),
     ],
 )
-def test_the_others_raise_an_error_that_names_the_rank_and_its_step(seen, scenario, ranks, sentence) -> None:
+def test_other_ranks_raise_an_error_that_names_the_rank_and_its_step(seen, scenario, ranks, sentence) -> None:
     for rank in ranks:
         raised = seen[scenario][rank]["raised"]
         assert re.match("RankError: " + sentence.format(rank=rank), raised) is not None, raised
@@ -53,7 +53,7 @@ def test_the_others_raise_an_error_that_names_the_rank_and_its_step(seen, scenar
 
 
 def test_rank_0_keeps_its_own_exception(seen) -> None:
-    assert seen["gets_a_bug"][0]["raised"].startswith("ZeroDivisionError: ")
+    assert seen["has_a_bug"][0]["raised"].startswith("ZeroDivisionError: ")
 
 
 def test_a_users_error_of_rank_0_is_raised_on_every_rank(seen) -> None:
@@ -69,5 +69,5 @@ def test_a_step_inside_rank_0s_own_work_is_refused(seen) -> None:
     assert "step 'inside' is for all ranks" in seen["nests_steps"][0]["raised"]
 
 
-def test_ranks_stop_after_the_same_step_when_one_of_them_is_asked_to(seen) -> None:
+def test_ranks_stop_after_the_same_step_when_one_of_them_gets_a_signal(seen) -> None:
     assert [rank["result"] for rank in seen["stops_together"]] == [5, 5, 5]

@@ -1,4 +1,4 @@
-"""Everything of DeepSpeed that is not in its documentation and that `align/parallel` uses still exists."""
+"""Every undocumented name of DeepSpeed that `align/parallel` uses still exists."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ASSIGNED = {
         "param_group_index",
     ],
 }
-"""Attributes that instances, or parameters, get by an assignment or as a dataclass field."""
+"""Attributes of instances or parameters, set by an assignment or as a dataclass field."""
 READ = {
     STAGE_2: ["allreduce", "group_name"],
     f"{ZERO}partition_parameters": ["ds_zero_partition_process_group"],
@@ -81,7 +81,7 @@ NOT_DEEPSPEEDS = {"_parameters", "_from_config", "_get_default_store", "_replace
 
 
 def find(path: str) -> object:
-    """The module or class of that dotted path."""
+    """The module or class with this dotted path."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError:
@@ -108,7 +108,7 @@ def test_name_is_read(path: str, name: str) -> None:
     assert re.search(rf"\b{name}\b", inspect.getsource(find(path))), f"{path} does not read {name}"
 
 
-def test_the_tables_have_every_private_name_that_is_used() -> None:
+def test_the_tables_list_every_private_name_that_is_used() -> None:
     used = {
         node.attr
         for file in PARALLEL.glob("*.py")

@@ -1,4 +1,4 @@
-"""The parallel section: DeepSpeed's configuration from it, and what it refuses."""
+"""The parallel section of a recipe: its DeepSpeed configuration and its errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_deepspeed_config_is_the_golden_one(name: str) -> None:
 
 
 def test_deepspeed_accepts_the_golden_configurations() -> None:
-    """DeepSpeed's own reader, in a process of its own: the rest of the tests must not import it."""
+    """DeepSpeed's own parser accepts them, in a subprocess because other tests must not import DeepSpeed."""
     program = (
         "import json, os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
         "from deepspeed.runtime.config import DeepSpeedConfig\n"
@@ -42,7 +42,7 @@ def test_deepspeed_accepts_the_golden_configurations() -> None:
     subprocess.run([sys.executable, "-c", program, str(GOLDEN)], check=True, timeout=300, capture_output=True)
 
 
-def test_an_optimizer_step_has_the_same_sequences_for_any_number_of_processes() -> None:
+def test_an_optimizer_step_has_the_same_number_of_sequences_for_any_number_of_processes() -> None:
     for processes in (1, 2, 4):
         steps = accumulation_steps(Parallel(processes=processes), 32, 4)
         assert steps * processes * 4 == 32
@@ -59,15 +59,15 @@ def test_an_optimizer_step_has_the_same_sequences_for_any_number_of_processes() 
         ("{zero_stage: 4}", "'parallel.zero_stage' is 4, but must be one of 0, 1, 2 or 3"),
     ],
 )
-def test_a_mix_that_cannot_run_is_refused_with_a_sentence(section: str, sentence: str) -> None:
+def test_contradictory_settings_are_refused(section: str, sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         load_recipe("tiny", [f"parallel={section}"])
     assert sentence in str(refused.value)
 
 
 @pytest.mark.slow
-def test_a_single_process_has_none_of_this(tmp_path: Path) -> None:
-    """A run without a `parallel` section trains a stage without what starts DeepSpeed and joins processes."""
+def test_a_single_process_does_not_use_deepspeed(tmp_path: Path) -> None:
+    """Without a `parallel` section, a run joins no process group and imports only the modules listed here."""
     program = (
         "import sys\n"
         "from align.config import load_recipe\n"

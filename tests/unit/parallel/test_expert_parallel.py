@@ -22,16 +22,16 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     "case",
     [
         "zero 3",
-        "zero 3, experts over 2",
-        "zero 2, experts over 2",
-        "zero 1, experts over 2",
+        "zero 3, expert parallel 2",
+        "zero 2, expert parallel 2",
+        "zero 1, expert parallel 2",
         "offload",
         "activation checkpointing",
         "experts without tokens",
     ],
 )
-def test_losses_and_gradient_norms_are_those_of_one_process(found: dict, case: str) -> None:
-    """Top-1 weights, capacity, recycling, balance and z-loss, clipping, accumulation, expert learning rates."""
+def test_losses_and_gradient_norms_equal_those_of_one_process(found: dict, case: str) -> None:
+    """Covers top-1 routing, capacity, recycling, balance and z-loss, clipping, accumulation, expert learning rates."""
     assert found[case] < 1e-5
 
 
@@ -39,33 +39,40 @@ def test_bf16_is_near(found: dict) -> None:
     assert found["bf16"] < 0.02
 
 
-def test_an_export_is_what_one_process_saves(found: dict) -> None:
+def test_an_export_equals_the_save_of_one_process(found: dict) -> None:
     assert found["export at the start"] == 0
     assert found["export at the end"] < 1e-5
 
 
 @pytest.mark.parametrize(
     "reader",
-    ["zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "zero 1, experts over 2", "offload", "zero 0"],
+    [
+        "zero 3, expert parallel 2",
+        "zero 3",
+        "zero 2, expert parallel 2",
+        "zero 1, expert parallel 2",
+        "offload",
+        "zero 0",
+    ],
 )
-def test_a_state_is_read_by_any_other_arrangement(found: dict, reader: str) -> None:
+def test_a_state_loads_with_other_parallel_settings(found: dict, reader: str) -> None:
     assert found[f"state read by {reader}"] < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_state_of_the_lower_stages_is_whole(found: dict, stage: int, dtype: str, tolerance: float) -> None:
-    """Several parameter groups, of which DeepSpeed links the first alone to its moments."""
+def test_a_state_of_zero_1_and_2_is_complete(found: dict, stage: int, dtype: str, tolerance: float) -> None:
+    """The optimizer has several parameter groups; DeepSpeed links moments to parameters only in the first."""
     assert found[f"state of zero {stage} in {dtype} read by itself"] == 0
     assert found[f"state of zero {stage} in {dtype} read by zero 3"] < tolerance
 
 
-@pytest.mark.parametrize("reader", ["zero 3, experts over 2", "zero 3", "zero 2, experts over 2", "offload"])
-def test_each_rank_reads_its_own_part(found: dict, reader: str) -> None:
+@pytest.mark.parametrize("reader", ["zero 3, expert parallel 2", "zero 3", "zero 2, expert parallel 2", "offload"])
+def test_each_rank_reads_only_its_shard(found: dict, reader: str) -> None:
     assert found[f"loaded for {reader}"] < 1e-5
     shares = found[f"shares read for {reader}"]
     if "zero 2" in reader:
         assert max(shares) < 0.85  # all but the other ranks' experts
     else:
-        assert sum(shares) == pytest.approx(1, abs=0.15)  # headers are bytes, too
+        assert sum(shares) == pytest.approx(1, abs=0.15)  # file headers count too
         assert max(shares) < 1.1 / len(shares)

@@ -1,6 +1,6 @@
-"""Every name of vLLM that align/rollout uses exists, so that an upgrade fails here, in one line per name.
+"""Every name of vLLM that align/rollout uses exists; after an upgrade, each missing name fails here in one line.
 
-No engine is started. test_vllm_engine.py and test_remote_vllm.py show that the names do what is needed.
+No engine is started. test_vllm_engine.py and test_remote_vllm.py test the behaviour.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The remote engine on fake servers that fail in every way, so that the tests take seconds.
+"""The remote engine on fake servers with every kind of failure. Fake servers keep these tests to seconds.
 
 test_remote_vllm.py tests it on real vLLM servers.
 """

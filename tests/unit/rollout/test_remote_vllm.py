@@ -135,7 +135,7 @@ def test_an_update_reaches_every_server(engine, model, transfer):
 
 
 def test_killing_a_server_during_generation_changes_no_completion(engine, local, model):
-    """Only its front end is killed; its engine becomes an orphan, which must end too."""
+    """Only the front end is killed. Its engine process is then an orphan and must end too."""
     front, *rest = family(engine.servers[0].process.pid)
     timer = threading.Timer(0.4, front.kill)
     timer.start()

@@ -56,7 +56,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module, size: float = 0.03) -> None:
-    """Change all weights, by more than an optimizer step; draw the norms anew."""
+    """Change all weights by more than an optimizer step does; redraw the norms."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
@@ -169,22 +169,22 @@ def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
         engine.close()
 
 
-def test_closing_one_engine_leaves_another_alone(engine, model):
+def test_closing_one_engine_does_not_affect_another(engine, model):
     """The previous test closed a second engine, and vLLM's own shutdown would destroy the first one's groups too."""
     engine.update_weights(published_weights(model), 0)
     assert error(model, engine.generate(PROMPTS, SamplingSettings(4, seed=3)), 1.0) < TOLERANCE
 
 
 def test_the_trainers_process_group_outlives_the_engine(tmp_path):
-    """As under torchrun: an existing process group still works after the engine is closed."""
+    """A process group that exists before the engine, as under torchrun, still works after the engine is closed."""
     script = Path(__file__).parent / "engine_beside_group.py"
     ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.splitlines()[-1] == "3.0 3.0"
 
 
-def test_a_prompts_beginning_is_computed_once(engine, model):
-    """Of four completions of a prompt of 96 tokens, three read its whole blocks from the cache."""
+def test_a_shared_prompt_is_computed_once(engine, model):
+    """Three of the four completions of a 96-token prompt read its full blocks from the prefix cache."""
     settings = SamplingSettings(8, seed=3, n=4)
     engine.update_weights(published_weights(model), 0)
     rows = engine.generate(LONG, settings)
@@ -215,7 +215,7 @@ def test_a_prefix_cached_under_old_weights_does_not_outlive_them(engine, model):
         engine.update_weights(published_weights(model), 0)
 
 
-def test_the_trainers_torch_is_left_alone(engine, model):
+def test_the_engine_does_not_change_the_trainers_torch_state(engine, model):
     def state():
         return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()
 
@@ -331,7 +331,7 @@ def test_sleep_and_wake_change_nothing_on_a_cpu(engine, model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="sleeping moves GPU memory; there is no GPU")
-def test_a_sleeping_engine_gives_its_gpu_memory_back(model, tmp_path):
+def test_a_sleeping_engine_frees_its_gpu_memory(model, tmp_path):
     engine = start(model, tmp_path, Rollout(max_model_length=128, cache_gib=1.0, max_sequences=8, sleep=True))
     try:
         before = engine.generate(PROMPTS, SamplingSettings(8, seed=1))
@@ -360,7 +360,7 @@ VARIANTS = {
         "tie_word_embeddings": False,
     },
     "dense": {"num_experts": 1, "use_cla": False, "use_qk_norm": False},
-    "three layers a cache, no shared expert, odd vocabulary, biases": {
+    "three layers per cache, no shared expert, odd vocabulary, biases": {
         "cla_share_factor": 3,
         "use_mixed_mlp_moe": False,
         "vocab_size": 331,

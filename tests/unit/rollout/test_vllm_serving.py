@@ -21,7 +21,7 @@ PROMPTS = [[5, 6, 7, 8, 9], list(range(40, 60))]
 SIZES = {
     "vocab_size": 384,
     "hidden_size": 64,
-    "intermediate_size": 64,  # 32 for each of two ranks: what the kernel for experts takes
+    "intermediate_size": 64,  # 32 per rank on two ranks, which the experts' kernel supports
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

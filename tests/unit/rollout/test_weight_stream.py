@@ -1,4 +1,4 @@
-"""Buckets keep the stream whole and in order; a digest sees any change; packed bytes are a safetensors file."""
+"""Buckets keep the stream complete and in order; a digest detects any change; packed bytes are a safetensors file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_buckets_hold_the_stream_once_and_in_order(size):
 
 
 def test_only_one_bucket_is_drawn_at_a_time():
-    """What a stream merges or gathers must not pile up."""
+    """Tensors that the stream merges or gathers must not accumulate in memory."""
     drawn = []
 
     def lazily():
@@ -41,7 +41,7 @@ def test_only_one_bucket_is_drawn_at_a_time():
 
     cut = buckets(lazily(), 9000, torch.float32)
     next(cut)
-    assert drawn == ["w0", "w1", "w2", "w3"]  # the first three, and the one that no longer fitted
+    assert drawn == ["w0", "w1", "w2", "w3"]  # three in the bucket, and one that does not fit into it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,7 +58,7 @@ def test_packed_bytes_are_a_safetensors_file(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (4096, 7), (1,), ()])
-def test_a_digest_sees_every_single_change(dtype, shape):
+def test_a_digest_detects_every_single_change(dtype, shape):
     torch.manual_seed(0)
     tensor = torch.randn(shape).to(dtype)
     before = digest(tensor)
@@ -71,7 +71,7 @@ def test_a_digest_sees_every_single_change(dtype, shape):
         assert digest(changed) != before
 
 
-def test_a_digest_sees_moved_values_shapes_and_types():
+def test_a_digest_detects_moved_values_shapes_and_types():
     torch.manual_seed(0)
     tensor = torch.randn(64, 4096)
     before = digest(tensor)
@@ -85,12 +85,12 @@ def test_a_digest_sees_moved_values_shapes_and_types():
 
 
 def test_a_digest_does_not_depend_on_where_the_tensor_lies():
-    """Views with any offset: a row of a stack, a slice of a bf16 matrix."""
+    """Views with an offset have the digest of a copy: a row of a stack, a slice of a bf16 matrix."""
     base = torch.randn(9, 31).to(torch.bfloat16)
     for view in (base[1], base[:, 3:5], base.T[2:7], base.view(-1)[3:11]):
         assert digest(view) == digest(view.clone().contiguous())
 
 
-def test_the_combined_digest_names_what_it_hashes():
+def test_the_combined_digest_depends_on_names_and_not_on_order():
     assert combined_digest({"a": "1", "b": "2"}) == combined_digest({"b": "2", "a": "1"})
     assert combined_digest({"a": "1", "b": "2"}) != combined_digest({"a": "2", "b": "1"})

@@ -33,11 +33,11 @@ SIZES = {
 }
 WORDS = tuple("abcdefghijklmnopq")
 LENGTHS = (2, 11, 5, 8, 3)
-"""Words per row: five rows, so that a batch of six in micro-batches of two has a last one of one row."""
+"""Words per row. There are five rows, so the last micro-batch of two has only one."""
 
 
 def checkpoint(folder: Path) -> Path:
-    """A random model whose routers have no losses, with its tokenizer."""
+    """Save a random model without router losses, and its tokenizer, to `folder`; return the folder."""
     tokenizer = train_tokenizer([" ".join(WORDS)], 300)
     torch.manual_seed(0)
     config = HunYuanConfig(vocab_size=len(tokenizer), router_aux_loss_coef=0.0, **SIZES)
@@ -109,7 +109,7 @@ def build(
 
 
 class Keep(TrainerCallback):
-    """The step's gradients by parameter, and its logged values."""
+    """Callback that keeps the step's gradients by parameter and its logged values."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def gradient_of(trainer: Any) -> dict[str, Tensor]:
 
 
 class Accelerator:
-    """`Accelerator` of one of several ranks, which are threads of this process."""
+    """Stand-in for `Accelerator` on one of several ranks, which are threads of this process."""
 
     def __init__(self, real: Any, rank: int, ranks: int, exchange: Callable[[int, Any], list[Any]]):
         self.real, self.rank, self.num_processes, self.exchange = real, rank, ranks, exchange

@@ -1,4 +1,4 @@
-"""One step's gradient does not depend on how its batch is cut into micro-batches, accumulation steps and ranks."""
+"""The gradient of a step does not depend on the split of its batch into micro-batches and over ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows of unequal lengths in one micro-batch, in three of 2, 2 and 1 rows; z-loss on."""
+    """Five rows of unequal length give the same gradient in one micro-batch and in three (2, 2, 1), with z-loss."""
     router = {"router_z_loss_coef": 0.1}
     whole, cut = (
         train_one_step(
@@ -72,7 +72,7 @@ def dpo_trainers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize("loss_type", [name for name in PREFERENCE_LOSSES if name not in WHOLE_BATCH])
-def test_micro_batches_of_every_loss_of_pairs(loss_type: str, dpo_trainers: list[Any]) -> None:
+def test_micro_batches_with_every_preference_loss(loss_type: str, dpo_trainers: list[Any]) -> None:
     options = LOSS_OPTIONS.get(loss_type, {})
     for trainer in dpo_trainers:
         trainer.align_stage = trainer.align_stage.model_copy(update={"loss_type": loss_type})
@@ -82,10 +82,8 @@ def test_micro_batches_of_every_loss_of_pairs(loss_type: str, dpo_trainers: list
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "robust"])
-def test_a_loss_that_trl_lacks_is_computed_as_trl_would(
-    loss_type: str, dpo_trainers: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The recipe's own loss, on losses that TRL has."""
+def test_the_recipes_loss_equals_trls(loss_type: str, dpo_trainers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For losses that TRL has, the recipe's own implementation gives TRL's gradient."""
     trainer = dpo_trainers[1]
     trainer.align_stage = trainer.align_stage.model_copy(update={"loss_type": loss_type})
     trainer.loss_types, trainer.label_smoothing = [loss_type], LOSS_OPTIONS.get(loss_type, {}).get("label_smoothing", 0)
@@ -94,7 +92,9 @@ def test_a_loss_that_trl_lacks_is_computed_as_trl_would(
     assert_equal(gradient_of(trainer), theirs)
 
 
-def test_the_same_with_adapters_and_an_sft_term(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_loss_equals_trls_with_adapters_and_an_sft_term(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = build("dpo", model, tmp_path, monkeypatch, lora={"rank": 2}, sft_coef=0.5, micro_batch_size=2)
     theirs = gradient_of(trainer)
     monkeypatch.setattr(dpo, "BY_TRL", set())
@@ -103,8 +103,10 @@ def test_the_same_with_adapters_and_an_sft_term(model: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five micro-batches of one row on one rank, and on two ranks, where one repeats a row with weight 0; all the
-    router's losses on."""
+    """Five micro-batches of one row give the same gradient on one rank and on two, with all router losses.
+
+    One of the two ranks repeats a row with weight 0.
+    """
     router = {"router_z_loss_coef": 0.1, "router_aux_loss_coef": 0.1}
     settings = {"model": model, "monkeypatch": monkeypatch, "router": router, "micro_batch_size": 1, **STAGES[name]}
     alone = train_one_step(build(folder=tmp_path / "alone", **settings))

@@ -15,7 +15,7 @@ from tests.unit.train.one_step import build, checkpoint, train_one_step
 
 CASES = pytest.mark.parametrize("stage", [
     {}, {"micro_batch_size": 2}, {"lora": {"rank": 2}}, {"lora": {"rank": 2}, "micro_batch_size": 2},
-], ids=["one micro-batch", "three", "lora", "lora, three"])  # fmt: skip
+], ids=["one micro-batch", "three micro-batches", "lora", "lora, three micro-batches"])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def first_loss(trainer: Any) -> float:
 
 @CASES
 def test_sft(stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minus the mean log-probability of the labelled tokens."""
+    """The loss is minus the mean log-probability of the labelled tokens."""
     trainer, plain = build("sft", model, tmp_path, monkeypatch, **stage), HunYuanForCausalLM.from_pretrained(model)
     losses = [
         -logprob
@@ -62,7 +62,7 @@ def test_sft(stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: py
 
 @CASES
 def test_reward_model(stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """-log sigmoid(chosen - rejected) + center_coef * (chosen + rejected)^2, scores at the last token."""
+    """The loss is -log sigmoid(chosen - rejected) + center_coef * (chosen + rejected)^2 on last-token scores."""
     trainer = build("reward_model", model, tmp_path, monkeypatch, center_coef=0.3, **stage)
     head = next(p for n, p in trainer.model.named_parameters() if "score" in n and "original_module" not in n)
     trunk = HunYuanForCausalLM.from_pretrained(model).model
@@ -81,7 +81,7 @@ def test_reward_model(stage: dict[str, Any], model: Path, tmp_path: Path, monkey
 def test_dpo_of_equal_policies(
     stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ln 2, and sft_coef times minus the mean log-probability of all chosen tokens."""
+    """The loss is ln 2 minus sft_coef times the mean log-probability of all chosen tokens."""
     trainer, plain = (
         build("dpo", model, tmp_path, monkeypatch, sft_coef=0.5, **stage),
         HunYuanForCausalLM.from_pretrained(model),
@@ -95,8 +95,10 @@ def test_dpo_of_equal_policies(
 def test_dpo_after_a_change_of_the_policy(
     loss_type: str, stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """-log sigmoid(beta * (h(chosen) - h(rejected))), with h the log-ratio to the parent; SimPO: the mean
-    log-probability per token, and its margin of 0.5."""
+    """The loss is -log sigmoid(beta * (h(chosen) - h(rejected))), where h is the log-ratio to the parent.
+
+    For SimPO, h is the mean log-probability per token, and a margin of 0.5 is subtracted.
+    """
     trainer = build("dpo", model, tmp_path, monkeypatch, beta=0.1, loss_type=loss_type, **stage)
     torch.manual_seed(1)
     with torch.no_grad():

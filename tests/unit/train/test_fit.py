@@ -1,4 +1,4 @@
-"""Training that ends early: non-finite values, a request to stop, and the checkpoints that are resumed from."""
+"""Training that ends early: non-finite values, a request to stop, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model_with_non_finite_weights_is_not_saved(value: float, model: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["before"]
 
 
-def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes(
+def test_a_run_with_a_request_to_stop_writes_a_checkpoint_and_resumes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "micro_batch_size": 2}

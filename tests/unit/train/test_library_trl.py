@@ -1,4 +1,4 @@
-"""What align/train and the recipes use of TRL, transformers, accelerate and PEFT beside their documented interfaces.
+"""Undocumented parts of TRL, transformers, accelerate and PEFT that align/train and the recipes use still exist.
 
 An upgrade that renames or moves one of these fails here, in one line.
 """
@@ -71,7 +71,7 @@ def test_functions_take_the_parameters_that_are_passed() -> None:
 
 
 def test_attributes_that_are_read_or_set_exist() -> None:
-    """Instance attributes, found in the source of the class that sets or reads them."""
+    """Instance attributes are searched in the source of the class that sets or reads them."""
     sources = {
         Trainer: "current_gradient_accumulation_steps is_deepspeed_enabled model_wrapped lr_scheduler train_dataset",
         SFTTrainer: "_metrics router_aux_loss_coef current_gradient_accumulation_steps",
@@ -86,7 +86,7 @@ def test_attributes_that_are_read_or_set_exist() -> None:
 
 
 def test_losses_of_pairs_are_divided_by_the_accumulation_steps() -> None:
-    """The mix-in's weights of micro-batches rely on it."""
+    """The trainers' micro-batch weights rely on this division."""
     assert RewardTrainer.loss_is_scaled_for_ga is False
     assert DPOTrainer.loss_is_scaled_for_ga is False
     assert getattr(SFTTrainer, "loss_is_scaled_for_ga", None) is None
@@ -101,7 +101,7 @@ def test_a_non_finite_loss_is_logged_before_a_checkpoint_is_saved() -> None:
 
 
 def test_configurations_have_the_fields_that_are_set() -> None:
-    """Those of `trainer_arguments` and of the recipes."""
+    """`trainer_arguments` and the recipes set these fields."""
     shared = """output_dir seed data_seed num_train_epochs max_steps per_device_train_batch_size
         per_device_eval_batch_size gradient_accumulation_steps learning_rate max_grad_norm use_cpu bf16
         gradient_checkpointing gradient_checkpointing_kwargs logging_steps logging_nan_inf_filter save_strategy

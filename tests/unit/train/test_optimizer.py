@@ -21,17 +21,17 @@ class Model(nn.Module):
 
 
 def test_steps_are_the_published_algorithm() -> None:
-    """Loshchilov and Hutter 2019, algorithm 2, in Python's floats."""
+    """AdamW's steps follow Loshchilov and Hutter 2019, algorithm 2, computed in Python floats."""
     settings = Optimizer(learning_rate=1e-2, weight_decay=0.1, eps=1e-5)
     model, gradients = Model(), [0.3, -2.0, 0.01, 1.5, 0.0]
     optimizer = build_optimizer(model, settings)
     expected = {"matrix": 0.5, "vector": -0.25}
     (beta1, beta2), first, second = settings.betas, 0.0, 0.0
-    for turn, gradient in enumerate(gradients, start=1):
+    for number, gradient in enumerate(gradients, start=1):
         model.matrix.grad, model.vector.grad = torch.full((3, 2), gradient), torch.full((2,), gradient)
         optimizer.step()
         first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2
-        step = first / (1 - beta1**turn) / (math.sqrt(second / (1 - beta2**turn)) + settings.eps)
+        step = first / (1 - beta1**number) / (math.sqrt(second / (1 - beta2**number)) + settings.eps)
         expected["matrix"] *= 1 - settings.learning_rate * settings.weight_decay  # vectors do not decay
         expected = {name: value - settings.learning_rate * step for name, value in expected.items()}
         for name, value in expected.items():
@@ -52,7 +52,7 @@ class Layer(nn.Module):
         self.proj = nn.Linear(2, 2, bias=False)
 
 
-def test_routed_experts_have_a_rate_of_their_own_and_norms_do_not_decay() -> None:
+def test_routed_experts_have_their_own_learning_rate_and_norms_do_not_decay() -> None:
     layer = nn.ModuleDict({"mlp": Layer()})
     settings = Optimizer(learning_rate=1e-2, expert_learning_rate_scale=0.25, weight_decay=0.1)
     groups = {

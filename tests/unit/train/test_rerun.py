@@ -1,4 +1,4 @@
-"""What is kept, what is made again, and what is refused when stages are run a second time."""
+"""Stages that run a second time: finished results are kept, stale ones are made again or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"
 
 
 class Runs:
-    """A recipe of two stages whose work is a stub: what is tested is the order of things."""
+    """A recipe of two stages whose `run` is a stub that records the order of execution."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.done, self.fails = folder, [], None
@@ -45,7 +45,7 @@ class Runs:
     def run(
         self, *, rate: float = 1e-3, changes: dict | None = None, fails: str | None = None, **how
     ) -> list[tuple[str, bool]]:
-        """(stage, whether it resumes) in the order in which they ran."""
+        """Run the recipe; return (stage, resumes) in order of execution."""
         second = {**STAGE, "init_from": "first"}
         stages = {"first": {**STAGE, "optimizer": {"learning_rate": rate}, **(changes or {})}, "second": second}
         content = {"name": "t", "model": {"kind": "pretrained", "path": "./model"}, "stages": stages}
@@ -69,15 +69,15 @@ def test_finished_stages_are_kept(runs) -> None:
     assert runs.run() == []
 
 
-@pytest.mark.parametrize("cut_in", ["first", "second"])
-def test_a_run_from_a_stage_that_is_cut_off_keeps_nothing_of_the_old_one(runs, cut_in) -> None:
+@pytest.mark.parametrize("fails", ["first", "second"])
+def test_an_interrupted_run_with_from_keeps_no_old_result(runs, fails) -> None:
     runs.run()
-    runs.run(rate=1e-4, start="first", fails=cut_in)
+    runs.run(rate=1e-4, start="first", fails=fails)
     later = runs.run(rate=1e-4, resume=True)
-    assert [name for name, _ in later] == (["first", "second"] if cut_in == "first" else ["second"])
+    assert [name for name, _ in later] == (["first", "second"] if fails == "first" else ["second"])
 
 
-def test_what_was_made_from_an_earlier_result_is_refused(runs) -> None:
+def test_a_stage_made_from_an_earlier_result_is_refused(runs) -> None:
     runs.run()
     assert runs.run(rate=1e-4, only="first") == [("first", False)]
     with pytest.raises(UserError, match=r"made from another result of 'first'.*add --from second"):
@@ -90,11 +90,11 @@ def test_one_interrupted_stage_can_be_resumed_alone(runs) -> None:
     runs.run(fails="second")
     assert runs.run(only="second", resume=True) == [("second", True)]
     assert read_manifest(runs.folder / "run" / "second") is not None
-    assert runs.run(only="second", resume=True) == [("second", False)]  # finished: again, from the start
+    assert runs.run(only="second", resume=True) == [("second", False)]  # it had finished, so it starts again
     assert runs.run(only="second") == [("second", False)]
 
 
-def test_a_stage_without_its_parent_is_refused_before_anything_is_made(runs) -> None:
+def test_a_stage_without_its_parent_is_refused_before_any_work(runs) -> None:
     with pytest.raises(UserError, match=r"stages\.second needs the checkpoint of 'first'.*--only first"):
         runs.run(only="second", resume=True)
     assert runs.done == []
@@ -108,7 +108,7 @@ def test_an_interrupted_stage_is_not_resumed_with_other_settings(runs) -> None:
     assert runs.run(rate=1e-4, only="first") == [("first", False)]
 
 
-def test_how_a_result_is_made_may_change(runs) -> None:
+def test_settings_that_do_not_affect_the_result_may_change(runs) -> None:
     changes = {"gradient_checkpointing": True, "checkpoint_every": 7}
     runs.run(fails="first")
     assert runs.run(changes=changes, resume=True) == [("first", True), ("second", True)]
@@ -132,7 +132,7 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(runs,
 
 
 def test_a_changed_data_file_is_refused_and_named(runs) -> None:
-    """With the same size and the same time of modification."""
+    """The change keeps the size and the modification time of the file."""
     rows = runs.folder / "rows.jsonl"
     rows.write_text("a")
     runs.run()
@@ -164,19 +164,19 @@ def test_a_result_of_an_earlier_version_without_fingerprints_is_kept(runs) -> No
     del record["inputs"]
     path.write_text(json.dumps(record), encoding="utf-8")
     (runs.folder / "rows.jsonl").write_text("changed")
-    with pytest.raises(UserError, match="run/second: rows"):  # of this version
+    with pytest.raises(UserError, match="run/second: rows"):  # its manifest has fingerprints
         runs.run()
     assert runs.run(only="first") == [("first", False)]
 
 
-def test_a_finished_stage_needs_its_data_no_more(runs) -> None:
+def test_a_finished_stage_does_not_need_its_data(runs) -> None:
     runs.run()
     (runs.folder / "rows.jsonl").unlink()
     assert runs.run() == []
 
 
-def test_only_what_is_marked_is_left_out_of_a_comparison() -> None:
-    """Of sections within sections and in lists, and of settings that an earlier version did not know."""
+def test_only_marked_settings_are_ignored_in_a_comparison() -> None:
+    """This applies to nested sections and lists too. A setting that this version does not know is kept."""
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "weight": 2.0}, {"kind": "length", "max_tokens": 8}]
     rollout = {"engine": "remote", "servers": ["http://127.0.0.1:2"]}
     stage = settings(rewards=rewards, rollout=rollout, sample_every=3)
@@ -204,12 +204,12 @@ def test_a_renamed_setting_of_an_earlier_version_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize("other", [{"resume": True}, {"only": "first"}])
-def test_from_goes_with_nothing_else(runs, other) -> None:
+def test_from_cannot_be_combined_with_resume_or_only(runs, other) -> None:
     with pytest.raises(UserError, match="--from first starts stages again"):
         runs.run(start="first", **other)
 
 
-def test_an_old_checkpoint_is_gone_when_a_stage_starts_again(runs) -> None:
+def test_old_checkpoints_are_deleted_when_a_stage_starts_again(runs) -> None:
     runs.run()
     (runs.folder / "run" / "first" / "checkpoints" / "last").mkdir()
     runs.run(start="first", rate=1e-4, fails="base")

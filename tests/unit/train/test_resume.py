@@ -1,4 +1,4 @@
-"""A checkpoint restores everything: all weights, the optimizer, the order of the rows."""
+"""A checkpoint restores the whole training state: weights, optimizer, order of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Assigning an epoch's micro-batches to ranks changes no optimizer step."""
+"""The distribution of an epoch's micro-batches over ranks changes no optimizer step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_repeated_batch_has_weight_0_and_no_labels() -> None:
 
 
 def test_tensors_of_different_lengths_are_gathered() -> None:
-    """With a stand-in for two ranks: the other rank always passes three sevens."""
+    """`gather` stands in for two ranks; the other rank always has the values 7, 7, 7."""
 
     def gather(tensor: torch.Tensor) -> torch.Tensor:
         other = torch.tensor([3]) if tensor.dtype == torch.int64 else torch.zeros_like(tensor)

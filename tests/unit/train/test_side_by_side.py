@@ -1,4 +1,4 @@
-"""Two tasks at a time: that they are concurrent, what they return, and that the thread settings are restored."""
+"""`side_by_side` runs two tasks at a time, returns results in order and restores the thread settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_two_tasks_run_concurrently_on_half_of_the_threads_each() -> None:
     meeting = threading.Barrier(2)
 
     def task():
-        meeting.wait(timeout=30)  # raises unless both tasks are here
+        meeting.wait(timeout=30)  # raises unless both tasks run
         return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():

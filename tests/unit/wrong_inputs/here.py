@@ -1,4 +1,4 @@
-"""The register of the cases, and the working folder in which they run."""
+"""The registry of cases and the working folder in which they run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SECTIONS = {
     "Several processes and machines": ["several"],
     "Planning a cluster": ["planning"],
 }
-# Patterns of what varies in a sentence. Written so that they survive an edit of the words around it.
+# Patterns for parts of a sentence that vary. They match regardless of the words around these parts.
 NUMBER = r"\d+(,\d{3})*(\.\d+)?"
 PORT = r"\b\d{4,5}\b"
 IN_PARENTHESES = r"(?<=\().+(?=\))"
@@ -64,7 +64,7 @@ class Case:
 
     name         its name in the tests and in the last column of docs/errors.md
     description  what is wrong, for the first column
-    varies       pattern of what differs between machines or runs; `…` on the page
+    varies       pattern of the parts that differ between machines or runs; the page has `…` there
     module       name of the module that defines it, which decides its section
     run          gives the wrong input; returns the sentence or raises it as a `UserError`
     """
@@ -76,7 +76,7 @@ class Case:
     run: Callable[[Here], str | None]
 
     def sentence(self, here: Here) -> str:
-        """The sentence that the user reads, with `…` for what varies and for the working folder."""
+        """The sentence that the user reads, with `…` for the varying parts and the working folder."""
         try:
             said = self.run(here)
         except UserError as error:
@@ -167,7 +167,7 @@ def save_checkpoint(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def working_folder(folder: Path, model: Path, tokenizer: Any) -> Iterator[Here]:
-    """Work in `folder`, which gets a copy of the checkpoint `model`; undo every change of the process at the end."""
+    """Work in `folder` with a copy of the checkpoint `model`; restore directory and environment at the end."""
     shutil.copytree(model, folder / "model")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)

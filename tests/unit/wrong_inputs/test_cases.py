@@ -42,7 +42,7 @@ def test_both_sides_of_a_merge_conflict_are_read(maker: dict, page: str) -> None
     other = row.replace("unknown key", "no such key")
     conflict = page.replace(row, f"<<<<<<< ours\n{row}\n=======\n{other}\n>>>>>>> theirs")
     sentences = maker["read"](conflict)
-    assert sentences.pop("unknown-key") is None  # to be run again
+    assert sentences.pop("unknown-key") is None  # None: the case must be run again
     assert sentences == {name: said for name, said in maker["read"](page).items() if name != "unknown-key"}
 
 
@@ -50,7 +50,7 @@ def test_both_sides_of_a_merge_conflict_are_read(maker: dict, page: str) -> None
 def test_one_sentence(name: str, here: Here, maker: dict, page: str) -> None:
     said = ALL[name].sentence(here)
     assert maker["read"](page)[name] == said, f"run `python docs/make_errors.py --only {name}`"
-    assert len(said.replace("…", "")) > 30, "too little of the sentence is fixed"
+    assert len(said.replace("…", "")) > 30, "too much of the sentence varies"
     assert_nothing_half_written(here.folder)
 
 

@@ -41,7 +41,7 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_refused_stage_is_not_an_interrupted_one(here: Here) -> None:
+def test_a_refused_stage_does_not_count_as_interrupted(here: Here) -> None:
     said = here.run(data={"train": [{"kind": "file", "path": "nowhere.jsonl"}]})
     assert "does not exist" in said
     assert not (here.folder / "run" / "sft").exists()
