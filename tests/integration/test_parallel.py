@@ -134,7 +134,7 @@ def test_the_micro_batch_size_does_not_change_a_step(micro_batch_sizes, stage: s
 
 
 @pytest.mark.parametrize("stage", ["ppo", "ppo_lora"])
-def test_the_first_update_of_ppo_is_that_of_one_process(single, several, stage: str) -> None:
+def test_the_first_update_of_ppo_equals_that_of_one_process(single, several, stage: str) -> None:
     """Both have the same completions. Their parents differ by rounding, which the tolerance also covers."""
     (ours,), (theirs,) = metrics(several[0], stage), metrics(single, stage)
     assert ours["completion_length"] == theirs["completion_length"]

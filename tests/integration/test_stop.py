@@ -1,4 +1,4 @@
-"""SIGTERM to a run of two ranks: both stop after the same step with a checkpoint, and the run ends like any other."""
+"""SIGTERM stops a run of two ranks after a checkpoint; the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 

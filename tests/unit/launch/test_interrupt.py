@@ -91,7 +91,7 @@ cli.main()
 
 
 @pytest.mark.parametrize("where", ["loop", "elsewhere"])
-def test_the_command_exits_with_the_signals_status_and_says_how_to_resume(where: str, tmp_path: Path) -> None:
+def test_the_command_exits_with_the_signals_status_and_prints_how_to_resume(where: str, tmp_path: Path) -> None:
     words = ["run", "tiny", "seed=3", "--run-dir", "a run", "--from", "sft", where]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words],

@@ -78,14 +78,14 @@ def assert_same(reference: torch.nn.Module, served: list) -> None:
         assert (expected - torch.tensor(logprobs)).abs().max() < 1e-4
 
 
-def test_two_tensor_parallel_processes_compute_what_one_does(tmp_path) -> None:
+def test_two_tensor_parallel_processes_give_the_log_probabilities_of_the_model(tmp_path) -> None:
     policy = model()
     policy.save_pretrained(tmp_path / "model")
     (served,) = serve(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert_same(policy, served)
 
 
-def test_an_adapter_computes_what_the_wrapped_model_does(tmp_path) -> None:
+def test_an_adapter_gives_the_log_probabilities_of_the_wrapped_model(tmp_path) -> None:
     policy = model()
     policy.save_pretrained(tmp_path / "model")
     wrapped = add_lora(policy, Lora(rank=8, experts=False, train_router=False), task="CAUSAL_LM").eval()
