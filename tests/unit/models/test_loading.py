@@ -197,6 +197,12 @@ def tensor(shape: list[int], first: int, last: int, dtype: str = "F32") -> dict:
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}}
 
 
+def test_a_file_without_tensors_is_valid(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    write(tmp_path / "shortest.safetensors", "{}", b"")
+    assert stored_tensors([tmp_path / "empty.safetensors", tmp_path / "shortest.safetensors"]) == []
+
+
 @pytest.mark.parametrize("length", [0, 7, 8, 9, 200])
 def test_a_file_cut_in_its_header_is_refused(saved: Path, length: int) -> None:
     file = min(saved.glob("*.safetensors"))
