@@ -48,7 +48,7 @@ class Network:
         for name in self.names.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         """Take the link down; no connection is closed."""
         ip("-n", self.names["b"], "link", "set", "net0", "down")
 
@@ -145,7 +145,7 @@ def test_a_killed_rank_ends_both_machines_with_an_error_that_names_it(network: N
 
 def test_both_machines_end_when_the_link_is_down(network: Network, training) -> None:
     machines, _ = training
-    network.cut()
+    network.disconnect()
     clock = time.monotonic()
     try:
         said = outputs(machines, 120)

@@ -120,20 +120,20 @@ def differences(one: Path, other: Path, stage: str) -> list[float]:
 
 
 def test_offloading_changes_no_result(baseline: Path, offloaded) -> None:
-    whole, *_ = offloaded
-    assert max(differences(whole, baseline, "sft")) <= 1e-6
-    rounds = differences(whole, baseline, "ppo")
+    uninterrupted, *_ = offloaded
+    assert max(differences(uninterrupted, baseline, "sft")) <= 1e-6
+    rounds = differences(uninterrupted, baseline, "ppo")
     assert rounds[0] <= 1e-6
     assert max(rounds) <= 2e-5  # the policy loss is a small difference of large terms
 
 
 def test_a_killed_run_resumes_to_the_same_result(recipe: Path, offloaded, tmp_path: Path) -> None:
-    whole, words, stage = offloaded
+    uninterrupted, words, stage = offloaded
     run_dir = tmp_path / "run"
-    shutil.copytree(whole, run_dir)
+    shutil.copytree(uninterrupted, run_dir)
     shutil.rmtree(run_dir / stage)
     launcher = start(recipe, run_dir, "--only", stage, *words)
     kill_last_rank(launcher, lambda: len(read_jsonl(run_dir / stage / "metrics.jsonl")) == 3)
     assert "resuming at step 2\n" in run(recipe, run_dir, "--only", stage, "--resume", *words)
-    assert metrics(run_dir, stage) == metrics(whole, stage)
-    assert exported(run_dir, stage) == exported(whole, stage)
+    assert metrics(run_dir, stage) == metrics(uninterrupted, stage)
+    assert exported(run_dir, stage) == exported(uninterrupted, stage)

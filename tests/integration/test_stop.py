@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 
 def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     write_pretraining(tmp_path, tmp_path, steps=12)
-    recipe, whole, stopped = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "stopped"
-    run(recipe, whole)
-    shutil.copytree(whole / "base", stopped / "base")
+    recipe, uninterrupted, stopped = tmp_path / "recipe.yaml", tmp_path / "uninterrupted", tmp_path / "stopped"
+    run(recipe, uninterrupted)
+    shutil.copytree(uninterrupted / "base", stopped / "base")
 
     launcher = start(recipe, stopped)
     lines = stopped / "pretrain" / "metrics.jsonl"
@@ -36,5 +36,5 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert (stopped / "pretrain" / "checkpoints" / f"checkpoint-{last}" / "complete").is_file()
 
     assert f"resuming at step {last}\n" in run(recipe, stopped, "--resume")
-    assert metrics(stopped, "pretrain") == metrics(whole, "pretrain")
-    assert exported(stopped, "pretrain") == exported(whole, "pretrain")
+    assert metrics(stopped, "pretrain") == metrics(uninterrupted, "pretrain")
+    assert exported(stopped, "pretrain") == exported(uninterrupted, "pretrain")

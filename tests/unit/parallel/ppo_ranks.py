@@ -102,13 +102,13 @@ def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Models
     """Run the same loop on each rank alone, without collectives, as the witness."""
     real, micro_batches.world = micro_batches.world, lambda: (0, 1)
     try:
-        models = whole(stage)
+        models = unsharded(stage)
         return rounds(stage, models, steps), models
     finally:
         micro_batches.world = real
 
 
-def whole(stage: PpoStage) -> Models:
+def unsharded(stage: PpoStage) -> Models:
     models = build()
     if models.critic is not None and stage.critic.trainable == "head":
         models.critic.model.requires_grad_(False).score.requires_grad_(True)
@@ -120,7 +120,7 @@ def whole(stage: PpoStage) -> Models:
 
 
 def sharded(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Models:
-    local = whole(stage)
+    local = unsharded(stage)
     learner = partial(ShardedLearner, total=1, parallel=parallel, dtype=dtype)
     policy, reference, critic = local.policy.model, local.reference.model, local.critic and local.critic.model
     for model in (policy, reference, critic):

@@ -138,10 +138,10 @@ def test_same_seed_same_completions(engine):
 def test_stop_token_is_part_of_the_completion(engine):
     free = engine.generate(PROMPTS[:1], SamplingSettings(16, seed=7))[0][0]
     stop = free.token_ids[5]
-    cut = engine.generate(PROMPTS[:1], SamplingSettings(16, seed=7, stop_token_ids=(stop,)))[0][0]
-    assert cut.finished
-    assert cut.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
-    assert len(cut.logprobs) == len(cut.token_ids)
+    stopped = engine.generate(PROMPTS[:1], SamplingSettings(16, seed=7, stop_token_ids=(stop,)))[0][0]
+    assert stopped.finished
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert len(stopped.logprobs) == len(stopped.token_ids)
 
 
 def test_a_first_token_that_stops_is_the_whole_completion(engine, model):

@@ -18,16 +18,16 @@ def stream(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]
 @pytest.mark.parametrize("size", [1, 100, 9000, 10**9])
 def test_buckets_hold_the_stream_once_and_in_order(size):
     pairs = stream()
-    cut = list(buckets(iter(pairs), size, torch.float32))
-    flat = [pair for bucket in cut for pair in bucket]
+    bucketed = list(buckets(iter(pairs), size, torch.float32))
+    flat = [pair for bucket in bucketed for pair in bucket]
     assert [name for name, _ in flat] == [name for name, _ in pairs]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(flat, pairs))
-    for bucket in cut:
+    for bucket in bucketed:
         assert len(bucket) == 1 or sum(t.numel() * 4 for _, t in bucket) <= size
     if size == 1:
-        assert len(cut) == len(pairs)
+        assert len(bucketed) == len(pairs)
     if size == 10**9:
-        assert len(cut) == 1
+        assert len(bucketed) == 1
 
 
 def test_only_one_bucket_is_drawn_at_a_time():
@@ -39,8 +39,8 @@ def test_only_one_bucket_is_drawn_at_a_time():
             drawn.append(name)
             yield name, tensor
 
-    cut = buckets(lazily(), 9000, torch.float32)
-    next(cut)
+    bucketed = buckets(lazily(), 9000, torch.float32)
+    next(bucketed)
     assert drawn == ["w0", "w1", "w2", "w3"]  # three in the bucket, and one that does not fit into it
 
 

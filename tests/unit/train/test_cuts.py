@@ -43,7 +43,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_micro_batches(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows of unequal length give the same gradient in one micro-batch and in three (2, 2, 1), with z-loss."""
     router = {"router_z_loss_coef": 0.1}
-    whole, cut = (
+    single, split = (
         train_one_step(
             build(
                 model=model,
@@ -56,8 +56,8 @@ def test_micro_batches(name: str, model: Path, tmp_path: Path, monkeypatch: pyte
         )
         for size in (6, 2)
     )
-    assert_equal(cut.gradients, whole.gradients)
-    assert cut.logs["loss"] == pytest.approx(whole.logs["loss"], rel=1e-5)
+    assert_equal(split.gradients, single.gradients)
+    assert split.logs["loss"] == pytest.approx(single.logs["loss"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_micro_batches_with_every_preference_loss(loss_type: str, dpo_trainers: 
     for trainer in dpo_trainers:
         trainer.align_stage = trainer.align_stage.model_copy(update={"loss_type": loss_type})
         trainer.loss_types, trainer.label_smoothing = [loss_type], options.get("label_smoothing", 0.0)
-    whole, cut = map(gradient_of, dpo_trainers)
-    assert_equal(cut, whole)
+    single, split = map(gradient_of, dpo_trainers)
+    assert_equal(split, single)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "robust"])

@@ -31,7 +31,7 @@ def epoch(rows: int, ranks: int, micro_batches: int = 4, micro_batch_size: int =
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("rows", range(1, 34))
 def test_each_step_has_the_mean_gradient_of_one_process(rows: int, ranks: int) -> None:
-    """The gradient of a micro-batch is the mean over its rows; that of a step, the mean over the step's rows."""
+    """The gradient of a micro-batch or a step is represented by the mean of `value` over its rows."""
     value = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
     def micro(batch: list) -> float:
@@ -39,11 +39,12 @@ def test_each_step_has_the_mean_gradient_of_one_process(rows: int, ranks: int) -
 
     (single,), shared = epoch(rows, 1), epoch(rows, ranks)
     assert len({len(batches) for batches in shared}) == 1, "a rank would wait for one that has finished its epoch"
-    passes = 4 // ranks
+    per_rank = 4 // ranks
     for step, start in enumerate(range(0, len(single), 4)):
         rows_of_step = [row for batch in single[start : start + 4] for row, _ in batch]
         several = [
-            [batch[0][1] * micro(batch) for batch in batches[step * passes : (step + 1) * passes]] for batches in shared
+            [batch[0][1] * micro(batch) for batch in batches[step * per_rank : (step + 1) * per_rank]]
+            for batches in shared
         ]
         mean_over_ranks = sum(sum(values) / len(values) for values in several) / ranks
         assert mean_over_ranks == pytest.approx(value[rows_of_step].mean().item(), rel=1e-12)

@@ -1,4 +1,4 @@
-"""The working folder in which each case runs."""
+"""The working folder of each case."""
 
 from __future__ import annotations
 

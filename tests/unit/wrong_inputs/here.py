@@ -1,4 +1,4 @@
-"""The registry of cases and the working folder in which they run."""
+"""The registry of cases and their working folder."""
 
 from __future__ import annotations
 
