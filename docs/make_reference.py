@@ -23,7 +23,7 @@ INTRO = """# Every setting of a recipe
 `python docs/make_reference.py` writes this page from `align/config`. [guide.md](guide.md) explains how the parts work
 together, and `align show RECIPE` prints a recipe with all its defaults.
 
-* Unknown keys are refused, and so are values of another type: `"8"` and `true` are not numbers, `8.0` is not a whole
+* Unknown keys are refused, and so are values of the wrong type: `"8"` and `true` are not numbers, `8.0` is not a whole
   number.
 * A setting without a default (–) is required. A section in the recipe replaces the default section as a whole: keys
   that it does not set have the defaults of the section's own table.

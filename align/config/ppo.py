@@ -158,9 +158,9 @@ class PpoStage(StageWithParent):
     importance: Importance = Importance()
     """Correction of the difference between the sampler's log-probabilities and the trainer's."""
     routing_replay: Literal["none", "trainer", "rollout"] = "none"
-    """Experts used in the updates of a mixture of experts. none: the router chooses anew. trainer: those of the forward
-    pass before the updates. rollout: those of the sampler (R3); needs `rollout.return_routing`. The router gets its
-    gradient in each case."""
+    """Experts used in the updates of a mixture of experts. none: the router chooses them in each pass. trainer: those
+    of the forward pass before the updates. rollout: those of the sampler (R3); needs `rollout.return_routing`. The
+    router is trained in each case."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] | None = None
     """Penalty subtracted from the score of completions truncated at `rollout.max_new_tokens`. Default: none."""
     mask_truncated: bool = False
@@ -179,7 +179,7 @@ class PpoStage(StageWithParent):
     overlap: bool = False
     """Generate the next rollout batch during the updates. Faster, but the completions come from the policy of one
     iteration earlier. Needs `rollout.engine: remote`, and either `importance.correction` or, with `old_logprobs:
-    rollout`, `dual_clip`: without a correction, both seeds tried ended at reward 0 within ten iterations."""
+    rollout`, `dual_clip`, because training without a correction can collapse."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 10
     """Iterations between the checkpoints that an interrupted run resumes from."""
     sample_every: Annotated[Positive, RUNTIME] = 5

@@ -131,7 +131,7 @@ ROUTERS = (
         "router_entropy",
         "Router entropy",
         PER_TOKEN,
-        "Entropy of the router's distribution over experts. log E is a uniform router.",
+        "Entropy of the router's distribution over experts. It is log E for a uniform router.",
     ),
     Metric(
         "expert_load_max",
@@ -273,7 +273,7 @@ PPO = (
     ),
     Metric("completion_length", "Completion length", "tokens", "Mean completion length, the end token included."),
     Metric("eos_rate", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."),
-    Metric("truncated_share", "Truncated completions", SHARE, "Share of completions that are cut at max_new_tokens."),
+    Metric("truncated_share", "Truncated completions", SHARE, "Share of completions truncated at max_new_tokens."),
     Metric(
         "time/PHASE",
         "Time in PHASE",
@@ -309,7 +309,7 @@ PPO = (
     ),
     Metric("sync/mib", "Transferred weights", "MiB", "Size of the last weight transfer to the engines."),
     Metric("sync/buckets", "Transfer buckets", "buckets", "Buckets of that transfer."),
-    Metric("sync/engines", "Updated engines", "engines", "Engines that hold the new weights."),
+    Metric("sync/engines", "Updated engines", "engines", "Engines that received the new weights."),
 )
 
 EVALUATION = (
@@ -348,7 +348,7 @@ EVALUATION = (
         "Mean of one metric of a task over its scored prompts. A `math` metric counts a completion without a final "
         "answer as 0.",
     ),
-    Metric("TASK/truncated", "TASK: truncated", SHARE, "Share of completions that are cut at max_new_tokens."),
+    Metric("TASK/truncated", "TASK: truncated", SHARE, "Share of completions truncated at max_new_tokens."),
     Metric(
         "reward_model_accuracy",
         "Accuracy of the reward model",

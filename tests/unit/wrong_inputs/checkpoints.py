@@ -55,7 +55,7 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("cut-off-weights", "Truncated weights", varies=IN_PARENTHESES)
+@wrong("truncated-weights", "Truncated weights", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     weights = here.folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

@@ -101,7 +101,7 @@ def _(here: Here) -> str:
     return here.align("chat", "nowhere")
 
 
-@wrong("chat-without-room", "A chat with no tokens for an answer")
+@wrong("chat-without-new-tokens", "A chat with no tokens for an answer")
 def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 

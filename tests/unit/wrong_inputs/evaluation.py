@@ -108,7 +108,7 @@ def _(here: Here) -> str:
     return here.align("report", "run")
 
 
-@wrong("report-list", "A report on a run with a list where an object must be")
+@wrong("report-list", "A report on a run with a list instead of an object")
 def _(here: Here) -> str:
     (here.folder / "run").mkdir()
     here.write("run/recipe.json", "[]")

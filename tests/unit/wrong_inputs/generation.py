@@ -82,7 +82,7 @@ def _(here: Here) -> None:
     connect(port)
 
 
-@wrong("rollout-server-foreign", "The URL of another kind of server", varies=PORT)
+@wrong("rollout-server-foreign", "The URL of a server that is not a rollout server", varies=PORT)
 def _(here: Here) -> None:
     from align.reward.server import RewardServer
 
@@ -123,7 +123,7 @@ def _(here: Here) -> str:
         return here.align("serve-rollout", "model", "--max-model-length", "64", "--port", str(port))
 
 
-@wrong("serve-rollout-without-a-cache", "A rollout server without memory for its cache")
+@wrong("serve-rollout-without-a-cache", "A rollout server with a cache of 0 GiB")
 def _(here: Here) -> str:
     return here.align("serve-rollout", "model", "--cache-gib", "0")
 
@@ -139,7 +139,7 @@ def _(here: Here) -> str:
     return here.align("serve-rollout", "recipe.yaml")
 
 
-@wrong("weights-beside-the-model", "Other weights in the model's folder")
+@wrong("weights-beside-the-model", "Adapter weights in the model's folder")
 def _(here: Here) -> None:
     Path("model/adapter_model.safetensors").touch()
     check_checkpoint(Path("model"), Rollout(max_model_length=64))

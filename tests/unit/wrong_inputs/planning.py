@@ -10,7 +10,7 @@ def _(here: Here) -> str:
     return here.align("plan", "tiny")
 
 
-@wrong("plan-unknown-gpu", "A GPU whose data sheet is not known")
+@wrong("plan-unknown-gpu", "An unknown GPU model")
 def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "abacus")
 
@@ -40,7 +40,7 @@ def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--search", "--show", "0")
 
 
-@wrong("plan-uneven-hosts", "A number of GPUs that fills no number of hosts of eight evenly")
+@wrong("plan-uneven-hosts", "A number of GPUs that hosts of eight cannot hold in equal numbers")
 def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--gpus", "9")
 
@@ -60,7 +60,7 @@ def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--stage", "spt")
 
 
-@wrong("plan-untrained-stage", "A stage that trains nothing")
+@wrong("plan-untrained-stage", "A stage that does not train")
 def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--stage", "pairs")
 

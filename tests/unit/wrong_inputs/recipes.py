@@ -31,12 +31,12 @@ def _(here: Here) -> str:
     return here.check(model={"path": "model"})
 
 
-@wrong("missing-kind-behind-a-name-that-is-one", "A stage without `kind`, named like a kind")
+@wrong("missing-kind-in-stage-named-like-a-kind", "A stage without `kind`, named like a kind")
 def _(here: Here) -> str:
     return here.check(stages={"sft": {"batch_size": 8}})
 
 
-@wrong("unknown-key-behind-the-name-of-another-kind", "An unknown key in a stage named like another kind")
+@wrong("unknown-key-in-stage-named-like-a-kind", "An unknown key in a stage named like another kind")
 def _(here: Here) -> str:
     rows = [{"kind": "file", "path": "rows.jsonl"}]
     return here.check(stages={"sft": {"kind": "dpo", "data": {"train": rows}, "betta": 0.2}})
@@ -243,18 +243,18 @@ def _(here: Here) -> str:
     return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})
 
 
-@wrong("no-room-for-a-prompt", "Completions that fill the whole context")
+@wrong("no-tokens-left-for-a-prompt", "Completions that fill the whole context")
 def _(here: Here) -> str:
     return here.check(stages={"pairs": sample_stage(max_new_tokens=64, max_model_length=64)})
 
 
-@wrong("processes-without-a-share", "A batch that the processes cannot divide evenly")
+@wrong("batch-size-not-divisible-by-processes", "A batch that the processes cannot divide evenly")
 def _(here: Here) -> str:
     here.recipe(batch_size=8, micro_batch_size=8)
     return here.align("check", "recipe.yaml", "--nproc", "3")
 
 
-@wrong("passes-without-a-share", "A micro-batch size that does not divide a process's rows")
+@wrong("micro-batch-size-does-not-divide-rows", "A micro-batch size that does not divide a process's rows")
 def _(here: Here) -> str:
     here.recipe(batch_size=12, micro_batch_size=4)
     return here.align("check", "recipe.yaml", "--nproc", "2")
@@ -266,18 +266,18 @@ def check_parallel(here: Here, **parallel: Any) -> str:
     return here.align("check", "recipe.yaml", f"parallel={yaml.safe_dump(parallel, default_flow_style=True)}")
 
 
-@wrong("groups-of-processes", "An expert-parallel size that does not divide the processes")
+@wrong("expert-parallel-size-and-processes", "An expert-parallel size that does not divide the processes")
 def _(here: Here) -> str:
     return check_parallel(here, expert_parallel_size=2)
 
 
-@wrong("groups-of-experts", "An expert-parallel size that does not divide the experts")
+@wrong("expert-parallel-size-and-experts", "An expert-parallel size that does not divide the experts")
 def _(here: Here) -> str:
     return check_parallel(here, processes=4, expert_parallel_size=4)
 
 
 @wrong(
-    "groups-of-experts-at-the-start",
+    "expert-parallel-size-and-checkpoint",
     "An expert-parallel size that does not divide a checkpoint's experts, in `align run`",
 )
 def _(here: Here) -> str:
@@ -335,7 +335,7 @@ def _(here: Here) -> str:
     return check_ppo(here, old_logprobs="rollout", importance={"cap": 3.0})
 
 
-@wrong("replay-of-no-pass", "Routing replay of a forward pass that is skipped")
+@wrong("replay-of-a-skipped-pass", "Routing replay of a forward pass that is skipped")
 def _(here: Here) -> str:
     return check_ppo(here, old_logprobs="rollout", routing_replay="trainer")
 
@@ -358,6 +358,6 @@ def _(here: Here) -> str:
     return check_ppo(here, policy_loss="cispo", dual_clip=3.0)
 
 
-@wrong("home-of-nobody", "A path in the home directory of a user who does not exist")
+@wrong("unknown-home-directory", "A path in the home directory of a user who does not exist")
 def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "~nobody-here/rows.jsonl"}]})

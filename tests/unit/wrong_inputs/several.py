@@ -71,7 +71,7 @@ def _(here: Here) -> str:
     return started(here, "127.0.0.1\n")
 
 
-@wrong("hostfile-slots-in-words", "Slots that are not a number")
+@wrong("hostfile-slots-not-a-number", "Slots that are not a number")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 slots=two\n")
 
@@ -81,7 +81,7 @@ def _(here: Here) -> str:
     return started(here, "slots=2\n")
 
 
-@wrong("hostfile-line", "A line of a hostfile with something else")
+@wrong("hostfile-line", "A hostfile line with an unknown entry")
 def _(here: Here) -> str:
     return started(here, "127.0.0.1 max_slots=4\n")
 
@@ -111,7 +111,7 @@ def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=3\n", "parallel.processes=2")
 
 
-@wrong("hostfile-slots-without-a-share", "A batch that the slots cannot divide evenly")
+@wrong("hostfile-slots-do-not-divide", "A batch that the slots cannot divide evenly")
 def _(here: Here) -> str:
     return checked(here, "127.0.0.1 slots=400\n")
 
@@ -121,7 +121,7 @@ def _(here: Here) -> str:
     return started(here, "no-such-machine.invalid slots=1\n")
 
 
-@wrong("hostfile-of-others", "A hostfile without this machine", varies=IN_PARENTHESES)
+@wrong("hostfile-without-this-machine", "A hostfile without this machine", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     return started(here, "192.0.2.7 slots=1\n")  # an address that nobody has
 
@@ -164,7 +164,7 @@ def _(here: Here) -> None:
     together(here, launch.free_port(), "127.0.0.2")
 
 
-@wrong("rank-alone", "Ranks of another launcher that do not find each other", varies=MEETING)
+@wrong("rank-alone", "Ranks of another launcher that cannot connect to each other", varies=MEETING)
 def _(here: Here) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
     for name, value in place.items():
@@ -188,7 +188,7 @@ def _(here: Here) -> str:
     return in_place(here, RANK="0")
 
 
-@wrong("rank-in-words", "A `RANK` that is not a number")
+@wrong("rank-not-a-number", "A `RANK` that is not a number")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "zero"})
 
@@ -213,7 +213,7 @@ def _(here: Here) -> str:
     return in_place(here, RANK="0", WORLD_SIZE="2")
 
 
-@wrong("offload-without-room", "Offloaded state that does not fit in memory", varies=NUMBER)
+@wrong("offload-does-not-fit", "Offloaded state that does not fit in memory", varies=NUMBER)
 def _(here: Here) -> None:
     offload.require_space(Parallel(offload=Offload(optimizer="cpu")), 10**15, "float32", machines=1)
 
