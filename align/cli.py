@@ -254,7 +254,7 @@ def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="estimate the memory and time of a recipe on a cluster",
-        description="Estimate memory by component, traffic and time of every stage on a cluster before anything starts. "
+        description="Estimate memory by component, traffic and time of each stage on a cluster before anything starts. "
         "If a stage does not fit, list the smallest changes that make it fit. 1 GB is 1e9 bytes.",
     )
     plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
