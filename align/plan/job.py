@@ -185,8 +185,9 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
         )
     if not jobs:
         raise UserError(
-            f"'{recipe.name}': no stage trains anything ({', '.join(s.kind for s in recipe.stages.values())}); add one "
-            "of kind pretrain, sft, reward_model, dpo or ppo."
+            f"recipe '{recipe.name}': no stage trains anything "
+            f"({', '.join(s.kind for s in recipe.stages.values())}); add one of kind pretrain, sft, reward_model, dpo "
+            "or ppo."
         )
     for job in jobs:
         _check_length(job)
@@ -315,7 +316,7 @@ def _named(name: str) -> ModelShape:
         return shape_of(name, PRESETS[name])
     if (config := _config_in(local_path(name))) is not None:
         return shape_of(name, config)
-    raise UserError(f"--model {name}: use a preset ({', '.join(PRESETS)}) or a folder with config.json.")
+    raise UserError(f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; pass one.")
 
 
 def _base(recipe: Recipe) -> ModelShape:

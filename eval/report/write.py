@@ -266,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file, or delete the stage's folder.") from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{path}: holds a JSON {type(content).__name__} instead of an object; restore the file, or delete the "
+            f"{path}: contains a JSON {type(content).__name__} instead of an object; restore the file, or delete the "
             "stage's folder."
         )
     return content

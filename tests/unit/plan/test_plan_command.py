@@ -508,7 +508,7 @@ stages:
             ["hunyuan-large", "--gpu", "h100", "model.path=models/mine"],
             "'models/mine' is not on this machine, so its",
         ),
-        (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: use a preset (hunyuan-large, medium,"),
+        (["tiny", "--gpu", "h100", "--model", "nowhere"], "--model nowhere: neither a preset (hunyuan-large, medium,"),
     ],
 )
 def test_bad_input_gets_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
@@ -544,7 +544,9 @@ def test_rollouts_name_their_engine_and_small_times_keep_their_digits() -> None:
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text(EVALUATE_ONLY, encoding="utf-8")
-    with pytest.raises(UserError, match=r"'nothing': no stage trains anything \(sample\); add one of kind pretrain,"):
+    with pytest.raises(
+        UserError, match=r"recipe 'nothing': no stage trains anything \(sample\); add one of kind pretrain,"
+    ):
         plan_recipe(load_recipe(path), Options(gpu="h100"))
 
 
