@@ -1,4 +1,4 @@
-# Each target creates its environment if it is missing, and again when the lock changes.
+# Each target creates its environment if it is missing, and updates it when the lock file changes.
 PYTHON ?= python3.11
 VENV ?= .venv
 # Extra arguments for pip, e.g. the index that serves PyTorch's CPU wheels: PIP_ARGS="--extra-index-url ..."
@@ -29,7 +29,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# bench_ppo.py needs a second environment and two hours; it runs under bench-trl.
+# bench_ppo.py needs a second environment and two hours: `make bench-trl`.
 bench: $(STAMP)
 	@for script in $(filter-out benchmarks/bench_ppo.py,$(wildcard benchmarks/bench_*.py)); do \
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; done
