@@ -173,7 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts any machine, without authentication"
     )
     serve_reward.add_argument("--port", type=int, default=8100, help="default: 8100; 0 picks a free port")
-    serve_reward.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    serve_reward.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision (default: float32)"
+    )
     serve_reward.add_argument(
         "--micro-batch-tokens", type=int, default=4096, help="maximum tokens per forward pass (default: 4096)"
     )
@@ -192,13 +194,15 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--port", type=int, default=8001, help="default: 8001")
     server.add_argument("--stage", help="stage of the recipe")
     server.add_argument("--run-dir", type=Path, help="folder of the recipe's run (default: runs/<name>)")
-    server.add_argument("--dtype", choices=["float32", "bfloat16"])
-    server.add_argument("--seed", type=int)
+    server.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision of the model")
+    server.add_argument("--seed", type=int, help="seed of the engine")
     server.add_argument("--max-model-length", type=int, help="maximum tokens of a prompt and its completion")
     server.add_argument("--max-sequences", type=int, help="maximum number of sequences decoded concurrently")
     server.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
     server.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
-    server.add_argument("--no-prefix-caching", action="store_false", dest="prefix_caching", default=None)
+    server.add_argument(
+        "--no-prefix-caching", action="store_false", dest="prefix_caching", default=None, help="do not cache prompts"
+    )
     server.add_argument("--return-routing", action="store_true", default=None, help="return routed experts (GPU)")
     server.add_argument(
         "--sleep", action="store_true", default=None, help="free GPU memory for the trainer between rollouts"
@@ -236,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         help="intermediate size of a routed expert (default: dense width / experts)",
     )
-    hot_start.add_argument("--seed", type=int, default=0)
+    hot_start.add_argument("--seed", type=int, default=0, help="seed of routers and experts (default: 0)")
     hot_start.set_defaults(command=_hot_start)
     tokenizer = kinds.add_parser(
         "tokenizer",
@@ -526,8 +530,10 @@ def _hot_start(options: argparse.Namespace) -> None:
     from align.config.paths import local_path
     from align.run.checkpoint import read_config
 
-    if options.experts < 2 or not 1 <= options.top_k <= options.experts:
-        raise UserError("--experts must be at least 2 and --top-k between 1 and the number of experts.")
+    if options.experts < 2:
+        raise UserError(f"--experts {options.experts}: must be at least 2.")
+    if not 1 <= options.top_k <= options.experts:
+        raise UserError(f"--top-k {options.top_k}: must be between 1 and --experts, {options.experts}.")
     if options.target.exists() and not options.target.is_dir():
         raise UserError(f"{options.target}: this is a file; pass a new folder for the model.")
     source = options.source

@@ -61,10 +61,7 @@ def _require_kept(context: StageContext, finished: dict[str, Any]) -> None:
         raise UserError(f"{folder}: {file} has changed since this stage was run; restore it, or {again}.")
     for parent, made_from in finished.get("parent_ids", {}).items():
         if made_from != result_id(context.run_dir / parent):
-            raise UserError(
-                f"{folder}: this stage was made from another result of '{parent}' than the one that is there now; "
-                f"{again}."
-            )
+            raise UserError(f"{folder}: the result of '{parent}' has changed since this stage was run; {again}.")
 
 
 def _require_resumable(context: StageContext, started: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def load_local_learner(
     """Restore what `save_local_learner` wrote, or the same tensors from a checkpoint of an earlier version."""
     if (folder / COUNTERS).is_file():  # sharded learners have one
         raise UserError(
-            f"{folder.parent}: the checkpoint of a run with a `parallel` section. Add the section "
+            f"{folder.parent}: it was written by a run with a `parallel` section. Add the section "
             "(parallel.processes may differ), or start the stage again with --from."
         )
     path = folder / TENSORS

@@ -80,7 +80,7 @@ def test_an_interrupted_run_with_from_keeps_no_old_result(runs, fails) -> None:
 def test_a_stage_made_from_an_earlier_result_is_refused(runs) -> None:
     runs.run()
     assert runs.run(rate=1e-4, only="first") == [("first", False)]
-    with pytest.raises(UserError, match=r"made from another result of 'first'.*add --from second"):
+    with pytest.raises(UserError, match=r"the result of 'first' has changed.*add --from second"):
         runs.run(rate=1e-4)
     assert runs.run(rate=1e-4, start="second") == [("second", False)]
     assert runs.run(rate=1e-4) == []

@@ -106,7 +106,12 @@ def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 
 
-@wrong("hot-start-numbers", "A hot start with more experts per token than experts")
+@wrong("hot-start-one-expert", "A hot start with fewer than two experts")
+def _(here: Here) -> str:
+    return here.align("convert", "hot-start", "model", "grown", "--experts", "1")
+
+
+@wrong("hot-start-top-k", "A hot start with more experts per token than experts")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown", "--experts", "2", "--top-k", "3")
 
