@@ -16,7 +16,7 @@ from align.config.rewards import FunctionReward
 from align.config.stage import find
 from align.config.stages import EvaluateStage, Stage
 from align.errors import UserError
-from align.eval.task import resolve
+from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
 from align.reward.functions import find_reward_function
 from align.run.folder import MODEL
@@ -74,7 +74,7 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
 def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
     for settings in stage.tasks:
         try:
-            resolve(settings, stage.rollout)
+            resolve_task(settings, stage.rollout)
         except UserError as error:
             yield f"stages.{name}.tasks: {error}"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.run import metrics
-from align.run.metrics import Metric
+from align.run.metrics import MetricInfo
 
 PAGE = Path(__file__).parent / "metrics.md"
 
@@ -32,7 +32,7 @@ an iteration.
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.
 """
-SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
+SECTIONS: tuple[tuple[str, str, Sequence[MetricInfo]], ...] = (
     ("Training stages (pretrain, sft, reward_model, dpo)", TRAINING, metrics.TRAINING),
     ("Routers", ROUTERS, metrics.ROUTERS),
     ("PPO", PPO, metrics.PPO),

@@ -12,7 +12,7 @@ from align.config.parts import Data, Source
 from align.config.stages import EvaluateStage
 from align.data.prepare import DataReport, PromptRow, prepare_dpo_pairs, prepare_prompts
 from align.eval.metrics import require_scorable
-from align.eval.task import Task, resolve
+from align.eval.task import Task, resolve_task
 from align.reward.components import Samples
 from align.run.context import StageContext
 
@@ -57,7 +57,7 @@ def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrained
         context.say(f"  data: {counts.summary()}")
     tasks = []
     for settings in stage.tasks:
-        task = resolve(settings, rollout)
+        task = resolve_task(settings, rollout)
         rows, counts = read(task.prompts, task.max_new_tokens)
         require_scorable(task.name, task.metrics, Samples(rows, [], tokenizer))
         tasks.append((task, rows))

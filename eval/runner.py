@@ -87,7 +87,7 @@ class Results:
             "models": {},
             "baseline": baseline,
             "reference": stage.reference or baseline,
-            "prompts": [describe(row) for row in data.prompts],
+            "prompts": [prompt_record(row) for row in data.prompts],
         }
         if data.tasks:
             self.content["tasks"] = {
@@ -95,7 +95,7 @@ class Results:
                     "temperature": task.temperature,
                     "max_new_tokens": task.max_new_tokens,
                     "models": {},
-                    "prompts": [describe(row) for row in rows],
+                    "prompts": [prompt_record(row) for row in rows],
                 }
                 for task, rows in data.tasks
             }
@@ -150,7 +150,7 @@ def task_metrics(result: dict[str, Any]) -> dict[str, float]:
     return means | {"truncated": result["truncated"] / result["n"]}
 
 
-def describe(row: PromptRow) -> dict[str, Any]:
+def prompt_record(row: PromptRow) -> dict[str, Any]:
     """A prompt's last turn and its reference, for a comparison side by side."""
     references = reference_texts(columns(row).get(REFERENCE))
     return {

@@ -76,7 +76,7 @@ class TaskResult:
     metrics: dict[str, MetricResult]
 
 
-def resolve(settings: EvaluationTask, rollout: Rollout) -> Task:
+def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
     """The task of a recipe's section: its own settings, then the built-in task's, then the rollout's.
 
     Raise `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.

@@ -120,7 +120,7 @@ def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[Prom
                 )
 
 
-def require_finite(source: str, scores: Sequence[float | None], samples: Samples, fix: str) -> None:
+def require_finite_scores(source: str, scores: Sequence[float | None], samples: Samples, fix: str) -> None:
     """Raise UserError with the first completion that has no finite score."""
     for index, score in enumerate(scores):
         if score is None or not math.isfinite(score):
@@ -191,7 +191,7 @@ def _remote(reward: config.RemoteReward, tokenizer: PreTrainedTokenizerBase) -> 
             scores += client.score({name: values[chunk] for name, values in request.items()})
         if reward.failure_score is None:
             fix = "Fix the server, or set the reward's failure_score"
-            require_finite(f"reward server {reward.url}", scores, samples, fix)
+            require_finite_scores(f"reward server {reward.url}", scores, samples, fix)
         return Scored(scores, "the server sent no finite number")
 
     return component

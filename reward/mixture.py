@@ -21,7 +21,7 @@ from align.data.experience import Experience
 from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.parallel.group import from_rank_0
-from align.reward.components import Component, Samples, build_component, require_columns, require_finite
+from align.reward.components import Component, Samples, build_component, require_columns, require_finite_scores
 from align.reward.model import ModelScorer
 from align.reward.moments import Moments
 from align.reward.process import FunctionProcess, Scored
@@ -91,10 +91,10 @@ class Scorer:
             self._report_missing(reward, scored, missing)
             failure_score = getattr(reward, "failure_score", None) or 0.0
             values = [failure_score if score is None else score for score in scored.scores]
-            metrics |= describe(reward.label, values, sum(missing), seconds)
+            metrics |= score_metrics(reward.label, values, sum(missing), seconds)
             total += reward.weight * torch.tensor(self._scaled(reward, values))
         # The sum is a float32, which overflows at 3e38.
-        require_finite("the sum of all rewards", total.tolist(), samples, "Lower the weights of the rewards")
+        require_finite_scores("the sum of all rewards", total.tolist(), samples, "Lower the weights of the rewards")
         return total, metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,13 +153,13 @@ class Scorer:
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
             scores = scorer.scores(batch).tolist()
-            require_finite(f"reward model '{reward.label}'", scores, samples, "Use an earlier checkpoint of it")
+            require_finite_scores(f"reward model '{reward.label}'", scores, samples, "Use an earlier checkpoint of it")
             return Scored(scores)
 
         return component
 
 
-def describe(label: str, values: Sequence[float], missing: int, seconds: float) -> Metrics:
+def score_metrics(label: str, values: Sequence[float], missing: int, seconds: float) -> Metrics:
     """Metrics of a reward's scores before they are normalised, clipped and weighted."""
     moments = Moments.of(values)
     return {

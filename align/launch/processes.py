@@ -173,7 +173,7 @@ def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
     if parallel.hostfile is None:
         return hosts, "localhost"
     for host in hosts:
-        resolve(host, parallel.hostfile)
+        resolve_host(host, parallel.hostfile)
     return hosts, this_machine(hosts, parallel.hostfile)
 
 
@@ -224,7 +224,7 @@ def local_places(hosts: dict[str, int], here: str, address: str, port: int) -> l
     ]
 
 
-def resolve(host: str, where: str) -> set[str]:
+def resolve_host(host: str, where: str) -> set[str]:
     try:
         return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
@@ -238,7 +238,7 @@ def this_machine(hosts: dict[str, int], where: str) -> str:
         if host in own:
             return host
     for host in hosts:
-        if any(is_own(address) for address in resolve(host, where)):
+        if any(is_own(address) for address in resolve_host(host, where)):
             return host
     raise UserError(
         f"{where}: this machine ({socket.gethostname()}) is not listed; run align on {', '.join(hosts)}, or list it."

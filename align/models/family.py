@@ -102,7 +102,7 @@ class Policy(Protocol):
         """Log-probabilities of the tokens [N] and, without gradient, the entropy [N], after the temperature."""
 
 
-class Scorer(Protocol):
+class ScoringModel(Protocol):
     """A reward model or critic."""
 
     config: FamilyConfig
@@ -152,7 +152,7 @@ class Family:
 
     config: its configuration, a `FamilyConfig`; `config.model_type` identifies the family.
     trunk: class of the trunk inside `policy` and `scorer`, a `Trunk`.
-    policy, scorer: its models, a `Policy` and a `Scorer`. Routed experts are `align.models.experts.Experts`.
+    policy, scorer: its models, a `Policy` and a `ScoringModel`. Routed experts are `align.models.experts.Experts`.
     place: published name -> part of our parameter.
     published: (our name, tensor) -> (published name, view) of each published tensor in it; the inverse of `place`.
     conversion: the same map in the form that transformers' `save_pretrained` uses.

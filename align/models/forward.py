@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from align.data.experience import Experience
-from align.models.family import Policy, Scorer, Trunk, TrunkOutput
+from align.models.family import Policy, ScoringModel, Trunk, TrunkOutput
 from align.models.lora.adapters import AnyModel
 from align.models.packing import Packing
 from align.models.routing import RouterReport
@@ -97,7 +97,7 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
     """Hidden state [B, T, D] of the state in which each completion token was chosen."""
     packed = PackedRows(batch)
-    model: Scorer = unwrap(critic)
+    model: ScoringModel = unwrap(critic)
     features = packed.predicting(packed.forward(model.model).last_hidden_state)
     padded = features.new_zeros(*batch.mask.shape, features.shape[-1])
     padded[batch.mask.bool()] = features
@@ -115,7 +115,7 @@ def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
 def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:
     """The reward model's score [B], read at the last completion token."""
     packed = PackedRows(batch)
-    model: Scorer = unwrap(scorer)
+    model: ScoringModel = unwrap(scorer)
     scores = model.score(packed.last(packed.forward(model.model).last_hidden_state))
     return scores.squeeze(-1).float()
 

@@ -76,7 +76,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutWork:
     """Generation in a PPO round.
 
     engine: as `rollout.engine`.
@@ -132,7 +132,7 @@ class Job:
     updates: int = 1
     padded: bool = True
     gradient_checkpointing: bool = False
-    rollouts: Rollouts | None = None
+    rollouts: RolloutWork | None = None
     ema: bool = False
     needs_reference: bool = False
     parallel: Parallel | None = None
@@ -258,11 +258,11 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
     )
 
 
-def _rollouts(stage: PpoStage, longest_sequence: float) -> Rollouts:
+def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:
     """Generation settings of a PPO stage. longest_sequence: key/value bytes of one full sequence."""
     rollout = stage.rollout
     grows = rollout.engine == "huggingface"
-    return Rollouts(
+    return RolloutWork(
         engine=rollout.engine,
         completions=stage.batch_size,
         max_new_tokens=rollout.max_new_tokens,

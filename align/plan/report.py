@@ -7,7 +7,7 @@ from typing import Any
 
 from align.config.parallel import Parallel
 from align.config.recipe import nearest_batch
-from align.plan.job import Job, Rollouts
+from align.plan.job import Job, RolloutWork
 from align.plan.memory import engine_bytes
 from align.plan.search import Plan, Remedy
 from align.plan.setting import GB, Cluster, Setting, counted, rows_per_pass
@@ -128,7 +128,7 @@ def described(job: Job, setting: Setting) -> str:
     return ", ".join(parts)
 
 
-def _engine(rollouts: Rollouts, setting: Setting) -> str:
+def _engine(rollouts: RolloutWork, setting: Setting) -> str:
     if rollouts.engine == "remote":
         return f"{counted(rollouts.servers, 'external rollout server')}"
     if rollouts.engine == "huggingface":

@@ -10,7 +10,7 @@ from itertools import product
 from align.config.parts import Lora
 from align.plan.job import Job
 from align.plan.memory import Memory, memory
-from align.plan.setting import Cluster, Place, Setting, rows_per_pass, unusable
+from align.plan.setting import Cluster, OffloadTarget, Setting, rows_per_pass, unusable
 from align.plan.speed import Duration, Rates, duration, engine_sizes
 
 SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False, train_router=False)
@@ -86,7 +86,7 @@ def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
     """Every setting that DeepSpeed and the model allow, with a micro-batch of one example."""
     gpus = cluster.gpus
     yield from _variants(job, Setting(1, False, 0) if gpus == 1 else None)
-    places: list[Place | None] = [None, "cpu", "nvme"] if cluster.nvme else [None, "cpu"]
+    places: list[OffloadTarget | None] = [None, "cpu", "nvme"] if cluster.nvme else [None, "cpu"]
     experts = [layer.num_experts for member in job.members for layer in member.shape.layers if layer.experts]
     sizes = [ep for ep in range(1, gpus + 1) if gpus % ep == 0 and all(count % ep == 0 for count in set(experts))]
     for stage, ep, optimizer, parameters in product((0, 1, 2, 3), sizes if experts else [1], places, places):

@@ -8,7 +8,7 @@ from typing import Literal
 from align.config.parallel import Parallel
 from align.plan.job import Job
 
-Place = Literal["cpu", "nvme"]
+OffloadTarget = Literal["cpu", "nvme"]
 GB = 10**9
 
 
@@ -28,8 +28,8 @@ class Setting:
     deepspeed: bool
     zero_stage: int = 3
     expert_parallel_size: int = 1
-    offload_optimizer: Place | None = None
-    offload_parameters: Place | None = None
+    offload_optimizer: OffloadTarget | None = None
+    offload_parameters: OffloadTarget | None = None
     gradient_checkpointing: bool = False
     micro_batch: int = 1
     rollout_gpus: int = 1

@@ -11,7 +11,8 @@ import torch
 
 from align.config.rollout import Rollout
 from align.errors import UserError
-from align.rollout.server import Server, ServerFailure, free_port
+from align.launch.processes import free_port
+from align.rollout.server import Server, ServerFailure
 from align.rollout.started_server import StartedServer
 
 MAX_STARTS = 4

@@ -35,7 +35,7 @@ from align.rollout.started_server import StartedServer
 from align.rollout.sync.gpu_transfer import GpuTransfer
 from align.rollout.sync.send import checkpoint_weights, send_stream
 from align.rollout.sync.transport import Delivery, HttpBody, SharedMemory, ToServers, transfer_kind
-from align.rollout.vllm_options import check_checkpoint, check_temperature, sampling_options
+from align.rollout.vllm_options import check_context, check_temperature, sampling_options
 
 MAX_TRIES = 3
 """Servers on which one completion may fail before the run ends."""
@@ -69,7 +69,7 @@ class RemoteEngine:
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
-        check_checkpoint(checkpoint, rollout)
+        check_context(checkpoint, rollout)
         self.rollout = rollout
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.last_generation: GenerationReport | None = None

@@ -19,7 +19,7 @@ from align.config.rollout import Rollout
 from align.errors import UserError
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
-from align.rollout.vllm_options import check_checkpoint, engine_options, prepare_vllm
+from align.rollout.vllm_options import check_context, engine_options, prepare_vllm
 from align.run.checkpoint import checkpoint_folder
 from align.run.context import StageContext
 
@@ -85,7 +85,7 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     server, so the default host is loopback.
     """
     checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
-    check_checkpoint(checkpoint, rollout)
+    check_context(checkpoint, rollout)
     _check_port(host, port)
     # vLLM has the routes for weight updates, pausing and sleeping only in this mode.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"

@@ -6,7 +6,6 @@ import base64
 import http.client
 import io
 import json
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -146,14 +145,6 @@ def on_all(servers: Sequence[Server], action: Callable[[Server], object]) -> lis
     with ThreadPoolExecutor(max_workers=max(1, len(servers))) as pool:
         list(pool.map(attempt, servers))
     return [server for server in servers if server.failure is None]
-
-
-def free_port() -> int:
-    """A port of this machine on which no process listens now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _error_message(text: str) -> str:

@@ -24,7 +24,7 @@ from align.rollout.base import (
 from align.rollout.routing import RoutingRecorder, checked_routing, moe_layers
 from align.rollout.sync.send import InProcess, send_stream
 from align.rollout.vllm_options import (
-    check_checkpoint,
+    check_context,
     check_temperature,
     engine_options,
     prepare_vllm,
@@ -48,7 +48,7 @@ class VllmEngine:
         self.last_generation: GenerationReport | None = None
         self.last_sync: SyncReport | None = None
         self._recorder: RoutingRecorder | None = None
-        check_checkpoint(checkpoint, rollout)
+        check_context(checkpoint, rollout)
         with preserved_torch_state():
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             prepare_vllm()

@@ -105,7 +105,7 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def check_checkpoint(checkpoint: Path, rollout: Rollout) -> None:
+def check_context(checkpoint: Path, rollout: Rollout) -> None:
     """Raise UserError for a checkpoint or context length that vLLM would refuse later and less clearly."""
     path = checkpoint / "config.json"
     if not path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align.run.metrics import HELD_OUT, find, with_unit
+from align.run.metrics import HELD_OUT, metric_info, with_unit
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Chart:
 
     @property
     def unit(self) -> str:
-        metric = find(self.series[0][0])
+        metric = metric_info(self.series[0][0])
         return metric.unit if metric is not None else ""
 
     @property
@@ -37,7 +37,7 @@ class Chart:
 
 def chart(key: str, *, held_out: bool = False) -> Chart:
     """The chart of one metric, beside its value on held-out rows if there is one."""
-    metric = find(key)
+    metric = metric_info(key)
     assert metric is not None, key
     series = ((key, "training"), (f"{HELD_OUT}{key}", "held out")) if held_out else ((key, metric.title),)
     return Chart(metric.title, series)

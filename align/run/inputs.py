@@ -20,7 +20,7 @@ from align.run.folder import MODEL
 
 SAMPLED_ABOVE = 64 * 2**20
 """Size in bytes above which a safetensors file is sampled."""
-BLOCK = 2**16
+BLOCK_BYTES = 2**16
 BLOCKS = 256
 DATA = (".jsonl", ".json", ".parquet")
 CHECKPOINT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -83,11 +83,13 @@ def _checkpoint(text: str) -> Path:
 def digests(path: Path, suffixes: tuple[str, ...]) -> Digests:
     """The hash of a file, or of each file with one of the suffixes that is directly in a folder."""
     if not path.is_dir():
-        return {"": digest(path)}
-    return {file.name: digest(file) for file in sorted(path.iterdir()) if file.suffix in suffixes and file.is_file()}
+        return {"": content_digest(path)}
+    return {
+        file.name: content_digest(file) for file in sorted(path.iterdir()) if file.suffix in suffixes and file.is_file()
+    }
 
 
-def digest(file: Path) -> str:
+def content_digest(file: Path) -> str:
     """SHA-256 of a file's content; of a large safetensors file, of its size, header and sampled blocks."""
     size = file.stat().st_size
     with open(file, "rb") as content:
@@ -97,6 +99,6 @@ def digest(file: Path) -> str:
         header = int.from_bytes(content.read(8), "little")
         found.update(content.read(min(header, SAMPLED_ABOVE)))
         for block in range(BLOCKS):
-            content.seek(block * (size - BLOCK) // (BLOCKS - 1))
-            found.update(content.read(BLOCK))
+            content.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            found.update(content.read(BLOCK_BYTES))
     return f"sha256 of {BLOCKS} blocks:{found.hexdigest()}"

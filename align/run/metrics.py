@@ -18,7 +18,7 @@ PHASES = ("generate", "score", "logprobs", "update", "sync")
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricInfo:
     """One key of metrics.jsonl.
 
     key: the key; NAME and PHASE stand for any name.
@@ -38,114 +38,116 @@ class Metric:
 
 
 TRAINING = (
-    Metric(
+    MetricInfo(
         "loss",
         "Loss",
         "",
         "Training loss of the optimizer step, router losses included. Mean over the tokens (for pairs: over the pairs) "
         "that count in the loss. `eval_loss` excludes the router losses.",
     ),
-    Metric(
+    MetricInfo(
         "grad_norm",
         "Gradient norm",
         "",
         "L2 norm of the gradient of all trained parameters, before clipping. Not available from DeepSpeed at "
         "`parallel.zero_stage: 0` in float32.",
     ),
-    Metric(
+    MetricInfo(
         "learning_rate", "Learning rate", "", "Learning rate of the parameters that do not belong to routed experts."
     ),
-    Metric(
+    MetricInfo(
         "entropy",
         "Entropy",
         PER_TOKEN,
         "Entropy of the model's distribution, a mean over the tokens that count in the loss (DPO: over the tokens of "
         "both completions). PPO: over the sampled tokens, at the sampling temperature.",
     ),
-    Metric(
+    MetricInfo(
         "mean_token_accuracy",
         "Token accuracy",
         SHARE,
         "Share of tokens that are the model's most probable token, over the tokens that count in the loss (DPO: over "
         "the tokens of the chosen completions).",
     ),
-    Metric(
+    MetricInfo(
         "accuracy",
         "Accuracy on pairs",
         SHARE,
         "Reward model: share of pairs in which the chosen completion scores higher than the rejected one.",
     ),
-    Metric(
+    MetricInfo(
         "margin",
         "Margin",
         "",
         "Reward model: mean of the chosen completion's score minus the rejected one's.",
     ),
-    Metric("mean_reward", "Mean score", "", "Reward model: mean score of chosen and rejected completions."),
-    Metric("min_reward", "Smallest score", "", "Reward model: smallest score in a micro-batch."),
-    Metric("max_reward", "Largest score", "", "Reward model: largest score in a micro-batch."),
-    Metric(
+    MetricInfo("mean_reward", "Mean score", "", "Reward model: mean score of chosen and rejected completions."),
+    MetricInfo("min_reward", "Smallest score", "", "Reward model: smallest score in a micro-batch."),
+    MetricInfo("max_reward", "Largest score", "", "Reward model: largest score in a micro-batch."),
+    MetricInfo(
         "rewards/accuracies",
         "Accuracy of the implicit reward",
         SHARE,
         "DPO: share of pairs in which the chosen completion has the higher implicit reward.",
     ),
-    Metric(
+    MetricInfo(
         "rewards/margins",
         "Margin of the implicit reward",
         "",
         "DPO: mean of the chosen completion's implicit reward minus the rejected one's.",
     ),
-    Metric(
+    MetricInfo(
         "rewards/chosen",
         "Implicit reward, chosen",
         "",
         "DPO: mean implicit reward of the chosen completions, beta * log(policy / reference).",
     ),
-    Metric("rewards/rejected", "Implicit reward, rejected", "", "DPO: the same of the rejected completions."),
-    Metric(
+    MetricInfo("rewards/rejected", "Implicit reward, rejected", "", "DPO: the same of the rejected completions."),
+    MetricInfo(
         "logps/chosen",
         "Log-probability, chosen",
         PER_COMPLETION,
         "DPO: log-probability of the chosen completions, summed over a completion's tokens.",
     ),
-    Metric("logps/rejected", "Log-probability, rejected", PER_COMPLETION, "DPO: the same of the rejected completions."),
-    Metric(
+    MetricInfo(
+        "logps/rejected", "Log-probability, rejected", PER_COMPLETION, "DPO: the same of the rejected completions."
+    ),
+    MetricInfo(
         "logits/chosen",
         "Mean logit, chosen",
         "",
         "DPO: logits of the chosen completions, a mean over tokens and vocabulary.",
     ),
-    Metric("logits/rejected", "Mean logit, rejected", "", "DPO: the same of the rejected completions."),
+    MetricInfo("logits/rejected", "Mean logit, rejected", "", "DPO: the same of the rejected completions."),
 )
 
 ROUTERS = (
-    Metric(
+    MetricInfo(
         "aux_loss",
         "Router balance loss",
         "",
         "Balance loss before its coefficient: E * sum over experts of load times mean probability. 1 if both are even.",
     ),
-    Metric("router_z_loss", "Router z-loss", "", "Mean squared log-sum-exp of the router's logits."),
-    Metric(
+    MetricInfo("router_z_loss", "Router z-loss", "", "Mean squared log-sum-exp of the router's logits."),
+    MetricInfo(
         "router_entropy",
         "Router entropy",
         PER_TOKEN,
         "Entropy of the router's distribution over experts. It is log E for a uniform router.",
     ),
-    Metric(
+    MetricInfo(
         "expert_load_max",
         "Load of the busiest expert",
         "times the even load",
         "Share of assignments that go to the busiest expert, times E. 1 is even; E is one expert per layer.",
     ),
-    Metric(
+    MetricInfo(
         "recycled_share",
         "Recycled assignments",
         SHARE,
         "Share of assignments whose expert was at capacity and that went to another expert.",
     ),
-    Metric(
+    MetricInfo(
         "dropped_share",
         "Dropped assignments",
         SHARE,
@@ -154,202 +156,206 @@ ROUTERS = (
 )
 
 PPO = (
-    Metric(
+    MetricInfo(
         "score_mean",
         "Score, mean",
         "",
         "Score per completion: the weighted sum of the rewards minus the penalties. Mean over the rollout batch.",
     ),
-    Metric("score_std", "Score, standard deviation", "", "Standard deviation of the score over the rollout batch."),
-    Metric(
+    MetricInfo("score_std", "Score, standard deviation", "", "Standard deviation of the score over the rollout batch."),
+    MetricInfo(
         "reward/NAME",
         "Reward NAME, mean",
         "",
         "Mean of one reward over the rollout batch, before normalisation, clipping and weight.",
     ),
-    Metric("reward/NAME/std", "Reward NAME, standard deviation", "", "Standard deviation of that reward."),
-    Metric("reward/NAME/min", "Reward NAME, smallest", "", "Smallest value of that reward."),
-    Metric("reward/NAME/max", "Reward NAME, largest", "", "Largest value of that reward."),
-    Metric(
+    MetricInfo("reward/NAME/std", "Reward NAME, standard deviation", "", "Standard deviation of that reward."),
+    MetricInfo("reward/NAME/min", "Reward NAME, smallest", "", "Smallest value of that reward."),
+    MetricInfo("reward/NAME/max", "Reward NAME, largest", "", "Largest value of that reward."),
+    MetricInfo(
         "reward/NAME/failures",
         "Reward NAME, failures",
         SHARE,
         "Share of completions that this reward could not score: a function or server with a `failure_score` failed, or "
         "a `math` reward found no final answer.",
     ),
-    Metric(
+    MetricInfo(
         "kl",
         "KL of the policy to the reference, k1",
         PER_COMPLETION,
         "k1 estimate of KL(policy || reference) on the samples: log(policy / reference), summed over a completion's "
         "tokens. Mean over completions.",
     ),
-    Metric(
+    MetricInfo(
         "kl_k3",
         "KL of the policy to the reference, k3",
         PER_COMPLETION,
         "The same by the k3 estimator, which is never negative.",
     ),
-    Metric("kl_coef", "KL coefficient", "", "Coefficient of that KL in the iteration."),
-    Metric(
+    MetricInfo("kl_coef", "KL coefficient", "", "Coefficient of that KL in the iteration."),
+    MetricInfo(
         "mismatch_mean",
         "Mismatch of sampler and trainer, mean",
         "nats",
         "Absolute difference between the sampler's and the trainer's log-probability of a sampled token. With "
         "`old_logprobs: rollout` it is measured, like `entropy`, on one completion in 16.",
     ),
-    Metric("mismatch_max", "Mismatch of sampler and trainer, largest", "nats", "Largest such difference."),
-    Metric(
+    MetricInfo("mismatch_max", "Mismatch of sampler and trainer, largest", "nats", "Largest such difference."),
+    MetricInfo(
         "policy_loss",
         "Policy loss",
         "",
         "Loss of the policy (`policy_loss` in the recipe), without the KL loss and router losses.",
     ),
-    Metric(
+    MetricInfo(
         "clip_fraction",
         "Clipped tokens, policy",
         SHARE,
         "Share of tokens whose clipped term is larger than the unclipped one, so that they have no gradient. With "
         "`policy_loss: cispo`: share of tokens whose ratio is clipped.",
     ),
-    Metric(
+    MetricInfo(
         "dual_clip_fraction",
         "Tokens at the dual clip",
         SHARE,
         "Share of tokens with a negative advantage whose loss is bounded by `dual_clip`.",
     ),
-    Metric("policy_grad_norm", "Gradient norm, policy", "", "L2 norm of the policy's gradient, before clipping."),
-    Metric(
+    MetricInfo("policy_grad_norm", "Gradient norm, policy", "", "L2 norm of the policy's gradient, before clipping."),
+    MetricInfo(
         "update_kl",
         "KL of the update, k3",
         PER_TOKEN,
         "k3 estimate of KL(policy before the update || policy), a mean over tokens.",
     ),
-    Metric(
+    MetricInfo(
         "kl_loss",
         "KL loss",
         PER_TOKEN,
         "With `kl.apply_to: loss`: KL to the reference in the loss, before its coefficient.",
     ),
-    Metric("policy_updates", "Policy updates", "optimizer steps", "Optimizer steps of the policy in the iteration."),
-    Metric(
+    MetricInfo(
+        "policy_updates", "Policy updates", "optimizer steps", "Optimizer steps of the policy in the iteration."
+    ),
+    MetricInfo(
         "skipped_updates",
         "Skipped updates",
         "optimizer steps",
         "Updates that were skipped: `mask_truncated` left no completion, or (DeepSpeed in bf16) gradients overflowed.",
     ),
-    Metric("value_loss", "Value loss", "", "Half the squared error of the values, after value clipping."),
-    Metric(
+    MetricInfo("value_loss", "Value loss", "", "Half the squared error of the values, after value clipping."),
+    MetricInfo(
         "value_clip_fraction",
         "Clipped tokens, value",
         SHARE,
         "Share of tokens whose clipped value has the larger error.",
     ),
-    Metric("critic_grad_norm", "Gradient norm, critic", "", "L2 norm of the critic's gradient, before clipping."),
-    Metric(
+    MetricInfo("critic_grad_norm", "Gradient norm, critic", "", "L2 norm of the critic's gradient, before clipping."),
+    MetricInfo(
         "explained_variance",
         "Explained variance of the returns",
         "",
         "1 - var(returns - values) / var(returns), with the values before the update. 1 is perfect, 0 is no better "
         "than a constant, below 0 is worse.",
     ),
-    Metric(
+    MetricInfo(
         "informative_groups",
         "Informative groups",
         SHARE,
         "With several completions per prompt: share of groups with different scores, among all groups drawn.",
     ),
-    Metric(
+    MetricInfo(
         "drawn_completions",
         "Drawn completions",
         "completions",
         "With several completions per prompt: completions drawn, those replaced by `dynamic_sampling` included.",
     ),
-    Metric(
+    MetricInfo(
         "overlong_penalty",
         "Overlong penalty",
         "",
         "Mean penalty for completions within `overlong_buffer` tokens of max_new_tokens.",
     ),
-    Metric("completion_length", "Completion length", "tokens", "Mean completion length, the end token included."),
-    Metric("eos_rate", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."),
-    Metric("truncated_share", "Truncated completions", SHARE, "Share of completions truncated at max_new_tokens."),
-    Metric(
+    MetricInfo("completion_length", "Completion length", "tokens", "Mean completion length, the end token included."),
+    MetricInfo(
+        "eos_rate", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."
+    ),
+    MetricInfo("truncated_share", "Truncated completions", SHARE, "Share of completions truncated at max_new_tokens."),
+    MetricInfo(
         "time/PHASE",
         "Time in PHASE",
         "s",
         "Time of an iteration in `generate`, `score`, `logprobs` (old and reference log-probabilities, values), "
         "`update` and `sync`.",
     ),
-    Metric("time/reward/NAME", "Time in reward NAME", "s", "Part of `time/score` that one reward takes."),
-    Metric("time/weights", "Time to transfer weights", "s", "Part of `time/sync` that the weight transfer takes."),
-    Metric(
+    MetricInfo("time/reward/NAME", "Time in reward NAME", "s", "Part of `time/score` that one reward takes."),
+    MetricInfo("time/weights", "Time to transfer weights", "s", "Part of `time/sync` that the weight transfer takes."),
+    MetricInfo(
         "speed/PHASE",
         "Speed of PHASE",
         "tokens/s",
         "Tokens of the rollout batch per second of the phase: sampled tokens for `generate`; prompts and completions "
         "for the others.",
     ),
-    Metric("speed/rollout", "Speed of the engine", "tokens/s", "Sampled tokens per second within the engine."),
-    Metric(
+    MetricInfo("speed/rollout", "Speed of the engine", "tokens/s", "Sampled tokens per second within the engine."),
+    MetricInfo(
         "memory/peak_gib",
         "Peak memory",
         "GiB",
         "Peak memory of rank 0 since it started: resident memory; on a GPU, memory of tensors.",
     ),
-    Metric("rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens that were sent to the engine."),
-    Metric(
+    MetricInfo("rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens that were sent to the engine."),
+    MetricInfo(
         "rollout/cached_share", "Cached prompt tokens", SHARE, "Share of prompt tokens served from the prefix cache."
     ),
-    Metric(
+    MetricInfo(
         "rollout/retried",
         "Restarted completions",
         "completions",
         "Completions that were started again because their server failed.",
     ),
-    Metric("sync/mib", "Transferred weights", "MiB", "Size of the last weight transfer to the engines."),
-    Metric("sync/buckets", "Transfer buckets", "buckets", "Buckets of that transfer."),
-    Metric("sync/engines", "Updated engines", "engines", "Engines that received the new weights."),
+    MetricInfo("sync/mib", "Transferred weights", "MiB", "Size of the last weight transfer to the engines."),
+    MetricInfo("sync/buckets", "Transfer buckets", "buckets", "Buckets of that transfer."),
+    MetricInfo("sync/engines", "Updated engines", "engines", "Engines that received the new weights."),
 )
 
 EVALUATION = (
-    Metric(
+    MetricInfo(
         "scores",
         "Reward-model score",
         "",
         "Score of `reward_model` per completion.",
     ),
-    Metric(
+    MetricInfo(
         "f1",
         "Token F1",
         SHARE,
         "Harmonic mean of word precision and recall against the reference answer, over the prompts with a reference.",
     ),
-    Metric(
+    MetricInfo(
         "preference",
         "Preference accuracy",
         SHARE,
         "Share of held-out pairs in which the model gives the chosen completion the higher log-probability, summed "
         "over tokens. A tie counts half.",
     ),
-    Metric(
+    MetricInfo(
         "kl",
         "KL to REFERENCE",
         PER_COMPLETION,
         "k1 estimate of KL(model || reference) on the model's own samples, summed over a completion's tokens. The "
         "reference is `reference` of the stage. Not measured with greedy decoding, whose completions are not samples.",
     ),
-    Metric("lengths", "Completion length", "tokens", "Completion length, the end token included."),
-    Metric("eos", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."),
-    Metric(
+    MetricInfo("lengths", "Completion length", "tokens", "Completion length, the end token included."),
+    MetricInfo("eos", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."),
+    MetricInfo(
         "TASK/METRIC",
         "TASK: METRIC",
         "",
         "Mean of one metric of a task over its scored prompts. A `math` metric counts a completion without a final "
         "answer as 0.",
     ),
-    Metric("TASK/truncated", "TASK: truncated", SHARE, "Share of completions truncated at max_new_tokens."),
-    Metric(
+    MetricInfo("TASK/truncated", "TASK: truncated", SHARE, "Share of completions truncated at max_new_tokens."),
+    MetricInfo(
         "reward_model_accuracy",
         "Accuracy of the reward model",
         SHARE,
@@ -360,7 +366,7 @@ EVALUATION = (
 ALL = TRAINING + ROUTERS + PPO
 
 
-def find(key: str) -> Metric | None:
+def metric_info(key: str) -> MetricInfo | None:
     """The metric of a key of metrics.jsonl, with or without the held-out prefix; None for an unknown key."""
     key = key.removeprefix(HELD_OUT)
     exact = next((metric for metric in ALL if metric.key == key), None)

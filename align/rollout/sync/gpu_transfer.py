@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from align.rollout.server import Server, free_port
+from align.launch.processes import free_port
+from align.rollout.server import Server
 from align.rollout.sync.stream import Bucket
 from align.rollout.sync.transport import Deliver
 

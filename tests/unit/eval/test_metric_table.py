@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from align.run.charts import CHARTS
-from align.run.metrics import ALL, EVALUATION, find
+from align.run.metrics import ALL, EVALUATION, metric_info
 
 ROOT = Path(__file__).resolve().parents[3]
 LOGGING = ("align/rl/*.py", "align/losses/*.py", "align/rollout/base.py", "align/models/routing.py", "reward/*.py")
@@ -59,21 +59,21 @@ def test_every_metric_that_the_code_logs_is_in_the_table() -> None:
             keys |= logged_keys(file.read_text(encoding="utf-8"))
     assert {"kl", "clip_fraction", "expert_load_max", "reward/name/std", "sync/mib", "informative_groups"} <= keys
     keys = {key.replace("name_grad_norm", "policy_grad_norm") for key in keys}
-    assert sorted(key for key in keys - NOT_LOGGED if find(key) is None) == []
+    assert sorted(key for key in keys - NOT_LOGGED if metric_info(key) is None) == []
 
 
 def test_the_key_of_every_row_is_found_as_that_row() -> None:
     for metric in ALL:
-        assert find(metric.key.replace("NAME", "my reward/2").replace("PHASE", "update")) is metric
-    assert find("eval_loss") is find("loss")
-    assert find("time/reward/x") is not find("time/weights")
-    assert find("unheard_of") is None
+        assert metric_info(metric.key.replace("NAME", "my reward/2").replace("PHASE", "update")) is metric
+    assert metric_info("eval_loss") is metric_info("loss")
+    assert metric_info("time/reward/x") is not metric_info("time/weights")
+    assert metric_info("unheard_of") is None
 
 
 def test_every_charted_series_has_a_unit_and_a_chart_has_one() -> None:
     for charts in CHARTS.values():
         for chart in charts:
-            metrics = [find(key) for key, _ in chart.all_series]
+            metrics = [metric_info(key) for key, _ in chart.all_series]
             assert None not in metrics, chart
             assert {metric.unit for metric in metrics if metric is not None} == {chart.unit}, chart
             assert chart.unit in chart.full_title

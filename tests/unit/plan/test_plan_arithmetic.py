@@ -15,7 +15,7 @@ from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
 from align.plan import activations
 from align.plan.activations import Pass
-from align.plan.job import SMOLLM2_135M, Job, Member, Rollouts
+from align.plan.job import SMOLLM2_135M, Job, Member, RolloutWork
 from align.plan.memory import Buffers, Memory, memory
 from align.plan.setting import Setting
 from align.plan.shape import DEFAULTS, ModelShape, shape_of
@@ -219,7 +219,7 @@ def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
 
 
 def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) -> None:
-    rollouts = Rollouts("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
+    rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
     members = (Member("policy", large, "all"), Member("reference", large, "nothing"))
     job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
     reused = replace(job, rollouts=replace(rollouts, as_old_logprobs=True))

@@ -14,7 +14,7 @@ from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
 from align.rollout.remote import RemoteEngine
 from align.rollout.server import Server
-from align.rollout.vllm_options import check_checkpoint, check_temperature
+from align.rollout.vllm_options import check_context, check_temperature
 from align.train.checkpoint import load_policy
 
 from .here import NUMBER, PORT, Here, sample_stage, wrong
@@ -142,7 +142,7 @@ def _(here: Here) -> str:
 @wrong("weights-beside-the-model", "Adapter weights in the model's folder")
 def _(here: Here) -> None:
     Path("model/adapter_model.safetensors").touch()
-    check_checkpoint(Path("model"), Rollout(max_model_length=64))
+    check_context(Path("model"), Rollout(max_model_length=64))
 
 
 @wrong("temperature-too-low-for-vllm", "A temperature that vLLM would raise silently")
