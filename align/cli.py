@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code = 0
     try:
+        _expand_paths(options)
         options.command(options)
     except UserError as error:
         print(f"{_color('error:', 31)} {error}", file=sys.stderr)
@@ -47,6 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
         end_process(code)
     if code:
         sys.exit(code)
+
+
+def _expand_paths(options: argparse.Namespace) -> None:
+    """Replace a leading `~` of every path; a shell leaves it in `--run-dir=~/runs` and in quotes."""
+    from align.config.paths import local_path
+
+    vars(options).update({name: local_path(path) for name, path in vars(options).items() if isinstance(path, Path)})
 
 
 def _stopped_line(options: argparse.Namespace, code: int) -> str:
@@ -346,9 +354,17 @@ def _short(number: float) -> str:
     return str(int(number))
 
 
+def _require_folder(target: Path, wanted: str) -> None:
+    """Raise `UserError` if `target`, or a folder that it would be in, is a file."""
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: this is a file; pass {wanted}.")
+
+
 def _tokenizer(options: argparse.Namespace) -> None:
     if not options.source.is_file():
         raise UserError(f"{options.source}: no such file; pass the path of the released hy.tiktoken.")
+    _require_folder(options.target, "a folder for the tokenizer")
     from align.models.hunyuan.tokenization import convert_tokenizer
 
     tokenizer = convert_tokenizer(options.source, options.target)
@@ -488,10 +504,11 @@ def _serve_reward(options: argparse.Namespace) -> None:
 
 def _serve_rollout(options: argparse.Namespace) -> None:
     from align.config import load_recipe
+    from align.config.paths import local_path
     from align.run.checkpoint import require_checkpoint
 
-    if Path(options.target).is_dir():
-        require_checkpoint(Path(options.target))
+    if (folder := local_path(options.target)).is_dir():
+        require_checkpoint(folder)
     else:
         load_recipe(options.target)
     from align.rollout.serve import serve, serve_settings
@@ -534,8 +551,7 @@ def _hot_start(options: argparse.Namespace) -> None:
         raise UserError(f"--experts {options.experts}: must be at least 2.")
     if not 1 <= options.top_k <= options.experts:
         raise UserError(f"--top-k {options.top_k}: must be between 1 and --experts, {options.experts}.")
-    if options.target.exists() and not options.target.is_dir():
-        raise UserError(f"{options.target}: this is a file; pass a new folder for the model.")
+    _require_folder(options.target, "a new folder for the model")
     source = options.source
     if source != HotStartModel.model_fields["source"].default:
         source = str(local_path(source))

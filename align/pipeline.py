@@ -68,7 +68,7 @@ def run(
                 _run_stage(StageContext(recipe, name, run_dir, resume=resumed, say=say, status=status))
         if recipe.parallel is not None:
             group.leave()
-    if any(stage.makes == REPORT for stage in recipe.stages.values()):
+    if any(stage.name != BASE and recipe.stages[stage.name].makes == REPORT for stage in stages):
         say(f"report: {run_dir / 'report.html'}")
 
 

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field
 from align.config.parts import Positive, Section, Source
 from align.config.rewards import ModelReward, Reward, RewardBase
 
+TASK_NAME = r"^[a-z0-9][a-z0-9_-]*$"
+
 
 class F1Metric(RewardBase):
     """Word F1 between the completion and the row's text; rows without that text are not scored."""
@@ -47,7 +49,7 @@ def _distinct(metrics: list[Metric]) -> list[Metric]:
 class EvaluationTask(Section):
     """A task of an evaluate stage. Without `prompts` or `metrics` it is the built-in task called `name`."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=TASK_NAME)]
     """Name in results and report, or the name of a built-in task: `gsm8k`."""
     prompts: list[Source] = Field(default_factory=list)
     """Held-out prompts, with the columns that the metrics read. Default: the built-in task's."""

@@ -12,8 +12,10 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from align.config.evaluation import TASK_NAME
 from align.config.parts import renamed
-from align.config.recipe import Recipe
+from align.config.paths import local_path
+from align.config.recipe import RUN_NAME, Recipe
 from align.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
@@ -153,12 +155,9 @@ def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
 
 def resolve_recipe_path(recipe: str | Path) -> Path:
     """The path itself if it is a file, otherwise the shipped recipe of that name."""
-    path = Path(recipe)
-    try:
-        if path.is_file():
-            return path
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from None
+    path = local_path(recipe)
+    if path.is_file():
+        return path
     shipped = SHIPPED / (path.name if path.suffix else f"{path.name}.yaml")
     if len(path.parts) <= 2 and shipped.is_file():
         return shipped
@@ -266,7 +265,8 @@ def _sentence(values: dict[str, Any], problem: Any) -> str:
     if kind == "extra_forbidden":
         new, value = renamed(str(problem["loc"][-1]), problem["input"])
         if new != problem["loc"][-1] and new in _known_keys(problem["loc"][:-1]):
-            return f"the key '{where}' was renamed; write `{new}: {value}`."
+            setting = f"{new}: {value}" if isinstance(value, str) else new
+            return f"the key '{where}' was renamed; write `{setting}`."
         return f"unknown key '{where}'; {_hint(problem['loc'])}"
     if kind == "missing":
         return f"the key '{where}' is missing; add it."
@@ -297,6 +297,10 @@ _TYPES = {
     "dict": "must be a section with keys of its own",
     "model": "must be a section with keys of its own",
 }
+_PATTERNS = {
+    RUN_NAME: "must begin with a letter or digit and contain only letters, digits, '.', '_' and '-'",
+    TASK_NAME: "must begin with a lower-case letter or digit and contain only lower-case letters, digits, '_' and '-'",
+}
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -317,7 +321,7 @@ def _wanted(problem: Any) -> str:
         entries = context[limit]
         return f"must have {words} {entries} {'entry' if entries == 1 else 'entries'}"
     if kind == "string_pattern_mismatch":
-        return "must begin with a letter or digit and contain only letters, digits, '.', '_' and '-'"
+        return _PATTERNS[context["pattern"]]
     wanted = _TYPES.get(kind.split("_")[0])
     if wanted is None:
         message: str = problem["msg"]

@@ -16,13 +16,14 @@ from align.config.stages import Stage, TrainingStage
 BASE = "base"
 """Name by which stages refer to the recipe's model."""
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Recipe(Section):
     """A model and the stages that run on it, in the order written."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=RUN_NAME)]
     """Name of the run. Its folder is `runs/<name>` unless `--run-dir` is passed."""
     description: str = ""
     """Free text, not interpreted."""

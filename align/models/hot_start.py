@@ -27,6 +27,7 @@ from transformers import (
 
 from align.errors import UserError, missing_dependency
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.run.folder import replace_folder
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -113,15 +114,12 @@ def convert_hot_start(
     dense_dir = embedded_source() if source == EMBEDDED else Path(source)
     dense = load_dense(dense_dir)
     model = hot_start(dense, experts=experts, top_k=top_k, expert_width=expert_width, seed=seed)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(dense_dir).save_pretrained(partial)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(dense_dir).save_pretrained(folder)
+
+    replace_folder(target, write)
     return target
 
 

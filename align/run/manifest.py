@@ -37,7 +37,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = _read_json(path)
-    return manifest if manifest.get("status") == "finished" else None
+    if manifest.get("status") != "finished":
+        return None
+    if not isinstance(manifest.get("config"), dict):
+        raise UserError(f"{path}: it lacks the settings of the stage; remove {path.parent} to run that stage again.")
+    return manifest
 
 
 def require_unchanged(context: StageContext) -> None:
@@ -161,11 +165,16 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before} -> {after}"]
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    wrong = "not valid JSON"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        wrong = "not a JSON object"
     except ValueError:
-        raise UserError(f"{path}: not valid JSON; remove {path.parent} to run that stage again.") from None
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {wrong}; remove {path.parent} to run that stage again.")
+    return values
 
 
 def code_version() -> dict[str, Any]:

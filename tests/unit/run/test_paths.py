@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align import cli
 from align.config import load_recipe
 from align.config.paths import local_path
 from align.config.recipe import BASE
@@ -66,3 +67,12 @@ def test_preflight_and_what_reads_the_file_agree(home: Path, tmp_path: Path) -> 
 def test_the_home_of_a_user_who_does_not_exist_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"^~nobody-here/x: this machine has no home directory for '~nobody-here'"):
         local_path("~nobody-here/x")
+
+
+def test_a_command_expands_the_home_directory_where_the_shell_does_not(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(cli, "_report", lambda options: ran.append(options.run_dir))
+    cli.main(["report", "~/run"])
+    assert ran == [home / "run"]

@@ -154,3 +154,19 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "IQ== 0\n")
     return here.align("convert", "tokenizer", "hy.tiktoken", "out")
+
+
+@wrong("path-too-long", "A path that the operating system refuses", varies="x{9,}")
+def _(here: Here) -> str:
+    return here.align("report", "x" * 300)
+
+
+@wrong("hot-start-below-a-file", "A hot start into a folder below a file")
+def _(here: Here) -> str:
+    return here.align("convert", "hot-start", "model", "rows.jsonl/grown")
+
+
+@wrong("convert-tokenizer-to-a-file", "A file where `convert tokenizer` should write")
+def _(here: Here) -> str:
+    here.write("hy.tiktoken", "")
+    return here.align("convert", "tokenizer", "hy.tiktoken", "rows.jsonl")

@@ -38,6 +38,11 @@ def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm9k"}])
 
 
+@wrong("task-name", "A task's name with capital letters")
+def _(here: Here) -> str:
+    return check(here, tasks=[{"name": "GSM8K"}])
+
+
 @wrong("task-without-metrics", "A task without metrics that is not built in")
 def _(here: Here) -> str:
     return check(here, tasks=[{"name": "sums", "prompts": ROWS}])

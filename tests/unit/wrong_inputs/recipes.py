@@ -361,3 +361,13 @@ def _(here: Here) -> str:
 @wrong("unknown-home-directory", "A path in the home directory of a user who does not exist")
 def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "~nobody-here/rows.jsonl"}]})
+
+
+@wrong("renamed-key-without-a-name", "A renamed key whose value is not a name")
+def _(here: Here) -> str:
+    return check_ppo(here, algorithm=["grpo"])
+
+
+@wrong("path-too-long-in-a-recipe", "A path of a recipe that the operating system refuses", varies="x{9,}")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": "x" * 300}]})

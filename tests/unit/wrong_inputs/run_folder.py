@@ -121,6 +121,20 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("manifest-not-an-object", "A manifest that is JSON, but not an object")
+def _(here: Here) -> str:
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/manifest.json", "[]")
+    return here.run()
+
+
+@wrong("manifest-without-settings", "A manifest without the settings of its stage")
+def _(here: Here) -> str:
+    (here.folder / "run" / "sft").mkdir(parents=True)
+    here.write("run/sft/manifest.json", json.dumps({"status": "finished"}))
+    return here.run()
+
+
 @wrong("disk-full-settings", "The disk is full when the settings are written")
 def _(here: Here) -> str:
     here.monkeypatch.setattr("align.run.folder.os.replace", full_disk)
