@@ -507,10 +507,11 @@ def _serve_rollout(options: argparse.Namespace) -> None:
     from align.config.paths import local_path
     from align.run.checkpoint import require_checkpoint
 
-    if (folder := local_path(options.target)).is_dir():
-        require_checkpoint(folder)
+    target = local_path(options.target)
+    if target.is_dir():
+        require_checkpoint(target)
     else:
-        load_recipe(options.target)
+        load_recipe(target)
     from align.rollout.serve import serve, serve_settings
 
     names = [
@@ -523,7 +524,7 @@ def _serve_rollout(options: argparse.Namespace) -> None:
         "sleep",
     ]
     changes = {name: getattr(options, name) for name in [*names, "dtype", "seed"]}
-    settings = serve_settings(options.target, options.stage, options.run_dir, changes)
+    settings = serve_settings(str(target), options.stage, options.run_dir, changes)
     serve(settings, host=options.host, port=options.port, transfer=options.weight_transfer)
 
 
