@@ -151,6 +151,11 @@ def test_masked_mean_ignores_nan_behind_the_mask() -> None:
     assert masked_mean(tensor([2.0, math.nan]), tensor([1, 0])).item() == 2.0
 
 
+def test_a_weight_equal_to_the_cap_is_not_dropped() -> None:
+    old, rollout, mask = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
+    assert importance_weight(old, rollout, mask, cap=1.0, drop=True).tolist() == [[1.0, 0.0]]
+
+
 def test_importance_weight_is_capped() -> None:
     old, rollout, mask = tensor([0.0, 0.0, 9.0]), tensor([-3.0, 0.5, 0.0]), tensor([1, 1, 0])
     assert importance_weight(old, rollout, mask, cap=2.0).tolist()[0] == pytest.approx([2.0, math.exp(-0.5), 1.0])

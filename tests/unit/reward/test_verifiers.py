@@ -65,6 +65,11 @@ def test_length_without_a_buffer_is_a_range() -> None:
     assert [length_score(n, min_tokens=2, max_tokens=3, buffer=0) for n in range(6)] == [0, 0, 1, 1, 0, 0]
 
 
+def test_a_buffer_of_one_token_penalises_the_last_token_alone() -> None:
+    shaped = overlong_shaping(torch.tensor([18, 19, 20]), max_new_tokens=20, buffer=1, penalty=2.0)
+    assert shaped.tolist() == [0.0, 0.0, -2.0]
+
+
 def test_overlong_shaping_falls_linearly_in_the_buffer() -> None:
     """The limit is 20 tokens, of which the last 4 are the buffer."""
     lengths = torch.tensor([1, 15, 16, 17, 18, 19, 20, 25])
