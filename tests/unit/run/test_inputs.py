@@ -11,7 +11,7 @@ import yaml
 from align.config import load_recipe
 from align.config.recipe import BASE, Recipe
 from align.run import inputs
-from align.run.inputs import changed_input, digest, fingerprints
+from align.run.inputs import changed_input, content_digest, fingerprints
 
 STAGES = {
     "sft": {
@@ -75,7 +75,7 @@ def test_a_file_that_is_removed_from_a_folder_is_a_change(recipe: Recipe) -> Non
 
 def test_a_small_file_is_hashed_whole(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert digest(tmp_path / "model.safetensors") == "sha256:" + hashlib.sha256(b"weights").hexdigest()
+    assert content_digest(tmp_path / "model.safetensors") == "sha256:" + hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_large_checkpoint_is_hashed_by_header_size_and_blocks(
@@ -93,7 +93,7 @@ def test_a_large_checkpoint_is_hashed_by_header_size_and_blocks(
         if change is not None:
             changed[change] ^= 1
         file.write_bytes(changed)
-        found.add(digest(file))
+        found.add(content_digest(file))
     file.write_bytes(content + b"\0")
-    found.add(digest(file))
+    found.add(content_digest(file))
     assert len(found) == 5
