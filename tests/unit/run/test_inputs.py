@@ -82,7 +82,7 @@ def test_a_large_checkpoint_is_hashed_by_header_size_and_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "SAMPLED_ABOVE", 1000)
-    monkeypatch.setattr(inputs, "BLOCK", 10)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 10)
     monkeypatch.setattr(inputs, "BLOCKS", 5)
     file = tmp_path / "model.safetensors"
     content = bytearray((20).to_bytes(8, "little") + bytes(range(20)) + bytes(5000))
