@@ -59,7 +59,7 @@ def test_a_batch_script_of_slurm_is_not_a_rank(monkeypatch: pytest.MonkeyPatch) 
 def test_ranks_are_numbered_through_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# the cluster\nfirst.test slots=2\n\nsecond.test slots=3  # bigger\n")
-    monkeypatch.setattr(launch, "resolve", lambda host, where: {"10.0.0." + ("1" if "first" in host else "2")})
+    monkeypatch.setattr(launch, "resolve_host", lambda host, where: {"10.0.0." + ("1" if "first" in host else "2")})
     monkeypatch.setattr(socket, "gethostname", lambda: "second.test")
     machines = launch.machines_of(Parallel(processes=5, hostfile=str(hosts)))
     assert machines == ({"first.test": 2, "second.test": 3}, "second.test")
@@ -115,7 +115,7 @@ def test_a_hostfile_sets_the_number_of_processes_unless_the_command_does(
 def test_a_machine_is_found_by_name_before_address_and_by_any_of_its_addresses(monkeypatch) -> None:
     """Every address in 127.0.0.0/8 belongs to this machine; 192.0.2.7 belongs to no machine."""
     hosts = {"127.0.0.2": 1, "192.0.2.7": 1, "here.test": 1}
-    monkeypatch.setattr(launch, "resolve", lambda host, where: {host})
+    monkeypatch.setattr(launch, "resolve_host", lambda host, where: {host})
     assert launch.this_machine({"192.0.2.7": 1, "127.0.0.3": 1}, "hosts") == "127.0.0.3"
     monkeypatch.setattr(socket, "gethostname", lambda: "here.test")
     assert launch.this_machine(hosts, "hosts") == "here.test"
