@@ -31,6 +31,8 @@ class _Request:
     since = 0.0
     polled = False
     """A training loop is polling, so it will see a request by itself."""
+    timer: threading.Timer | None = None
+    """Repeats the signal when the grace time is over."""
 
 
 @contextmanager
@@ -41,6 +43,9 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        if _Request.timer is not None:  # otherwise it would end a process that has left the block
+            _Request.timer.cancel()
+            _Request.timer = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -86,6 +91,6 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Stopped(_Request.number)
     line = f"{signal_name(number)}: stopping with a checkpoint after this step (within {GRACE:.0f} s; again: at once)\n"
     os.write(2, line.encode())  # print may not be entered again in a signal handler
-    timer = threading.Timer(GRACE, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
+    _Request.timer = threading.Timer(GRACE, os.kill, (os.getpid(), number))
+    _Request.timer.daemon = True
+    _Request.timer.start()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,3 +104,15 @@ def test_the_command_exits_with_the_signals_status_and_prints_how_to_resume(wher
     assert done.returncode == 130
     last = done.stderr.splitlines()[-1]
     assert last == "stopped by Ctrl-C; continue with `align run tiny seed=3 --run-dir 'a run' --resume`"
+
+
+def test_no_timer_outlives_the_block() -> None:
+    """Otherwise the grace time of a run that is over would end the process that called it."""
+    with interrupt.listening():
+        interrupt.stop_requested()
+        send()
+        assert any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    deadline = time.monotonic() + 5
+    while any(isinstance(thread, threading.Timer) for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
