@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from align.config.stages import DpoStage
+from align.config.stages import DpoStage, TrlLossType
 from align.data.prepare import prepare_dpo_pairs
 from align.losses.preference import preference_loss, sft_loss
 from align.models.lora.adapters import AnyModel, one_adapter
@@ -17,22 +17,7 @@ from align.train.fit import train_and_save
 from align.train.shared_batches import SHARE
 from align.train.trl import AlignTrainer, trainer_arguments
 
-BY_TRL = {
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "robust",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "aot",
-    "aot_unpaired",
-}
+BY_TRL = frozenset(get_args(TrlLossType))
 """Values of `loss_type` that TRL computes; the others are computed by `align.losses.preference`."""
 
 CHOSEN_SHARE = "chosen_share"

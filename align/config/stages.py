@@ -127,7 +127,7 @@ class RewardModelStage(TrainingStage):
     """Weight of the squared sum of the two scores of a pair, a penalty that keeps scores centred on zero."""
 
 
-LossType = Literal[
+TrlLossType = Literal[
     "sigmoid",
     "sigmoid_norm",
     "hinge",
@@ -142,6 +142,11 @@ LossType = Literal[
     "discopop",
     "aot",
     "aot_unpaired",
+]
+"""Preference losses that TRL's trainer computes."""
+
+LossType = Literal[
+    TrlLossType,
     "simpo",
 ]
 """The keys of `align.losses.preference.PREFERENCE_LOSSES`."""
