@@ -87,7 +87,7 @@ def test_imports_go_down_and_fences_hold() -> None:
         ("align/models/x.py", "def f():\n    from align.train.trl import fit"),
         ("align/rollout/x.py", "from align.reward import mixture"),
         ("align/train/x.py", "import vllm"),
-        ("align/cli.py", "import torch"),
+        ("align/cli/x.py", "import torch"),
     ],
 )
 def test_a_planted_violation_is_seen(name: str, source: str) -> None:

@@ -278,6 +278,7 @@ def test_the_lock_file_of_a_killed_rank_blocks_no_run(tmp_path: Path) -> None:
 TRAPPED = """
 import atexit, ctypes, sys
 from align import cli
+from align.cli import runs
 from align.launch import ending
 
 # The interpreter's shutdown calls abort(), as torch's threads sometimes do.
@@ -285,7 +286,7 @@ ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)
 atexit.register(print, "closed")
 if sys.argv.pop(1) == "rank":
     ending.mark_joined()
-cli._check = lambda options: 1 / 0
+runs._check = lambda options: 1 / 0
 cli.main()
 """
 

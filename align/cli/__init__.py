@@ -1,0 +1,91 @@
+"""Parse the command line and call the command. Every command checks its paths before it loads torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from align import __version__
+from align.cli import machine, models, plan, runs, serve
+from align.cli.runs import process_overrides, run_command
+from align.cli.terminal import color
+from align.errors import UserError, signal_name
+from align.launch.ending import STOPPED, end_process, has_joined
+from align.run import interrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, with 2 for a user's error, with 128 + a signal's number if stopped by one."""
+    options = parse(arguments)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = 0
+    try:
+        _expand_paths(options)
+        options.command(options)
+    except UserError as error:
+        print(f"{color('error:', 31)} {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt as error:
+        code = 128 + getattr(error, "number", signal.SIGINT)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    except Exception:
+        if not (has_joined() or interrupt.requested()):
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and interrupt.requested():  # a failure after a request to stop is its consequence
+        code = 128 + interrupt.requested()
+    if code in STOPPED:
+        print(_stopped_line(options, code), file=sys.stderr)
+    if has_joined():
+        end_process(code)
+    if code:
+        sys.exit(code)
+
+
+def _expand_paths(options: argparse.Namespace) -> None:
+    """Replace a leading `~` of every path; a shell leaves it in `--run-dir=~/runs` and in quotes."""
+    from align.config.paths import local_path
+
+    vars(options).update({name: local_path(path) for name, path in vars(options).items() if isinstance(path, Path)})
+
+
+def _stopped_line(options: argparse.Namespace, code: int) -> str:
+    line = f"stopped by {signal_name(code - 128)}"
+    if options.command is not runs.run_recipe:
+        return line
+    again = argparse.Namespace(**{**vars(options), "start": None, "resume": True})
+    words = run_command(again, [*options.overrides, *process_overrides(options, options.overrides)])
+    return f"{line}; continue with `align {shlex.join(words)}`"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the arguments. Overrides may also follow `--flags`, where argparse does not accept them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # `check` takes overrides among its recipes.
+    takes = next((name for name in ("overrides", "recipes") if hasattr(options, name)), None)
+    late = [word for word in rest if "=" in word and not word.startswith("-") and takes is not None]
+    if unknown := [word for word in rest if word not in late]:
+        parser.error(f"'{unknown[0]}' is not a valid argument; see `{parser.prog} COMMAND --help`.")
+    if late and takes is not None:
+        setattr(options, takes, [*getattr(options, takes), *late])
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align", description="Post-train mixture-of-experts language models from one recipe."
+    )
+    parser.add_argument("--version", action="version", version=f"align {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for group in (runs, plan, models, serve, machine):
+        group.add(commands)
+    return parser

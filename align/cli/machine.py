@@ -1,0 +1,34 @@
+"""Commands on the machine itself: `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from align.cli.terminal import color
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="show installed packages and the device",
+        description="Show versions, the accelerator, and missing packages with the command that installs each.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from align.doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps(findings, indent=2))
+        return
+    width = max(len(name) for name in findings["packages"])
+    for name, package in findings["packages"].items():
+        state = package["version"] or color(f"missing: {package['install']}", 33)
+        print(f"  {name:<{width}}  {state}")
+    for name, value in findings["uses"].items():
+        print(f"  {name:<{width}}  {value}")

@@ -1,0 +1,171 @@
+"""Commands on recipes and runs: `run`, `check`, `show`, `report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from align.cli.terminal import say, status
+from align.errors import UserError
+from align.run import interrupt
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser."""
+    run = commands.add_parser(
+        "run",
+        help="run a recipe's stages",
+        description="Run the stages of a recipe in order. Finished stages are kept. SIGTERM or one Ctrl-C stops the "
+        "run with a checkpoint.",
+    )
+    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, gsm8k_grpo, ...)")
+    run.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.subkey=value",
+        help="overrides of the recipe, e.g. stages.dpo.beta=0.2",
+    )
+    run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
+    run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
+    run.add_argument("--only", metavar="STAGE", help="run only this stage (again, if it is finished)")
+    run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
+    run.set_defaults(command=run_recipe)
+
+    check = commands.add_parser(
+        "check",
+        help="validate recipes",
+        description="Validate recipes and check that their files exist, without loading torch.",
+    )
+    check.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="YAML files or shipped recipes; an argument key.subkey=value overrides that key in all of them",
+    )
+    check.add_argument("--json", action="store_true", help="print the result as JSON")
+    check.add_argument(
+        "--without-files",
+        action="store_true",
+        help="do not check that data, rewards and checkpoints exist on this machine",
+    )
+    check.set_defaults(command=_check)
+    for command in (run, check):
+        command.add_argument("--nproc", type=int, metavar="N", help="number of processes; same as parallel.processes=N")
+        command.add_argument("--hostfile", metavar="FILE", help="machines of the run; one process per slot")
+
+    show = commands.add_parser(
+        "show",
+        help="print a recipe with all defaults",
+        description="Print a recipe with its defaults and overrides applied.",
+    )
+    show.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    show.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
+    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    show.set_defaults(command=_show)
+
+    report = commands.add_parser(
+        "report",
+        help="write a run's report again",
+        description="Write report.json, report.md and report.html in a run folder.",
+    )
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--json", action="store_true", help="also print report.json")
+    report.set_defaults(command=_report)
+
+
+def run_recipe(options: argparse.Namespace) -> None:
+    from align import pipeline
+    from align.config import load_recipe
+
+    overrides = [*options.overrides, *process_overrides(options, options.overrides)]
+    recipe = load_recipe(options.recipe, overrides)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    which = {"resume": options.resume, "only": options.only, "start": options.start}
+    if recipe.parallel is not None:
+        from align.launch import processes
+
+        if not processes.is_rank():
+            pipeline.refuse_early(recipe, run_dir, **which)
+            processes.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
+            return
+    with interrupt.listening():
+        pipeline.run(recipe, run_dir, **which, say=say, status=status)
+
+
+def process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """--nproc and --hostfile as overrides of the recipe; a hostfile's slots are the default of parallel.processes."""
+    found = [] if options.nproc is None else [f"parallel.processes={options.nproc}"]
+    if options.hostfile is not None:
+        found.append(f"parallel.hostfile={options.hostfile}")
+        if not any(override.startswith("parallel.processes=") for override in [*overrides, *found]):
+            from align.launch.processes import read_hostfile
+
+            found.append(f"parallel.processes={sum(read_hostfile(Path(options.hostfile)).values())}")
+    return found
+
+
+def run_command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The arguments of `align` that start the same run again."""
+    words = ["run", options.recipe, *overrides]
+    for flag, value in (("--run-dir", options.run_dir), ("--only", options.only), ("--from", options.start)):
+        words += [flag, str(value)] if value is not None else []
+    return [*words, "--resume"] if options.resume else words
+
+
+def _check(options: argparse.Namespace) -> None:
+    overrides = [value for value in options.recipes if "=" in value]
+    recipes = [value for value in options.recipes if "=" not in value]
+    if not recipes:
+        raise UserError("the command has overrides but no recipe; add the name or file of a recipe.")
+    problems = {path: _problems(path, overrides, options) for path in recipes}
+    if options.json:
+        print(json.dumps({path: {"ok": p is None, "error": p} for path, p in problems.items()}, indent=2))
+    else:
+        for path, problem in problems.items():
+            print(problem if problem else f"{path}: ok", file=sys.stderr if problem else sys.stdout)
+    if any(problems.values()):
+        sys.exit(2)
+
+
+def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> str | None:
+    """The problems of one recipe, one per line; None if it has none."""
+    from align.config import load_recipe
+    from align.config.recipe import BASE
+    from align.preflight import problems
+
+    try:
+        overrides = [*overrides, *process_overrides(options, overrides)]
+    except UserError as error:  # of the hostfile; it does not name the recipe
+        return f"{path}: {error}"
+    try:
+        recipe = load_recipe(path, overrides)
+    except UserError as error:
+        return str(error)
+    found = problems(recipe, [BASE, *recipe.stages], files=not options.without_files)
+    return "\n".join(f"{path}: {problem}" for problem in found) or None
+
+
+def _show(options: argparse.Namespace) -> None:
+    from align.config import load_recipe
+
+    values = load_recipe(options.recipe, options.overrides).model_dump(mode="json")
+    if options.json:
+        print(json.dumps(values, indent=2))
+    else:
+        from align.config.load import dump
+
+        print(dump(values), end="")
+
+
+def _report(options: argparse.Namespace) -> None:
+    if not (options.run_dir / "recipe.json").is_file():
+        raise UserError(f"{options.run_dir}: it has no recipe.json; pass the folder that `align run` wrote.")
+    from align.eval.report.write import write_report
+
+    paths = write_report(options.run_dir)
+    if options.json:
+        print((options.run_dir / "report.json").read_text(encoding="utf-8"))
+    else:
+        print("\n".join(str(path) for path in paths))

@@ -1,0 +1,31 @@
+"""Lines on a terminal: colours, and a status line that the next line overwrites."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+ERASE = "\r\x1b[2K"
+
+
+def say(line: str) -> None:
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+        return
+    if not line.startswith(" "):
+        name, _, rest = line.partition(":")
+        line = f"{color(name, 36)}:{rest}"
+    print(f"{ERASE}{line}", flush=True)
+
+
+def status(line: str) -> None:
+    """Print a line that the next one overwrites; only on a terminal."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"{ERASE}{line[: width - 1]}", end="", flush=True)
+
+
+def color(text: str, code: int) -> str:
+    plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
