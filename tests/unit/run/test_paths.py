@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from align import cli
+from align.cli import runs
 from align.config import load_recipe
 from align.config.paths import local_path
 from align.config.recipe import BASE
@@ -73,6 +74,6 @@ def test_a_command_expands_the_home_directory_where_the_shell_does_not(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    monkeypatch.setattr(cli, "_report", lambda options: ran.append(options.run_dir))
+    monkeypatch.setattr(runs, "_report", lambda options: ran.append(options.run_dir))
     cli.main(["report", "~/run"])
     assert ran == [home / "run"]
