@@ -37,12 +37,12 @@ class EstimatorInputs:
 
     rewards: Tensor
     mask: Tensor
-    values: Tensor | None = None
-    group_size: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    value_lam: float | None = None
-    whiten: bool = True
+    values: Tensor | None
+    group_size: int
+    gamma: float
+    lam: float
+    value_lam: float | None
+    whiten: bool
 
     @property
     def scores(self) -> Tensor:

@@ -48,7 +48,8 @@ def check_policy_loss_and_estimator() -> None:
     # Scores 1 and 0 of lengths 1 and 3: the baseline is 1/4.
     mask = torch.tensor([[1.0, 0, 0], [1, 1, 1]])
     rewards = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
-    advantages, returns = ADVANTAGE_ESTIMATORS[stage.advantage_estimator](EstimatorInputs(rewards, mask, group_size=2))
+    inputs = EstimatorInputs(rewards, mask, values=None, group_size=2, gamma=1.0, lam=1.0, value_lam=None, whiten=False)
+    advantages, returns = ADVANTAGE_ESTIMATORS[stage.advantage_estimator](inputs)
     torch.testing.assert_close(advantages, torch.tensor([[0.75, 0, 0], [-0.25, -0.25, -0.25]]))
     assert returns is None
     logprobs = torch.tensor([[-1.0, 0, 0], [-2, -2, -2]], requires_grad=True)
