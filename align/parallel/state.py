@@ -235,7 +235,8 @@ def set_adam_steps(engine: Any, steps: int) -> None:
             state = states.setdefault(flat, {})
             for kind in MOMENTS:
                 state.setdefault(kind, torch.zeros_like(flat))
-            state["step"] = torch.tensor(float(steps))
+            # Fused AdamW needs the count where the parameter is.
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
 
