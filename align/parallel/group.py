@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from align.config.recipe import Recipe
 from align.errors import UserError
 from align.launch import machines
+from align.launch.devices import own_gpu, set_gpu_index
 from align.launch.ending import mark_joined
 from align.parallel.async_io import require_async_io
 from align.parallel.sharding import world
@@ -45,18 +47,22 @@ def join(recipe: Recipe) -> None:
     """Connect this rank to the others. Every rank raises the same `UserError` if code, recipe or libraries differ."""
     parallel = recipe.parallel
     assert parallel is not None
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
+    gpu = claim_gpu() if torch.cuda.is_available() else None
+    if gpu is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     quieten_deepspeed()
-    backend = "nccl" if gpu else "gloo"
-    connect(backend)
-    start_deepspeed(backend)
-    check_equal(fingerprint(recipe))
+    connect(fingerprint(recipe), gpu)
+    start_deepspeed("gloo" if gpu is None else "nccl")
     if "nvme" in (parallel.offload.optimizer, parallel.offload.parameters):
         require_async_io()
+
+
+def claim_gpu() -> torch.device:
+    """Make this rank's GPU the current one, for torch and for libraries that read LOCAL_RANK."""
+    gpu = torch.device("cuda", own_gpu(torch.cuda.device_count()))
+    set_gpu_index(gpu.index)
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
 def start_deepspeed(backend: str) -> None:
@@ -69,10 +75,16 @@ def start_deepspeed(backend: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, timeout=COLLECTIVE, verbose=False)
+    # DeepSpeed passes no time limit for its own groups, and torch's default for NCCL is ten minutes.
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=COLLECTIVE)
 
 
-def connect(backend: str) -> None:
-    """Create the process group; raises `UserError` if a rank is missing after `MEETING` seconds or unreachable."""
+def connect(facts: dict[str, str], gpu: torch.device | None = None) -> None:
+    """Create the process group, with NCCL if this rank has a GPU.
+
+    Raises `UserError` if a rank is missing after `MEETING` seconds or unreachable, if `facts` differ, and if two ranks
+    have the same GPU. All of this is found out over gloo, before NCCL connects the GPUs.
+    """
     limit = timedelta(seconds=machines.MEETING)
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=limit))
@@ -82,9 +94,20 @@ def connect(backend: str) -> None:
         dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=limit)
         mark_joined()
         dist.barrier()
+        check_equal({"the device (GPU or CPU)": "CPU" if gpu is None else "GPU", **facts})
+        if gpu is not None:
+            check_gpus(f"{torch.cuda.get_device_properties(gpu).uuid} of {socket.gethostname()}")
         dist.destroy_process_group()
         store.set_timeout(COLLECTIVE)
-        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=COLLECTIVE)
+        dist.init_process_group(
+            "gloo" if gpu is None else "nccl",
+            store=store,
+            rank=number,
+            world_size=world,
+            timeout=COLLECTIVE,
+            # With its device known, NCCL connects all ranks now; otherwise each pair would connect in its first send.
+            device_id=gpu if world > 1 else None,
+        )
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
@@ -145,17 +168,39 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 def check_equal(own: dict[str, str]) -> None:
     """Raise the same `UserError` on every rank if a rank's `own` differs from rank 0's."""
-    fingerprints: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(fingerprints, own)
+    fingerprints = exchange(own)
     for number, other in enumerate(fingerprints):
         for what, value in fingerprints[0].items():
             if other.get(what) != value:
-                # A rank that exits while others are still connected to it can abort them (SIGABRT).
-                dist.barrier()
-                dist.destroy_process_group()
-                raise UserError(
+                refuse(
                     f"rank {number} differs from rank 0 in {what}; use the same versions and recipe on every machine."
                 )
+
+
+def check_gpus(own: str) -> None:
+    """Raise the same `UserError` on every rank if two ranks have the same GPU. own: identifies this rank's GPU."""
+    gpus = exchange(own)
+    for number, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < number:
+            refuse(
+                f"ranks {first} and {number} both have the GPU {gpu}; start at most one process per GPU of a machine, "
+                "and let each see all of them, or one of its own."
+            )
+
+
+def exchange(own: T) -> list[T]:
+    """The `own` of every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Leave the process group and raise a `UserError`; all ranks call this."""
+    # A rank that exits while others are still connected to it can abort them (SIGABRT).
+    dist.barrier()
+    dist.destroy_process_group()
+    raise UserError(sentence)
 
 
 def is_main() -> bool:

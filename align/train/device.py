@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
+
+from align.launch.devices import own_gpu
 
 
 def training_device() -> torch.device:
     """This process's GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", own_gpu(torch.cuda.device_count()))
     return torch.device("cpu")

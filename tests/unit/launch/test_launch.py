@@ -247,7 +247,7 @@ def test_a_rank_that_cannot_connect_to_the_others_reports_it(number: int, monkey
     monkeypatch.setattr(machines, "MEETING", 1.0)
     sentence = rf"^rank {number} could not connect to the other ranks at 127\.0\.0\.1:\d+ \(.*\); start every machine"
     with pytest.raises(UserError, match=sentence):
-        processes.connect("gloo")
+        processes.connect({})
 
 
 def test_ranks_that_finish_are_waited_for(monkeypatch, tmp_path) -> None:

@@ -16,6 +16,7 @@ STAGE_3 = f"{ZERO}stage3.DeepSpeedZeroOptimizer_Stage3"
 STAGE_2 = f"{ZERO}stage_1_and_2.DeepSpeedZeroOptimizer"
 MEMBERS = {
     "deepspeed.ops": ["__compatible_ops__"],
+    "deepspeed.comm.comm": ["cdb"],
     "deepspeed.utils.groups": [
         "_create_expert_and_data_parallel",
         "_get_expert_parallel_group",

@@ -6,9 +6,12 @@ import socket
 import threading
 from pathlib import Path
 
+import torch
+
 from align.config.parallel import Offload, Parallel
 from align.launch import machines
 from align.launch import processes as launch
+from align.launch.devices import own_gpu
 from align.parallel import async_io, offload
 from align.parallel import group as processes
 
@@ -170,7 +173,7 @@ def _(here: Here) -> None:
     for name, value in place.items():
         here.monkeypatch.setenv(name, value)
     here.monkeypatch.setattr(machines, "MEETING", 1.0)
-    processes.connect("gloo")
+    processes.connect({})
 
 
 @wrong("other-number-of-processes", "Another number of ranks than the recipe's")
@@ -211,6 +214,20 @@ def _(here: Here) -> str:
 @wrong("rank-without-address", "A rank without `MASTER_ADDR`")
 def _(here: Here) -> str:
     return in_place(here, RANK="0", WORLD_SIZE="2")
+
+
+@wrong("local-rank-without-gpu", "More ranks on a machine than it has GPUs")
+def _(here: Here) -> None:
+    here.monkeypatch.setenv("LOCAL_RANK", "3")
+    own_gpu(visible=2)
+
+
+@wrong("gpu-of-two-ranks", "Two ranks that see the same GPU")
+def _(here: Here) -> None:
+    here.monkeypatch.setattr(processes, "exchange", lambda own: [own, own])
+    here.monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    here.monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    processes.check_gpus("GPU-8f1c2a of gpu-01")
 
 
 @wrong("offload-does-not-fit", "Offloaded state that does not fit in memory", varies=NUMBER)
