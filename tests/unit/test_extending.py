@@ -52,6 +52,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHECKS = Path(__file__).with_name("extending_checks.py")
 
 
+@pytest.mark.slow
 def test_the_page_works(copy: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[3]
 SKIPPED = "rank 1 is at step 2 'save'; rank {rank} is at step 2 'score'"
-LATE = r"rank 2 is still at step 1 'load' after 4 seconds; rank {rank} is at step 2 'draw'"
-DEAD = r"rank 1 is dead: no heartbeat for 2 seconds; the last step it reached is step 1 'load'; rank {rank} is at"
+LATE = r"rank 2 is still at step 1 'load' after 10 seconds; rank {rank} is at step 2 'draw'"
+DEAD = r"rank 1 is dead: no heartbeat for 8 seconds; the last step it reached is step 1 'load'; rank {rank} is at"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_other_ranks_raise_an_error_that_names_the_rank_and_its_step(seen, scena
     for rank in ranks:
         raised = seen[scenario][rank]["raised"]
         assert re.match("RankError: " + sentence.format(rank=rank), raised) is not None, raised
-        assert seen[scenario][rank]["seconds"] < 15
+        assert seen[scenario][rank]["seconds"] < 40
 
 
 def test_rank_0_keeps_its_own_exception(seen) -> None:

@@ -265,6 +265,7 @@ def proposals(found: str) -> list[list[str]]:
     return [line.split() for line in found.splitlines() if re.fullmatch(r" +\S+=\S+( \S+=\S+)*", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [

@@ -69,7 +69,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = {"grouped", "dpo with lora", "dpo", "reward model with lora"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in CASES])
 def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(tmp_path, case) -> None:
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     changes = CASES[case]
