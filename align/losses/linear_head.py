@@ -4,6 +4,11 @@ Logits are computed for one chunk of tokens at a time. Cross entropy computes bo
 pass. For log-probabilities the forward pass computes d logprob / d hidden per token; the gradient of the weight, if it
 is needed, depends on the incoming gradient and takes a second pass over the chunks.
 
+In bf16 only the operands of the products are bf16. Logits, softmax, the gradient of the logits including its one-hot
+term, and the sum of the weight's gradient over the chunks are fp32. As p(token) approaches 1, the two terms of
+d logprob / d hidden = weight[token] - sum_v p_v weight[v] become equal, so they must not be rounded before they are
+subtracted. Under autocast the products take its type.
+
 Shapes: N tokens, D hidden, V vocabulary.
 """
 
@@ -18,6 +23,9 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 96 * 2**20
 """Size of one chunk's fp32 logits."""
 
+BLOCK = 512
+"""Rows of the weight that a CPU converts to fp32 at a time; with a hidden size of 1,024 they fit in its L2 cache."""
+
 IGNORED = -100
 
 
@@ -29,7 +37,7 @@ def linear_cross_entropy(
     The result is a scalar in fp32, 0 if all targets are ignored. count: by default the targets that are not ignored.
     """
     kept = targets_N != ignore_index
-    loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept])
+    loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept], _product_dtype(hidden_ND))
     return loss / (kept.sum().clamp_min(1) if count is None else count)
 
 
@@ -40,8 +48,47 @@ def linear_logprobs(
 
     Only the log-probabilities are differentiable.
     """
-    output: tuple[Tensor, Tensor] = _Logprobs.apply(hidden_ND, weight_VD, tokens_N, temperature)
+    output: tuple[Tensor, Tensor] = _Logprobs.apply(
+        hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND)
+    )
     return output
+
+
+def linear_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """hidden @ weight.T [N, V], computed and returned in fp32."""
+    logits = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
+    _write_logits(hidden_ND, weight_VD, logits)
+    return logits
+
+
+def _write_logits(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> None:
+    """out = hidden @ weight.T in fp32, without rounding the product to the operands' type."""
+    if hidden_ND.dtype == torch.float32:
+        torch.mm(hidden_ND, weight_VD.T, out=out_NV)
+    elif hidden_ND.is_cuda:
+        torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32, out=out_NV)
+    else:  # torch has no such product for other devices
+        wide_ND = hidden_ND.float()
+        for weight_BD, out_NB in zip(weight_VD.split(BLOCK), out_NV.split(BLOCK, dim=1), strict=True):
+            torch.mm(wide_ND, weight_BD.float().T, out=out_NB)
+
+
+def _add_outer(sum_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
+    """sum += left.T @ right, with an fp32 sum: without rounding the product to the operands' type."""
+    if left_NV.dtype == torch.float32:
+        sum_VD.addmm_(left_NV.T, right_ND)
+    elif left_NV.is_cuda:
+        torch.addmm(sum_VD, left_NV.T, right_ND, out_dtype=torch.float32, out=sum_VD)
+    else:
+        wide_ND = right_ND.float()
+        for sum_BD, left_NB in zip(sum_VD.split(BLOCK), left_NV.split(BLOCK, dim=1), strict=True):
+            sum_BD.addmm_(left_NB.float().T, wide_ND)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """Type of the products' operands: autocast's, if it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _Chunks:
@@ -61,10 +108,7 @@ class _Chunks:
         """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`; overwritten by the next call."""
         count = rows.stop - rows.start
         shifted, exponentials = self.logits[:count], self.exponentials[:count]
-        if self.hidden.dtype == torch.float32:
-            torch.mm(self.hidden[rows], self.weight.T, out=shifted)
-        else:
-            shifted.copy_(self.hidden[rows] @ self.weight.T)
+        _write_logits(self.hidden[rows], self.weight, shifted)
         if self.temperature != 1.0:
             shifted.div_(self.temperature)
         shifted.sub_(shifted.amax(-1, keepdim=True))
@@ -76,33 +120,35 @@ class _CrossEntropy(torch.autograd.Function):
     """Sum of -log p[target]; the forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        chunks = _Chunks(hidden_ND, weight_VD)
-        for rows in chunks:
-            targets = targets_N[rows, None]
-            shifted, exponentials, total = chunks.softmax(rows)
-            loss += (total.log() - shifted.gather(1, targets)).sum()
-            d_logits = exponentials.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0))
-            d_logits = d_logits.to(weight_VD.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight_VD
-            if d_weight is not None:
-                _add_outer(d_weight, d_logits, hidden_ND[rows])
-        ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight_VD.dtype
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        chunks = _Chunks(hidden_ND, weight_VD)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for rows in chunks:
+                targets = targets_N[rows, None]
+                shifted, exponentials, total = chunks.softmax(rows)
+                loss += (total.log() - shifted.gather(1, targets)).sum()
+                d_logits = exponentials.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0)).to(dtype)
+                if d_hidden is not None:
+                    d_hidden[rows] = (d_logits @ weight_VD).to(d_hidden.dtype)
+                if d_weight is not None:
+                    _add_outer(d_weight, d_logits, hidden_ND[rows])
+        ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_hidden is None else _scaled(d_hidden, grad.view(1, 1)),
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
         )
 
@@ -112,47 +158,53 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
         direction = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        chunks = _Chunks(hidden_ND, weight_VD, temperature)
-        for rows in chunks:
-            tokens = tokens_N[rows, None]
-            shifted, exponentials, total = chunks.softmax(rows)
-            logprobs[rows] = (shifted.gather(1, tokens) - total.log())[:, 0]
-            # E[logit] = sum_v exp_v logit_v / total, as a batched product so that no third buffer is needed.
-            expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
-            entropy[rows] = (total.log() - expected)[:, 0]
-            if direction is not None:
-                mean = exponentials.to(weight_VD.dtype) @ weight_VD / total.to(weight_VD.dtype)
-                direction[rows] = (weight_VD[tokens_N[rows]] - mean) / temperature
-        ctx.save_for_backward(hidden_ND, weight_VD, tokens_N, direction)
+        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+        chunks = _Chunks(hidden, weight, temperature)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks:
+                tokens = tokens_N[rows, None]
+                shifted, exponentials, total = chunks.softmax(rows)
+                logprobs[rows] = (shifted.gather(1, tokens) - total.log())[:, 0]
+                # E[logit] = sum_v exp_v logit_v / total, as a batched product so that no third buffer is needed.
+                expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
+                entropy[rows] = (total.log() - expected)[:, 0]
+                if direction is None:
+                    continue
+                if dtype == torch.float32:
+                    # Exact enough, and one pass over the chunk less than the gradient of the logits.
+                    mean = exponentials @ weight / total
+                    direction[rows] = (weight[tokens_N[rows]] - mean) / temperature
+                else:
+                    d_logits = exponentials.div_(total * -temperature)
+                    d_logits.scatter_add_(1, tokens, torch.full_like(total, 1 / temperature))
+                    direction[rows] = (d_logits.to(dtype) @ weight).to(direction.dtype)
+        ctx.save_for_backward(hidden, weight_VD, tokens_N, direction)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_ND, weight_VD, tokens_N, direction = ctx.saved_tensors
-        d_hidden = None if direction is None else direction * grad_N[:, None].to(direction.dtype)
+        d_hidden = None if direction is None else _scaled(direction, grad_N[:, None])
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-            chunks = _Chunks(hidden_ND, weight_VD, ctx.temperature)
+            chunks = _Chunks(hidden_ND, weight_VD.to(hidden_ND.dtype), ctx.temperature)
             for rows in chunks:
                 _, exponentials, total = chunks.softmax(rows)
                 grad = grad_N[rows, None] / ctx.temperature
                 d_logits = exponentials.mul_(-grad / total).scatter_add_(1, tokens_N[rows, None], grad)
-                _add_outer(d_weight, d_logits.to(weight_VD.dtype), hidden_ND[rows])
+                _add_outer(d_weight, d_logits.to(hidden_ND.dtype), hidden_ND[rows])
             d_weight = d_weight.to(weight_VD.dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
-def _add_outer(sum_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
-    """sum += left.T @ right, in fp32."""
-    if left_NV.dtype == torch.float32:
-        sum_VD.addmm_(left_NV.T, right_ND)
-    else:
-        sum_VD.add_(left_NV.T @ right_ND)
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor in fp32, rounded once to the gradient's type."""
+    return (gradient * factor).to(gradient.dtype)

@@ -103,7 +103,7 @@ def mix_experts(
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's type, if it is on: autocast itself ignores products that write into given memory."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 

@@ -15,20 +15,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from align.models.experts import in_autocast_dtype
+
 LONGEST = 128
 """Longest sequence in tokens that is computed here."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
     """query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d]."""
+    query, key, value = in_autocast_dtype(query, key, value)
     short = query.shape[2] <= LONGEST and not dropout and query.dtype == torch.float32
     if short and query.device.type == "cpu":
         output: Tensor = _ShortAttention.apply(query, key, value, scaling)
         return output
-    several = query.shape[1] != key.shape[1]
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and repeats_heads(query):
+        key, value, group = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), 1
     return scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=several
+        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=group > 1
     )
+
+
+def repeats_heads(query: Tensor) -> bool:
+    """True if grouped key/value heads must be repeated for torch's attention.
+
+    On a GPU the flash kernel has no float32 and the memory-efficient one no groups. The only kernel that has both
+    stores the T x T weights.
+    """
+    return query.dtype == torch.float32 and query.device.type != "cpu"
 
 
 class _ShortAttention(torch.autograd.Function):

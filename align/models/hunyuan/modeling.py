@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from align.losses.linear_head import linear_logprobs
+from align.losses.linear_head import linear_logits, linear_logprobs
 from align.models.experts import Experts
 from align.models.hunyuan.checkpoint import device_for_pieces, load_pieces
 from align.models.hunyuan.configuration import HunYuanConfig
@@ -377,13 +377,16 @@ class HunYuanModel(HunYuanPreTrainedModel):
 class TokenHead(nn.Linear):
     """Logits [..., V]; with `tokens_N` their log-probabilities and the entropy, as `linear_logprobs` computes them.
 
+    Without gradients, that is in sampling, a bf16 head computes fp32 logits, as `linear_logprobs` does.
     It is a module because ZeRO-3 gathers a weight for calls of its module only.
     """
 
     def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
-        if tokens_N is None:
+        if tokens_N is not None:
+            return linear_logprobs(hidden, self.weight, tokens_N, temperature)
+        if torch.is_grad_enabled() or self.weight.dtype == torch.float32:
             return super().forward(hidden)
-        return linear_logprobs(hidden, self.weight, tokens_N, temperature)
+        return linear_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
 
 
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):

@@ -104,7 +104,8 @@ class Router(nn.Module):
             mask_T: 0 for padding, which takes no expert's capacity.
             replay_Tk: As in `route`.
         """
-        logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
         if self.capacity_factor is None or not self.training:
             return route(logits, self.top_k, replay_Tk=replay_Tk)
         limit = partial(

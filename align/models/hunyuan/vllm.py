@@ -49,6 +49,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms import current_platform
 
+from align.losses.linear_head import linear_logits
 from align.models.experts import mix_experts
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.layout import VLLM_MERGED, VllmPlace, layer_of, vllm_pieces, vllm_place
@@ -75,13 +76,15 @@ class LiveLinear(UnquantizedLinearMethod):
 
 
 class LiveHead(UnquantizedEmbeddingMethod):
-    """The same for the output head, which may be tied to the embedding."""
+    """The same for the output head, which may be tied to the embedding. Logits are fp32, as the trainer computes them:
+    rounded to bf16, they would differ from the trainer's by up to 0.4 %."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return nn.functional.linear(x, layer.weight, bias)
+        logits = linear_logits(x, layer.weight)
+        return logits if bias is None else logits + bias
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

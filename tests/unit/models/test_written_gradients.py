@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
+from align.models import short_attention
 from align.models.hunyuan.norm import RMSNorm, _RmsNorm, _UnitRms, unit_rms
 from align.models.hunyuan.rope import _Rotation, rotate, rotation_tables
 from align.models.short_attention import LONGEST, _ShortAttention, causal_attention
@@ -75,6 +76,39 @@ def test_attention_is_causal_grouped_attention(tokens) -> None:
         hidden = torch.ones(tokens, tokens).triu(1).bool()
         expected = torch.einsum("bqk,bkd->bqd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
         assert_near(found[:, head], expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "grouped"),
+    [
+        ("meta", torch.float32, False),
+        ("meta", torch.bfloat16, True),
+        ("cpu", torch.float32, True),
+        ("cpu", torch.bfloat16, True),
+    ],
+)
+def test_key_heads_are_repeated_in_float32_off_the_cpu(monkeypatch, device, dtype, grouped) -> None:
+    """The meta device stands for a GPU, where float32 and `enable_gqa` together store the T x T weights."""
+    calls = []
+
+    def kernel(query, key, value, **options):
+        calls.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(short_attention, "scaled_dot_product_attention", kernel)
+    shapes = [(2, heads, LONGEST + 1, 8) for heads in (6, 2, 2)]
+    found = causal_attention(
+        *(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes), scaling=1, dropout=0
+    )
+    assert found.shape == shapes[0]
+    assert calls == [(2, 2, True) if grouped else (6, 6, False)]
+
+
+def test_repeated_key_heads_are_those_of_their_group(monkeypatch) -> None:
+    query, key, value = (doubles(1, heads, LONGEST + 1, 4).detach().float() + heads for heads in (4, 2, 2))
+    grouped = causal_attention(query, key, value, scaling=0.3, dropout=0.0)
+    monkeypatch.setattr(short_attention, "repeats_heads", lambda query: True)
+    assert_near(causal_attention(query, key, value, scaling=0.3, dropout=0.0), grouped, units=32)
 
 
 def tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
