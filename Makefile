@@ -1,6 +1,8 @@
 # Each target creates its environment if it is missing, and updates it when the lock file changes.
 PYTHON ?= python3.11
 VENV ?= .venv
+# The pinned environment: requirements/gpu.lock on a machine with NVIDIA GPUs.
+LOCK ?= requirements/cpu.lock
 # Extra arguments for pip, e.g. the index that serves PyTorch's CPU wheels: PIP_ARGS="--extra-index-url ..."
 PIP_ARGS ?=
 BIN := $(VENV)/bin
@@ -9,10 +11,13 @@ TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-fast check bench bench-trl clean lock
+.PHONY: quickstart test test-fast check bench bench-trl clean lock image
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
+
+image:
+	docker build --tag align .
 
 # pytest-xdist workers, one thread each; small models gain nothing from more threads.
 JOBS ?= 2
@@ -38,9 +43,9 @@ bench-trl: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python
 	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python --curves
 
-$(STAMP): requirements/cpu.lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
