@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its variants: prefer the chosen completion, measured against the parent model."""
+"""Direct preference optimisation and its variants: prefer the chosen completion, relative to the parent model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from trl import DPOConfig, DPOTrainer
 from align.config.stages import DpoStage, TrlLossType
 from align.data.prepare import prepare_dpo_pairs
 from align.losses.preference import preference_loss, sft_loss
-from align.models.lora.adapters import AnyModel, one_adapter
+from align.models.lora.adapters import AnyModel, without_reference_adapter
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save
-from align.train.shared_batches import SHARE
+from align.train.shared_batches import ROW_WEIGHT
 from align.train.trl import AlignTrainer, trainer_arguments
 
 BY_TRL = frozenset(get_args(TrlLossType))
 """Values of `loss_type` that TRL computes; the others are computed by `align.losses.preference`."""
 
-CHOSEN_SHARE = "chosen_share"
-"""Key of a batch: its weight, by chosen tokens, in the mean over ranks and accumulation steps."""
+CHOSEN_WEIGHT = "chosen_weight"
+"""Key of a micro-batch: its weight in a mean over the step's chosen tokens."""
 
 
 class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
@@ -34,21 +34,22 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both h
     align_stage: DpoStage
 
     def __init__(self, *, stage: DpoStage, model: AnyModel, **kwargs: Any):
-        with one_adapter(model):
+        with without_reference_adapter(model):
             super().__init__(stage=stage, model=model, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         micros, items = super().get_batch_samples(*args, **kwargs)
         if micros and self.align_stage.sft_coef:
-            self._set_shares(micros, CHOSEN_SHARE, [int(chosen_mask(micro).sum()) for micro in micros])
+            self._set_weights(micros, CHOSEN_WEIGHT, [int(chosen_mask(micro).sum()) for micro in micros])
         return micros, items
 
     def compute_loss(self, model: AnyModel, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        share = inputs.get(SHARE, 1.0)
-        chosen_share = inputs.pop(CHOSEN_SHARE, share)
+        row_weight = inputs.get(ROW_WEIGHT, 1.0)
+        chosen_weight = inputs.pop(CHOSEN_WEIGHT, row_weight)
         if self.align_stage.sft_coef:
-            # The sum of both terms is multiplied by SHARE afterwards.
-            self.loss_weights = [1.0, self.align_stage.sft_coef * (chosen_share / share if share else 0.0)]
+            # The sum of both terms is multiplied by ROW_WEIGHT afterwards.
+            relative = chosen_weight / row_weight if row_weight else 0.0
+            self.loss_weights = [1.0, self.align_stage.sft_coef * relative]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _compute_loss(self, model: AnyModel, inputs: dict[str, Any], return_outputs: bool) -> Any:

@@ -20,7 +20,7 @@ from align.rl.checkpoint import Checkpoint, Progress
 from align.rl.complete import complete_batch
 from align.rl.log import RunLog
 from align.rl.models import build_models, load_reward_models
-from align.rl.sample import Sampler
+from align.rl.sample import RolloutSampler
 from align.rl.score import score_batch
 from align.rl.update import update
 from align.rollout.build import build_engine
@@ -53,7 +53,7 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         engine = partial(
             build_engine, parent, stage.rollout, dtype=dtype, seed=context.seed, beside_ranks=world()[1] > 1
         )
-        sampler = Sampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
+        sampler = RolloutSampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)
 
         checkpoint = Checkpoint(context.dir / "checkpoints", models, sampler, scorer)

@@ -37,13 +37,13 @@ class Section(BaseModel):
 
 
 RENAMED_KEYS = {"algorithm": "advantage_estimator"}
-"""{key of an earlier version: its present name}."""
+"""{key of an earlier version: its current name}."""
 RENAMED_VALUES = {("advantage_estimator", "ppo"): "gae"}
-"""{(present key, value of an earlier version): its present value}."""
+"""{(current key, value of an earlier version): its current value}."""
 
 
 def renamed(key: str, value: Any) -> tuple[str, Any]:
-    """Present name and value of a setting of an earlier version; other settings are returned unchanged."""
+    """Current name and value of a setting written by an earlier version; other settings are returned unchanged."""
     if key not in RENAMED_KEYS:
         return key, value
     new = RENAMED_KEYS[key]
@@ -53,11 +53,11 @@ def renamed(key: str, value: Any) -> tuple[str, Any]:
 def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
     """The settings that affect a stage's result: `values` without those marked `RUNTIME`.
 
-    part    the section in the present recipe
-    values  the section as JSON, of the present recipe or of an earlier run
+    part    the section in the current recipe
+    values  the section's values as JSON, from the current recipe or from an earlier run's manifest
 
-    A setting that `values` lacks was unknown to the version that wrote it. It gets its default, which is how that
-    version behaved. Renamed settings get their present names.
+    A setting missing from `values` did not exist in the version that wrote them. It gets its default, which is how that
+    version behaved. Renamed settings get their current names.
     """
     kept, fields = {}, type(part).model_fields
     values = dict((key, value) if key in fields else renamed(key, value) for key, value in values.items())
@@ -80,7 +80,7 @@ def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ScratchTokenizer(Section):
-    """A byte-level BPE tokenizer trained on the run's own text."""
+    """A byte-level BPE tokenizer that the run trains on the sources in `data`."""
 
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 2048
     """Vocabulary size, including special tokens."""
@@ -241,8 +241,8 @@ class Data(Section):
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of the training rows to hold out, chosen by a hash of the prompt. Ignored if `held_out` is set."""
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Maximum tokens per row, including the prompt. Longer SFT and pretraining rows are truncated, longer pairs are
-    dropped; both are counted in the manifest."""
+    """Maximum tokens per row, including the prompt. Longer SFT rows are truncated and longer pairs dropped; both are
+    counted in the manifest. Pretraining documents are concatenated and split into rows of this length."""
 
 
 # --- optimisation ----------------------------------------------------------------------------------------
@@ -278,7 +278,8 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The output of the adapters is multiplied by `alpha / rank`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the input of the adapters. Must be 0 with `experts: true`, where PEFT applies none."""
+    """Dropout probability on the input of the adapters. Must be 0 with `experts: true`: PEFT does not support dropout
+    in adapters on stacked expert weights."""
     attention: bool = True
     """Put adapters on the q, k, v and o projections."""
     shared_mlp: bool = True
@@ -292,8 +293,11 @@ class Lora(Section):
     def _something_to_train(self) -> Lora:
         if not (self.attention or self.shared_mlp or self.experts):
             raise ValueError(
-                "attention, shared_mlp and experts are all false, so nothing would be trained; set one of them to true"
+                "attention, shared_mlp and experts are all false, so there is nothing to put adapters on; set one of "
+                "them to true"
             )
         if self.dropout and self.experts:
-            raise ValueError("dropout has no effect inside stacked expert matrices; set it to 0, or experts to false")
+            raise ValueError(
+                "PEFT does not support dropout in adapters on routed experts; set dropout to 0, or experts to false"
+            )
         return self

@@ -106,7 +106,7 @@ def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
         )
     if stage.needs_whole_batch and stage.rows_per_pass(processes) < batch:
         return (
-            f"{stage.needs_whole_batch}, so batch_size {batch} must be one forward pass; "
+            f"{stage.needs_whole_batch}, so all {batch} rows (batch_size) must fit in one forward pass; "
             f"set micro_batch_size to {batch}" + (" and use one process" if processes > 1 else "")
         )
     if share % stage.rows_per_pass(processes) == 0:

@@ -1,6 +1,6 @@
-"""Facts about a kind of stage: its sources, the checkpoints it refers to, what it makes.
+"""Facts about a kind of stage: its sources, the checkpoints it refers to, its result.
 
-Other modules read these instead of comparing kinds, so a new kind of stage is described by its class alone.
+Most modules read these instead of testing the stage's class; `align plan` and the batch-size checks still do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Reference(NamedTuple):
 
     field   dotted path of the field below the stage, for example `critic.init_from`
     name    its value
-    accepts results that the named stage may make
+    accepts results that the field accepts
     """
 
     field: str
@@ -28,14 +28,15 @@ class Reference(NamedTuple):
 
 
 class StageBase(Section):
-    """Base of every stage. Subclasses say what they make and refer to."""
+    """Base of every stage. Subclasses state their result and the checkpoints they refer to."""
 
     if TYPE_CHECKING:
         kind: str
     makes: ClassVar[str]
     """Result that later stages can use: one of the constants above."""
     trains: ClassVar[bool] = False
-    """The stage updates weights, so `align plan` plans it and expert parallelism must suit its models."""
+    """Whether the stage updates weights: the preflight then checks that `expert_parallel_size` divides its models'
+    experts, and `align serve-rollout` picks the first such stage that generates."""
 
     def checkpoints(self) -> Iterator[Reference]:
         """Checkpoints that the stage loads."""

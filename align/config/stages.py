@@ -61,7 +61,7 @@ class TrainingStage(StageWithParent):
 
     @property
     def needs_whole_batch(self) -> str | None:
-        """Reason why a batch must be one forward pass; None if it may be divided."""
+        """Reason why a whole batch must fit in one forward pass; None if it may be split into micro-batches."""
         return None
 
     def rows_per_pass(self, processes: int) -> int:
@@ -202,7 +202,7 @@ class DpoStage(TrainingStage):
 
     @property
     def needs_whole_batch(self) -> str | None:
-        return f"loss_type {self.loss_type} sorts the pairs of a batch" if self.loss_type in WHOLE_BATCH else None
+        return f"loss_type {self.loss_type} sorts over the whole batch" if self.loss_type in WHOLE_BATCH else None
 
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> DpoStage:

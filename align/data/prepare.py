@@ -213,7 +213,7 @@ def prepare_sft(
         if _loss_tokens(labels) == 0:
             raise DropRow("nothing to train on")
         if _loss_tokens(kept) == 0:
-            raise DropRow("truncated before the answer")
+            raise DropRow("no answer token within max_length")
         columns = {"input_ids": ids[: data.max_length], "labels": kept}
         return _Encoded(columns, _loss_tokens(kept), truncated=len(ids) > data.max_length, key=key)
 
@@ -387,8 +387,8 @@ def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], 
 
 def _nothing_left(sources: Sequence[Source], tally: _Tally, setting: str) -> UserError:
     names = ", ".join(describe_source(source) for source in sources)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
-    advice = f"; raise {setting}" if any("longer" in r or "truncated" in r for r in tally.dropped) else ""
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.most_common())
+    advice = f"; raise {setting}" if any("max_" in reason for reason in tally.dropped) else ""
     return UserError(f"{names}: all {tally.read} rows were dropped ({reasons}){advice}.")
 
 

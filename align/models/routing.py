@@ -57,7 +57,7 @@ class RouterReport(NamedTuple):
         return config.router_aux_loss_coef * self.balance_loss + config.router_z_loss_coef * self.z_loss
 
     def metrics(self) -> dict[str, float]:
-        """Values for the log. expert_load_max: the busiest expert's load times E, averaged over layers; 1 is even."""
+        """Values for the log. expert_load_max: largest expert load times E, averaged over layers; 1 is uniform."""
         load_max = torch.stack([load.max() * load.numel() for load in self.load]).mean()
         return {
             "aux_loss": self.balance_loss.item(),

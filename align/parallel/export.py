@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.models.family import family_of
-from align.models.lora.adapters import is_factor
+from align.models.lora.adapters import is_lora_weight
 from align.models.lora.experts import delta, peft_shape
 from align.models.lora.merge import plain_parameters
 from align.parallel.sharding import full_shape, shard_values, shards, world
@@ -47,7 +47,7 @@ def save_sharded_adapter(model: Any, folder: Path) -> None:
     rank, _ = world()
     tensors = {}
     for name, parameter in model.named_parameters():
-        if is_factor(name) or ".modules_to_save." in name:
+        if is_lora_weight(name) or ".modules_to_save." in name:
             tensors[name] = peft_shape(name, gather(parameter, torch.float32, rank))
     if rank == 0:
         model.save_pretrained(folder, state_dict=tensors)

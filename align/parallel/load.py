@@ -23,7 +23,7 @@ from align.config.parts import Lora
 from align.config.paths import local_path
 from align.errors import UserError
 from align.models.family import Place, family_of
-from align.models.lora.adapters import add_lora, is_factor, plain_name
+from align.models.lora.adapters import add_lora, is_lora_weight, plain_name
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, shard_experts
@@ -84,7 +84,7 @@ def load_sharded(
         parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
         parameter.__dict__.update(empty.__dict__)
         parts = stored.get(plain_name(parameter_name))
-        if is_factor(parameter_name):
+        if is_lora_weight(parameter_name):
             parameter.data.copy_(empty.data)
         elif parts is not None:
             read_range(parameter.data, parts, *local_range(parameter, parallel))

@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.parallel.group import from_rank_0
 from align.reward.mixture import Scorer
 from align.rl.models import Models
-from align.rl.sample import Rollouts, Sampler
+from align.rl.sample import Rollouts, RolloutSampler
 from align.rollout.store import completion_tensors, stored_completions
 from align.run.folder import remove_folder, replace_file
 from align.train.finite import require_finite
@@ -37,7 +37,7 @@ class Checkpoint:
     moments of the rewards, and a rollout batch that is sampled but not yet learned from. All ranks make the same calls.
     """
 
-    def __init__(self, folder: Path, models: Models, sampler: Sampler, scorer: Scorer):
+    def __init__(self, folder: Path, models: Models, sampler: RolloutSampler, scorer: Scorer):
         self.folder, self.models, self.sampler, self.scorer = folder, models, sampler, scorer
 
     @property
@@ -65,7 +65,7 @@ class Checkpoint:
 
     def _write(self, progress: Progress, learners: Path) -> None:
         """Put a checkpoint together, around what the learners have saved."""
-        pending = self.sampler.pending()
+        pending = self.sampler.wait_for_pending()
         tensors = {} if pending is None else completion_tensors(pending.position, pending.completions)
         counters = {
             "step": progress.step,

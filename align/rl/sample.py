@@ -1,4 +1,5 @@
-"""Sample completions of the prompts. The seed and a position in the stream of prompts fix what is sampled next."""
+"""Sample completions of the prompts. The seed and the position in the prompt stream determine the next prompts and
+their sampling seed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from align.train.learner import Learner
 class Rollouts:
     """Completions of consecutive prompts.
 
-    position: index of the first prompt in the stream of prompts.
+    position: index of the first prompt in the prompt stream.
     rows: each completion's prompt; the `completions_per_prompt` completions of a prompt are adjacent.
     completions: one per row.
     metrics: the engine's, see `GenerationReport`.
@@ -32,12 +33,12 @@ class Rollouts:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Sampler:
-    """Rollouts completions with the rollout engine, which rank 0 alone holds; all ranks get them.
+class RolloutSampler:
+    """Samples completions with the rollout engine. Only rank 0 holds the engine; every rank gets the completions.
 
     Prompts come in shuffled epochs. All ranks make the same calls.
 
-    position: index of the next prompt in the stream of prompts.
+    position: index of the next prompt in the prompt stream.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Sampler:
         from_rank_0("sampling", self._wait)
 
     def _wait(self) -> None:
-        self.pending()
+        self.wait_for_pending()
 
-    def pending(self) -> Rollouts | None:
-        """On rank 0: the samples that `begin` started, once they are complete, or that a checkpoint held."""
+    def wait_for_pending(self) -> Rollouts | None:
+        """On rank 0: wait for the samples that `begin` started, or return those restored by `resume`; None if neither
+        exist."""
         return self._pending.result() if self._pending is not None else None
 
     def resume(self, position: int, stored: tuple[int, list[Completion]] | None) -> None:
@@ -133,7 +135,7 @@ class Sampler:
         return rows
 
     def _next(self, completions: int) -> tuple[int, list[Completion], dict[str, float]]:
-        samples = self.pending() or self._generate(self.position, completions)
+        samples = self.wait_for_pending() or self._generate(self.position, completions)
         self._pending = None
         return samples.position, samples.completions, samples.metrics
 

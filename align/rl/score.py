@@ -14,7 +14,7 @@ from align.data.prepare import PromptRow
 from align.reward.mixture import Scorer
 from align.reward.shaping import overlong_shaping
 from align.rl.complete import filled
-from align.rl.sample import Rollouts, Sampler
+from align.rl.sample import Rollouts, RolloutSampler
 from align.rollout.base import Completion
 
 
@@ -38,7 +38,7 @@ class RolloutBatch:
         return filled(self.experience.score).view(-1, size)
 
 
-def score_batch(stage: PpoStage, sampler: Sampler, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
+def score_batch(stage: PpoStage, sampler: RolloutSampler, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
     """Score `samples`. With dynamic sampling, sample further groups to replace those of equal scores; the batch keeps
     the recipe's size."""
     group = stage.completions_per_prompt

@@ -43,8 +43,8 @@ class Completion:
     finished: True if a stop token ended the completion, False if it was truncated at `max_new_tokens`.
     weight_version: version of the weights that sampled it; 0 is the checkpoint's.
     routed_experts: with `rollout.return_routing`, the experts of prompt and completion, int16 [layers, tokens - 1, k],
-        best first. The last token was sampled but never computed. -1 in layers without routed experts and beyond a
-        layer's own k.
+        best first. The last token was sampled but never fed to the model, so it has no routing. -1 in layers without
+        routed experts and beyond a layer's own k.
     """
 
     prompt_ids: list[int]
@@ -63,8 +63,8 @@ class SyncReport:
     seconds: time until every engine has loaded and verified them.
     version: version of the new weights.
     buckets: number of buckets sent.
-    checksum: digest of all weights, computed by the sender and, for an engine on one device, from the parameters that
-        it computes with.
+    checksum: digest of all weights as sent; '' if the engine shares the trainer's process without a transfer. A vLLM
+        engine has checked its tensors against the sender's digests, on one device those of its live parameters.
     engines: number of engines that took the update.
     """
 
@@ -115,7 +115,7 @@ class GenerationReport:
 
 
 WeightSource = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Function that returns a new iterator over the published weights at each call."""
+"""Function that returns a new iterator over the policy's weights, under Hugging Face names, at each call."""
 
 
 class RolloutEngine(Protocol):
@@ -129,7 +129,8 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Replace all weights; names are those of the published layout (`models.weights.published_weights`)."""
+        """Replace all weights; names and shapes are those of the Hugging Face checkpoint
+        (`models.weights.published_weights`)."""
         ...
 
     def offer_weights(self, source: WeightSource) -> None:
@@ -164,9 +165,10 @@ def check_prompts(prompts: list[list[int]], sampling: SamplingSettings, max_leng
     """Raise UserError if a prompt is empty or leaves too few tokens for its completion."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {index}: it is empty. Pass at least one token, such as the start token.")
+            raise UserError(f"prompt {index} is empty; pass at least one token, such as BOS.")
         if len(prompt) + sampling.max_new_tokens > max_length:
             raise UserError(
                 f"prompt {index}: its {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} exceed "
-                f"max_model_length {max_length}. Lower max_prompt_length, or raise rollout.max_model_length."
+                f"max_model_length {max_length}. Shorten the prompt, lower max_new_tokens, or raise "
+                "rollout.max_model_length."
             )

@@ -90,7 +90,7 @@ class ServerPool:
         for server in servers:
             reason = server.failure or "it failed"
             if isinstance(server, StartedServer) and server.has_ended():
-                reason = f"it ended: {server.last_log_line()}"
+                reason = f"it exited: {server.last_log_line()}"
             reasons.append(f"{server.url} ({reason})")
         only = "" if len(reasons) == 1 else f"all {len(reasons)} rollout servers failed, "
         return f"no rollout server responds: {only}{', '.join(reasons)}"

@@ -45,7 +45,7 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
     if Path(target).is_dir():
         for flag, given in (("--stage", stage), ("--run-dir", run_dir)):
             if given is not None:
-                raise UserError(f"{flag}: it needs a recipe, but {target} is a checkpoint. Remove {flag}.")
+                raise UserError(f"{flag} needs a recipe, but {target} is a checkpoint. Remove {flag}.")
         checkpoint = checkpoint_folder(Path(target))
         settings: dict[str, Any] = {"max_model_length": min(Rollout().max_model_length, _context_length(checkpoint))}
         dtype, seed = "float32", 0
@@ -56,7 +56,7 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
             stage = next((name for name in sampling if recipe.stages[name].trains), None)
         if stage not in sampling:
             has = f"--stage with one of: {', '.join(sampling)}" if sampling else "a recipe that has one"
-            raise UserError(f"{target}: --stage must name a stage that samples. Pass {has}.")
+            raise UserError(f"{target}: --stage must name a stage that generates completions. Pass {has}.")
         part: Any = recipe.stages[stage]
         context = StageContext(recipe, stage, run_dir or Path("runs") / recipe.name)
         checkpoint, settings = context.checkpoint(part.generates_with), part.rollout.model_dump()

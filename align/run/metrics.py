@@ -82,8 +82,15 @@ TRAINING = (
         "Reward model: mean of the chosen completion's score minus the rejected one's.",
     ),
     MetricInfo("mean_reward", "Mean score", "", "Reward model: mean score of chosen and rejected completions."),
-    MetricInfo("min_reward", "Smallest score", "", "Reward model: smallest score in a micro-batch."),
-    MetricInfo("max_reward", "Largest score", "", "Reward model: largest score in a micro-batch."),
+    MetricInfo(
+        "min_reward",
+        "Smallest score",
+        "",
+        "Reward model: smallest score of a micro-batch, averaged over micro-batches.",
+    ),
+    MetricInfo(
+        "max_reward", "Largest score", "", "Reward model: largest score of a micro-batch, averaged over micro-batches."
+    ),
     MetricInfo(
         "rewards/accuracies",
         "Accuracy of the implicit reward",
@@ -102,7 +109,7 @@ TRAINING = (
         "",
         "DPO: mean implicit reward of the chosen completions, beta * log(policy / reference).",
     ),
-    MetricInfo("rewards/rejected", "Implicit reward, rejected", "", "DPO: the same of the rejected completions."),
+    MetricInfo("rewards/rejected", "Implicit reward, rejected", "", "DPO: the same for the rejected completions."),
     MetricInfo(
         "logps/chosen",
         "Log-probability, chosen",
@@ -110,7 +117,7 @@ TRAINING = (
         "DPO: log-probability of the chosen completions, summed over a completion's tokens.",
     ),
     MetricInfo(
-        "logps/rejected", "Log-probability, rejected", PER_COMPLETION, "DPO: the same of the rejected completions."
+        "logps/rejected", "Log-probability, rejected", PER_COMPLETION, "DPO: the same for the rejected completions."
     ),
     MetricInfo(
         "logits/chosen",
@@ -118,7 +125,7 @@ TRAINING = (
         "",
         "DPO: logits of the chosen completions, a mean over tokens and vocabulary.",
     ),
-    MetricInfo("logits/rejected", "Mean logit, rejected", "", "DPO: the same of the rejected completions."),
+    MetricInfo("logits/rejected", "Mean logit, rejected", "", "DPO: the same for the rejected completions."),
 )
 
 ROUTERS = (
@@ -126,7 +133,7 @@ ROUTERS = (
         "aux_loss",
         "Router balance loss",
         "",
-        "Balance loss before its coefficient: E * sum over experts of load times mean probability. 1 if both are even.",
+        "Balance loss before its coefficient: E * sum over experts of load * mean probability. 1 if both are uniform.",
     ),
     MetricInfo("router_z_loss", "Router z-loss", "", "Mean squared log-sum-exp of the router's logits."),
     MetricInfo(
@@ -138,8 +145,9 @@ ROUTERS = (
     MetricInfo(
         "expert_load_max",
         "Load of the busiest expert",
-        "times the even load",
-        "Share of assignments that go to the busiest expert, times E. 1 is even; E is one expert per layer.",
+        "× uniform load",
+        "Share of assignments that go to the busiest expert, times E; mean over layers. 1 is uniform; the maximum, "
+        "E / k, means that every token of a layer chose the busiest expert.",
     ),
     MetricInfo(
         "recycled_share",
@@ -261,7 +269,8 @@ PPO = (
         "informative_groups",
         "Informative groups",
         SHARE,
-        "With several completions per prompt: share of groups with different scores, among all groups drawn.",
+        "With several completions per prompt: share of groups whose completions do not all have the same score, among "
+        "all groups sampled.",
     ),
     MetricInfo(
         "drawn_completions",
@@ -273,11 +282,12 @@ PPO = (
         "overlong_penalty",
         "Overlong penalty",
         "",
-        "Mean penalty for completions within `overlong_buffer` tokens of max_new_tokens.",
+        "Overlong penalty per completion, averaged over all completions. It is positive only within the last "
+        "`overlong_buffer` tokens before max_new_tokens.",
     ),
     MetricInfo("completion_length", "Completion length", "tokens", "Mean completion length, the end token included."),
     MetricInfo(
-        "eos_rate", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."
+        "eos_rate", "Completions that end with a stop token", SHARE, "Share of completions that end with a stop token."
     ),
     MetricInfo("truncated_share", "Truncated completions", SHARE, "Share of completions truncated at max_new_tokens."),
     MetricInfo(
@@ -294,7 +304,7 @@ PPO = (
         "Speed of PHASE",
         "tokens/s",
         "Tokens of the rollout batch per second of the phase: sampled tokens for `generate`; prompts and completions "
-        "for the others.",
+        "for `score`, `logprobs` and `update`. Not logged for `sync`.",
     ),
     MetricInfo("speed/rollout", "Speed of the engine", "tokens/s", "Sampled tokens per second within the engine."),
     MetricInfo(
@@ -346,7 +356,9 @@ EVALUATION = (
         "reference is `reference` of the stage. Not measured with greedy decoding, whose completions are not samples.",
     ),
     MetricInfo("lengths", "Completion length", "tokens", "Completion length, the end token included."),
-    MetricInfo("eos", "Completions that end by themselves", SHARE, "Share of completions that end with a stop token."),
+    MetricInfo(
+        "eos", "Completions that end with a stop token", SHARE, "Share of completions that end with a stop token."
+    ),
     MetricInfo(
         "TASK/METRIC",
         "TASK: METRIC",

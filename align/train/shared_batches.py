@@ -1,9 +1,9 @@
 """Assign an epoch's micro-batches to ranks, so that every step equals the step of a single process.
 
-One process takes `batch_size / micro_batch_size` micro-batches per step, and fewer in the epoch's last step. With R
-ranks, micro-batch j of a step goes to rank j mod R. A micro-batch is weighted by its rows; only the epoch's last one
-may have fewer. If the last step has too few micro-batches for all ranks, the others repeat its first one with weight 0:
-ZeRO needs every rank in every pass, and the update is the same.
+A step has `batch_size / micro_batch_size` micro-batches, and fewer in the epoch's last step. With R ranks, micro-batch
+j of a step goes to rank j mod R. Each micro-batch is weighted by its rows; only the epoch's last one may have fewer
+than the others. If the last step has too few micro-batches for all ranks, the ranks without one repeat the step's first
+micro-batch with weight 0: ZeRO needs every rank in every pass, and the update is the same.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-SHARE = "share"
-"""Key of a batch: its weight, by rows, in the mean over ranks and accumulation steps; 1 until an epoch's last step."""
+ROW_WEIGHT = "row_weight"
+"""Key of a micro-batch: its weight in a mean over the step's rows; 1 except in an epoch's last step."""
 
-TOKEN_SHARE = "token_share"
-"""Key of a batch: as SHARE, by valid tokens."""
+TOKEN_WEIGHT = "token_weight"
+"""Key of a micro-batch: its weight in a mean over the step's valid tokens."""
 
 
 class SharedBatches(Sampler):
-    """This rank's micro-batches of an epoch: lists of (row, share)."""
+    """This rank's micro-batches of an epoch: lists of (row number, row weight)."""
 
     def __init__(self, rows: Any, *, micro_batch_size: int, micro_batches: int, rank: int, ranks: int):
         """rows: a sampler of row numbers. micro_batches: per full step over all ranks, a multiple of `ranks`."""
@@ -47,14 +47,14 @@ class SharedBatches(Sampler):
             for number in range(passes):
                 place = number * self.ranks + self.rank
                 if place < len(step):
-                    share = passes * self.ranks * len(step[place]) / rows
-                    yield [(row, share) for row in step[place]]
+                    weight = passes * self.ranks * len(step[place]) / rows
+                    yield [(row, weight) for row in step[place]]
                 else:
                     yield [(row, 0.0) for row in step[0]]
 
 
 class SharedRows(Dataset):
-    """Rows indexed by (number, share); an item is (row, share)."""
+    """Rows indexed by (row number, row weight); an item is (row, row weight)."""
 
     def __init__(self, rows: Any):
         self.rows = rows
@@ -63,8 +63,8 @@ class SharedRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, float]) -> tuple[dict[str, Any], float]:
-        row, share = key
-        return self.rows[row], share
+        row, weight = key
+        return self.rows[row], weight
 
 
 def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -83,19 +83,19 @@ def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class SharedLoader(DataLoader):
-    """Collated batches with their share. The labels of a repeated batch are all ignored."""
+    """Collated micro-batches with their weight. In a repeated micro-batch, which has weight 0, no label counts."""
 
     def __init__(
         self, rows: Any, batches: SharedBatches, collate: Callable[[list[dict]], dict[str, Any]], **kwargs: Any
     ):
-        def with_share(items: list[tuple[dict[str, Any], float]]) -> dict[str, Any]:
+        def with_weight(items: list[tuple[dict[str, Any], float]]) -> dict[str, Any]:
             batch = collate([row for row, _ in items])
-            share = items[0][1]
-            if share == 0 and "labels" in batch:
+            weight = items[0][1]
+            if weight == 0 and "labels" in batch:
                 batch["labels"].fill_(-100)
-            return {**batch, SHARE: share}
+            return {**batch, ROW_WEIGHT: weight}
 
-        super().__init__(SharedRows(rows), batch_sampler=batches, collate_fn=with_share, **kwargs)
+        super().__init__(SharedRows(rows), batch_sampler=batches, collate_fn=with_weight, **kwargs)
 
     def set_epoch(self, epoch: int) -> None:
         assert isinstance(self.batch_sampler, SharedBatches)

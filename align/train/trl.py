@@ -25,11 +25,11 @@ from align.models.weights import read_weights
 from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
 from align.run.context import StageContext
 from align.train.optimizer import build_optimizer, schedule_factor
-from align.train.shared_batches import SHARE, TOKEN_SHARE, SharedBatches, SharedLoader, gather_uneven
+from align.train.shared_batches import ROW_WEIGHT, TOKEN_WEIGHT, SharedBatches, SharedLoader, gather_uneven
 from align.train.trackers import tracker_arguments
 
 TRAINING_STATE = "training_state"
-"""Folder of a checkpoint that several ranks write."""
+"""Subfolder of a checkpoint in which a run under DeepSpeed saves its sharded training state."""
 
 
 def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, 
         "logging_nan_inf_filter": False,  # it would log a non-finite loss as 0
         "save_strategy": "steps",
         "save_steps": stage.checkpoint_every,
-        # A kill while the newest is being written leaves the one before.
+        # With two kept, a run killed while saving still has the previous checkpoint.
         "save_total_limit": 2,
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
@@ -80,26 +80,26 @@ def parallel_arguments(
 
 
 class AlignTrainer:
-    """Mix-in placed before a TRL trainer: rows are tokenised already, the optimizer and schedule are the recipe's, and
-    the router's losses come from the model's own output.
+    """Mix-in placed before a TRL trainer: rows are already tokenised, the optimizer and schedule are the recipe's, and
+    the router losses come from the model's own output.
 
-    One step's gradient does not depend on how its batch is cut into micro-batches, accumulation steps and ranks:
+    A step's gradient does not depend on how its batch is split into micro-batches, accumulation steps and ranks, except
+    that the balance loss depends on which rows share a micro-batch:
 
         cross entropy    sum over the loss tokens / loss tokens of the step
         losses of pairs  mean over the step's pairs
         z-loss           mean over the step's valid tokens
         balance loss     computed per micro-batch, because it is a product of two means over tokens (expert load and
-                         probability), then averaged with the micro-batches' rows as weights. It does not depend on
-                         how micro-batches are assigned to ranks and accumulation steps, but on their content.
+                         probability), then averaged with the micro-batches' rows as weights
 
-    TRL would compute Mixtral's balance loss over all layers at once; the recipes switch it off with
-    `router_aux_loss_coef=0`, and a hook reads the typed output of our backbone instead.
+    TRL would add its own balance loss, computed as in Mixtral over all layers at once. recipes/{pretrain,sft,dpo}.py
+    disable it with `router_aux_loss_coef=0`, and a forward hook reads the router statistics from the trunk's output.
     """
 
     def __init__(self: Any, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
-        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer behind it
+        super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer, next in the MRO
         # For adapters under ZeRO-3 TRL selects reentrant checkpointing, which the model refuses.
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         # TRL writes its own setting into the configuration, which is saved with the model.
@@ -148,24 +148,27 @@ class AlignTrainer:
         return SharedLoader(rows, batches, self.data_collator, pin_memory=self.args.dataloader_pin_memory)
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """An optimizer step's micro-batches on this rank, with their shares of the step.
+        """This rank's micro-batches of an optimizer step, with their weights in the step's mean where these differ
+        from 1.
 
-        In an epoch's last step the last micro-batch may have fewer rows. A mean over rows then weighs each micro-batch
-        by its rows (SHARE, which `SharedBatches` sets if there are several ranks).
+        In an epoch's last step the last micro-batch may have fewer rows. Means over rows then need a weight per
+        micro-batch proportional to its rows: ROW_WEIGHT, set here, or by `SharedBatches` under DeepSpeed.
         """
         micros, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         rows = [len(micro["input_ids"]) for micro in micros]
         if not self.is_deepspeed_enabled and len(set(rows)) > 1:
             for micro, own in zip(micros, rows, strict=True):
-                micro[SHARE] = own * len(rows) / sum(rows)
+                micro[ROW_WEIGHT] = own * len(rows) / sum(rows)
         if micros and self.model.config.router_z_loss_coef:
-            self._set_shares(micros, TOKEN_SHARE, [int(micro["attention_mask"].sum()) for micro in micros])
+            self._set_weights(micros, TOKEN_WEIGHT, [int(micro["attention_mask"].sum()) for micro in micros])
         return micros, items
 
-    def _set_shares(self: Any, micros: list[dict[str, Any]], key: str, counts: list[int]) -> None:
-        """Set each micro-batch's weight under `key` so that the mean over all ranks' micro-batches of weight * mean
-        over `counts` things is the mean over the step's things."""
-        own = [count if micro.get(SHARE, 1.0) else 0 for micro, count in zip(micros, counts, strict=True)]
+    def _set_weights(self: Any, micros: list[dict[str, Any]], key: str, counts: list[int]) -> None:
+        """Set `micro[key]` = own count * number of micro-batches on all ranks / total count.
+
+        The weighted mean of the micro-batches' means is then the mean over all counted rows or tokens of the step.
+        """
+        own = [count if micro.get(ROW_WEIGHT, 1.0) else 0 for micro, count in zip(micros, counts, strict=True)]
         total = torch.tensor(sum(own), device=self.args.device)
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
@@ -177,7 +180,8 @@ class AlignTrainer:
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        # The file has the published names. `Trainer` would silently skip the names that it does not know: the experts.
+        # The file uses the Hugging Face checkpoint's parameter names (one tensor per expert). `Trainer` would silently
+        # skip the names that it does not know: the experts.
         read_weights(model, Path(resume_from_checkpoint))
 
     def _prepare_for_training(
@@ -200,7 +204,7 @@ class AlignTrainer:
         return prepared
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the weights, unless several ranks train: their checkpoint has them in its training state only."""
+        """Save the weights. Under DeepSpeed this is a no-op: the checkpoint has them in `training_state`."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
@@ -236,12 +240,12 @@ class AlignTrainer:
         num_items_in_batch: Any = None,
     ) -> Any:
         self.router = None
-        share = inputs.pop(SHARE, 1.0)
-        token_share = inputs.pop(TOKEN_SHARE, share)
+        row_weight = inputs.pop(ROW_WEIGHT, 1.0)
+        token_weight = inputs.pop(TOKEN_WEIGHT, row_weight)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, *outputs = result if return_outputs else (result,)
         if num_items_in_batch is None:
-            loss = loss * share
+            loss = loss * row_weight
         router = self.router
         if router is None:
             return (loss, *outputs) if return_outputs else loss
@@ -249,17 +253,17 @@ class AlignTrainer:
         # (means) are divided here.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         config = self.model.config
-        balance = share * (config.router_aux_loss_coef * router.balance_loss)
-        loss = loss + (balance + token_share * (config.router_z_loss_coef * router.z_loss)) / parts
-        for name, value in self._mean_over_ranks(router.metrics(), share).items():
+        balance = row_weight * (config.router_aux_loss_coef * router.balance_loss)
+        loss = loss + (balance + token_weight * (config.router_z_loss_coef * router.z_loss)) / parts
+        for name, value in self._mean_over_ranks(router.metrics(), row_weight).items():
             self._metrics["train"][name].append(value)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mean_over_ranks(self: Any, metrics: dict[str, float], share: float = 1.0) -> dict[str, float]:
-        """Means over ranks of `share` * value."""
+    def _mean_over_ranks(self: Any, metrics: dict[str, float], weight: float = 1.0) -> dict[str, float]:
+        """Means over ranks of `weight` * value."""
         if self.args.world_size == 1:
-            return {name: share * value for name, value in metrics.items()}
-        values = share * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
+            return {name: weight * value for name, value in metrics.items()}
+        values = weight * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
 

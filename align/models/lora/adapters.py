@@ -35,16 +35,17 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
 
 
 def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:
-    """Wrap the model; only the adapters train, and the router if `lora.train_router` is set.
+    """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set and the score head
+    for SEQ_CLS.
 
-    in_float32: create the adapters in float32 whatever the model's precision is.
+    in_float32: create the adapters in float32, whatever the model's dtype.
     """
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
 
 
-def is_factor(name: str) -> bool:
+def is_lora_weight(name: str) -> bool:
     """True if a parameter of a wrapped model is one of an adapter's two factors."""
     return ".lora_A." in name or ".lora_B." in name
 
@@ -57,7 +58,7 @@ def plain_name(name: str) -> str:
 
 
 @contextmanager
-def one_adapter(model: AnyModel) -> Iterator[None]:
+def without_reference_adapter(model: AnyModel) -> Iterator[None]:
     """Keep TRL from copying the adapter as DPO's reference while it builds the trainer.
 
     Fresh adapters do not change the model, so the model with its adapter off is the same reference without a copy. With
@@ -76,5 +77,6 @@ def one_adapter(model: AnyModel) -> Iterator[None]:
 
 
 def merge_lora(model: AnyModel) -> AnyModel:
-    """Merge the adapters into the weights; returns the plain model, a plain model unchanged."""
+    """Merge the adapters into the weights and return the unwrapped model; a model without adapters is returned
+    unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

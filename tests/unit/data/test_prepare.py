@@ -66,15 +66,15 @@ def test_sft_truncation_keeps_the_start_and_counts(tokenizer, jsonl):
     rows += [{"messages": [{"role": "user", "content": "a"}]}]
     made = prepare.prepare_sft(data(jsonl(rows), max_length=24), tokenizer, assistant_only_loss=True, seed=0)
     report = made.report
-    assert report.dropped == {"no assistant turn": 1, "truncated before the answer": 1}
+    assert report.dropped == {"no assistant turn": 1, "no answer token within max_length": 1}
     assert (report.rows_read, report.rows_train, report.truncated, report.loss_tokens) == (4, 2, 1, 3 + 4)
     ends = {tokenizer.decode(row["input_ids"]).rpartition("assistant\n")[2] for row in made.train}
     assert ends == {"bc<|im_end|>\n", "bbbb"}
     assert report.summary() == (
-        "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no assistant turn, "
-        "1 dropped: truncated before the answer"
+        "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no answer token within "
+        "max_length, 1 dropped: no assistant turn"
     )
-    with pytest.raises(UserError, match=r"all 4 rows were dropped .*before the answer.*raise data.max_length"):
+    with pytest.raises(UserError, match=r"all 4 rows were dropped \(no answer token.*: 3.*\); raise data.max_length"):
         prepare.prepare_sft(data(jsonl(rows), max_length=9), tokenizer, assistant_only_loss=True, seed=0)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from align.config.parts import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.lora.adapters import AnyModel, add_lora, one_adapter
+from align.models.lora.adapters import AnyModel, add_lora, without_reference_adapter
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -21,7 +21,7 @@ def test_no_second_adapter_is_added() -> None:
     """TRL adds an adapter `ref` and copies the values of `default` into it, parameter by parameter."""
     model: AnyModel = add_lora(build(), Lora(rank=2, experts=False), task="CAUSAL_LM")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    with one_adapter(model):
+    with without_reference_adapter(model):
         model.add_adapter("ref", model.peft_config["default"])
         assert model.get_parameter(name.replace("default", "ref")) is model.get_parameter(name)
     assert list(model.peft_config) == ["default"]
@@ -33,6 +33,6 @@ def test_no_second_adapter_is_added() -> None:
 
 def test_a_plain_model_is_left_alone() -> None:
     model = build()
-    with one_adapter(model):
+    with without_reference_adapter(model):
         assert "get_parameter" not in vars(model)
         assert "add_adapter" not in vars(model)

@@ -73,7 +73,8 @@ def test_the_reports_example() -> None:
 
 
 def test_free_slots_are_drawn_uniformly() -> None:
-    """40 tokens want expert 0, 4 want expert 1: slots of 10 leave 6, 10 and 10 free. Chi-square at the 0.1 % level."""
+    """40 tokens choose expert 0 and 4 choose expert 1. At a capacity of 10 per expert, experts 1, 2 and 3 have 6, 10
+    and 10 free slots. Chi-square test at the 0.1 % level."""
     chosen = torch.tensor([[0]] * 40 + [[1]] * 4)
     torch.manual_seed(0)
     seen = torch.zeros(4)
@@ -207,7 +208,9 @@ def test_capacity_limits_training_only() -> None:
     report = limited.train()(ids, output_router_logits=True).router
     assert report.recycled > 0
     assert report.dropped == 0
-    assert max(load.max() for load in report.load) > 0.25, "the load that is reported is the router's choice"
+    assert max(load.max() for load in report.load) > 0.25, (
+        "the reported load counts the router's choices, before recycling"
+    )
     assert free.train()(ids, output_router_logits=True).router.recycled == 0
     dropping = tiny(moe_drop_tokens=True, capacity_factor=1.0).train()(ids, output_router_logits=True).router
     assert dropping.dropped > 0

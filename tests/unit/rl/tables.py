@@ -16,7 +16,7 @@ from align.models.hunyuan.modeling import TokenHead
 from align.models.packing import Packing
 from align.rl.complete import complete_batch
 from align.rl.models import Models
-from align.rl.sample import Sampler
+from align.rl.sample import RolloutSampler
 from align.rl.score import RolloutBatch, score_batch
 from align.rl.update import update
 from align.rollout.base import Completion, SamplingSettings, SyncReport
@@ -110,7 +110,7 @@ class Task:
             critic=self._critic(horizon, tokens, optimizer) if self.stage.advantage_estimator == "gae" else None,
         )
         row = PromptRow((PROMPT,), [{"role": "user", "content": "go"}], None, {})
-        self.sampler = Sampler(lambda: TableEngine(self.policy), [row], self.stage, stop_ids=[], seed=0)
+        self.sampler = RolloutSampler(lambda: TableEngine(self.policy), [row], self.stage, stop_ids=[], seed=0)
         self.scorer = TokenReward(reward)
 
     def _critic(self, horizon: int, tokens: int, optimizer: Optimizer) -> Learner:

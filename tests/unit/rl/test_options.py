@@ -14,7 +14,7 @@ from align.errors import UserError
 from align.losses.reduce import averaging_weights, masked_mean
 from align.models.forward import policy_output
 from align.models.hunyuan.modeling import DecoderLayer
-from align.models.lora.adapters import add_lora, is_factor
+from align.models.lora.adapters import add_lora, is_lora_weight
 from align.pipeline import run
 from align.recipes import ppo
 from align.rl.complete import complete_batch
@@ -303,7 +303,7 @@ def test_passes_through_adapted_experts_are_not_concurrent() -> None:
     policy = add_lora(models.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if is_factor(name):
+            if is_lora_weight(name):
                 parameter.normal_(std=0.3)
     models.policy, models.reference = LocalLearner(policy, small.settings().optimizer, total=1), None
     models.critic = None

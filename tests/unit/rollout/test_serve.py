@@ -1,4 +1,4 @@
-"""Arguments of `align serve-rollout`, and settings of a recipe about servers."""
+"""Arguments of `align serve-rollout`, and a recipe's server settings."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_a_recipes_stage_with_its_settings(tmp_path):
 
 def test_targets_that_cannot_be_served(tmp_path):
     recipe = write_recipe(tmp_path, {"first": ppo()})
-    with pytest.raises(UserError, match=r"--stage must name a stage that samples\. Pass --stage with one of: first"):
+    with pytest.raises(UserError, match=r"stage that generates completions\. Pass --stage with one of: first"):
         serve_settings(recipe, "sft", None, {})
     with pytest.raises(UserError, match="run it first"):
         serve_settings(recipe, None, tmp_path / "run", {})
     with pytest.raises(UserError, match="not a file and not a shipped recipe"):
         serve_settings(str(tmp_path / "nowhere.yaml"), None, None, {})
     folder = make_checkpoint(tmp_path / "model")
-    with pytest.raises(UserError, match=r"--stage: it needs a recipe, but .* is a checkpoint\. Remove --stage\."):
+    with pytest.raises(UserError, match=r"--stage needs a recipe, but .* is a checkpoint\. Remove --stage\."):
         serve_settings(str(folder), "ppo", None, {})
     with pytest.raises(UserError, match=r"--cache-gib: input should be greater than 0\."):
         serve_settings(str(folder), None, None, {"cache_gib": -1.0})
@@ -143,7 +143,7 @@ def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path):
     folder = make_checkpoint(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "nonsense"}))
     rollout = Rollout(engine="remote", start_servers=1, max_model_length=100)
-    with pytest.raises(UserError, match=r"no rollout server responds: http://127\.0\.0\.1:\d+ \(it ended: "):
+    with pytest.raises(UserError, match=r"no rollout server responds: http://127\.0\.0\.1:\d+ \(it exited: "):
         RemoteEngine(folder, rollout, dtype="float32", seed=0)
 
 

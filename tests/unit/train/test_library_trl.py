@@ -139,7 +139,7 @@ def test_the_fused_head_returns_log_probabilities_of_labelled_tokens(tmp_path: P
 
 
 def test_peft_names_parameters_as_expected(tmp_path: Path) -> None:
-    """`plain_name`, `is_factor`, `count_parameters` and the saved adapter rely on these names."""
+    """`plain_name`, `is_lora_weight`, `count_parameters` and the saved adapter rely on these names."""
     model = add_lora(HunYuanForCausalLM.from_pretrained(checkpoint(tmp_path / "model")), Lora(rank=2), task="CAUSAL_LM")
     names = {name for name, _ in model.named_parameters()}
     layer = "base_model.model.model.layers.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.train.shared_batches import SHARE, SharedBatches, SharedLoader, gather_uneven
+from align.train.shared_batches import ROW_WEIGHT, SharedBatches, SharedLoader, gather_uneven
 
 
 class Order(list):
@@ -76,9 +76,9 @@ def test_a_repeated_batch_has_weight_0_and_no_labels() -> None:
     ]
     ((first,), (second,)) = map(list, loaders)
     assert first["labels"].tolist() == [0, 1]
-    assert first[SHARE] == 2.0
+    assert first[ROW_WEIGHT] == 2.0
     assert second["labels"].tolist() == [-100, -100]
-    assert second[SHARE] == 0.0
+    assert second[ROW_WEIGHT] == 0.0
 
 
 def test_tensors_of_different_lengths_are_gathered() -> None:

@@ -36,7 +36,7 @@ def _(here: Here) -> str:
     return here.run()
 
 
-@wrong("all-truncated", "Rows that are all truncated before the answer")
+@wrong("all-truncated", "Rows whose answers all begin after `data.max_length`")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "max_length": 8})
 

@@ -196,7 +196,7 @@ def _(here: Here) -> str:
     return here.check(init_from="pretrain")
 
 
-@wrong("parent-of-another-kind", "A reference to a stage that makes something else")
+@wrong("parent-of-another-kind", "A reference to a stage whose result has the wrong kind")
 def _(here: Here) -> str:
     pairs = sample_stage(max_new_tokens=8, max_model_length=64)
     dpo = {"kind": "dpo", "init_from": "pairs", "data": {"train": [{"kind": "stage", "stage": "pairs"}]}}
@@ -320,7 +320,7 @@ def check_ppo(here: Here, **settings: Any) -> str:
     return here.check(stages={"ppo": ppo | settings})
 
 
-@wrong("renamed-key", "A key under its name of an earlier version")
+@wrong("renamed-key", "A key by its old name")
 def _(here: Here) -> str:
     return check_ppo(here, algorithm="ppo")
 
@@ -335,7 +335,9 @@ def _(here: Here) -> str:
     return check_ppo(here, old_logprobs="rollout", importance={"cap": 3.0})
 
 
-@wrong("replay-of-a-skipped-pass", "Routing replay of a forward pass that is skipped")
+@wrong(
+    "replay-of-a-skipped-pass", "`routing_replay: trainer` with `old_logprobs: rollout`, which skips that forward pass"
+)
 def _(here: Here) -> str:
     return check_ppo(here, old_logprobs="rollout", routing_replay="trainer")
 
@@ -363,11 +365,11 @@ def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "~nobody-here/rows.jsonl"}]})
 
 
-@wrong("renamed-key-without-a-name", "A renamed key whose value is not a name")
+@wrong("renamed-key-without-a-name", "A key by its old name, with a value that is not text")
 def _(here: Here) -> str:
     return check_ppo(here, algorithm=["grpo"])
 
 
-@wrong("path-too-long-in-a-recipe", "A path of a recipe that the operating system refuses", varies="x{9,}")
+@wrong("path-too-long-in-a-recipe", "A path in a recipe that is too long for the operating system", varies="x{9,}")
 def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "x" * 300}]})
