@@ -23,7 +23,7 @@ from align.rl.models import build_models, load_reward_models
 from align.rl.sample import RolloutSampler
 from align.rl.score import score_batch
 from align.rl.update import update
-from align.rollout.build import build_engine
+from align.rollout.build import build_engine, require_placement
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
@@ -32,6 +32,8 @@ from align.train.checkpoint import count_parameters, load_tokenizer, save_model
 def run(stage: PpoStage, context: StageContext) -> StageResult:
     """Run the stage to its end, or to the next iteration's end if the run is asked to stop."""
     parent, dtype, parallel = context.checkpoint(stage.init_from), context.recipe.dtype, context.recipe.parallel
+    beside_ranks = world()[1] > 1
+    from_rank_0("placing the rollout engine", lambda: require_placement(stage.rollout, beside_ranks=beside_ranks))
     tokenizer = load_tokenizer(parent)
     prompts, report = from_rank_0(
         "preparing the prompts",
@@ -50,9 +52,7 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         stack.callback(scorer.close)
         models = build_models(stage, context)
         parameters = count_parameters(models.policy.model)
-        engine = partial(
-            build_engine, parent, stage.rollout, dtype=dtype, seed=context.seed, beside_ranks=world()[1] > 1
-        )
+        engine = partial(build_engine, parent, stage.rollout, dtype=dtype, seed=context.seed, beside_ranks=beside_ranks)
         sampler = RolloutSampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)
 

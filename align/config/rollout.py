@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from align.config.parts import RUNTIME, Positive, Section
 
+CPU_CACHE_GIB = 0.5
+"""Size of the key/value cache on a CPU without `cache_gib`."""
+
 
 class Rollout(Section):
     """Generation of completions: engine, sampling, memory, servers."""
@@ -22,8 +25,11 @@ class Rollout(Section):
     """Sampling temperature; the trainer's log-probabilities use it too. 0: greedy decoding, for `evaluate` only."""
     max_model_length: Positive = 512
     """Maximum tokens of prompt and completion together. Must not exceed the model's max_position_embeddings."""
-    cache_gib: Annotated[float, Field(gt=0)] = 0.5
-    """Memory per engine for the key/value cache, in GiB. Raise it if sequences wait for the cache."""
+    cache_gib: Annotated[Annotated[float, Field(gt=0)] | None, RUNTIME] = None
+    """GiB per engine, or per GPU of an engine, for the key/value cache. Raise it if sequences wait for the cache.
+    Default on a CPU: 0.5. Default on a GPU: a server takes 92 % of the GPU for weights and cache, which is vLLM's
+    default; an engine in the trainer's process takes half of the GPU memory that is free when it starts. A server on a
+    GPU of the trainer needs a value."""
     max_sequences: Positive = 64
     """Maximum number of sequences decoded at the same time per engine."""
     prefix_caching: bool = True
@@ -33,21 +39,24 @@ class Rollout(Section):
     """Return the experts chosen for each token, for `routing_replay: rollout`. On a CPU this needs `engine: vllm`, and
     the prompt is computed once per completion."""
     sleep: Annotated[bool, RUNTIME] = False
-    """Free the engine's GPU memory for the trainer between rollouts. Applies to the engine in the trainer's process, to
-    servers started by the trainer, and to servers started with `--sleep`."""
+    """Free the engine's GPU memory for the trainer between rollouts. The weights are dropped, since the next update
+    replaces them. Applies to the engine in the trainer's process, to servers started by the trainer, and to servers
+    started with `--sleep`."""
     bucket_mib: Annotated[Positive, RUNTIME] = 256
     """Size in MiB of the buckets in which weights are transferred to the engines."""
     servers: Annotated[list[str], RUNTIME] = Field(default_factory=list)
     """For `engine: remote`: URLs of running servers (`align serve-rollout`), for example `http://127.0.0.1:8001`."""
     start_servers: Annotated[int, Field(ge=0, le=256), RUNTIME] = 0
     """For `engine: remote` without `servers`: number of servers that the trainer starts on this machine, and restarts
-    if one dies. Each gets `tensor_parallel_size` GPUs, counted from the last GPU."""
+    if one dies. Each gets `tensor_parallel_size` GPUs, counted from the last GPU; with `weight_transfer: ipc` it gets
+    rank 0's GPU."""
     tensor_parallel_size: Annotated[Positive, RUNTIME] = 1
     """GPUs per server started by the trainer."""
     weight_transfer: Annotated[Literal["auto", "shared_memory", "http", "ipc", "nccl"], RUNTIME] = "auto"
     """For `engine: remote`: transfer of weights to the servers. shared_memory: a file in /dev/shm, for servers on the
-    trainer's machine. http: in the request, for any server. ipc: for servers on the trainer's GPU. nccl: for servers on
-    other GPUs. auto: nccl for servers on a GPU, otherwise shared_memory for loopback addresses and http for others."""
+    trainer's machine. http: in the request, for any server. ipc: for one server on rank 0's GPU. nccl: for servers on
+    other GPUs than rank 0's. auto: nccl for servers on a GPU of their own, otherwise shared_memory for loopback
+    addresses and http for others."""
     start_timeout_seconds: Annotated[float, Field(gt=0), RUNTIME] = 300
     """For `engine: remote`: seconds that a server may take to start."""
     request_timeout_seconds: Annotated[float, Field(gt=0), RUNTIME] = 600
@@ -68,6 +77,11 @@ class Rollout(Section):
                     f"rollout.tensor_parallel_size {self.tensor_parallel_size} needs `engine: remote`; set it, or "
                     "remove tensor_parallel_size"
                 )
+        if self.weight_transfer == "ipc" and max(len(self.servers), self.start_servers, self.tensor_parallel_size) > 1:
+            raise ValueError(
+                "rollout.weight_transfer: ipc reaches one server of one GPU, but the recipe has more; use one, or set "
+                "weight_transfer to auto"
+            )
         for address in self.servers:
             if not re.fullmatch(r"http://[^/\s:]+:\d{1,5}", address):
                 raise ValueError(

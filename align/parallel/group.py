@@ -10,7 +10,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,7 @@ from align.errors import UserError
 from align.launch import machines
 from align.launch.devices import own_gpu, set_gpu_index
 from align.launch.ending import mark_joined
+from align.launch.route import route_to
 from align.parallel.async_io import require_async_io
 from align.parallel.sharding import world
 from align.parallel.steps import ControlSteps
@@ -120,15 +121,10 @@ def connect(facts: dict[str, str], gpu: torch.device | None = None) -> None:
 def choose_interface(store: dist.Store, number: int, world: int) -> None:
     """Make gloo use the network interface through which this rank reaches MASTER_ADDR.
 
-    By default gloo uses the address of this machine's host name, which is often a loopback address (127.0.1.1 in
-    Debian's /etc/hosts) that no other machine can reach.
+    By default gloo uses the address of this machine's host name, see `route_to`.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, *_, there = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        probe.connect(there)  # sends nothing
-        here = probe.getsockname()[0]
-    store.set(f"route/{number}", json.dumps([here, there[0]]))
+    here, there = route_to(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store.set(f"route/{number}", json.dumps([here, there]))
     routes = [json.loads(store.get(f"route/{other}")) for other in range(world)]
     # The first machine reaches itself through the loopback interface; the others know its real address.
     seen = [to for own, to in routes if not ipaddress.ip_address(own).is_loopback and own != to]

@@ -15,6 +15,7 @@ from align.config.ppo import PpoStage
 from align.config.presets import PRESETS, PUBLISHED
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import ModelReward
+from align.config.rollout import CPU_CACHE_GIB
 from align.config.stage import REWARD_MODEL
 from align.config.stages import TrainingStage
 from align.errors import UserError
@@ -262,12 +263,14 @@ def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:
     """Generation settings of a PPO stage. longest_sequence: key/value bytes of one full sequence."""
     rollout = stage.rollout
     grows = rollout.engine == "huggingface"
+    # Without cache_gib an engine on a GPU takes memory that is left; the plan counts the least that it can have.
+    cache = stage.batch_size * longest_sequence if grows else (rollout.cache_gib or CPU_CACHE_GIB) * 2**30
     return RolloutWork(
         engine=rollout.engine,
         completions=stage.batch_size,
         max_new_tokens=rollout.max_new_tokens,
         max_sequences=stage.batch_size if grows else rollout.max_sequences,
-        cache_bytes=stage.batch_size * longest_sequence if grows else rollout.cache_gib * 2**30,
+        cache_bytes=cache,
         sleeps=rollout.sleep and rollout.engine == "vllm",
         servers=rollout.start_servers or len(rollout.servers),
         gpus_per_server=rollout.tensor_parallel_size,

@@ -10,9 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
+
 from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
-from align.parallel.group import from_rank_0, is_main
+from align.parallel.group import barrier, from_rank_0, is_main
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.train.learner import Learner
 
@@ -56,6 +58,7 @@ class RolloutSampler:
         self._engine: RolloutEngine | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="align-rollout")
         self._pending: Future[Rollouts] | None = None
+        release_cached_memory("before the rollout engine starts")
         from_rank_0("starting the rollout engine", lambda: self._start(build_engine))
 
     def _start(self, build_engine: Callable[[], RolloutEngine]) -> None:
@@ -110,14 +113,15 @@ class RolloutSampler:
         return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}
 
     def sleep(self) -> None:
-        """Release the accelerator's memory until `wake`."""
-        if is_main():
-            self.engine.sleep()
+        """Release the engine's GPU memory until `wake`, with `rollout.sleep`. No rank goes on before it is free."""
+        if self.stage.rollout.sleep:
+            from_rank_0("rollout engine: sleep", lambda: self.engine.sleep())
 
     def wake(self) -> None:
-        """Take the accelerator's memory back."""
-        if is_main():
-            self.engine.wake()
+        """Take the GPU memory back; the weights must be updated before the next sample."""
+        if self.stage.rollout.sleep:
+            release_cached_memory("before the rollout engine wakes")
+            from_rank_0("rollout engine: wake", lambda: self.engine.wake())
 
     def close(self) -> None:
         """Wait for background sampling and close the engine."""
@@ -157,6 +161,13 @@ class RolloutSampler:
             [completion for group in groups for completion in group],
             report.metrics() if report is not None else {},
         )
+
+
+def release_cached_memory(step: str) -> None:
+    """Return the GPU memory that torch caches, on every rank, to an engine that allocates its own."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        barrier(step)
 
 
 @lru_cache(maxsize=2)

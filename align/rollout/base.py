@@ -114,6 +114,9 @@ class GenerationReport:
         }
 
 
+SLEEP_LEVEL = 2
+"""vLLM's level of sleep: 2 drops the weights, 1 would copy them to host memory and back."""
+
 WeightSource = Callable[[], Iterator[tuple[str, Tensor]]]
 """Function that returns a new iterator over the policy's weights, under Hugging Face names, at each call."""
 
@@ -142,11 +145,14 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release the accelerator's memory to the trainer until `wake`; a no-op on a CPU."""
+        """Release the accelerator's memory to the trainer until `wake`; a no-op on a CPU.
+
+        Callers update the weights after `wake`, because a sleeping engine may have dropped them.
+        """
         ...
 
     def wake(self) -> None:
-        """Take the memory back; the weights are unchanged, the prefix cache is empty."""
+        """Take the memory back; the prefix cache is empty."""
         ...
 
     def close(self) -> None:

@@ -8,6 +8,15 @@ from align.config.rollout import Rollout
 from align.rollout.base import RolloutEngine
 
 
+def require_placement(rollout: Rollout, *, beside_ranks: bool) -> None:
+    """Raise `UserError` if the engine's servers cannot be placed on this machine's GPUs. Loads nothing."""
+    rollout = _beside(rollout, beside_ranks)
+    if rollout.start_servers:
+        from align.rollout.placement import place_servers, visible_gpus
+
+        place_servers(rollout, visible_gpus())
+
+
 def build_engine(
     checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, beside_ranks: bool = False
 ) -> RolloutEngine:
@@ -16,8 +25,7 @@ def build_engine(
     beside_ranks: this process is one of several ranks. vLLM in this process would join their process group, so it is
     started as a server instead, which ends with this process.
     """
-    if beside_ranks and rollout.engine == "vllm":
-        rollout = rollout.model_copy(update={"engine": "remote", "start_servers": 1})
+    rollout = _beside(rollout, beside_ranks)
     if rollout.engine == "vllm":
         from align.rollout.vllm_engine import VllmEngine  # vLLM is optional and slow to import
 
@@ -30,3 +38,10 @@ def build_engine(
     from align.train.checkpoint import load_policy
 
     return HuggingFaceEngine(load_policy(checkpoint, dtype), rollout)
+
+
+def _beside(rollout: Rollout, beside_ranks: bool) -> Rollout:
+    """The settings of an engine beside the ranks, where vLLM is a server."""
+    if beside_ranks and rollout.engine == "vllm":
+        return rollout.model_copy(update={"engine": "remote", "start_servers": 1})
+    return rollout

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.launch.processes import free_port
+from align.rollout.placement import place_servers, visible_gpus
 from align.rollout.server import Server, ServerFailure
 from align.rollout.started_server import StartedServer
 
@@ -26,9 +24,10 @@ class ServerPool:
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
         self.rollout, self.dtype = rollout, dtype
         self.servers: list[Server] = [Server(url) for url in rollout.servers]
-        for devices in [_devices(i, rollout.tensor_parallel_size) for i in range(rollout.start_servers)]:
-            server = StartedServer(checkpoint, rollout, dtype=dtype, seed=seed, port=free_port(), devices=devices)
-            self.servers.append(server)
+        for place in place_servers(rollout, visible_gpus()) if rollout.start_servers else []:
+            self.servers.append(
+                StartedServer(checkpoint, rollout, dtype=dtype, seed=seed, port=free_port(), placement=place)
+            )
 
     def start(self) -> None:
         """Start the servers that the recipe does not name by their addresses."""
@@ -57,6 +56,7 @@ class ServerPool:
             return False
         self._check_facts(server)
         server.failure = None
+        server.connections += 1
         return True
 
     def wait(self, servers: Iterable[Server], *, restart: bool) -> None:
@@ -126,18 +126,3 @@ class ServerPool:
                 f"{where}: it returns no routed experts, which rollout.return_routing needs. Start it on a GPU with "
                 "--return-routing, or set rollout.engine: vllm."
             )
-
-
-def _devices(server: int, ranks: int) -> list[str] | None:
-    """GPUs of the n-th started server, counted from the end, where the trainer is least likely to be."""
-    if not torch.cuda.is_available():
-        return None
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    visible = [name for name in names if name] or [str(i) for i in range(torch.cuda.device_count())]
-    if (server + 1) * ranks > len(visible):
-        raise UserError(
-            f"rollout.start_servers: {server + 1} servers of {ranks} GPUs each need {(server + 1) * ranks} GPUs, but "
-            f"{len(visible)} are visible. Lower rollout.start_servers or rollout.tensor_parallel_size."
-        )
-    end = len(visible) - server * ranks
-    return visible[end - ranks : end]

@@ -77,7 +77,8 @@ class RemoteEngine:
         self.version = 0
         self._run = secrets.token_hex(4)
         self._source: WeightSource | None = partial(checkpoint_weights, checkpoint)
-        self._delivery: tuple[str, tuple[str, ...], Delivery] | None = None
+        self._delivery: tuple[str, tuple[tuple[str, int], ...], Delivery] | None = None
+        self._has_weights = False
         self._top_k = moe_layers(load_config(checkpoint)) if rollout.return_routing else None
         self.pool = ServerPool(checkpoint, rollout, dtype=dtype, seed=seed)
         try:
@@ -97,6 +98,8 @@ class RemoteEngine:
     def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
         check_prompts(prompts, sampling, self.rollout.max_model_length)
         check_temperature(sampling.temperature)
+        if not self._has_weights:
+            raise RuntimeError("the servers dropped their weights when they slept; update them before generating")
         pending = deque(
             Request(
                 index=index * sampling.n + sample,
@@ -140,6 +143,7 @@ class RemoteEngine:
     def sleep(self) -> None:
         """With `rollout.sleep`, let the servers that were started with `--sleep` release their GPU memory."""
         if self.rollout.sleep:
+            self._has_weights = not any(server.sleeps for server in self.pool.in_use())
             on_all(self.pool.in_use(), lambda server: server.sleep(self.rollout.request_timeout_seconds))
 
     def wake(self) -> None:
@@ -185,7 +189,9 @@ class RemoteEngine:
             if server not in servers and server.failure is None:
                 server.failure = "it missed a weight update"
         try:
-            return send_stream(stream, transport, version, bucket_mib=self.rollout.bucket_mib, dtype=self.dtype)
+            report = send_stream(stream, transport, version, bucket_mib=self.rollout.bucket_mib, dtype=self.dtype)
+            self._has_weights = True
+            return report
         except ServerFailure:
             raise self.pool.no_server(servers) from None
         except BaseException:
@@ -198,9 +204,9 @@ class RemoteEngine:
     def _delivery_to(self, servers: list[Server]) -> Delivery:
         """The delivery that fits these servers, reused while they are the same."""
         kind = transfer_kind(self.rollout.weight_transfer, servers)
-        urls = tuple(server.url for server in servers)
+        connected = tuple((server.url, server.connections) for server in servers)
         if self._delivery is not None:
-            if self._delivery[0] == kind and (kind in ("shared_memory", "http") or self._delivery[1] == urls):
+            if self._delivery[0] == kind and (kind in ("shared_memory", "http") or self._delivery[1] == connected):
                 return self._delivery[2]
             self._delivery[2].close()
             self._delivery = None
@@ -212,7 +218,7 @@ class RemoteEngine:
         else:
             size, timeout = self.rollout.bucket_mib * 2**20, self.rollout.request_timeout_seconds
             delivery = GpuTransfer(kind, servers, size, timeout)
-        self._delivery = kind, urls, delivery
+        self._delivery = kind, connected, delivery
         return delivery
 
     # --- completions -----------------------------------------------------------------------------------------

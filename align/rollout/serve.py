@@ -19,7 +19,8 @@ from align.config.rollout import Rollout
 from align.errors import UserError
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
-from align.rollout.vllm_options import check_context, engine_options, prepare_vllm
+from align.rollout.vllm_options import check_context, engine_options, has_gpu, prepare_vllm
+from align.rollout.vllm_versions import serve_parser
 from align.run.checkpoint import checkpoint_folder
 from align.run.context import StageContext
 
@@ -92,12 +93,10 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and rollout.tensor_parallel_size > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cores_per_rank(rollout.tensor_parallel_size)
     prepare_vllm()
-    from vllm.platforms import current_platform
-
-    transfer = transfer or ("host" if current_platform.is_cpu() else "nccl")
+    transfer = transfer or ("nccl" if has_gpu() else "host")
     if transfer == "ipc":
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM pickles the memory handles
-    if current_platform.is_cpu():
+    if not has_gpu():
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling one tiny sampling function takes 20 s
     options = engine_options(checkpoint, rollout, dtype=dtype, seed=settings.seed)
     options |= {
@@ -139,9 +138,9 @@ def command_line(options: dict[str, Any]) -> list[str]:
 def _run(arguments: list[str]) -> None:
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    make_arg_parser, validate_parsed_serve_args = serve_parser()
     options = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     validate_parsed_serve_args(options)
     uvloop.run(run_server(options))

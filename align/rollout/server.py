@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy
 
 from align.errors import UserError
-from align.rollout.base import Completion
+from align.rollout.base import SLEEP_LEVEL, Completion
 from align.rollout.routing import checked_routing
 
 MARK = "align"
@@ -34,6 +34,7 @@ class Server:
     url: address, http://HOST:PORT.
     facts: the server's settings as it reports them, such as dtype and transfer.
     failure: reason why the server cannot be used; None while it can.
+    connections: number of times that it was connected; a server that was restarted has no communicator of before.
     """
 
     def __init__(self, url: str):
@@ -42,10 +43,16 @@ class Server:
         self.host, self.port = address.hostname or "", address.port or 80
         self.facts: dict[str, str] = {}
         self.failure: str | None = "not connected yet"
+        self.connections = 0
 
     @property
     def is_local(self) -> bool:
         return self.host in ("127.0.0.1", "localhost")
+
+    @property
+    def sleeps(self) -> bool:
+        """True if it was started with `--sleep`, on a GPU."""
+        return self.facts.get("sleeps") == "True"
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float = QUICK_SECONDS) -> Any:
         """Send a request and return the JSON of the response.
@@ -95,13 +102,13 @@ class Server:
         self.facts["ranks"] = str(self.call("GET", "/get_world_size")["world_size"])
 
     def sleep(self, timeout: float) -> None:
-        """Move the weights to host memory and drop the cache; a no-op for a server started without `--sleep`."""
-        if self.facts.get("sleeps") == "True":
-            self.call("POST", "/sleep?level=1", timeout=timeout)
+        """Drop the weights and the cache; a no-op for a server started without `--sleep`."""
+        if self.sleeps:
+            self.call("POST", f"/sleep?level={SLEEP_LEVEL}", timeout=timeout)
 
     def wake(self, timeout: float) -> None:
         """Take the GPU memory back; a no-op for a server that is awake or was started without `--sleep`."""
-        if self.facts.get("sleeps") == "True":
+        if self.sleeps:
             self.call("POST", "/wake_up", timeout=timeout)
 
     def generate(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from align.config.rollout import Rollout
 from align.launch.processes import environment_of_its_own
+from align.rollout.placement import Placement
 from align.rollout.server import Server
 
 PARENT = "ALIGN_ROLLOUT_PARENT"
@@ -24,20 +25,20 @@ STOP_SECONDS = 10
 class StartedServer(Server):
     """A server in a process group of its own, with its output in a log file.
 
-    devices: CUDA devices that it may use; None keeps the environment's.
+    placement: the GPUs that it may use.
     starts: number of times that it has been started.
     """
 
-    def __init__(
-        self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, devices: list[str] | None
-    ):
+    def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, placement: Placement):
         super().__init__(f"http://127.0.0.1:{port}")
-        self._command = server_command(checkpoint, rollout, dtype=dtype, seed=seed, port=port)
+        self._command = server_command(
+            checkpoint, rollout, dtype=dtype, seed=seed, port=port, on_rank_0=placement.on_rank_0
+        )
         self._environment = {**environment_of_its_own(), PARENT: str(os.getpid())}
         # The in-process engine sets this variable; a server runs its front end and its engine in two processes.
         self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        if devices is not None:
-            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        if placement.devices is not None:
+            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
         self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
         descriptor, log = tempfile.mkstemp(prefix="align-server-", suffix=".log")
@@ -86,20 +87,23 @@ class StartedServer(Server):
         self._log.unlink(missing_ok=True)
 
 
-def server_command(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int) -> list[str]:
-    """Command line of `align serve-rollout` for these settings."""
-    flags = {
+def server_command(
+    checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, on_rank_0: bool
+) -> list[str]:
+    """Command line of `align serve-rollout` for these settings. on_rank_0: the server is on rank 0's GPU."""
+    flags: dict[str, object] = {
         "port": port,
         "dtype": dtype,
         "seed": seed,
         "max-model-length": rollout.max_model_length,
         "max-sequences": rollout.max_sequences,
-        "cache-gib": rollout.cache_gib,
         "tensor-parallel-size": rollout.tensor_parallel_size,
     }
+    if rollout.cache_gib is not None:
+        flags["cache-gib"] = rollout.cache_gib
     transfer = rollout.weight_transfer
-    if transfer == "auto" and rollout.sleep:
-        transfer = "shared_memory"  # it may share the trainer's GPUs, and NCCL needs separate ones
+    if transfer == "auto" and on_rank_0:
+        transfer = "shared_memory"  # NCCL needs separate GPUs
     if transfer != "auto":
         flags["weight-transfer"] = "host" if transfer in ("shared_memory", "http") else transfer
     command = [sys.executable, "-m", "align.cli", "serve-rollout", str(checkpoint)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align.config.rollout import Rollout
 from align.rollout.base import (
+    SLEEP_LEVEL,
     Completion,
     GenerationReport,
     SamplingSettings,
@@ -27,6 +28,8 @@ from align.rollout.vllm_options import (
     check_context,
     check_temperature,
     engine_options,
+    generation_stance,
+    has_gpu,
     prepare_vllm,
     sampling_options,
 )
@@ -52,6 +55,7 @@ class VllmEngine:
         with preserved_torch_state():
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             prepare_vllm()
+            self._has_gpu = has_gpu()
             GROUPS.enter()
             try:
                 self._llm: Any = _start(checkpoint, rollout, dtype, seed)
@@ -70,7 +74,7 @@ class VllmEngine:
         check_prompts(prompts, sampling, self.rollout.max_model_length)
         check_temperature(sampling.temperature)
         if not self._complete:
-            raise RuntimeError("the last weight update was interrupted; update the weights before generating")
+            raise RuntimeError("the engine has no complete weights; update the weights before generating")
         requests, parameters = [], []
         for index, prompt in enumerate(prompts):
             for sample in range(sampling.n):
@@ -79,8 +83,7 @@ class VllmEngine:
                 parameters.append(SamplingParams(**options, skip_reading_prefix_cache=True if self._recorder else None))
                 requests.append(TokensPrompt(prompt_token_ids=list(prompt)))
         started = time.perf_counter()
-        # force_eager: otherwise vLLM compiles one tiny sampling function at its first use, 20 s on two cores.
-        with preserved_torch_state(), torch.compiler.set_stance("force_eager"):
+        with preserved_torch_state(), generation_stance(has_gpu=self._has_gpu):
             torch.set_num_threads(generation_threads())
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         completions = [self._completion(output) for output in outputs]
@@ -114,9 +117,10 @@ class VllmEngine:
         """No-op: this engine never restarts without the trainer."""
 
     def sleep(self) -> None:
-        """Move the weights to host memory and drop the cache; a no-op on a CPU or without `rollout.sleep`."""
+        """Drop the weights and the cache; a no-op on a CPU or without `rollout.sleep`."""
         if self._sleeps():
-            self._llm.sleep(level=1)
+            self._complete = False
+            self._llm.sleep(level=SLEEP_LEVEL)
 
     def wake(self) -> None:
         if self._sleeps():
@@ -170,4 +174,4 @@ class VllmEngine:
 def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     from vllm import LLM
 
-    return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed))
+    return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed, in_process=True))

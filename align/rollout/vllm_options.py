@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from align.config.rollout import Rollout
+import torch
+
+from align.config.rollout import CPU_CACHE_GIB, Rollout
 from align.errors import UserError, missing_dependency
 from align.rollout.base import SamplingSettings
 
@@ -17,6 +20,10 @@ LOWEST_TEMPERATURE = 0.01
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU; vLLM's kernel needs a multiple of 32."""
 CPU_BATCH_TOKENS = 4096
+LEAST_UTILIZATION = 0.01
+"""Value of gpu_memory_utilization that passes vLLM's check of the free memory."""
+BESIDE_TRAINER, ALONE = 0.5, 0.9
+"""Share of the free GPU memory that an engine in this process takes if the process has tensors there, and if not."""
 
 
 def prepare_vllm() -> None:
@@ -44,11 +51,21 @@ def prepare_vllm() -> None:
         family.prepare_vllm()
 
 
-def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int) -> dict[str, Any]:
-    """Arguments of vLLM's engine. Call `prepare_vllm` first."""
+def has_gpu() -> bool:
+    """True unless vLLM computes on the CPU."""
     from vllm.platforms import current_platform
 
-    has_gpu = not current_platform.is_cpu()
+    return not current_platform.is_cpu()
+
+
+def engine_options(
+    checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, in_process: bool = False
+) -> dict[str, Any]:
+    """Arguments of vLLM's engine. Call `prepare_vllm` first.
+
+    in_process: the engine runs in the trainer's process.
+    """
+    gpu = has_gpu()
     options: dict[str, Any] = {
         "model": str(checkpoint),
         "skip_tokenizer_init": True,
@@ -56,15 +73,15 @@ def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int)
         "seed": seed,
         "max_model_len": rollout.max_model_length,
         "max_num_seqs": rollout.max_sequences,
-        "kv_cache_memory_bytes": int(rollout.cache_gib * 2**30),
         "enforce_eager": True,
         "enable_prefix_caching": rollout.prefix_caching,
         # Log-probabilities of the sampled distribution, that is, after the temperature.
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "weight_transfer_config": {"backend": "align_host"},
+        **cache_options(rollout, has_gpu=gpu, in_process=in_process),
     }
-    if not has_gpu:
+    if not gpu:
         # vLLM's default on a CPU is 128, and prompts shorter than a block share no prefix.
         options["block_size"] = CPU_BLOCK
         # With chunked prefill, vLLM 0.32 draws and discards a token after each chunk of a prompt and then rewinds the
@@ -73,13 +90,37 @@ def engine_options(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int)
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCH_TOKENS, rollout.max_model_length),
         }
-    if rollout.sleep and has_gpu:
+    if rollout.sleep and gpu:
         options["enable_sleep_mode"] = True
-    if rollout.return_routing and has_gpu:
+    if rollout.return_routing and gpu:
         # Only vLLM's second model runner records the routing. It stores it beside cached prefixes.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         options |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
     return options
+
+
+def cache_options(rollout: Rollout, *, has_gpu: bool, in_process: bool) -> dict[str, Any]:
+    """Size of the key/value cache; empty if vLLM's default applies, 92 % of the GPU together with the weights."""
+    if not has_gpu:
+        return {"kv_cache_memory_bytes": int((rollout.cache_gib or CPU_CACHE_GIB) * 2**30)}
+    if rollout.cache_gib is not None:
+        # vLLM refuses to start unless this share of the GPU is free (0.92 by default), even if the cache's size is
+        # given. Beside a trainer it is not.
+        return {"kv_cache_memory_bytes": int(rollout.cache_gib * 2**30), "gpu_memory_utilization": LEAST_UTILIZATION}
+    if not in_process:
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    share = BESIDE_TRAINER if torch.cuda.memory_reserved() else ALONE
+    return {"gpu_memory_utilization": share * free / total}
+
+
+def generation_stance(*, has_gpu: bool) -> AbstractContextManager[Any]:
+    """Context for generation in the trainer's process.
+
+    On a CPU nothing is compiled: vLLM would compile one tiny sampling function at its first use, 20 s on two cores. On
+    a GPU some attention kernels must be compiled.
+    """
+    return nullcontext() if has_gpu else torch.compiler.set_stance("force_eager")
 
 
 def sampling_options(sampling: SamplingSettings, seed: int) -> dict[str, Any]:

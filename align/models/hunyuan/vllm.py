@@ -131,7 +131,8 @@ class Attention(nn.Module):
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.padding = _kernel_head_dim(self.head_dim) - self.head_dim
+        model: Any = vllm_config.model_config
+        self.padding = _kernel_head_dim(self.head_dim, model.dtype) - self.head_dim
         self.attn = PagedAttention(
             heads // ranks,
             self.head_dim + self.padding,
@@ -175,10 +176,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-def _kernel_head_dim(head_dim: int) -> int:
-    """Head size of the kernel: the next one that vLLM's CPU kernel supports; heads are padded to it."""
+def _kernel_head_dim(head_dim: int, dtype: torch.dtype) -> int:
+    """Head size of the kernel, to which heads are padded: at least `head_dim`, and supported on this device."""
     if not current_platform.is_cpu():
-        return head_dim
+        # In float32 vLLM has two backends: Triton for heads of at least 32, and FlexAttention, which must be compiled.
+        return max(32, head_dim) if dtype == torch.float32 else head_dim
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return min(size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= head_dim)

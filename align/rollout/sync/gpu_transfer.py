@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor
-
 from align.launch.processes import free_port
+from align.launch.route import route_to
 from align.rollout.server import Server
 from align.rollout.sync.stream import Bucket
 from align.rollout.sync.transport import Deliver
+from align.rollout.vllm_versions import weight_source
 
 
 class GpuTransfer:
@@ -23,28 +22,28 @@ class GpuTransfer:
     """
 
     def __init__(self, kind: str, servers: list[Server], bucket_bytes: int, timeout: float):
-        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-
-        self.source = bucket_source()
-        info: Any
+        client, source = _BucketClient(servers, timeout), weight_source([])
+        self._trainer_side: Any
         if kind == "nccl":
+            from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
             ranks = sum(int(server.facts["ranks"]) for server in servers)
-            local = all(server.is_local for server in servers)
-            info = NCCLTrainerInitInfo(
+            nccl = NCCLTrainerInitInfo(
                 rank=0,
-                master_address="127.0.0.1" if local else socket.gethostbyname(socket.gethostname()),
+                master_address=own_address(servers),
                 master_port=free_port(),
                 world_size=1 + ranks,
                 packed_buffer_size_bytes=bucket_bytes,
             )
+            self._trainer_side = WeightTransferTrainerFactory.trainer_init(nccl, client=client, source=source)
         else:
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-            info = IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
-        client = _BucketClient(servers, timeout)
-        self._trainer_side: Any = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self.source)
+            from align.rollout.sync.ipc import RankZeroIpc
+
+            ipc = IPCTrainerInitInfo(rank=0, packed=True)
+            self._trainer_side = RankZeroIpc.trainer_init(ipc, client=client, source=source)
 
     def prepare(self, bucket: Bucket) -> Deliver:
         copied = [(name, tensor.cuda().clone() if tensor.is_cuda else tensor.cuda()) for name, tensor in bucket]
@@ -59,7 +58,7 @@ class GpuTransfer:
 
     def _deliver(self, bucket: Bucket, servers: list[Server], timeout: float) -> None:
         """Send the bucket. A server that dies in a broadcast leaves the others inside it, so a failure marks all."""
-        self.source.bucket = bucket
+        self._trainer_side.source = weight_source(bucket)
         sending = ThreadPoolExecutor(max_workers=1)
         try:
             sending.submit(self._trainer_side.send_weights).result(timeout)
@@ -70,20 +69,10 @@ class GpuTransfer:
             sending.shutdown(wait=False)
 
 
-def bucket_source() -> Any:
-    """vLLM `WeightSource` over one bucket at a time, its attribute `bucket`."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class BucketSource(WeightSource):
-        bucket: Bucket = []
-
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.bucket]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(self.bucket)
-
-    return BucketSource()
+def own_address(servers: list[Server]) -> str:
+    """Address of this machine at which every server can reach it."""
+    remote = next((server for server in servers if not server.is_local), servers[0])
+    return route_to(remote.host, remote.port).here
 
 
 class _BucketClient:

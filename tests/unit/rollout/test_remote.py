@@ -19,10 +19,12 @@ from safetensors.torch import load, load_file, save_file
 
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.rollout import remote
 from align.rollout.base import SamplingSettings
 from align.rollout.remote import RemoteEngine
 from align.rollout.sync.send import checkpoint_weights
 from align.rollout.sync.stream import digest
+from align.rollout.sync.transport import HttpBody
 
 PROMPTS = [[i, i + 1] for i in range(6)]
 SETTINGS = SamplingSettings(max_new_tokens=4, seed=3, n=2)
@@ -37,6 +39,7 @@ class FakeServer:
         self.version = "default"
         self.updating: dict[str, torch.Tensor] | None = None
         self.calls: Counter[str] = Counter()
+        self.queries: dict[str, str] = {}
         self.generate_status = 200
         self.dies_after: int | None = None
         self.hangs = False
@@ -76,6 +79,7 @@ class FakeServer:
     def handle(self, request: BaseHTTPRequestHandler, body: bytes | None) -> None:
         path = request.path.partition("?")[0]
         self.calls[path] += 1
+        self.queries[path] = request.path.partition("?")[2]
         status, response = 200, self.respond(path, json.loads(body) if body else {})
         if isinstance(response, tuple):
             status, response = response
@@ -222,11 +226,38 @@ def test_servers_started_with_sleep_sleep_between_rollouts(connect, servers):
     before = calls[0]["/wake_up"]
     engine.sleep()
     assert calls[0]["/sleep"] == 1
+    assert servers[0].queries["/sleep"] == "level=2"  # drops the weights, which the next update replaces
     engine.wake()
     assert calls[0]["/wake_up"] == before + 1
+    with pytest.raises(RuntimeError, match="dropped their weights"):
+        engine.generate(PROMPTS, SETTINGS)
+    engine.update_weights(iter(WEIGHTS.items()), version=1)
+    engine.generate(PROMPTS, SETTINGS)
     assert not calls[1]["/sleep"] + calls[1]["/wake_up"]
     connect().sleep()  # the recipe does not set rollout.sleep
     assert calls[0]["/sleep"] == 1
+
+
+@pytest.mark.parametrize("kind", ["nccl", "http"])
+def test_a_server_that_was_restarted_gets_a_new_communicator(connect, servers, monkeypatch, kind):
+    """It has the address of before, but no longer belongs to the NCCL communicator that the trainer made with it."""
+    made = []
+
+    class Communicator(HttpBody):
+        def __init__(self, *_):
+            made.append(self)
+
+    monkeypatch.setattr(remote, "GpuTransfer", Communicator)
+    monkeypatch.setattr(remote, "HttpBody", Communicator)
+    monkeypatch.setattr(remote, "transfer_kind", lambda wanted, servers: kind)
+    engine = connect()
+    engine.update_weights(iter(WEIGHTS.items()), version=1)
+    assert len(made) == 1
+    servers[0].stop()
+    servers[0].come_back()
+    engine.servers[0].failure = "it died"
+    engine.update_weights(iter(WEIGHTS.items()), version=2)
+    assert len(made) == (2 if kind == "nccl" else 1)
 
 
 def test_a_server_that_comes_back_asleep_is_woken_before_it_gets_weights(connect, servers):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from align import cli
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.rollout.placement import Placement
 from align.rollout.serve import _cores_per_rank, command_line, serve_settings
 from align.rollout.started_server import StartedServer
 
@@ -45,7 +46,7 @@ def test_a_checkpoint_with_flags(tmp_path):
     make_checkpoint(stage / "model")
     served = serve_settings(str(stage), None, None, {"max_model_length": 100, "cache_gib": None, "dtype": "bfloat16"})
     assert served.checkpoint == stage / "model"
-    assert (served.rollout.max_model_length, served.rollout.cache_gib, served.dtype) == (100, 0.5, "bfloat16")
+    assert (served.rollout.max_model_length, served.rollout.cache_gib, served.dtype) == (100, None, "bfloat16")
 
 
 def test_a_recipes_stage_with_its_settings(tmp_path):
@@ -119,7 +120,8 @@ def test_a_started_server_gets_every_setting(tmp_path):
         return_routing=True,
         weight_transfer="http",
     )
-    server = StartedServer(tmp_path, rollout, dtype="bfloat16", seed=4, port=1234, devices=["3"])
+    place = Placement(["3"])
+    server = StartedServer(tmp_path, rollout, dtype="bfloat16", seed=4, port=1234, placement=place)
     options = vars(cli.parse(server._command[3:]))
     assert {key: options[key] for key in ("port", "dtype", "seed", "weight_transfer", "host")} == {
         "port": 1234,
@@ -157,6 +159,11 @@ def test_cores_of_each_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"engine": "remote", "start_servers": 2, "weight_transfer": "ipc"},
+            "rollout.weight_transfer: ipc reaches one server of one GPU, but the recipe has more; use one, or set "
+            "weight_transfer to auto",
+        ),
         (
             {"engine": "remote"},
             "rollout.engine is remote, but neither servers nor start_servers is set; set one",

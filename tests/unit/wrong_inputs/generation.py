@@ -12,6 +12,7 @@ from typing import Any
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
+from align.rollout.placement import Gpus, place_servers
 from align.rollout.remote import RemoteEngine
 from align.rollout.server import Server
 from align.rollout.vllm_options import check_context, check_temperature
@@ -114,6 +115,29 @@ def _(here: Here) -> None:
 @wrong("rollout-server-of-another-transfer", "A rollout server started for another weight transfer")
 def _(here: Here) -> None:
     connect_to_server_with(here, facts="transfer=nccl", weight_transfer="http")
+
+
+@wrong("more-servers-than-gpus", "More rollout servers to start than the machine has GPUs")
+def _(here: Here) -> None:
+    place_servers(Rollout(engine="remote", start_servers=3), Gpus(["0", "1"]))
+
+
+@wrong("server-beside-a-rank", "A rollout server on a GPU with a rank, without the size of its cache")
+def _(here: Here) -> None:
+    place_servers(Rollout(engine="remote", start_servers=1), Gpus(["0", "1"], ranks=2))
+
+
+@wrong("nccl-on-the-gpu-of-rank-0", "Weights by NCCL to a rollout server on the GPU of rank 0")
+def _(here: Here) -> None:
+    place_servers(Rollout(engine="remote", start_servers=1, weight_transfer="nccl", cache_gib=4.0), Gpus(["0"]))
+
+
+@wrong("ipc-to-several-servers", "Weights by CUDA IPC to several rollout servers")
+def _(here: Here) -> str:
+    settings = {"start_servers": 2, "weight_transfer": "ipc"}
+    return here.check(
+        stages={"pairs": sample_stage(engine="remote", max_new_tokens=8, max_model_length=64, **settings)}
+    )
 
 
 @wrong("serve-rollout-port-in-use", "A rollout server on a port that is in use", varies=PORT)
