@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.lora import ParamWrapper
 
 from align.config.parts import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora.adapters import AnyModel, add_lora, without_reference_adapter
+from align.models.lora.experts import ExpertAdapter, delta, peft_shape
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -36,3 +38,20 @@ def test_a_plain_model_is_left_alone() -> None:
     with without_reference_adapter(model):
         assert "get_parameter" not in vars(model)
         assert "add_adapter" not in vars(model)
+
+
+def test_factors_of_experts_are_written_as_peft_reads_them() -> None:
+    """PEFT computes the addition to the stack; its factors survive the change to ours and back."""
+    model = HunYuanForCausalLM(HunYuanConfig(**SIZES | {"intermediate_size": 6}, num_key_value_heads=1, num_experts=3))
+    wrappers = [m for m in add_lora(model, Lora(rank=2), task="CAUSAL_LM").modules() if type(m) is ParamWrapper]
+    assert len(wrappers) == 2  # gate and up projections are one stack
+    for wrapper in wrappers:
+        written = [factor["default"].weight for factor in (wrapper.lora_A, wrapper.lora_B)]
+        for weight in written:
+            torch.nn.init.normal_(weight)
+        expected = wrapper.get_delta_weight("default")
+        adapter = ExpertAdapter(wrapper)
+        a_ErI, b_EOr = adapter.factors()
+        torch.testing.assert_close(delta(adapter, "default", a_ErI, b_EOr), expected)
+        assert torch.equal(peft_shape("experts.lora_A.default.weight", a_ErI), written[0])
+        assert torch.equal(peft_shape("experts.lora_B.default.weight", b_EOr), written[1])
