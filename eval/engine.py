@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.rollout import Rollout
 from align.data.chat import stop_token_ids
 from align.data.prepare import PromptRow
-from align.parallel.group import from_rank_0
+from align.parallel.group import from_rank_0, rank_0_last
 from align.parallel.sharding import world
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.rollout.build import build_engine
@@ -35,12 +35,13 @@ class SharedEngine:
 
     def update_weights(self, model: FrozenModel, version: int) -> None:
         """Replace the engine's weights by those of `model`, gathered from all ranks."""
-        weights = model.published_weights()
-        if self._engine is not None:
-            self._engine.update_weights(weights, version=version)
-        else:
-            for _ in weights:  # the gathering is collective
-                pass
+        with rank_0_last("evaluate: send the weights"):
+            weights = model.published_weights()
+            if self._engine is not None:
+                self._engine.update_weights(weights, version=version)
+            else:
+                for _ in weights:  # the gathering is collective
+                    pass
 
     def sample(self, rows: Sequence[PromptRow], *, temperature: float, max_new_tokens: int) -> list[Completion]:
         """One completion per prompt, on every rank."""

@@ -65,6 +65,10 @@ def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
                 full[shard.start : shard.start + shard.size] = values
             else:
                 dist.send(values.contiguous().to(device), dst=0)
+                if device == "cuda":
+                    # NCCL only enqueues. A rank that ran ahead of rank 0 would keep a copy of all of its shards on the
+                    # GPU, and the time limit of its last send would pass while rank 0 writes.
+                    torch.cuda.synchronize()
         elif rank == 0:
             received = torch.empty(shard.size, dtype=dtype, device=device)
             dist.recv(received, src=shard.rank)

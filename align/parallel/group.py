@@ -9,8 +9,8 @@ import json
 import os
 import pickle
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -250,6 +250,31 @@ def _broadcast_bytes(payload: bytes) -> bytes:
     box = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(box, src=0, group=cpu_group())
     return box.numpy().tobytes()
+
+
+@contextmanager
+def rank_0_last(step: str) -> Iterator[None]:
+    """A block of collectives that rank 0 may leave long after the others, because it alone writes or sends the result.
+
+    The other ranks wait for it at the end of the block, without a time limit.
+    """
+    if world()[1] == 1:
+        yield
+        return
+    steps = control_steps()
+    if is_main():
+        steps.enter(step, "working")
+        try:
+            yield
+        except BaseException:
+            steps.mark("failed")
+            raise
+        steps.mark("done")
+    else:
+        yield
+        steps.enter(step)
+        steps.wait_for_rank_0()
+    steps.wait_for_all()
 
 
 def barrier(step: str) -> None:

@@ -92,9 +92,12 @@ class ControlSteps:
 
     def wait_for_rank_0(self) -> int:
         """Wait until rank 0 has finished its work at this step, however long that takes; the size of its result."""
-        # Rank 0 passes the step only after all ranks have reached it, so it cannot be further.
-        self._wait(lambda: self._position(0)[:3] == (self.own.number, self.own.step, "done"))
+        self._wait(lambda: self._rank_0_is_done(self._position(0)))
+        # Rank 0 broadcasts a result before it goes on, so if it is further already, there was none.
         return self._position(0).size
+
+    def _rank_0_is_done(self, at: Position) -> bool:
+        return at.number > self.own.number or at[:3] == (self.own.number, self.own.step, "done")
 
     def leave(self) -> None:
         """Publish that this rank needs the others no more. Rank 0, whose process may hold the store, returns last."""

@@ -14,7 +14,7 @@ import torch
 
 from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
-from align.parallel.group import barrier, from_rank_0, is_main
+from align.parallel.group import barrier, from_rank_0, is_main, rank_0_last
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.train.learner import Learner
 
@@ -103,11 +103,12 @@ class RolloutSampler:
 
     def update_weights(self, policy: Learner, version: int) -> dict[str, float]:
         """Send the policy's weights to the engine; returns rank 0's metrics of the transfer."""
-        weights = policy.published_weights()
-        if not is_main():
-            deque(weights, maxlen=0)  # takes part in gathering
-            return {}
-        self.engine.update_weights(weights, version=version)
+        with rank_0_last("sending the weights"):
+            weights = policy.published_weights()
+            if not is_main():
+                deque(weights, maxlen=0)  # takes part in gathering
+                return {}
+            self.engine.update_weights(weights, version=version)
         if not policy.collective:  # otherwise all ranks would have to gather them again
             self.engine.offer_weights(policy.published_weights)
         return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}

@@ -258,6 +258,7 @@ def save_model(
 
 def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:
     from align.parallel.export import save_sharded_adapter, save_sharded_model
+    from align.parallel.group import rank_0_last
 
     def write(folder: Path) -> None:
         save_sharded_model(model, folder, dtype)
@@ -267,11 +268,12 @@ def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir
         save_sharded_adapter(model, folder)
 
     folders = {"adapter": write_adapter} if hasattr(model, "peft_config") else {}
-    for name, work in (folders | {MODEL: write}).items():
-        if world()[0] == 0:
-            replace_folder(stage_dir / name, work)
-        else:
-            work(stage_dir / name)
+    with rank_0_last("saving the model"):
+        for name, work in (folders | {MODEL: write}).items():
+            if world()[0] == 0:
+                replace_folder(stage_dir / name, work)
+            else:
+                work(stage_dir / name)
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:

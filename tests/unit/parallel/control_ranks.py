@@ -94,6 +94,22 @@ def gets_results(rank: int) -> list[object]:
     return [drawn.name, drawn.values.tolist(), nothing, group.is_main()]
 
 
+def waits_for_rank_0_to_finish(rank: int) -> list[float]:
+    with group.rank_0_last("export"):
+        everywhere = torch.ones(2)
+        dist.all_reduce(everywhere)
+        if rank == 0:
+            time.sleep(steps.LATE + 1)
+    group.barrier("next")
+    return everywhere.tolist()
+
+
+def fails_after_the_others(rank: int) -> None:
+    with group.rank_0_last("export"):
+        if rank == 0:
+            raise OSError("disk full")
+
+
 def stops_together(rank: int) -> int:
     """The step after which this rank stops; only rank 1 gets a signal."""
     with interrupt.listening():
@@ -115,6 +131,8 @@ SCENARIOS: dict[Callable[[int], object], tuple[int, ...]] = {
     nests_steps: (),
     gets_a_users_error: (),
     gets_results: (),
+    waits_for_rank_0_to_finish: (),
+    fails_after_the_others: (),
     stops_together: (),
 }
 """The ranks of each scenario that hang. They are killed once the others have ended."""

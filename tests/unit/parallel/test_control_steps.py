@@ -45,6 +45,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         ("is_killed", (2,), DEAD),
         ("loses_rank_0", (1, 2), r"rank 0 is gone \(.*\); rank {rank} is at step 2 'draw'"),
         ("has_a_bug", (1, 2), "rank 0 has failed at step 1 'draw'; rank {rank} is at step 1 'draw'"),
+        ("fails_after_the_others", (1, 2), "rank 0 has failed at step 1 'export'; rank {rank} is at step 1 'export'"),
     ],
 )
 def test_other_ranks_raise_an_error_that_names_the_rank_and_its_step(seen, scenario, ranks, sentence) -> None:
@@ -65,6 +66,11 @@ def test_a_users_error_of_rank_0_is_raised_on_every_rank(seen) -> None:
 def test_every_rank_gets_rank_0s_result_however_long_it_takes(seen) -> None:
     results = [rank["result"] for rank in seen["gets_results"]]
     assert results == [["of rank 0", [0.0, 1.0, 2.0], None, is_main] for is_main in (True, False, False)]
+
+
+def test_rank_0_may_finish_a_block_of_collectives_long_after_the_others(seen) -> None:
+    """Without the block, the others would wait at step 'next' and report rank 0 as late."""
+    assert [rank["result"] for rank in seen["waits_for_rank_0_to_finish"]] == [[3.0, 3.0]] * 3
 
 
 def test_a_step_inside_rank_0s_own_work_is_refused(seen) -> None:
