@@ -51,6 +51,11 @@ def run(
 
         if recipe.parallel is None:
             stages = plan()
+            if not all(stage.keep for stage in stages):
+                from align.train.device import one_of_several_gpus  # loads torch
+
+                if line := one_of_several_gpus():
+                    say(line)
         else:
             from align.launch.processes import require_place
 

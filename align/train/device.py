@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import torch
 
 from align.launch.devices import own_gpu
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def training_device() -> torch.device:
@@ -12,3 +18,22 @@ def training_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", own_gpu(torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+def train_on_one_gpu(arguments: TrainingArguments) -> None:
+    """Keep transformers from wrapping the model in nn.DataParallel, which TRL refuses, if several GPUs are visible.
+
+    The other GPUs stay visible, because rollout servers and tensor parallelism of this run may use them.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def one_of_several_gpus() -> str | None:
+    """A line for the user of a process that could use several GPUs but trains on one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return None
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    name = torch.cuda.get_device_name(0)
+    return f"GPU {first} ({name}) trains, the first of {count} visible GPUs; --nproc {count} uses all of them"

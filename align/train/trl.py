@@ -24,6 +24,7 @@ from align.models.routing import RouterReport
 from align.models.weights import read_weights
 from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
 from align.run.context import StageContext
+from align.train.device import train_on_one_gpu
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.shared_batches import ROW_WEIGHT, TOKEN_WEIGHT, SharedBatches, SharedLoader, gather_uneven
 from align.train.trackers import tracker_arguments
@@ -99,6 +100,7 @@ class AlignTrainer:
     def __init__(self: Any, *, stage: TrainingStage, model: AnyModel, **kwargs: Any):
         self.align_stage = stage
         coefficient = model.config.router_aux_loss_coef
+        train_on_one_gpu(kwargs["args"])
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer, next in the MRO
         # For adapters under ZeRO-3 TRL selects reentrant checkpointing, which the model refuses.
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}

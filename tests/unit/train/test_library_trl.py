@@ -83,6 +83,7 @@ def test_attributes_that_are_read_or_set_exist() -> None:
         missing = [name for name in names.split() if f"self.{name}" not in source]
         assert missing == [], owner.__name__
     assert "self._last_lr" in inspect.getsource(LRScheduler)
+    assert "self._n_gpu = " in inspect.getsource(TrainingArguments)
 
 
 def test_losses_of_pairs_are_divided_by_the_accumulation_steps() -> None:
