@@ -20,7 +20,7 @@ from align.models.hot_start import convert_hot_start
 from align.parallel.group import from_rank_0
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
-from align.train.checkpoint import check_checkpoint, checked_config, count_parameters, load_policy
+from align.train.checkpoint import check_checkpoint, checked_config, count_stored_parameters
 
 
 def run(context: StageContext) -> StageResult:
@@ -53,7 +53,7 @@ def _make(context: StageContext) -> StageResult:
         replace_folder(target, lambda folder: _link_pretrained(source, folder, model.config))
     else:
         assert_never(model)
-    parameters = count_parameters(load_policy(target, context.recipe.dtype))
+    parameters = count_stored_parameters(target)
     context.say(f"  {parameters['total']:,} parameters, {parameters['active']:,} active per token")
     return StageResult(parameters=parameters)
 

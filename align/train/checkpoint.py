@@ -124,18 +124,24 @@ def load_policy(
         lora: Add fresh adapters, which alone will train.
         frozen: No parameter will train.
     """
-    config = check_checkpoint(folder)
-    if _is_scorer(config):
-        raise UserError(f"{folder}: it is a reward model; use the checkpoint of a language model.")
+    settings = _policy_config(folder)
     with _damage_explained(folder):
-        settings = AutoConfig.from_pretrained(folder)
-        check_weights(folder, settings)
         if parallel is not None:
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     return model.requires_grad_(False) if frozen else model
+
+
+def _policy_config(folder: Path) -> FamilyConfig:
+    """Configuration of a language model's checkpoint, once its files are known to fit it; reads their headers only."""
+    if _is_scorer(check_checkpoint(folder)):
+        raise UserError(f"{folder}: it is a reward model; use the checkpoint of a language model.")
+    with _damage_explained(folder):
+        settings: FamilyConfig = AutoConfig.from_pretrained(folder)
+        check_weights(folder, settings)
+    return settings
 
 
 def _load_sharded(
@@ -274,6 +280,15 @@ def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir
                 replace_folder(stage_dir / name, work)
             else:
                 work(stage_dir / name)
+
+
+def count_stored_parameters(folder: Path) -> dict[str, int]:
+    """`count_parameters` of a language model's checkpoint, without reading or allocating its weights."""
+    settings = _policy_config(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    model.tie_weights()
+    return count_parameters(model)
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:

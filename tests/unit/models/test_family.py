@@ -23,7 +23,14 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSe
 from align.models.hunyuan.family import HUNYUAN
 from align.models.lora.adapters import lora_config
 from align.models.weights import load_published, published_weights
-from align.train.checkpoint import count_parameters, load_policy, load_reward_model, load_scorer, save_model
+from align.train.checkpoint import (
+    count_parameters,
+    count_stored_parameters,
+    load_policy,
+    load_reward_model,
+    load_scorer,
+    save_model,
+)
 from tests.near import assert_near
 
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -183,6 +190,7 @@ def test_parameters_are_counted(checkpoint: Path) -> None:
     """By hand: 12 of 16 experts' matrices of a layer are not used for a token."""
     counts = count_parameters(load_policy(checkpoint, "float32"))
     assert counts["total"] - counts["active"] == 2 * 3 * 3 * 16 * 12
+    assert count_stored_parameters(checkpoint) == counts
 
 
 def test_a_checkpoint_of_no_family_is_refused(checkpoint: Path) -> None:
