@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.parts import Lora
 from align.errors import UserError
-from align.models.hot_start import hot_start
+from align.models.hot_start import hot_start, load_dense
 from align.models.lora.adapters import add_lora, merge_lora
 from tests.near import assert_near
 
@@ -90,3 +90,11 @@ def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) ->
         assert_near(model(ids).logits, dense(ids).logits)
     assert (wrapped - dense(ids).logits).abs().max() > 1e-3
     assert_near(merge_lora(model)(ids).logits, wrapped)
+
+
+def test_a_llama_without_biases_is_read_from_its_folder(dense, tmp_path) -> None:
+    dense.save_pretrained(tmp_path)
+    assert torch.equal(load_dense(tmp_path).lm_head.weight, dense.lm_head.weight)
+    LlamaForCausalLM(LlamaConfig(**dense.config.to_dict() | {"mlp_bias": True})).save_pretrained(tmp_path / "biased")
+    with pytest.raises(UserError, match="needs a Llama model without biases"):
+        load_dense(tmp_path / "biased")

@@ -13,7 +13,7 @@ from align.config import rewards as config
 from align.data.prepare import PromptRow
 from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
-from align.reward.components import Samples, build_component, has_column, require_columns
+from align.reward.components import Samples, build_component, columns, has_column, require_columns
 from align.reward.functions import reference_f1
 from align.reward.process import FunctionProcess
 from align.reward.text import accepted_values
@@ -119,3 +119,15 @@ def test_verifiers_load_no_heavy_library() -> None:
     """The process of users' functions imports them for a pattern, and must start at once."""
     code = "import sys, align.reward.verifiers; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("reference", "row", "expected"),
+    [
+        ("4", {"answer": "4"}, {"answer": "4", "reference": "4"}),
+        ("4", {"reference": "four"}, {"reference": "four"}),
+        (None, {"answer": "4"}, {"answer": "4"}),
+    ],
+)
+def test_a_reference_under_another_name_is_added_to_the_columns(reference, row, expected) -> None:
+    assert columns(PromptRow((1,), [], reference, row)) == expected

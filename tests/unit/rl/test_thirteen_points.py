@@ -21,7 +21,7 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.rl.complete import complete_batch, estimate_advantages
 from align.rl.models import build_critic
 from align.rl.score import score_batch, to_experience
-from align.rl.update import update
+from align.rl.update import sampler_correction, update
 from tests.unit.rl.small import EOS, SIZES, build, completions, settings
 from tests.unit.rl.tables import Task
 
@@ -239,3 +239,21 @@ def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -
     complete_batch(stage, models, batch, 0.0)
     assert update(stage, models, batch, step=0, seed=0, kl_coef=0.0)["update_kl"] == pytest.approx(0.0, abs=1e-10)
     assert stage.optimizer.eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("importance", "expected"),
+    [
+        ({"correction": "none"}, None),
+        ({"correction": "truncate", "cap": 3.0}, [[2.0, 3.0, 1.0], [1.0, 0.5, 1.0]]),
+        ({"correction": "mask", "cap": 3.0}, [[2.0, 0.0, 1.0], [1.0, 0.5, 1.0]]),
+        ({"correction": "truncate", "cap": 10.0, "level": "sequence"}, [[8.0] * 3, [0.5] * 3]),
+    ],
+)
+def test_the_recipe_selects_the_correction_of_the_samplers_probabilities(importance, expected) -> None:
+    """Probabilities of the trainer over the sampler's: 2 and 4, and 1 and 1/2; the last token has no loss."""
+    rows = to_experience(completions(([5], [7, 8, 9], True), ([5], [1, 2, 3], True)))
+    rows.old_logprobs = rows.rollout_logprobs + torch.tensor([[2.0, 4.0, 7.0], [1.0, 0.5, 7.0]]).log()
+    rows.loss_mask = torch.tensor([[1.0, 1.0, 0.0]] * 2)
+    weights = sampler_correction(settings(importance=importance), rows)
+    assert (weights if weights is None else weights.tolist()) == (expected and [pytest.approx(row) for row in expected])
