@@ -124,7 +124,7 @@ def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
-    """(model, against): the baseline first, then the models before it in the list."""
+    """The compared pairs (model, against): each model against the baseline, then against the models before it."""
     pairs = []
     for i, model in enumerate(names):
         if model != baseline and baseline in names:

@@ -27,7 +27,7 @@ class EvaluationData:
     prompts: prompts of the comparison; may be empty.
     pairs: held-out preference pairs; may be empty.
     tasks: each task with its prompts.
-    report: counts of the rows of `prompts`, and below `tasks` of each task.
+    report: counts of the rows of `prompts`, and of each task's rows under the key `tasks`.
     """
 
     prompts: list[PromptRow]
@@ -37,7 +37,7 @@ class EvaluationData:
 
 
 def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> EvaluationData:
-    """Read all rows. Raise `UserError` if a task's metric finds its column in no row."""
+    """Read all rows. Raises `UserError` if a metric's column is empty in every row of its task."""
     rollout = stage.rollout
 
     def read(sources: Sequence[Source], max_new_tokens: int) -> tuple[list[PromptRow], DataReport]:

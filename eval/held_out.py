@@ -53,7 +53,7 @@ class HeldOutResult:
     """One model on the stage's prompts and pairs; lists have one value per prompt. None: not measured.
 
     checkpoint: the model's folder.
-    lengths: completion lengths in tokens, the end token included.
+    lengths: completion lengths in tokens, including the stop token.
     eos: True for a completion that ended with a stop token.
     f1: word F1 with the row's reference; None for a row without one.
     kl: k1 estimate of the KL to the reference, summed over the completion's tokens.
@@ -104,8 +104,8 @@ class HeldOut:
     def measure(
         self, folder: Path, model: FrozenModel, completions: Sequence[Completion], texts: Sequence[str]
     ) -> HeldOutResult:
-        """Measure one model by its completions of the prompts, which have these texts, and by its log-probabilities of
-        the pairs."""
+        """Measure one model on the prompts, by its `completions` and their `texts`, and on the pairs, by its
+        log-probabilities."""
         found: dict[str, Any] = {}
         if completions:
             found["lengths"] = [len(c.token_ids) for c in completions]
@@ -135,7 +135,7 @@ class HeldOut:
         return self._accuracy(self.reward_model.scores)
 
     def _accuracy(self, score: Callable[[Experience], Tensor]) -> Accuracy:
-        """Accuracy on the pairs if each completion has the value that `score` gives it, [B]."""
+        """Accuracy on the pairs of `score`, a function that returns one value per completion, [B]."""
         chosen, rejected = (score(completions_of(self.data.pairs, side)).tolist() for side in ("chosen", "rejected"))
         values = ordered_pairs(chosen, rejected)
         return Accuracy(sum(values) / len(values), len(values), values)

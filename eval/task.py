@@ -43,7 +43,7 @@ class MetricResult:
     standard_error: standard error of the mean; None below two values.
     low, high: ends of the 95 % bootstrap interval; None below two values.
     n: number of scored prompts.
-    unscored: prompts left out of the mean, for example without a reference or because a function failed.
+    unscored: prompts excluded from the mean, because they have no reference or a function failed.
     not_finite: scored values that are NaN or infinite.
     unanswered: completions of a `math` metric without a final answer; they count as 0.
     """
@@ -65,8 +65,8 @@ class TaskResult:
     """One model on one task.
 
     n: number of prompts.
-    truncated: completions that were cut at max_new_tokens.
-    mean_length: mean completion length in tokens, the end token included.
+    truncated: completions that were truncated at max_new_tokens.
+    mean_length: mean completion length in tokens, including the stop token.
     metrics: results by the metric's name.
     """
 
@@ -79,7 +79,7 @@ class TaskResult:
 def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
     """The task of a recipe's section: its own settings, then the built-in task's, then the rollout's.
 
-    Raise `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
+    Raises `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
     """
     from align.eval.tasks import built_in_tasks  # the built-in tasks import this module
 

@@ -1,4 +1,4 @@
-"""Make the model that every chain of stages starts from: link a checkpoint, grow a dense model, or draw weights."""
+"""Make the recipe's model `base`: link a checkpoint, grow a dense model, or initialise random weights."""
 
 from __future__ import annotations
 

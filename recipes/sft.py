@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the assistant's turns, given the rest of the conversation."""
+"""Supervised fine-tuning on conversations; by default only the assistant's turns are in the loss."""
 
 from __future__ import annotations
 

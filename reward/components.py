@@ -1,4 +1,4 @@
-"""Rewards that are not models: how each kind of reward section becomes a function of sampled completions.
+"""Rewards other than models: build a function of sampled completions from each kind of reward section.
 
 Evaluation uses the same components as metrics. They need prompts and completions, but no rollout batch:
 

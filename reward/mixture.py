@@ -139,7 +139,7 @@ class Scorer:
         self.say(f"  reward '{reward.label}': {sum(missing)} of {len(missing)} completions failed ({scored.problem})")
 
     def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Callable[[Experience, Samples], Scored]:
-        """Component of a reward model, which also takes the batch that the policy's tokenizer made."""
+        """Component of a reward model. It also takes the batch, which has the policy's token ids."""
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
             self.say(

@@ -54,7 +54,7 @@ class ModelScorer:
         return summed(scores, self.device)
 
     def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and completion in this model's chat template; a truncated one has no end of turn."""
+        """Token ids of prompt and completion in this chat template. A truncated completion has no end of turn."""
         answer = encode_answer(text, self.tokenizer, end=self._end if finished else None)
         return encode_prompt(self.tokenizer, prompt), answer
 

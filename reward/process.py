@@ -28,7 +28,7 @@ IMPORT_TIMEOUT_S = 600.0
 GRACE_S = 5.0
 """Seconds that the process has to report a timeout of an awaited call itself, or to exit."""
 MAX_RESTARTS = 3
-"""Times in a call that a tolerant function may hang or crash."""
+"""Restarts per call after a tolerant function has hung or crashed."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class FunctionProcess:
     def _call(self, call: Call, patient: bool = False) -> _Outcome:
         """Send a call and collect its replies, until the first problem or, if `patient`, until the last reply.
 
-        With `batched` false, the time limit holds for each completion.
+        With `batched` false, the time limit applies to each completion.
         """
         outcome = _Outcome()
         connection = self._connection or self._start()

@@ -31,12 +31,12 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def is_missing(value: Any) -> bool:
-    """True for null and NaN, by which data files mark an empty cell."""
+    """True for null and NaN, which mark an empty cell in data files."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def accepted_values(cell: Any) -> list[Any]:
-    """Values that a cell accepts: the cell itself, or the items of a list; nothing if it is empty."""
+    """Values that a cell accepts: the cell itself, or the items of a list; an empty cell accepts none."""
     items = cell if isinstance(cell, list | tuple) else [cell]
     return [item for item in items if not is_missing(item)]
 

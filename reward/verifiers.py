@@ -59,7 +59,7 @@ def verify_exact(reward: config.ExactReward, sample: Sample) -> float:
 
 @verifier(config.RegexReward)
 def verify_regex(reward: config.RegexReward, sample: Sample) -> float:
-    """Without the time limit; `components` runs `regex_row` in a process that can be ended."""
+    """Score without a time limit; `components` runs `regex_row` instead, in a process that can be killed."""
     return regex_score(reward.pattern, sample.text, None if reward.column is None else sample.row[reward.column])
 
 
@@ -85,7 +85,7 @@ def math_score(completion: str, expected: Any, format: AnswerFormat = "any") -> 
 
 
 def exact_score(completion: str, expected: Any, *, ignore_case: bool = False) -> float:
-    """1.0 if the completion equals `expected`, or one of several, but for white space at both ends; otherwise 0.0."""
+    """1.0 if the completion equals `expected`, or one of several, ignoring white space at both ends; otherwise 0.0."""
 
     def plain(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
@@ -105,7 +105,7 @@ def regex_score(pattern: str, completion: str, expected: Any = None) -> float:
 def format_score(
     completion: str, sections: list[str], *, opened: bool = False, text_after: Literal["required", "forbidden"]
 ) -> float:
-    """1.0 if the completion is <a>text</a> for each section in order, then text or nothing as `text_after` says.
+    """1.0 if the completion is <a>text</a> for each section in order, then text or nothing, depending on `text_after`.
 
     Each tag occurs exactly once, with only white space between sections. opened: the prompt ends with the first
     opening tag, so the completion lacks it.

@@ -18,16 +18,16 @@ class F1Metric(RewardBase):
     kind: Literal["f1"]
     """Selects word F1."""
     column: str = "reference"
-    """Column with the reference text, or a list of texts of which the best match counts."""
+    """Column with the reference text, or with a list of texts; the best match counts."""
 
 
 FOR_REWARDS = ("weight", "normalise", "clip", "failure_score")
-"""Settings of a reward that have no meaning for a metric, which is reported as it is."""
+"""Reward settings that a metric must not have, because its values are reported unscaled."""
 
 
 def _plain(metric: RewardBase) -> RewardBase:
     if isinstance(metric, ModelReward):
-        raise ValueError(f"metric '{metric.label}' is a reward model; set reward_model of the stage instead")
+        raise ValueError(f"metric '{metric.label}' is a reward model; set the stage's reward_model instead")
     for key in FOR_REWARDS:
         if key in metric.model_fields_set:
             raise ValueError(f"metric '{metric.label}' sets {key}, which only rewards have; remove {key}")
@@ -47,7 +47,7 @@ def _distinct(metrics: list[Metric]) -> list[Metric]:
 
 
 class EvaluationTask(Section):
-    """A task of an evaluate stage. Without `prompts` or `metrics` it is the built-in task called `name`."""
+    """A task of an evaluate stage. Settings that it lacks come from the built-in task of the same name, if any."""
 
     name: Annotated[str, Field(pattern=TASK_NAME)]
     """Name in results and report, or the name of a built-in task: `gsm8k`."""

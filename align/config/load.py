@@ -33,7 +33,7 @@ _IMPLICIT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "merg
 
 
 class _Refused(Exception):
-    """A YAML text is refused. Message without the file's name; line: counted from 1, or None."""
+    """Raised for YAML text that is refused. The message lacks the file's name; line: 1-based, or None."""
 
     def __init__(self, sentence: str, line: int | None = None):
         super().__init__(sentence)
@@ -143,7 +143,7 @@ def _parse(text: str) -> Any:
 def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
     """Copy with every alias expanded, so that an override of one place does not change another."""
     if next(counter) > MOST_VALUES:
-        raise _Refused(f"with its aliases expanded it has more than {MOST_VALUES} values; use fewer aliases.")
+        raise _Refused(f"more than {MOST_VALUES} values once its aliases are expanded; use fewer aliases.")
     if not isinstance(value, dict | list):
         return value
     if depth > DEEPEST:  # through a chain of aliases
@@ -362,7 +362,7 @@ def _written_path(values: Any, loc: tuple) -> list[str]:
 
 
 def _is_tag(node: Any, key: Any) -> bool:
-    """True if this part of pydantic's location is the tag of a union's member, which the recipe writes as `kind`."""
+    """True if `key` is a union tag that pydantic inserted into the location; a recipe writes it as `kind`."""
     return isinstance(node, dict) and key not in node and node.get("kind", "file") == key
 
 
@@ -384,7 +384,7 @@ def _known_keys(loc: tuple) -> list[str]:
 def _models_at(loc: tuple) -> list[type[BaseModel]]:
     """Section classes that are possible at `loc`, which includes pydantic's union tags."""
     models: list[type[BaseModel]] = [Recipe]
-    names_an_entry = False  # a stage's name may equal a kind without being of that kind
+    names_an_entry = False  # a stage may be called `sft` and be of another kind
     for key in loc:
         if names_an_entry:
             names_an_entry = False
@@ -399,7 +399,7 @@ def _models_at(loc: tuple) -> list[type[BaseModel]]:
 
 
 def _holds_several(annotation: Any) -> bool:
-    """True if the annotation is a list or dict, whose entries have names or numbers in the location."""
+    """True if the annotation contains a list, tuple or dict: a location then names the entry by a key or number."""
     return get_origin(annotation) in (dict, list, tuple) or any(map(_holds_several, get_args(annotation)))
 
 

@@ -72,15 +72,15 @@ class Parallel(Section):
             return None
         return (
             f"parallel.expert_parallel_size {self.expert_parallel_size} does not divide the number of processes, "
-            f"{self.processes} (parallel.processes, --nproc); set one of them so that it does."
+            f"{self.processes} (parallel.processes, --nproc); set it to a divisor, or change the number of processes."
         )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Parallel:
         if self.expert_parallel_size > 1 and self.zero_stage == 0:
             raise ValueError(
-                "expert_parallel_size needs zero_stage 1, 2 or 3, because without ZeRO DeepSpeed clips each rank by a "
-                "gradient norm without the other ranks' experts; set zero_stage to 1, 2 or 3"
+                "expert_parallel_size needs zero_stage 1, 2 or 3: at zero_stage 0 the gradient norm by which DeepSpeed "
+                "clips a rank's gradients lacks the experts of other ranks; set zero_stage to 1, 2 or 3"
             )
         if self.offload.parameters is not None and self.zero_stage != 3:
             raise ValueError(

@@ -129,7 +129,7 @@ class HotStartModel(Section):
     expert_width: Positive | None = None
     """Intermediate size of one routed expert. Must divide the dense intermediate size. Default: that size / experts."""
     system_prompt: str | None = None
-    """System message that replaces the one the source's ChatML template adds to every conversation. "" removes it."""
+    """System message that replaces the default one of the source's ChatML template. "" removes it."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of `HunYuanConfig` after the conversion, for example dropout, capacity or router loss weights."""
 

@@ -45,12 +45,13 @@ class Kl(Section):
     """reward: subtract the penalty from each token's reward; without a critic, from the completion's score. loss: add
     it to the policy loss with its own gradient, which needs k2 or k3 because k1's gradient is zero on average."""
     target: Annotated[float, Field(gt=0)] | None = None
-    """KL in nats per completion that `coef` is adapted to. Default: `coef` stays fixed."""
+    """Target KL in nats per completion; `coef` is adapted to reach it. Default: `coef` stays fixed."""
     horizon: Positive = 10_000
     """Time constant of the adaptation to `target`, in completions. Smaller values adapt faster."""
     stop: Annotated[float, Field(gt=0)] | None = None
-    """Early stopping: skip the remaining policy updates of an iteration once the mean KL per token of a mini-batch,
-    from the policy before the updates to the current one, exceeds this. The critic's updates continue. Default: off."""
+    """Early stopping: limit on the KL per token between the policy before the updates and the current one. Once a
+    mini-batch's mean exceeds it, the iteration's remaining policy updates are skipped; the critic's continue. Default:
+    off."""
 
     @model_validator(mode="after")
     def _has_a_gradient(self) -> Kl:
@@ -235,8 +236,8 @@ class PpoStage(StageWithParent):
         if self.policy_loss == "cispo" and (self.dual_clip is not None or self.ratio == "sequence"):
             key, value = ("ratio", "token") if self.dual_clip is None else ("dual_clip", "null")
             raise ValueError(
-                f"{key} changes policy_loss clip only, but policy_loss is cispo; set {key} to {value}, or policy_loss "
-                "to clip"
+                f"{key} applies to policy_loss clip only, but policy_loss is cispo; set {key} to {value}, or "
+                "policy_loss to clip"
             )
         if self.dynamic_sampling and not grouped:
             raise ValueError(
@@ -256,8 +257,8 @@ class PpoStage(StageWithParent):
         unbounded = self.policy_loss == "clip" and self.dual_clip is None
         if self.overlap and self.old_logprobs == "rollout" and unbounded:
             raise ValueError(
-                "overlap with old_logprobs rollout leaves the probability ratio of a negative advantage unbounded; "
-                "set dual_clip, for example to 3.0, or old_logprobs to trainer"
+                "overlap with old_logprobs rollout leaves the ratio of tokens with negative advantages unbounded; set "
+                "dual_clip, for example to 3.0, or old_logprobs to trainer"
             )
         if self.old_logprobs == "rollout" and self.importance != Importance():
             raise ValueError(

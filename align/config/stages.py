@@ -45,8 +45,8 @@ class TrainingStage(StageWithParent):
     batch_size: Positive = 8
     """Rows (or pairs) per optimizer step, over all processes."""
     micro_batch_size: Positive = 8
-    """Rows (or pairs) per forward pass and process. The rows of a process per step, `batch_size` / processes, must be
-    divisible by this; if there are fewer, a pass has them all. Lower it if GPU memory runs out."""
+    """Rows (or pairs) per forward pass and process. Must divide a process's rows per step, `batch_size` / processes,
+    unless it exceeds them: one pass then takes them all. Lower it if GPU memory runs out."""
     group_by_length: bool = False
     """Batch rows of similar length together, which reduces padding. The order of the batches stays random."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 100
@@ -162,7 +162,7 @@ LOSS_OPTIONS: dict[str, dict[str, float]] = {
 """Options of each `loss_type` besides `beta`, with their defaults."""
 
 WHOLE_BATCH = ("aot", "aot_unpaired")
-"""Values of `loss_type` that sort the pairs of a batch, so that the loss depends on the division into micro-batches."""
+"""Values of `loss_type` that sort over the whole batch, so that splitting it into micro-batches changes the loss."""
 
 WITHOUT_REFERENCE = ("simpo",)
 """Values of `loss_type` that use no reference model."""
@@ -209,7 +209,8 @@ class DpoStage(TrainingStage):
         for name in ("label_smoothing", "discopop_tau", "simpo_gamma"):
             users = [loss for loss, options in LOSS_OPTIONS.items() if name in options]
             if getattr(self, name) is not None and self.loss_type not in users:
-                others = f"loss_type to {' or '.join(users)}"
+                *first, last = users
+                others = f"loss_type to {', '.join(first)} or {last}" if first else f"loss_type to {last}"
                 raise ValueError(f"loss_type {self.loss_type} does not use {name}; remove it, or set {others}")
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair takes the logarithm of label_smoothing; set it above 0, such as 0.001")

@@ -154,7 +154,7 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     A ChatML template is replaced by ours if both render every probe the same, other families' templates by TRL's
     training version. A tokenizer without a template but with ChatML's tokens gets the default template. Any other
-    template is kept; `check_template` decides about it.
+    template is kept; `check_template` refuses it if it cannot be trained on.
     """
     current = tokenizer.chat_template
     if not current:

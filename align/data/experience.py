@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 OF_ALL_TOKENS = ("input_ids", "routed_experts")
-"""Fields with a column per prompt token too."""
+"""Fields with columns for the prompt's tokens too."""
 
 
 @dataclass
@@ -79,7 +79,8 @@ class Experience:
         return Experience(**moved)
 
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
-        """Split the rows at `index` into micro-batches of similar lengths of at most `max_tokens`, or one row."""
+        """Split the rows at `index` into micro-batches of rows of similar length, at most `max_tokens` tokens each. A
+        longer row is a micro-batch of its own."""
         order = index[self.lengths[index].argsort(descending=True, stable=True)]
         start = tokens = 0
         for end, length in enumerate(self.lengths[order].tolist()):
@@ -97,7 +98,7 @@ def build_experience(
     logprobs: Sequence[Sequence[float]],
     routed_experts: Sequence[numpy.ndarray] = (),
 ) -> Experience:
-    """Pad completions to a rollout batch. Padding is known by the lengths, because the pad id may be the EOS id.
+    """Pad completions to a rollout batch. The lengths mark the padding, because the pad id may be the EOS id.
 
     routed_experts: empty, or the sampler's experts of each sequence, [layers, tokens - 1, k].
     """
@@ -115,7 +116,7 @@ def build_experience(
 
 
 def _pad_routing(routed_experts: Sequence[numpy.ndarray], length: int) -> Tensor:
-    """[B, length, layers, k]; -1 on padding and on the last token, which the sampler does not compute."""
+    """[B, length, layers, k]; -1 on padding and on the last token, which was not fed to the sampler's model."""
     layers, _, width = routed_experts[0].shape
     table = torch.full((len(routed_experts), length, layers, width), -1, dtype=torch.int16)
     for row, routing in enumerate(routed_experts):

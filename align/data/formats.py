@@ -30,7 +30,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 class DropRow(Exception):
-    """A row cannot be used. The message is the reason that the report counts it under."""
+    """Raised for a row that cannot be used. The report counts the row under the message."""
 
 
 def format_of(columns: Iterable[str], accepted: Sequence[Format]) -> Format | None:
@@ -84,7 +84,7 @@ def to_messages(value: Any, role: str) -> list[Message]:
 def _message(item: Any) -> Message:
     if not isinstance(item, Mapping):
         raise DropRow("a message is not an object with role and content")
-    # Arrow gives every message of a column the union of all keys; None marks the keys that it does not have.
+    # Arrow gives every message of a column the union of all messages' keys; None marks the keys that a message lacks.
     message = {key: value for key, value in item.items() if value is not None}
     if "from" in message and "value" in message:
         speaker = message.pop("from")

@@ -118,7 +118,7 @@ class PromptRow:
 
 @dataclass
 class _Encoded:
-    """One tokenised row and its counts. key: canonical prompt, whose hash decides about the split."""
+    """One tokenised row and its counts. key: canonical prompt; its hash decides the split."""
 
     columns: dict[str, Any]
     loss_tokens: int

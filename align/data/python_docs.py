@@ -163,8 +163,8 @@ def _imported_entries(module: str) -> Iterator[DocEntry]:
         if module == "sys":  # use Python's own hooks, which a library may have replaced
             value = getattr(namespace, f"__{name}__", value)
         home = getattr(value, "__module__", None) or module
-        # A name defined in another public module is documented there. Private homes are kept: threading.get_ident
-        # is defined in _thread.
+        # A name defined in another public module is documented there. A name defined in a private module is kept, such
+        # as threading.get_ident, which is defined in _thread.
         if name.startswith("_") or (home != module and not home.startswith("_")):
             continue
         if inspect.isclass(value):

@@ -19,8 +19,8 @@ class ModelCost:
         tokens included; training takes three times as many.
     context: earlier tokens.
     cache_bytes_per_token: key/value cache in bfloat16.
-    cache_bytes_unshared: the same without layers that share a cache.
-    cache_bytes_multi_head: the same with one key/value head per query head as well.
+    cache_bytes_unshared: the same if no layers shared a cache.
+    cache_bytes_multi_head: as `cache_bytes_unshared`, with one key/value head per query head.
     weight_bytes: in bfloat16.
     """
 

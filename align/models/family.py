@@ -1,6 +1,6 @@
 """Model families: the contract between one architecture and the rest of the library.
 
-A family is a folder beside this file that ends in one `Family`, and one `register` line in `align/models/__init__.py`.
+A family is a folder beside this file that defines one `Family`, and a `register` line in `align/models/__init__.py`.
 Stages look it up by the checkpoint's `model_type` with `family_of` and name no architecture themselves.
 
 Shapes: B rows, T tokens, N completion tokens, D hidden, k experts per token.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class FamilyConfig(Protocol):
-    """What stages read from a model's configuration, beside the keys that every transformers model has."""
+    """Fields that stages read from a model's configuration, besides those of every transformers model."""
 
     model_type: str
     num_hidden_layers: int

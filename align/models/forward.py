@@ -79,7 +79,7 @@ class PolicyOutput(NamedTuple):
 def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, replay: bool = False) -> PolicyOutput:
     """Log-probabilities of the completions under the distribution they were sampled from.
 
-    The head is applied to completion tokens only; adapters inside the policy take part.
+    The head is applied to completion tokens only. Adapters inside the policy apply.
     replay: route tokens to the experts stored in the batch, if any.
     """
     packed = PackedRows(batch)

@@ -21,7 +21,7 @@ READERS = min(4, os.cpu_count() or 1)
 """Threads that read weights."""
 
 Pieces = dict[str, list[tuple[StoredTensor, Place]]]
-"""By name of our parameter: the stored tensors that fill it, each with its place."""
+"""{name of our parameter: the stored tensors that fill it, each with its place}."""
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ def find_pieces(
 ) -> tuple[Pieces, set[str]]:
     """The pieces of each parameter, and the stored names that fit none.
 
-    As everywhere in transformers, a trunk accepts the names of a complete model and the reverse. Raises `UserError` for
-    an incomplete stack of experts.
+    As in transformers, a trunk also accepts the names of a complete model, and the reverse. Raises `UserError` for an
+    incomplete stack of experts.
     """
     pieces: Pieces = {}
     unused = set()

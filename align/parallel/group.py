@@ -179,7 +179,7 @@ def check_gpus(own: str) -> None:
     for number, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < number:
             refuse(
-                f"ranks {first} and {number} both have the GPU {gpu}; start at most one process per GPU of a machine, "
+                f"ranks {first} and {number} both use the GPU {gpu}; start at most one process per GPU of a machine, "
                 "and let each see all of them, or one of its own."
             )
 

@@ -44,7 +44,7 @@ class Member:
     role: policy, critic, reference or reward model.
     shape: its sizes.
     trained: which parameters train; `head` is a critic with a frozen trunk.
-    scorer: it has a scalar head instead of the vocabulary's.
+    scorer: it has a scalar head instead of a vocabulary head.
     lora: its adapters.
     """
 
@@ -87,7 +87,7 @@ class RolloutWork:
     sleeps: the engine releases its memory between rollouts.
     servers: engines on separate GPUs; 0 if the engines share the trainer's.
     gpus_per_server: tensor-parallel size.
-    as_old_logprobs: the sampler's log-probabilities serve as old log-probabilities; the policy recomputes a sample.
+    as_old_logprobs: the sampler's log-probabilities serve as old log-probabilities; the policy recomputes only a few.
     """
 
     engine: Literal["vllm", "remote", "huggingface"]

@@ -31,7 +31,7 @@ class Progress:
 
 
 class Checkpoint:
-    """The checkpoints of a run, in `folder`: everything that determines what follows.
+    """The checkpoint of a run, in `folder`: everything that determines the rest of the run.
 
     Trained weights and both optimizers, EMA weights, random states, the sampler's position, the KL coefficient, running
     moments of the rewards, and a rollout batch that is sampled but not yet learned from. All ranks make the same calls.
@@ -64,7 +64,7 @@ class Checkpoint:
             raise
 
     def _write(self, progress: Progress, learners: Path) -> None:
-        """Put a checkpoint together, around what the learners have saved."""
+        """Write a checkpoint that includes `learners`, the folder in which the learners have saved their state."""
         pending = self.sampler.wait_for_pending()
         tensors = {} if pending is None else completion_tensors(pending.position, pending.completions)
         counters = {

@@ -27,7 +27,7 @@ from align.train.learner import Learner
 
 ROUTING = "routed_experts"
 UNROUTED = -1
-"""In `routed_experts`, where no expert is recorded; less than any expert's number."""
+"""Value in `routed_experts` where no expert is recorded. It is below every index: the all-reduce takes the maximum."""
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: 
 def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[str, float]:
     """Run policy, critic and reference over the batch and store their results in it; returns entropy and mismatch.
 
-    Each rank computes its share of the micro-batches. Under `old_logprobs: rollout` the policy computes a sample of the
-    completions alone, to measure the mismatch between sampler and trainer.
+    Each rank computes its share of the micro-batches. Under `old_logprobs: rollout` the policy computes only one
+    completion in 16, to measure the mismatch between sampler and trainer.
     """
 
     def micro_batches(rows: Tensor) -> list[tuple[Tensor, bool]]:
@@ -99,10 +99,10 @@ def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[s
 
 
 def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
-    """Forward pass of the policy; results are on the CPU, here and in the other passes.
+    """Forward pass of the policy; results are moved to the CPU.
 
-    Returns log-probabilities and entropy [B, T], `computed` [B, T] (1 where they are) and, for routing replay, experts
-    [B, L, layers, k].
+    Returns log-probabilities and entropy [B, T], `computed` [B, T] (1 where these were computed) and, for routing
+    replay, experts [B, L, layers, k].
     """
     replay = stage.routing_replay == "rollout"
     output = models.policy.run(policy_output, batch.to(models.device), stage.rollout.temperature, replay=replay)

@@ -60,7 +60,7 @@ class RunLog:
             self.panel.phase(self.step + 1, phase)
 
     def finish_iteration(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
-        """Record an iteration whose new weights the rollout engine has."""
+        """Record an iteration, once the rollout engine has its new weights."""
         self.step += 1
         if is_main():
             self._record(batch, metrics | speeds(batch, self.clock.seconds))
@@ -108,7 +108,7 @@ def speeds(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
     """Times, speeds and memory of an iteration.
 
     time/PHASE in seconds. speed/PHASE in tokens per second: sampled tokens for `generate`, all tokens including prompts
-    for the other phases. memory/peak_gib: peak memory of this process; on a GPU, of its tensors.
+    for `score`, `logprobs` and `update`. memory/peak_gib: peak memory of this process; on a GPU, of its tensors.
     """
     sampled = batch.experience.mask.sum().item()
     every = batch.experience.lengths.sum().item()

@@ -31,7 +31,7 @@ class Models:
     policy: trained; its EMA weights, if any, are what the stage saves.
     reference: frozen; None if the reference is the policy with its adapters disabled.
     critic: trained; None for advantage estimators without a critic.
-    device: where this process computes.
+    device: the device of this process.
     """
 
     policy: Learner

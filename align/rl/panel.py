@@ -16,7 +16,7 @@ from align.run.charts import CHARTS
 
 
 class Panel:
-    """Progress, and of the last iteration its phases, metrics and one completion; redrawn in place."""
+    """Progress of the run, and the last iteration's phases, metrics and one completion; redrawn in place."""
 
     def __init__(self, name: str, steps: int, phases: Sequence[str], console: Console | None = None):
         self.name, self.steps, self.phases = name, steps, phases

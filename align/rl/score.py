@@ -39,8 +39,8 @@ class RolloutBatch:
 
 
 def score_batch(stage: PpoStage, sampler: RolloutSampler, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
-    """Score `samples`. With dynamic sampling, sample further groups to replace those of equal scores; the batch keeps
-    the recipe's size."""
+    """Score `samples`. With dynamic sampling, replace groups whose scores are all equal by newly sampled ones; the
+    batch keeps the recipe's size."""
     group = stage.completions_per_prompt
     batches = [score_samples(stage, samples, scorer)]
     for _ in range(stage.dynamic_sampling):
@@ -69,7 +69,7 @@ def informative(scores_GN: Tensor) -> Tensor:
 
 
 def score_samples(stage: PpoStage, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
-    """Rewards minus the penalties for truncated and overlong completions."""
+    """Score samples: rewards minus the penalties for truncated and overlong completions."""
     experience = to_experience(samples.completions)
     scores, metrics = scorer.score(experience, samples.rows, samples.completions)
     if stage.missing_eos_penalty is not None:
@@ -127,7 +127,7 @@ def select(batch: RolloutBatch, index: Tensor) -> RolloutBatch:
 
 
 def batch_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Scores, lengths and ends of the batch's completions."""
+    """Metrics of the completions' scores, lengths and stop tokens."""
     scores, completions = filled(batch.experience.score), batch.completions
     finished = sum(c.finished for c in completions) / len(completions)
     return {

@@ -204,7 +204,7 @@ def clip_options(stage: PpoStage) -> dict[str, Any]:
 
 
 def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
-    """Importance weights [B, T] from the sampler's distribution to the trainer's, if the recipe wants any."""
+    """Importance weights [B, T] from the sampler's distribution to the trainer's, if the recipe sets a correction."""
     if stage.importance.correction == "none":
         return None
     return importance_weight(

@@ -118,8 +118,8 @@ class ServerPool:
             )
         if server.facts["dtype"] != self.dtype:
             raise UserError(
-                f"{where}: it computes in {server.facts['dtype']}, but the recipe in {self.dtype}. Start it with "
-                f"--dtype {self.dtype}."
+                f"{where}: it computes in {server.facts['dtype']}, but the recipe's dtype is {self.dtype}. Start it "
+                f"with --dtype {self.dtype}."
             )
         if self.rollout.return_routing and server.facts["routing"] != "True":
             raise UserError(

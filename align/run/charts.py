@@ -22,7 +22,7 @@ class Chart:
 
     @property
     def all_series(self) -> tuple[tuple[str, str], ...]:
-        """The series, the standard deviation included."""
+        """The series and, if there is one, the standard deviation."""
         return (*self.series, (self.band, "standard deviation")) if self.band else self.series
 
     @property
@@ -36,7 +36,7 @@ class Chart:
 
 
 def chart(key: str, *, held_out: bool = False) -> Chart:
-    """The chart of one metric, beside its value on held-out rows if there is one."""
+    """Chart of one metric; with `held_out`, also of its value on held-out rows."""
     metric = metric_info(key)
     assert metric is not None, key
     series = ((key, "training"), (f"{HELD_OUT}{key}", "held out")) if held_out else ((key, metric.title),)

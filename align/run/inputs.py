@@ -24,9 +24,9 @@ BLOCK_BYTES = 2**16
 BLOCKS = 256
 DATA = (".jsonl", ".json", ".parquet")
 CHECKPOINT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
-"""Suffixes of the files that are read of a folder with data, and of a checkpoint."""
+"""Suffixes of the files that a stage reads in a data folder, and in a checkpoint."""
 Digests = dict[str, str]
-"""Hash of each file, by its name within the input; of an input that is one file, by ""."""
+"""Hash of each file by its name within the input; the name is "" if the input is a single file."""
 
 
 def fingerprints(recipe: Recipe, name: str) -> dict[str, Digests]:
@@ -37,8 +37,8 @@ def fingerprints(recipe: Recipe, name: str) -> dict[str, Digests]:
 def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str | None:
     """The first file whose hash differs from the one in `before`; None if there is none.
 
-    An input that is gone as a whole is no change: a finished stage does not need it any more, and one that runs reports
-    it by itself. Inputs that `before` lacks are not compared.
+    An input that no longer exists is not a change: a finished stage does not need it, and a stage that runs reports it
+    as missing. Inputs that `before` lacks are not compared.
     """
     for text, path, suffixes in inputs(recipe, name):
         if text not in before or not path.exists():

@@ -72,12 +72,12 @@ def stop() -> NoReturn:
 
 
 def requested() -> int:
-    """The signal that asked this process to stop, or 0; unlike `poll`, no promise to look again."""
+    """The signal that asked this process to stop, or 0. Unlike `poll` it does not count as polling."""
     return _Request.number
 
 
 def stop_polling() -> None:
-    """No training loop polls any more: until one does, a signal interrupts at once."""
+    """Record that no training loop polls. Until one polls again, a signal interrupts at once."""
     _Request.polled = False
 
 
@@ -89,7 +89,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
     _Request.number, _Request.since = _Request.number or number, now
     if not (first and _Request.polled):
         raise Stopped(_Request.number)
-    line = f"{signal_name(number)}: stopping with a checkpoint after this step (within {GRACE:.0f} s; again: at once)\n"
+    line = (
+        f"{signal_name(number)}: stopping with a checkpoint after this step, within {GRACE:.0f} s; send it again to "
+        "stop at once\n"
+    )
     os.write(2, line.encode())  # print may not be entered again in a signal handler
     _Request.timer = threading.Timer(GRACE, os.kill, (os.getpid(), number))
     _Request.timer.daemon = True

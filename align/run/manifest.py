@@ -49,13 +49,13 @@ def require_unchanged(context: StageContext) -> None:
     finished = read_manifest(context.dir)
     if finished is not None:
         _require_kept(context, finished)
-    elif context.name != BASE and (context.dir / CONFIG).is_file():  # an interrupted base model is simply made again
+    elif context.name != BASE and (context.dir / CONFIG).is_file():  # an interrupted base model is built again
         _require_resumable(context, _read_json(context.dir / CONFIG))
 
 
 def _require_kept(context: StageContext, finished: dict[str, Any]) -> None:
     name, folder = context.name, context.dir
-    again = f"add --from {name} to run it and the later ones again"
+    again = f"add --from {name} to run it and all later stages again"
     if changed := changes(context.recipe, name, finished["config"]):
         raise UserError(
             f"{folder}: this stage was run with other settings ({changed[0]}); {again}, or choose another folder with "
@@ -93,7 +93,7 @@ def start_record(context: StageContext) -> dict[str, Any]:
 def finish_record(
     context: StageContext, record: dict[str, Any], started: datetime, seconds: float, result: StageResult
 ) -> None:
-    """Write manifest.json. record: of `start_record`."""
+    """Write manifest.json. record: what `start_record` returned."""
     settings = {key: value for key, value in record.items() if key != INPUTS}
     stage = None if context.name == BASE else context.recipe.stages[context.name]
     parents = [] if stage is None else list(dict.fromkeys(parent for _, parent, _ in stage.references()))
@@ -121,7 +121,7 @@ def finish_record(
 
 
 def remove_record(folder: Path) -> None:
-    """Remove what would make a stage that runs again look finished or interrupted: its records and checkpoints."""
+    """Remove a stage's records and checkpoints, so that it counts as neither finished nor interrupted."""
     for name in (MANIFEST, CONFIG):
         (folder / name).unlink(missing_ok=True)
     remove_folder(folder / "checkpoints")
@@ -141,7 +141,7 @@ def result_id(folder: Path) -> str | None:
 
 
 def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """The settings that make a stage's result, besides its parents."""
+    """The recipe's settings for a stage: seed, dtype and the stage's section."""
     return {"seed": recipe.seed, "dtype": recipe.dtype, name: section(recipe, name).model_dump(mode="json")}
 
 
@@ -150,7 +150,7 @@ def section(recipe: Recipe, name: str) -> Section:
 
 
 def changes(recipe: Recipe, name: str, before: dict[str, Any]) -> list[str]:
-    """Differences between the settings of an earlier run that determine a stage's result and those of `recipe`."""
+    """Differences between `before`, an earlier run's `stage_settings`, and the recipe's, without runtime settings."""
     part = section(recipe, name)
     old, new = ({**s, name: result_settings(part, s.get(name, {}))} for s in (before, stage_settings(recipe, name)))
     old.pop(INPUTS, None)

@@ -198,9 +198,9 @@ PPO = (
         "kl_k3",
         "KL of the policy to the reference, k3",
         PER_COMPLETION,
-        "The same by the k3 estimator, which is never negative.",
+        "k3 estimate of the same KL. It is never negative.",
     ),
-    MetricInfo("kl_coef", "KL coefficient", "", "Coefficient of that KL in the iteration."),
+    MetricInfo("kl_coef", "KL coefficient", "", "Coefficient of the KL penalty in the iteration."),
     MetricInfo(
         "mismatch_mean",
         "Mismatch of sampler and trainer, mean",
@@ -208,7 +208,12 @@ PPO = (
         "Absolute difference between the sampler's and the trainer's log-probability of a sampled token. With "
         "`old_logprobs: rollout` it is measured, like `entropy`, on one completion in 16.",
     ),
-    MetricInfo("mismatch_max", "Mismatch of sampler and trainer, largest", "nats", "Largest such difference."),
+    MetricInfo(
+        "mismatch_max",
+        "Mismatch of sampler and trainer, largest",
+        "nats",
+        "Largest such difference in the rollout batch.",
+    ),
     MetricInfo(
         "policy_loss",
         "Policy loss",
@@ -276,7 +281,7 @@ PPO = (
         "drawn_completions",
         "Drawn completions",
         "completions",
-        "With several completions per prompt: completions drawn, those replaced by `dynamic_sampling` included.",
+        "With several completions per prompt: completions sampled, including those that `dynamic_sampling` replaced.",
     ),
     MetricInfo(
         "overlong_penalty",
@@ -285,7 +290,7 @@ PPO = (
         "Overlong penalty per completion, averaged over all completions. It is positive only within the last "
         "`overlong_buffer` tokens before max_new_tokens.",
     ),
-    MetricInfo("completion_length", "Completion length", "tokens", "Mean completion length, the end token included."),
+    MetricInfo("completion_length", "Completion length", "tokens", "Mean completion length, including the stop token."),
     MetricInfo(
         "eos_rate", "Completions that end with a stop token", SHARE, "Share of completions that end with a stop token."
     ),
@@ -355,7 +360,7 @@ EVALUATION = (
         "k1 estimate of KL(model || reference) on the model's own samples, summed over a completion's tokens. The "
         "reference is `reference` of the stage. Not measured with greedy decoding, whose completions are not samples.",
     ),
-    MetricInfo("lengths", "Completion length", "tokens", "Completion length, the end token included."),
+    MetricInfo("lengths", "Completion length", "tokens", "Completion length, including the stop token."),
     MetricInfo(
         "eos", "Completions that end with a stop token", SHARE, "Share of completions that end with a stop token."
     ),

@@ -38,10 +38,10 @@ DEFAULT_FAMILY = "hunyuan"
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """Values of config.json, once they are known to describe a model of a registered family with safetensors weights;
-    otherwise a `UserError`.
+    """Values of a checkpoint's config.json. Raises `UserError` unless the folder holds safetensors weights and the
+    configuration of a registered family.
 
-    weights: False to skip the check for weights.
+    weights: False skips the check for weights.
     """
     path, config = folder / "config.json", read_config(folder)
     kind = config.get("model_type")
@@ -63,7 +63,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
-    """A configuration from which a model can be built; otherwise a `UserError` with the value that ends with `fix`.
+    """Configuration built from `values`. Raises `UserError` with the bad value and `fix` if no model can use them.
 
     Without a `model_type` the values are those of the family that recipes build from scratch.
     """
@@ -121,8 +121,8 @@ def load_policy(
         folder: The checkpoint.
         dtype: Type of the weights in memory.
         parallel: Shard the model over the ranks.
-        lora: Add fresh adapters, which alone will train.
-        frozen: No parameter will train.
+        lora: Add new adapters, as `add_lora`.
+        frozen: Freeze every parameter.
     """
     settings = _policy_config(folder)
     with _damage_explained(folder):
@@ -202,13 +202,13 @@ def load_scorer(
 ) -> AnyModel:
     """Load a model with one scalar head: a reward model or a critic.
 
-    A language model's checkpoint gives a random head, so that the trunk has a gradient from the first step.
+    From a language model's checkpoint the head is random, so that the trunk has a gradient from the first step.
 
     Args:
         folder: The checkpoint of a language model or of a scorer.
         dtype, parallel, lora, frozen: As in `load_policy`.
         fresh_head: Set the head to zero: a critic's first values are then 0, not the scores of a reward model.
-        head_only: Only the head will train.
+        head_only: Freeze everything but the head.
     """
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
@@ -292,7 +292,7 @@ def count_stored_parameters(folder: Path) -> dict[str, int]:
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:
-    """Parameters in total, used for one token (active) and trainable; call it before adapters are merged."""
+    """Numbers of total, active (used for one token) and trainable parameters; call it before adapters are merged."""
     total = active = trainable = 0
     config = model.config
     for name, parameter in model.named_parameters():

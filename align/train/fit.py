@@ -23,7 +23,7 @@ COMPLETE = "complete"
 """File of a checkpoint that is written last; a checkpoint without it is incomplete."""
 
 NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
-"""Parts of the names of logged values that are not written to metrics.jsonl."""
+"""A logged value whose name contains one of these is not written to metrics.jsonl."""
 
 
 def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> StageResult:
@@ -97,7 +97,7 @@ def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks complete checkpoints and prints a line every tenth of the steps."""
+    """Writes metrics.jsonl, marks complete checkpoints, and prints about ten lines per run."""
 
     def __init__(self, context: StageContext, writer: MetricsWriter | None):
         self.context, self.writer = context, writer

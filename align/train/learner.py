@@ -74,7 +74,7 @@ class Learner(ABC):
 
     @abstractmethod
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return function(model, ...). Every forward pass goes through here, so that a sharded model can gather."""
+        """Return function(model, ...). All forward passes use this method, so that a sharded model can gather."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -124,7 +124,7 @@ class Learner(ABC):
     # --- EMA weights ------------------------------------------------------------------------------------------
 
     def track_ema(self, decay: float) -> None:
-        """Start EMA weights at the present ones: ema <- decay * ema + (1 - decay) * weights at every `update_ema`.
+        """Start EMA weights at the current ones: ema <- decay * ema + (1 - decay) * weights at every `update_ema`.
 
         Only trained parameters are averaged, in float32; each rank averages its shard.
         """
@@ -133,7 +133,7 @@ class Learner(ABC):
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the EMA weights towards the present ones; a no-op without EMA weights."""
+        """Move the EMA weights towards the current ones; a no-op without EMA weights."""
         if self.ema_decay is not None:
             for name, weights in self.trained_weights():
                 self.ema[name].lerp_(weights.float(), 1 - self.ema_decay)

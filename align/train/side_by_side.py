@@ -15,7 +15,7 @@ _helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
 
 def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Run tasks that share nothing they change, two at a time with half of torch's threads each; results in order.
+    """Run tasks without shared mutable state, two at a time, each with half of torch's threads; results in order.
 
     Two forward passes on half of the cores each lose less to waiting than two passes on all cores, one after another.
     The price is that the activations of both exist at once. With a single thread tasks run one after another.

@@ -37,7 +37,7 @@ def save_state(folder: Path, counters: dict[str, Any], tensors: Mapping[str, Ten
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore torch's random state; returns the counters and the further tensors of `save_state`."""
+    """Restore torch's random state; returns the counters and tensors that were passed to `save_state`."""
     tensors = load_file(folder / TENSORS)
     torch.set_rng_state(tensors["rng"])
     others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}
@@ -80,8 +80,8 @@ def load_local_learner(
 
 
 def _earlier_layout(folder: Path) -> dict[str, Tensor]:
-    """A learner's tensors from a checkpoint that keeps all learners in one file, as `model.LEARNER.NAME` and the like;
-    only the policy has EMA weights there."""
+    """One learner's tensors from a checkpoint of an earlier version, which has all learners in one file under names
+    such as `model.LEARNER.NAME`. Only the policy has EMA weights there."""
     learner, found = folder.name, {}
     for key, tensor in load_file(folder.parent / TENSORS).items():
         kind, _, rest = key.partition(".")

@@ -56,7 +56,7 @@ def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, An
     stages = [_stage(run_dir / name, kind) for name, kind in _stage_kinds(run_dir, recipe).items()]
     if not recipe and not stages:
         raise UserError(
-            f"{run_dir}: not a run folder, because it has no recipe.json and no stage with a manifest.json; give the "
+            f"{run_dir}: not a run folder, because it has no recipe.json and no stage with a manifest.json; pass the "
             "folder of a run."
         )
     evaluations = [found for stage in stages if (found := _evaluation(run_dir, stage["name"], recipe)) is not None]
@@ -120,7 +120,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """Kind by name of the base model, the recipe's stages in their order, then other folders with a manifest."""
+    """{name: kind} of the base model, the recipe's stages in their order, and then other folders with a manifest."""
     kinds = {BASE: BASE} if (run_dir / BASE / "manifest.json").is_file() else {}
     kinds |= {name: stage.get("kind", "") for name, stage in (recipe.get("stages") or {}).items()}
     for manifest in sorted(run_dir.glob("*/manifest.json")):

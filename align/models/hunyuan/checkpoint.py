@@ -24,7 +24,7 @@ from align.models.weights import find_pieces, read_pieces
 
 
 def conversion() -> list[WeightConverter | WeightRenaming]:
-    """The layout in the form that transformers' saver uses, and its loader where ours is not used."""
+    """The layout as transformers' converters, for its saver and, where `load_pieces` cannot be used, its loader."""
     found: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(PUBLISHED_ROUTER.removeprefix("."), ROUTER.removeprefix("."))
     ]
@@ -49,7 +49,7 @@ def device_for_pieces(model: PreTrainedModel, settings: LoadStateDictConfig) -> 
 
 
 def load_pieces(model: PreTrainedModel, files: list[Path], device: torch.device | str | int) -> LoadStateDictInfo:
-    """Allocate the parameters of a model on the meta device on `device` and fill them from the files.
+    """Move a model from the meta device to `device`: allocate its parameters there and fill them from the files.
 
     Parameters without a stored tensor, or with one of another shape, stay on the meta device and are reported.
     """

@@ -33,7 +33,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def place(published: str) -> Place:
-    """Our parameter, and the part of it, that holds the tensor of this published name."""
+    """The part of our parameters that holds the tensor with this published name."""
     found = _EXPERT.fullmatch(published)
     if found is None:
         if published.endswith(PUBLISHED_ROUTER):
@@ -76,7 +76,7 @@ class VllmPlace(NamedTuple):
 
 
 def vllm_place(published: str, config: HunYuanConfig) -> VllmPlace:
-    """The part of the vLLM model that holds the tensor of this published name."""
+    """The part of the vLLM model that holds the tensor with this published name."""
     if found := _EXPERT.fullmatch(published):
         (stack,) = (stack for stack, projections in VLLM_STACKS.items() if found["projection"] in projections)
         return VllmPlace(f"{found['stem']}.{stack}", found["projection"], int(found["expert"]))

@@ -107,8 +107,8 @@ class Attention(nn.Module):
     """Grouped-query attention; a layer without keys and values of its own uses its owner's.
 
     The group shares the rotated key divided by its rms, without the norm's weight. That weight is a factor per head
-    dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own weight. So one key and
-    one value per group is exact.
+    dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own weight. Sharing one key
+    and one value per group is therefore exact.
     """
 
     def __init__(self, config: HunYuanConfig, layer: int):
@@ -187,8 +187,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint activations in evaluation mode too, in which PPO trains; transformers' layers do it in training
-        only. Off with a cache, which the second forward pass would extend again."""
+        """Checkpoint activations in evaluation mode too, because PPO trains in it; transformers' layers do so in
+        training mode only. Off with a cache, because the recomputation would extend it a second time."""
         if self.gradient_checkpointing and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
             return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
         return nn.Module.__call__(self, *args, **kwargs)
@@ -227,8 +227,8 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse reentrant checkpointing with a `ValueError`: it cuts the gradient of the keys, values and routing that
-        layers hand on beside the hidden state."""
+        """Refuse reentrant checkpointing with a `ValueError`: it would drop the gradients of the keys, values and
+        routing that a layer returns besides the hidden state."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")

@@ -76,7 +76,7 @@ class LiveLinear(UnquantizedLinearMethod):
 
 
 class LiveHead(UnquantizedEmbeddingMethod):
-    """The same for the output head, which may be tied to the embedding. Logits are fp32, as the trainer computes them:
+    """As `LiveLinear`, for the output head, which may be tied to the embedding. Logits are fp32, as in the trainer:
     rounded to bf16, they would differ from the trainer's by up to 0.4 %."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Attention(nn.Module):
     """Grouped-query attention; a sharing layer attends to its owner's cache.
 
     The cache stores rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries by
-    its own key-norm weight instead (see `modeling.Attention`). So one cache per group is exact.
+    its own key-norm weight instead (see `modeling.Attention`). Sharing one cache per group is therefore exact.
     """
 
     def __init__(self, vllm_config: VllmConfig, config: HunYuanConfig, layer: int, prefix: str):

@@ -152,7 +152,7 @@ def test_a_wrong_number_of_processes_does_not_limit_the_suggested_sizes(capsys) 
     with pytest.raises(SystemExit):
         main(["check", "--without-files", "tiny", "parallel.expert_parallel_size=16"])
     processes, experts = capsys.readouterr().err.splitlines()
-    assert "the number of processes, 1 (parallel.processes, --nproc); set one of them" in processes
+    assert "the number of processes, 1 (parallel.processes, --nproc); set it to a divisor" in processes
     assert experts.endswith("the 8 experts of model; set it to 1, 2, 4 or 8.")
 
 

@@ -43,7 +43,8 @@ def test_a_loop_that_polls_sees_the_request_and_ignores_repeated_signals(capfd) 
     send()  # a launcher and Slurm each send one
     assert interrupt.stop_requested()
     assert (
-        capfd.readouterr().err == "SIGTERM: stopping with a checkpoint after this step (within 300 s; again: at once)\n"
+        capfd.readouterr().err
+        == "SIGTERM: stopping with a checkpoint after this step, within 300 s; send it again to stop at once\n"
     )
     with pytest.raises(Stopped):
         interrupt.stop()

@@ -101,7 +101,7 @@ def test_gloo_has_no_device(joined) -> None:
 
 def test_two_ranks_on_one_gpu_are_refused(joined, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group.socket, "gethostname", lambda: "a")
-    with pytest.raises(UserError, match="ranks 1 and 3 both have the GPU uuid-1 of a; start at most one process"):
+    with pytest.raises(UserError, match="ranks 1 and 3 both use the GPU uuid-1 of a; start at most one process"):
         joined(torch.device("cuda", 1), 4)
 
 

@@ -438,7 +438,10 @@ def test_an_unreachable_server_at_the_start(connect, servers):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"dtype": "bfloat16"}, r"computes in bfloat16, but the recipe in float32\. Start it with --dtype float32\."),
+        (
+            {"dtype": "bfloat16"},
+            r"but the recipe's dtype is float32\. Start it with --dtype float32\.",
+        ),
         ({"transfer": "nccl"}, r"started for nccl\. Start it with --weight-transfer host\."),
     ],
 )

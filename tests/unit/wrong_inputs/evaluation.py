@@ -28,7 +28,7 @@ def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm8k"}], reference="base")
 
 
-@wrong("evaluate-reference-greedy", "A reference, and greedy decoding, which gives no samples for the KL")
+@wrong("evaluate-reference-greedy", "A reference for the KL with greedy decoding")
 def _(here: Here) -> str:
     return check(here, prompts=ROWS, reference="base", rollout={"temperature": 0.0})
 

@@ -152,12 +152,12 @@ def _(here: Here) -> str:
     return here.align("serve-rollout", "model", "--cache-gib", "0")
 
 
-@wrong("serve-rollout-stage-of-a-checkpoint", "`serve-rollout` of a checkpoint with a stage")
+@wrong("serve-rollout-stage-of-a-checkpoint", "`serve-rollout --stage` with a checkpoint")
 def _(here: Here) -> str:
     return here.align("serve-rollout", "model", "--stage", "ppo")
 
 
-@wrong("serve-rollout-without-a-stage", "`serve-rollout` of a recipe without naming its stage")
+@wrong("serve-rollout-without-a-stage", "`serve-rollout` of a recipe without `--stage`")
 def _(here: Here) -> str:
     here.recipe(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=64)})
     return here.align("serve-rollout", "recipe.yaml")

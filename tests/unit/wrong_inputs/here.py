@@ -39,7 +39,7 @@ SECTIONS = {
     "Several processes and machines": ["several"],
     "Planning a cluster": ["planning"],
 }
-# Patterns for parts of a sentence that vary. They match regardless of the words around these parts.
+# Patterns for `varies`. They contain no words of a sentence, so that its wording can change.
 NUMBER = r"\d+(,\d{3})*(\.\d+)?"
 PORT = r"\b\d{4,5}\b"
 IN_PARENTHESES = r"(?<=\().+(?=\))"

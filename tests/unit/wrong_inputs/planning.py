@@ -40,7 +40,7 @@ def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--search", "--show", "0")
 
 
-@wrong("plan-uneven-hosts", "A number of GPUs that hosts of eight cannot hold in equal numbers")
+@wrong("plan-uneven-hosts", "A number of GPUs that cannot be split evenly over hosts of eight")
 def _(here: Here) -> str:
     return here.align("plan", "tiny", "--gpu", "h100", "--gpus", "9")
 

@@ -84,7 +84,7 @@ def _(here: Here) -> str:
     return here.check(epochs=float("inf"))
 
 
-@wrong("not-true-or-false", "Another value instead of `true` or `false`")
+@wrong("not-true-or-false", "A value other than `true` and `false`")
 def _(here: Here) -> str:
     return here.check(assistant_only_loss="perhaps")
 

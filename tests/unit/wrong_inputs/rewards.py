@@ -85,7 +85,7 @@ def _(here: Here) -> str:
     return said
 
 
-@wrong("reward-other-arguments", "A reward function with other arguments")
+@wrong("reward-other-arguments", "A reward function with the wrong arguments")
 def _(here: Here) -> str:
     here.write("mine.py", "def score(completions): return [0.0]\n")
     return run(here, {"kind": "function", "path": "mine.py:score"})
@@ -117,7 +117,7 @@ def _(here: Here) -> None:
     score_with(here, "return [1.0]")
 
 
-@wrong("reward-not-a-list", "A reward function that returns something else")
+@wrong("reward-not-a-list", "A reward function that does not return a list")
 def _(here: Here) -> None:
     score_with(here, "pass")
 
@@ -194,7 +194,7 @@ def _(here: Here) -> None:
     require_finite_gradients("policy", SimpleNamespace(skips_in_a_row=1, skips_overflow=False), step=11)
 
 
-@wrong("ppo-gradient-overflows", "PPO's gradients overflow again and again in bf16")
+@wrong("ppo-gradient-overflows", "PPO's bf16 gradients overflow in several steps in a row")
 def _(here: Here) -> None:
     require_finite_gradients("policy", SimpleNamespace(skips_in_a_row=OVERFLOWS, skips_overflow=True), step=11)
 

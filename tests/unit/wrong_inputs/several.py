@@ -176,7 +176,7 @@ def _(here: Here) -> None:
     processes.connect({})
 
 
-@wrong("other-number-of-processes", "Another number of ranks than the recipe's")
+@wrong("other-number-of-processes", "A number of ranks that differs from the recipe's")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"WORLD_SIZE": "3"})
 
@@ -196,12 +196,12 @@ def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "zero"})
 
 
-@wrong("rank-beyond-the-last", "A `RANK` of at least `WORLD_SIZE`")
+@wrong("rank-beyond-the-last", "A `RANK` that is not below `WORLD_SIZE`")
 def _(here: Here) -> str:
     return in_place(here, **PLACE | {"RANK": "5"})
 
 
-@wrong("slurm-rank-beyond-the-last", "A Slurm rank of at least the number of tasks")
+@wrong("slurm-rank-beyond-the-last", "A Slurm rank that is not below the number of tasks")
 def _(here: Here) -> str:
     return in_place(here, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="9")
 
