@@ -36,7 +36,7 @@ class FrozenModel:
         return self._engine(function, *arguments, **options)
 
     def published_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every weight in the published layout.
+        """(name, tensor) of every weight, with the names and shapes of the Hugging Face checkpoint.
 
         Under several ranks rank 0 yields whole tensors and the others yield nothing, but every rank must iterate to
         the end.

@@ -107,7 +107,7 @@ class Learner(ABC):
 
     @abstractmethod
     def published_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every weight in the published layout, adapters merged.
+        """(name, tensor) of every weight, adapters merged, with the names and shapes of the Hugging Face checkpoint.
 
         Under several ranks rank 0 yields whole tensors and the others yield nothing, but every rank must iterate to
         the end.

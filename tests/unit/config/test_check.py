@@ -48,7 +48,7 @@ def test_overrides_without_a_recipe_are_refused(capsys) -> None:
     ],
 )
 def test_an_unknown_key_gets_a_suggestion(change: str, hint: str) -> None:
-    """A similar key, or a section that has the key, but no dissimilar key, which would change another setting."""
+    """A similar key is suggested, or a section that has the key; never a dissimilar key, which sets something else."""
     with pytest.raises(UserError) as error:
         load_recipe("tiny", [change])
     assert hint in str(error.value)
@@ -104,7 +104,7 @@ LAYERS = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num
         ("tiny", 16, [], 8),
         ("tiny", 16, ["model.config.num_experts=16"], None),
         ("tiny", 16, [DENSE], None),
-        ("tiny", 4, [LAYERS], 6),  # of four layers; a fifth number means nothing
+        ("tiny", 4, [LAYERS], 6),  # the preset has four layers, so the fifth number is ignored
         ("quickstart", 4, [], None),
         ("quickstart", 8, [], 4),
         ("quickstart", 8, ["model.experts=8"], None),
@@ -114,7 +114,7 @@ LAYERS = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num
 def test_uneven_experts_are_reported_without_a_checkpoint(
     recipe: str, size: int, changes: list[str], told: int | str | None, capsys
 ) -> None:
-    """From the recipe alone. The expected numbers are counted by hand."""
+    """The recipe alone determines the number of experts. The expected numbers are counted by hand."""
     batches = [f"stages.{stage}.batch_size=16" for stage in ("sft", "reward_model", "dpo")]
     batches += ["stages.pretrain.batch_size=16"] if recipe == "tiny" else []
     words = ["check", "--without-files", recipe, f"parallel={{processes: 16, expert_parallel_size: {size}}}"]
@@ -192,7 +192,7 @@ def checkpoint(folder: Path, **config: object) -> str:
 @pytest.mark.parametrize("where", ["model.path", "stages.dpo.init_from", "stages.ppo.rewards.0.init_from"])
 @pytest.mark.parametrize("inside", ["", "model"])
 def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, capsys, where: str, inside: str) -> None:
-    """A checkpoint or the folder of a stage. --without-files does not read config.json."""
+    """The path names a checkpoint or a stage's folder. With --without-files, config.json is not read."""
     path = recipe_with(tmp_path, rewards=[{"kind": "model", "init_from": checkpoint(tmp_path / "six", num_experts=6)}])
     eight = tmp_path / "eight"
     checkpoint(eight / inside, num_experts=8)
@@ -248,7 +248,7 @@ def recipe_with(tmp_path: Path, **ppo: object) -> str:
 
 
 def test_results_of_earlier_stages_and_hub_models_are_not_required(tmp_path: Path, capsys) -> None:
-    """And the file of a reward function is not run."""
+    """The file of a reward function must exist, but is not run."""
     (tmp_path / "mine.py").write_text("raise SystemExit('imported')\n")
     reward = {"kind": "function", "path": f"{tmp_path / 'mine.py'}:score"}
     path = recipe_with(tmp_path, rewards=[reward, {"kind": "function", "path": "reference_f1"}])

@@ -1,4 +1,4 @@
-"""Facts about a stage's class: its references, its sources, what it makes."""
+"""Facts about a stage's class: its references, sources and result."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SIZES = {
     "num_experts": 4,
 }
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
-# Token 0 stands for pad and EOS at once: it must count where it is real.
+# Token 0 is both the pad and the EOS token: it must count where a completion contains it.
 COMPLETIONS = [[20, 0], [21, 22, 23, 0], [24]]
 
 
@@ -87,7 +87,7 @@ def test_values_and_scores_are_read_before_a_token_and_at_the_last_one(completio
 
 
 def test_adapters_and_replayed_routing_act_on_packed_sequences() -> None:
-    """Witness: the same model on each sequence alone, with the same experts prescribed."""
+    """Witness: the same model on each sequence alone, with the same replayed experts."""
     torch.manual_seed(0)
     batch = experience(UNEVEN)
     policy = add_lora(HunYuanForCausalLM(HunYuanConfig(**SIZES)), Lora(rank=4), task="CAUSAL_LM").eval()

@@ -101,7 +101,7 @@ ANSWERS = [
     (GSM8K, "72"),
     ("She makes $18.", "$18"),
     ("So 16 - 3 - 4 = 9 eggs are left, and 9 * 2 = 18", "18"),
-    ("It takes 3-4 days", "4"),  # a dash between numbers is no minus
+    ("It takes 3-4 days", "4"),  # a dash between numbers is not a minus
     ("The result is -4", "-4"),
     ("A total of 1,234.50 dollars, as said.", "1,234.50"),
     ("The answer is 42.", "42"),

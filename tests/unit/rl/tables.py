@@ -49,7 +49,7 @@ class Table(nn.Module):
 
 
 class TableEngine:
-    """A rollout engine that samples from the present table."""
+    """A rollout engine that samples from the current table."""
 
     last_generation = last_sync = None
 
@@ -89,7 +89,7 @@ class TokenReward:
 
 
 class Task:
-    """A table that the product's own functions train on a task."""
+    """A task and a table that align's own functions train on it."""
 
     def __init__(self, reward, *, horizon: int, tokens: int, **settings: Any):
         rate = settings.pop("learning_rate", 0.05)

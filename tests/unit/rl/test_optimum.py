@@ -178,7 +178,7 @@ def test_one_update_equals_one_by_hand() -> None:
 
 
 def adam(moments: list[float], gradient: float, turn: int, eps: float) -> float:
-    """AdamW's step of one number, in units of the rate; betas 0.9 and 0.95 as in the recipe's defaults."""
+    """AdamW's step for one number, in units of the learning rate; betas 0.9 and 0.95, the recipe's defaults."""
     if len(moments) < 2:
         moments += [0.0] * (2 - len(moments))
     moments[0] = 0.9 * moments[0] + 0.1 * gradient

@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(score) -> None:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, learner: Learner, turns: set[int]) -> list[int]:
-    """Let the learner's gradients be non-finite in these steps (from 0); the result counts its steps."""
+    """Make the learner's gradients non-finite in these steps (0-based); the returned list has an entry per step."""
     steps: list[int] = []
     real = learner._step
 

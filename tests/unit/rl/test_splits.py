@@ -1,9 +1,9 @@
-"""The gradient of an optimizer step does not depend on micro-batches or ranks, and the router's losses are what they
-should be.
+"""The gradient of an optimizer step does not depend on micro-batches or ranks, and the router losses equal their
+definitions.
 
-Each configuration runs the same mini-batch of rows of unequal lengths whole, one row per micro-batch, and dealt to two
-ranks. The ranks are simulated one after another: each computes its micro-batches, and the gradients and metrics add up
-as the collectives would add them. tests/unit/parallel/test_ppo_ranks.py does the same with processes.
+Each configuration runs the same mini-batch of rows of unequal lengths in three ways: whole, one row per micro-batch,
+and split over two ranks. The ranks are simulated one after another: each computes its micro-batches, and gradients and
+metrics are added as the collectives would add them. tests/unit/parallel/test_ppo_ranks.py does the same with processes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def prepared(name: str) -> tuple[Any, Models, Experience]:
 def step(
     stage: Any, models: Models, batch: Experience, tokens: int, place: tuple[int, int], patch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Tensor], Counter[str]]:
-    """Gradients of one optimizer step by parameter, and its metrics, as rank place[0] of place[1] computes them."""
+    """Gradients of one optimizer step by parameter, and its metrics, on rank place[0] of place[1]."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> float:
@@ -197,7 +197,7 @@ def balance(logits: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize(("name", "loss"), [("router z-loss", z_loss), ("router balance loss", balance)])
 @pytest.mark.parametrize("tokens", [WHOLE, ROWS])
 def test_a_routers_loss_is_added_with_its_coefficient(name, loss, tokens, monkeypatch) -> None:
-    """Balance is a product of means: of rows one at a time it is the mean of theirs, weighted by their tokens."""
+    """The balance loss is a product of means. With one row per micro-batch it is the token-weighted mean over rows."""
     stage, models, batch = prepared(name)
     config = models.policy.model.config
     with_loss, metrics = step(stage, models, batch, tokens, (0, 1), monkeypatch)

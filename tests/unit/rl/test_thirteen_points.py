@@ -205,7 +205,7 @@ def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, aver
 
 
 def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) -> None:
-    """Resuming of optimizers, schedules, KL coefficient, position and random states: test_run.py."""
+    """test_run.py covers the rest: optimizers, schedules, KL coefficient, position and random states are restored."""
     torch.manual_seed(0)
     scorer = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1))
     scorer.save_pretrained(tmp_path / "rm")
