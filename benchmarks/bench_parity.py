@@ -141,7 +141,7 @@ def grown_row(folder: Path, _: Any) -> dict[str, Any]:
     from align.models.hot_start import convert_hot_start
     from align.models.hunyuan import HunYuanForCausalLM
 
-    convert_hot_start("smollm2-135m-instruct", folder, experts=4, top_k=1)
+    convert_hot_start("smollm2-135m-instruct", folder, experts=4, top_k=1, seed=0)
     model = HunYuanForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
     for layer in model.model.layers:

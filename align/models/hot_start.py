@@ -106,7 +106,7 @@ def _plain_rope_theta(config: LlamaConfig) -> float:
 
 
 def convert_hot_start(
-    source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int = 0
+    source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int
 ) -> Path:
     """Write the grown checkpoint (weights, tokenizer, chat template) to `target` atomically."""
     if target.exists() and any(target.iterdir()):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,16 @@ def test_functions_get_prompts_texts_rows_and_the_reference(scorer, functions, s
         {"kind": "function", "path": "mine.py:length", "weight": 2.0},
         {"kind": "function", "path": "mine.py:reference", "batched": False},
     )
+    start = time.perf_counter()
     scores, metrics = one.score(*scored_batch)
+    elapsed = time.perf_counter() - start
     assert scores.tolist() == [2 * len(t) + len("a reference") + len(q) for t, q in zip(TEXTS, QUESTIONS)]
     figures = {k.removeprefix("reward/mine.py:length"): v for k, v in metrics.items() if "length" in k}
     lengths = [7, 17, 10, 2]
     assert figures[""] == np.mean(lengths)  # before the weight
     assert figures["/std"] == pytest.approx(np.std(lengths))
     assert (figures["/min"], figures["/max"], figures["/failures"]) == (2, 17, 0)
-    assert metrics["time/reward/mine.py:length"] >= 0
+    assert 0 <= metrics["time/reward/mine.py:length"] <= elapsed + 1e-3  # rounded to milliseconds
 
 
 def test_verifiers(scorer, scored_batch) -> None:
