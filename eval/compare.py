@@ -12,7 +12,7 @@ from align.eval.statistics import paired_bootstrap_difference, summarize
 from align.run.metrics import EVALUATION, with_unit
 
 BETTER = {"scores": 1, "f1": 1, "preference": 1, "kl": 0, "lengths": 0, "eos": 0}
-"""Columns of the comparison in their order: 1 if higher is better, 0 if it depends."""
+"""Columns of the comparison, besides those of tasks: 1 if higher is better, 0 if it depends."""
 
 COUNTS = ("mean", "standard_error", "n", "unscored", "not_finite", "unanswered")
 """Statistics of a task's metric that the report shows."""

@@ -40,7 +40,7 @@ class Accuracy:
 
     accuracy: the share; a tie counts half.
     n: number of pairs.
-    values: 1, 0.5 or 0 per pair.
+    values: 1, 0.5 (a tie), 0, or NaN per pair.
     """
 
     accuracy: float
@@ -150,7 +150,7 @@ def completions_of(pairs: Pairs, side: str) -> Experience:
 def sequence_logprobs(model: FrozenModel, batch: Experience, temperature: float) -> Tensor:
     """Log-probability of each completion [B], summed over its tokens, on every rank.
 
-    Computed in micro-batches of similar length, of which each rank runs its share.
+    Each rank runs its share of the micro-batches.
     """
     values, device = torch.zeros(len(batch)), training_device()
     micro_batches = list(batch.micro_batches(torch.arange(len(batch)), MICRO_BATCH_TOKENS))

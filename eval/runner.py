@@ -44,7 +44,7 @@ class TaskScorer:
         from_rank_0("evaluate: load metrics", build)
 
     def score(self, task: Task, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> TaskResult:
-        """Result of one model on every rank. Raise `UserError` if a function fails on every completion."""
+        """Result of one model, on every rank. Raises `UserError` if a function fails on every completion."""
 
         def score() -> TaskResult:
             samples = Samples(rows, completions, self.tokenizer)

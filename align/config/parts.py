@@ -265,7 +265,7 @@ class Optimizer(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning-rate decay after the warm-up: none, linear to zero, or cosine to zero."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Fraction of the steps over which the learning rate rises linearly from zero."""
+    """Fraction of the steps, at the start, over which the learning rate rises linearly to its peak."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
 

@@ -137,8 +137,8 @@ class PpoStage(StageWithParent):
     its tokens' ratios (GSPO, with clip ranges around 4e-4)."""
     loss_average: Literal["tokens", "completions", "constant"] = "tokens"
     """Normalisation of the policy loss of a mini-batch. tokens: mean over all tokens. completions: mean over the
-    completions of the mean over their tokens (GRPO as published). constant: sum / (mini_batch_size * max_new_tokens)
-    (Dr. GRPO as published)."""
+    completions of the mean over their tokens (GRPO as published). constant: sum / (completions * max_new_tokens) (Dr.
+    GRPO as published). Completions without a token in the loss are not counted."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Clip range epsilon: the probability ratio new / old is clipped to `1 ± epsilon`."""
     clip_range_high: Annotated[float, Field(gt=0)] | None = None

@@ -188,7 +188,8 @@ def to_prompt(row: Row) -> tuple[list[Message], str | None]:
 
 
 def to_text(row: Row) -> str:
-    """Plain text of a row of any format: the column `text`, or the contents of all turns."""
+    """Plain text of a row of any format: the column `text`, or the contents of all turns (of a preference row, without
+    the rejected answer)."""
     kind = _row_format(row, tuple(FORMAT_COLUMNS))
     if kind == "text":
         text = row["text"]

@@ -150,7 +150,8 @@ def prepare_text(
     """Concatenate documents and split them into rows of `max_length` tokens (input_ids = labels), for pretraining.
 
     Each document ends with the end-of-sequence token; only the last row may be shorter. Conversations are rendered
-    with the chat template. No token is lost, so no row counts as truncated.
+    with the chat template. Only a last row of a single token, which has nothing to predict, is left out, so no row
+    counts as truncated.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -173,7 +174,7 @@ def prepare_text(
     def pack(documents: list[_Encoded]) -> list[_Encoded]:
         stream = [token for document in documents for token in document.columns["input_ids"]]
         blocks = [stream[start : start + data.max_length] for start in range(0, len(stream), data.max_length)]
-        # A last block of one token has no token in the loss.
+        # A row's first token is not in the loss.
         return [_Encoded({"input_ids": b, "labels": b}, len(b) - 1) for b in blocks if len(b) > 1]
 
     return _prepare(data, encode, ("text", "messages", "prompt_completion"), seed, stage_dirs, pack)
@@ -348,7 +349,7 @@ def _prepare(
     stage_dirs: StageDirs,
     pack: Callable[[list[_Encoded]], list[_Encoded]] = lambda rows: rows,
 ) -> Prepared:
-    """Read, encode, split, pack and count. Raises `UserError` if no training row remains."""
+    """Read, encode, split, pack and count. Raises `UserError` if a split that the recipe asks for has no row."""
     tally = _Tally()
     rows = load_rows(data.train, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
     # Held-out sources are read before the slow encoding, so that an error in them is reported early.

@@ -23,7 +23,7 @@ from align.rl.models import Models
 from align.train.learner import Learner
 
 OVERFLOWS = 3
-"""Successive steps that bf16 gradients may overflow before the run stops."""
+"""Number of successive steps with overflowing bf16 gradients that stops the run."""
 LOSSES = {"policy": ("policy_loss", "kl_loss", "aux_loss", "router_z_loss"), "critic": ("value_loss",)}
 """Metrics that are losses, by the model that they train."""
 
@@ -47,8 +47,8 @@ def update(
 ) -> dict[str, float]:
     """Run all epochs of updates and move the policy's EMA weights.
 
-    Returns each metric's mean over the mini-batches, and the numbers of updates made and skipped. Stops with a
-    `UserError` at the first loss or gradient norm that is not finite.
+    Returns each metric's mean over the mini-batches, and the numbers of updates made and skipped. Raises `UserError` at
+    the first loss that is not finite, and for gradients as `require_finite_gradients` does.
     """
     measured: dict[str, list[float]] = {}
     counts = {"policy_updates": 0.0, "skipped_updates": 0.0}

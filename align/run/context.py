@@ -55,7 +55,8 @@ class StageContext:
         """Dtype in which a trained model is loaded. lora: its section in the recipe.
 
         Full fine-tuning uses float32 weights, because rounding to bf16's 8 bits would lose most of an update. Under
-        LoRA the frozen weights have the recipe's dtype and the adapters float32. DeepSpeed keeps float32 copies.
+        LoRA the frozen weights have the recipe's dtype and the adapters are float32. Under DeepSpeed the weights have
+        the recipe's dtype, and the optimizer keeps float32 copies.
         """
         return self.recipe.dtype if lora or self.recipe.parallel else "float32"
 

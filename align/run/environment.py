@@ -10,7 +10,7 @@ from align.config.recipe import Recipe
 
 
 def prepare_process(recipe: Recipe) -> None:
-    """Set the environment variables that torch, tqdm and vLLM read when they are imported."""
+    """Set the environment variables that libraries read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log

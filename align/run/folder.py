@@ -3,7 +3,8 @@
     runs/<run>/recipe.json
     runs/<run>/<stage>/{config.json, metrics.jsonl, checkpoints/, model/, manifest.json}
 
-Does not import torch. Every file is written under a temporary name and renamed, so readers never see a partial file.
+Does not import torch. Files are written under a temporary name and renamed, so readers never see a partial file. Only
+metrics.jsonl and samples.jsonl are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -119,7 +120,10 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one line per step; `from_step` drops the lines after a checkpoint's step."""
+    """Appends to metrics.jsonl, one line per step.
+
+    from_step: the step of a checkpoint; later lines are removed. None: all lines are removed.
+    """
 
     def __init__(self, path: Path, *, from_step: int | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +144,7 @@ class MetricsWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every complete line; a last line that a kill has truncated is skipped."""
+    """The lines up to the first incomplete one, which a killed process may leave at the end; none without a file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

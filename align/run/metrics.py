@@ -175,7 +175,7 @@ PPO = (
         "reward/NAME",
         "Reward NAME, mean",
         "",
-        "Mean of one reward over the rollout batch, before normalisation, clipping and weight.",
+        "Mean of one reward before normalisation, clipping and weight, over all completions sampled in the iteration.",
     ),
     MetricInfo("reward/NAME/std", "Reward NAME, standard deviation", "", "Standard deviation of that reward."),
     MetricInfo("reward/NAME/min", "Reward NAME, smallest", "", "Smallest value of that reward."),
@@ -318,7 +318,9 @@ PPO = (
         "GiB",
         "Peak memory of rank 0 since it started: resident memory; on a GPU, memory of tensors.",
     ),
-    MetricInfo("rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens that were sent to the engine."),
+    MetricInfo(
+        "rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens sent to the engine, once per completion."
+    ),
     MetricInfo(
         "rollout/cached_share", "Cached prompt tokens", SHARE, "Share of prompt tokens served from the prefix cache."
     ),

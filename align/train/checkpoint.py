@@ -84,7 +84,7 @@ def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer, add a template that marks assistant turns, and check its size."""
+    """Load a checkpoint's tokenizer and check its size; see `prepare_chat_template` for its template."""
     config = check_checkpoint(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"{folder}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")
@@ -292,7 +292,10 @@ def count_stored_parameters(folder: Path) -> dict[str, int]:
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:
-    """Numbers of total, active (used for one token) and trainable parameters; call it before adapters are merged."""
+    """Numbers of total, active (used for one token) and trainable parameters; call it before adapters are merged.
+
+    Adapters and other copies that PEFT adds count as trainable only.
+    """
     total = active = trainable = 0
     config = model.config
     for name, parameter in model.named_parameters():

@@ -52,7 +52,7 @@ class Learner(ABC):
 
     collective: forward and backward passes contain collectives, so two of them cannot run in parallel threads.
     skips_overflow: gradients are computed in bf16, which can overflow in single steps.
-    skips_in_a_row: number of steps up to the last one that were skipped.
+    skips_in_a_row: number of successive skipped steps, up to and including the last step.
     """
 
     collective = False

@@ -14,7 +14,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW over the trainable parameters.
 
     Routed experts learn at learning_rate * expert_learning_rate_scale. Norms, biases and other vectors do not decay.
-    For a parameter that ZeRO-3 has partitioned, the shape before partitioning decides. DeepSpeed requires
+    Of a parameter that ZeRO-3 has partitioned, the shape before partitioning is used. DeepSpeed requires
     expert-parallel parameters in groups of their own that name their process group.
     """
     groups: dict[tuple[bool, bool, str], list[nn.Parameter]] = {}

@@ -9,7 +9,7 @@ import warnings
 
 
 def quieten() -> None:
-    """Silence warnings and progress bars of the libraries; errors and our own output stay. Call once before a stage."""
+    """Silence the libraries' warnings and, outside a terminal, their progress bars. Errors and our own output stay."""
     if os.environ.get("ALIGN_VERBOSE"):
         return
     for category in (FutureWarning, UserWarning, DeprecationWarning):
