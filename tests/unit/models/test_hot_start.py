@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,6 +97,12 @@ def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) ->
 def test_a_llama_without_biases_is_read_from_its_folder(dense, tmp_path) -> None:
     dense.save_pretrained(tmp_path)
     assert torch.equal(load_dense(tmp_path).lm_head.weight, dense.lm_head.weight)
-    LlamaForCausalLM(LlamaConfig(**dense.config.to_dict() | {"mlp_bias": True})).save_pretrained(tmp_path / "biased")
+
+
+@pytest.mark.parametrize("change", [{"attention_bias": True}, {"mlp_bias": True}, {"model_type": "mistral"}])
+def test_another_dense_model_is_refused(dense, tmp_path, change) -> None:
+    dense.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match="needs a Llama model without biases"):
-        load_dense(tmp_path / "biased")
+        load_dense(tmp_path)
