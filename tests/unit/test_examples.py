@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
-from align.cli import main
+from align.cli import main, parse
 from align.config import load_recipe
+from align.config.recipe import Recipe
 from align.pipeline import run
+from align.preflight import problems
 from align.run.folder import read_jsonl
 from tests.integration.runs import ROOT, small_model
 
@@ -133,23 +136,128 @@ def test_your_own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert metrics["score_mean"] == pytest.approx(metrics["reward/vowels"] + 0.5 * metrics["reward/lower_case"])
 
 
-def test_the_cluster_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its plan and its check run, its figures are the plan's, the script is valid bash, the hosts are the plan's."""
-    page = (EXAMPLES / "cluster" / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^ +(align (?:plan|check) .*)$", page, re.MULTILINE)
-    assert [command.split()[1] for command in commands] == ["plan", "check"]
-    for command in commands:
-        main(shlex.split(command)[1:])
+CLUSTER = EXAMPLES / "cluster"
+
+
+def commands(text: str, command: str) -> list[list[str]]:
+    """The arguments of each `align COMMAND` line, in a page's blocks or a script's comments."""
+    lines = re.findall(rf"^[# ]+(align {command} .*)$", text, re.MULTILINE)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_the_cluster_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plans and checks run, its figures are the plans', and each file is preceded by a plan that the page has."""
+    monkeypatch.chdir(ROOT)
+    page = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    plans, checks = commands(page, "plan"), commands(page, "check")
+    assert [len(plans), len(checks)] == [2, 2]
+    for command in (*plans, *checks):
+        main(command)
     printed = capsys.readouterr().out
     assert "does not fit" not in printed
     assert "hunyuan-large: ok" in printed
+    assert "two_hosts.yaml: ok" in printed
     assert "116 of 141 GB per GPU, 1,749 of 2,000 GB per host" in printed
     assert "116 of 141 GB per GPU and 1,749 of 2,000 GB per host" in page
-    script = EXAMPLES / "cluster" / "hunyuan-large.sbatch"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    hosts = (EXAMPLES / "cluster" / "hosts").read_text(encoding="utf-8").splitlines()
-    assert len(hosts) == int(re.findall(r"--nodes=(\d+)", script.read_text())[0]) == 8
-    assert all(line.endswith(" slots=8") for line in hosts)
+    assert "16.3 of 80.0 GB per GPU" in printed
+    assert "16.3 of 80.0 GB per GPU" in page
+    for name in ("hunyuan-large.sbatch", "torchrun.sh", "kubernetes.yaml", "two_hosts.yaml"):
+        (plan,) = commands((CLUSTER / name).read_text(encoding="utf-8"), "plan")
+        assert plan in plans, name
+
+
+@pytest.fixture
+def started(tmp_path: Path):
+    """Runs a script of the cluster with stand-ins for the programs that it starts; returns what it passes to them."""
+    for name in ("align", "srun", "torchrun"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n")
+        program.chmod(0o755)
+
+    def start(command: list[str], **variables: str) -> list[list[str]]:
+        environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **variables}
+        subprocess.run(command, env=environment, check=True, cwd=ROOT)
+        return [line.rstrip("\0").split("\0") for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return start
+
+
+def recipe_of(run: list[str]) -> Recipe:
+    """The recipe that the arguments of `align run` start, with its overrides."""
+    options = parse(run)
+    assert options.resume
+    return load_recipe(options.recipe, options.overrides)
+
+
+def require_checked_before(check: list[str], run: list[str]) -> None:
+    """The first command is `align check` of what the second starts."""
+    assert check == ["align", "check", *(word for word in run[1:] if word != "--resume")]
+
+
+def test_slurm_starts_the_recipes_ranks(started, tmp_path: Path) -> None:
+    script = CLUSTER / "hunyuan-large.sbatch"
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script.read_text(encoding="utf-8"), re.MULTILINE))
+    tasks = int(options["nodes"]) * int(options["ntasks-per-node"])
+    place = {"SLURM_NTASKS": str(tasks), "SLURM_CPUS_PER_TASK": options["cpus-per-task"]}
+    check, step = started(["bash", str(script)], SLURM_SUBMIT_DIR=str(tmp_path), **place)
+    run = step[step.index("align") + 1 :]
+    require_checked_before(check, run)
+    recipe = recipe_of(run)
+    assert recipe.parallel is not None
+    assert recipe.parallel.processes == tasks == 64
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert step[1 : step.index("align")] == ["--kill-on-bad-exit", "--gpu-bind=none", "--cpus-per-task=12"]
+    hosts = (CLUSTER / "hosts").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[1] for line in hosts] == [f"slots={options['ntasks-per-node']}"] * int(options["nodes"])
+
+
+def require_torchrun(arguments: list[str], machines: int, machine: str) -> None:
+    """torchrun itself accepts the arguments, and starts as many ranks as the recipe has."""
+    options = get_args_parser().parse_args(arguments)
+    assert (options.nnodes, options.nproc_per_node, options.node_rank) == (str(machines), "8", int(machine))
+    assert options.shutdown_timeout >= 600  # align gives its ranks as long to write a checkpoint
+    assert (options.module, options.training_script) == (True, "align.cli")
+    recipe = recipe_of(options.training_script_args)
+    assert recipe.parallel is not None
+    assert recipe.parallel.processes == 8 * machines
+    assert problems(recipe, list(recipe.stages), files=False) == []
+
+
+def test_torchrun_starts_the_recipes_ranks_on_two_machines(started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = [str(CLUSTER / "torchrun.sh"), "examples/cluster/two_hosts.yaml"]
+    check, run = started(command, MACHINES="2", RANK_OF_MACHINE="1", FIRST_MACHINE="gpu-01")
+    require_torchrun(run[1:], 2, "1")
+    require_checked_before(check, run[run.index("align.cli") + 1 :])
+    assert run[run.index("--master-addr") + 1] == "gpu-01"
+
+
+def test_kubernetes_starts_the_recipes_ranks_in_two_pods(started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CLUSTER)  # the volume holds two_hosts.yaml
+    service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text(encoding="utf-8"))
+    assert (service["kind"], job["kind"], job["apiVersion"]) == ("Service", "Job", "batch/v1")
+    name, pods = service["metadata"]["name"], job["spec"]["completions"]
+    assert service["spec"] == {
+        "clusterIP": "None",  # headless: each pod has an address of its own
+        "publishNotReadyAddresses": True,
+        "selector": {"job-name": job["metadata"]["name"]},
+    }
+    assert (job["spec"]["parallelism"], job["spec"]["completionMode"]) == (pods, "Indexed")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == name
+    assert pod["terminationGracePeriodSeconds"] > 600
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert mounted[container["workingDir"]] in volumes
+    check, run = started([*container["command"], *container["args"]], JOB_COMPLETION_INDEX="1")
+    require_torchrun(run[1:], pods, "1")
+    require_checked_before(check, run[run.index("align.cli") + 1 :])
+    # An indexed Job calls its pods NAME-INDEX; the Service's name is their domain.
+    assert run[run.index("--master-addr") + 1] == f"{job['metadata']['name']}-0.{name}"
 
 
 def test_the_server_has_forty_lines() -> None:
