@@ -11,13 +11,19 @@ TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-fast check bench bench-trl clean lock image
+.PHONY: quickstart test test-fast check compat bench bench-trl clean lock image
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
 
 image:
 	docker build --tag align .
+
+# Compares align with the CUDA builds of vLLM, which it downloads into build/: `make compat VLLM=0.34.0` for a new one.
+VLLM ?=
+
+compat: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compat $(VLLM)
 
 # pytest-xdist workers, one thread each; small models gain nothing from more threads.
 JOBS ?= 2

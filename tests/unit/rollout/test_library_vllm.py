@@ -1,11 +1,11 @@
-"""Every name of vLLM that align/rollout uses exists; after an upgrade, each missing name fails here in one line.
+"""Every name of the installed vLLM that align uses exists; after an upgrade, each missing name fails here in one line.
 
-No engine is started. test_vllm_engine.py and test_remote_vllm.py test the behaviour.
+No engine is started. test_vllm_engine.py and test_remote_vllm.py test the behaviour. `make compat` checks the same for
+versions that are not installed.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -22,16 +22,11 @@ from align.rollout.base import SamplingSettings
 from align.rollout.serve import command_line
 from align.rollout.vllm_options import engine_options, sampling_options
 from align.rollout.vllm_versions import serve_parser
+from tests.compat.contract import ATTRIBUTES, CALLS
+from tests.compat.usage import Import, usage
 
-TRANSFER = "vllm.distributed.weight_transfer"
+ROOT = Path(__file__).parents[3]
 SOURCES = sorted(Path(align.rollout.__path__[0]).rglob("*.py"))
-
-
-def imported_names() -> list[tuple[str, str]]:
-    """(module, name) of every `from vllm... import name` in align/rollout."""
-    nodes = [node for file in SOURCES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm")]
-    return sorted({(str(node.module), alias.name) for node in froms for alias in node.names})
 
 
 def find(path: str) -> Any:
@@ -43,89 +38,37 @@ def find(path: str) -> Any:
     return found
 
 
+def is_importable(one: Import) -> bool:
+    try:
+        found = importlib.import_module(one.module)
+        if one.name and not hasattr(found, one.name):
+            importlib.import_module(f"{one.module}.{one.name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
 def test_imports() -> None:
-    names = imported_names()
-    assert ("vllm", "LLM") in names
-    assert len(names) > 15
-    for module, name in names:
-        if module == "vllm.entrypoints.common.cli_args":
-            continue  # of 0.33; align/rollout/vllm_versions.py has 0.32's beside it
-        found = importlib.import_module(module)
-        if not hasattr(found, name):
-            importlib.import_module(f"{module}.{name}")
+    """Of an import with `except ImportError`, one alternative suffices: the other is of another version."""
+    groups = usage(ROOT, "vllm").imports
+    assert ["from vllm import LLM"] in [[str(one) for one in each] for group in groups for each in group]
+    assert len(groups) > 40
+    for group in groups:
+        assert any(all(map(is_importable, alternative)) for alternative in group), group
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        ("vllm:LLM.generate", {"prompts": [], "sampling_params": [], "use_tqdm": False}),
-        ("vllm:LLM.start_weight_update", {}),
-        ("vllm:LLM.update_weights", {"request": {}}),
-        ("vllm:LLM.finish_weight_update", {"weight_version": "1"}),
-        ("vllm:LLM.update_weight_version", {"new_version": "0"}),
-        ("vllm:LLM.reset_prefix_cache", {}),
-        ("vllm:LLM.sleep", {"level": 1}),
-        ("vllm:LLM.wake_up", {}),
-        ("vllm.v1.engine.core_client:InprocClient.shutdown", {}),
-        (f"{TRANSFER}.base:WeightTransferEngine.__init__", {"config": 0, "vllm_config": 0, "device": 0, "model": 0}),
-        (f"{TRANSFER}.base:WeightTransferEngine.start_weight_update", {}),
-        (f"{TRANSFER}.base:WeightTransferEngine.update_weights", {"update_info": {}}),
-        (f"{TRANSFER}.base:WeightTransferEngine.finish_weight_update", {}),
-        (f"{TRANSFER}.base:WeightTransferEngine.receive_weights", {"update_info": None}),
-        (f"{TRANSFER}.base:WeightTransferEngine.init_transfer_engine", {"init_info": None}),
-        (f"{TRANSFER}.base:TrainerWeightTransferEngine.send_weights", {}),
-        (f"{TRANSFER}.base:TrainerWeightTransferEngine.shutdown", {}),
-        (f"{TRANSFER}.clients:HTTPVLLMWeightSyncClient.update_weights", {"update_info": {}}),
-        (f"{TRANSFER}.clients:HTTPVLLMWeightSyncClient.init_weight_transfer_engine", {"init_info": {}}),
-        ("vllm.v1.worker.worker_base:WorkerWrapperBase.__init__", {}),
-        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model", {}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("function", "arguments"), CALLS, ids=[path for path, _ in CALLS])
 def test_methods_take_our_arguments(function: str, arguments: dict[str, Any]) -> None:
-    inspect.signature(find(function)).bind(None, **arguments)
+    found = find(function)
+    is_method = "." in function.partition(":")[2] and not inspect.ismethod(found)
+    inspect.signature(found).bind(*([None] if is_method else []), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (f"{TRANSFER}:WeightTransferTrainerFactory.trainer_init", {"client": None, "source": None}),
-        (f"{TRANSFER}.clients:HTTPVLLMWeightSyncClient", {}),
-        (f"{TRANSFER}.base:ParamMeta", {"dtype": None, "shape": ()}),
-    ],
-)  # fmt: skip
-def test_functions_take_our_arguments(function: str, arguments: dict[str, Any]) -> None:
-    inspect.signature(find(function)).bind_partial(None, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("owner", "names"),
-    [
-        ("vllm.outputs:RequestOutput", "request_id prompt_token_ids outputs num_cached_tokens"),
-        ("vllm.outputs:CompletionOutput", "token_ids logprobs routed_experts finish_reason weight_versions"),
-        ("vllm.config:VllmConfig", "cache_config model_config aux_output_config weight_transfer_config"),
-        ("vllm.config:CacheConfig", "num_gpu_blocks block_size"),
-        ("vllm.config:ModelConfig", "enable_sleep_mode hf_config"),
-        ("vllm:LLM", "llm_engine"),
-        ("vllm.v1.engine.llm_engine:LLMEngine", "engine_core vllm_config model_executor"),
-        ("vllm.v1.executor.uniproc_executor:UniProcExecutor", "driver_worker"),
-        ("vllm.v1.worker.worker_base:WorkerWrapperBase", "worker"),
-        ("vllm.v1.worker.gpu_worker:Worker", "model_runner"),
-        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "input_batch query_start_loc"),
-        ("vllm.v1.worker.gpu_input_batch:InputBatch", "req_ids num_reqs"),
-        ("vllm.v1.utils:CpuGpuBuffer", "np"),
-        ("vllm.v1.core.sched.scheduler:Scheduler", "_preempt_request"),
-        (f"{TRANSFER}.ipc_engine:IPCWeightTransferEngine", "_packed_importer"),
-        (
-            f"{TRANSFER}.nccl_engine:NCCLTrainerInitInfo",
-            "rank master_address master_port world_size packed_buffer_size_bytes",
-        ),
-        (f"{TRANSFER}.ipc_engine:IPCTrainerInitInfo", "rank packed packed_buffer_size_bytes"),
-    ],
-)
+@pytest.mark.parametrize(("owner", "names"), ATTRIBUTES, ids=[path for path, _ in ATTRIBUTES])
 def test_objects_have_our_attributes(owner: str, names: str) -> None:
     kind = find(owner)
     source = "".join(inspect.getsource(base) for base in kind.__mro__[:-1] if base.__module__.startswith("vllm"))
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    fields = {name for base in kind.__mro__ for name in inspect.get_annotations(base)}
     for name in names.split():
         is_set = re.search(rf"self\.{name}(: [^=\n]+)? = ", source)
         assert name in fields or hasattr(kind, name) or is_set, f"{owner} has no {name}"

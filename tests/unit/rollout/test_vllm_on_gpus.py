@@ -80,7 +80,8 @@ def test_the_default_cache_of_a_server_is_vllms(tmp_path: Path, gpu) -> None:
     assert options.keys().isdisjoint({"gpu_memory_utilization", "kv_cache_memory_bytes"})
 
 
-def test_the_default_cache_on_a_cpu(tmp_path: Path) -> None:
+def test_the_default_cache_on_a_cpu(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_options, "has_gpu", lambda: False)
     options = engine_options(tmp_path, Rollout(), dtype="float32", seed=0, in_process=True)
     assert options["kv_cache_memory_bytes"] == GIB // 2
     assert "gpu_memory_utilization" not in options
@@ -244,27 +245,43 @@ def test_the_parser_of_0_33_has_moved(monkeypatch) -> None:
 
 
 class Recorder:
-    """A server's client: the requests that vLLM's sender makes."""
+    """A server's client: the requests that vLLM's sender makes, by the server's address."""
+
+    requests: dict[str, list[Any]]
 
     def __init__(self, url: str, timeout: float):
-        self.requests: list[Any] = []
-        Recorder.last = self
-
-    last: Recorder
+        self.url = url
+        self.requests[url] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.requests.append(init_info)
+        self.requests[self.url].append(init_info)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.requests.append(update_info)
+        self.requests[self.url].append(update_info)
 
 
-def test_ipc_sends_from_rank_0_alone(monkeypatch) -> None:
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    from vllm.distributed.weight_transfer import clients
+
+    monkeypatch.setattr(Recorder, "requests", {}, raising=False)
+    monkeypatch.setattr(clients, "HTTPVLLMWeightSyncClient", Recorder)
+    return Recorder.requests
+
+
+def servers_at(ranks: str, *urls: str) -> list[Server]:
+    servers = [Server(url) for url in urls]
+    for server in servers:
+        server.facts, server.failure = {"ranks": ranks}, None
+    return servers
+
+
+def test_ipc_sends_from_rank_0_alone(monkeypatch, requests) -> None:
     """The other ranks gather weights at that time: a collective of vLLM's sender would wait for them forever.
 
     One tensor is larger than `bucket_mib`; vLLM refuses a tensor that is larger than its buffer.
     """
-    from vllm.distributed.weight_transfer import clients, packed_tensor
+    from vllm.distributed.weight_transfer import packed_tensor
 
     def collective(*_: object, **__: object) -> None:
         raise AssertionError("a collective over the default group")
@@ -281,37 +298,36 @@ def test_ipc_sends_from_rank_0_alone(monkeypatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **values: empty(*size, **values))
     monkeypatch.setattr(packed_tensor, "reduce_tensor", lambda buffer: (None, ("handle", buffer.numel())))
-    monkeypatch.setattr(clients, "HTTPVLLMWeightSyncClient", Recorder)
-    server = Server("http://127.0.0.1:1")
-    server.facts = {"ranks": "1"}
+    (server,) = servers_at("1", "http://127.0.0.1:1")
     transfer = GpuTransfer("ipc", [server], bucket_bytes=8, timeout=1)
     transfer._deliver(BUCKET, [server], 5)
-    assert server.failure == "not connected yet"  # no failure of this transfer
-    handshake, update = Recorder.last.requests
+    assert server.failure is None
+    handshake, update = requests[server.url]
     assert handshake == {"packed": True}
     assert update["names"] == ["a", "b"]
     assert update["tensor_sizes"] == [24, 8]
     assert update["ipc_handles"] == {"gpu-0": ("handle", 32)}
 
 
-def test_nccl_meets_the_servers_at_an_address_that_they_reach(monkeypatch) -> None:
-    from vllm.distributed import weight_transfer
-    from vllm.distributed.weight_transfer import clients
+def test_nccl_meets_the_servers_and_sends_each_bucket(monkeypatch, requests) -> None:
+    """vLLM compares what a source yields with what it declared, so a stale declaration would be an error here."""
+    from vllm.distributed.weight_transfer import nccl_engine
 
     begun: list[Any] = []
-
-    def trainer_init(info: Any, *, client: Any, source: Any) -> Any:
-        begun.append(info)
-        return SimpleNamespace(shutdown=lambda: None)
-
-    factory: Any = SimpleNamespace(trainer_init=trainer_init)
-    monkeypatch.setattr(weight_transfer, "WeightTransferTrainerFactory", factory)
-    monkeypatch.setattr(clients, "HTTPVLLMWeightSyncClient", Recorder)
+    sent: list[list[tuple[str, torch.Tensor]]] = []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: begun.append(info) or "communicator")
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **_: sent.append([*iterator]))
     monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
     monkeypatch.setattr(gpu_transfer, "route_to", lambda host, port: SimpleNamespace(here=f"route to {host}"))
-    servers = [Server("http://127.0.0.1:1"), Server("http://gpu7:1")]
-    for server in servers:
-        server.facts = {"ranks": "2"}
-    GpuTransfer("nccl", servers, bucket_bytes=8, timeout=1)
-    assert begun[0].master_address == "route to gpu7"
-    assert begun[0].world_size == 5
+    servers = servers_at("2", "http://127.0.0.1:1", "http://gpu7:1")
+    transfer = GpuTransfer("nccl", servers, bucket_bytes=8, timeout=1)
+    assert (begun[0].master_address, begun[0].world_size, begun[0].rank) == ("route to gpu7", 5, 0)
+    for bucket in (BUCKET, BUCKET[:1]):
+        transfer._deliver(bucket, servers, 5)
+    assert sent == [BUCKET, BUCKET[:1]]
+    assert [server.failure for server in servers] == [None, None]
+    for server, offset in zip(servers, (1, 3), strict=True):
+        handshake, first, second = requests[server.url]
+        assert (handshake["rank_offset"], handshake["world_size"]) == (offset, 5)
+        assert (first["names"], second["names"]) == (["a", "b"], ["a"])
+        assert first["shapes"] == [[2, 3], [4]]
