@@ -1,0 +1,35 @@
+"""The environment of a process that runs stages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from align.config import load_recipe
+from align.run import environment
+
+
+@pytest.mark.parametrize(
+    ("files", "accelerator"),
+    [
+        (["nvidia0", "nvidiactl"], None),
+        (["nvidia3", "nvidiactl", "nvidia-uvm"], None),  # a container with one GPU of several
+        (["nvidia11"], None),
+        (["dxg"], None),
+        (["nvidiactl", "nvidia-uvm", "null"], "cpu"),
+        ([], "cpu"),
+    ],
+)
+def test_deepspeed_computes_on_the_cpu_only_without_a_gpu(
+    files: list[str], accelerator: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DS_ACCELERATOR", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # restores it afterwards
+        monkeypatch.delenv(name)
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(environment, "DEVICES", tmp_path)
+    environment.prepare_process(load_recipe("tiny", []))
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
