@@ -79,8 +79,8 @@ class Parallel(Section):
     def _sizes_fit(self) -> Parallel:
         if self.expert_parallel_size > 1 and self.zero_stage == 0:
             raise ValueError(
-                "expert_parallel_size needs zero_stage 1, 2 or 3: at zero_stage 0 the gradient norm by which DeepSpeed "
-                "clips a rank's gradients lacks the experts of other ranks; set zero_stage to 1, 2 or 3"
+                "expert_parallel_size needs zero_stage 1, 2 or 3: at zero_stage 0 DeepSpeed clips a rank's gradients "
+                "by a norm that omits the other ranks' experts; set zero_stage to 1, 2 or 3"
             )
         if self.offload.parameters is not None and self.zero_stage != 3:
             raise ValueError(

@@ -124,7 +124,7 @@ class RewardModelStage(TrainingStage):
     kind: Literal["reward_model"]
     """Selects reward-model training."""
     center_coef: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the squared sum of the two scores of a pair, a penalty that keeps scores centred on zero."""
+    """Weight of a penalty that keeps scores centred on zero: (chosen score + rejected score)^2 per pair."""
 
 
 TrlLossType = Literal[
@@ -238,7 +238,7 @@ class EvaluateStage(StageBase):
     rollout: Rollout = Rollout()
     """Generation of completions by the compared models. `temperature: 0` is greedy decoding."""
     reference: str | None = None
-    """Model to which each model's KL is estimated on that model's samples. Default: the first of `models`."""
+    """Reference model of the KL, which is estimated on each model's own samples. Default: the first of `models`."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples for the 95 % confidence intervals."""
     samples: Annotated[int, Field(ge=0)] = 8

@@ -13,7 +13,7 @@ LOG_RATIO_BOUND = 20.0
 """Log-ratios are clamped to +- this: exp(20) is already meaningless, and exp(90) overflows fp32."""
 
 ADAPTATION_BOUND = 0.2
-"""Relative error of the measured KL at which the controller's response is clipped."""
+"""Largest relative error of the measured KL that the controller responds to; larger ones are clipped."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

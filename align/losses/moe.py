@@ -1,7 +1,7 @@
 """Losses and metrics of a router: balance loss, z-loss, expert load, entropy. Padding (mask_T 0) never counts.
 
-All are means over the valid tokens of one call. The z-loss of a whole step is the mean of its micro-batches' weighted
-by their valid tokens. The balance loss is a product of two means, so it depends on how a step is cut.
+All are means over the valid tokens of one call. A step's z-loss is the mean over its micro-batches, weighted by their
+valid tokens. The balance loss is a product of two means, so it depends on the split into micro-batches.
 
 Shapes: T tokens, E experts, k experts per token.
 """

@@ -130,7 +130,7 @@ clip_range, clip_range_high, weights and count."""
 
 
 def update_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, count: float) -> Tensor:
-    """k3 estimate of KL(policy before the update || present policy) in nats per token."""
+    """k3 estimate of KL(policy before the update || current policy) in nats per token."""
     return masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask, count).detach()
 
 

@@ -299,7 +299,7 @@ def aot_loss(
     """Mean of -(1 - e) log s(m) - e log s(-m) over sorted pairs, with e = label_smoothing.
 
     m = beta * (sort(log pi(w) - log pi(l)) - sort(log ref(w) - log ref(l))): the policy's distribution of margins is to
-    dominate the reference's. Sorting mixes the pairs of a batch, so the loss depends on how a batch is cut.
+    dominate the reference's. Sorting mixes a batch's pairs, so the loss depends on the split into micro-batches.
     Source: Melnyk et al., AOT (arXiv 2406.05882).
     """
     margins, _ = (chosen_logprobs_B - rejected_logprobs_B).sort()
@@ -321,7 +321,7 @@ def aot_unpaired_loss(
 ) -> LossAndMetrics:
     """As `aot_loss`, with m = beta * (sort(h(w)) - sort(h(l))): rewards of chosen completions are to dominate.
 
-    The loss depends on how a batch is cut. Source: Melnyk et al., AOT (arXiv 2406.05882).
+    The loss depends on the split into micro-batches. Source: Melnyk et al., AOT (arXiv 2406.05882).
     """
     chosen, rejected = chosen_logprobs_B - ref_chosen_logprobs_B, rejected_logprobs_B - ref_rejected_logprobs_B
     losses = _smoothed(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)

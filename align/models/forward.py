@@ -95,7 +95,7 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
-    """Hidden state [B, T, D] of the state in which each completion token was chosen."""
+    """Hidden states [B, T, D] of the tokens before each completion token, zero where the mask is 0."""
     packed = PackedRows(batch)
     model: ScoringModel = unwrap(critic)
     features = packed.predicting(packed.forward(model.model).last_hidden_state)
@@ -105,7 +105,7 @@ def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
 
 
 def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
-    """Value [B, T] of the state in which each completion token was chosen; reuses stored features of a frozen trunk."""
+    """Values [B, T] of the states before each completion token; stored features of a frozen trunk are reused."""
     features = batch.features if batch.features is not None else critic_features(critic, batch)
     head = unwrap(critic).score
     values: Tensor = head(features.to(next(head.parameters()).dtype))

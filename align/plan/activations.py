@@ -104,7 +104,10 @@ def _adapter_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def merged_experts(layer: LayerShape, run: Pass) -> int:
-    """Expert matrices with merged adapters, which PEFT saves for the backward pass under LoRA on experts."""
+    """The sum of expert matrices and adapters, which PEFT saves for the backward pass under LoRA on experts.
+
+    It is counted under DeepSpeed too, where `align.models.lora.experts` does not build it.
+    """
     return layer.experts * run.bytes_per_value if run.lora is not None and run.lora.experts else 0
 
 

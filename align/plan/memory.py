@@ -28,7 +28,7 @@ CHUNK_BYTES = 96 * 2**20
 
 @dataclass(frozen=True)
 class Buffers:
-    """Sizes of DeepSpeed's buffers, in values: those of `align.parallel.deepspeed_config`, otherwise its defaults."""
+    """Sizes of DeepSpeed's buffers, in values: what `align.parallel.deepspeed_config` sets, otherwise the defaults."""
 
     reduce_bucket: int = BUCKET
     prefetch: int = BUCKET

@@ -81,7 +81,7 @@ class Duration:
 
     @property
     def seconds(self) -> float:
-        """Midpoint of the bounds, by which settings are ordered."""
+        """Midpoint of the bounds; settings are ordered by it."""
         return (self.fastest + self.slowest) / 2
 
 

@@ -34,7 +34,7 @@ class Checkpoint:
     """The checkpoint of a run, in `folder`: everything that determines the rest of the run.
 
     Trained weights and both optimizers, EMA weights, random states, the sampler's position, the KL coefficient, running
-    moments of the rewards, and a rollout batch that is sampled but not yet learned from. All ranks make the same calls.
+    moments of the rewards, and a rollout batch that is sampled but not yet trained on. All ranks make the same calls.
     """
 
     def __init__(self, folder: Path, models: Models, sampler: RolloutSampler, scorer: Scorer):
@@ -86,7 +86,7 @@ class Checkpoint:
         from_rank_0("keeping the samples", write)
 
     def load(self) -> Progress | None:
-        """Restore the last checkpoint and the samples that were not learned from; None if there is no checkpoint."""
+        """Restore the last checkpoint and the samples not yet trained on; None if there is no checkpoint."""
         counters = from_rank_0("reading the checkpoint", self._read)
         if counters is None:
             return None

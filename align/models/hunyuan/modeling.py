@@ -55,7 +55,7 @@ class HunYuanModelOutput(ModelOutput):
 
 @dataclass
 class HunYuanCausalLMOutput(ModelOutput):
-    """Output of the language model; the rest is that of `HunYuanModelOutput`.
+    """Output of the language model; the other fields are as in `HunYuanModelOutput`.
 
     loss: cross entropy plus the router losses times their coefficients.
     logits: [B, T, V].

@@ -32,10 +32,10 @@ class Factor(nn.Module):
 
 
 class ExpertAdapter(ParamWrapper):
-    """Adapter on one stack of an `Experts` module, to which it passes a correction of the stack's product.
+    """Adapter on one stack of an `Experts` module. The module adds `correction` to the stack's product.
 
     It replaces an adapter that PEFT created for all experts of the layer, keeps PEFT's names and switches, and copies
-    the factors of this rank's experts. `peft_shape` restores the shapes in which PEFT writes the factors.
+    the factors of this rank's experts. `peft_shape` restores the shapes that PEFT gives the factors in files.
     """
 
     def __init__(self, made: ParamWrapper):
@@ -85,7 +85,7 @@ def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def peft_shape(name: str, factor: Tensor) -> Tensor:
-    """A full parameter in the shape in which PEFT writes it: A [E r, I] by expert, B [O, r E] by LoRA rank."""
+    """A full parameter in the shape that PEFT writes: A [E r, I] by expert, B [O, r E] by LoRA rank."""
     if factor.dim() != 3:
         return factor
     if ".lora_A." in name:

@@ -1,4 +1,4 @@
-"""Capacity and recycle routing: exact counts, nothing lost while there is room, uniform over free slots."""
+"""Capacity and recycle routing: exact counts, nothing dropped while slots are free, uniform over free slots."""
 
 from __future__ import annotations
 

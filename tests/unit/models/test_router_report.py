@@ -69,7 +69,7 @@ def test_the_loss_weights_both_terms() -> None:
 
 
 def test_the_table_of_routed_experts() -> None:
-    """A dense layer has -1 throughout, a layer with a smaller k behind its own."""
+    """A dense layer has -1 throughout; a layer with a smaller k has -1 beyond its own k."""
     table = choices_of_layers(
         [
             None,
