@@ -70,7 +70,7 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both h
             loss = loss + self.loss_weights[1] * sft_loss(logprobs_BT[: len(mask)], mask)[0]
         metrics |= {f"logps/{side}": tensors[f"{side}_logprobs_B"].detach().mean() for side in ("chosen", "rejected")}
         mode = "train" if model.training else "eval"
-        for name, value in self._mean_over_ranks({name: m.item() for name, m in metrics.items()}).items():
+        for name, value in self._mean_over_ranks(metrics).items():
             self._metrics[mode][name].append(value)
         return loss
 

@@ -14,8 +14,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from align.data.transfer import to_device
+
 OF_ALL_TOKENS = ("input_ids", "routed_experts")
 """Fields with columns for the prompt's tokens too."""
+ON_THE_HOST = ("lengths", "prompt_lengths")
+"""Fields from which the host computes indices."""
 
 
 @dataclass
@@ -23,8 +27,8 @@ class Experience:
     """A rollout batch. Every [B, T] tensor is zero where `mask` is zero.
 
     input_ids         [B, L] prompt and completion
-    lengths           [B] tokens of prompt and completion
-    prompt_lengths    [B] tokens of the prompt
+    lengths           [B] tokens of prompt and completion; on the CPU wherever the rest is
+    prompt_lengths    [B] tokens of the prompt; on the CPU wherever the rest is
     mask              [B, T] 1 on completion tokens, 0 on padding
     rollout_logprobs  [B, T] log-probabilities of the sampler
     loss_mask         [B, T] 1 on tokens in the losses
@@ -71,11 +75,12 @@ class Experience:
         return Experience(**picked)
 
     def to(self, device: torch.device) -> Experience:
-        """A copy with every tensor on `device`."""
+        """A copy with every tensor but the lengths on `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
-            moved[field.name] = None if tensor is None else tensor.to(device)
+            stays = tensor is None or field.name in ON_THE_HOST
+            moved[field.name] = tensor if stays else to_device(tensor, device)
         return Experience(**moved)
 
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:

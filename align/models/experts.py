@@ -7,6 +7,8 @@ O outputs of a stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +17,32 @@ from transformers.activations import ACT2FN
 
 from align.models.swiglu import gated_halves
 
-Correction = Callable[[Tensor, Tensor], Tensor]
-"""(rows [N, I] sorted by expert, rows per expert [E]) -> values [N, O] added to the rows' product with a stack."""
+
+@dataclass
+class ExpertRows:
+    """How N rows that are sorted by expert are divided.
+
+    ends_E: index behind each expert's last row, int32. The rows behind the last expert's have no expert.
+    total: N.
+    complete: every row is known to have an expert.
+    on_host: rows per expert and last the rows without one, once they are known on the host.
+    """
+
+    ends_E: Tensor
+    total: int
+    complete: bool = False
+    on_host: list[int] | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows per expert and last the rows without one; if the host does not know them yet, it waits for the GPU."""
+        if self.on_host is None:
+            self.on_host = [end - start for start, end in pairwise((0, *self.ends_E.tolist(), self.total))]
+        return self.on_host
+
+
+Correction = Callable[[Tensor, ExpertRows], Tensor]
+"""(rows [N, I] sorted by expert, their division) -> values [N, O] added to the rows' product with a stack."""
 NO_CORRECTIONS: Mapping[str, Correction] = {}
 
 
@@ -86,18 +112,21 @@ def mix_experts(
     down_EDF: Tensor,
     act: Callable[[Tensor], Tensor],
     corrections: Mapping[str, Correction] = NO_CORRECTIONS,
+    *,
+    complete: bool = False,
 ) -> Tensor:
     """Output [T, D]: per token the sum over its experts of weight * expert(token); -1 means no expert.
 
+    complete: -1 is known not to occur.
     Expert e is down_e(act(gate) * up), where (gate, up) are the halves of gate_up_e(token). Tokens are sorted by
     expert, so each expert is one dense product over its own rows.
     """
     hidden_TD, gate_up_EGD, down_EDF = in_autocast_dtype(hidden_TD, gate_up_EGD, down_EDF)
 
-    def compute(rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, counts_E, corrections)
+    def compute(rows_ND: Tensor, division: ExpertRows) -> Tensor:
+        return expert_outputs(rows_ND, gate_up_EGD, down_EDF, act, division, corrections)
 
-    return mix_outputs(hidden_TD, experts_Tk, weights_Tk, len(gate_up_EGD), compute)
+    return mix_outputs(hidden_TD, experts_Tk, weights_Tk, len(gate_up_EGD), compute, complete=complete)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -113,43 +142,43 @@ def expert_outputs(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     act: Callable[[Tensor], Tensor],
-    counts_E: Tensor,
+    division: ExpertRows,
     corrections: Mapping[str, Correction] = NO_CORRECTIONS,
 ) -> Tensor:
     """Outputs [N, D] of rows sorted by expert; zero for the rows behind the last expert's.
 
     corrections: values that adapters add to the outputs of `gate_up_proj` and `down_proj`.
     """
-    hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, counts_E, corrections))
-    return corrected("down_proj", hidden, down_EDF, counts_E, corrections)
+    hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, division, corrections))
+    return corrected("down_proj", hidden, down_EDF, division, corrections)
 
 
 def corrected(
-    name: str, rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor, corrections: Mapping[str, Correction]
+    name: str, rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]
 ) -> Tensor:
     """Product [N, O] with the stack `name`, plus its adapter's correction, if any."""
-    product = sorted_product(rows_NI, weights_EOI, counts_E)
-    return product + corrections[name](rows_NI, counts_E) if name in corrections else product
+    product = sorted_product(rows_NI, weights_EOI, division)
+    return product + corrections[name](rows_NI, division) if name in corrections else product
 
 
-def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -> Tensor:
     """x W_e^T [N, O] for rows sorted by expert, zero behind the last expert's rows; one kernel on a GPU, a loop of
     products otherwise."""
     aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # grouped_mm needs rows of 16-byte multiples
     if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
-        return grouped_product(rows_NI, weights_EOI, counts_E)
-    counts = counts_E.tolist()
-    counts.append(len(rows_NI) - sum(counts))
-    product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, counts)
+        return grouped_product(rows_NI, weights_EOI, division)
+    product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, division.counts)
     return product
 
 
-def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -> Tensor:
     """Like `sorted_product`, without copying the counts to the host."""
-    ends = counts_E.cumsum(0).to(torch.int32)
+    ends, weights_EIO = division.ends_E, weights_EOI.transpose(1, 2)
+    if division.complete:
+        return nn.functional.grouped_mm(rows_NI, weights_EIO, offs=ends)
     # grouped_mm leaves the rows behind the last group uninitialised, in the product and in its gradient.
     written = (torch.arange(len(rows_NI), device=rows_NI.device) < ends[-1])[:, None]
-    product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EOI.transpose(1, 2), offs=ends)
+    product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EIO, offs=ends)
     return torch.where(written, product, 0)
 
 
@@ -158,24 +187,30 @@ def mix_outputs(
     experts_Tk: Tensor,
     weights_Tk: Tensor,
     num_experts: int,
-    compute: Callable[[Tensor, Tensor], Tensor],
+    compute: Callable[[Tensor, ExpertRows], Tensor],
+    *,
+    complete: bool = False,
 ) -> Tensor:
-    """Like `mix_experts`; `compute` maps (rows sorted by expert, rows per expert) to outputs, on any rank."""
-    flat = experts_Tk.flatten()
-    bucket = torch.where(flat < 0, num_experts, flat)  # assignments without an expert come last
-    order, inverse = sorting(bucket)
-    counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
-    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), counts)
+    """Like `mix_experts`; `compute` maps (rows sorted by expert, their division) to outputs, on any rank."""
+    bucket = experts_Tk.flatten()
+    if not complete:
+        bucket = torch.where(bucket < 0, num_experts, bucket)  # assignments without an expert come last
+    sorted_N, order, inverse = sorting(bucket)
+    experts = torch.arange(num_experts, device=bucket.device)
+    # `bincount` would make the host wait for a GPU.
+    ends = torch.searchsorted(sorted_N, experts, right=True, out_int32=True)
+    division = ExpertRows(ends, len(bucket), complete)
+    outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), division)
     outputs_TkD = Gather.apply(outputs, inverse, order, 1).unflatten(0, experts_Tk.shape)
     return torch.einsum("tk,tkd->td", weights_Tk.to(outputs.dtype), outputs_TkD)
 
 
-def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Stable order that sorts the keys, and its inverse."""
-    order = keys_N.argsort(stable=True)
+def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys in stable order, that order, and its inverse."""
+    sorted_N, order = keys_N.sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    return order, inverse
+    return sorted_N, order, inverse
 
 
 class Experts(nn.Module):
@@ -193,6 +228,15 @@ class Experts(nn.Module):
         """The experts of the layer whose weights are on this rank; here all of them."""
         return slice(0, self.num_experts)
 
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        experts_Tk: Tensor,
+        weights_Tk: Tensor,
+        *,
+        complete: bool = False,
+        **corrections: Correction,
+    ) -> Tensor:
         """Like `mix_experts`; `corrections` as in `expert_outputs`."""
-        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.gate_up_proj, self.down_proj, self.act, corrections)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        return mix_experts(hidden_TD, experts_Tk, weights_Tk, gate_up, down, self.act, corrections, complete=complete)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from align.data.experience import Experience
+from align.data.transfer import indices_to_device
 from align.models.family import Policy, ScoringModel, Trunk, TrunkOutput
 from align.models.lora.adapters import AnyModel
 from align.models.packing import Packing
@@ -19,46 +20,53 @@ from align.models.routing import RouterReport
 
 
 class PackedRows:
-    """A rollout batch as one packed row of P tokens, without padding."""
+    """A rollout batch as one packed row of P tokens, without padding.
+
+    All indices come from the lengths, which are on the CPU: a GPU that computes them makes the host wait for their
+    number.
+    """
 
     def __init__(self, batch: Experience):
-        positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
-        self.real_BL = positions < batch.lengths[:, None]
-        self.packing = Packing(batch.lengths)
-        row, token = batch.mask.bool().nonzero(as_tuple=True)
-        self.predicting_N = self.packing.starts_S[row] + batch.prompt_lengths[row] - 1 + token
-        self.batch = batch
+        lengths, prompts, device = batch.lengths, batch.prompt_lengths, batch.input_ids.device
+        (rows, length), width = batch.input_ids.shape, batch.mask.shape[1]
+        self.shape_BL, self.shape_BT = (rows, length), (rows, width)
+        self.packing = Packing(lengths.tolist(), device)
+        real_BL = torch.arange(length) < lengths[:, None]
+        row, token = (torch.arange(width) < (lengths - prompts)[:, None]).nonzero(as_tuple=True)
+        predicted = self.packing.starts_S[row] + prompts[row] + token
+        indices = (real_BL.flatten().nonzero()[:, 0], row * width + token, predicted - 1, predicted)
+        self.real_P, self.valid_N, self.predicting_N, self.predicted_N = indices_to_device(indices, device)
+        self.tokens_P = self.packed(batch.input_ids)
 
     def forward(self, trunk: Trunk, **options: Any) -> TrunkOutput:
         """Forward pass of the trunk; its hidden states are [1, P, D]."""
-        return trunk(
-            input_ids=self.batch.input_ids[self.real_BL][None], packing=self.packing, use_cache=False, **options
-        )
+        return trunk(input_ids=self.tokens_P[None], packing=self.packing, use_cache=False, **options)
 
     def predicting(self, hidden_1PD: Tensor) -> Tensor:
         """Hidden states [N, D] from which each valid completion token is predicted, row after row."""
         return hidden_1PD[0].index_select(0, self.predicting_N)
 
+    def completion_tokens(self) -> Tensor:
+        """The valid completion tokens [N], in the order of `predicting`."""
+        return self.tokens_P.index_select(0, self.predicted_N)
+
     def last(self, hidden_1PD: Tensor) -> Tensor:
         """Hidden states [B, D] of each row's last token."""
         return hidden_1PD[0].index_select(0, self.packing.last_S)
 
+    def packed(self, values: Tensor) -> Tensor:
+        """[B, L, ...] to [P, ...]."""
+        return values.flatten(0, 1).index_select(0, self.real_P)
+
     def padded(self, values: Tensor, fill: int) -> Tensor:
         """[1, P, ...] to [B, L, ...]."""
-        table = values.new_full((*self.real_BL.shape, *values.shape[2:]), fill)
-        table[self.real_BL] = values[0]
-        return table
+        table = values.new_full((self.shape_BL[0] * self.shape_BL[1], *values.shape[2:]), fill)
+        return table.index_copy_(0, self.real_P, values[0]).view(*self.shape_BL, *values.shape[2:])
 
-
-def completion_tokens(batch: Experience) -> Tensor:
-    """The valid completion tokens [N], in the order of `PackedRows.predicting`."""
-    row, token = batch.mask.bool().nonzero(as_tuple=True)
-    return batch.input_ids[row, batch.prompt_lengths[row] + token]
-
-
-def unpack(values_N: Tensor, batch: Experience) -> Tensor:
-    """Values [N] of valid completion tokens as [B, T], zero elsewhere."""
-    return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), values_N.float())
+    def completions(self, values: Tensor) -> Tensor:
+        """Values [N, ...] of valid completion tokens as [B, T, ...], zero elsewhere."""
+        table = values.new_zeros(self.shape_BT[0] * self.shape_BT[1], *values.shape[1:])
+        return table.index_copy(0, self.valid_N, values).view(*self.shape_BT, *values.shape[1:])
 
 
 class PolicyOutput(NamedTuple):
@@ -86,22 +94,20 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
     model: Policy = unwrap(policy)
     routed_experts = None
     if replay and batch.routed_experts is not None:
-        routed_experts = batch.routed_experts[packed.real_BL][None]
+        routed_experts = packed.packed(batch.routed_experts)[None]
     outputs = packed.forward(model.model, output_router_logits=True, routed_experts=routed_experts)
     hidden = packed.predicting(outputs.last_hidden_state)
-    logprobs, entropy = model.lm_head(hidden, completion_tokens(batch), temperature)
+    logprobs, entropy = model.lm_head(hidden, packed.completion_tokens(), temperature)
     routed_experts = None if outputs.routed_experts is None else packed.padded(outputs.routed_experts, fill=-1)
-    return PolicyOutput(unpack(logprobs, batch), unpack(entropy, batch), outputs.router, routed_experts)
+    logprobs, entropy = (packed.completions(values.float()) for values in (logprobs, entropy))
+    return PolicyOutput(logprobs, entropy, outputs.router, routed_experts)
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
     """Hidden states [B, T, D] of the tokens before each completion token, zero where the mask is 0."""
     packed = PackedRows(batch)
     model: ScoringModel = unwrap(critic)
-    features = packed.predicting(packed.forward(model.model).last_hidden_state)
-    padded = features.new_zeros(*batch.mask.shape, features.shape[-1])
-    padded[batch.mask.bool()] = features
-    return padded
+    return packed.completions(packed.predicting(packed.forward(model.model).last_hidden_state))
 
 
 def critic_values(critic: AnyModel, batch: Experience) -> Tensor:

@@ -7,15 +7,17 @@ Shapes: S sequences, N tokens of all sequences, H query heads, K key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.data.transfer import indices_to_device
 from align.models.experts import Gather
 from align.models.short_attention import causal_attention
 
+CPU = torch.device("cpu")
 SHORTEST = 0.75
 """Attention pads the sequences of a group to its longest; a sequence shorter than this share of it starts a group."""
 
@@ -23,19 +25,24 @@ SHORTEST = 0.75
 class Packing:
     """Boundaries of S sequences in a row of N tokens.
 
-    lengths_S: in the order of the row. Raises `ValueError` for a sequence without tokens.
+    lengths: tokens of each sequence, in the order of the row. Raises `ValueError` for a sequence without tokens.
+    device: where the row is. All indices are computed on the CPU and copied there at once.
+
+    total: N.
+    starts_S: index of each sequence's first token, on the CPU.
+    last_S: index of each sequence's last token.
+    position_ids: position of each token in its sequence [1, N].
     """
 
-    def __init__(self, lengths_S: Tensor):
-        lengths: list[int] = lengths_S.tolist()
+    def __init__(self, lengths: Sequence[int], device: torch.device = CPU):
         if not lengths or min(lengths) < 1:
             raise ValueError("a sequence without tokens cannot be packed")
-        device = lengths_S.device
         self.total = sum(lengths)
+        lengths_S = torch.tensor(lengths)
         self.starts_S = lengths_S.cumsum(0) - lengths_S
-        self.last_S = self.starts_S + lengths_S - 1
-        tokens = torch.arange(self.total, device=device)
-        self.position_ids = (tokens - self.starts_S.repeat_interleave(lengths_S, output_size=self.total))[None]
+        last_S = self.starts_S + lengths_S - 1
+        tokens = torch.arange(self.total)
+        positions = tokens - self.starts_S.repeat_interleave(lengths_S, output_size=self.total)
         self._equal = len(set(lengths)) == 1  # then the row is a batch already
         groups = _of_similar_length(lengths)
         self._shapes = [(len(group), lengths[group[0]]) for group in groups]
@@ -43,13 +50,16 @@ class Packing:
         # sequence's last token. places: the position of each token among them.
         slots, places, first = [], torch.empty_like(tokens), 0
         for group, (count, width) in zip(groups, self._shapes, strict=True):
-            rows = torch.tensor(group, device=device)[:, None]
-            token = torch.minimum(self.starts_S[rows] + tokens[:width], self.last_S[rows])
+            rows = torch.tensor(group)[:, None]
+            token = torch.minimum(self.starts_S[rows] + tokens[:width], last_S[rows])
             real = tokens[:width] < lengths_S[rows]
             places[token[real]] = first + real.flatten().nonzero()[:, 0]
             slots.append(token.flatten())
             first += count * width
-        self._slots, self._places = torch.cat(slots), places
+        positions, self.last_S, self._slots, self._places = indices_to_device(
+            (positions, last_S, torch.cat(slots), places), device
+        )
+        self.position_ids = positions[None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
         """Causal attention inside each sequence: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d]."""
@@ -89,7 +99,7 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, places, grad), None
 
 
-def _of_similar_length(lengths: list[int]) -> list[list[int]]:
+def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of sequences in groups of similar length, longest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

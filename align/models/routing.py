@@ -21,12 +21,14 @@ class Routing(NamedTuple):
     chosen_Tk: experts chosen by the router, int64.
     experts_Tk: experts that compute the token, int64: `chosen_Tk` after the capacity limit; -1 if dropped.
     weights_Tk: combine weights, fp32.
+    complete: no assignment can have been dropped.
     """
 
     logits_TE: Tensor
     chosen_Tk: Tensor
     experts_Tk: Tensor
     weights_Tk: Tensor
+    complete: bool = False
 
 
 class RouterCoefficients(Protocol):
@@ -56,16 +58,18 @@ class RouterReport(NamedTuple):
         """The term that is added to the training loss."""
         return config.router_aux_loss_coef * self.balance_loss + config.router_z_loss_coef * self.z_loss
 
-    def metrics(self) -> dict[str, float]:
-        """Values for the log. expert_load_max: largest expert load times E, averaged over layers; 1 is uniform."""
-        load_max = torch.stack([load.max() * load.numel() for load in self.load]).mean()
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars for the log, without gradient and where the report is.
+
+        expert_load_max: largest expert load times E, averaged over layers; 1 is uniform.
+        """
         return {
-            "aux_loss": self.balance_loss.item(),
-            "router_z_loss": self.z_loss.item(),
-            "router_entropy": self.entropy.item(),
-            "expert_load_max": load_max.item(),
-            "recycled_share": self.recycled.item(),
-            "dropped_share": self.dropped.item(),
+            "aux_loss": self.balance_loss.detach(),
+            "router_z_loss": self.z_loss.detach(),
+            "router_entropy": self.entropy,
+            "expert_load_max": torch.stack([load.max() * load.numel() for load in self.load]).mean(),
+            "recycled_share": self.recycled,
+            "dropped_share": self.dropped,
         }
 
 

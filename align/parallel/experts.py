@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from align.models.experts import (
     Correction,
+    ExpertRows,
     Experts,
     Gather,
     expert_outputs,
@@ -70,34 +71,51 @@ class ShardedExperts(Experts):
     def local_experts(self) -> slice:
         return slice(self.first, self.first + self.local)
 
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, **corrections: Correction) -> Tensor:
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        experts_Tk: Tensor,
+        weights_Tk: Tensor,
+        *,
+        complete: bool = False,
+        **corrections: Correction,
+    ) -> Tensor:
         """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 means no expert.
 
         Collective within the group: a rank without tokens takes part as well.
         """
         hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
 
-        def compute(rows_ND: Tensor, counts_L: Tensor) -> Tensor:
-            return expert_outputs(rows_ND, gate_up, down, self.act, counts_L, corrections)
+        def compute(rows_ND: Tensor, division: ExpertRows) -> Tensor:
+            return expert_outputs(rows_ND, gate_up, down, self.act, division, corrections)
 
-        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, partial(self.dispatched, compute))
+        dispatched = partial(self.dispatched, compute)
+        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, dispatched, complete=complete)
 
-    def dispatched(self, compute: Callable[[Tensor, Tensor], Tensor], rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+    def dispatched(
+        self, compute: Callable[[Tensor, ExpertRows], Tensor], rows_ND: Tensor, division: ExpertRows
+    ) -> Tensor:
         """Dispatch rows that are sorted by expert, compute them on their experts' ranks and return the outputs [N, D].
 
-        counts_E: rows per expert. Rows after the last expert's have no expert; their output is zero.
+        Rows without an expert are not dispatched; their output is zero.
         """
-        arriving_GL = torch.empty_like(counts_E)
-        dist.all_to_all_single(arriving_GL, counts_E, group=self.group)
-        arriving_GL = arriving_GL.view(self.ranks, self.local)
-        sent = counts_E.view(self.ranks, self.local).sum(1).tolist()
-        received = arriving_GL.sum(1).tolist()
+        leaving_E = torch.diff(division.ends_E, prepend=division.ends_E.new_zeros(1)).long()
+        arriving_E = torch.empty_like(leaving_E)
+        dist.all_to_all_single(arriving_E, leaving_E, group=self.group)
+        # The collectives need the sizes on the host: the only wait for a GPU.
+        both_2GL = torch.stack((leaving_E, arriving_E)).view(2, self.ranks, self.local).tolist()
+        sent, received = ([sum(counts) for counts in of_ranks] for of_ranks in both_2GL)
         rows = AllToAll.apply(rows_ND[: sum(sent)], sent, received, self.group)
         # Rows arrive ordered by rank, then by expert; the computation needs them ordered by expert.
         expert = torch.arange(self.local, device=rows.device).repeat(self.ranks)
-        order, inverse = sorting(expert.repeat_interleave(arriving_GL.flatten()))
-        outputs = compute(Gather.apply(rows, order, inverse, 1), arriving_GL.sum(0))
-        returned = AllToAll.apply(Gather.apply(outputs, inverse, order, 1), received, sent, self.group)
+        _, order, inverse = sorting(expert.repeat_interleave(arriving_E, output_size=len(rows)))
+        ends_L = arriving_E.view(self.ranks, self.local).sum(0).cumsum(0).to(torch.int32)
+        counts_L = [sum(counts) for counts in zip(*both_2GL[1], strict=True)]
+        local = ExpertRows(ends_L, len(rows), complete=True, on_host=[*counts_L, 0])
+        outputs = compute(Gather.apply(rows, order, inverse, 1), local)
+        returned: Tensor = AllToAll.apply(Gather.apply(outputs, inverse, order, 1), received, sent, self.group)
+        if division.complete:
+            return returned
         return torch.cat([returned, returned.new_zeros(len(rows_ND) - len(returned), returned.shape[1])])
 
 

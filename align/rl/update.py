@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align.config.ppo import PpoStage
 from align.data.experience import Experience
+from align.data.transfer import to_host
 from align.errors import UserError
 from align.losses.kl import kl_loss
 from align.losses.ppo import POLICY_LOSSES, importance_weight, value_loss
@@ -131,7 +132,7 @@ def accumulate_gradients(
     product of two means, so it is defined per micro-batch; the mini-batch's is the mean over its micro-batches,
     weighted by their tokens.
     """
-    metrics: dict[str, float] = {}
+    measured: list[dict[str, Tensor]] = []
     for micro_batch, counts in shared_passes(list(batch.micro_batches(mini_batch, stage.micro_batch_tokens))):
         rows = batch.rows(micro_batch).to(models.device)
         if not counts:  # this rank only takes part in the collectives
@@ -144,9 +145,12 @@ def accumulate_gradients(
             )
         if models.critic is not None:
             passes.append((models.critic.model, [partial(critic_backward, stage, models.critic, rows, totals)]))
-        for results in models.run_passes(*passes):
-            for name, value in results.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value)
+        measured += models.run_passes(*passes)
+    metrics: dict[str, float] = {}
+    named = [(name, value) for results in measured for name, value in results.items()]
+    # Read once per mini-batch: reading makes the host wait for a GPU.
+    for (name, _), value in zip(named, to_host([value for _, value in named]), strict=True):
+        metrics[name] = metrics.get(name, 0.0) + value
     sums = summed(torch.tensor(list(metrics.values()), dtype=torch.float64), models.device)
     return dict(zip(metrics, sums.tolist(), strict=True))
 
@@ -192,7 +196,9 @@ def policy_backward(
         loss = loss + kl_coef * kl
     if output.router is not None:
         loss = loss + share * output.router.loss(policy.model.config)
-        metrics |= {name: share * value for name, value in output.router.metrics().items()}
+        router = output.router.metrics()
+        weighted = share * torch.stack(list(router.values())).double()
+        metrics |= dict(zip(router, weighted.unbind(), strict=True))
     policy.backward(loss)
     return metrics
 

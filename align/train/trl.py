@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
+from align.data.transfer import to_host
 from align.models.family import family_of
 from align.models.lora.adapters import AnyModel
 from align.models.routing import RouterReport
@@ -261,12 +262,20 @@ class AlignTrainer:
             self._metrics["train"][name].append(value)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mean_over_ranks(self: Any, metrics: dict[str, float], weight: float = 1.0) -> dict[str, float]:
-        """Means over ranks of `weight` * value."""
-        if self.args.world_size == 1:
-            return {name: weight * value for name, value in metrics.items()}
-        values = weight * torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.args.device)
-        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+    def _mean_over_ranks(self: Any, metrics: dict[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
+        """Means over ranks of `weight` * value, as float64 scalars; `log` reads them."""
+        values = weight * torch.stack([value.detach() for value in metrics.values()]).double()
+        if self.args.world_size > 1:
+            values = self.accelerator.reduce(values, "mean")
+        return dict(zip(metrics, values.unbind(), strict=True))
+
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log `logs` and the metrics since the last log, which are read from the device here, in one copy."""
+        kept = [values for metrics in self._metrics.values() for values in metrics.values()]
+        waiting = [(values, i) for values in kept for i, value in enumerate(values) if isinstance(value, Tensor)]
+        for (values, i), number in zip(waiting, to_host([values[i] for values, i in waiting]), strict=True):
+            values[i] = number
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 class LengthGroups(Sampler):

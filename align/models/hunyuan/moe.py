@@ -49,7 +49,7 @@ def route(
         weights = probabilities.gather(1, torch.where(experts < 0, chosen, experts))
     if top_k > 1:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
-    return Routing(logits_TE, chosen, experts, weights)
+    return Routing(logits_TE, chosen, experts, weights, complete=place is None)
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
@@ -69,21 +69,29 @@ def limit_capacity(
     """
     tokens, top_k = experts_Tk.shape
     flat = experts_Tk.T.flatten()
-    valid = torch.ones_like(flat, dtype=torch.bool) if mask_T is None else mask_T.bool().repeat(top_k)
-    slots = capacity(factor, int(valid.sum()) // top_k, top_k, num_experts)
+    slots: int | Tensor
+    if mask_T is None:
+        valid = torch.ones_like(flat, dtype=torch.bool)
+        slots = capacity(factor, tokens, top_k, num_experts)
+    else:
+        valid = mask_T.bool().repeat(top_k)
+        # `capacity` where the mask is: the host would have to wait for the number of tokens.
+        slots = (factor * top_k * mask_T.bool().sum().double() / num_experts).ceil().long()
     # Padding counts as one more expert, which has no capacity.
-    bucket = torch.where(valid, flat, num_experts)
-    counts = torch.bincount(bucket, minlength=num_experts + 1)
-    order = bucket.argsort(stable=True)
+    bucket, order = torch.where(valid, flat, num_experts).sort(stable=True)
+    starts = torch.searchsorted(bucket, torch.arange(num_experts + 1, device=flat.device))
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[bucket[order]]
+    rank[order] = torch.arange(len(order), device=order.device) - starts[bucket]
     placed = torch.where(valid & (rank < slots), flat, -1)
     if recycle:
-        waiting = (valid & (rank >= slots)).nonzero().squeeze(1)
-        free_slots = (slots - counts[:num_experts]).clamp_min(0)
-        free = torch.arange(num_experts, device=flat.device).repeat_interleave(free_slots)
-        free = free[torch.randperm(len(free), device=flat.device)[: len(waiting)]]
-        placed[waiting[: len(free)]] = free
+        free_slots = (slots - starts.diff()).clamp_min(0)
+        count = int(free_slots.sum())  # the host waits for a GPU here only
+        if count:
+            free = torch.arange(num_experts, device=flat.device).repeat_interleave(free_slots, output_size=count)
+            free = free[torch.randperm(count, device=flat.device)]
+            waiting = valid & (rank >= slots)
+            turn = waiting.cumsum(0) - 1
+            placed = torch.where(waiting & (turn < count), free[turn.clamp(0, count - 1)], placed)
     return placed.view(top_k, tokens).T.contiguous()
 
 
@@ -156,7 +164,8 @@ class MoeBlock(nn.Module):
         """
         hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         routing = self.gate(hidden_TD, mask_T, replay_Tk)
-        output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk).view_as(hidden_BTD)
+        output = self.experts(hidden_TD, routing.experts_Tk, routing.weights_Tk, complete=routing.complete)
+        output = output.view_as(hidden_BTD)
         if self.shared_mlp is not None:
             output = output + self.shared_mlp(hidden_BTD)
         return output, routing

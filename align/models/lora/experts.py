@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
-from align.models.experts import in_autocast_dtype, sorted_product
+from align.models.experts import ExpertRows, in_autocast_dtype, sorted_product
 
 
 class Factor(nn.Module):
@@ -26,9 +26,9 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight_EOI)
 
-    def forward(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, rows_NI: Tensor, division: ExpertRows) -> Tensor:
         rows_NI, weight_EOI = in_autocast_dtype(rows_NI, self.weight)
-        return sorted_product(rows_NI, weight_EOI, counts_E)
+        return sorted_product(rows_NI, weight_EOI, division)
 
 
 class ExpertAdapter(ParamWrapper):
@@ -47,7 +47,8 @@ class ExpertAdapter(ParamWrapper):
             a_EI, b_OE = (factor.weight.detach() for factor in linear)
             a_EI, b_EO = a_EI.unflatten(0, (self.num_experts, -1)), b_OE.unflatten(1, (-1, self.num_experts))
             self.lora_A[name] = Factor(a_EI[experts.local_experts].clone())
-            self.lora_B[name] = Factor(b_EO.permute(2, 0, 1)[experts.local_experts].clone())
+            # Grouped products refuse the strides that a plain clone would keep.
+            self.lora_B[name] = Factor(b_EO.permute(2, 0, 1)[experts.local_experts].contiguous().clone())
 
     def factors(self) -> Iterator[nn.Parameter]:
         yield from self.lora_A.parameters()
@@ -59,10 +60,10 @@ class ExpertAdapter(ParamWrapper):
         outputs: Tensor = self.base_layer(*args, **kwargs)
         return outputs
 
-    def correction(self, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
+    def correction(self, rows_NI: Tensor, division: ExpertRows) -> Tensor:
         """s B_e A_e x for each row, [N, O]."""
         (name,) = self.active_adapters
-        outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, counts_E), counts_E) * self.scaling[name]
+        outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, division), division) * self.scaling[name]
         return outputs
 
 

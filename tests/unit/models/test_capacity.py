@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align.models.experts import Experts, grouped_product, sorted_product
+from align.models.experts import ExpertRows, Experts, grouped_product, sorted_product
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.moe import Router, limit_capacity, route
 from tests.near import assert_near
@@ -139,12 +139,13 @@ def test_a_dropped_token_gets_nothing_and_the_others_what_they_had() -> None:
 
 def test_a_grouped_product_is_that_of_the_loop() -> None:
     torch.manual_seed(0)
-    weights, counts, factors = torch.randn(3, 8, 16, requires_grad=True), torch.tensor([4, 0, 3]), torch.randn(9, 8)
+    weights, factors = torch.randn(3, 8, 16, requires_grad=True), torch.randn(9, 8)
+    division = ExpertRows(torch.tensor([4, 4, 7], dtype=torch.int32), total=9)
     rows = torch.randn(9, 16, requires_grad=True)
     results = []
     for way in (sorted_product, grouped_product):
         weights.grad = rows.grad = None
-        output = way(rows, weights, counts)
+        output = way(rows, weights, division)
         (output * factors).sum().backward()
         results.append((output.detach(), rows.grad, weights.grad))
     expected = torch.cat([rows[:4] @ weights[0].T, rows[4:7] @ weights[2].T, torch.zeros(2, 8)])

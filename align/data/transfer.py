@@ -1,0 +1,29 @@
+"""Copies between the host and the device. Each waits for the device as seldom as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A copy to a GPU is queued from pinned memory, so the host does not wait for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """1-D integer tensors on `device`, in one copy."""
+    if device.type == "cpu":
+        return indices
+    whole = to_device(torch.cat(list(indices)), device)
+    return torch.split(whole, [len(index) for index in indices])
+
+
+def to_host(scalars: Sequence[Tensor]) -> list[float]:
+    """The scalars as float64, in one copy, which waits for the device."""
+    values: list[float] = torch.stack([scalar.detach().double() for scalar in scalars]).tolist() if scalars else []
+    return values

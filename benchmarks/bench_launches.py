@@ -1,0 +1,66 @@
+"""Host syncs, uploads and kernel launches of one pass of every kind, counted on a pretend GPU; nothing is timed.
+
+A pass is the forward, loss and backward pass of one micro-batch with its metrics on the host. Counts grow linearly with
+the layers, so those of two depths give a part per layer and a fixed part. `tests/pretend_device.py` says what counts.
+
+    --save-as NAME    write results/NAME.json instead of results/launches.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.pretend_passes import EXPERT_PARALLEL, PASSES, count  # noqa: E402
+from tests.unit.parallel.started import run_ranks  # noqa: E402
+
+LAYERS = (2, 4)
+DTYPES = ("bfloat16", "float32")
+Totals = dict[str, int]
+
+
+def by_layer(few: Totals, many: Totals) -> dict[str, dict[str, float]]:
+    """{kind: {"fixed": f, "per layer": p}} from the counts of both depths."""
+    first, second = LAYERS
+    found = {}
+    for kind, count_of_few in few.items():
+        per_layer = (many[kind] - count_of_few) / (second - first)
+        found[kind] = {"fixed": count_of_few - first * per_layer, "per layer": per_layer}
+    return found
+
+
+def expert_parallel() -> dict[tuple[str, int], Totals]:
+    """Counts of rank 0 of two, by type and layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks("pretend_ranks.py", 2, Path(folder))
+        counted = json.loads((Path(folder) / "rank-0.json").read_text(encoding="utf-8"))
+    return {(found["dtype"], found["layers"]): found["totals"] for found in counted}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--save-as", default="launches")
+    save_as = parser.parse_args().save_as
+    results: dict[str, dict[str, Any]] = {}
+    sharded = expert_parallel()
+    for dtype in DTYPES:
+        results[dtype] = {}
+        for name, build in PASSES.items():
+            few, many = (count(build, getattr(torch, dtype), layers).totals() for layers in LAYERS)
+            results[dtype][name] = by_layer(few, many)
+        results[dtype][EXPERT_PARALLEL] = by_layer(*(sharded[dtype, layers] for layers in LAYERS))
+    write(save_as, results)
+
+
+if __name__ == "__main__":
+    main()
