@@ -20,9 +20,10 @@ except those that begin with `time/`, `speed/`, `memory/` or `rollout/`.
 """
 TRAINING = """`eval_KEY` is the same metric on held-out rows: once before the first step and once after the last.
 
-`loss`, `grad_norm` and the router metrics are those of the optimizer step and do not depend on the micro-batch size.
-The others are TRL's: means over the micro-batches of all ranks. Those that are not means over rows (token accuracy,
-smallest and largest score, mean logits) vary slightly with the micro-batch size.
+`loss` and `grad_norm` are those of the whole optimizer step. They depend on the micro-batch size only through the
+router's balance loss, which is computed per micro-batch. All other metrics are means over the micro-batches of all
+ranks. Those that are not means over rows (token accuracy, smallest and largest score, mean logits, router metrics) vary
+slightly with the micro-batch size.
 """
 ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers, without padding.
 """

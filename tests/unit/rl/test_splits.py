@@ -1,5 +1,5 @@
-"""The gradient of an optimizer step does not depend on micro-batches or ranks, and the router losses equal their
-definitions.
+"""The gradient of an optimizer step does not depend on micro-batches or ranks (the balance loss excepted), and the
+router losses equal their definitions.
 
 Each configuration runs the same mini-batch of rows of unequal lengths in three ways: whole, one row per micro-batch,
 and split over two ranks. The ranks are simulated one after another: each computes its micro-batches, and gradients and
