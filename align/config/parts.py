@@ -96,7 +96,8 @@ class ScratchModel(Section):
     preset: Literal["hunyuan-large", "medium", "small", "tiny"] | None = None
     """Named model sizes (`align show-model NAME` prints them). `config` overrides single values."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of `HunYuanConfig`, with the keys of a published config.json. `vocab_size` comes from the tokenizer."""
+    """Overrides of `HunYuanConfig`, with the keys of a published config.json. Default of `vocab_size`: the
+    tokenizer's."""
     tokenizer: Annotated[
         Annotated[ScratchTokenizer, Tag("to_train")] | Annotated[str, Tag("path")],
         Discriminator(lambda value: "path" if isinstance(value, str) else "to_train"),

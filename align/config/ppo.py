@@ -97,7 +97,8 @@ class PpoStage(StageWithParent):
     the whole rollout batch (reinforce_plus_plus). Only gae trains a critic. The key selects the advantages alone;
     `docs/ppo.md` lists the other settings of each published method."""
     prompts: list[Source] = Field(min_length=1)
-    """Sources with the column `prompt`: a string, or a conversation that ends with a user turn."""
+    """Sources of prompts: the column `prompt` (a string, or a conversation that ends with a user turn), or the prompts
+    of conversations and preference pairs."""
     max_prompt_length: Positive = 256
     """Maximum tokens per prompt. Longer prompts are dropped and counted in the manifest."""
     rewards: Rewards

@@ -110,8 +110,8 @@ class MathReward(RewardBase):
     r"""Column with the row's answer: the bare answer, or a text with it after the last `####` (GSM8K) or in the last
     `\boxed{}`."""
     format: Literal["any", "boxed", "hash"] = "any"
-    r"""Position of the answer in the completion. boxed: in the last `\boxed{}`. hash: after the last `####`. any: the
-    last of these two or of "the answer is"; without any of them, the last number."""
+    r"""Position of the answer in the completion. boxed: in the last `\boxed{}`. hash: after the last `####`. any: after
+    the last of these marks and of "the answer is", "Answer:" and "A:"; without a mark, the last number."""
 
 
 class ExactReward(RewardBase):

@@ -95,9 +95,10 @@ class SampleStage(StageWithParent):
     kind: Literal["sample"]
     """Selects the generation of preference pairs."""
     train: list[Source] = Field(min_length=1)
-    """Sources with the columns `prompt` and `reference`, for the training pairs."""
+    """Sources of prompts for the training pairs. Rows without a reference answer (`reference`, `completion` or
+    `chosen`) make no pair."""
     held_out: list[Source] = Field(default_factory=list)
-    """Sources with the same columns, for the held-out pairs."""
+    """Sources of the same kind, for the held-out pairs."""
     neighbours: Fraction = 0.5
     """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
     rollout: Rollout = Rollout()
@@ -228,7 +229,7 @@ class EvaluateStage(StageBase):
     """Stages (or `base`, or checkpoint folders) to compare; the first is the baseline."""
     prompts: list[Source] = Field(default_factory=list)
     """Held-out prompts for the reward model's score, the KL to the reference, completion lengths and, for rows with a
-    `reference` column, word F1."""
+    reference answer, word F1."""
     tasks: Tasks = Field(default_factory=list)
     """Benchmarks: prompts, sampling settings and verifiers as metrics."""
     reward_model: str | None = None
