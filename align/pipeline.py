@@ -128,6 +128,7 @@ def _run_stage(context: StageContext) -> None:
     from transformers import set_seed  # loads torch, as all below
 
     from align.parallel import group
+    from align.train.device import return_cached_memory
     from align.train.quiet import quieten
 
     name = context.name
@@ -139,6 +140,7 @@ def _run_stage(context: StageContext) -> None:
     set_seed(context.seed)  # a stage's random numbers must not depend on whether earlier ones ran in this process
     if context.recipe.parallel is not None:
         group.forget_last_stage()
+    return_cached_memory()
     try:
         result = run_stage(context)
     except UserError:

@@ -91,8 +91,6 @@ def memory(job: Job, setting: Setting, buffers: Buffers | None = None, *, on_cpu
             phases[f"{member.role}: {FROZEN}"] = _sum(resident, rank.frozen_forward(member))
     if job.rollouts is not None:
         phases[GENERATE] = _sum({**resident, **rank.rollout()})
-        if setting.rollout_sleep:
-            host = _sum(host, {"sleeping rollout weights": rank.rollout().get("rollout weights", 0)})
     return Memory(phases, host, nvme)
 
 

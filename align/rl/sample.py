@@ -16,6 +16,7 @@ from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
 from align.parallel.group import barrier, from_rank_0, is_main, rank_0_last
 from align.rollout.base import Completion, RolloutEngine, SamplingSettings
+from align.train.device import return_cached_memory
 from align.train.learner import Learner
 
 
@@ -58,7 +59,7 @@ class RolloutSampler:
         self._engine: RolloutEngine | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="align-rollout")
         self._pending: Future[Rollouts] | None = None
-        release_cached_memory("before the rollout engine starts")
+        return_cached_memory_of_all_ranks("before the rollout engine starts")
         from_rank_0("starting the rollout engine", lambda: self._start(build_engine))
 
     def _start(self, build_engine: Callable[[], RolloutEngine]) -> None:
@@ -121,7 +122,7 @@ class RolloutSampler:
     def wake(self) -> None:
         """Take the GPU memory back; the weights must be updated before the next sample."""
         if self.stage.rollout.sleep:
-            release_cached_memory("before the rollout engine wakes")
+            return_cached_memory_of_all_ranks("before the rollout engine wakes")
             from_rank_0("rollout engine: wake", lambda: self.engine.wake())
 
     def close(self) -> None:
@@ -164,10 +165,10 @@ class RolloutSampler:
         )
 
 
-def release_cached_memory(step: str) -> None:
-    """Return the GPU memory that torch caches, on every rank, to an engine that allocates its own."""
+def return_cached_memory_of_all_ranks(step: str) -> None:
+    """Return the GPU memory that torch caches on every rank before an engine allocates its own."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return_cached_memory()
         barrier(step)
 
 

@@ -31,11 +31,11 @@ class Placement:
     """GPUs of one started server.
 
     devices: value of CUDA_VISIBLE_DEVICES, one name per entry; None without a GPU.
-    on_rank_0: True if the trainer's own GPU is among them, which excludes NCCL between the two.
+    nccl: False if rank 0's own GPU is among those of the servers, which excludes NCCL for all of them.
     """
 
     devices: list[str] | None
-    on_rank_0: bool = False
+    nccl: bool = True
 
 
 def visible_gpus() -> Gpus:
@@ -79,4 +79,4 @@ def place_servers(rollout: Rollout, gpus: Gpus) -> list[Placement]:
             f"rollout.weight_transfer: nccl needs separate GPUs, but GPU {gpus.names[gpus.own]} has rank 0 and a "
             "server. Set rollout.weight_transfer: auto, or leave more GPUs without a rank."
         )
-    return [Placement([gpus.names[index] for index in place], gpus.own in place) for place in places]
+    return [Placement([gpus.names[index] for index in place], gpus.own not in shared) for place in places]

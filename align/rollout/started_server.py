@@ -31,9 +31,7 @@ class StartedServer(Server):
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, placement: Placement):
         super().__init__(f"http://127.0.0.1:{port}")
-        self._command = server_command(
-            checkpoint, rollout, dtype=dtype, seed=seed, port=port, on_rank_0=placement.on_rank_0
-        )
+        self._command = server_command(checkpoint, rollout, dtype=dtype, seed=seed, port=port, nccl=placement.nccl)
         self._environment = {**environment_of_its_own(), PARENT: str(os.getpid())}
         # The in-process engine sets this variable; a server runs its front end and its engine in two processes.
         self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -87,10 +85,8 @@ class StartedServer(Server):
         self._log.unlink(missing_ok=True)
 
 
-def server_command(
-    checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, on_rank_0: bool
-) -> list[str]:
-    """Command line of `align serve-rollout` for these settings. on_rank_0: the server is on rank 0's GPU."""
+def server_command(checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, port: int, nccl: bool) -> list[str]:
+    """Command line of `align serve-rollout` for these settings. nccl: False if NCCL cannot reach the server."""
     flags: dict[str, object] = {
         "port": port,
         "dtype": dtype,
@@ -102,8 +98,8 @@ def server_command(
     if rollout.cache_gib is not None:
         flags["cache-gib"] = rollout.cache_gib
     transfer = rollout.weight_transfer
-    if transfer == "auto" and on_rank_0:
-        transfer = "shared_memory"  # NCCL needs separate GPUs
+    if transfer == "auto" and not nccl:
+        transfer = "shared_memory"
     if transfer != "auto":
         flags["weight-transfer"] = "host" if transfer in ("shared_memory", "http") else transfer
     command = [sys.executable, "-m", "align.cli", "serve-rollout", str(checkpoint)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,10 @@ def one_of_several_gpus() -> str | None:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     name = torch.cuda.get_device_name(0)
     return f"GPU {first} ({name}) trains, the first of {count} visible GPUs; --nproc {count} uses all of them"
+
+
+def return_cached_memory() -> None:
+    """Return the GPU memory that torch caches but no tensor uses, for a library that allocates its own."""
+    if torch.cuda.is_available():
+        gc.collect()  # models of finished stages are in reference cycles
+        torch.cuda.empty_cache()

@@ -218,6 +218,17 @@ def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
     assert recomputed == pytest.approx(wanted * 4 / 3, rel=0.01)
 
 
+def test_a_sleeping_engine_takes_no_memory_between_rollouts(large: ModelShape) -> None:
+    """It drops its weights, so host memory does not hold them either."""
+    rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=8e9)
+    job = Job("ppo", "ppo", (Member("policy", large, "all"),), "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
+    awake, asleep = (memory(job, Setting(64, True, 3, rollout_sleep=sleep), NO_BUFFERS) for sleep in (False, True))
+    freed = awake.phases["optimizer step"]["rollout weights"]
+    assert freed == pytest.approx(2 * large.parameters())
+    assert "rollout weights" not in asleep.phases["optimizer step"]
+    assert asleep.host_bytes == awake.host_bytes == 0
+
+
 def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) -> None:
     rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
     members = (Member("policy", large, "all"), Member("reference", large, "nothing"))

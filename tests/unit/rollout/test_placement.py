@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from align.cli import parse
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.launch.route import route_to
+from align.recipes import ppo
 from align.rollout import placement
 from align.rollout.build import require_placement
 from align.rollout.placement import Gpus, Placement, place_servers
@@ -38,8 +42,8 @@ def test_servers_take_the_last_gpus() -> None:
 def test_a_server_of_ipc_is_on_the_gpu_of_rank_0() -> None:
     """An IPC handle opens only on the GPU that made it; the last GPU, as for other servers, would be refused."""
     rollout = started(weight_transfer="ipc", cache_gib=4.0)
-    assert place_servers(rollout, Gpus(FOUR, ranks=1)) == [Placement(["4"], on_rank_0=True)]
-    assert place_servers(rollout, Gpus(FOUR, ranks=4, own=2)) == [Placement(["6"], on_rank_0=True)]
+    assert place_servers(rollout, Gpus(FOUR, ranks=1)) == [Placement(["4"], nccl=False)]
+    assert place_servers(rollout, Gpus(FOUR, ranks=4, own=2)) == [Placement(["6"], nccl=False)]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +67,15 @@ def test_nccl_needs_another_gpu_than_that_of_rank_0() -> None:
     """Another rank's GPU is fine: rank 0 and the server are the only members of the communicator."""
     rollout = started(weight_transfer="nccl", cache_gib=4.0)
     assert devices(rollout, Gpus(FOUR, ranks=4)) == [["7"]]
+    every = started(4, cache_gib=4.0)
+    assert [place.nccl for place in place_servers(every, Gpus(FOUR))] == [False] * 4  # all take the same transport
     with pytest.raises(UserError, match=r"^rollout\.weight_transfer: nccl needs separate GPUs, but GPU 0 has rank 0"):
         place_servers(rollout, Gpus(["0"]))
 
 
 @pytest.mark.parametrize(
     ("place", "flag"),
-    [(Placement(["0"], on_rank_0=True), "host"), (Placement(["7"]), None), (Placement(None), None)],
+    [(Placement(["0"], nccl=False), "host"), (Placement(["7"]), None), (Placement(None), None)],
 )
 def test_weights_reach_a_server_on_the_gpu_of_rank_0_through_host_memory(tmp_path, place: Placement, flag) -> None:
     server = StartedServer(tmp_path, started(sleep=True), dtype="float32", seed=0, port=1, placement=place)
@@ -93,6 +99,13 @@ def test_a_run_with_a_rank_on_every_gpu_is_refused_before_a_model_is_loaded(monk
     require_placement(Rollout(), beside_ranks=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
     require_placement(Rollout(), beside_ranks=True)
+
+    rollout = Rollout(engine="remote", start_servers=8)
+    stage: Any = SimpleNamespace(init_from="sft", rollout=rollout)
+    recipe = SimpleNamespace(dtype="bfloat16", parallel=None)
+    context: Any = SimpleNamespace(checkpoint=lambda name: Path(name), recipe=recipe)
+    with pytest.raises(UserError, match=r"^rollout\.cache_gib: GPU 0 has a rank"):
+        ppo.run(stage, context)  # the checkpoint does not exist: reading it would be another error
 
 
 def test_the_address_for_servers_is_on_the_route_to_them(monkeypatch) -> None:

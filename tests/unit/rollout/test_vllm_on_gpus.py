@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from align.rollout.sync.gpu_transfer import GpuTransfer
 from align.rollout.vllm_engine import VllmEngine
 from align.rollout.vllm_options import engine_options, generation_stance
 from align.rollout.vllm_versions import serve_parser, weight_source
+from align.train.device import return_cached_memory
 
 GIB = 2**30
 BUCKET = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16))]
@@ -128,6 +130,20 @@ def test_cached_memory_is_returned_before_the_engine_allocates(monkeypatch, gpu,
     sampler.wake()
     started = ["empty the cache", "start"]
     assert events == ([*started, "sleep", "empty the cache", "wake"] if sleeps else started)
+
+
+def test_models_of_finished_stages_are_freed_before_the_cache_is(monkeypatch, gpu) -> None:
+    class Model:
+        pass
+
+    model: Any = Model()
+    model.itself = model
+    alive = weakref.ref(model)
+    del model
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(alive()))
+    return_cached_memory()
+    assert seen == [None]
 
 
 # --- compilation and attention -----------------------------------------------------------------------------
