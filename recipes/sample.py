@@ -86,7 +86,7 @@ def _pairs(
 def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
     """A row of preference data.
 
-    rejected_finished: False for a sample that ended at max_new_tokens, which then gets no end-of-turn token.
+    rejected_finished: False for a sample truncated at max_new_tokens; it gets no end-of-turn token.
     """
     return {
         "prompt": row.messages,

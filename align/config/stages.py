@@ -233,7 +233,7 @@ class EvaluateStage(StageBase):
     tasks: Tasks = Field(default_factory=list)
     """Benchmarks: prompts, sampling settings and verifiers as metrics."""
     reward_model: str | None = None
-    """A reward_model stage or folder; its score of the completions of `prompts` is a metric."""
+    """A reward_model stage or folder that scores the completions of `prompts`."""
     preferences: list[Source] = Field(default_factory=list)
     """Held-out pairs on which each model's implicit preference accuracy is measured."""
     rollout: Rollout = Rollout()

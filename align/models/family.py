@@ -99,7 +99,7 @@ class Policy(Protocol):
     model: Trunk
 
     def lm_head(self, hidden_ND: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the tokens [N] and, without gradient, the entropy [N], after the temperature."""
+        """Log-probabilities of the tokens [N] and, without gradient, the entropy [N], both at `temperature`."""
 
 
 class ScoringModel(Protocol):

@@ -22,7 +22,7 @@ from align.models.routing import RouterReport
 class PackedRows:
     """A rollout batch as one packed row of P tokens, without padding.
 
-    All indices come from the lengths, which are on the CPU: a GPU that computes them makes the host wait for their
+    Indices are computed on the CPU, where the lengths are. Computed on a GPU, they would make the host wait for their
     number.
     """
 

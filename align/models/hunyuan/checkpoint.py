@@ -1,7 +1,7 @@
 """HunYuan under transformers' `from_pretrained` and `save_pretrained`.
 
-transformers' loader assembles a stack of experts from matrices that it has read before; ours reads each of them into
-its slice of the stack, so no weight is in memory twice.
+transformers' loader reads the matrices of all experts before it assembles their stack. Ours reads each matrix into its
+slice of the stack, so no weight is in memory twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from align.models.weights import find_pieces, read_pieces
 
 
 def conversion() -> list[WeightConverter | WeightRenaming]:
-    """The layout as transformers' converters, for its saver and, where `load_pieces` cannot be used, its loader."""
+    """transformers' converters for the layout. Its saver uses them, and its loader if `load_pieces` cannot be used."""
     found: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(PUBLISHED_ROUTER.removeprefix("."), ROUTER.removeprefix("."))
     ]

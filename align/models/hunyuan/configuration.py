@@ -14,16 +14,16 @@ Number = TypeVar("Number", int, float)
 class HunYuanConfig(PreTrainedConfig):
     """Sizes and switches of a HunYuan model; unknown keys are kept and saved again.
 
-    use_cla, cla_share_factor: layer i owns keys and values when `i % cla_share_factor == 0`, others use the owner's.
+    use_cla, cla_share_factor: layer i has keys and values if `i % cla_share_factor == 0`; the layers after it use them.
     use_qk_norm: RMSNorm over the head dimension of queries and keys, after RoPE.
     rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every
     length.
-    rope_inv_freq_dtype: type to which the inverse frequencies are rounded; by default that of the reference: bfloat16
-        without an alpha, float32 (no rounding) with one. Models converted from other families set float32.
+    rope_inv_freq_dtype: type to which the inverse frequencies are rounded. Default, as in the reference: bfloat16, or
+        float32 (no rounding) if there is an alpha. Models converted from other families set float32.
     num_experts, moe_topk: an integer, or one per layer; one expert means a dense layer.
     use_mixed_mlp_moe, num_shared_expert: a shared expert of width `intermediate_size * num_shared_expert`.
     router_aux_loss_coef, router_z_loss_coef: weights of the balance loss and the z-loss in the training loss.
-    moe_drop_tokens, capacity_factor: in training no expert takes more than capacity_factor * k * T / E assignments.
+    moe_drop_tokens, capacity_factor: in training an expert takes at most ceil(capacity_factor * k * T / E) assignments.
     moe_random_routing_dropped_token: recycle routing: an assignment over the capacity goes to a random expert with a
         free slot instead of being dropped.
 

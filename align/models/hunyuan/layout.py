@@ -66,7 +66,7 @@ class VllmPlace(NamedTuple):
     parameter: its name.
     projection: the published projection inside a stack or a merged layer, else empty.
     expert: index into a stack, else None.
-    shard: the name that vLLM's weight loader of a merged layer gives to the projection, else None.
+    shard: name or number of the projection for the weight loader of a merged layer, else None.
     """
 
     parameter: str

@@ -104,9 +104,9 @@ def eager_attention(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; a layer without keys and values of its own uses its owner's.
+    """Grouped-query attention. The first layer of a cross-layer group owns keys and values; the others use them.
 
-    The group shares the rotated key divided by its rms, without the norm's weight. That weight is a factor per head
+    The group shares the rotated key divided by its rms, without the norm's weight. The weight is a factor per head
     dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own weight. Sharing one key
     and one value per group is therefore exact.
     """
@@ -377,7 +377,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
 class TokenHead(nn.Linear):
     """Logits [..., V]; with `tokens_N` their log-probabilities and the entropy, as `linear_logprobs` computes them.
 
-    Without gradients, that is in sampling, a bf16 head computes fp32 logits, as `linear_logprobs` does.
+    Without gradients (in sampling) a bf16 head computes fp32 logits, as `linear_logprobs` does.
     It is a module because ZeRO-3 gathers a weight for calls of its module only.
     """
 

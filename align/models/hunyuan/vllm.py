@@ -97,7 +97,7 @@ def live(layer: Layer) -> Layer:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; a sharing layer attends to its owner's cache.
+    """Grouped-query attention; the layers of a cross-layer group attend to the cache of its first layer.
 
     The cache stores rotated keys divided by their rms, without the norm's weight; each layer multiplies its queries by
     its own key-norm weight instead (see `modeling.Attention`). Sharing one cache per group is therefore exact.
