@@ -104,17 +104,16 @@ def _sum(*parts: Bytes) -> Bytes:
 
 
 def weight_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes per weight of a model. Without DeepSpeed, full fine-tuning keeps weights in fp32."""
+    """Bytes per weight of a model. Without DeepSpeed, full fine-tuning keeps weights in fp32, and so does DPO's
+    reference."""
     if job.dtype == "float32":
         return 4
-    in_full = member.trained == "all" or member.role == "reference"
+    in_full = member.trained == "all" or (member.role == "reference" and job.rollouts is None)
     return 4 if in_full and not setting.deepspeed else 2
 
 
-def value_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes per activation value: PPO computes in the precision of the weights, TRL's trainers under autocast."""
-    if job.rollouts is not None:
-        return weight_width(job, setting, member)
+def value_width(job: Job) -> int:
+    """Bytes per activation value: fp32 weights are cast to the recipe's dtype in the forward pass."""
     return 4 if job.dtype == "float32" else 2
 
 
@@ -147,8 +146,9 @@ class _Rank:
     def weight_bytes(self, member: Member) -> int:
         return weight_width(self.job, self.setting, member)
 
-    def value_bytes(self, member: Member) -> int:
-        return value_width(self.job, self.setting, member)
+    @property
+    def value_bytes(self) -> int:
+        return value_width(self.job)
 
     def adapter_bytes(self, member: Member) -> int:
         return adapter_width(self.job, self.setting, member)
@@ -241,7 +241,7 @@ class _Rank:
         smaller one is copied into the bucket and flattened once more for the reduce-scatter. Adapters on experts need
         the gradients of the merged matrices and of the adapters' product.
         """
-        local, width = self.local_experts(layer), self.value_bytes(member)
+        local, width = self.local_experts(layer), self.value_bytes
         if member.lora is not None:
             return 2 * local * width * member.lora.experts
         stack = 2 / 3 * local
@@ -349,7 +349,7 @@ class _Rank:
     def run(self, member: Member) -> Pass:
         rows, length = self.setting.micro_batch * self.job.sequences, self.job.length
         padded = self.job.padded and rows > 1
-        value, weight = self.value_bytes(member), self.weight_bytes(member)
+        value, weight = self.value_bytes, self.weight_bytes(member)
         return Pass(rows * length, length, padded, value, weight, member.lora, looped=self.on_cpu or value == 4)
 
     def outside_bytes(self, member: Member, run: Pass) -> float:
@@ -362,7 +362,7 @@ class _Rank:
 
     def cast_weights(self, member: Member) -> float:
         """bf16 copies of fp32 weights, which autocast keeps until the backward pass has used them."""
-        narrow = self.value_bytes(member) < self.weight_bytes(member)
+        narrow = self.value_bytes < self.weight_bytes(member)
         return 2 * member.parameters if narrow else 0
 
     def exchanged(self, member: Member, run: Pass) -> float:

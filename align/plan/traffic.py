@@ -104,7 +104,7 @@ def _pass_traffic(job: Job, setting: Setting, piece: Work) -> dict[Flow, float]:
     if setting.expert_parallel_size > 1:
         tokens = setting.micro_batch * job.sequences * job.length
         rows = sum(count * layer.top_k for layer, count in member.shape.kinds if layer.experts)
-        sent = tokens * rows * member.shape.hidden_size * value_width(job, setting, member)
+        sent = tokens * rows * member.shape.hidden_size * value_width(job)
         dispatch_and_combine = 2 * gathers * _received_share(setting.expert_parallel_size)
         found[Flow("expert dispatch and combine", "all-to-all")] = dispatch_and_combine * sent
     return found

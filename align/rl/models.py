@@ -82,8 +82,8 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
     device, parallel = training_device(), context.recipe.parallel
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
-    dtype = context.trained_dtype(stage.lora)
-    policy = load_policy(parent, dtype, parallel, stage.lora).to(device)
+    dtype = context.recipe.dtype
+    policy = load_policy(parent, context.trained_dtype(stage.lora), parallel, stage.lora).to(device)
     critic = build_critic(stage, context).to(device) if stage.advantage_estimator == "gae" else None
     reference = None if stage.lora else load_policy(parent, dtype, parallel, frozen=True).to(device)
     for model in (policy, critic, reference):
@@ -125,14 +125,12 @@ def build_critic(stage: PpoStage, context: StageContext) -> AnyModel:
     parent."""
     scorers = local_reward_models(stage)
     parent = stage.critic.init_from or (scorers[0] if scorers else stage.init_from)
-    full = stage.critic.trainable == "all" and not stage.critic.lora
-    parallel = context.recipe.parallel
-    dtype = "float32" if full and parallel is None else context.recipe.dtype  # as in `trained_dtype`
+    head_only = stage.critic.trainable == "head"
     return load_scorer(
         context.checkpoint(parent),
-        dtype,
+        context.recipe.dtype if head_only else context.trained_dtype(stage.critic.lora),
         fresh_head=True,
-        head_only=stage.critic.trainable == "head",
-        parallel=parallel,
+        head_only=head_only,
+        parallel=context.recipe.parallel,
         lora=stage.critic.lora,
     )

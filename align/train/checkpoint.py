@@ -208,7 +208,7 @@ def load_scorer(
         folder: The checkpoint of a language model or of a scorer.
         dtype, parallel, lora, frozen: As in `load_policy`.
         fresh_head: Set the head to zero: a critic's first values are then 0, not the scores of a reward model.
-        head_only: Freeze everything but the head.
+        head_only: Freeze everything but the head, which is in float32 without `parallel`.
     """
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
@@ -221,6 +221,8 @@ def load_scorer(
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=settings, dtype=getattr(torch, dtype)
             )
+            if head_only:
+                model.score.float()
             if lora is not None:
                 model = add_lora(model, lora, task="SEQ_CLS")
     if fresh_head:

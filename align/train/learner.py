@@ -34,11 +34,12 @@ def build_learner(
     """Build the learner of `model`: sharded over all ranks if the recipe has a `parallel` section, otherwise local.
 
     settings: AdamW, gradient clipping, and the learning-rate schedule over `total` steps.
-    dtype: precision of the sharded model's forward pass.
+    dtype: precision of the forward pass. A local learner computes in bfloat16 by autocast, with the weights' own dtype
+        as master weights; a sharded one holds bfloat16 weights and float32 master copies.
     ema_decay: decay of the EMA weights; without it none are kept.
     """
     if parallel is None:
-        return LocalLearner(model, settings, total=total, ema_decay=ema_decay)
+        return LocalLearner(model, settings, total=total, dtype=dtype, ema_decay=ema_decay)
     from align.train.sharded_learner import ShardedLearner  # imports DeepSpeed
 
     return ShardedLearner(model, settings, total=total, parallel=parallel, dtype=dtype, ema_decay=ema_decay)
@@ -145,15 +146,33 @@ class Learner(ABC):
 
 
 class LocalLearner(Learner):
-    """A learner whose process holds the whole model."""
+    """A learner whose process holds the whole model.
 
-    def __init__(self, model: AnyModel, settings: Optimizer, *, total: int, ema_decay: float | None = None):
+    dtype: precision of the forward pass. With bfloat16 it runs under autocast; trained weights must be float32.
+    """
+
+    def __init__(
+        self,
+        model: AnyModel,
+        settings: Optimizer,
+        *,
+        total: int,
+        dtype: str = "float32",
+        ema_decay: float | None = None,
+    ):
         super().__init__(model, settings, total=total)
+        self.dtype: torch.dtype = getattr(torch, dtype)
         if ema_decay is not None:
             self.track_ema(ema_decay)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return function(self.model, *arguments, **options)
+        if self.dtype == torch.float32:
+            return function(self.model, *arguments, **options)
+        device = next(self.model.parameters()).device.type
+        # Autocast's cache would share the cast weights between passes that run side by side in threads. A pass uses
+        # each weight once, so the cache saves nothing.
+        with torch.autocast(device, self.dtype, cache_enabled=False):
+            return function(self.model, *arguments, **options)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -389,6 +389,14 @@ class TokenHead(nn.Linear):
         return linear_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
 
 
+class ScoreHead(nn.Linear):
+    """Scores [..., num_labels] in fp32: rounded to bf16, values and scores of 100 would be multiples of 0.5."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float())
+
+
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     """Language model."""
 
@@ -455,7 +463,7 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 1
         self.model = HunYuanModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.score = ScoreHead(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     def forward(

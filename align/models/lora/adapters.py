@@ -38,11 +38,15 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set and the score head
     for SEQ_CLS.
 
-    in_float32: create the adapters in float32, whatever the model's dtype.
+    in_float32: create what trains in float32, whatever the model's dtype.
     """
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+    wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+    for parameter in wrapped.parameters():
+        if in_float32 and parameter.requires_grad:  # PEFT leaves copies of whole modules in the model's precision
+            parameter.data = parameter.data.float()
+    return wrapped
 
 
 def is_lora_weight(name: str) -> bool:
