@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align.losses.precision import in_float32
 from align.losses.reduce import masked_mean
 
 LOG_RATIO_BOUND = 20.0
@@ -16,6 +17,7 @@ ADAPTATION_BOUND = 0.2
 """Largest relative error of the measured KL that the controller responds to; larger ones are clipped."""
 
 
+@in_float32
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Estimates [B, T] in nats, with p the policy and q the reference.
 
@@ -33,6 +35,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     raise ValueError(f"KL estimator '{estimator}' is not one of k1, k2, k3")
 
 
+@in_float32
 def kl_loss(
     logprobs: Tensor,
     ref_logprobs: Tensor,

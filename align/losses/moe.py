@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align.losses.precision import in_float32
 
+
+@in_float32
 def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
     """Share of the valid tokens' assignments per expert, [E]; the shares sum to one."""
     valid = mask_T[:, None].expand_as(experts_Tk).flatten().float()
@@ -19,6 +22,7 @@ def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
     return counts / counts.sum().clamp_min(1.0)
 
 
+@in_float32
 def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tensor:
     """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1; 1 when both are uniform.
 
@@ -33,6 +37,7 @@ def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tenso
     return num_experts * (expert_load(experts_Tk, num_experts, mask_T) * mean_probability).sum()
 
 
+@in_float32
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     """Mean of (log sum_e exp(logit_e))^2, which keeps the router's logits small.
 
@@ -41,6 +46,7 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     return _mean_over(logits_TE.float().logsumexp(dim=-1).square(), mask_T)
 
 
+@in_float32
 def router_entropy(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     """Mean entropy of the router's distribution in nats, from 0 (one expert has all probability) to log E (uniform)."""
     log_probabilities = logits_TE.log_softmax(dim=-1, dtype=torch.float32)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from align.losses.kl import LOG_RATIO_BOUND, kl_estimate
+from align.losses.precision import in_float32
 from align.losses.reduce import masked_mean
 
 
+@in_float32
 def importance_weight(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
@@ -40,6 +42,7 @@ def importance_weight(
     return torch.where(ratio > cap, 0.0, ratio) if drop else ratio.clamp_max(cap)
 
 
+@in_float32
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, sequence: bool = False) -> Tensor:
     """new / old probability of each token.
 
@@ -53,6 +56,7 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, s
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
+@in_float32
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -94,6 +98,7 @@ def policy_loss(
     return masked_mean(loss, mask, count), metrics
 
 
+@in_float32
 def cispo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -134,6 +139,7 @@ def update_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, count: float
     return masked_mean(kl_estimate(old_logprobs, logprobs, "k3"), mask, count).detach()
 
 
+@in_float32
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,6 +152,7 @@ def value_loss(
     }
 
 
+@in_float32
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - var(returns - values) / var(returns) over valid tokens: 1 is perfect, 0 is no better than a constant."""
     valid = mask.bool()

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align.losses.precision import in_float32
+
 Metrics = dict[str, Tensor]
 LossAndMetrics = tuple[Tensor, Metrics]
 
 
+@in_float32
 def bradley_terry_loss(
     chosen_scores_B: Tensor,
     rejected_scores_B: Tensor,
@@ -52,6 +55,7 @@ def bradley_terry_loss(
     return _sum_over(losses, count), metrics
 
 
+@in_float32
 def dpo_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -69,6 +73,7 @@ def dpo_loss(
     return _paired(-logsigmoid(beta * (chosen - rejected)), beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def hinge_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -86,6 +91,7 @@ def hinge_loss(
     return _paired((1 - beta * (chosen - rejected)).relu(), beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def ipo_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -108,6 +114,7 @@ def ipo_loss(
     return _paired((margin - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def sigmoid_norm_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -128,6 +135,7 @@ def sigmoid_norm_loss(
     return _paired(-logsigmoid(beta * margin), beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def robust_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -149,6 +157,7 @@ def robust_loss(
     return _paired(losses / (1 - 2 * label_smoothing), beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def exo_pair_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -171,6 +180,7 @@ def exo_pair_loss(
     return _paired(losses, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def nca_pair_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -190,6 +200,7 @@ def nca_pair_loss(
     return _paired(losses, chosen, rejected, count)
 
 
+@in_float32
 def bco_pair_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -208,6 +219,7 @@ def bco_pair_loss(
     return _paired(-logsigmoid(chosen) - logsigmoid(-rejected), chosen, rejected, count)
 
 
+@in_float32
 def sppo_hard_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -227,6 +239,7 @@ def sppo_hard_loss(
     return _paired(losses, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def apo_zero_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -246,6 +259,7 @@ def apo_zero_loss(
     return _paired(1 - chosen.sigmoid() + rejected.sigmoid(), chosen, rejected, count)
 
 
+@in_float32
 def apo_down_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -265,6 +279,7 @@ def apo_down_loss(
     return _paired(chosen.sigmoid() + 1 - (chosen - rejected).sigmoid(), chosen, rejected, count)
 
 
+@in_float32
 def discopop_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -286,6 +301,7 @@ def discopop_loss(
     return _paired(losses, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def aot_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -309,6 +325,7 @@ def aot_loss(
     return _paired(losses, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def aot_unpaired_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -328,6 +345,7 @@ def aot_unpaired_loss(
     return _paired(losses, beta * chosen, beta * rejected, count)
 
 
+@in_float32
 def simpo_loss(
     chosen_logprobs_B: Tensor,
     rejected_logprobs_B: Tensor,
@@ -349,6 +367,7 @@ def simpo_loss(
     return _paired(-logsigmoid(chosen - rejected - simpo_gamma), chosen, rejected, count)
 
 
+@in_float32
 def sft_loss(chosen_token_logprobs_BT: Tensor, mask_BT: Tensor, *, count: float | None = None) -> LossAndMetrics:
     """Negative log-likelihood of the chosen completions per token, the term that `sft_coef` adds to a DPO loss.
 
@@ -363,6 +382,7 @@ def sft_loss(chosen_token_logprobs_BT: Tensor, mask_BT: Tensor, *, count: float 
     return total / (mask_BT.sum().clamp_min(1) if count is None else count), {}
 
 
+@in_float32
 def kto_loss(
     logprobs_B: Tensor,
     ref_logprobs_B: Tensor,
@@ -391,6 +411,7 @@ def kto_loss(
     return _sum_over(losses, count), {"kl": kl.detach(), "reward": _mean(beta * rewards)}
 
 
+@in_float32
 def kto_kl(mismatched_logprobs_B: Tensor, ref_mismatched_logprobs_B: Tensor) -> Tensor:
     """Estimate of KL(policy || reference), at least 0, a scalar without gradient: mean h of mismatched completions.
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align.losses.precision import in_float32
 
+
+@in_float32
 def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
     """Sum of values where mask is 1, divided by `count` (default: the sum of the mask)."""
     # Not a product with the mask: a masked position may hold inf or nan.
@@ -17,6 +20,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Ten
     return total / (mask.sum().clamp_min(1.0) if count is None else count)
 
 
+@in_float32
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(values - mean) / std over the valid tokens, zero elsewhere.
 
@@ -29,6 +33,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
 
 
+@in_float32
 def averaging_weights(mask: Tensor, how: str, *, count: float, completions: float, max_tokens: int) -> Tensor | None:
     """Factors [B, T] that turn a sum over tokens divided by `count` into another average.
 
