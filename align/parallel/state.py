@@ -8,8 +8,9 @@ overlap its own shards.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.errors import UserError
@@ -147,23 +147,45 @@ def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor]
     steps = adam_steps(engine)
     kinds = KINDS if steps else KINDS[:1]  # before its first step AdamW has no moments
     states = [state for state in local_states(engine) if state.saves]
-    tensors = {
-        f"{kind}:{state.name}@{state.start}": state.read(kind).to("cpu", copy=True).contiguous()
+    parts: list[tuple[str, int, Callable[[], Tensor]]] = [
+        (f"{kind}:{state.name}@{state.start}", state.count, partial(state.read, kind))
         for state in states
         for kind in kinds
-    }
+    ]
     if average is not None:
-        tensors |= {
-            f"{AVERAGE}:{state.name}@{state.start}": average[state.name].to("cpu", copy=True) for state in states
-        }
+        parts += [
+            (f"{AVERAGE}:{state.name}@{state.start}", state.count, partial(average.__getitem__, state.name))
+            for state in states
+        ]
     path = folder / f"state-{rank:05d}-of-{processes:05d}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.rename(path)
+    incomplete = path.with_suffix(".partial")
+    write_parts(incomplete, parts)
+    incomplete.rename(path)
     if rank == 0:
         (folder / "state.json").write_text(json.dumps({"processes": processes, "steps": steps}))
     if dist.is_initialized():
         dist.barrier()
+
+
+def write_parts(file: Path, parts: list[tuple[str, int, Callable[[], Tensor]]]) -> None:
+    """Write flat tensors to a safetensors file in float32. Only one of them at a time is copied to host memory.
+
+    parts: name, number of elements, and a function that returns the tensor, of each.
+    """
+    header, end = {}, 0
+    for name, count, _ in parts:
+        header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
+        end += 4 * count
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the first tensor to 8 bytes
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, count, read in parts:
+            values = read().detach().to("cpu", torch.float32).contiguous()
+            if values.numel() != count:
+                raise ValueError(f"'{name}' has {values.numel()} elements instead of {count}")
+            out.write(values.numpy().data)
+            del values  # before the next one is read
 
 
 def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
