@@ -256,24 +256,24 @@ def _broadcast_bytes(payload: bytes) -> bytes:
 def rank_0_last(step: str) -> Iterator[None]:
     """A block of collectives that rank 0 may leave long after the others, because it alone writes or sends the result.
 
-    The other ranks wait for it at the end of the block, without a time limit.
+    The other ranks may leave it at different times as well. They wait for rank 0 at the end, without a time limit.
     """
     if world()[1] == 1:
         yield
         return
     steps = control_steps()
-    if is_main():
-        steps.enter(step, "working")
-        try:
-            yield
-        except BaseException:
-            steps.mark("failed")
-            raise
-        steps.mark("done")
-    else:
-        yield
+    if not is_main():
         steps.enter(step)
+        yield
         steps.wait_for_rank_0()
+        return
+    steps.enter(step, "working")
+    try:
+        yield
+    except BaseException:
+        steps.mark("failed")
+        raise
+    steps.mark("done")
     steps.wait_for_all()
 
 

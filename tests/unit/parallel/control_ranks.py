@@ -98,7 +98,7 @@ def waits_for_rank_0_to_finish(rank: int) -> list[float]:
     with group.rank_0_last("export"):
         everywhere = torch.ones(2)
         dist.all_reduce(everywhere)
-        if rank == 0:
+        if rank != 2:  # rank 1 has more to send than rank 2
             time.sleep(steps.LATE + 1)
     group.barrier("next")
     return everywhere.tolist()

@@ -68,8 +68,8 @@ def test_every_rank_gets_rank_0s_result_however_long_it_takes(seen) -> None:
     assert results == [["of rank 0", [0.0, 1.0, 2.0], None, is_main] for is_main in (True, False, False)]
 
 
-def test_rank_0_may_finish_a_block_of_collectives_long_after_the_others(seen) -> None:
-    """Without the block, the others would wait at step 'next' and report rank 0 as late."""
+def test_ranks_may_finish_a_block_of_collectives_long_after_each_other(seen) -> None:
+    """Without the block, rank 2 would wait at step 'next' and report the others as late."""
     assert [rank["result"] for rank in seen["waits_for_rank_0_to_finish"]] == [[3.0, 3.0]] * 3
 
 
