@@ -163,6 +163,7 @@ def test_importance_weight_is_capped() -> None:
     assert dropped.tolist()[0] == pytest.approx([0.0, math.exp(-0.5), 1.0])
     whole = importance_weight(old, rollout, mask, cap=100.0, sequence=True)
     assert whole.tolist()[0] == pytest.approx([math.exp(2.5)] * 3)
+    assert not importance_weight(old.requires_grad_(), rollout, mask, cap=2.0).requires_grad
 
 
 def test_explained_variance() -> None:

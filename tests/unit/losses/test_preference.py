@@ -197,6 +197,7 @@ def test_bradley_terry_by_hand_and_by_trl() -> None:
     plain, metrics = bradley_terry_loss(chosen, rejected)
     assert plain.item() == pytest.approx((log(4 / 3) + log(4)) / 2, rel=1e-12)
     assert (metrics["accuracy"].item(), metrics["margin"].item()) == (0.5, 0.0)
+    assert bradley_terry_loss(double(1, 2), double(1, 1))[1]["accuracy"].item() == 0.5  # a tie is not correct
     centred, _ = bradley_terry_loss(chosen, rejected, center_coef=0.1)
     assert centred.item() == pytest.approx(plain.item() + 0.1 * LN3**2, rel=1e-12)
     halves = [bradley_terry_loss(chosen[[i]], rejected[[i]], center_coef=0.1, count=2)[0].item() for i in range(2)]
@@ -224,6 +225,7 @@ def test_kto_by_hand() -> None:
     assert loss.item() == pytest.approx((3 * 0.5 + 5 * 0.5) / 2, rel=1e-12)
     assert kto_kl(double(-1, -2), double(-2, -2)).item() == 0.5
     assert kto_kl(double(-3, -2), double(-2, -2)).item() == 0
+    assert not kto_kl(double(-1, -2).requires_grad_(), double(-2, -2)).requires_grad
 
 
 def test_kto_is_trls() -> None:

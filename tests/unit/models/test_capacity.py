@@ -116,6 +116,9 @@ def test_a_recycled_token_is_weighted_by_its_probability_for_the_new_expert() ->
         [probabilities[0, 1].item(), probabilities[1, 2].item()]
     )
     assert moved.chosen_Tk.flatten().tolist() == [0, 0]
+    to_the_first = route(logits.flip(1), 1, lambda chosen: torch.zeros_like(chosen))
+    assert to_the_first.chosen_Tk.flatten().tolist() == [2, 2]
+    assert_near(to_the_first.weights_Tk[:, 0], probabilities[:, 2])
     pair = route(logits, 2, lambda chosen: torch.tensor([[0, 2], [0, -1]]))
     first = probabilities[0, [0, 2]] / probabilities[0, [0, 2]].sum()
     assert_near(pair.weights_Tk[0], first)

@@ -87,6 +87,16 @@ def test_every_tensor_is_in_its_place(saved: Path, stored: torch.dtype, wanted: 
     assert torch.equal(model.model.inv_freq, HunYuanModel(model.config).inv_freq)
 
 
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_tensor_is_read_into_one_of_any_type(tmp_path: Path, wanted: torch.dtype) -> None:
+    tensor = torch.randn(3, 5)
+    save_file({"other": torch.zeros(4), "weight": tensor}, tmp_path / "a.safetensors")
+    target = torch.empty(3, 5, dtype=wanted)
+    (found,) = (stored for stored in stored_tensors([tmp_path / "a.safetensors"]) if stored.name == "weight")
+    found.read_into(target)
+    assert torch.equal(target, tensor.to(wanted))
+
+
 def test_a_loaded_model_is_saved_in_the_published_layout(saved: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).save_pretrained(tmp_path / "again")
     assert same(published(tmp_path / "again"), published(saved))
