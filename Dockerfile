@@ -1,8 +1,9 @@
 # align on NVIDIA GPUs: docker build -t align .
 # The driver of the machine must be R580 or later; the image brings everything else.
 #
-# The `devel` image is needed when align runs: DeepSpeed compiles its Adam and asynchronous I/O kernels at their first
-# use, with nvcc of the CUDA version that torch was built for, and Triton compiles with the C compiler.
+# The `devel` image is needed when align runs: DeepSpeed's async_io (for `offload` to NVMe) and FlashInfer (if vLLM
+# chooses it) are compiled at their first use, with nvcc and headers of the CUDA version that torch was built for, and
+# Triton's kernels with the C compiler.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

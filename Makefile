@@ -11,10 +11,14 @@ TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-fast check compat bench bench-trl clean lock image
+.PHONY: quickstart test test-fast check compat bench bench-trl clean lock smoke image
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
+
+# Expected against measured on this machine: fifteen minutes on a GPU, under three on two cores.
+smoke: $(STAMP)
+	$(BIN)/align smoke
 
 image:
 	docker build --tag align .

@@ -1,9 +1,11 @@
-"""Commands on the machine itself: `doctor`."""
+"""Commands on the machine itself: `doctor`, `smoke`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 from align.cli.terminal import color
 
@@ -18,6 +20,24 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(command=_doctor)
+
+    smoke = commands.add_parser(
+        "smoke",
+        help="measure this machine against what is expected",
+        description="Run every part once on this machine and print expected against measured: fifteen minutes on a "
+        "GPU, under three on two CPU cores. Exits with 1 if something is WRONG; slow is not wrong.",
+    )
+    smoke.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="run only these lines (0 to 8)")
+    smoke.add_argument(
+        "--folder", type=Path, default=Path("runs/smoke"), help="folder for logs and runs (default: runs/smoke)"
+    )
+    smoke.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON with versions and hardware (default: smoke.json in the folder)",
+    )
+    smoke.set_defaults(command=_smoke)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -39,3 +59,17 @@ def _doctor(options: argparse.Namespace) -> None:
         for sentence in findings[kind]:
             print(f"  {color(kind.removesuffix('s'), code)}: {sentence}")
     print(f"  {findings['verdict']}")
+
+
+def _smoke(options: argparse.Namespace) -> None:
+    from align.smoke.command import smoke
+    from align.smoke.table import Verdict
+
+    codes: dict[Verdict, int] = {"ok": 32, "slow": 33, "WRONG": 31, "skipped": 36}
+    paint = {verdict: color(verdict, code) for verdict, code in codes.items()} if sys.stdout.isatty() else None
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    if smoke(options.folder, only=options.only, output=options.output, say=say, paint=paint) == "WRONG":
+        sys.exit(1)

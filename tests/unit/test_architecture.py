@@ -24,7 +24,7 @@ LAYERS = [
     {"eval", "rl"},
     {"recipes"},
     {"preflight", "doctor"},
-    {"pipeline", "chat"},
+    {"pipeline", "chat", "smoke"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -170,3 +170,14 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     here.write("hy.tiktoken", "")
     return here.align("convert", "tokenizer", "hy.tiktoken", "rows.jsonl")
+
+
+@wrong("smoke-unknown-line", "A line of the smoke test that does not exist")
+def _(here: Here) -> str:
+    return here.align("smoke", "--only", "12")
+
+
+@wrong("smoke-folder-is-a-file", "A file as the folder of the smoke test")
+def _(here: Here) -> str:
+    (here.folder / "runs").write_text("")
+    return here.align("smoke", "--folder", "runs")

@@ -1,0 +1,111 @@
+"""Line 4: rates of the MoE block's grouped products and of the loss head, against the device's peak."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from align.losses.linear_head import linear_logprobs
+from align.models.hunyuan import HunYuanConfig
+from align.models.hunyuan.moe import MoeBlock
+from align.smoke.machine import Machine, synchronize
+from align.smoke.table import Check, fast
+
+GROUPED, HEAD = 0.5, 0.4
+"""Estimated shares of the peak: of the MoE block's forward and backward pass, and of the loss head's."""
+
+
+class Sizes(NamedTuple):
+    tokens: int
+    hidden: int
+    width: int
+    experts: int
+    vocabulary: int
+    rounds: int
+
+
+ON_GPU = Sizes(tokens=16_384, hidden=2048, width=1024, experts=16, vocabulary=49_152, rounds=20)
+ON_CPU = Sizes(tokens=512, hidden=256, width=256, experts=4, vocabulary=4096, rounds=3)
+
+
+def measure(machine: Machine, folder: Path) -> list[Check]:
+    """Rates in bf16 on a GPU, in fp32 on a CPU, where few processors multiply bf16."""
+    sizes, dtype = (ON_GPU, torch.bfloat16) if machine.has_gpu else (ON_CPU, torch.float32)
+    with torch.device(machine.device):
+        dense = dense_product(sizes, dtype)
+        grouped = grouped_products(sizes, dtype)
+        head = loss_head(sizes, dtype)
+    peak = machine.peak_flops
+    unit = "TFLOP/s" if machine.has_gpu else "GFLOP/s"
+    scale = 1e12 if machine.has_gpu else 1e9
+    checks = []
+    for what, (work, flops), share in (
+        ("dense product", dense, 0.6),
+        ("MoE block, both passes", grouped, GROUPED),
+        ("loss head, both passes", head, HEAD),
+    ):
+        bound = None if peak is None else share * peak / scale
+        checks.append(fast(what, flops / seconds(work, sizes.rounds, machine) / scale, bound, unit))
+    return checks
+
+
+def seconds(work: Callable[[], object], rounds: int, machine: Machine) -> float:
+    """Median time of a call, after two calls that warm up."""
+    times = []
+    for _ in range(rounds + 2):
+        synchronize(machine)
+        clock = time.perf_counter()
+        work()
+        synchronize(machine)
+        times.append(time.perf_counter() - clock)
+    return statistics.median(times[2:])
+
+
+def dense_product(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """(a product of all tokens with one matrix, its operations)."""
+    rows = torch.randn(sizes.tokens, sizes.hidden, dtype=dtype)
+    matrix = torch.randn(sizes.hidden, 2 * sizes.width, dtype=dtype)
+    return lambda: rows @ matrix, 4.0 * sizes.tokens * sizes.hidden * sizes.width
+
+
+def grouped_products(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """(both passes of a block with top-2 routing and a shared expert, operations of their products)."""
+    config = HunYuanConfig(
+        hidden_size=sizes.hidden,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=sizes.experts,
+        moe_topk=2,
+        intermediate_size=sizes.width,
+    )
+    block = MoeBlock(config, 0).to(dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    hidden = torch.randn(1, sizes.tokens, sizes.hidden, dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        for leaf in (hidden, *block.parameters()):
+            leaf.grad = None
+        block(hidden)[0].square().mean().backward()
+
+    # Three SwiGLUs per token, each with three products of 2 operations forward and 4 backward per weight.
+    return work, 3 * 18.0 * sizes.tokens * sizes.hidden * sizes.width
+
+
+def loss_head(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """(both passes of the log-probabilities, operations of the four products that they need)."""
+    hidden = torch.randn(sizes.tokens, sizes.hidden, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(sizes.vocabulary, sizes.hidden) * 0.02).to(dtype).requires_grad_()
+    tokens = torch.randint(sizes.vocabulary, (sizes.tokens,))
+
+    def work() -> None:
+        hidden.grad = weight.grad = None
+        linear_logprobs(hidden, weight, tokens)[0].mean().backward()
+
+    return work, 8.0 * sizes.tokens * sizes.hidden * sizes.vocabulary
