@@ -9,7 +9,8 @@ takes its CUDA branches. Every operation runs on the CPU, and the device counts 
                memory and `non_blocking`
     launches   operations that compute on the GPU, at least one kernel each; views and allocations launch none
 
-Not covered: `torch.autocast`, CUDA streams, Triton kernels, and how many kernels one operation launches.
+Not covered: how the autocast rules of a GPU differ from those of a CPU, CUDA streams, Triton kernels, and how many
+kernels one operation launches.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -99,16 +101,22 @@ class PretendDevice:
         self.creates: bool | None = None
 
     def __enter__(self) -> PretendDevice:
-        self._lazy_init, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda *_: None
-        self._modes = (_Operations(self), _PythonCalls(self))
-        for mode in self._modes:
-            mode.__enter__()
+        self._entered = ExitStack()
+        self._entered.enter_context(patch.object(torch.cuda, "_lazy_init", lambda *_: None))
+        # To C++ the pretend tensors are on the CPU, so its autocast acts on them.
+        for module, name in (
+            (torch, "autocast"),
+            (torch, "is_autocast_enabled"),
+            (torch, "get_autocast_dtype"),
+            (torch.amp, "is_autocast_available"),
+        ):
+            self._entered.enter_context(patch.object(module, name, _of_the_cpu(getattr(module, name))))
+        self._entered.enter_context(_Operations(self))
+        self._entered.enter_context(_PythonCalls(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
-        torch.cuda._lazy_init = self._lazy_init
+        self._entered.close()
 
     @contextmanager
     def counting(self) -> Iterator[Counted]:
@@ -328,6 +336,11 @@ _ANSWERS = {
     Tensor.is_cpu.__get__: lambda here, get, tensor: not here,
     Tensor.get_device: lambda here, get, tensor: 0 if here else -1,
 }
+
+
+def _of_the_cpu(function: Any) -> Any:
+    """A function of a device type that does for "cuda" what it does for "cpu"."""
+    return lambda *args, **kwargs: function(*("cpu" if arg == "cuda" else arg for arg in args), **kwargs)
 
 
 def _in_wider_type(product: Any) -> Any:

@@ -80,8 +80,10 @@ def rollout(layers: int) -> Experience:
     return batch
 
 
-def learner(device: PretendDevice, model: nn.Module) -> LocalLearner:
-    return LocalLearner(device.module(model), settings().optimizer, total=1)
+def learner(device: PretendDevice, model: nn.Module, dtype: torch.dtype = torch.float32) -> LocalLearner:
+    """dtype: of the forward pass; bfloat16 means autocast."""
+    name = str(dtype).removeprefix("torch.")
+    return LocalLearner(device.module(model), settings().optimizer, total=1, dtype=name)
 
 
 def update(device: PretendDevice, models: Models, stage: PpoStage, layers: int, *, train_policy: bool = True) -> Run:
@@ -177,6 +179,11 @@ def trainer_step(device: PretendDevice, dtype: torch.dtype, layers: int, kind: s
     return run
 
 
+def autocast_update(device: PretendDevice, dtype: torch.dtype, layers: int) -> Run:
+    """The policy's update without `parallel`: fp32 weights, and autocast in bf16."""
+    return update(device, Models(learner(device, policy(torch.float32, layers), dtype)), settings(), layers)
+
+
 PASSES: dict[str, Callable[[PretendDevice, torch.dtype, int], Run]] = {
     "policy update": lambda device, dtype, n: policy_update(device, policy(dtype, n), n),
     "policy update, routing replay": lambda device, dtype, n: policy_update(
@@ -190,6 +197,7 @@ PASSES: dict[str, Callable[[PretendDevice, torch.dtype, int], Run]] = {
     "policy update, LoRA on experts by row": lambda device, dtype, n: policy_update(
         device, adapted(dtype, n, experts=True, by_row=True), n
     ),
+    "policy update, autocast": autocast_update,
     "critic update": critic_update,
     "policy, before the update": lambda device, dtype, n: forward(device, dtype, n, "policy"),
     "reference": lambda device, dtype, n: forward(device, dtype, n, "reference"),

@@ -106,7 +106,8 @@ def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str,
     """
     replay = stage.routing_replay == "rollout"
     output = models.policy.run(policy_output, batch.to(models.device), stage.rollout.temperature, replay=replay)
-    results = {"logprobs": output.logprobs.cpu(), "entropy": output.entropy.cpu(), "computed": batch.mask}
+    logprobs, entropy = torch.stack((output.logprobs, output.entropy)).cpu()  # in one copy
+    results = {"logprobs": logprobs, "entropy": entropy, "computed": batch.mask}
     if stage.routing_replay == "trainer" and output.routed_experts is not None:
         results[ROUTING] = output.routed_experts.cpu().to(torch.int16)
     return results

@@ -6,6 +6,7 @@ are sharded over all ranks. A loop uses both through `Learner` and never needs t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,9 +212,10 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_n
     finite and the step was skipped."""
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if not torch.isfinite(norm):
+    on_host = norm.item()  # read once: each read waits for a GPU
+    if not math.isfinite(on_host):
         return None
-    if norm > max_grad_norm:  # scaling by one would still read and write every gradient
+    if on_host > max_grad_norm:  # scaling by one would still read and write every gradient
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     optimizer.step()
-    return norm.item()
+    return on_host

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align.models import routing
+from align.train.learner import clip_and_step
 from tests import pretend_passes
 from tests.near import assert_near
 from tests.pretend_device import CUDA, Counted, PretendDevice, PretendTensor
@@ -21,8 +22,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 LAYERS = 2
 SYNCS = {"policy update, expert capacity": 1 + LAYERS}
 """Waits of the host in bf16: one for the metrics, and one per layer whose free slots are drawn at random."""
-RESULTS = {"policy, before the update": 3, "reference": 1, "critic, before the update": 1, "reward model": 1}
-"""Tensors that a pass without an update copies to the host."""
+RESULTS = {"policy, before the update": 2, "reference": 1, "critic, before the update": 1, "reward model": 1}
+"""Copies of results to the host in a pass without an update."""
 OURS = [name for name in PASSES if "padded" not in name]
 """Passes without TRL's trainers, which read their own metrics one by one."""
 
@@ -130,7 +131,7 @@ def test_expert_parallelism_mixes_no_devices_and_waits_once_per_layer(tmp_path: 
 
 
 def gradients(build: Any, dtype: torch.dtype, device: Any) -> list[Tensor]:
-    """Gradients of a policy update after its second run."""
+    """Gradients of a policy update."""
     models: list[nn.Module] = []
     module = device.module
     device.module = lambda model: models.append(module(model)) or models[-1]
@@ -159,6 +160,18 @@ def test_gradients_are_those_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPat
     assert len(found) == len(expected) > 10
     for gradient, wanted in zip(found, expected, strict=True):
         assert_near(gradient, wanted, units=2048)
+
+
+def test_an_optimizer_step_waits_once() -> None:
+    """For the gradient norm, which decides whether the step is made."""
+
+    def run(device: PretendDevice) -> None:
+        model = device.module(nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters())
+        model(device.tensor(torch.ones(1, 3))).sum().backward()
+        assert clip_and_step(model, optimizer, 0.5) == pytest.approx(8**0.5)  # six weights and two biases
+
+    assert counted_in(run).totals()["syncs"] == 1
 
 
 # --- faults that the passes notice ------------------------------------------------------------------------------------

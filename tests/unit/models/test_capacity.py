@@ -60,6 +60,16 @@ def test_too_little_capacity_drops_exactly_the_rest() -> None:
     assert int((placed < 0).sum()) == 8
 
 
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 4 / 3])
+def test_a_masked_batch_has_the_capacity_of_its_tokens(factor) -> None:
+    """All tokens want expert 0 of 4: it keeps ceil(factor * tokens / 4) of them."""
+    chosen = torch.zeros(60, 1, dtype=torch.long)
+    for tokens in range(61):
+        mask = torch.arange(60) < tokens
+        kept = limit_capacity(chosen, 4, factor, recycle=False, mask_T=mask)
+        assert counts(kept, 4) == [min(tokens, math.ceil(factor * 1 * tokens / 4)), 0, 0, 0]
+
+
 def test_the_reports_example() -> None:
     """Capacity 2, tokens A..D: the third token routed to expert 1 moves to an expert with a free slot."""
     chosen = torch.tensor([[1], [1], [0], [1]])
@@ -155,6 +165,14 @@ def test_a_grouped_product_is_that_of_the_loop() -> None:
     assert_near(results[0][0], expected.detach())
     for loop, grouped in zip(*results, strict=True):
         assert_near(grouped, loop)
+
+
+def test_a_grouped_product_of_rows_that_all_have_an_expert() -> None:
+    torch.manual_seed(0)
+    weights, rows = torch.randn(3, 8, 16), torch.randn(7, 16)
+    division = ExpertRows(torch.tensor([4, 4, 7], dtype=torch.int32), total=7, complete=True)
+    assert division.counts == [4, 0, 3, 0]
+    assert_near(grouped_product(rows, weights, division), torch.cat([rows[:4] @ weights[0].T, rows[4:] @ weights[2].T]))
 
 
 def test_frozen_experts_and_frozen_tokens_have_no_gradient() -> None:
