@@ -2,8 +2,9 @@
 
 A pass is the forward, loss and backward pass of one micro-batch with its metrics on the host. Counts grow linearly with
 the layers, so those of two depths give a part per layer and a fixed part. `tests/pretend_device.py` says what counts.
+Counts of earlier code in results/launches_before.json are shown beside the present ones.
 
-    --save-as NAME    write results/NAME.json instead of results/launches.json
+    --before    write that file
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write
+from harness import RESULTS, write
+from tables import table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from tests.pretend_passes import EXPERT_PARALLEL, PASSES, count  # noqa: E402
 from tests.unit.parallel.started import run_ranks  # noqa: E402
 
+BEFORE = "launches_before"
 LAYERS = (2, 4)
 DTYPES = ("bfloat16", "float32")
 Totals = dict[str, int]
@@ -47,19 +50,50 @@ def expert_parallel() -> dict[tuple[str, int], Totals]:
     return {(found["dtype"], found["layers"]): found["totals"] for found in counted}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--save-as", default="launches")
-    save_as = parser.parse_args().save_as
-    results: dict[str, dict[str, Any]] = {}
+def count_all() -> dict[str, dict[str, Any]]:
+    """{type: {pass: counts}}."""
     sharded = expert_parallel()
+    results: dict[str, dict[str, Any]] = {}
     for dtype in DTYPES:
         results[dtype] = {}
         for name, build in PASSES.items():
             few, many = (count(build, getattr(torch, dtype), layers).totals() for layers in LAYERS)
             results[dtype][name] = by_layer(few, many)
         results[dtype][EXPERT_PARALLEL] = by_layer(*(sharded[dtype, layers] for layers in LAYERS))
-    write(save_as, results)
+    return results
+
+
+def launches(results: dict[str, Any]) -> str:
+    """The counts as a table, before and now."""
+
+    def cell(when: str, dtype: str, name: str, kind: str) -> str:
+        counted = results[when][dtype][name][kind]
+        fixed, per_layer = (f"{counted[part]:g}" for part in ("fixed", "per layer"))
+        return fixed if per_layer == "0" else f"{fixed} + {per_layer} L"
+
+    kinds = {"host syncs": "syncs", "uploads that wait": "blocking_uploads", "launches": "launches"}
+    rows = []
+    for name in results["now"]["bfloat16"]:
+        cells = [cell("now", dtype, name, "mixes") for dtype in ("bfloat16", "float32")]
+        for kind in kinds.values():
+            cells += [cell(when, "bfloat16", name, kind) for when in ("before", "now")]
+        cells += [cell(when, "float32", name, "syncs") for when in ("before", "now")]
+        rows.append([name, *cells])
+    columns = [f"{label}, {when}" for label in kinds for when in ("before", "now")]
+    floats = [f"host syncs in fp32, {when}" for when in ("before", "now")]
+    return table(["bf16, L layers", "mixes", "mixes in fp32", *columns, *floats], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--before", action="store_true")
+    if parser.parse_args().before:
+        write(BEFORE, count_all(), option="--before")
+        return
+    before = json.loads((RESULTS / f"{BEFORE}.json").read_text(encoding="utf-8"))
+    results = {"before": before["results"], "now": count_all()}
+    write("launches", results)
+    print(launches(results))
 
 
 if __name__ == "__main__":
