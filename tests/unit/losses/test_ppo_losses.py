@@ -12,7 +12,7 @@ from align.losses.gae import gae
 from align.losses.kl import kl_estimate
 from align.losses.logprobs import token_entropy, token_logprobs
 from align.losses.moe import balance_loss, expert_load, router_entropy, router_z_loss
-from align.losses.ppo import cispo_loss, explained_variance, importance_weight, policy_loss, value_loss
+from align.losses.ppo import cispo_loss, explained_variance, importance_weight, policy_loss, update_kl, value_loss
 from align.losses.reduce import masked_mean, whiten
 
 
@@ -164,6 +164,11 @@ def test_importance_weight_is_capped() -> None:
     whole = importance_weight(old, rollout, mask, cap=100.0, sequence=True)
     assert whole.tolist()[0] == pytest.approx([math.exp(2.5)] * 3)
     assert not importance_weight(old.requires_grad_(), rollout, mask, cap=2.0).requires_grad
+
+
+def test_the_kl_of_an_update_is_a_metric_without_gradient() -> None:
+    logprobs, mask = tensor([-1.0, -2.0]).requires_grad_(), tensor([1, 1])
+    assert not update_kl(logprobs, tensor([-1.5, -2.0]), mask, 2.0).requires_grad
 
 
 def test_explained_variance() -> None:

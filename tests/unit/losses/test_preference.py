@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections import defaultdict
-from math import log, sqrt
+from math import exp, log, sqrt
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -200,6 +200,8 @@ def test_bradley_terry_by_hand_and_by_trl() -> None:
     assert bradley_terry_loss(double(1, 2), double(1, 1))[1]["accuracy"].item() == 0.5  # a tie is not correct
     centred, _ = bradley_terry_loss(chosen, rejected, center_coef=0.1)
     assert centred.item() == pytest.approx(plain.item() + 0.1 * LN3**2, rel=1e-12)
+    unequal, _ = bradley_terry_loss(double(2), double(1), center_coef=0.1)
+    assert unequal.item() == pytest.approx(log(1 + exp(-1)) + 0.1 * (2 + 1) ** 2, rel=1e-12)
     halves = [bradley_terry_loss(chosen[[i]], rejected[[i]], center_coef=0.1, count=2)[0].item() for i in range(2)]
     assert sum(halves) == pytest.approx(centred.item(), rel=1e-12)
     margins = double(LN3, -LN3)
