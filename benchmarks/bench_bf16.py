@@ -2,8 +2,8 @@
 
 The first table is the relative error of d log p(token) / d hidden against float64, median over the rows, and of the
 weight's gradient, by p(token): for our two heads, and for bf16 logits with autograd. Target: at most 6 % up to 0.999.
-`--curves` trains the recipe `tiny` up to DPO once, in float32. From there it runs PPO in float32 and in bf16 with three
-seeds each, and records the mean score of every iteration.
+`--curves` trains the recipe `tiny` up to DPO once, in float32. From there it runs PPO in float32 and in bf16 with each
+of `--seeds`, and records the mean score of every iteration.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from align.losses.linear_head import linear_cross_entropy, linear_logprobs
 from align.run.folder import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-ROWS, HIDDEN, VOCABULARY = 256, 512, 32_000
+ROWS, HIDDEN, VOCABULARY = 64, 512, 32_000
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-SEEDS = (0, 1, 2)
+SEEDS = [0, 1, 2]
 METRICS = ("score_mean", "kl", "mismatch_mean", "mismatch_max")
 
 
@@ -49,11 +49,12 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 def hidden_states(weight: Tensor, tokens: Tensor, probability: float) -> Tensor:
     """Hidden states in bf16 whose softmax gives each token about `probability`."""
-    base, towards = torch.randn(ROWS, HIDDEN) * 0.5, weight.float()[tokens]
+    wide = weight.float()
+    base, towards = torch.randn(ROWS, HIDDEN) * 0.5, wide[tokens]
     low, high = torch.zeros(ROWS, 1), torch.full((ROWS, 1), 400.0)
-    for _ in range(30):
+    for _ in range(24):
         middle = (low + high) / 2
-        logits = (base + middle * towards) @ weight.float().T
+        logits = (base + middle * towards) @ wide.T
         under = logits.softmax(-1).gather(1, tokens[:, None]) < probability
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     return (base + low * towards).bfloat16()
@@ -84,13 +85,14 @@ def errors() -> dict[str, Any]:
     return {"shape": {"rows": ROWS, "hidden": HIDDEN, "vocabulary": VOCABULARY}, "relative_error": table}
 
 
-def align_run(content: dict[str, Any], path: Path, run_dir: Path, *words: str) -> None:
+def align_run(content: dict[str, Any], path: Path, run_dir: Path) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "align.cli", "run", str(path), "--run-dir", str(run_dir), *words]
+    resume = ["--resume"] if run_dir.exists() else []
+    command = [sys.executable, "-m", "align.cli", "run", str(path), "--run-dir", str(run_dir), *resume]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def curves(folder: Path) -> dict[str, Any]:
+def curves(folder: Path, seeds: list[int]) -> dict[str, Any]:
     tiny = yaml.safe_load((ROOT / "align/recipes/tiny.yaml").read_text(encoding="utf-8"))
     stages = tiny["stages"]
     parents = folder / "parents"
@@ -99,8 +101,8 @@ def curves(folder: Path) -> dict[str, Any]:
     stage = {**stages["ppo"], "init_from": "base"}
     stage["rewards"] = [{"kind": "model", "init_from": str(parents / "reward_model")}]
     found: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
-        for seed in SEEDS:
+    for seed in seeds:
+        for dtype in ("float32", "bfloat16"):
             run_dir = folder / f"{dtype}-{seed}"
             model = {"kind": "pretrained", "path": str(parents / "dpo" / "model")}
             content = {"name": "bf16", "seed": seed, "dtype": dtype, "model": model, "stages": {"ppo": stage}}
@@ -118,9 +120,13 @@ def curves(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", action="store_true", help="PPO of the recipe tiny in float32 and bf16")
-    if parser.parse_args().curves:
+    parser.add_argument("--folder", type=Path, help="folder of these runs, which are resumed (default: temporary)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    options = parser.parse_args()
+    if options.curves:
         with tempfile.TemporaryDirectory() as folder:
-            write("bf16_curves", curves(Path(folder)), option="--curves")
+            found = curves(options.folder or Path(folder), options.seeds)
+            write("bf16_curves", found, option=f"--curves --seeds {' '.join(map(str, options.seeds))}")
     else:
         write("bf16_head", errors())
 

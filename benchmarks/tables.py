@@ -204,6 +204,26 @@ def expert_parallel(results: dict[str, Any]) -> str:
     )
 
 
+def bf16_head(results: dict[str, Any]) -> str:
+    table_of = results["relative_error"]
+    ways = list(next(iter(table_of.values())))
+    rows = [
+        [p, *(f"{found[way][of]:.2%}" for of in ("hidden", "weight") for way in ways)] for p, found in table_of.items()
+    ]
+    header = [f"{way}, d {of}" for of in ("hidden", "weight") for way in ways]
+    return table(["p(token)", *header], rows)
+
+
+def bf16_curves(results: dict[str, Any]) -> str:
+    means, runs = results["mean_score_per_iteration"], results["runs"]
+    steps = len(next(iter(means.values())))
+    rows = []
+    for dtype, found in runs.items():
+        rows.append([dtype, *(f"{mean:.2f}" for mean in means[dtype])])
+        rows += [[f"seed {seed}", *(f"{score:.2f}" for score in run["score_mean"])] for seed, run in found.items()]
+    return table(["mean score of iteration", *map(str, range(1, steps + 1))], rows)
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -221,6 +241,8 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "rollout": rollout,
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
+    "bf16_head": bf16_head,
+    "bf16_curves": bf16_curves,
 }
 
 

@@ -30,8 +30,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, shuffles, dropout and sampling. Each stage derives its own seed from it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights and computation. On a CPU without AVX-512 bf16, bfloat16 is several times slower than
-    float32."""
+    """Precision of computation and of frozen and saved weights; weights in training are kept in float32. On a CPU
+    without AVX-512 bf16, bfloat16 is several times slower than float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Number of CPU threads. Default: torch's own choice."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
