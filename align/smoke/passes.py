@@ -55,6 +55,7 @@ class Pass(NamedTuple):
 
 def compare(machine: Machine, folder: Path) -> list[Check]:
     """Line 1. On a CPU only bf16 is compared, because fp32 on the CPU is the reference itself."""
+    torch.set_num_threads(1)  # products this small gain nothing from more, and lose much on a busy machine
     checks = []
     for case in cases():
         reference = run(case, case.policy, "cpu")
