@@ -111,6 +111,8 @@ class PretendDevice:
             (torch.amp, "is_autocast_available"),
         ):
             self._entered.enter_context(patch.object(module, name, _of_the_cpu(getattr(module, name))))
+        grouped = _by_device(torch._C._group_tensors_by_device_and_dtype)
+        self._entered.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
         self._entered.enter_context(_Operations(self))
         self._entered.enter_context(_PythonCalls(self))
         return self
@@ -341,6 +343,19 @@ _ANSWERS = {
 def _of_the_cpu(function: Any) -> Any:
     """A function of a device type that does for "cuda" what it does for "cpu"."""
     return lambda *args, **kwargs: function(*("cpu" if arg == "cuda" else arg for arg in args), **kwargs)
+
+
+def _by_device(group: Any) -> Any:
+    """The grouping that optimizers and gradient norms use, with the pretend device in its keys."""
+
+    def run(lists: list[list[Tensor]], with_indices: bool = False) -> dict[Any, Any]:
+        found = group(lists, with_indices)
+        return {
+            (CUDA if isinstance(lists_of_key[0][0], PretendTensor) else device, dtype): (lists_of_key, indices)
+            for (device, dtype), (lists_of_key, indices) in found.items()
+        }
+
+    return run
 
 
 def _in_wider_type(product: Any) -> Any:
