@@ -8,8 +8,8 @@ from peft.tuners.lora import ParamWrapper
 
 from align.config.parts import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.lora.adapters import AnyModel, add_lora, without_reference_adapter
-from align.models.lora.experts import ExpertAdapter, delta, peft_shape
+from align.models.lora.adapters import AnyModel, add_lora, is_lora_weight, without_reference_adapter
+from align.models.lora.experts import ExpertAdapter, adapt_by_row, delta, peft_shape
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -55,3 +55,21 @@ def test_factors_of_experts_are_written_as_peft_reads_them() -> None:
         torch.testing.assert_close(delta(adapter, "default", a_ErI, b_EOr), expected)
         assert torch.equal(peft_shape("experts.lora_A.default.weight", a_ErI), written[0])
         assert torch.equal(peft_shape("experts.lora_B.default.weight", b_EOr), written[1])
+
+
+def test_adapters_applied_by_row_give_pefts_outputs_and_can_be_disabled() -> None:
+    config = HunYuanConfig(**SIZES | {"intermediate_size": 6}, num_key_value_heads=1, num_experts=3, moe_topk=2)
+    plain = HunYuanForCausalLM(config).eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        base = plain(ids).logits
+        model = add_lora(plain, Lora(rank=2), task="CAUSAL_LM").eval()
+        for name, factor in model.named_parameters():
+            if is_lora_weight(name):
+                factor.normal_(std=0.5)
+        expected = model(ids).logits
+        adapt_by_row(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+        assert (expected - base).abs().max() > 0.01
+        with model.disable_adapter():
+            torch.testing.assert_close(model(ids).logits, base)

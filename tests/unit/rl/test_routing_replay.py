@@ -64,3 +64,16 @@ def test_updates_use_the_experts_of_the_forward_pass_before_them(batch) -> None:
     assert (free.logprobs - replayed.logprobs).abs().max() > 1e-3
     replayed.logprobs.sum().backward()
     assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in models.policy.model.model.layers)
+
+
+def test_old_logprobs_use_the_experts_of_the_rollout(batch) -> None:
+    models = build()
+    model = models.policy.model
+    batch.score = torch.tensor([1.0, 0.0, -1.0])
+    free = policy_output(model, batch, 1.0)
+    batch.routed_experts = (free.routed_experts + 1) % SIZES["num_experts"]
+    replayed = policy_output(model, batch, 1.0, replay=True).logprobs
+    stage = settings(routing_replay="rollout", rollout={"return_routing": True})
+    complete_batch(stage, models, batch, 0.05)
+    torch.testing.assert_close(batch.old_logprobs, replayed)
+    assert (replayed - free.logprobs).abs().max() > 1e-3
