@@ -1,4 +1,4 @@
-"""Advantages by hand, and the policy loss against NumPy in float64 on random batches."""
+"""Advantage estimators against hand-computed values; policy and value losses against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_name_in_a_recipe_has_its_function() -> None:
 
 
 def test_an_estimator_gets_the_sum_of_a_completions_rewards() -> None:
-    """Rewards per token, as a KL penalty makes them: scores 1, 3, 5, 5 (as SCORES) and one token without a loss."""
+    """Per-token rewards, as with a KL penalty. They sum to SCORES; one token is masked out."""
     rewards = torch.tensor([[-1.0, 2.0], [3.0, 0.0], [4.0, 1.0], [-0.5, 5.5]])
     inputs = EstimatorInputs(
         rewards, MASK, values=torch.full((4, 2), 0.5), group_size=4, gamma=0.5, lam=0.0, value_lam=1.0, whiten=False
@@ -45,7 +45,7 @@ def test_an_estimator_gets_the_sum_of_a_completions_rewards() -> None:
     assert found["grpo"][0][:, 1].tolist() == pytest.approx(
         [-2.5 / deviation, 0, 1.5 / deviation, 1.5 / deviation], rel=1e-3
     )
-    # Lambda 0: r + gamma * next value - value; the returns have lambda 1, so they are discounted sums of the rewards.
+    # With lambda 0 an advantage is r + gamma * next value - value. Returns use lambda 1: discounted sums of rewards.
     advantages, returns = found["gae"]
     assert advantages.tolist() == [[-1.25, 1.5], [2.5, 0.0], [3.75, 0.5], [-0.75, 5.0]]
     assert returns.tolist() == [[0.0, 2.0], [3.0, 0.0], [4.5, 1.0], [2.25, 5.5]]
@@ -57,7 +57,7 @@ def test_an_estimator_gets_the_sum_of_a_completions_rewards() -> None:
 
 def test_grpo_by_hand() -> None:
     advantages = grpo(SCORES, MASK, 2)
-    # group (1, 3): mean 2, sample deviation sqrt(2); group (5, 5): all equal, so zero
+    # Group (1, 3) has mean 2 and sample standard deviation sqrt(2). In group (5, 5) all scores are equal, so it gets 0.
     expected = 1 / (math.sqrt(2) + 1e-4)
     assert advantages.tolist() == [
         pytest.approx([-expected, -expected]),
@@ -70,7 +70,7 @@ def test_grpo_by_hand() -> None:
 
 def test_dr_grpo_and_rloo_by_hand() -> None:
     assert dr_grpo(SCORES, MASK, 4)[:, 0].tolist() == pytest.approx([-2.5, -0.5, 1.5, 1.5])
-    # The mean of the other three: 13/3, 11/3, 3, 3.
+    # Mean scores of the other three completions: 13/3, 11/3, 3, 3.
     assert rloo(SCORES, MASK, 4)[:, 0].tolist() == pytest.approx([1 - 13 / 3, 3 - 11 / 3, 2.0, 2.0])
     assert rloo(SCORES, MASK, 2)[1].tolist() == pytest.approx([2.0, 0.0])
     with pytest.raises(ValueError, match="at least two"):
@@ -78,7 +78,7 @@ def test_dr_grpo_and_rloo_by_hand() -> None:
 
 
 def test_leave_one_out_is_unbiased_where_grpos_scaling_is_not() -> None:
-    """E[A * grad log p] over all pairs of draws from a two-armed bandit equals the true gradient for RLOO."""
+    """With RLOO, the mean of A * grad log p over all pairs of draws from a two-armed bandit is the true gradient."""
     p, reward = 0.3, (1.0, 4.0)
     true = p * (1 - p) * (reward[0] - reward[1])
     found = 0.0
@@ -94,7 +94,7 @@ def test_leave_one_out_is_unbiased_where_grpos_scaling_is_not() -> None:
 def test_reinforce_plus_plus_by_hand() -> None:
     rewards = torch.tensor([[0.0, 2.0], [1.0, 99.0]])
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    # returns: 1 and 2 (gamma 0.5), 1; mean 4/3, population variance 2/9
+    # With gamma 0.5 the returns are 1 and 2 in the first row, 1 in the second: mean 4/3, population variance 2/9.
     expected = [(x - 4 / 3) / math.sqrt(2 / 9) for x in (1, 2, 1)]
     found = reinforce_plus_plus(rewards, mask, gamma=0.5)
     assert found[mask.bool()].tolist() == pytest.approx(expected, abs=1e-5)
@@ -169,7 +169,7 @@ def test_the_sequence_ratio_has_the_gradient_of_the_geometric_mean() -> None:
     new = (old + torch.tensor([[0.3, -0.1, 5.0]]).double()).requires_grad_()
     ratio = probability_ratio(new, old, mask, sequence=True)
     assert ratio[0, :2].tolist() == pytest.approx([math.exp(0.1)] * 2)
-    # Equation 5's objective is the ratio once a sequence; the mean over its tokens has the same gradient.
+    # GSPO's objective (equation 5) has one ratio per sequence. The mean of our token ratios has the same gradient.
     ((ratio * mask).sum() / 2).backward()
     found = new.grad.clone()
     new.grad = None

@@ -1,9 +1,10 @@
-"""The loss head in bf16 against float64, from p(token) 0.01 to 0.9999, within the bound that rounding implies.
+"""The loss head in bf16 against float64, for token probabilities from 0.01 to 0.9999, within bounds on the rounding.
 
-With u = 2^-8, the unit roundoff of bf16: the products' operands are bf16 in both, so the logits differ by fp32's
-rounding only. The gradient of the logits g is rounded once, and so are its product with the weight and the gradient
-that leaves the head. So each element of a gradient is off by at most u sum_v |g_v w_v| + 2 u |gradient|, plus fp32's
-part.
+u = 2^-8 is the unit roundoff of bf16. The head and the float64 reference multiply the same bf16 values, so their logits
+differ only by fp32 rounding. The gradient of the logits, g, is rounded to bf16 once. The gradient of the hidden states
+is rounded after the product with the weight and again after scaling by the incoming gradient. The gradient of the
+weight is rounded once. An element of a gradient therefore has an error of at most u sum |g x| + 2 u |gradient|, plus
+the fp32 error of g. x is the weight for the hidden states' gradient, and the hidden states for the weight's.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from align.losses import linear_head
 from align.losses.linear_head import linear_cross_entropy, linear_logits, linear_logprobs
 
 PROBABILITIES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+# 1,500 is not a multiple of linear_head.BLOCK.
 ROWS, HIDDEN, VOCABULARY = 8, 64, 1500
 U, EPS = 2.0**-8, torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of five rows, so that eight rows make two, and blocks that do not divide the vocabulary."""
+    """Chunks of five rows, so that eight rows make one full and one partial chunk."""
     monkeypatch.setattr(linear_head, "CHUNK_BYTES", 5 * VOCABULARY * 4)
 
 
 def rows(probability: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, D] and weight [V, D] in bf16 whose softmax gives each token about this probability."""
+    """(hidden [N, D], weight [V, D], tokens [N]), the first two in bf16. Each token has about this probability."""
     torch.manual_seed(1)
     weight = (torch.randn(VOCABULARY, HIDDEN) * 0.3).bfloat16()
     tokens = torch.randint(0, VOCABULARY, (ROWS,))
@@ -68,13 +70,13 @@ def test_the_head_in_bf16_is_exact_up_to_the_rounding_of_its_operands(probabilit
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert ours.grad.dtype == weight.grad.dtype == trained[0]
 
-    # A logit is a sum of HIDDEN exact products in fp32, here of at most `size` in all.
+    # A logit is an fp32 sum of HIDDEN exact products whose absolute values add up to at most `size`.
     size = (exact_hidden.abs() @ exact_weight.T.abs()).amax(1) / temperature
     logit_error = HIDDEN * EPS * size
     assert_within(logprobs, exact.detach(), 2 * logit_error + 16 * EPS)
     assert_within(entropy, -(every.exp() * every).sum(-1).detach(), 2 * logit_error * (2 + size) + 64 * EPS)
     g = logits.grad.abs() / temperature
-    # 1 - p is as exact as p, and p as the logit.
+    # 1 - p has the absolute error of p. The relative error of p is about the absolute error of the logit.
     g_error = U * g + 4 * (logit_error[:, None] + 4 * EPS) * torch.maximum(g, factors.abs()[:, None] / temperature)
     for found, expected, own in (
         (ours.grad, exact_hidden.grad, g_error @ exact_weight.detach().abs()),
@@ -102,7 +104,10 @@ def test_a_row_of_one_token_is_the_same_row_in_a_batch() -> None:
 
 @pytest.mark.parametrize("loss", ["logprobs", "cross_entropy"])
 def test_the_weights_gradient_is_summed_over_chunks_without_rounding(monkeypatch, loss) -> None:
-    """All values but the sum over the rows are exact in bf16, and each chunk's sum over three rows is not."""
+    """Hidden states and g are exact in bf16, but a chunk's sum over three rows is not.
+
+    Adding up the chunks in bf16 would therefore change the result.
+    """
     monkeypatch.setattr(linear_head, "CHUNK_BYTES", 3 * 64 * 4)
     count, vocabulary = 300, 64
     hidden = torch.full((count, 4), 1 + 2.0**-7).bfloat16()

@@ -1,9 +1,10 @@
-"""Every loss on bf16 inputs against float64, from p(token) 0.01 to 0.9999: long rows, rows of one token, an expert
-without tokens.
+"""Every loss on bf16 inputs against float64, for token probabilities from 0.01 to 0.9999.
 
-A loss computes in fp32 whatever its inputs' type. So a value is off by fp32's rounding alone: at most c * eps times its
-largest term, where c = 64 covers the elementary functions and the pairwise sums of a term. A gradient is rounded once
-more, to the type of its input: by u = 2^-8 of its value.
+The cases include long rows, rows of one token, and an expert without tokens.
+
+A loss computes in fp32, whatever the type of its inputs. The error of a value is therefore fp32 rounding only: at most
+ROUNDINGS * eps times the largest term. ROUNDINGS = 64 covers the elementary functions in a term and the summation. A
+gradient is also rounded to the type of its input, with a relative error of at most u = 2^-8.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def numbers(seed: int, *shape: int) -> Tensor:
 
 
 def tokens(probability: float, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Per-token inputs in bf16. The policies differ by up to about 10 % in log p; the last row has no valid token."""
+    """Per-token inputs in bf16. The policies' log-probabilities have a standard deviation of 10 % of log p.
+
+    The last row has no valid token.
+    """
     logp = float(torch.tensor(probability).log())
     mask = (numbers(0, *shape) > -1).float()
     mask[0], mask[-1] = 1.0, 0.0
@@ -81,7 +85,7 @@ OF_TOKENS: dict[str, Callable[[dict[str, Tensor]], object]] = {
 
 
 def flat(result: object) -> list[Tensor]:
-    """The tensors of a loss's result: a tensor, or a loss with its metrics."""
+    """All tensors of a result, which is a tensor or (loss, metrics)."""
     if isinstance(result, Tensor):
         return [result]
     loss, metrics = result  # type: ignore[misc]
@@ -89,7 +93,7 @@ def flat(result: object) -> list[Tensor]:
 
 
 def compare(function: Callable[[dict[str, Tensor]], object], inputs: dict[str, Tensor], size: float) -> None:
-    """Compare values and gradients with float64. size: largest term of a value, and of a gradient relative to 1."""
+    """Compare values and gradients with float64. size: bound on the terms of their sums."""
     narrow = {k: x.clone().requires_grad_(x.is_floating_point()) for k, x in inputs.items()}
     exact = {k: x.double().requires_grad_() if x.is_floating_point() else x for k, x in inputs.items()}
     found, expected = flat(function(narrow)), flat(function(exact))
@@ -109,7 +113,7 @@ def compare(function: Callable[[dict[str, Tensor]], object], inputs: dict[str, T
 
 
 def longest_sum(x: Tensor) -> float:
-    """Largest sum of absolute log-ratios over a row, which a ratio of whole completions exponentiates."""
+    """Largest sum of absolute log-ratios in a row: a bound on the exponent of a sequence-level ratio."""
     return float(x.abs().sum(-1).amax())
 
 
@@ -118,8 +122,8 @@ def longest_sum(x: Tensor) -> float:
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_losses_over_tokens(name, probability, shape) -> None:
     inputs = tokens(probability, SHAPES[shape])
-    # Terms of a sum over all tokens that is divided by 50, or of a mean: values and advantages are below 5, log-ratios
-    # below 5 and ratios below e^5 at p = 0.01, near 1 elsewhere.
+    # Bound on the terms of a mean, or of a sum over all tokens divided by 50. Values, advantages and log-ratios are
+    # below 5, so a product of two is below 25. The largest ratio is below e^5 at p = 0.01, and near 1 otherwise.
     ratio = float((inputs["new"].double() - inputs["old"].double()).abs().amax().exp())
     size = max(1.0, inputs["mask"].numel() / 50) * 25 * ratio
     if name == "sequence importance":
@@ -128,7 +132,7 @@ def test_losses_over_tokens(name, probability, shape) -> None:
 
 
 def pairs(probability: float, length: int, count: int) -> dict[str, Tensor]:
-    """Summed log-probabilities of `count` pairs of completions of about `length` tokens."""
+    """Log-probabilities [count] and lengths of pairs: chosen completions have `length` tokens, rejected one more."""
     logp = float(torch.tensor(probability).log()) * length
     names = [f"{ref}{side}_logprobs_B" for ref in ("", "ref_") for side in ("chosen", "rejected")]
     sums = {name: (logp * (1 + 0.02 * numbers(i, count))).bfloat16() for i, name in enumerate(names)}
@@ -148,7 +152,7 @@ def test_losses_over_pairs(name, probability, length, count) -> None:
              for side in ("chosen", "rejected")]  # fmt: skip
     margin = 0.1 * float((sides[0] - sides[1]).abs().amax())
     reward = float(torch.stack(sides).abs().amax()) + float(inputs["chosen_logprobs_B"].abs().amax())
-    # The largest terms: squares of rewards and of targets 1 / (2 beta) = 5, and DiscoPOP's exp(-margin).
+    # Largest terms: IPO and SPPO square the distance of a log-ratio from 1 / (2 beta) = 5. DiscoPOP has exp(-margin).
     size = (5 + reward) ** 2 if name in ("ipo", "sppo_hard") else (1 + reward) * (2.72**margin if "pop" in name else 1)
     if name in ("aot", "aot_unpaired"):
         size *= 2
@@ -177,7 +181,7 @@ def test_every_loss_on_pairs_has_its_options_here() -> None:
 @pytest.mark.parametrize("probability", PROBABILITIES)
 @pytest.mark.parametrize("name", ["balance", "z", "entropy", "load"])
 def test_router_losses_with_an_expert_without_tokens(name, probability, count) -> None:
-    """Expert 0 has about this probability, and the last of four experts no token."""
+    """Expert 0 has about this probability. The last of the four experts gets no token."""
     logits = torch.stack([torch.full((count,), float(torch.tensor(3 * probability / (1 - probability)).log()))] + 3 *
                          [torch.zeros(count)], dim=1)  # fmt: skip
     logits = logits + 0.1 * numbers(0, count, 4)
@@ -191,13 +195,13 @@ def test_router_losses_with_an_expert_without_tokens(name, probability, count) -
         "load": lambda x: expert_load(experts, 4, x["mask"]),
     }
     inputs = {"logits": logits.bfloat16(), "mask": mask.bfloat16()}
-    # Entropy's terms are p log p <= log p; the load of an expert without tokens is exactly zero.
+    # In the entropy, |p log p| <= |log p|. The load of an expert without tokens is exactly zero.
     compare(functions[name], inputs, (1 + float(logits.abs().amax())) ** 2)
     assert expert_load(experts, 4, inputs["mask"])[3] == 0
 
 
 def test_experts_in_bf16_with_an_expert_without_tokens() -> None:
-    """Three products of D or F terms, each rounded to bf16 once. An expert without tokens has a gradient of zero."""
+    """The gate, up and down products are rounded to bf16 once each. Expert 2 gets no token, so its gradient is zero."""
     shapes = {"hidden": (9, 16), "gate_up": (4, 24, 16), "down": (4, 16, 12), "weights": (9, 1)}
     inputs = {name: (numbers(i, *shape) * 0.5).bfloat16() for i, (name, shape) in enumerate(shapes.items())}
     experts = torch.tensor([0, 1, 3, 3, 1, 0, 0, 3, 1])[:, None]

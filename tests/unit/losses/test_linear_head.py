@@ -1,4 +1,4 @@
-"""The chunked head against the plain one in float64: values, gradients, temperature, ignored targets."""
+"""The chunked head against a softmax of all logits: values, gradients, temperature, ignored targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align.losses.linear_head import linear_cross_entropy, linear_logprobs
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of seven tokens, so that 23 tokens make four chunks, the last one shorter."""
+    """Chunks of seven tokens, so that 23 tokens make four chunks; the last has two tokens."""
     monkeypatch.setattr(linear_head, "CHUNK_BYTES", 7 * 50 * 4)
 
 
@@ -27,7 +27,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def assert_close_in_float32(found, expected, operands=None) -> None:
-    """Equal up to 32 units in the last place of the largest operand (by default, of the largest expected value)."""
+    """Compare with a relative tolerance of 32 eps, and an absolute one of 32 eps times the largest operand.
+
+    operands: by default the expected values.
+    """
     largest = (expected if operands is None else operands).abs().max().item()
     torch.testing.assert_close(found, expected, rtol=32 * EPS, atol=32 * EPS * largest)
 
@@ -64,7 +67,7 @@ def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
     assert_close_in_float32(logprobs.double(), plain, every)
     assert_close_in_float32(entropy.double(), -(every.exp() * every).sum(-1), every)
     assert not entropy.requires_grad
-    # A nonlinear function of the log-probabilities, such as PPO's.
+    # A nonlinear function of the log-probabilities, like PPO's loss.
     weights = torch.randn(23)
     ours, theirs = (weights * logprobs.exp()).sum(), (weights * plain.exp()).sum()
     for a, b in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight), strict=True):

@@ -21,7 +21,7 @@ def tensor(*rows: list[float]) -> torch.Tensor:
 
 
 def test_policy_loss_by_hand() -> None:
-    # ratios 1.5 (clipped to 1.2, A > 0), 0.5 (A < 0: clipped to 0.8), 1.1 (inside), masked garbage
+    # Ratios 1.5 (A > 0, clipped to 1.2), 0.5 (A < 0, clipped to 0.8) and 1.1 (not clipped); the last token is masked.
     logprobs = tensor([math.log(1.5), math.log(0.5), math.log(1.1), 99.0])
     advantages = tensor([2.0, -1.0, 1.0, 5.0])
     mask = tensor([1, 1, 1, 0])
@@ -39,7 +39,7 @@ def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage() -> None:
 
 
 def test_cispo_by_hand() -> None:
-    """Ratios 1.5 (clipped to 1.2), 0.5 (clipped to 0.8), 1.1 (inside), and a masked token."""
+    """Ratios 1.5 (clipped to 1.2), 0.5 (clipped to 0.8) and 1.1 (not clipped), and a masked token."""
     ratios, advantages = tensor([1.5, 0.5, 1.1, 1e9]), tensor([2.0, -1.0, 1.0, 5.0])
     old = tensor([-2.0, -1.0, -0.5, -3.0])
     logprobs = (old + ratios.log()).requires_grad_()
@@ -52,7 +52,7 @@ def test_cispo_by_hand() -> None:
     kl = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1)) / 4
     assert metrics["update_kl"].item() == pytest.approx(kl)
     loss.backward()
-    # REINFORCE with a constant weight; a clipped token keeps its gradient, where the clipped loss has none.
+    # REINFORCE with a constant weight: a clipped token keeps its gradient. In `policy_loss` it has no gradient.
     assert logprobs.grad[0].tolist() == pytest.approx([-1.2 * 2 / 4, 0.5 * 0.8 / 4, -2 * 1.1 / 4, 0.0])
     logprobs.grad = None
     policy_loss(logprobs, old, advantages, mask, clip_range=0.2, count=4)[0].backward()
@@ -92,7 +92,7 @@ def test_masked_tokens_get_no_gradient() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    # V = 2, old 1, clip .5 -> clipped 1.5; R = 0: max(4, 2.25) / 2 = 2; R = 2: max(0, .25) / 2
+    # V = 2 is clipped to 1.5 (old value 1, range 0.5). Loss for R = 0: max(4, 2.25) / 2; for R = 2: max(0, 0.25) / 2.
     values, old = tensor([2.0, 2.0]), tensor([1.0, 1.0])
     loss, metrics = value_loss(values, old, tensor([0.0, 2.0]), tensor([1, 1]), clip_range=0.5, count=2)
     assert loss.item() == pytest.approx((2.0 + 0.125) / 2)
@@ -100,7 +100,7 @@ def test_value_loss_by_hand() -> None:
 
 
 def numpy_gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float, lam: float) -> np.ndarray:
-    """The defining sum over future deltas of the valid tokens, row by row."""
+    """Advantages by definition: per row, the discounted sum of the deltas of this and all later valid tokens."""
     advantages = np.zeros_like(rewards)
     for row in range(len(rewards)):
         valid = np.flatnonzero(mask[row])
@@ -189,7 +189,7 @@ def test_balance_loss_by_hand_without_padding() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0], [math.log(3.0), 0.0], [0.0, 50.0]], requires_grad=True)
     experts, mask = torch.tensor([[0], [0], [1]]), torch.tensor([1, 1, 0])
     loss = balance_loss(logits, experts, mask)
-    # Both valid tokens on expert 0, with probability 3/4: 2 * (1 * 3/4 + 0 * 1/4).
+    # Both valid tokens chose expert 0, with probability 3/4: 2 experts * (1 * 3/4 + 0 * 1/4).
     assert loss.item() == pytest.approx(1.5)
     assert expert_load(experts, 2, mask).tolist() == [1.0, 0.0]
     loss.backward()

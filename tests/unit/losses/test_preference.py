@@ -1,4 +1,4 @@
-"""Preference losses against arithmetic by hand and against TRL's trainers on the same numbers."""
+"""Preference losses against hand-computed values, and against TRL's trainers on the same numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def double(*values: float) -> Tensor:
 
 
 def pairs(**changes: Tensor) -> dict[str, Tensor]:
-    """Two pairs. With beta 1/2 the rewards are ln 3 and 0, then 0 and ln 3: sigmoids of 3/4, 1/2 and 1/4."""
+    """Two pairs. With beta 1/2 the rewards (chosen, rejected) are (ln 3, 0) and (0, ln 3).
+
+    The sigmoid of ln 3 is 3/4, of 0 it is 1/2, and of -ln 3 it is 1/4.
+    """
     return {
         "chosen_logprobs_B": double(2 * LN3 - 9, 2 * LN3 - 9),
         "rejected_logprobs_B": double(-9, 2 * LN3 - 9),
@@ -60,10 +63,10 @@ BY_HAND = {
     "apo_zero": ({}, (0.75 + 1.25) / 2),
     "apo_down": ({}, (1 + 1.25) / 2),
     "discopop": ({"discopop_tau": 0.5}, (0.1 * log(4 / 3) + 0.9 / 3 + 0.9 * log(4) + 0.1 * 3) / 2),
-    # Sorted, both sides are (0, 2 ln 3), so that nothing is left of the differences.
+    # Sorted, both sides are (0, 2 ln 3), so all differences are 0.
     "aot": ({"label_smoothing": 0.25}, log(2)),
     "aot_unpaired": ({"label_smoothing": 0.25}, log(2)),
-    # Rewards per token: (ln 3 - 4.5) / 2 and -9 / 8, then (ln 3 - 4.5) / 2 and (2 ln 3 - 9) / 8.
+    # beta * logprobs / tokens: (ln 3 - 4.5) / 2 and -9 / 8, then (ln 3 - 4.5) / 2 and (2 ln 3 - 9) / 8.
     "simpo": ({"simpo_gamma": LN3 / 2 - 1.125}, (log(2) + log(1 + 3**0.25)) / 2),
 }
 
@@ -80,7 +83,7 @@ def test_the_loss_by_hand(loss_type: str) -> None:
 
 
 def test_sorting_has_an_effect_where_the_policys_margins_are_higher() -> None:
-    """Margins of 0 and 4 ln 3 against the reference's 0 and 2 ln 3: m is 0 and ln 3."""
+    """The sorted sides are (0, 4 ln 3) and (0, 2 ln 3), so beta times their differences is 0 and ln 3."""
     tensors = pairs(chosen_logprobs_B=double(4 * LN3 - 9, 2 * LN3 - 9))
     smoothed = 0.75 * log(4 / 3) + 0.25 * log(4)
     for loss_type in ("aot", "aot_unpaired"):
@@ -105,7 +108,7 @@ def test_micro_batches_add_up_to_the_steps_mean(loss_type: str) -> None:
 
 
 def trl_stub(**attributes: Any) -> SimpleNamespace:
-    """`self` of a TRL trainer's loss method: one process, no model of its own."""
+    """Stand-in for `self` in a TRL trainer's loss method: one process, and a model without weights."""
     accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda t: t, gather=lambda t: t)
     model = SimpleNamespace(training=True)
     values = {"accelerator": accelerator, "model": model, "_metrics": defaultdict(lambda: defaultdict(list))}
@@ -113,7 +116,7 @@ def trl_stub(**attributes: Any) -> SimpleNamespace:
 
 
 def completions(rows: int, tokens: int) -> tuple[dict[str, Tensor], SimpleNamespace]:
-    """Inputs of a TRL trainer and the outputs of a model: per-token log-probabilities of prompts and completions."""
+    """A TRL trainer's inputs and a model's outputs: log-probabilities [rows, tokens - 1], 0 outside the completions."""
     generator = torch.Generator().manual_seed(3)
     mask = torch.zeros(rows, tokens, dtype=torch.long)
     for row in range(rows):
@@ -169,7 +172,7 @@ def test_the_loss_and_its_gradient_are_trls(loss_type: str) -> None:
             "rejected_tokens_B": rejected_tokens,
         }
         ours, metrics = preference_loss(loss_type, tensors, options)
-    # TRL takes EXO's logarithms in float32.
+    # TRL computes the logarithms of EXO's label smoothing in float32.
     torch.testing.assert_close(ours, theirs, rtol=1e-7 if loss_type == "exo_pair" else 1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, outputs.log_probs, retain_graph=True)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-6 if loss_type == "exo_pair" else 1e-10, atol=1e-9)
@@ -215,7 +218,7 @@ def test_bradley_terry_by_hand_and_by_trl() -> None:
 
 
 def test_kto_by_hand() -> None:
-    """Rewards of ln 3 with a KL of 0 and of ln 3: sigmoids of 3/4, 1/4 and 1/2."""
+    """The rewards are ln 3. With beta * KL = 0 the sigmoids are 3/4 and 1/4; with beta * KL = ln 3 both are 1/2."""
     logprobs, reference, desirable = double(2 * LN3, 2 * LN3), double(0, 0), torch.tensor([True, False])
     loss, metrics = kto_loss(logprobs, reference, desirable, double(0)[0], beta=0.5)
     assert loss.item() == pytest.approx((0.25 + 0.75) / 2, rel=1e-12)

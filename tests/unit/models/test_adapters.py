@@ -1,4 +1,4 @@
-"""TRL's copy of the adapter as DPO's reference is suppressed while the trainer is built, and only then."""
+"""LoRA adapters: no reference copy by TRL's DPO trainer, experts' factors as PEFT saves them, adapters by row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build() -> HunYuanForCausalLM:
 
 
 def test_no_second_adapter_is_added() -> None:
-    """TRL adds an adapter `ref` and copies the values of `default` into it, parameter by parameter."""
+    """TRL would add an adapter `ref` and copy the values of `default` into it, parameter by parameter."""
     model: AnyModel = add_lora(build(), Lora(rank=2, experts=False), task="CAUSAL_LM")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     with without_reference_adapter(model):
@@ -41,10 +41,10 @@ def test_a_plain_model_is_left_alone() -> None:
 
 
 def test_factors_of_experts_are_written_as_peft_reads_them() -> None:
-    """PEFT computes the addition to the stack; its factors survive the change to ours and back."""
+    """PEFT computes the expected delta. Its factors are unchanged after conversion to our shapes and back."""
     model = HunYuanForCausalLM(HunYuanConfig(**SIZES | {"intermediate_size": 6}, num_key_value_heads=1, num_experts=3))
     wrappers = [m for m in add_lora(model, Lora(rank=2), task="CAUSAL_LM").modules() if type(m) is ParamWrapper]
-    assert len(wrappers) == 2  # gate and up projections are one stack
+    assert len(wrappers) == 2  # gate and up projections are one stacked parameter
     for wrapper in wrappers:
         written = [factor["default"].weight for factor in (wrapper.lora_A, wrapper.lora_B)]
         for weight in written:

@@ -1,4 +1,7 @@
-"""Capacity and recycle routing: exact counts, nothing dropped while slots are free, uniform over free slots."""
+"""Capacity limits, recycle routing and the experts' computation.
+
+Counts per expert are exact, no token is dropped while slots are free, and recycled tokens are uniform over free slots.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def counts(experts: torch.Tensor, num_experts: int) -> list[int]:
 
 
 def by_hand(chosen: list[list[int]], num_experts: int, slots: int) -> list[list[int]]:
-    """Plain dropping as a loop: first choices of all tokens, then second ones."""
+    """Dropping without recycling, as a loop: the first choices of all tokens, then their second choices."""
     taken, placed = [0] * num_experts, [[-1] * len(row) for row in chosen]
     for choice in range(len(chosen[0])):
         for token, row in enumerate(chosen):
@@ -62,7 +65,7 @@ def test_too_little_capacity_drops_exactly_the_rest() -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 4 / 3])
 def test_a_masked_batch_has_the_capacity_of_its_tokens(factor) -> None:
-    """All tokens want expert 0 of 4: it keeps ceil(factor * tokens / 4) of them."""
+    """All tokens choose expert 0 of 4, which keeps at most ceil(factor * tokens / 4) of them."""
     chosen = torch.zeros(60, 1, dtype=torch.long)
     for tokens in range(61):
         mask = torch.arange(60) < tokens
@@ -71,7 +74,7 @@ def test_a_masked_batch_has_the_capacity_of_its_tokens(factor) -> None:
 
 
 def test_the_reports_example() -> None:
-    """Capacity 2, tokens A..D: the third token routed to expert 1 moves to an expert with a free slot."""
+    """At a capacity of 2 per expert, the third token that chose expert 1 moves to an expert with a free slot."""
     chosen = torch.tensor([[1], [1], [0], [1]])
     landed = set()
     for seed in range(30):
@@ -91,10 +94,10 @@ def test_free_slots_are_drawn_uniformly() -> None:
     rounds = 400
     for _ in range(rounds):
         placed = limit_capacity(chosen, 4, 10 * 4 / 44, recycle=True)
-        first = int(placed[10, 0])  # one overflowing token: its slot is uniform over the 26 free ones
+        first = int(placed[10, 0])  # the first overflowing token: its slot is uniform over the 26 free slots
         if first >= 0:
             seen[first] += 1
-    # 30 tokens wait for 26 slots in order of arrival, so the first one always finds one.
+    # 30 tokens overflow, and 26 slots are free. Slots are assigned in token order, so the first token always gets one.
     assert seen.sum() == rounds
     expected = rounds * torch.tensor([6.0, 10.0, 10.0]) / 26
     chi_square = ((seen[1:] - expected) ** 2 / expected).sum().item()

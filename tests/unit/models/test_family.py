@@ -34,7 +34,7 @@ from align.train.checkpoint import (
 from tests.near import assert_near
 
 LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-"""The toy family's published names of an expert's matrices, as Mixtral has them, and HunYuan's."""
+"""An expert's matrices: the toy family's published names (those of Mixtral) to HunYuan's names."""
 
 
 class ToyConfig(HunYuanConfig):
@@ -136,7 +136,7 @@ def test_the_whole_way_of_a_policy(checkpoint: Path, tmp_path: Path) -> None:
     policy = load_policy(checkpoint, "float32")
     assert type(policy) is ToyForCausalLM
     before = logprobs(policy)
-    # transformers' forward pass over the padded batch is the witness of the packed one.
+    # The forward pass over the padded batch gives the expected values of the packed one.
     full = policy(BATCH.input_ids, attention_mask=(torch.arange(5) < BATCH.lengths[:, None]).long()).logits
     row = full[1, 0].log_softmax(-1)[21]
     assert_near(before[1, 0], row.detach())
@@ -187,7 +187,7 @@ def test_a_reward_model_is_known_by_its_architecture(checkpoint: Path, tmp_path:
 
 
 def test_parameters_are_counted(checkpoint: Path) -> None:
-    """By hand: 12 of 16 experts' matrices of a layer are not used for a token."""
+    """In each of two layers, a token uses one of four experts. An expert has three matrices of 16 x 12."""
     counts = count_parameters(load_policy(checkpoint, "float32"))
     assert counts["total"] - counts["active"] == 2 * 3 * 3 * 16 * 12
     assert count_stored_parameters(checkpoint) == counts

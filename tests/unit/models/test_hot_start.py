@@ -1,4 +1,4 @@
-"""A grown model has the function of its dense source, and its experts diverge in training."""
+"""A hot-started MoE model computes the function of its dense source, and its experts diverge in training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def test_the_function_is_unchanged(dense, experts, top_k, width) -> None:
 
 
 def test_experts_share_out_the_neurons_and_the_router_is_random(dense) -> None:
-    """Four experts of 12 take each of the 48 neurons once, in another order per layer; eight take each twice."""
+    """Four experts of 12 neurons use each of the 48 neurons once, in a different order per layer.
+
+    Eight experts of 12 neurons use each neuron twice.
+    """
     grown = hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0)
     orders = []
     for layer, source in zip(grown.model.layers, dense.model.layers, strict=True):

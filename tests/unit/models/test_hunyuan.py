@@ -43,7 +43,7 @@ def build(**changes) -> HunYuanForCausalLM:
     torch.manual_seed(0)
     model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, **changes})).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms away from one, routers away from a tie
+        for parameter in model.parameters():  # norm weights other than 1, router scores without ties
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
@@ -273,7 +273,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
                 assert_near(model.eval()(ids).logits, wanted)
                 model.train()
                 assert not torch.allclose(model(ids).logits, model(ids).logits), (changes, attention)
-        # One attention layer by itself is linear in its weights, so the mean over many draws is the plain output.
+        # A layer's output is linear in its attention weights, so the mean over many dropout draws is the plain output.
         attention = build(attention_dropout=0.3, num_hidden_layers=2).model.layers[0].self_attn.train()
         attention.config._attn_implementation = "eager"
         hidden, rotation = torch.randn(1, 6, 32), (torch.ones(1, 1, 6, 8), torch.zeros(1, 1, 6, 8))

@@ -1,4 +1,4 @@
-"""Published names: the map to our parameters, back, and to the vLLM model's."""
+"""The mapping of published tensor names to our parameters and back, and to the vLLM model's parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_places(name: str, wanted: Place) -> None:
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_both_directions_are_inverse_and_cover_the_model(case: str) -> None:
-    """Each published tensor is the part of our parameter that its place names, and together they are all of it."""
+    """Each published tensor equals the part of our parameter that its `Place` names; the parts cover all parameters."""
     torch.manual_seed(0)
     config = HunYuanConfig(**SIZES, **HEADS, **CONFIGS[case])
     parameters = dict(HunYuanForCausalLM(config).named_parameters())
@@ -58,7 +58,7 @@ def test_both_directions_are_inverse_and_cover_the_model(case: str) -> None:
 
 
 def test_places_in_vllm() -> None:
-    """Layers 0 and 2 own keys and values, 1 and 3 share them and so have no merged q/k/v projection."""
+    """Layers 0 and 2 compute keys and values. Layers 1 and 3 reuse them, so they have no merged q/k/v projection."""
     config = HunYuanConfig(**SIZES, **HEADS, num_experts=3)
     assert vllm_place("model.layers.2.self_attn.v_proj.weight", config) == VllmPlace(
         "model.layers.2.self_attn.qkv_proj.weight", "v_proj", shard="v"
@@ -80,7 +80,7 @@ def test_places_in_vllm() -> None:
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_the_published_tensors_of_each_vllm_parameter_are_counted(case: str) -> None:
-    """`vllm_pieces` by hand per kind of parameter, and as often as `vllm_place` maps to it."""
+    """`vllm_pieces` equals the number of published tensors that `vllm_place` maps to the parameter."""
     config = HunYuanConfig(**SIZES, **HEADS, **CONFIGS[case])
     counts: dict[str, int] = {}
     for name in published_shapes(config):

@@ -1,4 +1,4 @@
-"""The private classes and attributes of PEFT with which adapters are merged, sharded and written."""
+"""PEFT's private classes and attributes that align uses to merge, shard and save adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Stack(nn.Module):
-    """A stack of two experts' matrices [E, O, I]."""
+    """The matrices of two experts in one parameter [E, O, I]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_an_adapter_has_the_attributes_that_merging_reads(wrapped: PeftModel) ->
 
 
 def test_the_factors_of_a_stack_have_these_shapes_and_order(wrapped: PeftModel) -> None:
-    """A is [E r, I], one expert after another; B is [O, r E], with the expert as the fast index."""
+    """A is [E r, I], one expert after another. B is [O, r E], where the expert index varies fastest."""
     (layer,) = (module for module in wrapped.modules() if isinstance(module, ParamWrapper))
     assert (layer.parameter_name, layer.num_experts) == ("weight_EOI", 2)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -90,5 +90,5 @@ def test_parameter_names_carry_the_prefixes_that_are_stripped(wrapped: PeftModel
 def test_the_methods_that_are_called_exist() -> None:
     for name in ("get_base_model", "save_pretrained", "add_adapter", "get_parameter"):
         assert callable(getattr(PeftModel, name))
-    assert "state_dict" not in inspect.signature(PeftModel.save_pretrained).parameters  # taken from the keywords
+    assert "state_dict" not in inspect.signature(PeftModel.save_pretrained).parameters  # it is one of **kwargs
     assert "state_dict" in inspect.getsource(PeftModel.save_pretrained)

@@ -49,7 +49,7 @@ def test_a_call_as_we_make_it_fits_the_signature(function: Callable, positional:
 
 
 def test_the_loader_calls_the_step_that_we_override_with_these_settings() -> None:
-    """`from_pretrained` must call it on the class and hand over what `device_for_pieces` reads."""
+    """`from_pretrained` must call `_load_pretrained_model` with the settings that `device_for_pieces` reads."""
     assert "._load_pretrained_model(" in inspect.getsource(PreTrainedModel.from_pretrained)
     assert {
         "device_map",

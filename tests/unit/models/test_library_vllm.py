@@ -1,4 +1,4 @@
-"""The classes, signatures and attributes of vLLM that our model class relies on; nothing is started."""
+"""The classes, signatures and attributes of vLLM that our model class relies on. No engine is started."""
 
 from __future__ import annotations
 

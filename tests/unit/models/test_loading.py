@@ -1,4 +1,4 @@
-"""Loading a published checkpoint: every tensor in its place, bit for bit, without a second copy in memory."""
+"""Loading a published checkpoint: every tensor is loaded bit for bit, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def published(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def by_hand(tensors: dict[str, torch.Tensor], experts: dict[int, int]) -> dict[str, torch.Tensor]:
-    """Our names and stacks, made from the published tensors with torch's own functions."""
+    """The expected state dict: our names and stacked experts, built from the published tensors with plain torch."""
     ours = {n.replace("gate.wg", "gate"): t for n, t in tensors.items() if ".experts." not in n}
     for layer, count in experts.items():
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -141,7 +141,7 @@ def test_weights_are_replaced_where_they_are(saved: Path) -> None:
 
 @pytest.mark.slow
 def test_the_peak_is_the_model(tmp_path: Path) -> None:
-    """Measured in its own process; a loader with two copies of a layer needs 1.3 times the model here."""
+    """Peak memory is measured in a separate process. With two copies of a layer it would be 1.3 times the model."""
     if not sys.platform.startswith("linux"):
         pytest.skip("needs Linux's /proc")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_experts": 8}
@@ -168,7 +168,7 @@ print("peak", status("VmHWM") - start)
     assert 0.95 * size < peak < 1.15 * size
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
+# --- damaged files -----------------------------------------------------------------------------------------------
 
 
 def header_of(file: Path) -> tuple[dict, bytes]:
@@ -300,7 +300,7 @@ def test_a_head_is_required_unless_it_is_tied_or_a_scorer(saved: Path) -> None:
 
 
 def test_headers_are_checked_without_reading_values(saved: Path) -> None:
-    """A sparse file of a terabyte with a valid header is refused for its tensor's name."""
+    """A sparse 1 TiB file with a valid header is refused because of its tensor's name."""
     config = HunYuanConfig.from_pretrained(saved)
     check_weights(saved, config)
     file = saved / "model-extra.safetensors"

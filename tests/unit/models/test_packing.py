@@ -1,4 +1,4 @@
-"""Packed sequences against the same model on each sequence alone."""
+"""Packed sequences against the same model run on each sequence separately."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LENGTHS = {
 def build(**changes) -> HunYuanForCausalLM:
     torch.manual_seed(0)
     model = HunYuanForCausalLM(HunYuanConfig(**{**SIZES, **changes}))
-    with torch.no_grad():  # norm weights of one would hide a missing weight
+    with torch.no_grad():  # norm weights of 1 would hide a norm that ignores its weight
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
@@ -54,7 +54,7 @@ def read(model: HunYuanForCausalLM, sequences: list[torch.Tensor]) -> torch.Tens
 
 
 def gradients(model: HunYuanForCausalLM, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of a sum of all hidden values with random weights."""
+    """Gradients of a randomly weighted sum of the hidden states."""
     model.zero_grad()
     (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -71,7 +71,7 @@ def test_packed_sequences_equal_each_alone_in_values_and_gradients(case, changes
     assert found.keys() == expected.keys()
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     for name, gradient in expected.items():
-        # A gradient that cancels to zero, as single tokens' queries have, is as exact as the largest terms are.
+        # Some gradients cancel to zero up to rounding, such as that of the query weights for single tokens.
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the presets against the report's arithmetic, and cache sizes against allocated bytes."""
+"""Parameter counts of the presets against arithmetic by hand, and cache sizes against allocated bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_other_presets_have_the_active_size_they_promise(name) -> None:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    """torch's counter over a forward pass of the tiny preset with eager attention, which computes masked scores too."""
+    """Expected: torch's FLOP counter on a forward pass of `tiny`. Eager attention also computes masked scores."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = HunYuanConfig(**PRESETS["tiny"])

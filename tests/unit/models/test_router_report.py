@@ -1,4 +1,4 @@
-"""The routers' report and the table of routed experts, by hand."""
+"""`report_routing` and the table of routed experts against hand-computed values."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ LAYER_B = Routing(
 
 def test_every_number_of_a_report() -> None:
     report = report_routing([LAYER_A, LAYER_B], torch.ones(4))
-    # A: mean probabilities (10/16, 6/16), assigned (3/4, 1/4): 2 * (30 + 6) / 64. B: 2 * 1/2 * 1/2 * 2 = 1.
+    # A: mean probabilities (10/16, 6/16), load (3/4, 1/4), so 2 * (30 + 6) / 64. B: 2 * (1/4 + 1/4) = 1.
     assert report.balance_loss.item() == pytest.approx((2 * 36 / 64 + 1) / 2, rel=1e-6)
-    # The square of log(sum(exp(logits))): log 4 in A, log 2 in B.
+    # The z-loss is the square of log(sum(exp(logits))), which is log 4 in layer A and log 2 in layer B.
     assert report.z_loss.item() == pytest.approx((math.log(4) ** 2 + math.log(2) ** 2) / 2, rel=1e-6)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert report.entropy.item() == pytest.approx((entropy + math.log(2)) / 2, rel=1e-6)

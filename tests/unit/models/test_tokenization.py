@@ -25,7 +25,7 @@ from align.models.hunyuan.tokenization import (
     read_ranks,
 )
 
-# Not in this repository: the vocabulary is Tencent's. golden.json has texts, ids and chats of the released code.
+# Not in this repository, because Tencent owns the vocabulary. golden.json: texts, ids and chats by the released code.
 GOLDEN = Path(os.environ.get("ALIGN_RELEASED_TOKENIZER", "released-tokenizer"))
 RELEASED = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="set ALIGN_RELEASED_TOKENIZER to a folder with the released hy.tiktoken and golden.json"
@@ -140,7 +140,7 @@ def test_other_files_are_refused(tmp_path, content, sentence) -> None:
         read_ranks(tmp_path / "missing")
 
 
-# --- the released vocabulary, where it is at hand ------------------------------------------------------------------
+# --- the released vocabulary, if available ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_released_vocabulary_on_random_texts(released) -> None:
 
 @RELEASED
 def test_every_short_conversation_renders_as_with_the_released_template(released, golden) -> None:
-    # Not transformers' sandbox, in which the released template fails on an empty first message.
+    # Plain Jinja, because in transformers' sandbox the released template fails on an empty first message.
     theirs = jinja2.Environment().from_string(golden["chat_template"])
     turns = [{"role": r, "content": c} for r in ("system", "user", "assistant") for c in ("", " x ", "y\n")]
     for length in (1, 2, 3):

@@ -107,7 +107,7 @@ def test_rotation_is_a_multiplication_by_a_complex_number() -> None:
 
 
 def test_the_engines_head_computes_fp32_logits_from_bf16() -> None:
-    """Each logit is a sum of 64 exact products; rounded to bf16 it would be off by up to 0.4 %."""
+    """Each logit is a sum of 64 exact products. Rounding it to bf16 would cause a relative error of up to 0.4 %."""
     from align.models.hunyuan.vllm import LiveHead
 
     hidden, weight = normal(3, 64).bfloat16(), normal(700, 64).bfloat16()

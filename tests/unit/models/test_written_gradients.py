@@ -61,9 +61,9 @@ def test_short_attention_gradients_equal_finite_differences() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7, LONGEST, LONGEST + 1])
 def test_attention_is_causal_grouped_attention(tokens) -> None:
-    """Short sequences with our backward pass, longer ones with torch's kernel."""
+    """Short sequences use our backward pass, longer ones torch's kernel."""
     heads, kv_heads, size = 4, 2, 8
-    # Packing passes tensors with tokens first in memory.
+    # As in `Packing`, the tensors have the token dimension before the head dimension in memory.
     shapes = [(2, tokens, h, size) for h in (heads, kv_heads, kv_heads)]
     query, key, value = ((doubles(*shape).detach() + i).float() for i, shape in enumerate(shapes))
     query.requires_grad_()
@@ -88,7 +88,7 @@ def test_attention_is_causal_grouped_attention(tokens) -> None:
     ],
 )
 def test_key_heads_are_repeated_in_float32_off_the_cpu(monkeypatch, device, dtype, grouped) -> None:
-    """The meta device stands for a GPU, where float32 and `enable_gqa` together store the T x T weights."""
+    """The meta device stands for a GPU, where torch would store the T x T weights for float32 with `enable_gqa`."""
     calls = []
 
     def kernel(query, key, value, **options):

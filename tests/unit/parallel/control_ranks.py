@@ -98,7 +98,7 @@ def waits_for_rank_0_to_finish(rank: int) -> list[float]:
     with group.rank_0_last("export"):
         everywhere = torch.ones(2)
         dist.all_reduce(everywhere)
-        if rank != 2:  # rank 1 has more to send than rank 2
+        if rank != 2:  # ranks 0 and 1 take longer than rank 2
             time.sleep(steps.LATE + 1)
     group.barrier("next")
     return everywhere.tolist()
@@ -111,7 +111,7 @@ def fails_after_the_others(rank: int) -> None:
 
 
 def stops_together(rank: int) -> int:
-    """The step after which this rank stops; only rank 1 gets a signal."""
+    """Return the step after which this rank stops. Only rank 1 gets a signal."""
     with interrupt.listening():
         for step in range(100):
             if rank == 1 and step == 5:
@@ -135,7 +135,7 @@ SCENARIOS: dict[Callable[[int], object], tuple[int, ...]] = {
     fails_after_the_others: (),
     stops_together: (),
 }
-"""The ranks of each scenario that hang. They are killed once the others have ended."""
+"""By scenario, the ranks that hang on purpose. They are killed once the other ranks have exited."""
 
 
 def run_rank(scenario: Callable[[int], object], rank: int, address: str, file: Path) -> None:
@@ -154,7 +154,7 @@ def run_rank(scenario: Callable[[int], object], rank: int, address: str, file: P
 
 def main(folder: Path) -> None:
     """Fork the ranks of all scenarios at once and wait for them."""
-    running: list[dict[int, int]] = []  # of each scenario: process id by rank
+    running: list[dict[int, int]] = []  # per scenario: process ID by rank
     for scenario in SCENARIOS:
         address = f"tcp://127.0.0.1:{free_port()}"
         running.append({})

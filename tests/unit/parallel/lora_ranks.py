@@ -42,7 +42,7 @@ def loaded(folder: Path, lora: Lora, parallel: Parallel | None = None, dtype: st
 
 
 def alone(folder: Path, lora: Lora) -> dict[str, Any]:
-    """Train PEFT's adapters in plain torch in this process, on all micro-batches, as the witness."""
+    """Train PEFT's adapters in plain torch in this process, on all micro-batches, for the expected results."""
     net = loaded(folder, lora)
     optimizer = build_optimizer(net, OPTIMIZER)
     losses, norms = [], []
@@ -104,7 +104,7 @@ def against(folder: Path, net: Any, target: Path) -> dict[str, float]:
 
 
 def local_sizes(made: Any) -> dict[str, int]:
-    """Sizes on this rank: elements of frozen and trained parameters and of first moments; gradients of frozen ones."""
+    """Elements of frozen parameters, trained parameters and first moments on this rank; number of frozen gradients."""
     parameters = list(made.module.parameters())
     state = getattr(made.optimizer, "optimizer", made.optimizer).state
     return {

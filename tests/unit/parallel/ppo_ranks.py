@@ -1,4 +1,4 @@
-"""Train PPO on the same rollout batches, sharded over the ranks and alone on each; run by test_ppo_ranks.py."""
+"""Train PPO on the same rollout batches, sharded over the ranks and unsharded on each; run by test_ppo_ranks.py."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def rounds(stage: PpoStage, models: Models, steps: range) -> list[dict[str, floa
 
 
 def alone(stage: PpoStage, steps: range) -> tuple[list[dict[str, float]], Models]:
-    """Run the same loop on each rank alone, without collectives, as the witness."""
+    """Run the same loop unsharded on each rank, without collectives, for the expected results."""
     real, micro_batches.world = micro_batches.world, lambda: (0, 1)
     try:
         models = unsharded(stage)
@@ -137,7 +137,7 @@ def sharded(stage: PpoStage, parallel: Parallel, dtype: str = "float32") -> Mode
 
 
 def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """Largest difference of a metric, relative to its size or to 0.01."""
+    """Largest difference of a metric, relative to its absolute value (at least 0.01)."""
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         assert set(one) == set(other), set(one) ^ set(other)
@@ -164,7 +164,7 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
 
 
 def against_alone(stage: PpoStage, parallel: Parallel) -> dict[str, Any]:
-    """Differences after two rounds between the sharded models and the witness."""
+    """Differences between the sharded and the unsharded models after two iterations."""
     expected, witness = alone(stage, range(2))
     models = sharded(stage, parallel)
     measured, seen = [], [weights(models)]
@@ -196,7 +196,10 @@ def load(models: Models, folder: Path) -> None:
 
 
 def resumed(out: Path) -> dict[str, Any]:
-    """Differences from the run that saved a state under `EXPERTS`, one round after several settings have loaded it."""
+    """Save a state under `EXPERTS`, load it under several settings and train one iteration.
+
+    Returns the differences from the run that saved the state, by setting.
+    """
     stage = settings(**SIZES)
     models = sharded(stage, EXPERTS)
     rounds(stage, models, range(1))
@@ -214,7 +217,7 @@ def resumed(out: Path) -> dict[str, Any]:
 
 
 def resumed_bf16(out: Path) -> list[float]:
-    """In bf16 without ZeRO: difference of metrics and of weights after a resume, and the change of the weights."""
+    """Resume in bf16 without ZeRO: largest differences of metrics and of weights, and the largest weight change."""
     stage = settings(**SIZES)
     models = sharded(stage, NONE, "bfloat16")
     before = {name: tensor.float().clone() for name, tensor in models.policy.model.named_parameters()}
@@ -232,7 +235,7 @@ def resumed_bf16(out: Path) -> list[float]:
 
 
 def scored(out: Path) -> dict[str, Any]:
-    """Differences between a sharded and an unsharded reward model's scores, and the fraction of it on this rank."""
+    """Differences between the scores of a sharded and an unsharded reward model, and this rank's share of the model."""
     folder = out / "reward"
     if dist.get_rank() == 0:
         tokenizer = train_tokenizer(["a"], 259)

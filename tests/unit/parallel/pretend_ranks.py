@@ -1,6 +1,7 @@
-"""Count the passes of expert parallelism on a pretend GPU; run on both ranks by `count_on_two_ranks`.
+"""Count the operations of policy updates with expert parallelism on a pretend GPU, on each of two ranks.
 
-Needs torchrun's environment variables. The argument is the folder for `rank-0.json`.
+Run by tests/unit/test_placement.py and benchmarks/bench_launches.py. Needs torchrun's environment variables. The
+argument is the folder for `rank-0.json` and `rank-1.json`.
 """
 
 from __future__ import annotations

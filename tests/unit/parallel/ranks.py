@@ -48,7 +48,7 @@ SIZES = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.05,
     "router_z_loss_coef": 0.001,
-    # Full experts recycle tokens at random and some tokens are dropped, so every path of the router is covered.
+    # Tokens over an expert's capacity are recycled at random or dropped, so every path of the router is covered.
     "moe_topk": 1,
     "capacity_factor": 0.9,
     "moe_drop_tokens": True,
@@ -67,7 +67,7 @@ def model(**changes: Any) -> HunYuanForCausalLM:
 
 
 def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
-    """Two sequences, one of them padded. Also seeds the random recycling of tokens."""
+    """Two sequences; the second has `number` padding tokens. Also seeds the random recycling of tokens."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     ids = torch.randint(1, SIZES["vocab_size"], (2, 12), generator=generator)
     mask = torch.ones_like(ids)
@@ -77,7 +77,7 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
 
 
 def alone(steps: range = range(STEPS), **changes: Any) -> dict[str, Any]:
-    """Train in plain torch in this process, on all micro-batches, as the witness."""
+    """Train in plain torch in this process, on all micro-batches, for the expected results."""
     net = model(**changes)
     prepare(net, changes)
     optimizer = build_optimizer(net, OPTIMIZER)
@@ -235,7 +235,7 @@ def main(out: Path) -> None:
         found[f"state read by {name}"] = difference(train(made, range(half, STEPS)), rest)
     made = engine(Parallel(processes=ranks, zero_stage=0))
     load_training_state(made, out / "state")
-    losses = train(made, range(half, STEPS))["losses"]  # DeepSpeed reports no gradient norms there
+    losses = train(made, range(half, STEPS))["losses"]  # at ZeRO stage 0 DeepSpeed reports no gradient norms
     found["state read by zero 0"] = max(abs(a - b) / b for a, b in zip(losses, rest["losses"], strict=True))
     for stage, dtype in ((2, "float32"), (1, "float32"), (2, "bfloat16"), (1, "bfloat16")):
         own = Parallel(processes=ranks, zero_stage=stage)

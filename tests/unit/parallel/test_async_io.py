@@ -1,4 +1,4 @@
-"""One process at a time compiles DeepSpeed's async_io, and a killed one does not block the others."""
+"""One process at a time compiles DeepSpeed's async_io, and a killed process does not block the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_process_waits_for_a_running_one_and_not_for_a_killed_one(tmp_path: Pa
     holder.kill()
     holder.wait()
     assert waiter.communicate(timeout=60)[0] == "inside\n"
-    assert FileBaton(str(tmp_path / "async_io" / "lock")).try_acquire()  # torch would compile without waiting
+    assert FileBaton(str(tmp_path / "async_io" / "lock")).try_acquire()  # no stale lock is left
 
 
 def test_torch_compiles_in_the_folder_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_every_rank_gets_rank_0s_result_however_long_it_takes(seen) -> None:
 
 
 def test_ranks_may_finish_a_block_of_collectives_long_after_each_other(seen) -> None:
-    """Without the block, rank 2 would wait at step 'next' and report the others as late."""
+    """Without `rank_0_last`, rank 2 would wait at step 'next' and report the other ranks as late."""
     assert [rank["result"] for rank in seen["waits_for_rank_0_to_finish"]] == [[3.0, 3.0]] * 3
 
 

@@ -31,12 +31,12 @@ def test_deepspeed_config_is_the_golden_one(name: str) -> None:
 
 
 def test_deepspeed_accepts_the_golden_configurations() -> None:
-    """DeepSpeed's own parser accepts them, in a subprocess because other tests must not import DeepSpeed."""
+    """DeepSpeed's own parser reads the configurations, in a subprocess: other tests must not import DeepSpeed."""
     program = (
         "import json, os, sys; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
         "from deepspeed.runtime.config import DeepSpeedConfig\n"
         "for config in json.load(open(sys.argv[1])).values():\n"
-        "    config['train_batch_size'] = 6\n"  # one process reads it
+        "    config['train_batch_size'] = 6\n"  # 2 rows * 3 micro-batches on one process
         "    DeepSpeedConfig(config)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(GOLDEN)], check=True, timeout=300, capture_output=True)
@@ -67,7 +67,7 @@ def test_contradictory_settings_are_refused(section: str, sentence: str) -> None
 
 @pytest.mark.slow
 def test_a_single_process_does_not_use_deepspeed(tmp_path: Path) -> None:
-    """Without a `parallel` section, a run joins no process group and imports only the modules listed here."""
+    """Without a `parallel` section, a run joins no process group and imports only `known` modules of align.parallel."""
     program = (
         "import sys\n"
         "from align.config import load_recipe\n"

@@ -62,7 +62,7 @@ def test_a_state_loads_with_other_parallel_settings(found: dict, reader: str) ->
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_state_of_zero_1_and_2_is_complete(found: dict, stage: int, dtype: str, tolerance: float) -> None:
-    """The optimizer has several parameter groups; DeepSpeed links moments to parameters only in the first."""
+    """The optimizer has several parameter groups, but DeepSpeed links moments to parameters only in the first group."""
     assert found[f"state of zero {stage} in {dtype} read by itself"] == 0
     assert found[f"state of zero {stage} in {dtype} read by zero 3"] < tolerance
 
@@ -72,7 +72,7 @@ def test_each_rank_reads_only_its_shard(found: dict, reader: str) -> None:
     assert found[f"loaded for {reader}"] < 1e-5
     shares = found[f"shares read for {reader}"]
     if "zero 2" in reader:
-        assert max(shares) < 0.85  # all but the other ranks' experts
+        assert max(shares) < 0.85  # everything except the other ranks' experts
     else:
-        assert sum(shares) == pytest.approx(1, abs=0.15)  # file headers count too
+        assert sum(shares) == pytest.approx(1, abs=0.15)  # file sizes include headers
         assert max(shares) < 1.1 / len(shares)

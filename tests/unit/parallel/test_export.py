@@ -12,7 +12,7 @@ from align.parallel.sharding import Shard
 
 
 def test_a_rank_does_not_run_ahead_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's sends only start; their time limit runs, and the copy stays on the GPU, until rank 0 has received it."""
+    """NCCL's send is asynchronous. Ranks wait for it, so that copies do not pile up and sends do not time out."""
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waited"))

@@ -1,4 +1,4 @@
-"""Joining the process group on GPUs that are not there: torch.cuda and NCCL are replaced by records of their calls."""
+"""Joining the process group on simulated GPUs: torch.cuda and torch.distributed are patched to record calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF_AN_HOUR = timedelta(minutes=30)
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """Makes torch report `count` GPUs; returns the list of devices that are made current."""
+    """Function that makes torch report `count` GPUs and returns the list of devices passed to `set_device`."""
 
     def show(count: int) -> list[torch.device]:
         current: list[torch.device] = []
@@ -38,7 +38,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 def test_a_rank_uses_the_gpu_of_its_number_or_the_only_one_that_it_sees(
     gpus, monkeypatch, visible: int, local: str, index: int
 ) -> None:
-    """Slurm's --gpus-per-task shows each task one GPU; torch, DeepSpeed and accelerate read LOCAL_RANK."""
+    """With Slurm's --gpus-per-task a rank sees one GPU. LOCAL_RANK, which the libraries read, is then set to 0."""
     current = gpus(visible)
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", local)
@@ -46,7 +46,7 @@ def test_a_rank_uses_the_gpu_of_its_number_or_the_only_one_that_it_sees(
     assert group.claim_gpu() == training_device() == torch.device("cuda", index)
     assert current == [torch.device("cuda", index)]
     assert dist.get_node_local_rank() == index
-    assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(index)  # DeepSpeed requires that they agree
+    assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(index)  # DeepSpeed requires the two variables to be equal
 
 
 def test_a_process_without_a_launcher_uses_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_process_without_a_launcher_uses_the_first_gpu(monkeypatch: pytest.Mon
 
 @pytest.fixture
 def joined(gpus, monkeypatch: pytest.MonkeyPatch):
-    """Connects rank 3 of `ranks`; returns the calls that create process groups and compare the ranks."""
+    """Function that connects rank 3 of `ranks` and returns the calls that create groups and compare the ranks."""
     calls: list[tuple[str, Any]] = []
 
     def exchange(own: Any) -> list[Any]:
@@ -89,7 +89,7 @@ def test_nccl_starts_with_its_device_and_a_time_limit_after_the_ranks_are_compar
 
 
 def test_one_rank_needs_no_device_for_nccl(joined) -> None:
-    """Bound to a device, torch would split NCCL's communicator for each new group, which needs a second rank."""
+    """With `device_id`, torch would split NCCL's communicator for each new group, which needs a second rank."""
     assert joined(torch.device("cuda", 0), 1)[-1][1]["device_id"] is None
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_on_one_gpu_are_refused(joined, monkeypatch: pytest.MonkeyPatc
 
 
 def test_groups_that_deepspeed_creates_have_the_same_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default for NCCL is ten minutes, and DeepSpeed passes none."""
+    """torch's default time limit for NCCL is ten minutes, and DeepSpeed's `new_group` passes no time limit."""
     import deepspeed
 
     seen: list[Any] = []

@@ -51,7 +51,7 @@ def test_the_trained_adapter_and_the_merged_model_equal_those_of_one_process(fou
 
 
 def test_frozen_weights_are_sharded_and_have_no_optimizer_state(found: dict) -> None:
-    """Each of two ranks has half of the parameters, moments of its half of the adapters, and no other moments."""
+    """Each of two ranks has half of the parameters, and moments only for its half of the adapters."""
     whole = found["local sizes, zero 1"]
     for case in ("zero 3", "zero 3, expert parallel 2", "offload"):
         local = found[f"local sizes, {case}"]

@@ -34,8 +34,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_an_update_equals_that_of_one_process(found: dict, case: str) -> None:
     """Covers updates of policy and critic in turn, and ranks with unequal numbers of micro-batches."""
     first, second = found[case]["metrics"]
-    # AdamW amplifies rounding differences of gradients near zero, and a round that stops at the KL limit is measured
-    # right after an update.
+    # AdamW amplifies rounding differences of gradients near zero. An iteration that stops at the KL limit computes its
+    # last metrics right after an update.
     assert first < (1e-4 if case.startswith("kl stop") else 1e-5)
     assert second < 1e-4
     assert found[case]["weights"] < 1e-4
@@ -43,14 +43,14 @@ def test_an_update_equals_that_of_one_process(found: dict, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_keeps_the_ema_of_its_shard(found: dict, case: str) -> None:
-    """The EMA equals its closed form on the weights gathered after each of two rounds, and the EMA of one process."""
+    """The EMA equals its closed form, from the weights after each of two iterations, and the EMA of one process."""
     assert found[case]["ema by hand"] < 1e-6
     assert found[case]["ema"] < 1e-4
     assert found[case]["weights after swapping the ema"] == 0
 
 
 def test_the_cases_skip_the_updates_that_they_should(found: dict) -> None:
-    """Check by the numbers of policy updates: full rounds, a critic-only round, rounds that stop early."""
+    """The numbers of policy updates show full iterations, a critic-only iteration and iterations that stop early."""
     assert found["zero 3"]["updates"] == [6, 6]
     assert found["zero 3, expert parallel 2"]["updates"] == [0, 5]
     assert found["kl stop, zero 3"]["updates"] == found["kl stop, zero 2"]["updates"]

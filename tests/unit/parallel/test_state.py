@@ -1,4 +1,4 @@
-"""The training state of sharded runs: AdamW's state that resuming creates, and the files of a checkpoint."""
+"""The training state of sharded runs: the AdamW state that a resume creates, and the files of a checkpoint."""
 
 from __future__ import annotations
 

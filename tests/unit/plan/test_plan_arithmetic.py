@@ -59,7 +59,7 @@ def test_parameters_equal_those_of_a_model_on_the_meta_device(name: str) -> None
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_operations_equal_those_of_show_model(name: str) -> None:
-    # A token in a row of 2n tokens attends to n earlier ones on average.
+    # A token in a row of 2n tokens attends to n tokens on average.
     cost = model_cost(HunYuanConfig(**PRESETS[name]), context=1024)
     assert shape_of(name, PRESETS[name]).forward_flops(2048) == cost.flops_per_token
 
@@ -100,7 +100,7 @@ def test_mixed_precision_adamw_is_sixteen_bytes_per_parameter(large: ModelShape)
 
 
 def test_offloaded_adamw_is_eighteen_bytes_per_parameter_in_host_memory(large: ModelShape) -> None:
-    # DeepSpeed: fp32 weights 4, moments 8, fp32 gradients 4, bf16 gradients 2
+    # Bytes per parameter in DeepSpeed: fp32 weights 4, moments 8, fp32 gradients 4, bf16 gradients 2.
     found = memory(sft(large), Setting(64, True, 3, offload_optimizer="cpu"), NO_BUFFERS)
     assert found.host_bytes * 64 == pytest.approx(18 * 388_698_128_640)
     assert "policy optimizer moments" not in found.gpu
@@ -116,7 +116,7 @@ def test_nvme_takes_over_from_host_memory(large: ModelShape) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_stages_shard_what_the_paper_says(large: ModelShape, stage: int) -> None:
-    # Rajbhandari et al., section 5: moments and fp32 weights from stage 1, gradients from 2, weights from 3
+    # Rajbhandari et al., section 5: stage 1 shards moments and fp32 weights, 2 also gradients, 3 also weights.
     parameters, gpus = 388_698_128_640, 64
     last = memory(sft(large), Setting(gpus, True, stage), NO_BUFFERS).phases["optimizer step"]
     assert last["policy weights"] == pytest.approx(2 * parameters / (gpus if stage == 3 else 1))
@@ -183,7 +183,7 @@ def test_activations_equal_those_that_autograd_saves(changes: dict, dtype: torch
 
 
 def test_checkpointed_layers_save_inputs_keys_and_values(large: ModelShape) -> None:
-    # bf16: 6400 values per layer, and 2 x 640 in the half of the layers that own keys and values; routing is small
+    # bf16: 6400 values per layer, and 2 x 640 in the half of the layers that compute keys and values. Routing is small.
     run = Pass(2048, 2048, False, 2, 2)
     kept = sum(activations.checkpoint_bytes(large, layer, run) for layer in large.layers)
     assert kept == pytest.approx(2048 * 64 * 2 * (6400 + 640), rel=0.01)
@@ -193,7 +193,7 @@ def test_checkpointed_layers_save_inputs_keys_and_values(large: ModelShape) -> N
 
 
 def test_zero_3_moves_three_times_the_weights(large: ModelShape) -> None:
-    # The ZeRO paper, section 7.2.2: two gathers and a reduction of 2 bytes a parameter
+    # The ZeRO paper, section 7.2.2: two all-gathers and a reduction, each of 2 bytes per parameter.
     found = traffic(sft(large, batch=64), Setting(64, True, 3))
     share, weights = 63 / 64, 2 * 388_698_128_640
     assert found[Flow("weight all-gather", "collective")] == pytest.approx(2 * weights * share)
@@ -210,7 +210,7 @@ def test_expert_parallelism_moves_tokens_instead_of_experts(large: ModelShape) -
 
 
 def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
-    # The usual 6 N D plus attention: 12 operations per layer, head value and earlier token (Kaplan et al., 2001.08361)
+    # 6 N D plus attention: 12 operations per layer, hidden dimension and earlier token (Kaplan et al., 2001.08361).
     tokens, attention = 2048, 12 * 64 * 6400 * 1024
     wanted = tokens * (6 * 51.3e9 + attention)
     assert operations(sft(large, batch=8), Setting(8, True, 3)) == pytest.approx(wanted, rel=0.01)
@@ -219,7 +219,7 @@ def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
 
 
 def test_a_sleeping_engine_takes_no_memory_between_rollouts(large: ModelShape) -> None:
-    """It drops its weights, so host memory does not hold them either."""
+    """A sleeping engine drops its weights, so host memory does not hold them either."""
     rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=8e9)
     job = Job("ppo", "ppo", (Member("policy", large, "all"),), "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
     awake, asleep = (memory(job, Setting(64, True, 3, rollout_sleep=sleep), NO_BUFFERS) for sleep in (False, True))
@@ -235,6 +235,6 @@ def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) 
     job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
     reused = replace(job, rollouts=replace(rollouts, as_old_logprobs=True))
     setting = Setting(2, True, 3, micro_batch=4)
-    # One of eight passes of four completions is left on each GPU.
+    # A GPU has eight forward passes of four completions. The policy still computes one of them.
     forward = 4 * 2048 * (2 * 51.3e9 + 4 * 64 * 6400 * 1024)
     assert operations(job, setting) - operations(reused, setting) == pytest.approx(7 * forward, rel=0.01)

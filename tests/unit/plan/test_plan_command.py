@@ -1,4 +1,4 @@
-"""`align plan` as a user sees it: published facts, expected lines, bad input, no heavy imports."""
+"""`align plan`: published requirements, printed lines, errors for bad input, no heavy imports."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fits(job: Job, cluster: Cluster) -> bool:
 
 @pytest.mark.parametrize("host_gb", [2000, 2300])
 def test_full_fine_tuning_of_hunyuan_large_takes_32_gpus(host_gb: float) -> None:
-    # Tencent's README: ZeRO-3 with offload, 2048 tokens, H20 (96 GB): at least 32
+    # Tencent's README, for ZeRO-3 with offload, 2048 tokens and H20 GPUs (96 GB): at least 32 GPUs.
     job = large()["sft"]
     assert job.length == 2048
     assert [fits(job, h20(hosts, host_gb)) for hosts in (1, 2, 3, 4)] == [False, False, False, True]
@@ -55,7 +55,7 @@ def test_full_fine_tuning_of_hunyuan_large_takes_32_gpus(host_gb: float) -> None
 
 
 def test_lora_of_hunyuan_large_takes_8_gpus_and_offload() -> None:
-    # the same README: at least 8; 2 x 388.7B bytes of weights are more than 8 x 96 GB with anything beside them
+    # The same README: at least 8 GPUs. The weights alone (2 x 388.7e9 bytes) exceed 8 x 96 GB, so they are offloaded.
     plans = feasible(replace(large()["sft"].with_lora(SMALL_LORA), batch=8), h20(1), H20)
     assert plans
     assert all(plan.setting.offload_parameters == "cpu" for plan in plans)
@@ -103,14 +103,14 @@ NVME = "offload: {optimizer: nvme, parameters: cpu, path: /scratch}"
 @pytest.mark.parametrize("written", [[], [f"parallel={{processes: 8, expert_parallel_size: 8, {NVME}}}"]])
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_a_recipe_with_the_proposed_changes_has_the_planned_setting(written: list[str], stage: str) -> None:
-    """A small model fits with and without offloading, expert parallelism and NVMe, so all are proposed."""
+    """A small model fits with and without offloading, expert parallelism and NVMe, so the search finds all of them."""
     (job,) = jobs_of(load_recipe("hunyuan-large", written), "small", stage)
     plans = feasible(job, Cluster(8, 1, 96 * GB, 2000 * GB, nvme=4000 * GB), H20)
     kinds = {
         (s.zero_stage, s.expert_parallel_size, s.offload_optimizer, s.offload_parameters, s.rollout_gpus): plan
         for plan in plans
         for s in [plan.setting]
-        if s.zero_stage  # the recipe has a PPO stage, which refuses 0
+        if s.zero_stage  # only ZeRO stages 1 to 3
     }
     named = [(3, 1, None, None, 1), (1, 8, "cpu", None, 1), (3, 2, None, "nvme", 1)]
     for plan in (*(kinds[name] for name in named), *list(kinds.values())[::5]):
@@ -128,7 +128,7 @@ def test_one_process_without_deepspeed_is_proposed_without_the_section() -> None
 
 
 def test_reward_models_are_sharded() -> None:
-    # 388.7e9 weights of two bytes over 128 ranks; a reward server takes no memory here
+    # 388.7e9 weights of two bytes, sharded over 128 ranks. A reward server takes no memory on the planned GPUs.
     setting = Setting(128, True, 3, 16)
     sharded = memory(large()["ppo"], setting)
     weights = 2 * 388.7e9 / 128
@@ -139,7 +139,7 @@ def test_reward_models_are_sharded() -> None:
 
 
 def test_a_reward_model_larger_than_the_policy_can_be_the_peak() -> None:
-    # The policy is tiny and has adapters, so the peak is the gathering of a layer of the frozen reward model.
+    # The policy is tiny and has LoRA adapters, so memory peaks in the forward pass of the frozen reward model.
     lora = ["stages.ppo.lora={}", "stages.ppo.advantage_estimator=grpo", "stages.ppo.completions_per_prompt=4"]
     job = large(*lora)["ppo"]
     policy, *others = job.members
@@ -148,7 +148,7 @@ def test_a_reward_model_larger_than_the_policy_can_be_the_peak() -> None:
 
 
 def test_ema_weights_are_counted() -> None:
-    # 388.7e9 weights of four bytes over 128 ranks, beside the moments: on the GPU, or in the host with them
+    # 388.7e9 weights of four bytes, sharded over 128 ranks. They are stored with the moments, on the GPU or the host.
     plain, ema = (large(*change)["ppo"] for change in ([], ["stages.ppo.ema_decay=0.9"]))
     for place in (None, "cpu"):
         setting = Setting(128, True, 3, 16, offload_optimizer=place)
@@ -162,7 +162,7 @@ def test_ranks_of_ppo_may_have_unequal_shares() -> None:
     job = large("stages.ppo.mini_batch_size=128", "stages.ppo.batch_size=512")["ppo"]
     plans = feasible(job, Cluster(96, 12, 140 * GB, 2000 * GB), H20)
     assert all(plan.setting.accumulation(job) * plan.setting.micro_batch * 96 >= 128 for plan in plans)
-    # 128 completions: a third of the ranks has two, the others one
+    # 128 completions on 96 ranks: a third of the ranks has two, the others have one.
     assert micro_batches(job, 96) == [2, 1]
     assert {plan.setting.micro_batch for plan in plans} <= {1, 2}
     assert all(unusable(job, plan.setting) is None for plan in plans)
@@ -213,7 +213,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_tiny_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "tiny", "--gpu", "h100", "--stage", "sft")
     assert found.splitlines()[0] == "tiny: 2,954,624 parameters, 890,240 active per token"
-    # 4 bytes a parameter of weights and 8 of moments, 2,954,624 of them
+    # 2,954,624 parameters, each with 4 bytes of weights and 8 bytes of moments.
     assert "  policy weights               0.012" in found
     assert "  policy optimizer moments     0.024" in found
     assert "  fits          4.2 of 80.0 GB per GPU" in found
@@ -283,7 +283,7 @@ def test_the_recipe_takes_each_proposal_as_a_whole(
 ) -> None:
     given = [word for word in arguments if "=" in word]
     lines = proposals(printed(capsys, *arguments))
-    if "24" in arguments:  # 24 processes do not divide the 128 rows of a stage that is not planned
+    if "24" in arguments:  # 24 processes do not divide the 128 rows of the stages that are not planned
         assert all("stages.sft.batch_size=144" in line for line in lines if "parallel.processes=24" in line)
     assert len(lines) >= least
     for line in lines:
@@ -320,7 +320,7 @@ def test_gpus_not_divisible_by_the_expert_parallel_size_get_proposals(capsys: py
     found = printed(capsys, *arguments, "--gpus", "8")
     assert "  cannot run    expert_parallel_size 16 does not divide 8 GPUs\n" in found
     lines = proposals(found)
-    assert len(lines) == 2  # more GPUs, and adapters
+    assert len(lines) == 2  # more GPUs, and LoRA
     for line in lines:
         again = printed(capsys, *arguments, *line, *(["stages.sft.lora={}", *line] if "lora" in " ".join(line) else []))
         assert "  fits  " in again
@@ -367,7 +367,7 @@ def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureF
 def test_idle_gpus_are_counted(
     capsys: pytest.CaptureFixture[str], gpus: int, changes: list[str], idle: int, advice: str
 ) -> None:
-    """By hand: rows of 96 tokens, at most 4096 tokens per micro-batch, 16 or 32 rows per mini-batch."""
+    """Rows have 96 tokens, mini-batches 16 or 32 rows, and micro-batches by default at most 4096 tokens."""
     words = [f"stages.ppo.{change}" for change in changes]
     found = printed(capsys, "tiny", "--gpu", "h100", "--gpus", str(gpus), "--stage", "ppo", *words)
     assert (f"{idle} of {gpus} GPUs idle" in found) is bool(idle)

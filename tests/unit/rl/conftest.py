@@ -1,4 +1,4 @@
-"""A base model that all runs of this folder share."""
+"""Fixtures: a base model that all runs in this folder share, and a batch of completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(base: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a new run folder with the base model."""
+    """Function that creates a run folder of this name with the base model."""
 
     def make(name: str) -> Path:
         shutil.copytree(base, tmp_path / name)
@@ -36,7 +36,7 @@ def start(base: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def batch() -> Experience:
-    """Three completions of different lengths: ended by EOS, truncated, and with the id of EOS (also of pad) twice."""
+    """Three completions of different lengths: ended by EOS, truncated, and EOS twice. EOS is also the pad token."""
     return to_experience(
         completions(([5, 6], [7, 8, EOS], True), ([5], [9, 9, 9, 9], False), ([5, 6, 7], [EOS, EOS], True))
     )

@@ -1,4 +1,4 @@
-"""A PPO stage on a base model of a few thousand parameters, run as a user runs it."""
+"""Recipe of a PPO stage on a small base model, loaded from YAML as for a user, and the lines that its run logs."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The recorded lines of a run, without times and memory."""
+    """Lines of a file of the `ppo` stage, without the values that differ between equal runs (NOISE)."""
     text = (run_dir / "ppo" / name).read_text(encoding="utf-8")
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOISE)} for line in text.splitlines()]

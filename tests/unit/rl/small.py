@@ -1,4 +1,4 @@
-"""Settings, completions and models of a few thousand parameters."""
+"""PPO settings, completions, and models with a few thousand parameters."""
 
 from __future__ import annotations
 

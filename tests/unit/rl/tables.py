@@ -1,4 +1,4 @@
-"""Policies and critics that are tables, so that a test can compute their optimum."""
+"""Tabular policies and critics, whose optimum a test can compute."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PROMPT = 0
 
 
 class Table(nn.Module):
-    """A language model and critic over one-hot states (tokens sampled so far, last token).
+    """A tabular language model and critic. A state is (number of tokens sampled so far, last token), one-hot encoded.
 
-    `lm_head` holds the logits of every state, `score` its value.
+    `lm_head` holds the logits of every state, `score` the value of every state.
     """
 
     def __init__(self, horizon: int, tokens: int):
@@ -89,7 +89,7 @@ class TokenReward:
 
 
 class Task:
-    """A task and a table that align's own functions train on it."""
+    """A reward function, and a tabular policy that align's own functions train."""
 
     def __init__(self, reward, *, horizon: int, tokens: int, **settings: Any):
         rate = settings.pop("learning_rate", 0.05)
@@ -127,5 +127,5 @@ class Task:
         return [self.iterate(step)[1] for step in range(self.stage.steps)]
 
     def probabilities(self) -> Tensor:
-        """[states, tokens] of the policy."""
+        """Probabilities [states, tokens] of the policy."""
         return self.policy.lm_head.weight.detach().T.softmax(-1)

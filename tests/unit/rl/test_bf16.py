@@ -140,9 +140,9 @@ def gradients(models, batch) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_in_bf16_are_those_in_float32_up_to_rounding(models, batch, monkeypatch) -> None:
-    """Each parameter's gradient has a relative error of a few units of bf16, here at most 16 u with u = 2^-8.
+    """Each parameter's gradient has a relative error of a few roundings to bf16: at most 16 u, with u = 2^-8.
 
-    Both models route alike: a changed choice is not a rounding error.
+    The bf16 model replays the experts that the float32 model chose, as another choice is not a rounding error.
     """
     route = Router.forward
     chosen: list[torch.Tensor] = []

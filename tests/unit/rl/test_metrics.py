@@ -1,4 +1,4 @@
-"""Metrics of a rollout batch and of an iteration, by hand."""
+"""Metrics of a rollout batch and of an iteration against hand-computed values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROW = PromptRow((5,), [{"role": "user", "content": "go"}], None, {})
 
 
 def rollout_batch(*lengths: int, truncated: int = 0, **metrics: float) -> RolloutBatch:
-    """Completions of these lengths with their lengths as scores; the first `truncated` ones lack an EOS."""
+    """Completions of these lengths, with the lengths as scores. The first `truncated` completions are not finished."""
     made = completions(*(([5, 6], [7] * (n - 1) + [EOS], index >= truncated) for index, n in enumerate(lengths)))
     experience = to_experience(made)
     experience.score = torch.tensor([float(n) for n in lengths])
@@ -70,7 +70,7 @@ def test_truncated_and_overlong_completions_are_penalised_by_hand() -> None:
     stage = settings(rollout={"max_new_tokens": 8}, missing_eos_penalty=0.25, overlong_buffer=4, overlong_penalty=2.0)
     made = completions(([5], [7] * 3, True), ([5], [7] * 6, True), ([5], [7] * 8, False))
     scored = score_samples(stage, Rollouts(0, [ROW] * 3, made, {"rollout/retried": 1.0}), TokenReward(len))
-    # Lengths 3, 6 and 8: the buffer begins after 4 tokens, so 0, half and all of the penalty.
+    # Lengths 3, 6 and 8. The buffer begins after 4 tokens, so the overlong penalties are 0, half and full.
     assert scored.experience.score.tolist() == [3.0, 6.0 - 1.0, 8.0 - 0.25 - 2.0]
     assert scored.metrics == {"rollout/retried": 1.0, "overlong_penalty": 1.0}
 
@@ -82,14 +82,17 @@ def test_speeds_count_sampled_tokens_for_generation_and_all_tokens_for_the_rest(
         "time/generate": 2.0,
         "time/update": 0.5,
         "time/sync": 1.0,
-        "speed/generate": 2.0,  # 4 sampled tokens
-        "speed/update": 16.0,  # and 4 of the prompts
+        "speed/generate": 2.0,  # 4 sampled tokens in 2 s
+        "speed/update": 16.0,  # 4 sampled and 4 prompt tokens in 0.5 s
     }
 
 
 @pytest.mark.parametrize("apply_to", ["reward", "loss"])
 def test_kl_metrics_and_penalties_by_hand(batch, apply_to) -> None:
-    """Sums over a completion's tokens, means over completions; in the reward, each token pays its own KL."""
+    """KL metrics are sums over a completion's tokens, averaged over completions.
+
+    With `apply_to: reward`, each token's reward is reduced by its own KL.
+    """
     models = build()
     models.critic = None
     batch.score = torch.tensor([1.0, 2.0, -1.0])

@@ -1,4 +1,4 @@
-"""Tasks with a known optimum: every estimator reaches it, and one update equals the same update by hand."""
+"""Tasks with a known optimum, which training must approach, and one update against the same update in plain Python."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ STEP_REWARDS = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(5)) *
 
 
 def game_reward(ids: list[int]) -> float:
-    """Score of a whole game."""
+    """Score of a completion: the sum of its step rewards."""
     return sum(STEP_REWARDS[t, last, token].item() for t, (last, token) in enumerate(zip([PROMPT, *ids], ids)))
 
 
 def expected_reward(probabilities: torch.Tensor) -> float:
-    """Expected score of a policy [time * last token, token], summed over all 64 games."""
+    """Expected score under probabilities [4 * time + last token, token], from all 64 possible completions."""
     total = 0.0
     for ids in itertools.product(range(4), repeat=3):
         states = zip(range(3), [PROMPT, *ids], ids)
@@ -114,7 +114,7 @@ def test_the_optimum_under_a_kl_penalty_is_the_tilted_reference(apply_to, estima
 
 
 def test_one_update_equals_one_by_hand() -> None:
-    """Two logits and one value; two mini-batches, so that the second has ratios other than 1; Adam in plain Python."""
+    """The task has one state with two logits and one value. Only the second mini-batch has ratios other than 1."""
     rate, beta, eps = 0.3, 0.1, 1e-5
     task = Task(
         lambda ids: (2.0, -1.0)[ids[0]],

@@ -1,4 +1,4 @@
-"""Early stop, dynamic sampling, loss averages, EMA weights, overlap, non-finite numbers, no signal."""
+"""Early stop, dynamic sampling, loss averages, EMA weights, overlap; non-finite values; batches without a signal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_policy_updates_stop_at_the_kl_limit_and_the_critic_continues() -> None:
     stopped_task = task(0.01)
     _, stopped = stopped_task.iterate(0)
     assert free["policy_updates"] == 4
-    # The first mini-batch is at ratio 1; the second exceeds the limit, so it and all later ones are omitted.
+    # The first mini-batch has ratio 1. The second exceeds the limit, so the policy skips it and all later mini-batches.
     assert stopped["policy_updates"] == 1
     assert stopped_task.policy.lm_head.weight.grad is None  # no gradient is left for the next iteration
     assert stopped_task.models.critic.optimizer.state[stopped_task.models.critic.model.score.weight]["step"] == 4
@@ -128,7 +128,7 @@ def test_recomputed_activations_change_no_result(tmp_path, start, monkeypatch, l
         settings = {"gradient_checkpointing": recompute, "lora": lora, "critic": {"lora": lora}, "steps": 2}
         run(recipe(tmp_path, **settings), folder, say=lambda line: None)
     assert lines(tmp_path / "True") == lines(tmp_path / "False")
-    # Two iterations of two epochs of two mini-batches, one forward pass each: two layers of policy and of critic.
+    # 2 iterations * 2 epochs * 2 mini-batches = 8 recomputed passes, through 2 layers of each of policy and critic.
     assert passes["True"] - passes["False"] == 8 * 2 * 2
 
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(score) -> None:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, learner: Learner, turns: set[int]) -> list[int]:
-    """Make the learner's gradients non-finite in these steps (0-based); the returned list has an entry per step."""
+    """Make these steps (0-based) of the learner report non-finite gradients; return a list with an entry per step."""
     steps: list[int] = []
     real = learner._step
 
@@ -297,7 +297,7 @@ def test_the_panel_shows_phases_metrics_and_a_sample() -> None:
 
 
 def test_passes_through_adapted_experts_are_not_concurrent() -> None:
-    # PEFT swaps a model's stacked experts during a forward pass; concurrent passes would adapt them twice, or for good.
+    # PEFT replaces stacked experts during a forward pass. Concurrent passes could adapt them twice or permanently.
     threads = torch.get_num_threads()
     models = small.build()
     policy = add_lora(models.policy.model, Lora(rank=2), task="CAUSAL_LM").eval()

@@ -55,7 +55,7 @@ def test_updates_use_the_experts_of_the_forward_pass_before_them(batch) -> None:
     real = torch.arange(before.shape[1]) < batch.lengths[:, None]
     with torch.no_grad():
         for layer in models.policy.model.model.layers:
-            layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))  # every token prefers another expert
+            layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))  # almost every token now prefers another expert
     rows = batch.rows(torch.arange(3))
     free = policy_output(models.policy.model, rows, 1.0)
     replayed = policy_output(models.policy.model, rows, 1.0, replay=True)

@@ -1,4 +1,4 @@
-"""A whole stage: every method runs, resumes bit for bit, stops cleanly and never saves a non-finite model."""
+"""A whole PPO stage: every method runs and resumes bit for bit; stages stop cleanly and save only finite weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, 
 
 
 def count_calls(monkeypatch, owner, name: str, *, fail_at: int | None) -> list[int]:
-    """Replace a function by one that counts its calls in the returned list and raises KeyboardInterrupt at one."""
+    """Count the calls of `owner.name` in the returned list; call number `fail_at` raises KeyboardInterrupt."""
     original, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
@@ -91,7 +91,7 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tmp_path, start, monkeypatch,
         def full(tensors, path):
             calls.append(1)
             original(tensors, path)
-            if len(calls) == file:  # of the third checkpoint, which has three
+            if len(calls) == file:  # a checkpoint has three files, so this is in the third
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         patched.setattr(state, "save_file", full)
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, start, monkeypatc
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch) -> None:
-    """Earlier versions kept all learners of an unsharded run in one file."""
+    """Earlier versions saved the state of all learners of an unsharded run in one file."""
     made = recipe(tmp_path, ema_decay=0.5)
     uninterrupted, interrupted = start("uninterrupted"), start("interrupted")
     quietly(made, uninterrupted)

@@ -28,7 +28,7 @@ from align.rl.update import update
 from tests.unit.rl.small import build, completions, settings
 
 WHOLE, ROWS = 10_000, 1
-"""Tokens in a micro-batch: all rows together, and one row at a time."""
+"""Values of `micro_batch_tokens`: all rows in one micro-batch, and one row per micro-batch."""
 GROUPS = {"advantage_estimator": "grpo", "completions_per_prompt": 3}
 KL_LOSS = {"apply_to": "loss", "coef": 0.5}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def rollout_batch() -> Experience:
 
 
 def prepared(name: str) -> tuple[Any, Models, Experience]:
-    """Models that have moved since the batch was completed, so that ratios differ from 1 and some are clipped."""
+    """(stage, models, batch). The models are perturbed after the batch is completed, so ratios differ from 1."""
     stage = settings(
         **{"batch_size": 6, "mini_batch_size": 6, "epochs": 1, "rollout": {"max_new_tokens": 8}, **CONFIGURATIONS[name]}
     )
@@ -114,7 +114,7 @@ def step(
 
 
 def both_ranks(*arguments: Any) -> tuple[dict[str, Tensor], Counter[str]]:
-    """The sums over two ranks."""
+    """Gradients and metrics of an optimizer step, summed over two ranks."""
     *arguments, patch = arguments
     (gradients, metrics), (more, others) = (step(*arguments, (rank, 2), patch) for rank in (0, 1))
     for key, gradient in more.items():
@@ -124,7 +124,7 @@ def both_ranks(*arguments: Any) -> tuple[dict[str, Tensor], Counter[str]]:
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of an element, relative to the largest gradient of its model."""
+    """Largest difference between two gradient elements, relative to the largest element of the same model."""
     assert one.keys() == other.keys()
     largest = {"policy": 0.0, "critic": 0.0}
     for name, gradient in one.items():
@@ -141,7 +141,7 @@ def test_the_gradient_does_not_depend_on_how_a_mini_batch_is_split(name, monkeyp
     stage, models, batch = prepared(name)
     whole, metrics = step(stage, models, batch, WHOLE, (0, 1), monkeypatch)
     assert max(gradient.abs().max().item() for gradient in whole.values()) > 1e-3
-    assert 0 < metrics["clip_fraction"] < 1  # both branches of the clipped loss take part
+    assert 0 < metrics["clip_fraction"] < 1  # some ratios are clipped and some are not
     splits = [step(stage, models, batch, ROWS, (0, 1), monkeypatch)]
     splits += [both_ranks(stage, models, batch, tokens, monkeypatch) for tokens in (ROWS, 12, WHOLE)]
     for gradients, others in splits:
@@ -151,7 +151,7 @@ def test_the_gradient_does_not_depend_on_how_a_mini_batch_is_split(name, monkeyp
 
 
 def test_each_rank_computes_its_share_of_the_forward_passes(batch, monkeypatch) -> None:
-    """Three micro-batches on two ranks: the last pass of rank 1 only takes part in the collectives."""
+    """With three micro-batches on two ranks, the second pass of rank 1 only takes part in the collectives."""
     stage = settings(routing_replay="trainer", micro_batch_tokens=ROWS)
     names = ("old_logprobs", "ref_logprobs", "values", "routed_experts")
 
@@ -197,7 +197,7 @@ def balance(logits: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize(("name", "loss"), [("router z-loss", z_loss), ("router balance loss", balance)])
 @pytest.mark.parametrize("tokens", [WHOLE, ROWS])
 def test_a_routers_loss_is_added_with_its_coefficient(name, loss, tokens, monkeypatch) -> None:
-    """The balance loss is a product of means. With one row per micro-batch it is the token-weighted mean over rows."""
+    """With one row per micro-batch, the balance loss is the token-weighted mean of the balance losses of the rows."""
     stage, models, batch = prepared(name)
     config = models.policy.model.config
     with_loss, metrics = step(stage, models, batch, tokens, (0, 1), monkeypatch)

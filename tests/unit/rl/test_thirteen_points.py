@@ -1,4 +1,4 @@
-"""The points where implementations of PPO go wrong, one test per point of the list in docs/ppo.md."""
+"""The points where implementations of PPO go wrong. Each point of the list in docs/ppo.md has a test here."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_01_the_score_sits_on_the_last_completion_token(batch) -> None:
     batch.values = torch.zeros_like(batch.mask)
     stage = settings(gamma=0.5, lam=1.0, whiten_advantages=False)
     found, _ = estimate_advantages(stage, batch, batch.score, torch.zeros_like(batch.mask))
-    # With values 0 the advantage is the discounted score; it is undiscounted at the last token, EOS or not.
+    # With values of 0 the advantage is the discounted score. The last token gets the full score, EOS or not.
     assert found.tolist() == [[0.25, 0.5, 1.0, 0.0], [0.25, 0.5, 1.0, 2.0], [1.5, 3.0, 0.0, 0.0]]
 
 
 def test_02_the_penalty_for_a_missing_eos_looks_at_the_completion_only() -> None:
-    # The first prompt has the stop token and its completion does not: it is truncated, penalised and counted.
+    # EOS is in the first prompt but not in its completion, so that completion counts as truncated and is penalised.
     task = Task(lambda ids: 1.0, horizon=2, tokens=4, missing_eos_penalty=0.25, batch_size=2, mini_batch_size=2)
     drawn = task.sampler.sample()
     drawn.completions[:] = completions(([EOS], [1, 2], False), ([1], [3, EOS], True))
@@ -60,20 +60,20 @@ def test_03_masks_come_from_lengths_for_pad_may_equal_eos(batch) -> None:
 def test_04_a_kl_loss_has_a_gradient_and_the_coefficient_adapts() -> None:
     logprobs, ref = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.5, -2.5]])
     kl_loss(logprobs, ref, torch.ones(1, 2), estimator="k2", count=2).backward()
-    assert logprobs.grad.tolist() == [pytest.approx([0.25, 0.25])]  # d (d^2 / 2) = d = 0.5, over two tokens
+    assert logprobs.grad.tolist() == [pytest.approx([0.25, 0.25])]  # d = 0.5, averaged over two tokens
     logprobs.grad = None
     kl_loss(logprobs, ref, torch.ones(1, 2), estimator="k3", count=2).backward()
     assert logprobs.grad.tolist() == [pytest.approx([(1 - math.exp(-0.5)) / 2] * 2)]
     with pytest.raises(ValidationError, match="k1 is zero on average"):
         Kl(apply_to="loss", estimator="k1")
-    # And through a whole update: with equal scores nothing but the KL moves the policy, towards the reference.
+    # The same in whole updates: with equal scores, only the KL loss moves the policy, towards the reference.
     task = Task(lambda ids: 1.0, horizon=1, tokens=3, kl={"coef": 1.0, "estimator": "k2", "apply_to": "loss"}, steps=20)
     task.reference.lm_head.weight.data[:, 0] = torch.tensor([1.0, 0.0, -1.0])
     target = task.reference.lm_head.weight[:, 0].softmax(-1)
     before = (task.probabilities()[0] - target).abs().sum()
     task.learn()
     assert (task.probabilities()[0] - target).abs().sum() < 0.5 * before
-    assert adapted_kl_coef(0.1, 8.0, 4.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # clipped to 20 %
+    assert adapted_kl_coef(0.1, 8.0, 4.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # error clipped to 20 %
     assert adapted_kl_coef(0.1, 3.8, 4.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.05 * 0.1))
     assert [kl_estimate(torch.tensor(1.0), torch.tensor(0.0), k).item() for k in ("k1", "k2", "k3")] == pytest.approx(
         [1.0, 0.5, math.exp(-1)]
@@ -84,7 +84,7 @@ def test_05_gae_carries_values_over_masked_tokens_and_has_two_lambdas() -> None:
     rewards, values = torch.tensor([[0.0, 9.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.25]])
     mask = torch.tensor([[1.0, 0.0, 1.0]])
     found, _ = gae(rewards, values, mask, 1.0, 0.5)
-    # The next value of the first token is the third's: 0.25 - 0.5 + 0.5 * (1 - 0.25).
+    # After the first token, the next value is that of the third token: 0.25 - 0.5 + 0.5 * (1 - 0.25).
     assert found.tolist() == [pytest.approx([0.125, 0.0, 0.75])]
     both, returns = gae_advantages(rewards, values, mask, gamma=1.0, lam=0.5, value_lam=1.0, whiten=False)
     assert both.tolist() == found.tolist()
@@ -105,7 +105,7 @@ def test_06_advantages_are_whitened_over_the_batch_by_valid_tokens_with_the_mean
 
 def test_07_ratios_are_clipped_and_counted_by_the_mask() -> None:
     old, mask = torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
-    new = torch.tensor([[90.0, 0.0, 90.0]])  # exp(90) overflows; the third is masked
+    new = torch.tensor([[90.0, 0.0, 90.0]])  # exp(90) overflows; the third token is masked
     loss, metrics = policy_loss(new, old, torch.tensor([[-1.0, 1.0, 1.0]]), mask, clip_range=0.2, count=2)
     assert loss.item() == pytest.approx((math.exp(20) - 1) / 2)
     assert metrics["clip_fraction"].item() == 0.0  # a negative advantage is not clipped from above
@@ -148,7 +148,7 @@ def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(bat
     batch.rollout_logprobs = sampled = (truth + apart) * batch.mask
     stage = settings(old_logprobs="rollout", micro_batch_tokens=5, mini_batch_size=4, batch_size=4, epochs=1)
     metrics = complete_batch(stage, models, batch, 0.05)
-    # Each of the three rows fills a pass, and the policy has one of the first and the last.
+    # Each of the three rows fills a micro-batch. The policy computes every second row: the first and the third.
     assert passes == {"policy": 2, "reference": 3}
     torch.testing.assert_close(batch.old_logprobs, sampled)
     assert metrics["mismatch_mean"] == pytest.approx((3 * 0.1 + 2 * 0.4) / 5, abs=1e-5)
@@ -157,7 +157,7 @@ def test_08_the_samplers_logprobs_may_stand_for_the_policy_before_the_update(bat
                               for row, start, end in ((0, 1, 4), (2, 2, 4))]).log_softmax(-1)  # fmt: skip
     entropy = -(sampled_from * sampled_from.exp()).sum(-1).mean().item()
     assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5)
-    # The first update's ratios are the trainer's to the sampler's.
+    # In the first update, a ratio is the trainer's probability over the sampler's.
     found = update(stage, models, batch, step=0, seed=0, kl_coef=0.0)
     wanted = sum(n * (math.exp(-d) - 1 + d) for n, d in ((3, 0.1), (4, 0.2), (2, 0.4))) / 9
     assert found["update_kl"] == pytest.approx(wanted, abs=1e-5)
@@ -169,14 +169,14 @@ def test_09_logprobs_are_of_the_sampled_distribution(batch) -> None:
     logits = model(torch.tensor([[5, 6, 7, 8, EOS]])).logits[0]
     expected = [(logits[1 + t] / 0.5).log_softmax(-1)[token].item() for t, token in enumerate((7, 8, EOS))]
     assert found[0, :3].tolist() == pytest.approx(expected, abs=1e-5)
-    # Settings that renormalise the distribution do not exist.
+    # There are no rollout settings that renormalise the distribution.
     for setting in ("top_p", "top_k", "min_p"):
         with pytest.raises(ValidationError, match=setting):
             Rollout.model_validate({setting: 1})
 
 
 def test_10_token_ids_go_through_as_they_are() -> None:
-    # Ids that no tokenizer produces for their text: two halves of a word, a special token in the middle.
+    # No tokenizer produces these ids from text: they have two halves of a word and a special token in the middle.
     drawn = completions(([3, 3], [4, EOS, 4, 4], False))
     assert to_experience(drawn).input_ids.tolist() == [[3, 3, 4, EOS, 4, 4]]
 
@@ -205,7 +205,7 @@ def test_11_the_split_into_micro_batches_and_threads_changes_nothing(batch, aver
 
 
 def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) -> None:
-    """test_run.py covers the rest: optimizers, schedules, KL coefficient, position and random states are restored."""
+    """test_run.py covers the rest of this point: that a resumed run restores all state."""
     torch.manual_seed(0)
     scorer = HunYuanForSequenceClassification(HunYuanConfig(**SIZES, num_labels=1))
     scorer.save_pretrained(tmp_path / "rm")
@@ -233,7 +233,7 @@ def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -
     once, again = (policy_output(models.policy.model, batch, 1.0).logprobs for _ in range(2))
     assert torch.equal(once, again)
     assert torch.equal(critic_values(models.critic.model, batch), critic_values(models.critic.model, batch))
-    # The first forward pass of an update has the log-probabilities of `complete_batch`: all ratios are exactly 1.
+    # The first forward pass of an update gives the log-probabilities of `complete_batch`: all ratios are 1.
     batch.score = torch.ones(3)
     stage = settings(epochs=1, mini_batch_size=3, batch_size=3)
     complete_batch(stage, models, batch, 0.0)
@@ -251,7 +251,7 @@ def test_13_no_dropout_while_logprobs_are_compared_and_adam_has_its_eps(batch) -
     ],
 )
 def test_the_recipe_selects_the_correction_of_the_samplers_probabilities(importance, expected) -> None:
-    """Probabilities of the trainer over the sampler's: 2 and 4, and 1 and 1/2; the last token has no loss."""
+    """Trainer over sampler probability is 2 and 4 in row 0, 1 and 1/2 in row 1. The last token of a row has no loss."""
     rows = to_experience(completions(([5], [7, 8, 9], True), ([5], [1, 2, 3], True)))
     rows.old_logprobs = rows.rollout_logprobs + torch.tensor([[2.0, 4.0, 7.0], [1.0, 0.5, 7.0]]).log()
     rows.loss_mask = torch.tensor([[1.0, 1.0, 0.0]] * 2)

@@ -1,4 +1,4 @@
-"""Start two engines one after another in a process with its own process group; print an all-reduce after each."""
+"""Start and close two engines in a process with its own process group; print an all-reduce after each engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make compat` on a small package of its own: it names what is missing or has changed, and nothing else."""
+"""`make compat` on small stand-ins for vLLM and align: it reports what is missing or has changed, nothing else."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Ours(Source):
 
 @pytest.fixture
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The problems of OURS with THEIRS after some of its text is replaced."""
+    """Function that replaces text in a file of THEIRS and returns the problems that `make compat` finds for OURS."""
     monkeypatch.setattr(contract, "CALLS", [("vllm:LLM.generate", {"prompts": [], "use_tqdm": False})])
     monkeypatch.setattr(contract, "ATTRIBUTES", [("vllm.base:Trainer", "rank address")])
     monkeypatch.setattr(contract, "READ", [("vllm.old:make_parser", "subcommand")])
@@ -96,7 +96,7 @@ def test_one_of_two_alternative_imports_suffices(found) -> None:
 
 
 CHANGES = [
-    # file, before, after, what is said
+    # file, text, its replacement, expected problem
     (
         "vllm/entry.py",
         "use_tqdm=True",
@@ -169,7 +169,7 @@ def test_a_library_that_the_project_excludes_is_named(tmp_path: Path) -> None:
 
 
 def test_the_versions_that_are_allowed_are_those_that_are_checked() -> None:
-    """The range in pyproject.toml ends at a version that `make compat` checks, not below one that nobody has seen."""
+    """Both ends of the range in pyproject.toml are versions that `make compat` checks."""
     assert allowed_versions(ROOT) == ["0.32.0", "0.33.0"]
 
 

@@ -49,7 +49,7 @@ def is_importable(one: Import) -> bool:
 
 
 def test_imports() -> None:
-    """Of an import with `except ImportError`, one alternative suffices: the other is of another version."""
+    """An import with `except ImportError` needs only one working alternative; the other is for another vLLM version."""
     groups = usage(ROOT, "vllm").imports
     assert ["from vllm import LLM"] in [[str(one) for one in each] for group in groups for each in group]
     assert len(groups) > 40
@@ -83,7 +83,7 @@ def test_environment_variables() -> None:
 
 
 def test_engine_and_server_options(tmp_path: Path) -> None:
-    """vLLM's own parser reads the command line of a server; the options include those of a GPU."""
+    """vLLM's parser accepts a server's command line, and its engine arguments include the options set on a GPU."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

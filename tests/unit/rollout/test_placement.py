@@ -1,4 +1,4 @@
-"""GPUs of started servers beside a run's ranks, and the address at which servers reach the trainer."""
+"""Placement of started servers on a run's GPUs, and the address at which servers reach the trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_servers_take_the_last_gpus() -> None:
 
 
 def test_a_server_of_ipc_is_on_the_gpu_of_rank_0() -> None:
-    """An IPC handle opens only on the GPU that made it; the last GPU, as for other servers, would be refused."""
+    """An IPC handle opens only on the GPU that created it, so this server cannot use the last GPU."""
     rollout = started(weight_transfer="ipc", cache_gib=4.0)
     assert place_servers(rollout, Gpus(FOUR, ranks=1)) == [Placement(["4"], nccl=False)]
     assert place_servers(rollout, Gpus(FOUR, ranks=4, own=2)) == [Placement(["6"], nccl=False)]
@@ -68,7 +68,7 @@ def test_nccl_needs_another_gpu_than_that_of_rank_0() -> None:
     rollout = started(weight_transfer="nccl", cache_gib=4.0)
     assert devices(rollout, Gpus(FOUR, ranks=4)) == [["7"]]
     every = started(4, cache_gib=4.0)
-    assert [place.nccl for place in place_servers(every, Gpus(FOUR))] == [False] * 4  # all take the same transport
+    assert [place.nccl for place in place_servers(every, Gpus(FOUR))] == [False] * 4  # one transport for all servers
     with pytest.raises(UserError, match=r"^rollout\.weight_transfer: nccl needs separate GPUs, but GPU 0 has rank 0"):
         place_servers(rollout, Gpus(["0"]))
 
@@ -86,7 +86,7 @@ def test_weights_reach_a_server_on_the_gpu_of_rank_0_through_host_memory(tmp_pat
 
 
 def test_a_run_with_a_rank_on_every_gpu_is_refused_before_a_model_is_loaded(monkeypatch) -> None:
-    """`engine: vllm` beside ranks is a server; without this check vLLM's own check of the free memory fails."""
+    """With several ranks, `engine: vllm` starts a server. Unchecked, the run would fail in vLLM's own memory check."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -105,11 +105,11 @@ def test_a_run_with_a_rank_on_every_gpu_is_refused_before_a_model_is_loaded(monk
     recipe = SimpleNamespace(dtype="bfloat16", parallel=None)
     context: Any = SimpleNamespace(checkpoint=lambda name: Path(name), recipe=recipe)
     with pytest.raises(UserError, match=r"^rollout\.cache_gib: GPU 0 has a rank"):
-        ppo.run(stage, context)  # the checkpoint does not exist: reading it would be another error
+        ppo.run(stage, context)  # reading the missing checkpoint would raise another error
 
 
 def test_the_address_for_servers_is_on_the_route_to_them(monkeypatch) -> None:
-    """Debian gives a machine's own name the address 127.0.1.1, which no other machine reaches."""
+    """On Debian, a machine's own name resolves to 127.0.1.1, which other machines cannot reach."""
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     loopback, remote = Server("http://127.0.0.1:8001"), Server("http://gpu7:8001")
     asked: list[str] = []

@@ -1,6 +1,6 @@
-"""The remote engine on fake servers with every kind of failure. Fake servers keep these tests to seconds.
+"""The remote engine with fake servers that fail in many ways; each test takes seconds.
 
-test_remote_vllm.py tests it on real vLLM servers.
+test_remote_vllm.py tests the engine with real vLLM servers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = SamplingSettings(max_new_tokens=4, seed=3, n=2)
 
 
 class FakeServer:
-    """vLLM's routes with a dictionary as weights; a completion depends on its seed and on the sum of the weights."""
+    """vLLM's HTTP routes, with a dictionary of weights. A completion depends on its seed and the sum of the weights."""
 
     def __init__(self, **facts: str):
         self.facts = {"dtype": "float32", "transfer": "host", "routing": "False", **facts}
@@ -201,7 +201,7 @@ def test_every_server_gets_the_weights_in_buckets(connect, servers, transfer):
         assert all(torch.equal(server.weights[name], tensor) for name, tensor in WEIGHTS.items())
         assert (
             server.calls["/update_weights"] == 5 + 1
-        )  # 3.05 MiB per tensor, at most 5 MiB per bucket; then the digests
+        )  # one 3.05 MiB tensor per bucket of at most 5 MiB; then the digests
     report = engine.update_weights(((n, t.double() + 1) for n, t in WEIGHTS.items()), 1)
     assert (report.version, report.buckets, report.engines) == (1, 5, 2)
     assert report.bytes == sum(t.numel() * 4 for t in WEIGHTS.values())
@@ -240,7 +240,7 @@ def test_servers_started_with_sleep_sleep_between_rollouts(connect, servers):
 
 @pytest.mark.parametrize("kind", ["nccl", "http"])
 def test_a_server_that_was_restarted_gets_a_new_communicator(connect, servers, monkeypatch, kind):
-    """It has the address of before, but no longer belongs to the NCCL communicator that the trainer made with it."""
+    """The restarted server has the same address, but does not belong to the trainer's NCCL communicator."""
     made = []
 
     class Communicator(HttpBody):

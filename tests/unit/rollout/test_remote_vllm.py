@@ -145,7 +145,7 @@ def test_killing_a_server_during_generation_changes_no_completion(engine, local,
     assert time.monotonic() - started < 300  # less than the 600 s that a request may take
     assert engine.last_generation.retried > 0
     assert_same(rows[:4], local)
-    assert engine.update_weights(published_weights(model), 0).engines == 1  # the other one is still starting
+    assert engine.update_weights(published_weights(model), 0).engines == 1  # the killed server is still restarting
     assert_same(engine.generate(PROMPTS, SETTINGS), local)
     assert not psutil.wait_procs(rest, timeout=20)[1]
 
@@ -184,7 +184,7 @@ def test_a_server_of_two_ranks_takes_an_update(model, checkpoint, local):
 @pytest.mark.gpu
 @pytest.mark.parametrize("transfer", ["ipc", "nccl"])
 def test_an_update_by_vllms_gpu_transports(model, tmp_path, transfer):
-    """ipc: trainer and server share a GPU; nccl: each has its own."""
+    """With ipc, trainer and server share a GPU; with nccl, each has its own."""
     needed = 1 if transfer == "ipc" else 2
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} GPU(s), {torch.cuda.device_count()} found")
@@ -205,7 +205,7 @@ def test_an_update_by_vllms_gpu_transports(model, tmp_path, transfer):
 
 
 def test_a_server_ends_with_the_trainer_that_started_it(tmp_path):
-    """Tests only the thread that watches the parent, in a process with a child (a server has its engine)."""
+    """Only the thread that watches the parent is tested. The process has a child, as a server has an engine process."""
     server = tmp_path / "server.py"
     server.write_text(
         "import os, subprocess, sys, threading, time\n"

@@ -39,7 +39,7 @@ def policy(**changes) -> HunYuanForCausalLM:
 
 @torch.no_grad()
 def router_probabilities(model: HunYuanForCausalLM, ids: list[int]) -> dict[int, torch.Tensor]:
-    """Probabilities [T, E] of each layer with routed experts, from a forward pass of the whole sequence."""
+    """Router probabilities [T, E] by layer with routed experts, from a forward pass of the whole sequence."""
     found: dict[int, torch.Tensor] = {}
     hooks = [
         layer.mlp.gate.register_forward_hook(
@@ -88,7 +88,7 @@ def engine(model, tmp_path_factory):
 
 
 def test_recorded_routing_equals_the_models(engine, model):
-    """Three sequences run at a time, so requests wait, join late and leave early; two prompts are equal."""
+    """At most three sequences run at a time, so requests wait, join late and leave early. Two prompts are equal."""
     rows = engine.generate(PROMPTS, SamplingSettings(24, seed=1, n=2))
     stops = {row[0].token_ids[4 * i] for i, row in enumerate(rows)}
     rows += engine.generate(PROMPTS, SamplingSettings(24, seed=1, n=2, stop_token_ids=tuple(stops)))
@@ -115,7 +115,7 @@ def test_routing_follows_an_update(engine, model):
 
 
 def test_preempted_requests_keep_their_routing_and_their_tokens(engine, tmp_path):
-    """The cache is too small for all sequences, so vLLM pre-empts some and computes them again later."""
+    """The KV cache is too small for all sequences, so vLLM pre-empts some and recomputes them later."""
     model = policy()
     model.save_pretrained(tmp_path)
     prompts, settings = PROMPTS[2:4] * 4, SamplingSettings(36, seed=1)

@@ -139,7 +139,7 @@ def test_a_started_server_gets_every_setting(tmp_path):
 
 @pytest.mark.slow
 def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path):
-    """The server ends at once, so the engine does not wait for the start timeout."""
+    """The server exits at once, so the engine does not wait for the start timeout."""
     from align.rollout.remote import RemoteEngine
 
     folder = make_checkpoint(tmp_path / "model")

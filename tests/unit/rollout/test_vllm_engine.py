@@ -56,7 +56,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module, size: float = 0.03) -> None:
-    """Change all weights by more than an optimizer step does; redraw the norms."""
+    """Add noise with standard deviation `size` (default: more than an optimizer step); redraw the norm weights."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
@@ -117,7 +117,7 @@ def test_logprobs_are_of_the_sampled_distribution(engine, model, temperature):
 
 
 def test_samples_follow_the_distribution(engine, model):
-    """First tokens of 2,000 samples against the model's probabilities: within sampling noise."""
+    """Frequencies of the first token in 2,000 samples differ from the model's probabilities by sampling noise only."""
     count = 2000
     (row,) = engine.generate(PROMPTS[:1], SamplingSettings(1, temperature=0.7, seed=5, n=count))
     sampled = torch.bincount(torch.tensor([c.token_ids[0] for c in row]), minlength=384) / count
@@ -160,7 +160,7 @@ def test_truncated_completions(engine):
 
 
 def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
-    """With 64 prompts of 100 tokens, chunked prefill would split some, which fails with seeds on a CPU."""
+    """Chunked prefill would split some of these prompts, which fails on a CPU for requests with seeds."""
     engine = start(model, tmp_path, Rollout(max_model_length=512, cache_gib=0.1, max_sequences=64))
     try:
         rows = engine.generate([[i] * 100 for i in range(64)], SamplingSettings(4, seed=3))
@@ -170,7 +170,7 @@ def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
 
 
 def test_closing_one_engine_does_not_affect_another(engine, model):
-    """The previous test closed a second engine, and vLLM's own shutdown would destroy the first one's groups too."""
+    """The previous test closed a second engine. vLLM's own shutdown would also destroy this engine's process groups."""
     engine.update_weights(published_weights(model), 0)
     assert error(model, engine.generate(PROMPTS, SamplingSettings(4, seed=3)), 1.0) < TOLERANCE
 
@@ -260,7 +260,7 @@ def test_updated_weights_are_the_ones_that_sample(engine, model):
 
 
 def test_every_weight_matters_after_an_update(engine, model):
-    """Each parameter is changed alone and must change the result, so none is a stale copy."""
+    """Each parameter is changed separately and must change the log-probabilities: vLLM uses no stale copies."""
     settings = SamplingSettings(4, seed=2)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -302,7 +302,7 @@ def test_an_interrupted_update_must_be_repeated(engine, model):
 
 @pytest.mark.parametrize("part", ["embed_tokens", "0.self_attn.k_proj", "experts.3.up_proj", "shared_mlp.gate_proj"])
 def test_weights_that_differ_after_loading_are_an_error(engine, model, part, monkeypatch):
-    """One value changes while the engine loads it."""
+    """One value of a tensor is altered while the engine loads it."""
     load = type(engine_model(engine)).load_weights
 
     def wrong(self, weights):

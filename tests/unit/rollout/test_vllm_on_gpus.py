@@ -1,6 +1,6 @@
-"""What vLLM is told and asked on a GPU, on a pretend GPU: options, sleep, attention heads, weight transfers.
+"""vLLM's options, sleep, attention heads and weight transfers as on a GPU, with torch.cuda patched.
 
-Nothing here runs on a GPU. Where a library decides, its own Python code does, not a copy.
+Nothing here runs on a GPU. Checks and decisions of vLLM are made by its own Python code, not by a copy of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUCKET = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.b
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU of 141 GiB; a trainer holds `held` of them."""
+    """A simulated GPU of 141 GiB, of which the trainer has reserved `held` bytes."""
     state = SimpleNamespace(total=141 * GIB, held=100 * GIB)
     monkeypatch.setattr(vllm_options, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def requested(options: dict[str, Any], gpu: SimpleNamespace) -> float:
-    """GiB that vLLM's own check requires to be free; it raises if they are not."""
+    """GiB of free memory that vLLM's own check requires. Raises ValueError if less is free."""
     from vllm.config import CacheConfig
     from vllm.v1.worker.utils import request_memory
 
@@ -102,7 +102,7 @@ def engine_with(llm: Any, *, has_gpu: bool = True) -> VllmEngine:
 
 
 def test_a_sleeping_engine_drops_weights_that_are_replaced_anyway() -> None:
-    """Level 1 would copy them to host memory and back. Without an update the engine refuses to generate."""
+    """Sleep level 1 would copy weights to host memory and back. Without an update the engine refuses to generate."""
     levels: list[int] = []
     model = SimpleNamespace(enable_sleep_mode=True)
     core = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model))
@@ -151,7 +151,7 @@ def test_models_of_finished_stages_are_freed_before_the_cache_is(monkeypatch, gp
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_kernels_are_compiled_on_a_gpu_only(has_gpu: bool) -> None:
-    """vLLM's FlexAttention is a compiled kernel; uncompiled it takes the memory of all pairs of tokens."""
+    """Without compilation, vLLM's FlexAttention stores scores for all pairs of tokens."""
     compiled: list[object] = []
 
     def backend(module, inputs):
@@ -193,7 +193,7 @@ def test_heads_in_float32_are_padded_to_the_smallest_of_vllms_triton_kernel(
 
 
 class Source32(ABC):
-    """`WeightSource` of vLLM 0.32: what our class must define."""
+    """Stand-in for `WeightSource` of vLLM 0.32, with the methods that our class must define."""
 
     @abstractmethod
     def metadata(self): ...
@@ -203,7 +203,7 @@ class Source32(ABC):
 
 
 class Source33(ABC):
-    """`WeightSource` of vLLM 0.33, with its check of subclasses."""
+    """Stand-in for `WeightSource` of vLLM 0.33, with its check of subclasses."""
 
     def __init_subclass__(cls, **values: Any) -> None:
         super().__init_subclass__(**values)
@@ -231,7 +231,7 @@ def test_a_source_of_weights_for_0_32(monkeypatch) -> None:
     with_base(monkeypatch, Source32)
     source = weight_source(BUCKET)
     assert source.metadata() == DECLARED
-    assert [list(source), list(source)] == [BUCKET, BUCKET]  # a new pass each time
+    assert [list(source), list(source)] == [BUCKET, BUCKET]  # each iteration starts from the beginning
 
 
 def test_a_source_of_weights_for_0_33(monkeypatch) -> None:
@@ -240,7 +240,7 @@ def test_a_source_of_weights_for_0_33(monkeypatch) -> None:
     assert source.metadata == DECLARED
     assert source.metadata is source.metadata
     assert [list(source.iter_full()), list(source.iter_full())] == [BUCKET, BUCKET]
-    assert weight_source(BUCKET[:1]).metadata == DECLARED[:1]  # the next bucket is another source
+    assert weight_source(BUCKET[:1]).metadata == DECLARED[:1]  # the next bucket has a new source
 
 
 def test_the_installed_vllm_accepts_our_source() -> None:
@@ -261,7 +261,7 @@ def test_the_parser_of_0_33_has_moved(monkeypatch) -> None:
 
 
 class Recorder:
-    """A server's client: the requests that vLLM's sender makes, by the server's address."""
+    """Stand-in for vLLM's client of a server, which records the requests of vLLM's sender by server URL."""
 
     requests: dict[str, list[Any]]
 
@@ -293,9 +293,9 @@ def servers_at(ranks: str, *urls: str) -> list[Server]:
 
 
 def test_ipc_sends_from_rank_0_alone(monkeypatch, requests) -> None:
-    """The other ranks gather weights at that time: a collective of vLLM's sender would wait for them forever.
+    """The other ranks are busy gathering weights, so a collective in vLLM's sender would wait for them forever.
 
-    One tensor is larger than `bucket_mib`; vLLM refuses a tensor that is larger than its buffer.
+    One tensor is larger than `bucket_bytes`. vLLM refuses a tensor that is larger than its buffer.
     """
     from vllm.distributed.weight_transfer import packed_tensor
 
@@ -326,7 +326,7 @@ def test_ipc_sends_from_rank_0_alone(monkeypatch, requests) -> None:
 
 
 def test_nccl_meets_the_servers_and_sends_each_bucket(monkeypatch, requests) -> None:
-    """vLLM compares what a source yields with what it declared, so a stale declaration would be an error here."""
+    """vLLM compares the tensors of a source with its metadata, so stale metadata would be an error here."""
     from vllm.distributed.weight_transfer import nccl_engine
 
     begun: list[Any] = []

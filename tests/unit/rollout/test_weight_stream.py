@@ -85,7 +85,7 @@ def test_a_digest_detects_moved_values_shapes_and_types():
 
 
 def test_a_digest_does_not_depend_on_the_memory_layout():
-    """Views with an offset have the digest of a copy: a row of a stack, a slice of a bf16 matrix."""
+    """A view that has an offset or is not contiguous has the digest of its contiguous copy."""
     base = torch.randn(9, 31).to(torch.bfloat16)
     for view in (base[1], base[:, 3:5], base.T[2:7], base.view(-1)[3:11]):
         assert digest(view) == digest(view.clone().contiguous())

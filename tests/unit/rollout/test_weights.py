@@ -1,4 +1,7 @@
-"""The stream of published weights: complete, exact, and harmless to the model it comes from."""
+"""The stream of published weights is complete and exact and leaves the model unchanged.
+
+The Hugging Face engine samples from the weights of the last update.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SIZES = {
 }
 WORDS = tuple("abcdefghijklmnopq")
 LENGTHS = (2, 11, 5, 8, 3)
-"""Words per row. There are five rows, so the last micro-batch of two has only one."""
+"""Words per row. There are five rows, so with micro-batches of two rows the last one has only one row."""
 
 
 def checkpoint(folder: Path) -> Path:
@@ -97,7 +97,7 @@ def build(
     router: dict[str, float] | None = None,
     **stage: Any,
 ) -> Any:
-    """The trainer that the stage's `run` creates; `router` changes keys of the model's configuration."""
+    """The trainer that the stage's `run` creates; `router` overrides keys of the model's configuration."""
     made: list[Any] = []
     monkeypatch.setattr(KINDS[kind], "train_and_save", lambda trainer, *_: made.append(trainer))
     run_stage(kind, model, folder, **stage)

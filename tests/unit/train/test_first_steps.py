@@ -95,7 +95,7 @@ def test_dpo_of_equal_policies(
 def test_dpo_after_a_change_of_the_policy(
     loss_type: str, stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is -log sigmoid(beta * (h(chosen) - h(rejected))), where h is the log-ratio to the parent.
+    """The loss is -log sigmoid(beta * (h(chosen) - h(rejected))), where h = log(pi / ref).
 
     For SimPO, h is the mean log-probability per token, and a margin of 0.5 is subtracted.
     """

@@ -22,7 +22,7 @@ from tests.unit.train.one_step import SIZES, checkpoint
 
 
 def write_hollow(folder: Path) -> int:
-    """A checkpoint of Hunyuan-Large whose weights are a hole in the file; returns their bytes."""
+    """Write a checkpoint of Hunyuan-Large as a sparse file without data; return the size of its weights in bytes."""
     config = HunYuanConfig(**PRESETS["hunyuan-large"])
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["HunYuanForCausalLM"]}))
@@ -38,7 +38,7 @@ def write_hollow(folder: Path) -> int:
 
 
 def test_the_base_stage_counts_a_checkpoint_larger_than_the_machine(tmp_path: Path) -> None:
-    """Hunyuan-Large has 389 billion parameters, 52 billion of them active, by its paper (arXiv 2411.02265)."""
+    """Hunyuan-Large has 389 billion parameters, 52 billion of them active (arXiv 2411.02265)."""
     size = write_hollow(tmp_path / "large")
     assert size > 770e9
     recipe = Recipe.model_validate(

@@ -113,7 +113,7 @@ def test_settings_that_do_not_affect_the_result_may_change(runs) -> None:
     runs.run(fails="first")
     assert runs.run(changes=changes, resume=True) == [("first", True), ("second", True)]
     assert read_manifest(runs.folder / "run" / "first")["config"]["first"]["checkpoint_every"] == 7
-    assert runs.run() == []  # finished with another value, and kept
+    assert runs.run() == []  # the finished stages have another value and are kept
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -176,7 +176,10 @@ def test_a_finished_stage_does_not_need_its_data(runs) -> None:
 
 
 def test_only_marked_settings_are_ignored_in_a_comparison() -> None:
-    """This applies to nested sections and lists too. A setting that this version does not know is kept."""
+    """Settings marked as not affecting the result are ignored, also in nested sections and lists.
+
+    A setting that this version does not know is kept.
+    """
     rewards = [{"kind": "remote", "url": "http://127.0.0.1:1", "weight": 2.0}, {"kind": "length", "max_tokens": 8}]
     rollout = {"engine": "remote", "servers": ["http://127.0.0.1:2"]}
     stage = settings(rewards=rewards, rollout=rollout, sample_every=3)

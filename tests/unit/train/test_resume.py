@@ -79,7 +79,7 @@ def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(t
     settings = recipe(tmp_path, **(preferences(tmp_path) if "kind" in changes else {}), **changes)
     for folder in (uninterrupted, interrupted):
         run(settings, folder, say=lambda line: None)
-    # The state after a kill at step 7: no manifest, no model, the checkpoint of step 5 (second epoch), 7 lines.
+    # As after a kill at step 7: no manifest, no model, the checkpoint of step 5 (second epoch), 7 metrics lines.
     for name in ("manifest.json", "model/model.safetensors", "model/config.json"):
         (interrupted / "sft" / name).unlink()
     (interrupted / "sft" / "checkpoints" / "checkpoint-8" / "complete").unlink()
@@ -118,7 +118,7 @@ def test_a_models_configuration_can_be_overridden_without_changing_its_files(tmp
 
 
 def test_full_training_in_bfloat16_keeps_small_updates(tmp_path) -> None:
-    """Norm weights start at 1, where bfloat16's spacing is 0.4 %, so steps of 0.1 % add up in float32 only."""
+    """Norm weights start at 1, where bfloat16's spacing is at least 0.4 %. Steps of 0.1 % only add up in float32."""
     content = recipe(tmp_path, optimizer={"learning_rate": 1e-3, "schedule": "constant"}).model_dump(mode="json")
     settings = load_recipe_from({**content, "dtype": "bfloat16"}, tmp_path)
     run(settings, tmp_path / "run", say=lambda line: None)

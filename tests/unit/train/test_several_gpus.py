@@ -1,4 +1,4 @@
-"""A run without `parallel` on a machine with several GPUs. The GPUs are not there: torch.cuda is replaced."""
+"""A run without `parallel` on a machine with several GPUs. torch.cuda is patched to report GPUs."""
 
 from __future__ import annotations
 

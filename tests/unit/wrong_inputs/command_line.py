@@ -1,4 +1,4 @@
-"""Overrides, flags and the other commands."""
+"""Overrides, flags and subcommands."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _(here: Here) -> str:
 @wrong("show-model-run", "The folder of a run instead of a model")
 def _(here: Here) -> str:
     here.write("bad.jsonl", "{\n")
-    here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # refused when the base model is made
+    here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # saves the base model and refuses the data
     return here.align("show-model", "run")
 
 

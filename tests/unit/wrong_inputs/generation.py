@@ -61,14 +61,14 @@ def _(here: Here) -> str:
 
 
 def connect(port: int, **settings: Any) -> None:
-    """Build an engine on a rollout server at this port."""
+    """Build a remote engine that connects to a rollout server at this port."""
     servers = [f"http://127.0.0.1:{port}"]
     rollout = Rollout(engine="remote", servers=servers, max_model_length=64, start_timeout_seconds=0.1, **settings)
     RemoteEngine(Path("model"), rollout, dtype="float32", seed=0)
 
 
 def connect_to_server_with(here: Here, max_model_length: int = 64, facts: str = "", **settings: Any) -> None:
-    """Build an engine on a rollout server that reports these facts."""
+    """Build a remote engine that connects to a rollout server with these facts."""
     names = ["align", *f"dtype=float32 transfer=host routing=False {facts}".split()]
     models = [{"id": name, "max_model_len": max_model_length} for name in names]
     responses = {"/health": None, "/v1/models": {"data": models}, "/get_world_size": {"world_size": 1}}

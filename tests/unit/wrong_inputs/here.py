@@ -39,7 +39,7 @@ SECTIONS = {
     "Several processes and machines": ["several"],
     "Planning a cluster": ["planning"],
 }
-# Patterns for `varies`. They contain no words of a sentence, so that its wording can change.
+# Patterns for `varies`. They contain no words of the messages, so the wording of a message can change.
 NUMBER = r"\d+(,\d{3})*(\.\d+)?"
 PORT = r"\b\d{4,5}\b"
 IN_PARENTHESES = r"(?<=\().+(?=\))"
@@ -64,8 +64,8 @@ class Case:
 
     name         its name in the tests and in the last column of docs/errors.md
     description  what is wrong, for the first column
-    varies       pattern of the parts that differ between machines or runs; the page has `…` there
-    module       name of the module that defines it, which decides its section
+    varies       pattern of the parts that differ between machines or runs; docs/errors.md has `…` instead
+    module       name of the module that defines the case, which decides its section
     run          gives the wrong input; returns the sentence or raises it as a `UserError`
     """
 

@@ -69,7 +69,7 @@ def _(here: Here) -> str:
     (here.folder / "run" / "sft").mkdir(parents=True)
     here.write("run/sft/manifest.json", json.dumps({"status": "finished", "config": before}))
     said = here.run(max_steps=2)
-    assert not (here.folder / "run" / "recipe.json").exists()  # still the recipe of the finished run
+    assert not (here.folder / "run" / "recipe.json").exists()  # the refused run wrote no recipe
     return said
 
 
@@ -101,7 +101,7 @@ def _(here: Here) -> str:
 
 
 def record_of_sft(here: Here, name: str) -> None:
-    """The record of a stage that has finished (manifest.json) or was interrupted (config.json)."""
+    """Write the record of a finished (manifest.json) or interrupted (config.json) SFT stage."""
     from align.config import load_recipe
     from align.run.inputs import fingerprints
     from align.run.manifest import stage_settings

@@ -52,7 +52,7 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 
 
 def together(here: Here, port: int, name: str) -> None:
-    """Connect the machines of a hostfile, as the machine `name`."""
+    """Connect to the other machine of a two-machine hostfile, as the machine `name`."""
     here.monkeypatch.setenv("MASTER_PORT", str(port))
     here.monkeypatch.setattr(machines, "MEETING", 0.6)
     launch.meet_others({"127.0.0.1": 1, "127.0.0.2": 1}, name)
@@ -126,7 +126,7 @@ def _(here: Here) -> str:
 
 @wrong("hostfile-without-this-machine", "A hostfile without this machine", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
-    return started(here, "192.0.2.7 slots=1\n")  # an address that nobody has
+    return started(here, "192.0.2.7 slots=1\n")  # an address that no machine has
 
 
 @wrong("master-port", "A `MASTER_PORT` that is not a port")

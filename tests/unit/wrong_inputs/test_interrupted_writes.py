@@ -49,12 +49,12 @@ def test_a_refused_stage_does_not_count_as_interrupted(here: Here) -> None:
 
 
 def test_base_can_be_made_again(here: Here) -> None:
-    """The base model is made again after a first attempt with a checkpoint that cannot be loaded."""
+    """`--from base` replaces the base model by one from another source and back, also after a failed first attempt."""
     (here.folder / "other").mkdir()
     assert "no config.json" in here.run(model={"kind": "pretrained", "path": "other"})
     here.write("bad.jsonl", "{\n")
     bad = {"train": [{"kind": "file", "path": "bad.jsonl"}]}
-    assert "bad.jsonl" in here.run(data=bad)  # the base model is ready, the next stage is refused
+    assert "bad.jsonl" in here.run(data=bad)  # the base model is saved, and the next stage is refused
     scratch = {"kind": "scratch", "tokenizer": "./model", "config": SIZES}
     assert "add --from base" in here.run(model=scratch, data=bad)
     assert "bad.jsonl" in here.run("--from", "base", model=scratch, data=bad)
