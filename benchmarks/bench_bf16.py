@@ -1,9 +1,10 @@
 """bf16 against float64 and float32: error of the loss head's gradient, and PPO's learning curves (`--curves`).
 
-The first table is the relative error of d log p(token) / d hidden against float64, median over the rows, and of the
-weight's gradient, by p(token): for our two heads, and for bf16 logits with autograd. Target: at most 6 % up to 0.999.
-`--curves` trains the recipe `tiny` up to DPO once, in float32. From there it runs PPO in float32 and in bf16 with each
-of `--seeds`, and records the mean score of every iteration.
+Without options: relative errors against float64 of the gradients of log p(token), for several values of p(token). They
+are measured for the hidden states (median over the rows) and for the head's weight, with align's two heads and with
+bf16 logits and autograd. Target: at most 6 % for p(token) up to 0.999.
+`--curves` trains the recipe `tiny` up to DPO once, in float32. From that checkpoint it runs PPO in float32 and in bf16
+with each of `--seeds`, and records the score, KL and log-probability mismatch of every iteration.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METRICS = ("score_mean", "kl", "mismatch_mean", "mismatch_max")
 
 
 def plain(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """Logits in the inputs' type, then a log-softmax in at least fp32."""
+    """Sum of the tokens' log-probabilities, from logits in the inputs' dtype and a log-softmax in at least fp32."""
     logits = hidden @ weight.T
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide.log_softmax(-1).gather(1, tokens[:, None]).sum()

@@ -1,7 +1,8 @@
 """ZeRO-3 with expert parallelism against ZeRO-3 that gathers a layer's experts as one unit ("leaf module").
 
-Same ZeRO stage, model, tokens and step; 2 and 4 processes over gloo. Bytes are counted at torch's collectives, as sent
-by each rank in a ring (or a pairwise exchange). Memory is the resident peak above that after the imports.
+Both variants have the same ZeRO stage, model, tokens and optimizer step, on 2 and 4 processes over gloo. The bytes are
+those that a rank sends in torch's collectives, if they use rings (all-to-all: a pairwise exchange). Memory is the peak
+of the resident memory minus the resident memory after the imports.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Host syncs, uploads and kernel launches of one pass of every kind, counted on a pretend GPU; nothing is timed.
 
-A pass is the forward, loss and backward pass of one micro-batch with its metrics on the host. Counts grow linearly with
-the layers, so those of two depths give a part per layer and a fixed part. `tests/pretend_device.py` says what counts.
-Counts of earlier code in results/launches_before.json are shown beside the present ones.
+A pass is the forward pass of one micro-batch, in training also its loss and backward pass, with the results or metrics
+copied to the host. Counts grow linearly with the number of layers, so the counts for two depths give a fixed part and a
+part per layer. `tests/pretend_device.py` defines what is counted. The table also shows the counts of an earlier version
+from results/launches_before.json.
 
-    --before    write that file
+    --before    write results/launches_before.json
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def by_layer(few: Totals, many: Totals) -> dict[str, dict[str, float]]:
 
 
 def expert_parallel() -> dict[tuple[str, int], Totals]:
-    """Counts of rank 0 of two, by type and layers."""
+    """Counts of rank 0 of two ranks, by dtype and number of layers."""
     with tempfile.TemporaryDirectory() as folder:
         run_ranks("pretend_ranks.py", 2, Path(folder))
         counted = json.loads((Path(folder) / "rank-0.json").read_text(encoding="utf-8"))
@@ -51,7 +52,7 @@ def expert_parallel() -> dict[tuple[str, int], Totals]:
 
 
 def count_all() -> dict[str, dict[str, Any]]:
-    """{type: {pass: counts}}."""
+    """{dtype: {pass: counts}}."""
     sharded = expert_parallel()
     results: dict[str, dict[str, Any]] = {}
     for dtype in DTYPES:

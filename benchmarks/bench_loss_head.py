@@ -60,7 +60,7 @@ def step(way, tensors) -> float:
 
 
 def peak(name: str, chunked: int, frozen_head: bool) -> dict[str, float]:
-    """Extra resident memory of forward and backward pass in a new process, without the gradients that both leave."""
+    """Extra peak resident memory of the forward and backward pass, in a new process, not counting the gradients."""
     tensors = inputs(frozen_head)
     hidden, weight, *_ = tensors
     for tensor in (hidden, weight):

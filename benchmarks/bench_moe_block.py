@@ -3,12 +3,12 @@
 Targets at 2048 tokens, hidden 512, FFN 1024, 8 experts, top-1 + shared, fp32: at most 1.10 times two dense MLPs, at
 least 8 times faster than the einsum dispatch, not slower than transformers' best `experts_implementation`.
 
-Two more figures explain the first target on a machine. "products alone" is that ratio for the matrix products only: the
-experts have fewer rows each, and the weights of all experts are read. "freed memory kept" is the ratio if the C library
-keeps freed memory (glibc, MALLOC_MMAP_MAX_=0). Otherwise a gradient of 32 MiB, the size of the experts' here, returns
-to the kernel, which clears its pages again at every step; the smaller gradients of a dense MLP do not.
+Two more ratios explain the ratio to the dense MLPs on a machine. "products alone" times only the matrix products: each
+expert has fewer rows, and the weights of all experts are read. "freed memory kept" is measured with a C library that
+keeps freed memory (glibc with MALLOC_MMAP_MAX_=0). By default the gradient of the experts' gate_up_proj (32 MiB) is
+returned to the kernel, which clears its pages again at every step; the smaller gradients of a dense MLP are not.
 
-On a GPU: the block in bf16, and its share of the rate of a dense product.
+On a GPU: FLOP/s of the block in bf16, also relative to the FLOP/s of a dense matrix product.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {
     "64 experts, top-8": {"num_experts": 64, "moe_topk": 8, "intermediate_size": 128},
 }
 IMPLEMENTATIONS = ("eager", "grouped_mm")
-"""Without batched_mm, which is for decoding: it copies the weights of each token's experts (8.6 GB here)."""
+"""Without batched_mm, which is for decoding: it copies the expert weights of each token (gate_up_proj: 8.6 GB)."""
 
 DENSE = "dense MLPs of the active size"
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
@@ -180,7 +180,7 @@ def on_a_gpu(device: str, tokens: int, hidden: int, width: int, num_experts: int
             leaf.grad = None
         block(x)[0].square().mean().backward()
 
-    block_rate = 2 * 18 * tokens * hidden * width / seconds(step)  # two SwiGLUs, three products of 6 FLOPs each
+    block_rate = 2 * 18 * tokens * hidden * width / seconds(step)  # two SwiGLUs with three products of 6 FLOPs each
     dense_rate = 4 * tokens * hidden * width / seconds(lambda: rows @ matrix)
     return {
         "block, TFLOP/s": round(block_rate / 1e12, 3),

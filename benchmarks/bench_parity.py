@@ -1,8 +1,8 @@
 """Outputs of align, align in vLLM, transformers and vLLM's own model against those of the released reference code.
 
 The checkpoints are small and random, in the published layout (`--golden DIR`, or $ALIGN_GOLDEN, or ../shared/golden).
-transformers' `hunyuan_v1_moe`, and vLLM, which runs that class for this family, get the same files under their own
-model type. Each row is computed in a new process.
+transformers and vLLM implement this family as `hunyuan_v1_moe`, so they load copies of the files with that model type.
+Each row of the table is computed in a new process.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def vllm_row(folder: Path, golden: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def grown_row(folder: Path, _: Any) -> dict[str, Any]:
-    """The quickstart's model with nonzero experts; align in transformers is the reference for vLLM."""
+    """The quickstart's model, with random instead of zero down projections of the experts, in vLLM.
+
+    The reference is align in transformers.
+    """
     from transformers import AutoTokenizer
 
     from align.models.hot_start import convert_hot_start

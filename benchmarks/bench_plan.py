@@ -84,7 +84,7 @@ SHARDED: dict[str, tuple[str, Setting]] = {
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
-    """Rows that differ by one word, so that each is as long as planned and batches still have padding."""
+    """Rows of nearly the same length. The plan is for the longest row, and batches have some padding."""
     words = " ".join(f"word{i % 7}" for i in range(12))
     made: list[dict[str, Any]] = []
     for i in range(64):
@@ -229,7 +229,7 @@ def run_sharded(case: str) -> dict[str, Any]:
 
 
 def start_ranks(case: str) -> dict[str, Any]:
-    """Start the ranks of one run; return the JSON of rank 0's last line."""
+    """Start the ranks of one run; return the JSON that rank 0 prints."""
     ranks = str(SHARDED[case][1].gpus)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, __file__, case]
     done = subprocess.run(
@@ -302,6 +302,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # With several threads, policy and critic of PPO would train side by side, unlike on a GPU.
+    # With several threads, policy and critic of PPO would train in parallel, unlike on a GPU.
     os.environ["OMP_NUM_THREADS"] = "1"
     main()

@@ -6,8 +6,8 @@ process and environment. TRL computes with transformers' `hunyuan_v1_moe`, which
 cross-layer attention is off, with one difference: for top-1 routing it gives the expert the weight 1 instead of its
 probability. TRL's fastest `experts_implementation` is determined first, in separate runs.
 
-`make bench-trl` creates TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs everything in two hours;
-`python benchmarks/bench_ppo.py [--curves] [--cases a,b] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
+`make bench-trl` creates TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs everything, in about two
+hours; `python benchmarks/bench_ppo.py [--curves] [--cases a,b] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def recipe(case: dict[str, Any]) -> dict[str, Any]:
                 "steps": case["rounds"],
                 "batch_size": case["batch_size"],
                 "mini_batch_size": case["mini_batch_size"],
-                "micro_batch_tokens": 1536,  # half a mini-batch; policy and critic train side by side
-                "old_logprobs": "rollout",  # as TRL, which keeps the logits of its generation
+                "micro_batch_tokens": 1536,  # half a mini-batch of fixed lengths; policy and critic train in parallel
+                "old_logprobs": "rollout",  # as in TRL, which keeps the logits of its generation
                 "epochs": case["epochs"],
                 "checkpoint_every": case["rounds"] + 1,
                 **case.get("changes", {}),
@@ -180,7 +180,7 @@ def run_align(case: dict[str, Any]) -> dict[str, Any]:
     from align.pipeline import run
     from align.run.manifest import package_versions
 
-    ends: list[tuple[float, float]] = []  # (wall, processor) of each round
+    ends: list[tuple[float, float]] = []  # (wall clock, CPU time) at the end of each iteration
 
     def hear(line: str) -> None:
         if line.lstrip().startswith("step "):
@@ -229,8 +229,8 @@ def run_side(side: str, case: dict[str, Any], trl_python: str) -> dict[str, Any]
 def watch_memory(process: subprocess.Popen) -> int:
     """Wait for a process to end; return the peak resident memory of it and its children, added up (Linux).
 
-    The kernel keeps the peaks, so polling now and then is enough. A child counts once it has been seen twice, since one
-    that is just starting still shows its parent's memory.
+    The kernel keeps the peaks, so polling now and then is enough. A child is counted from the second poll on, because a
+    child that is just starting still shows its parent's memory.
     """
     highest: dict[int, int] = {}
     seen: set[int] = set()
@@ -269,7 +269,7 @@ def episodes_per_second(case: dict[str, Any], result: dict[str, Any]) -> float:
 
 
 def phases(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of each phase per round: medians over all rounds of all runs."""
+    """Seconds of each phase per PPO iteration: medians over all iterations of all runs."""
     rounds = [r for result in results for r in result["rounds"]]
     return {name: round(statistics.median(r.get(name, 0.0) for r in rounds), 3) for name in rounds[0]}
 
@@ -317,7 +317,7 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
 
 
 def learning(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Mean score of each round, for several seeds, and its mean over each quarter of the rounds."""
+    """Mean score of each PPO iteration, for several seeds, and its mean over each quarter of the iterations."""
     case = {**case, "experts_implementation": options.implementations.split(",")[0], **case["curves"]}
     curves: dict[str, list[list[float]]] = {"align": [], "trl": []}
     for seed in range(options.seeds):

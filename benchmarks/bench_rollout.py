@@ -1,10 +1,10 @@
-"""Rollouts: tokens per second against Hugging Face generate, weight updates against a copy, and the difference between
-the log-probabilities of sampler and trainer.
+"""Rollouts: tokens per second against Hugging Face generate, time of a weight update against that of a plain copy, and
+the difference between the log-probabilities of sampler and trainer.
 
     python benchmarks/bench_rollout.py [CHECKPOINT ...]
 
-Without checkpoints it builds the tiny preset, with larger random weights so that router and next tokens are far from
-uniform. All use the same number of threads: OMP_NUM_THREADS, or all cores.
+Without checkpoints it builds the tiny preset, with larger random weights so that the distributions of experts and of
+next tokens are far from uniform. All use the same number of threads: OMP_NUM_THREADS, or all cores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def hugging_face(model: HunYuanForCausalLM, rows: list[list[int]]) -> None:
 
 
 def vllm(engine: RolloutEngine, rows: list[list[int]]) -> None:
-    """Generate with an empty prefix cache, so that no round benefits from the one before."""
+    """Generate with an empty prefix cache, so that no repetition benefits from an earlier one."""
     engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
     completions = engine.generate(rows, SamplingSettings(NEW, seed=len(rows)))
     assert all(len(c.token_ids) == NEW for row in completions for c in row)
@@ -160,7 +160,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             "speed": speed(model, engine, rounds),
             "sync": synchronisation(model, engines, rounds),
         }
-        servers.update_weights(published_weights(model), 2)  # the last update may have come from the other trainer
+        servers.update_weights(published_weights(model), 2)  # the last update may have come through `over_http`
         rows = prompts(64, model.config.vocab_size)
         settings = SamplingSettings(NEW, seed=64)
         seconds = compare(

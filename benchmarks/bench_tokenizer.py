@@ -1,6 +1,6 @@
 """Encoding speed of the converted tokenizer against tiktoken, on one text and on a batch, with one thread.
 
-It needs the released vocabulary: `tokenizer/hy.tiktoken` in the folder given as argument, in $ALIGN_GOLDEN or in
+Needs the released vocabulary: `tokenizer/hy.tiktoken` in the folder given as argument, in $ALIGN_GOLDEN or in
 ../shared/golden. The text is the documentation of the installed Python.
 """
 

@@ -1,7 +1,8 @@
-"""This version against an earlier one, in turns: the stages of the tiny recipe, PPO at bench_ppo.py's sizes, the block.
+"""This version against an earlier one: the stages of the tiny recipe, PPO at bench_ppo.py's sizes, the MoE block.
 
-`python benchmarks/bench_versions.py REVISION` checks the revision out into a temporary folder and runs both with this
-environment. Each figure is the median over pairs of runs of the ratio new / old: below 1 the new version is faster.
+`python benchmarks/bench_versions.py REVISION` checks the revision out into a temporary folder and runs both versions
+alternately in this environment. `new / old` is the ratio of a pair of runs, median over the pairs: below 1 the new
+version is faster.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def run_in(tree: Path, *arguments: str) -> tuple[str, Seconds]:
 
 
 def tiny(tree: Path, folder: Path) -> Seconds:
-    """Seconds of each stage of the tiny recipe."""
+    """Seconds of each stage of the tiny recipe, and CPU seconds of the process."""
     _, seconds = run_in(tree, "-m", "align.cli", "run", "tiny", "--run-dir", str(folder / "run"))
     for file in sorted((folder / "run").glob("*/manifest.json")):
         seconds[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))["seconds"]
@@ -60,7 +61,7 @@ def tiny(tree: Path, folder: Path) -> Seconds:
 
 def ppo(name: str) -> Callable[[Path, Path], Seconds]:
     def run(tree: Path, folder: Path) -> Seconds:
-        """Seconds of all rounds after the first."""
+        """Seconds of all PPO iterations, and CPU seconds of the process."""
         case, result = folder / "case.json", folder / "result.json"
         settings = {"work_dir": str(folder), "threads": len(os.sched_getaffinity(0))}
         case.write_text(json.dumps({**prepare(CASES[name], folder), **settings}), encoding="utf-8")
@@ -71,7 +72,7 @@ def ppo(name: str) -> Callable[[Path, Path], Seconds]:
 
 
 def block(tree: Path, folder: Path) -> Seconds:
-    """Seconds of a forward and backward pass of the MoE block."""
+    """Median seconds of a forward and backward pass of the MoE block, by shape."""
     output, _ = run_in(tree, "-c", BLOCK)
     found: Seconds = json.loads(output.splitlines()[-1])
     return found

@@ -1,6 +1,7 @@
-"""The reward of bench_ppo.py: (even - odd) / all words of a completion, by the words' numbers; 0 without words.
+"""The reward of bench_ppo.py: (words with even numbers - words with odd numbers) / all words; 0 without words.
 
-It is around zero for an untrained model, so a critic that starts at zero does not favour the end of a sequence.
+An untrained model scores about zero, the value that the critic predicts at first, so the first updates favour neither
+short nor long sequences.
 """
 
 from __future__ import annotations

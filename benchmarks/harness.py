@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def compare(variants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one warm-up round; the order rotates."""
+    """Seconds of each variant in each repetition, after one warm-up repetition; the order of the variants rotates."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):
@@ -32,7 +32,7 @@ def compare(variants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str
 
 
 def ratio(seconds: dict[str, list[float]], name: str, against: str) -> float:
-    """Median over rounds of the ratio name / against."""
+    """Ratio of the seconds of `name` and `against` in the same repetition, median over the repetitions."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[against], strict=True))
 
 
@@ -41,7 +41,7 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Peak resident bytes of a with block, minus those at its start (Linux)."""
+    """Peak resident memory in a `with` block minus the resident memory at its start, in bytes (Linux)."""
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -70,7 +70,7 @@ def in_new_process(*arguments: str) -> dict[str, Any]:
 def write(name: str, results: dict[str, Any], *, option: str = "") -> None:
     """Write benchmarks/results/NAME.json with versions and hardware, and print the results.
 
-    option: flag of the script that makes these results.
+    option: arguments with which the script makes these results.
     """
     facts = {
         "benchmark": name,

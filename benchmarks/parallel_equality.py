@@ -1,8 +1,8 @@
 """One recipe on one, two and four processes: differences of losses, gradient norms and exported weights.
 
-Whole stages through `align run`: twenty steps of AdamW with clipping, accumulation and the balance loss, and PPO's
-first update. For comparison, one process runs with narrower vector instructions, which add in another order. That
-changes the last bits of float32, so its difference is a floor for every layout.
+Whole stages run through `align run`: twenty steps of AdamW with clipping, accumulation and the balance loss, and PPO's
+first update. For comparison, one process runs with narrower vector instructions, which sum in another order. This
+changes only the last bits of float32, so its differences show what rounding alone causes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ SMALLEST = 0.05
 
 
 def write_recipe(folder: Path) -> Path:
-    """The recipe: 16 sequences per step, 2 per micro-batch, so that 1, 2 or 4 processes accumulate 8, 4 or 2."""
+    """Write the recipe: 16 sequences per step and 2 per micro-batch, so 8, 4 or 2 accumulation steps on 1, 2 or 4
+    processes."""
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea " + "x" * n} for n in range(61)]
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
     texts = [{"text": row["prompt"] + " " + row["completion"]} for row in rows] * 8

@@ -90,7 +90,7 @@ def clusters_table() -> str:
 
 
 def least_gpus(job: Job, host_gb: float) -> int | None:
-    """GPUs of the fewest hosts of eight on which any setting fits; None if 64 hosts are too few."""
+    """Smallest number of GPUs, in hosts of eight, on which some setting fits; None if 64 hosts are too few."""
     for hosts in range(1, 65):
         where = cluster(8 * hosts, host_gb)
         if feasible(replace(job, batch=where.gpus), where, GPUS[GPU].rates):

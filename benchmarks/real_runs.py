@@ -1,12 +1,13 @@
 """Run recipes at a size for two cores and draw their learning curves: `python benchmarks/real_runs.py NAME [FILE ...]`.
 
-sums        GRPO and PPO from one SFT on sums in GSM8K's form; 3M parameters, from random weights. Needs no file.
-gsm8k       the recipe gsm8k_grpo with adapters and small batches on short rows of FILE, GSM8K's train split as JSON
-            lines with question and answer; SmolLM2-135M grown into experts.
+sums        GRPO and PPO from the same SFT checkpoint, on sums in GSM8K's form; 3M parameters, from random weights.
+            Needs no file.
+gsm8k       the recipe gsm8k_grpo with LoRA and small batches on short rows of FILE, GSM8K's train split as JSON lines
+            with question and answer; SmolLM2-135M converted to a mixture of experts.
 preference  the recipe preference_ppo on FILE and HELD_OUT, JSON lines with prompt, chosen and rejected; 3M parameters,
             from random weights.
 
-The run folder is runs/NAME; an interrupted run continues there. Afterwards the pictures of docs/runs.md are drawn.
+The run folder is runs/NAME; an interrupted run is resumed. Afterwards the pictures of docs/runs.md are drawn.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ RUNS = {
 
 
 def sums() -> str:
-    """All sums of two numbers up to 12, in GSM8K's form, shuffled."""
+    """All sums of two numbers from 1 to 12, in GSM8K's form, shuffled."""
     numbers = range(1, 13)
     rows = [
         {"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}

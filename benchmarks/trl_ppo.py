@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 class SurplusOfEvenWords(nn.Module):
     """The reward of `even_words.py` as a model with a score at every position of the sequence.
 
-    hidden_states[-1] [B, L, 1] holds the score of a completion that ends at that position.
+    hidden_states[-1] [B, L, 1] has at each position the score of a completion that ends there.
     """
 
     base_model_prefix = "backbone"
@@ -55,7 +55,7 @@ class SurplusOfEvenWords(nn.Module):
 
 
 class Phases(TrainerCallback):
-    """Seconds of each phase of each round, measured around the functions that TRL calls in `train`."""
+    """Seconds of each phase in each PPO iteration, measured around the functions that TRL calls in `train`."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, float]] = []

@@ -12,7 +12,7 @@ from align.eval.statistics import paired_bootstrap_difference, summarize
 from align.run.metrics import EVALUATION, with_unit
 
 BETTER = {"scores": 1, "f1": 1, "preference": 1, "kl": 0, "lengths": 0, "eos": 0}
-"""Columns of the comparison, besides those of tasks: 1 if higher is better, 0 if it depends."""
+"""Metrics of the stage's own prompts and pairs. 1: higher is better; 0: neither direction is better in general."""
 
 COUNTS = ("mean", "standard_error", "n", "unscored", "not_finite", "unanswered")
 """Statistics of a task's metric that the report shows."""
@@ -23,7 +23,7 @@ class Column(NamedTuple):
 
     key: metric, or `task/TASK/METRIC`.
     label: title with its unit.
-    better: 1 if higher is better, 0 if it depends.
+    better: 1 if higher is better, 0 if neither direction is.
     values: per model one value per prompt, None where a prompt was not scored.
     """
 
@@ -36,7 +36,8 @@ class Column(NamedTuple):
 def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, Any]:
     """Table of an evaluate stage's results.json; a metric that no model has is left out.
 
-    Each model is compared with the baseline and with every model before it in the list, paired by prompt.
+    Each model except the baseline is compared with the baseline and with every model before it in the list. The
+    differences are paired by prompt.
     """
     models: dict[str, dict] = results.get("models") or {}
     names = list(models)
@@ -104,7 +105,7 @@ def _columns(results: dict[str, Any], reference: str | None) -> Iterator[Column]
 
 
 def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:
-    """Sampling settings of a task and, per model, the counts behind its means."""
+    """Sampling settings of a task and, per model, the statistics of each metric."""
     counts = [
         {
             "model": model,
@@ -124,7 +125,7 @@ def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
-    """The compared pairs (model, against): each model against the baseline, then against the models before it."""
+    """The compared pairs (model, against): each model but the baseline, against the baseline and all models before."""
     pairs = []
     for i, model in enumerate(names):
         if model != baseline and baseline in names:
@@ -159,9 +160,9 @@ def _accuracy_only(model: dict[str, Any]) -> dict[str, Any] | None:
 def _difference(
     a: list[float | None], b: list[float | None], resamples: int, seed: int
 ) -> dict[str, float | int | None] | None:
-    """Mean difference and its interval over the prompts that both models have scored; None without any.
+    """Mean difference and its interval over the prompts that have a value for both models; None if there are none.
 
-    The mean is unknown if a value is not finite.
+    The mean and the ends of the interval are None if a value is not finite.
     """
     if len(a) != len(b):
         return None

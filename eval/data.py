@@ -27,7 +27,7 @@ class EvaluationData:
     prompts: prompts of the comparison; may be empty.
     pairs: held-out preference pairs; may be empty.
     tasks: each task with its prompts.
-    report: counts of the rows of `prompts`, and of each task's rows under the key `tasks`.
+    report: row counts of `prompts`; those of each task are under the key `tasks`.
     """
 
     prompts: list[PromptRow]

@@ -1,7 +1,7 @@
 """Measure a model on held-out prompts and preference pairs: lengths, word F1, KL, reward model, implicit preference.
 
-Models are sharded over all ranks under `parallel`, and each rank runs its share of the forward passes. Everything here
-is collective: all ranks call it in the same order.
+Models are sharded over all ranks under `parallel`, and each rank runs its share of the forward passes. Loading and
+measuring are collective: all ranks make these calls in the same order.
 
 Shapes: B sequences.
 """
@@ -84,7 +84,7 @@ def load_frozen(folder: Path, context: StageContext) -> FrozenModel:
 class HeldOut:
     """The measurements of a stage on its prompts and pairs, with the models that they need.
 
-    The reference is not loaded for greedy decoding: a KL is estimated on samples.
+    The KL estimate needs sampled completions, so the reference is not loaded for greedy decoding.
     """
 
     def __init__(self, stage: EvaluateStage, context: StageContext, data: EvaluationData):
@@ -104,7 +104,7 @@ class HeldOut:
     def measure(
         self, folder: Path, model: FrozenModel, completions: Sequence[Completion], texts: Sequence[str]
     ) -> HeldOutResult:
-        """Measure one model on the prompts, by its `completions` and their `texts`, and on the pairs, by its
+        """Measure one model: on the prompts from its `completions` and their `texts`, on the pairs from its
         log-probabilities."""
         found: dict[str, Any] = {}
         if completions:
@@ -129,13 +129,13 @@ class HeldOut:
         return HeldOutResult(str(folder), **found)
 
     def reward_model_accuracy(self) -> Accuracy | None:
-        """Accuracy of the reward model itself on the pairs."""
+        """Accuracy of the reward model itself on the pairs; None if the stage has no reward model or no pairs."""
         if self.reward_model is None or not self.data.pairs:
             return None
         return self._accuracy(self.reward_model.scores)
 
     def _accuracy(self, score: Callable[[Experience], Tensor]) -> Accuracy:
-        """Accuracy on the pairs of `score`, a function that returns one value per completion, [B]."""
+        """Accuracy on the pairs if completions are ordered by `score`, which returns one value per completion, [B]."""
         chosen, rejected = (score(completions_of(self.data.pairs, side)).tolist() for side in ("chosen", "rejected"))
         values = ordered_pairs(chosen, rejected)
         return Accuracy(sum(values) / len(values), len(values), values)

@@ -35,7 +35,7 @@ def reference_texts(cell: Any) -> list[str]:
 
 
 def best_f1(completion: str, cell: Any) -> float | None:
-    """Word F1 with the best of the cell's reference texts; None without any."""
+    """Largest word F1 of the completion with any of the cell's reference texts; None if the cell has none."""
     return max((token_f1(completion, text) for text in reference_texts(cell)), default=None)
 
 
@@ -66,7 +66,7 @@ def build_metric(metric: Metric, process: FunctionProcess, tokenizer: PreTrained
 def measure(
     metric: Metric, component: Component, samples: Samples, *, resamples: int, seed: int
 ) -> tuple[MetricResult, str]:
-    """(result of a metric on a task's completions, reason of a failure if a function failed).
+    """(result of a metric on a task's completions, reason of one failure or "").
 
     A completion without a final answer counts as 0 for a `math` metric. Rows without the column that the metric
     compares with, and completions on which a function failed, are unscored.

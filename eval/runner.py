@@ -120,7 +120,7 @@ class Results:
     def metrics(self, model: str = "") -> dict[str, float]:
         """Means by MODEL/KEY and MODEL/TASK/METRIC, for the manifest. A metric without a scored value is absent.
 
-        model: this model's only, without `MODEL/`.
+        model: return only this model's means, with `MODEL/` removed from the keys.
         """
         found: dict[str, float] = {}
         for name, result in self.content["models"].items():

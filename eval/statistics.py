@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 INDICES_AT_A_TIME = 1 << 21
-"""Resampled indices in memory at a time."""
+"""Limit on the resampled indices that are in memory at a time; one resample is always allowed."""
 
 
 class Interval(NamedTuple):
@@ -30,7 +30,7 @@ class Summary(NamedTuple):
     mean, standard_error, low, high: over the scored values; None if unknown.
     n: number of scored values.
     unscored: prompts without a value.
-    not_finite: scored values that are NaN or infinite. If there are any, the mean is unknown too.
+    not_finite: scored values that are NaN or infinite. If there are any, the four statistics above are None.
     """
 
     mean: float | None
@@ -86,9 +86,9 @@ def bootstrap_interval(values: ArrayLike, *, resamples: int = 2000, seed: int = 
 def paired_bootstrap_difference(
     a: ArrayLike, b: ArrayLike, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Mean of `a - b` with its interval, where entry i of both belongs to prompt i.
+    """Mean of `a - b` with its interval, where `a[i]` and `b[i]` belong to prompt i.
 
-    Prompts are resampled, not models, so the part of a prompt's difficulty that both models share cancels.
+    The differences are resampled, so the part of a prompt's difficulty that affects both models alike cancels.
     """
     left, right = paired(a, b)
     return bootstrap_interval(left - right, resamples=resamples, seed=seed, level=level)

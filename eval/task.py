@@ -39,9 +39,9 @@ class MetricResult:
 
     kind: kind of the metric in the recipe, for example `math`.
     values: one value per prompt; None if the completion was not scored.
-    mean: mean of the scored values; None if there are none or one is not finite.
-    standard_error: standard error of the mean; None below two values.
-    low, high: ends of the 95 % bootstrap interval; None below two values.
+    mean: mean of the scored values; None if there are none or if a value is not finite.
+    standard_error: standard error of the mean; None for fewer than two values or if a value is not finite.
+    low, high: ends of the 95 % bootstrap interval; None in the same cases.
     n: number of scored prompts.
     unscored: prompts excluded from the mean, because they have no reference or a function failed.
     not_finite: scored values that are NaN or infinite.
@@ -77,7 +77,9 @@ class TaskResult:
 
 
 def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
-    """The task of a recipe's section: its own settings, then the built-in task's, then the rollout's.
+    """The task of a recipe's section.
+
+    A setting that the section lacks is the built-in task's or, if the name is not a built-in task, the rollout's.
 
     Raises `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
     """

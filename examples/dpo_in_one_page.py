@@ -4,7 +4,7 @@
     python examples/dpo_in_one_page.py runs/tiny/sft/model runs/tiny/pairs/data/train.jsonl
 
 The losses it prints are those of a `kind: dpo` stage on the same batches of pairs. Policy and reference are equal at
-first, so training starts at ln 2 = 0.6931, plus the router's losses if the model's configuration has them.
+first, so the first loss is ln 2 = 0.6931, plus the router's losses if the model's configuration has them.
 
 Shapes: B pairs, L tokens of the longest sequence.
 """

@@ -4,8 +4,8 @@
     python examples/evaluate_any_checkpoint.py runs/tiny/sft runs/tiny/ppo --prompts runs/tiny/pairs/data/held_out.jsonl
     python examples/evaluate_any_checkpoint.py runs/tiny/sft --task gsm8k  # needs the Hugging Face hub
 
-A row of the prompts needs a reference answer: a column `reference`, or `chosen` in preference pairs. Decoding is
-greedy. Results, completions and a report are written to --run-dir.
+Each prompt needs a reference answer: a column `reference`, or `chosen` in preference pairs. Decoding is greedy.
+Results, completions and a report are written to --run-dir.
 """
 
 from __future__ import annotations

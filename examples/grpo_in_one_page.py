@@ -6,7 +6,7 @@
 The verifier rewards completions of 2 to 8 tokens, so that the mean score of a small model rises within twenty steps.
 For mathematics, replace `score` with `align.reward.verifiers.math_score`. `--engine vllm` samples with vLLM.
 
-Shapes: B completions, T tokens of the longest one.
+Shapes: B completions, T tokens of the longest completion.
 """
 
 from __future__ import annotations

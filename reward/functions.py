@@ -1,4 +1,4 @@
-"""Reward functions: the built-in ones, which run in this process, and the location of users' own."""
+"""Reward functions: the built-in ones, which run in this process, and the lookup of a user's function by its path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFERENCE = "reference"
 
 
 def reference_f1(prompts: list[str], completions: list[str], rows: list[Row]) -> list[float]:
-    """Word F1 of each completion with its row's `reference`; the best one if the column has several texts."""
+    """Word F1 of each completion with its row's `reference`; the largest if the column has several texts."""
     references = [[spellings(value)[0] for value in accepted_values(row.get(REFERENCE))] for row in rows]
     if not all(references):
         raise UserError(
@@ -31,7 +31,7 @@ BUILT_IN: dict[str, RewardFunction] = {"reference_f1": reference_f1}
 
 
 def find_reward_function(path: str) -> tuple[str, str]:
-    """(file, function) of a user's reward, ("", name) of a built-in; imports nothing."""
+    """(file, function) of a user's reward, or ("", name) of a built-in. Imports nothing."""
     if path in BUILT_IN:
         return "", path
     file, colon, name = path.rpartition(":")

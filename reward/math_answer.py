@@ -2,7 +2,7 @@ r"""Final answers of mathematical problems: extract them from a text, and compar
 
 Numbers are compared as exact fractions, so `1,234.50`, `$1234.5` and `\frac{2469}{2}` are equal; units are ignored.
 Anything else is compared as text without LaTeX's spacing commands: `4\pi i` equals `4 \pi i`, but not `4i\pi`.
-A policy may write anything, so every step is linear in the text's length, and numbers are limited to some hundred
+A policy may write anything, so every step is linear in the text's length, and numbers are limited to a few hundred
 digits.
 """
 
@@ -37,8 +37,9 @@ _PLAIN = {0xFF01 + i: chr(0x21 + i) for i in range(94)} | {
 def final_answer(text: str, format: AnswerFormat = "any") -> str | None:
     r"""The final answer of a completion, or None if it has none.
 
-    format: boxed takes the content of the last \boxed{}, hash the text after the last ####. any takes the last of these
-    and of the phrases "the answer is", "Answer:" and "A:"; without any of them, it takes the last number.
+    format: `boxed` takes the content of the last \boxed{}, `hash` the text after the last ####. `any` takes whichever
+    comes last: a box, #### or a phrase such as "the answer is", "Answer:" or "A:". If there is none of them, `any`
+    takes the last number.
     """
     text = plain_characters(text)
     found = [_boxed(text)] if format != "hash" else []
@@ -63,7 +64,7 @@ def same_answer(answer: str, expected: str) -> bool:
 
 
 def expected_answer(column: str) -> str:
-    """The answer in a data column, which may be a worked solution that ends with `####` or a box."""
+    """The answer in a data cell, which may be a worked solution that ends with `####` or a box."""
     text = plain_characters(column)
     found = [place for place in (_boxed(text), _after_hashes(text, strict=True)) if place is not None]
     return max(found)[1] if found else text.strip()
@@ -78,7 +79,7 @@ def plain_characters(text: str) -> str:
 
 
 def _boxed(text: str) -> tuple[int, str] | None:
-    """(position, content) of the last box."""
+    """(position, content) of the last box; None if there is none, or if it is too long or not closed."""
     start, opening = max((text.rfind(box), box) for box in _BOXES)
     if start < 0:
         return None
@@ -93,7 +94,8 @@ def _boxed(text: str) -> tuple[int, str] | None:
 def _after_hashes(text: str, *, strict: bool) -> tuple[int, str] | None:
     """(position, answer) after the last ####.
 
-    strict: take the line in any case. Otherwise #### may mark a heading, so the line must be a number or the last one.
+    strict: take the line in any case. Otherwise #### may be a Markdown heading, so the line is taken only if it is a
+    number or the last line.
     """
     start = text.rfind("####")
     if start < 0:
@@ -116,7 +118,11 @@ def _after_phrase(text: str) -> tuple[int, str] | None:
 
 
 def _first_answer(line: str) -> str:
-    """The whole line if it is a number or contains none; otherwise the number in it that is the result."""
+    """The answer in a line: the whole line if it is a number, otherwise the text after the last `=`.
+
+    If that text is not a number, its first number is the answer. A line with LaTeX or without a number is returned
+    whole.
+    """
     line = line.replace("\\$", "$")
     if to_numbers(line):
         return line
@@ -149,7 +155,7 @@ _NUMBER = re.compile(
     re.DOTALL,
 )
 _MIXED = re.compile(r"(\d{1,20})\s+(\d{1,20}/\d{1,20})")
-# A word of two or more letters, a one-letter unit, a sign, or Chinese characters; but not x, i or \pi.
+# A percent or degree sign, a word of two or more letters, a one-letter unit, or Chinese characters; not x, i or \pi.
 _UNIT = re.compile(
     r"\\?%|\^?\{?(?:\\circ|°)\}?[CF]?"
     r"|(?!(?:pi|sqrt|log|ln|sin|cos|tan|or|and|to)(?![a-z]))(?:[A-Za-z]{2,}|[mgshlLKNJWVA])"
@@ -159,7 +165,7 @@ _UNIT = re.compile(
 
 
 def canonical(text: str) -> str:
-    """Canonical form of an answer: without spaces, dollar signs, LaTeX's layout commands, `x=` and a final stop."""
+    """Canonical form of an answer: without spaces, dollar signs, LaTeX's layout commands, `x=`, final punctuation."""
     text = plain_characters(text[:LONGEST]).strip()
     if mixed := _MIXED.fullmatch(text.strip("$ ")):
         whole, fraction = mixed.groups()

@@ -34,13 +34,13 @@ class Scorer:
     """The rewards of a stage, loaded once.
 
     All ranks make the same calls and get the same scores. Local reward models are sharded over all ranks, which run
-    them together; rank 0 alone calls functions and servers.
+    them together. Functions, verifiers and servers are called on rank 0 only.
 
     prompts: all prompts of the stage.
     tokenizer: the policy's.
-    load_models: loads the reward models, by their `init_from`.
-    gather: returns the moments of all processes, given this one's. Needed if processes score different completions, so
-        that all normalise by the same moments.
+    load_models: loads the reward models and returns them by their `init_from`.
+    gather: returns the moments of all processes, given those of this process. Needed if processes score different
+        completions, so that all of them normalise by the same moments.
 
     Raises UserError for a missing column, a faulty function, an unusable checkpoint or a server that is down.
     """
@@ -98,7 +98,7 @@ class Scorer:
         return total, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments of the scores so far, for a checkpoint; JSON can represent them."""
+        """Moments of all scores up to now, as JSON types, for a checkpoint."""
         return {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class Scorer:
         self.say(f"  reward '{reward.label}': {sum(missing)} of {len(missing)} completions failed ({scored.problem})")
 
     def _model(self, reward: config.ModelReward, scorer: ModelScorer) -> Callable[[Experience, Samples], Scored]:
-        """Component of a reward model. It also takes the batch, which has the policy's token ids."""
+        """Component of a reward model. Unlike other components it also takes the batch, with the policy's token ids."""
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
             self.say(
@@ -147,7 +147,7 @@ class Scorer:
             )
 
         def component(batch: Experience, samples: Samples) -> Scored:
-            batch = replace(batch, routed_experts=None)  # they are the policy's
+            batch = replace(batch, routed_experts=None)  # the recorded routing is the policy's
             if not same:
                 texts = zip(samples.prompt_rows, samples.texts, samples.completions, strict=True)
                 ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]

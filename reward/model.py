@@ -21,7 +21,7 @@ from align.train.frozen import FrozenModel
 
 
 class ModelScorer:
-    """A reward model with its tokenizer. parallel: the model is sharded, and all ranks call it together."""
+    """A reward model with its tokenizer. With `parallel`, the model is sharded and its calls are collective."""
 
     def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int, parallel: Parallel | None = None):
         self.tokenizer = load_tokenizer(folder)
@@ -35,7 +35,7 @@ class ModelScorer:
 
     @torch.no_grad()
     def scores(self, batch: Experience) -> Tensor:
-        """Scores [B] on every rank; the micro-batches, of similar lengths, are distributed over the ranks.
+        """Scores [B], returned on every rank. Each rank scores its share of the micro-batches.
 
         Raises UserError if a sequence is longer than the model's context.
         """
@@ -54,7 +54,10 @@ class ModelScorer:
         return summed(scores, self.device)
 
     def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and completion in this chat template. A truncated completion has no end of turn."""
+        """Token ids of prompt and completion in the reward model's chat template.
+
+        finished: append the end-of-turn token, which a truncated completion lacks.
+        """
         answer = encode_answer(text, self.tokenizer, end=self._end if finished else None)
         return encode_prompt(self.tokenizer, prompt), answer
 

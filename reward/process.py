@@ -26,7 +26,8 @@ from align.reward.worker import FIX, Call, took_too_long
 IMPORT_TIMEOUT_S = 600.0
 """Time limit of an import; a user's file may load a model."""
 GRACE_S = 5.0
-"""Seconds that the process has to report a timeout of an awaited call itself, or to exit."""
+"""Extra seconds before the process is killed, in which it may report the timeout of an async function itself, and
+seconds to wait for the exit status of a process that has closed its connection."""
 MAX_RESTARTS = 3
 """Restarts per call after a tolerant function has hung or crashed."""
 
@@ -40,7 +41,7 @@ class UserFunction:
     name: the function's name in that file.
     batched: called once for all completions, not once per completion.
     timeout_s: seconds that a call may take.
-    tolerant: a completion may end without a score.
+    tolerant: a completion for which the function fails gets no score, instead of ending the run.
     """
 
     label: str
@@ -56,7 +57,7 @@ class Scored:
     """Scores of some completions by one reward.
 
     scores: one per completion; None for a completion that could not be scored.
-    problem: reason for one of the None, if it is known.
+    problem: the reason why one of these completions has no score, if it is known.
     """
 
     scores: list[float | None]
@@ -68,7 +69,7 @@ class _Outcome:
     """Outcome of one call.
 
     scores: score of each completion by its index; None for a completion with a problem.
-    what, fix: the last problem, empty if there was none.
+    what, fix: the last problem and what the user can do about it; empty if there was none.
     culprit: index of the completion that caused it, if known.
     whole: the problem concerns the whole call.
     ended: the process has ended or must be killed.
@@ -83,7 +84,7 @@ class _Outcome:
 
 
 class FunctionProcess:
-    """One process for all functions of a run. It starts with the first call, and again after it was killed."""
+    """One process for all functions of a run. It starts at the first call, and at the next call after it was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None

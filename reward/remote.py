@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 from align.errors import UserError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-"""Pause before the first retry, which doubles at each further one, and its maximum."""
+"""Seconds to wait before the first retry, doubled at each further retry, and the maximum."""
 MAX_RESPONSE_BYTES = 64 * 2**20
 
 
 class _TryAgain(Exception):
-    """The request failed for the reason in the message, and a retry may succeed."""
+    """A request failed, and a retry may succeed. The message is the reason."""
 
 
 class RewardClient:
@@ -100,9 +100,9 @@ class RewardClient:
 
 @contextmanager
 def _closed_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[threading.Event]:
-    """Close the connection after that time, even if the server keeps sending; sets the event when it does.
+    """Shut the connection down after `seconds`, even if the server keeps sending, and set the yielded event.
 
-    A socket's own timeout restarts with every byte that arrives.
+    A socket's own timeout is not enough, since it restarts with every byte that arrives.
     """
     late = threading.Event()
 

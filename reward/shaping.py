@@ -11,12 +11,12 @@ from torch import Tensor
 def overlong_shaping(lengths_B: Tensor, *, max_new_tokens: int, buffer: int, penalty: float) -> Tensor:
     """Soft penalty for long completions, [B] in [-penalty, 0] (Yu et al. 2025, DAPO, eq. 13).
 
-        0                                             length <= max_new_tokens - buffer
-        -penalty * (length - (max - buffer)) / buffer    within the last `buffer` tokens
-        -penalty                                      from max_new_tokens on
+        0                                                           length <= max_new_tokens - buffer
+        -penalty * (length - (max_new_tokens - buffer)) / buffer    within the last `buffer` tokens
+        -penalty                                                    length >= max_new_tokens
 
-    lengths_B: tokens of each completion. The penalty is nearly complete before the limit, so completions learn to end
-    before they are truncated.
+    lengths_B: tokens of each completion. The penalty grows before the limit is reached, so the policy learns to end
+    completions before they are truncated.
     """
     if buffer < 1:
         raise ValueError("the buffer must have at least one token")

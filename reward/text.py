@@ -1,4 +1,4 @@
-"""Scores of a text, used both as rewards and as evaluation metrics, and the spellings of a data column."""
+"""Text scores that serve as rewards and as evaluation metrics, and the values that a data cell accepts."""
 
 from __future__ import annotations
 

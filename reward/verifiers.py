@@ -1,6 +1,6 @@
 """Verifiers: rules that score one completion.
 
-Adding one takes two files: a section in `config/rewards.py`, and here a function that is registered for that section.
+To add a verifier, write its section in `config/rewards.py`, and register a function for that section here.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def verify_length(reward: config.LengthReward, sample: Sample) -> float:
 
 
 def math_score(completion: str, expected: Any, format: AnswerFormat = "any") -> float | None:
-    """1.0 if the completion's final answer equals `expected`, or one of several, else 0.0; None without an answer."""
+    """1.0 if the completion's final answer equals an expected answer, 0.0 if not; None if it has no final answer.
+
+    expected: a data cell, with one answer or a list of answers.
+    """
     answer = final_answer(completion, format)
     if answer is None:
         return None
@@ -85,7 +88,10 @@ def math_score(completion: str, expected: Any, format: AnswerFormat = "any") -> 
 
 
 def exact_score(completion: str, expected: Any, *, ignore_case: bool = False) -> float:
-    """1.0 if the completion equals `expected`, or one of several, ignoring white space at both ends; otherwise 0.0."""
+    """1.0 if the completion equals an expected text, ignoring white space at both ends; otherwise 0.0.
+
+    expected: a data cell, with one text or a list of texts.
+    """
 
     def plain(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
@@ -95,7 +101,7 @@ def exact_score(completion: str, expected: Any, *, ignore_case: bool = False) ->
 
 
 def regex_score(pattern: str, completion: str, expected: Any = None) -> float:
-    """1.0 if the pattern is found and, if a text is expected, its first group equals that text; otherwise 0.0."""
+    """1.0 if the pattern is found and, unless `expected` is None, its first group equals an expected text; else 0.0."""
     match = re.search(pattern, completion)
     if match is None or expected is None:
         return float(match is not None)
@@ -123,7 +129,7 @@ def format_score(
 
 
 def length_score(length: int, *, min_tokens: int, max_tokens: int, buffer: int) -> float:
-    """1.0 within the range; outside it falls linearly to 0.0 at `buffer` + 1 tokens beyond."""
+    """1.0 within the range; outside, the score falls linearly and is 0.0 from `buffer` + 1 tokens beyond the range."""
     outside = max(min_tokens - length, length - max_tokens, 0)
     return max(0.0, 1.0 - outside / (buffer + 1))
 

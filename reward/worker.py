@@ -190,7 +190,7 @@ class CallRun:
             self.send_score(index, value)
 
     def _find_culprit(self, function: Callable, kind: type[BaseException]) -> None:
-        """Call the function again for each completion alone, to find the one for which it raises the same error."""
+        """Call the function again for one completion at a time, to find the completion that raises the same error."""
         for index, arguments in enumerate(self.call.arguments()):
             try:
                 self._awaited(function(*([argument] for argument in arguments)))

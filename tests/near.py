@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def assert_near(found: Tensor, expected: Tensor, units: float = 256) -> None:
-    """Fail if an element differs by more than `units` roundings of `found`'s type at the largest expected value.
+    """Fail if an element differs by more than `units` machine epsilons of `found`'s dtype times the largest expected
+    value.
 
-    256 units of float32 are 3e-5 of that value: rounding stays below it with any number of threads, and an error of one
+    For float32, 256 epsilons are 3e-5. Rounding stays below this tolerance with any number of threads; an error of one
     percent in a typical element does not.
     """
     assert found.shape == expected.shape

@@ -5,8 +5,8 @@ takes its CUDA branches. Every operation runs on the CPU, and the device counts 
 
     mixes      operations that PyTorch refuses because one tensor is on the GPU and another on the CPU
     syncs      calls in which the host waits for the GPU: a value or a shape is read, or a tensor is copied to the host
-    uploads    copies from the host; `blocking_uploads` of them wait for the GPU, because they are not both from pinned
-               memory and `non_blocking`
+    uploads    copies from the host; `blocking_uploads` counts those for which the host waits, because their source is
+               not pinned or they are not `non_blocking`
     launches   operations that compute on the GPU, at least one kernel each; views and allocations launch none
 
 Not covered: how the autocast rules of a GPU differ from those of a CPU, CUDA streams, Triton kernels, and how many
@@ -44,7 +44,7 @@ WAITS = {
     "aten::unique_dim": 1,
     "aten::unique_consecutive": 1,
 }
-"""Times that the host waits in an operation on CUDA tensors."""
+"""How many times the host waits for the GPU in an operation on CUDA tensors."""
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 COPIES = ("aten::copy_", "aten::_foreach_copy_")
 WITHOUT_KERNEL = ("aten::_unsafe_view", "aten::_local_scalar_dense", "aten::lift_fresh", "aten::set_", "aten::resize_")
@@ -97,13 +97,13 @@ class PretendDevice:
 
     def __init__(self) -> None:
         self.counted = Counted()
-        # Device of tensors that the present Python call creates; None outside of Python calls.
+        # True if tensors that the current Python call creates are on the device; None outside of Python calls.
         self.creates: bool | None = None
 
     def __enter__(self) -> PretendDevice:
         self._entered = ExitStack()
         self._entered.enter_context(patch.object(torch.cuda, "_lazy_init", lambda *_: None))
-        # To C++ the pretend tensors are on the CPU, so its autocast acts on them.
+        # To C++ the pretend tensors are on the CPU, so the CPU's autocast acts on them.
         for module, name in (
             (torch, "autocast"),
             (torch, "is_autocast_enabled"),
@@ -167,7 +167,8 @@ class PretendDevice:
         inputs = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
         on_device = bool(inputs)
         if not tensors:
-            # An operation inside of another, or of a backward pass, creates its tensors where that one's inputs are.
+            # Without tensor inputs, the Python call in progress decides. If there is none, a backward pass creates its
+            # tensors on the GPU.
             in_backward = torch._C._current_autograd_node() is not None
             on_device = in_backward if self.creates is None else self.creates
         if on_device:
@@ -204,7 +205,7 @@ class PretendDevice:
     def _count(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         counted, key = self.counted, (name, _place())
         strangers = [t for t in tensors if not isinstance(t, PretendTensor)]
-        # Pointwise operations take a CPU scalar beside CUDA tensors.
+        # Pointwise operations accept CPU scalars together with CUDA tensors.
         scalars = torch.Tag.pointwise in func.tags or name in INDEXING[1:] or "fill" in name
         refused = [t for t in strangers if t.dim() or not scalars]
         if name in INDEXING and isinstance(args[0], PretendTensor):
@@ -239,7 +240,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Answer what Python code asks about devices, and carry out its `device` arguments."""
+    """Report the pretend device to Python code that reads a tensor's device, and apply `device` arguments."""
 
     def __init__(self, device: PretendDevice):
         super().__init__()
@@ -276,7 +277,7 @@ class _PythonCalls(TorchFunctionMode):
         return self._run(func, args, kwargs, is_cuda)
 
     def _backward(self, tensor: Tensor, gradient: Tensor | None = None, **options: Any) -> None:
-        """`Tensor.backward` with this mode on in the backward passes that are written in Python."""
+        """`Tensor.backward` with this mode enabled, so that it applies to backward functions written in Python."""
         if gradient is None:
             gradient = self._run(torch.ones_like, (tensor,), {}, True)
         keep, create = options.get("retain_graph"), bool(options.get("create_graph"))
@@ -341,7 +342,7 @@ _ANSWERS = {
 
 
 def _of_the_cpu(function: Any) -> Any:
-    """A function of a device type that does for "cuda" what it does for "cpu"."""
+    """`function` with "cpu" in place of "cuda" in its positional arguments."""
     return lambda *args, **kwargs: function(*("cpu" if arg == "cuda" else arg for arg in args), **kwargs)
 
 
@@ -383,7 +384,7 @@ def _unwrap(leaf: Any) -> Any:
 
 
 def _is_view(func: Any) -> bool:
-    """True if the result shares the memory of an input that is not written."""
+    """True if the operation returns a view of an input and does not write to that input."""
     returned = [value.alias_info for value in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in returned)
 

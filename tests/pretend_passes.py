@@ -81,7 +81,7 @@ def rollout(layers: int) -> Experience:
 
 
 def learner(device: PretendDevice, model: nn.Module, dtype: torch.dtype = torch.float32) -> LocalLearner:
-    """dtype: of the forward pass; bfloat16 means autocast."""
+    """dtype: computation dtype of the forward pass; bfloat16 means autocast."""
     name = str(dtype).removeprefix("torch.")
     return LocalLearner(device.module(model), settings().optimizer, total=1, dtype=name)
 
@@ -134,9 +134,9 @@ def forward(device: PretendDevice, dtype: torch.dtype, layers: int, kind: str) -
 
 
 def adapted(dtype: torch.dtype, layers: int, *, experts: bool, by_row: bool = False) -> nn.Module:
-    """A policy with adapters, on the routed experts too or not, that change its output.
+    """A policy with adapters that change its output.
 
-    by_row: as under `parallel`.
+    experts: add adapters to the routed experts too. by_row: apply adapters by row, as under `parallel`.
     """
     model = add_lora(policy(dtype, layers), Lora(rank=8, experts=experts), task="CAUSAL_LM").eval()
     if by_row:

@@ -13,7 +13,7 @@ NOT_FINITE = "not finite"
 
 
 def number(value: Any, *, signed: bool = False) -> str:
-    """A number with about three significant digits: 12,345 and 0.123 and 3.0e-06."""
+    """A number for display, for example 12,345, 123.4, 1.23, 0.123 or 3.0e-06."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NOTHING if value is None else str(value)
     if not math.isfinite(value):
@@ -42,14 +42,14 @@ def mean(cell: dict[str, Any], *, signed: bool = False) -> str:
 
 
 def interval(cell: dict[str, Any] | None) -> str:
-    """The ends of a cell's interval as [low, high]; empty without an interval."""
+    """The ends of a cell's interval as [low, high]; empty if the cell has no interval."""
     if not cell or cell.get("low") is None:
         return ""
     return f"[{number(cell['low'])}, {number(cell['high'])}]"
 
 
 def mark(cell: dict[str, Any]) -> str:
-    """Sign of a difference: ▲ if its interval is above zero, ▼ if below, ≈ if it includes zero, ? without one."""
+    """Sign of a difference: ▲ if its interval is above zero, ▼ if below, ≈ if it includes zero, ? without interval."""
     if cell.get("low") is None:
         return "?"
     return "▲" if cell["low"] > 0 else "▼" if cell["high"] < 0 else "≈"
@@ -69,7 +69,10 @@ def duration(seconds: Any) -> str:
 
 
 def plain(text: Any) -> str:
-    """Text that a UTF-8 file and a browser can show: control characters and lone surrogates are replaced."""
+    """Text that a UTF-8 file and a browser can show: control characters and lone surrogates are replaced.
+
+    A list of messages becomes one paragraph per turn.
+    """
     if isinstance(text, list):
         return "\n\n".join(f"{turn.get('role', '?')}: {plain(turn.get('content', ''))}" for turn in text)
     cleaned = "" if text is None else str(text)

@@ -248,7 +248,7 @@ def _provenance(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _moment(time: str | None) -> str:
-    """An ISO time to the minute."""
+    """Date, hour and minute of an ISO time; empty if there is none."""
     return time[:16].replace("T", " ") if time else ""
 
 

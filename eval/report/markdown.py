@@ -64,7 +64,7 @@ def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
 
 
 def caveat(evaluation: dict[str, Any]) -> str:
-    """Number of items behind the means, and what the intervals cover."""
+    """Number of items that the means are taken over, and what the intervals cover."""
     counts = [cell["n"] for metric in evaluation["metrics"] for cell in metric["models"].values() if cell["n"]]
     unscored = sum(cell["unscored"] for metric in evaluation["metrics"] for cell in metric["models"].values())
     many = (
@@ -173,7 +173,7 @@ def commit(stage: dict[str, Any]) -> str:
 
 
 def parents(stage: dict[str, Any]) -> str:
-    """Parents of a stage."""
+    """A stage's parents, as its manifest names them."""
     return ", ".join(f"{key}: {value}" for key, value in flat(stage["parents"] or {})) or NOTHING
 
 

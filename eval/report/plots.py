@@ -1,7 +1,8 @@
 """Training curves and comparison charts as inline SVG.
 
 Titles and units come from the table of metrics (`align.run.metrics`). The drawing uses matplotlib's object interface,
-so there is no global figure state. Text stays text, ids are unique on a page, and equal numbers give equal bytes.
+so there is no global figure state. Text is not converted to paths, ids are unique on a page, and the same numbers give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from align.run.metrics import PHASES, SHARE, with_unit
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
 SMOOTH_FROM = 60
-"""Number of points from which a rough curve gets a running mean."""
+"""A rough curve with at least this many points gets a running mean."""
 ROUGH = 3.0
-"""A curve is rough if its total variation exceeds its range by this factor. A schedule's factor is 1."""
+"""A curve is rough if its total variation is at least this multiple of its range. For a monotonic curve, such as a
+decaying learning rate, the ratio is 1."""
 BARS = 40
-"""Largest number of bars in a chart of times; a bar of a longer run is a mean over neighbouring iterations."""
+"""Largest number of bars in a chart of times; in a longer run, each bar is the mean of neighbouring iterations."""
 LEGEND: Any = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
@@ -70,7 +72,7 @@ class Plot(NamedTuple):
 
 
 def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot]:
-    """The charts of a stage with the metrics `rows`, without empty series; `prefix` makes ids unique."""
+    """The charts of a stage from its metrics `rows`, without charts that have no data; `prefix` makes ids unique."""
     plots = []
     for i, series in enumerate(CHARTS.get(kind, (chart("loss", held_out=True),))):
         if (figure := _curves(series, rows)) is not None:
@@ -172,7 +174,10 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: 
 
 
 def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
-    """Seconds of every phase as stacked bars. Parts of a phase are not drawn again on top of it."""
+    """(figure, caption) with the seconds of every phase as stacked bars; None if no row has a time.
+
+    Metrics that time a part of a phase are not drawn, because the phase includes them.
+    """
     keys = {phase: f"time/{phase}" for phase in PHASES}
     timed = [row for row in rows if "step" in row and any(_is_finite(row.get(key)) for key in keys.values())]
     if not timed:
@@ -203,7 +208,7 @@ def _finish(axes: Axes) -> None:
 
 
 def _tick(value: float, _: Any) -> str:
-    """A tick's label with its own exponent. A common one would stand above the axis, in the place of the legend."""
+    """A tick's label with its own exponent. A common exponent would be drawn above the axis, where the legend is."""
     text = f"{value:.6g}"
     return "−" + text[1:] if value < 0 else text
 

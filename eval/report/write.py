@@ -167,7 +167,7 @@ def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, A
 def _samples(
     title: str, shown: list[dict[str, Any]], values: dict[str, list[float | None]], prompts: int
 ) -> Iterator[dict[str, Any]]:
-    """Prompts side by side with every model's completion and its score, if it has one."""
+    """For each prompt, every model's completion and, if it was scored, its score."""
     for i, row in enumerate(shown):
         yield {
             "title": f"{title} {i + 1}",

@@ -1,4 +1,4 @@
-"""Built-in tasks. Each module of this folder defines one as `TASK`; a new file is a new task.
+"""Built-in tasks. Each module of this folder defines one task, `TASK`; to add a task, add a file.
 
 Recipes use a task by its name: `tasks: [{name: gsm8k}]`.
 """

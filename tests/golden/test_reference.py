@@ -113,7 +113,8 @@ def test_greedy_tokens_of_a_padded_batch(case, side) -> None:
 
 
 def test_greedy_tokens_continued_from_a_cache(case) -> None:
-    """Half of the reference's continuation is put into the cache at once; the other half is generated from it."""
+    """One forward pass caches the prompt and 11 of the reference's 24 tokens; `generate` gets the 12th token and
+    continues from the cache with the last 12."""
     _, model, golden = case
     for row in golden["greedy_ids"]:
         row = row[row >= 0].long()[None]

@@ -28,7 +28,7 @@ def kill_last_rank(launcher: subprocess.Popen, condition: Callable[[], bool]) ->
 
 
 def killed_if(condition: Callable[[], bool], launcher: subprocess.Popen) -> bool:
-    """Stop all ranks, check the condition again and, if it still holds, kill the last one; return True if it was."""
+    """Pause all ranks, check the condition again and, if it still holds, kill the last rank; return True if killed."""
     pids = rank_processes(launcher)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

@@ -18,7 +18,8 @@ from align.run.folder import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 NOISE = ("time/", "speed/", "memory/", "rollout/")
-"""Prefixes of metrics that depend on time or memory and so differ between equal runs."""
+"""Prefixes of metrics that may differ between two runs of the same recipe: times, speeds, memory, and the rollout
+engine's cache hits and retries."""
 
 
 def small_model(tokenizer_data: list[dict], **config: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def write_pretraining(folder: Path, path: Path, steps: int) -> None:
 
 
 def plain_environment() -> dict[str, str]:
-    """Environment of a single-threaded process that no launcher has started as a rank."""
+    """os.environ without the variables of torchrun, accelerate and Slurm, and with one OpenMP thread."""
     prefixes = ("SLURM_", "ACCELERATE_")
     kept = {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith(prefixes)}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}

@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:
-    """Start `command` without the environment variables of a rank, but with `variables`."""
+    """Start `command` with `variables` and without the environment variables that make a process a rank."""
     return subprocess.Popen(
         command,
         env={**plain_environment(), **variables},
@@ -43,7 +43,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """Wait for all processes, which must exit with 0; return their outputs. One failure ends all of them."""
+    """Wait for all processes, which must exit with 0; return their outputs. If one fails, kill the others."""
     deadline = time.monotonic() + 400
     try:
         while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
@@ -131,7 +131,7 @@ def free_job() -> str:
 NAMED = (
     "import socket, sys; name = sys.argv.pop(1); socket.gethostname = lambda: name; import align.cli; align.cli.main()"
 )
-"""`align` with another host name, so that loopback addresses can stand for machines."""
+"""`align` with its first argument as host name, so that loopback addresses can stand for machines."""
 
 
 def test_hostfile(ours: Path, run_dir: Path, words: list[str], tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_machines_with_different_recipes_are_refused(network: Network) -> None:
 
 
 def test_a_port_in_use_is_reported_on_both_machines(network: Network) -> None:
-    """The first machine cannot listen on the port and ends at once; the other connects to the program that does."""
+    """Machine a cannot listen on the port and ends at once; machine b connects to the program that uses the port."""
     listener = "import socket; s = socket.create_server(('', 29500)); print('ready', flush=True)"
     listener += "\nfor _ in range(9): c = s.accept()[0]; c.recv(9); c.sendall(b'no'); c.close()"
     holder = network.start("a", sys.executable, "-c", listener)

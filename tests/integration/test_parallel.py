@@ -112,7 +112,7 @@ def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, se
 
 @pytest.fixture(scope="module")
 def micro_batch_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with 16, 2 and (on two ranks) 8 rows per micro-batch. The balance loss depends on that size and is off."""
+    """Runs with 16, 2 and (on two ranks) 8 rows per micro-batch, without balance loss, since it depends on the size."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     content["model"]["config"] |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
     content["stages"] = {
@@ -135,7 +135,8 @@ def test_the_micro_batch_size_does_not_change_a_step(micro_batch_sizes, stage: s
 
 @pytest.mark.parametrize("stage", ["ppo", "ppo_lora"])
 def test_the_first_update_of_ppo_equals_that_of_one_process(single, several, stage: str) -> None:
-    """Both have the same completions. Their parents differ by rounding, which the tolerance also covers."""
+    """Both runs have the same completions. They start from checkpoints that differ by rounding; the tolerance covers
+    this difference."""
     (ours,), (theirs,) = metrics(several[0], stage), metrics(single, stage)
     assert ours["completion_length"] == theirs["completion_length"]
     for key in ("policy_grad_norm", "critic_grad_norm", "value_loss", "entropy", "kl_k3", "aux_loss", "score_mean"):

@@ -90,7 +90,7 @@ def require_equal_updates(one: Path, other: Path) -> None:
     assert max(found.values()) < 1e-5, found
     expected = weights(other, "ppo")
     assert expected.keys() == weights(one, "ppo").keys()
-    # AdamW amplifies rounding differences of gradients near zero in every round.
+    # AdamW amplifies rounding differences of gradients near zero in every iteration.
     assert max((tensor - expected[name]).abs().max().item() for name, tensor in weights(one, "ppo").items()) < 5e-3
 
 
@@ -99,7 +99,7 @@ def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: P
 
 
 def test_vllm_samples_from_the_updated_weights(recipe: Path, tmp_path: Path) -> None:
-    """vLLM in its own process samples from the updated policy: its log-probabilities match after two rounds."""
+    """vLLM in its own process gets the updated weights: its log-probabilities match the trainer's after an update."""
     run(recipe, tmp_path / "run", "--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
     lines = metrics(tmp_path / "run", "ppo")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
@@ -126,8 +126,8 @@ def test_the_checkpoint_of_two_ranks_loads_in_vllm_and_transformers(two: Path) -
 
 @pytest.fixture(scope="module")
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks, killed during the updates of the second round, resumed, and killed again while that
-    round's checkpoint was written."""
+    """A run of two ranks, killed during the updates of the second iteration, resumed, and killed again while that
+    iteration's checkpoint was written."""
     run_dir = tmp_path_factory.mktemp("killed") / "run"
     stage, state = run_dir / "ppo", "state-00001-of-00002.safetensors"
     drawn, following = stage / "checkpoints" / "drawn.safetensors", stage / "checkpoints" / "next"
@@ -174,4 +174,4 @@ def test_a_failing_reward_on_rank_0_ends_all_ranks_with_its_error(recipe: Path, 
     output = run(recipe, tmp_path / "run", *TWO, rewards, code=2)
     assert "ValueError: not today" in output
     assert "Traceback" not in output
-    assert time.monotonic() - before < 240  # takes about ten seconds; a rank left waiting would wait forever
+    assert time.monotonic() - before < 240  # takes about ten seconds; a rank left in a collective would wait forever

@@ -78,7 +78,7 @@ def check_task() -> None:
 
 
 def check_stage_and_family(folder: Path) -> None:
-    """A recipe averages two checkpoints of the new family; transformers' Mixtral is the witness of its arithmetic."""
+    """A recipe averages two checkpoints of the new family. The expected logits are those of transformers' Mixtral."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 

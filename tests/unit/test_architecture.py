@@ -1,4 +1,5 @@
-"""The rules of the house: imports go down, heavy libraries stay behind their fences, recipes load without torch."""
+"""Rules of the architecture: a module imports only lower layers, some heavy libraries may be imported only in certain
+folders, and recipes load without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "vllm", "deepspeed"
 
 
 def modules() -> list[tuple[str, Path]]:
-    """(path under the name it is imported by, file) of every module of the library."""
+    """(path under align/ as imported, file) of every module of the library."""
     found = []
     for package in ("align", "reward", "eval", "recipes"):
         for file in (ROOT / package).rglob("*.py"):
@@ -49,7 +50,7 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def imports(source: str) -> list[tuple[str, bool]]:
-    """(module, whether at top level) of every import."""
+    """(module, True if at top level) of every import."""
     tree = ast.parse(source)
     found = []
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The documentation: its figures are those of the results beside the benchmarks, and its links lead somewhere."""
+"""The documentation: its figures are those in benchmarks/results, and the targets of its links exist."""
 
 from __future__ import annotations
 

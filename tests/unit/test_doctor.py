@@ -1,4 +1,4 @@
-"""`align doctor` on machines that are not there: a program `nvidia-smi` prints what the real one would.
+"""`align doctor` on simulated machines: a stand-in for `nvidia-smi` prints what the real program would print there.
 
 Formats: https://docs.nvidia.com/deploy/nvidia-smi (queries as CSV, `topo -m` as a matrix with tabs and an underlined
 header).
@@ -41,7 +41,7 @@ CPU = TorchBuild("2.13.0+cpu")
 
 
 def topology(kinds: list[list[str]], nics: int = 2) -> str:
-    """The matrix for GPUs with these links, each also connected to the RDMA devices."""
+    """Output of `nvidia-smi topo -m` for GPUs with the links `kinds`, each also connected to the RDMA devices."""
     names = [f"GPU{i}" for i in range(len(kinds))] + [f"NIC{i}" for i in range(nics)]
     header = "\t".join(["", *names, "CPU Affinity", "NUMA Affinity", "GPU NUMA ID"])
     rows = [f"\x1b[4m{header}\x1b[0m"]
@@ -55,7 +55,8 @@ def topology(kinds: list[list[str]], nics: int = 2) -> str:
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts an `nvidia-smi` on the path that answers the three calls, or fails with a message on stdout."""
+    """Puts a stand-in for `nvidia-smi` on PATH that handles the doctor's three calls, or fails with a message on
+    stdout."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -142,7 +143,7 @@ def test_a_machine_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
     assert gpu_report(machine, CPU) == {"gpus": "none (nvidia-smi is missing)"}
     assert problems(machine, CPU) == []
     assert verdict(machine, CPU, 0, []) == "ready: runs on the CPU"
-    assert gpu_report(machine, CUDA_13)["driver"] == "unknown (nvidia-smi is missing)"  # in a container
+    assert gpu_report(machine, CUDA_13)["driver"] == "unknown (nvidia-smi is missing)"  # as in a container
 
 
 def test_gpus_without_a_driver_are_found_on_the_pci_bus(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ PAIRS = [{"prompt": f"Say {word}.", "chosen": f"It is {word}.", "rejected": "No.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pairs.jsonl and a finished run of DPO, three steps on all pairs each."""
+    """A folder with pairs.jsonl and a finished DPO run of three steps, each on all pairs."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
     text = [{"kind": "file", "path": str(folder / "pairs.jsonl"), "columns": {"text": "chosen"}}]
@@ -86,7 +86,7 @@ def test_a_checkpoint_generates_in_plain_transformers(folder: Path, output) -> N
 
 
 def test_any_checkpoint_is_evaluated(folder: Path, tmp_path: Path, output) -> None:
-    """Untrained models of 300 entries answer nothing right; the reference itself would score 1."""
+    """The models have at most three training steps, so every answer is wrong; the reference itself would score 1."""
     checkpoints = folder / "run/base", folder / "run/dpo/model"
     printed = output(
         "evaluate_any_checkpoint.py", *checkpoints, "--prompts", folder / "pairs.jsonl", "--metric", "exact",
@@ -146,7 +146,8 @@ def commands(text: str, command: str) -> list[list[str]]:
 
 
 def test_the_cluster_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plans and checks run, its figures are the plans', and each file is preceded by a plan that the page has."""
+    """The page's `align plan` and `align check` commands run, its figures are those that the plans print, and the
+    `align plan` command in each file is also on the page."""
     monkeypatch.chdir(ROOT)
     page = (CLUSTER / "README.md").read_text(encoding="utf-8")
     plans, checks = commands(page, "plan"), commands(page, "check")
@@ -168,7 +169,7 @@ def test_the_cluster_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.fixture
 def started(tmp_path: Path):
-    """Runs a script of the cluster with stand-ins for the programs that it starts; returns what it passes to them."""
+    """Runs a script of examples/cluster with stand-ins for the programs that it starts; returns their command lines."""
     for name in ("align", "srun", "torchrun"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -191,7 +192,7 @@ def recipe_of(run: list[str]) -> Recipe:
 
 
 def require_checked_before(check: list[str], run: list[str]) -> None:
-    """The first command is `align check` of what the second starts."""
+    """Require that `check` is `align check` with the recipe and overrides of `run`."""
     assert check == ["align", "check", *(word for word in run[1:] if word != "--resume")]
 
 
@@ -213,10 +214,10 @@ def test_slurm_starts_the_recipes_ranks(started, tmp_path: Path) -> None:
 
 
 def require_torchrun(arguments: list[str], machines: int, machine: str) -> None:
-    """torchrun itself accepts the arguments, and starts as many ranks as the recipe has."""
+    """Require that torchrun itself parses the arguments, and that they start as many ranks as the recipe has."""
     options = get_args_parser().parse_args(arguments)
     assert (options.nnodes, options.nproc_per_node, options.node_rank) == (str(machines), "8", int(machine))
-    assert options.shutdown_timeout >= 600  # align gives its ranks as long to write a checkpoint
+    assert options.shutdown_timeout >= 600  # the seconds that align gives ranks for a checkpoint
     assert (options.module, options.training_script) == (True, "align.cli")
     recipe = recipe_of(options.training_script_args)
     assert recipe.parallel is not None

@@ -22,7 +22,7 @@ BLOCK = re.compile(
 
 
 def apply(page: str, root: Path) -> None:
-    """Put every block of the page where its sentence says."""
+    """Insert every code block of the page where the sentence before the block says."""
     for block in BLOCK.finditer(page):
         if block["new"]:
             path = root / block["new"]

@@ -1,4 +1,4 @@
-"""requirements/gpu.lock and the Dockerfile: they fit pyproject.toml, cpu.lock, each other and the files on disk."""
+"""requirements/gpu.lock and the Dockerfile agree with pyproject.toml, cpu.lock, each other and the files on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CUDA_CHOOSES = {"torch", "certifi", "apache-tvm-ffi"}
-"""Packages of both locks whose versions the CUDA build of vLLM decides."""
+"""Packages whose versions may differ between the locks, because the CUDA build of vLLM determines them."""
 
 
 def read_lock(name: str) -> dict[str, str]:
@@ -104,7 +104,7 @@ def test_what_the_image_copies_exists_and_is_not_ignored() -> None:
 
 
 def test_the_copied_files_make_a_whole_package(tmp_path: Path) -> None:
-    """The last RUN line of the image, on the files that it sees."""
+    """Build a wheel from the files that the image copies, as the image's last `uv pip install` does."""
     for path in COPIED:
         if (ROOT / path).is_dir():
             shutil.copytree(ROOT / path, tmp_path / path, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

@@ -29,7 +29,7 @@ for name in packages:
     ],
 )
 def test_modules_that_load_nothing_heavy(packages: str, inside: str, allowed: str) -> None:
-    """inside: packages of which every module is imported, too. allowed: heavy libraries that they may load."""
+    """inside: packages whose modules are all imported too. allowed: heavy libraries that may be loaded."""
     program = PROGRAM.replace("{inside!r}", repr(set(inside.split())))
     heavy = " ".join(set(HEAVY.split()) - set(allowed.split()))
     done = subprocess.run([sys.executable, "-c", program, heavy, *packages.split()], capture_output=True, text=True)

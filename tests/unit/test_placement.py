@@ -116,7 +116,7 @@ def test_no_operation_mixes_devices(name: str, dtype: torch.dtype) -> None:
         assert not counted.blocking_uploads
     if name in OURS and dtype == torch.bfloat16:
         assert counted.syncs.total() == SYNCS.get(name, RESULTS.get(name, 1)), counted.syncs
-    if name in OURS and dtype == torch.float32:  # the loop over experts needs their counts on the host
+    if name in OURS and dtype == torch.float32:  # the loop over experts needs the token counts on the host
         assert counted.syncs.total() <= SYNCS.get(name, RESULTS.get(name, 1)) + LAYERS, counted.syncs
 
 
@@ -151,8 +151,8 @@ class Cpu:
 
 @pytest.mark.parametrize("name", [name for name in OURS if "update" in name and "before" not in name])
 def test_gradients_are_those_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the pretend device runs the whole pass. Its attention and, in bf16, its grouped products differ from the
-    CPU's."""
+    """Equal gradients show that the whole pass runs on the pretend device. Its attention and, in bf16, its grouped
+    matrix products take the CUDA branches, so the gradients differ by rounding."""
     with PretendDevice() as device:
         found = gradients(PASSES[name], torch.float32, device)
     monkeypatch.setattr(pretend_passes, "CUDA", torch.device("cpu"))
@@ -163,7 +163,7 @@ def test_gradients_are_those_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_optimizer_step_waits_once() -> None:
-    """For the gradient norm, which decides whether the step is made."""
+    """The host waits for the gradient norm, which decides whether the step is made."""
 
     def run(device: PretendDevice) -> None:
         model = device.module(nn.Linear(3, 2))

@@ -79,7 +79,7 @@ SLEEP = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '99']); pr
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """Python code by number, run in place of the lines of those numbers."""
+    """{line number: Python code to run in place of that line of `align smoke`}, filled by the test."""
     codes: dict[int, str] = {}
     monkeypatch.setattr(command, "LINES", [Line(number, f"line {number}", "", 9, 9) for number in range(3)])
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_a_wrong_value_exits_with_one(lines: dict, tmp_path: Path, capsys: pytes
 
 
 def test_a_line_that_fails_does_not_stop_the_others(lines: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "line-0.json").write_text("{}")  # of an earlier run
+    (tmp_path / "line-0.json").write_text("{}")  # left by an earlier run
     lines |= {0: "raise ValueError('no room')", 1: "import os; os.abort()", 2: WRITE % "ok"}
     code, out, written = run_smoke(tmp_path, capsys)
     assert code == 1
@@ -205,7 +205,7 @@ def test_an_unknown_gpu_has_no_peak() -> None:
 
 
 def test_tokens_per_second_of_printed_steps(tmp_path: Path) -> None:
-    """Steps 2 s apart, and one 10 s later for a checkpoint: 4 rows of 100 tokens in 2 s."""
+    """Steps are 2 s apart, except one that is 10 s later because of a checkpoint: 4 rows of 100 tokens in 2 s."""
     settings = {"stages": {"sft": {"batch_size": 4, "data": {"max_length": 100}}}}
     write_json(tmp_path / "recipe.json", settings)
     times = [1.0, 3.0, 5.0, 15.0, 17.0]
@@ -214,7 +214,7 @@ def test_tokens_per_second_of_printed_steps(tmp_path: Path) -> None:
 
 
 def test_the_answers_fill_a_row_of_the_gpu_recipe(tmp_path: Path) -> None:
-    """4,096 numbers are at least as many tokens, and a row has 2,048."""
+    """An answer has more numbers than a row has tokens, and a number is at least one token."""
     path = training.recipe(Machine("cuda", "NVIDIA H200", 1), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "data/gpu/conversations.jsonl").read_text().splitlines()]
     recipe = load_recipe(path)

@@ -1,4 +1,4 @@
-"""Recipe sections keep their types on the way to where they are read, so that mypy follows a renamed field."""
+"""Parameters that take a recipe section are annotated with its type, so that mypy reports uses of a renamed field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECTIONS = {"stage", "context", "recipe", "rollout", "parallel", "optimizer_sett
 
 
 def untyped(source: str) -> list[str]:
-    """`function(parameter)` of every section that has no annotation or `Any`."""
+    """`function(parameter)` for every parameter in `SECTIONS` that has no annotation or `Any`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):

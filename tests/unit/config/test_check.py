@@ -48,7 +48,8 @@ def test_overrides_without_a_recipe_are_refused(capsys) -> None:
     ],
 )
 def test_an_unknown_key_gets_a_suggestion(change: str, hint: str) -> None:
-    """A similar key is suggested, or a section that has the key; never a dissimilar key, which sets something else."""
+    """The suggestion is a similar key, or the key in another section. A dissimilar key is never suggested, since it
+    sets something else."""
     with pytest.raises(UserError) as error:
         load_recipe("tiny", [change])
     assert hint in str(error.value)
@@ -234,7 +235,10 @@ def test_problems_are_reported_before_ranks_are_started(tmp_path: Path, capsys, 
 
 
 def recipe_with(tmp_path: Path, **ppo: object) -> str:
-    """Write a recipe with a parent from the hub and pairs from an earlier stage. ppo: overrides of its PPO stage."""
+    """Write a recipe with a model on the hub and pairs from an earlier stage; return its path.
+
+    ppo: settings of its PPO stage.
+    """
     prompts = [{"kind": "file", "path": str(tmp_path / "rows.jsonl")}]
     stages = {
         "pairs": {"kind": "sample", "train": prompts},

@@ -78,7 +78,7 @@ def test_rows_have_type_default_and_range(reference) -> None:
 def test_links_point_to_headings(reference) -> None:
     page = reference["page"]()
     headings = {line.lstrip("# ") for line in page.splitlines() if line.startswith("##")}
-    # GitHub's rule for the address of a heading.
+    # GitHub's rule for the anchor of a heading.
     addresses = {"".join(c for c in h.lower() if c.isalnum() or c in " -").replace(" ", "-") for h in headings}
     links = {part.partition(")")[0] for part in page.split("](#")[1:]}
     assert len(links) > 10

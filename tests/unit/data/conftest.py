@@ -17,7 +17,7 @@ from align.data.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """A tokenizer of 256 bytes and 3 special tokens without merges: one token per character, to count by hand."""
+    """A tokenizer of 256 bytes and 3 special tokens without merges: one token per ASCII character, easy to count."""
     return train_tokenizer(["a"], 259)
 
 

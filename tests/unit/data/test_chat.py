@@ -97,7 +97,7 @@ def test_the_default_system_turn_can_be_replaced_or_left_out(tokenizer):
 @pytest.mark.parametrize(
     "template",
     [
-        PLAIN_CHATML.replace("{{ m.content }}", "{{ m.content | trim }}"),  # differs only on padded content
+        PLAIN_CHATML.replace("{{ m.content }}", "{{ m.content | trim }}"),  # differs only if content has outer spaces
         PLAIN_CHATML.replace("{% if add", "{# tools #}{% if add"),
         chat.DEFAULT_TEMPLATE,
     ],
@@ -139,7 +139,7 @@ def test_refusals(tokenizer):
     assert outside != marked
     with pytest.raises(UserError, match="end-of-turn token"):
         chat.check_template(with_template(tokenizer, outside))
-    # Rewrites an earlier turn once the conversation goes on, as templates that strip old reasoning do.
+    # This template changes an earlier turn when turns are added, as templates that strip old reasoning do.
     rewriting = marked.replace("message['content'] +", "(message['content'] if loop.last else 'x') +")
     with pytest.raises(UserError, match="prefix-preserving"):
         chat.check_template(with_template(tokenizer, rewriting))

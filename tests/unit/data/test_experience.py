@@ -87,7 +87,7 @@ def test_values_and_scores_are_read_before_a_token_and_at_the_last_one(completio
 
 
 def test_adapters_and_replayed_routing_act_on_packed_sequences() -> None:
-    """Witness: the same model on each sequence alone, with the same replayed experts."""
+    """The expected values are those of the same model on each sequence alone, with the same replayed experts."""
     torch.manual_seed(0)
     batch = experience(UNEVEN)
     policy = add_lora(HunYuanForCausalLM(HunYuanConfig(**SIZES)), Lora(rank=4), task="CAUSAL_LM").eval()

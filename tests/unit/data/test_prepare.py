@@ -28,7 +28,7 @@ def test_text_is_packed_without_losing_a_token(tokenizer, jsonl):
     texts = ["abc", "defgh", "i"]
     made = prepare.prepare_text(data(jsonl([{"text": t} for t in texts]), max_length=8), tokenizer, seed=0)
     blocks = [row["input_ids"] for row in made.train]
-    assert [len(block) for block in blocks] == [8, 4]  # 9 characters and 3 ends
+    assert [len(block) for block in blocks] == [8, 4]  # 9 characters and 3 end tokens
     stream = tokenizer.decode([token for block in blocks for token in block])
     assert sorted(stream.removesuffix("<|im_end|>").split("<|im_end|>")) == sorted(texts)
     assert all(row["labels"] == row["input_ids"] for row in made.train)

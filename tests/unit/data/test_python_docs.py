@@ -63,7 +63,7 @@ def test_rejected_is_documentation_of_a_neighbour():
 def test_every_phrasing_is_used():
     starts = Counter(row["prompt"][0]["content"].split("`")[0] for row in by_name("prompts").values())
     assert starts["Explain the Python function "] > 150
-    assert len(starts) == 10  # 3 kinds of 4 phrasings, of which one is common to all kinds
+    assert len(starts) == 10  # 3 kinds with 4 phrasings each; all kinds share one phrasing
 
 
 def test_cleaning():

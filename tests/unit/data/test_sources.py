@@ -111,7 +111,7 @@ def test_sources_without_weights_are_concatenated_and_weights_set_shares(jsonl):
     mixed = texts(load_rows(weighted, seed=0))
     assert len(mixed) == len(set(mixed))
     count = Counter(t.rstrip("0123456789") for t in mixed)
-    assert count["small"] == 300  # the source that ends the mixture
+    assert count["small"] == 300  # this source runs out first, which ends the mixture
     assert 70 < count["big"] < 135  # 100 expected
     assert mixed == texts(load_rows(weighted, seed=0))
 

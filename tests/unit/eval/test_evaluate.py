@@ -90,7 +90,7 @@ def comparison(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> Path:
-    """The run folder of one process."""
+    """Folder of a finished run on one process."""
     run_dir = folder / "single"
     run(recipe(folder, **comparison(folder)), run_dir, say=quiet)
     return run_dir
@@ -162,7 +162,7 @@ def test_a_recipe_of_tasks_alone_needs_no_prompts(folder: Path, tmp_path: Path) 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_process_measures(folder: Path, single: Path, tmp_path: Path) -> None:
-    """ZeRO 3 with half of the experts on each rank."""
+    """The two ranks use ZeRO-3 and have half of the experts each."""
     recipe(folder, **comparison(folder))
     runs.run(folder / "recipe.yaml", tmp_path / "two", "--nproc", "2", "parallel.expert_parallel_size=2")
     ours, theirs = results(tmp_path / "two"), results(single)

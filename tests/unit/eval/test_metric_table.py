@@ -18,11 +18,11 @@ LOGGING = ("align/rl/*.py", "align/losses/*.py", "align/rollout/base.py", "align
 RETURNS_METRICS = re.compile(r"\bMetrics\b|dict\[str, (float|Tensor)\]")
 
 NOT_LOGGED = {"computed", "features", "logprobs", "ref_logprobs", "values"}
-"""Outputs of forward passes, which have the same types."""
+"""Keys of forward-pass outputs, which are not metrics but are returned with the same types."""
 
 
 def logged_keys(source: str) -> set[str]:
-    """String keys of metrics in functions that return metrics and in `metrics[...]`; f-strings are filled with name."""
+    """Keys of metrics in functions that return metrics and in `metrics[...]`; "name" replaces values in f-strings."""
     tree, found = ast.parse(source), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value).split(".")[-1] == "metrics":

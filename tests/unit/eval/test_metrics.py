@@ -26,7 +26,7 @@ from align.rollout.base import Completion
     [
         # 2 shared of 3 predicted and 4 expected words: precision 2/3, recall 2/4, F1 = 4/7.
         ("return the list", "Return a new list.", 4 / 7),
-        # A bag, not a set: "a" counts once, so precision 1/3, recall 1/2.
+        # Repeated words count: only one of the three "a" matches, so precision 1/3, recall 1/2.
         ("a a a", "a b", 0.4),
         ("Same, words!", "same words", 1.0),
         ("left", "right", 0.0),
@@ -69,7 +69,7 @@ def test_ordered_pairs_count_ties_half_and_keep_unknown_ones_unknown() -> None:
 
 
 class Words:
-    """A tokenizer whose ids are places in a list of texts."""
+    """Stand-in tokenizer: decoding returns the text whose index is the first id."""
 
     def __init__(self, texts: list[str]):
         self.texts = texts

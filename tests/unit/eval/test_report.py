@@ -125,7 +125,7 @@ def test_means_and_paired_differences_by_hand(run: Path) -> None:
     assert scores["models"]["ppo"] == pytest.approx(scores["models"]["ppo"] | {"mean": 4 / 3, "n": 3, "unscored": 1})
     differences = {(d["model"], d["against"]): d for d in scores["differences"]}
     assert set(differences) == {("sft", "base"), ("ppo", "base"), ("ppo", "sft")}
-    # Every prompt gains exactly 1, so the interval has no width although the scores spread.
+    # Every prompt gains exactly 1, so the interval has no width although the scores vary.
     assert [differences["sft", "base"][key] for key in ("mean", "low", "high")] == [1.0, 1.0, 1.0]
     # Three prompts are scored by both: (0 - 1, 1.5 - 2, 2.5 - 3).
     assert differences["ppo", "sft"]["mean"] == pytest.approx(-2 / 3)

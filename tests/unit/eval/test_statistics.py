@@ -16,7 +16,7 @@ from align.eval.statistics import (
 
 
 def test_standard_error_by_hand() -> None:
-    # Deviations -3, -1, 1, 3: variance 20/3, divided by 4.
+    # Deviations -3, -1, 1, 3: sample variance 20/3, so the variance of the mean of 4 values is 20/3 / 4.
     assert standard_error([1, 3, 5, 7]) == pytest.approx(math.sqrt(20 / 3 / 4))
     assert math.isnan(standard_error([1.0]))
 

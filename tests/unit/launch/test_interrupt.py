@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C stop a training loop after a checkpoint and all else at once; `align` prints how to resume."""
+"""SIGTERM and Ctrl-C stop a training loop after a checkpoint, other code at once; `align` prints how to resume."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_command_exits_with_the_signals_status_and_prints_how_to_resume(wher
 
 
 def test_no_timer_outlives_the_block() -> None:
-    """Otherwise the grace time of a run that is over would end the process that called it."""
+    """A timer left by a finished run would interrupt the process that called `run` when the grace period is over."""
     with interrupt.listening():
         interrupt.stop_requested()
         send()

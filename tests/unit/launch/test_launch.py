@@ -1,4 +1,4 @@
-"""Starting and ending ranks; their numbers from hostfiles, Slurm and torchrun; errors before the start."""
+"""Starting and ending ranks; rank numbers from hostfiles, Slurm and torchrun; errors before the start."""
 
 from __future__ import annotations
 

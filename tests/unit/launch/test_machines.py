@@ -1,4 +1,4 @@
-"""Launchers of several machines connect, and a failure of one ends all. Threads stand for machines."""
+"""Launchers of several machines connect, and a failure on one machine ends all of them. Threads stand for machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Components score completions without a rollout batch, read every type of data column, and cover every kind."""
+"""Components score completions without a rollout batch, read data columns of every type, and exist for every kind of
+reward except a reward model."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from align.rollout.base import Completion
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes only, so that a text has one token per byte."""
+    """A byte-level tokenizer without merges, so that a text has one token per byte."""
     return train_tokenizer(["a"], 259)
 
 
@@ -116,7 +117,7 @@ def test_f1_needs_its_column_before_the_first_round() -> None:
 
 
 def test_verifiers_load_no_heavy_library() -> None:
-    """The process of users' functions imports them for a pattern, and must start at once."""
+    """The process of users' functions imports the verifiers to search for a pattern, and must start quickly."""
     code = "import sys, align.reward.verifiers; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

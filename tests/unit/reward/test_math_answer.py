@@ -79,7 +79,7 @@ DIFFERENT = [
     ("72", "73"),
     ("-5", "5"),
     ("0.33", "1/3"),
-    ("3,5", "35"),  # no thousands
+    ("3,5", "35"),  # not a thousands separator
     ("12,34", "1234"),
     ("5:30", "530"),
     ("5 or 6", "5"),
@@ -187,7 +187,8 @@ def test_scores() -> None:
     ],
 )
 def test_no_text_takes_long(text: str) -> None:
-    """A policy may write anything, and a reward runs on every completion. CPU time, since other processes may run."""
+    """A policy may write anything, and a reward runs on every completion. The test measures CPU time, because other
+    processes may run at the same time."""
     start = time.process_time()
     math_score(text, "72")
     math_score("72", text)

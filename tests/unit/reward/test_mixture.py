@@ -52,7 +52,7 @@ FINISHED = [True, True, True, False]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Bytes only, so that every text has one encoding."""
+    """A byte-level tokenizer without merges, so that every text has exactly one encoding."""
     return train_tokenizer(["a"], 259)
 
 
@@ -153,7 +153,8 @@ def test_a_reward_model_scores_token_ids(scorer, model, scored_batch) -> None:
 def test_a_model_with_another_tokenizer_gets_the_texts_in_its_own_format(
     scorer, other_model, other_tokenizer, scored_batch, tmp_path
 ) -> None:
-    """The expected token ids are those of the same conversations prepared as training pairs of the model."""
+    """The expected token ids are those that reward-model training makes from the same conversations with this model's
+    tokenizer."""
     pairs = tmp_path / "pairs.jsonl"
     lines = [
         {"prompt": q, "chosen": t, "rejected": "-", "chosen_finished": f} for q, t, f in zip(QUESTIONS, TEXTS, FINISHED)
@@ -201,7 +202,7 @@ def test_verifiers(scorer, scored_batch) -> None:
         "regex": [1, 1, 0, 0],
         "the number": [0, 0, 0, 0],  # the column holds more than the number
         "format": [0, 0, 0, 0],
-        "length": [1, 0, 0, 1],  # bytes, and an end in the first three
+        "length": [1, 0, 0, 1],  # a token per byte; the first three also have an end token, so "\\boxed{42}" has 11
     }
     for reward in rewards:
         name = reward.get("name", reward["kind"])
@@ -253,7 +254,7 @@ def test_a_served_model_gives_the_scores_of_a_local_one(
     assert requests[0]["completions"] == [
         c.token_ids for c in scored_batch[2][:3]
     ]  # same tokenizer: token ids are sent
-    scorer.tokenizer = other_tokenizer  # of another policy: texts are sent, with the same scores
+    scorer.tokenizer = other_tokenizer  # a policy with another tokenizer: texts are sent; the scores stay the same
     monkeypatch.setattr("align.reward.components.Samples.texts", TEXTS)
     as_texts, _ = scorer({"kind": "remote", "url": server.url, "send_rows": True}).score(*scored_batch)
     assert as_texts.tolist() == pytest.approx(local.tolist(), abs=1e-6)

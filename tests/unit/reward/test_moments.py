@@ -14,7 +14,7 @@ def test_merged_moments_equal_those_of_all_values() -> None:
     generator = np.random.default_rng(0)
     for trial in range(200):
         sizes = generator.integers(0, 40, size=6)
-        offset = 10.0 ** generator.integers(-3, 7)  # a large mean is where a naive sum of squares fails
+        offset = 10.0 ** generator.integers(-3, 7)  # with a large mean, a naive sum of squares loses precision
         parts = [(offset + generator.normal(size=size)).tolist() for size in sizes]
         values = np.concatenate(parts)
         if not len(values):

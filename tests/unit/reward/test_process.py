@@ -1,4 +1,4 @@
-"""Users' functions run in a separate process: every fault is reported, and none of them outlasts the call."""
+"""Users' functions run in a separate process: every fault is reported, and no function runs on after its call."""
 
 from __future__ import annotations
 
@@ -261,7 +261,8 @@ def test_a_tolerant_function_may_lack_one_score(functions, name: str) -> None:
 
 
 def test_tolerance_has_limits(functions) -> None:
-    """A failed call gives no scores at all, and a function that always hangs would delay the run without end."""
+    """A batched call that raises gives no scores at all. The number of restarts is limited, because a function that
+    always hangs would delay the run once per completion."""
     assert "ZeroDivisionError" in refusal(functions, mine("raises", tolerant=True))
     assert score(functions, mine("never", batched=False, tolerant=True)) == [None] * 4
     always = UserFunction("mine.py:hangs_single", "mine.py", "hangs_single", False, 0.3, tolerant=True)
@@ -304,7 +305,7 @@ def test_the_process_ends_when_its_parent_is_killed(folder: Path) -> None:
 
 
 def gone(process_id: int) -> bool:
-    """True as soon as the process does not run (or is a zombie)."""
+    """Wait up to 10 s for the process to end or become a zombie; return True if it does."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,4 +1,4 @@
-"""Client and server of the scoring protocol, and servers that fail in every way. Nothing may hang."""
+"""Client and server of the scoring protocol, and servers that fail in many ways. No request may hang."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_a_buffer_of_one_token_penalises_the_last_token_alone() -> None:
 
 
 def test_overlong_shaping_falls_linearly_in_the_buffer() -> None:
-    """The limit is 20 tokens, of which the last 4 are the buffer."""
+    """The limit is 20 tokens and the buffer 4, so the penalty grows from 17 to 20 tokens."""
     lengths = torch.tensor([1, 15, 16, 17, 18, 19, 20, 25])
     shaped = overlong_shaping(lengths, max_new_tokens=20, buffer=4, penalty=2.0)
     assert shaped.tolist() == [0.0, 0.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.0]

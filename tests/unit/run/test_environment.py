@@ -26,7 +26,7 @@ def test_deepspeed_computes_on_the_cpu_only_without_a_gpu(
     files: list[str], accelerator: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("DS_ACCELERATOR", "TQDM_DISABLE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")  # restores it afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variable afterwards
         monkeypatch.delenv(name)
     for name in files:
         (tmp_path / name).touch()
