@@ -1,4 +1,5 @@
-"""Data: read sources, recognise formats, tokenise for each trainer. Independent of the model.
+"""Data: read sources, recognise formats, tokenise for each trainer. Nothing here depends on a model architecture.
 
-Import from the modules: `align.data.prepare` and `align.data.chat` load torch, `align.data.formats` does not.
+Import from the submodules, not from this package: `align.data.prepare` and `align.data.chat` load torch,
+`align.data.formats` does not.
 """

@@ -37,9 +37,10 @@ _SYSTEM = "{%- if loop.first and message['role'] != 'system' -%}{{- @TEXT@ -}}{%
 
 
 def chatml_template(default_system: str | None = None) -> str:
-    """ChatML template with generation markers around each assistant turn, including its end-of-turn token.
+    """ChatML template with generation markers around each assistant turn's content and end-of-turn token.
 
-    default_system: content of the system turn of conversations without one (SmolLM2, Qwen2.5); None adds no turn.
+    default_system: content of a system turn that is added to conversations without one, as SmolLM2 and Qwen2.5 do. With
+        None, no system turn is added.
     """
     if default_system is None:
         return _CHATML.replace("@SYSTEM@", "")
@@ -51,7 +52,7 @@ def chatml_template(default_system: str | None = None) -> str:
 DEFAULT_TEMPLATE = chatml_template()
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SMOLLM2_TEMPLATE = chatml_template(SMOLLM2_SYSTEM)
-"""Template that renders exactly as the one published with SmolLM2-Instruct, which has no generation markers."""
+"""Renders exactly like the template published with SmolLM2-Instruct, which has no generation markers."""
 
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _ASSISTANT = {"role": "assistant", "content": "It's 4."}
@@ -88,7 +89,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] 
 
 
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, *, end: int | None) -> list[int]:
-    """Ids [T] of an assistant's turn after the prompt's header, tokenised as generation produces it.
+    """Ids [T] of an assistant's answer, without the header that `encode_prompt` appends to the prompt.
+
+    The answer is tokenised apart from the prompt, as a sampled completion is.
 
     end: token that ends the turn; None for a truncated turn.
     """
@@ -114,7 +117,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
-    """Apply the chat template. Raises `UserError` if there is none, `DropRow` if it refuses the conversation."""
+    """Apply the chat template. Raises `UserError` without one, `DropRow` if the template refuses the conversation."""
     _require_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(list(messages), return_dict=True, **options)
@@ -129,7 +132,8 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a turn: the end-of-sequence token, and the one the template puts after an assistant turn."""
+    """Tokens that end a turn: the end-of-sequence token, and the special token, if any, with which the template ends an
+    assistant turn."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
         content = "Sentinel-7"
@@ -152,9 +156,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Me
 def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Replace the tokenizer's template by one with generation markers that renders the same; True if replaced.
 
-    A ChatML template is replaced by ours if both render every probe the same, other families' templates by TRL's
-    training version. A tokenizer without a template but with ChatML's tokens gets the default template. Any other
-    template is kept; `check_template` refuses it if it cannot be trained on.
+    A template that has generation markers is kept. A ChatML template without tools is replaced by ours if both render
+    every probe the same. Templates that TRL knows are replaced by TRL's training version. A tokenizer without a
+    template, but with ChatML's tokens, gets the default template. Any other template is kept; `check_template` refuses
+    it if it cannot be trained on.
     """
     current = tokenizer.chat_template
     if not current:
@@ -169,7 +174,7 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     default_system = _default_system(tokenizer)
     if default_system is not None:
         candidates.append(chatml_template(default_system))
-    # Our ChatML template does not render tools, so it must not replace one that does.
+    # Our ChatML template does not render tools, so it must not replace a template that does.
     if "tools" not in current:
         for candidate in candidates:
             if _same_rendering(tokenizer, current, candidate):
@@ -177,7 +182,7 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
                 return True
     try:
         known = get_training_chat_template(tokenizer)
-    except Exception:  # TRL does not know this template, or it cannot render TRL's probes
+    except Exception:  # TRL does not know this template, or the template cannot render TRL's probes
         return False
     if known is None:
         return False
@@ -186,7 +191,7 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def set_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Set the system turn that a ChatML template adds to conversations without one; "" adds none."""
+    """Set the system turn that a ChatML template adds to conversations without one. With "" it adds no turn."""
     prepare_chat_template(tokenizer)
     if tokenizer.chat_template not in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer))):
         raise UserError(
@@ -219,8 +224,8 @@ def _same_rendering(tokenizer: PreTrainedTokenizerBase, first: str, second: str)
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError` unless the template can be used for training with a loss on assistant turns.
 
-    It must mark the assistant's tokens, include the end-of-turn token (otherwise the model never learns to stop), and
-    preserve prefixes (otherwise prompts differ between training and generation).
+    The template must mark the assistant's tokens and its end-of-turn token (otherwise the model never learns to stop),
+    and preserve prefixes (otherwise prompts differ between training and generation).
     """
     name = tokenizer.name_or_path or "the tokenizer"
     _require_template(tokenizer)
@@ -232,7 +237,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "{% generation %} ... {% endgeneration %} around the assistant's content and end-of-turn token."
         )
     stops = set(stop_token_ids(tokenizer))
-    # The end-of-turn token may be anywhere in the turn, because published templates also mark the line break after it.
+    # The end-of-turn token need not come last, because some published templates also mark the line break after it.
     turns = [list(run) for marked, run in groupby(range(len(ids)), key=lambda t: mask[t]) if marked]
     if len(turns) != 2 or not all(any(ids[t] in stops for t in turn) for turn in turns):
         raise UserError(

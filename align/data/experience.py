@@ -1,7 +1,7 @@
 """The rollout batch: completions as padded tensors, with the values that scoring and forward passes add.
 
-Shapes: B sequences, T completion tokens, L prompt and completion tokens, D hidden size, k experts per token; all
-right-padded.
+Shapes: B sequences, T completion tokens, L prompt and completion tokens, D hidden size, k experts per token. T and L
+are those of the longest sequence; shorter ones are padded on the right.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from align.data.transfer import to_device
 
 OF_ALL_TOKENS = ("input_ids", "routed_experts")
-"""Fields with columns for the prompt's tokens too."""
+"""Fields with a column for each token of prompt and completion, not only of the completion."""
 ON_THE_HOST = ("lengths", "prompt_lengths")
-"""Fields from which the host computes indices."""
+"""Fields that stay on the CPU, because indices are computed from them there."""
 
 
 @dataclass
@@ -27,19 +27,19 @@ class Experience:
     """A rollout batch. Every [B, T] tensor is zero where `mask` is zero.
 
     input_ids         [B, L] prompt and completion
-    lengths           [B] tokens of prompt and completion; on the CPU wherever the rest is
-    prompt_lengths    [B] tokens of the prompt; on the CPU wherever the rest is
+    lengths           [B] tokens of prompt and completion; always on the CPU
+    prompt_lengths    [B] tokens of the prompt; always on the CPU
     mask              [B, T] 1 on completion tokens, 0 on padding
     rollout_logprobs  [B, T] log-probabilities of the sampler
-    loss_mask         [B, T] 1 on tokens in the losses
+    loss_mask         [B, T] 1 on tokens that the losses include
     score             [B] score per completion
-    old_logprobs      [B, T] log-probabilities before the update, of the trainer or the sampler (`old_logprobs`)
+    old_logprobs      [B, T] log-probabilities before the update, by trainer or sampler (set by `old_logprobs`)
     ref_logprobs      [B, T] log-probabilities of the reference
     values            [B, T] values of the critic
     advantages        [B, T]
     returns           [B, T] regression targets of the critic
     features          [B, T, D] the critic's hidden states if only its head is trained
-    routed_experts    [B, L, layers, k] int16, experts that the policy must use; -1: its router chooses
+    routed_experts    [B, L, layers, k] int16, experts that the policy must use; -1 lets its router choose
     """
 
     input_ids: Tensor
@@ -75,7 +75,7 @@ class Experience:
         return Experience(**picked)
 
     def to(self, device: torch.device) -> Experience:
-        """A copy with every tensor but the lengths on `device`."""
+        """A copy on `device`; `lengths` and `prompt_lengths` stay on the CPU."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -84,8 +84,8 @@ class Experience:
         return Experience(**moved)
 
     def micro_batches(self, index: Tensor, max_tokens: int) -> Iterator[Tensor]:
-        """Split the rows at `index` into micro-batches of rows of similar length, at most `max_tokens` tokens each. A
-        longer row is a micro-batch of its own."""
+        """Sort the rows at `index` by length and split them into micro-batches of at most `max_tokens` tokens. A longer
+        row is a micro-batch of its own. Yields the row indices of each micro-batch."""
         order = index[self.lengths[index].argsort(descending=True, stable=True)]
         start = tokens = 0
         for end, length in enumerate(self.lengths[order].tolist()):
@@ -103,9 +103,9 @@ def build_experience(
     logprobs: Sequence[Sequence[float]],
     routed_experts: Sequence[numpy.ndarray] = (),
 ) -> Experience:
-    """Pad completions to a rollout batch. The lengths mark the padding, because the pad id may be the EOS id.
+    """Pad prompts and completions to a rollout batch. The lengths identify the padding, because the pad id may be EOS.
 
-    routed_experts: empty, or the sampler's experts of each sequence, [layers, tokens - 1, k].
+    routed_experts: empty, or for each sequence the experts that the sampler used, [layers, tokens - 1, k].
     """
     sequences = [list(p) + list(c) for p, c in zip(prompts, completions, strict=True)]
     mask = _pad([[1.0] * len(c) for c in completions], torch.float32)
@@ -121,7 +121,7 @@ def build_experience(
 
 
 def _pad_routing(routed_experts: Sequence[numpy.ndarray], length: int) -> Tensor:
-    """[B, length, layers, k]; -1 on padding and on the last token, which was not fed to the sampler's model."""
+    """Experts [B, length, layers, k]; -1 on padding and on the last token, which the sampler never fed to its model."""
     layers, _, width = routed_experts[0].shape
     table = torch.full((len(routed_experts), length, layers, width), -1, dtype=torch.int16)
     for row, routing in enumerate(routed_experts):

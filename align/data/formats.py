@@ -1,4 +1,4 @@
-"""TRL's data formats, recognised by their columns, and one canonical form per use.
+"""TRL's data formats: recognise a row's format by its columns, and convert the row to the form that a stage needs.
 
 A message is {"role": str, "content": str, ...}. A string in `prompt`, `completion`, `chosen` or `rejected` is one turn:
 the user's in `prompt`, otherwise the assistant's. Every stage applies the chat template, so that a model is trained,
@@ -30,7 +30,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 class DropRow(Exception):
-    """Raised for a row that cannot be used. The report counts the row under the message."""
+    """Raised for a row that cannot be used. The data report counts dropped rows by this exception's message."""
 
 
 def format_of(columns: Iterable[str], accepted: Sequence[Format]) -> Format | None:
@@ -68,9 +68,10 @@ def _row_format(row: Row, accepted: Sequence[Format]) -> Format:
 
 
 def to_messages(value: Any, role: str) -> list[Message]:
-    """Messages of a column's value: a list of messages (ShareGPT's from/value too), or a string as one turn of `role`.
+    """Convert a column's value to messages.
 
-    Raises `DropRow` if it is empty or not text.
+    A string becomes one turn of `role`. A list of messages may use ShareGPT's keys `from` and `value`. Raises `DropRow`
+    if the value is empty or a message has no text.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -97,7 +98,7 @@ def _message(item: Any) -> Message:
 
 
 def plain(messages: Sequence[Message]) -> str:
-    """The contents of the messages, one line per turn."""
+    """The contents of the messages, joined with line breaks."""
     return "\n".join(message["content"] for message in messages)
 
 
@@ -105,7 +106,8 @@ def plain(messages: Sequence[Message]) -> str:
 
 
 def to_conversation(row: Row) -> dict[str, list[Message]]:
-    """{"prompt": messages, "completion": messages}; only assistant turns of the completion are in the loss.
+    """{"prompt": messages, "completion": messages}. With `assistant_only_loss`, the loss includes only the assistant
+    turns of the completion.
 
     A `messages` row has an empty prompt and the whole conversation as completion.
     """
@@ -121,7 +123,8 @@ def to_conversation(row: Row) -> dict[str, list[Message]]:
 
 
 def to_pair(row: Row) -> dict[str, list[Message]]:
-    """{"prompt", "chosen", "rejected"}: messages. Without the column `prompt`, the common beginning is the prompt."""
+    """{"prompt", "chosen", "rejected"}: messages. Without the column `prompt`, the prompt is the common beginning of
+    `chosen` and `rejected`."""
     _row_format(row, ("preference",))
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
@@ -133,7 +136,8 @@ def to_pair(row: Row) -> dict[str, list[Message]]:
             if ours != theirs:
                 break
             shared += 1
-        # Equal conversations share their answer too. Keep it out of the prompt, so that equal answers are seen below.
+        # Equal conversations have their answers in common too. The prompt must not include the last message, so that
+        # the comparison below finds the equal answers.
         shared = min(shared, len(pair["chosen"]) - 1, len(pair["rejected"]) - 1)
         if shared == 0:
             raise DropRow("chosen and rejected share no prompt")
@@ -163,7 +167,7 @@ def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def to_prompt(row: Row) -> tuple[list[Message], str | None]:
-    """(messages up to a user turn, reference answer or None).
+    """(prompt that ends with a user or tool turn, reference answer or None).
 
     The reference is the column `reference`, otherwise the completion, the chosen answer or the last assistant turn of
     the row, if any.
@@ -188,8 +192,8 @@ def to_prompt(row: Row) -> tuple[list[Message], str | None]:
 
 
 def to_text(row: Row) -> str:
-    """Plain text of a row of any format: the column `text`, or the contents of all turns (of a preference row, without
-    the rejected answer)."""
+    """Plain text of a row of any format: the column `text`, or the contents of all turns. The rejected answer of a
+    preference row is left out; the `reference` of a prompt row is appended."""
     kind = _row_format(row, tuple(FORMAT_COLUMNS))
     if kind == "text":
         text = row["text"]

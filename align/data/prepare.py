@@ -1,19 +1,19 @@
 """Tokenise the data section of a recipe, one function per kind of trainer.
 
-Columns, as TRL 1.16 reads them; each holds the T tokens of a row:
+Columns that TRL 1.16 reads; each value is a list of token ids:
 
-    SFTTrainer      input_ids, labels (-100: not in the loss). `input_ids` makes it skip tokenisation.
-    RewardTrainer   chosen_ids, rejected_ids, both with the prompt. They make it skip tokenisation.
+    SFTTrainer      input_ids, labels (-100: not in the loss). The trainer skips tokenisation if `input_ids` exists.
+    RewardTrainer   chosen_ids, rejected_ids, both with the prompt. The trainer skips tokenisation if they exist.
     DPOTrainer      prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
 
-DPOTrainer always tokenises, so the rows also keep prompt, chosen and rejected as messages. TRL's own tokenisation of
-them gives the same ids except for what the template puts after the end of a turn (a line break in ChatML). A subclass
-whose `_prepare_dataset` returns its argument trains on the ids made here.
+DPOTrainer always tokenises, so its rows also keep prompt, chosen and rejected as messages. TRL's ids differ from ours
+only in what the template puts after the end of a turn (a line break in ChatML). `train.trl.AlignTrainer` overrides
+`_prepare_dataset`, so that training uses the ids made here.
 
-In pairs, a completion ends with its end-of-turn token, because generation stops there: a reward model must read its
-score at the same token in training and in PPO.
+In pairs, a completion ends with its end-of-turn token unless it was truncated, as in sampling. A reward model then
+reads its score at the same token in training and in PPO.
 
-No row is silently dropped: the report has every reason with its count.
+The report counts dropped rows by reason.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class DataReport:
     """Counts of rows and tokens.
 
     rows_read      all rows of the sources
-    rows_train     rows in the training split
-    rows_held_out  rows in the held-out split
+    rows_train     rows in the training split; for pretraining, documents
+    rows_held_out  rows in the held-out split; for pretraining, documents
     dropped        {reason: rows dropped}, over both splits
-    truncated      rows kept without their end
-    tokens         tokens of the training rows
-    loss_tokens    training tokens in the loss; the first token of a row is never in it
-    fingerprint    SHA-256 over the ids of all rows, training rows first
+    truncated      rows truncated to the maximum length, over both splits
+    tokens         tokens of the training rows; prompts of reward-model pairs count twice
+    loss_tokens    training tokens in the loss; the first token of a row is never in the loss
+    fingerprint    SHA-256 over the ids and labels of all rows, training rows first
     """
 
     rows_read: int
@@ -118,7 +118,7 @@ class PromptRow:
 
 @dataclass
 class _Encoded:
-    """One tokenised row and its counts. key: canonical prompt; its hash decides the split."""
+    """One tokenised row and its counts. key: prompt or text of the row; its hash decides the split."""
 
     columns: dict[str, Any]
     loss_tokens: int
@@ -149,8 +149,8 @@ def prepare_text(
 ) -> Prepared:
     """Concatenate documents and split them into rows of `max_length` tokens (input_ids = labels), for pretraining.
 
-    Each document ends with the end-of-sequence token; only the last row may be shorter. Conversations are rendered
-    with the chat template. Only a last row of a single token, which has nothing to predict, is left out, so no row
+    Each document ends with the end-of-sequence token. Conversations are rendered with the chat template. Only the last
+    row of a split may be shorter; it is dropped if it has a single token, which leaves no token to predict. No row
     counts as truncated.
     """
     if tokenizer.eos_token_id is None:
@@ -190,9 +190,10 @@ def prepare_sft(
 ) -> Prepared:
     """Conversations as input_ids and labels, for SFTTrainer.
 
-    assistant_only_loss: only assistant turns are in the loss (of a prompt/completion row, those of the completion).
-    Otherwise every token is, and `text` rows are accepted too. Rows longer than `max_length` are truncated at the end,
-    and dropped if no token in the loss remains.
+    assistant_only_loss: the loss includes only assistant turns; in a prompt/completion row, only those of the
+        completion. If False, it includes every token, and `text` rows are accepted too.
+
+    Rows longer than `max_length` are truncated at the end, and dropped if no token in the loss remains.
     """
     accepted: tuple[Format, ...] = ("messages", "prompt_completion")
     if assistant_only_loss:
@@ -222,7 +223,7 @@ def prepare_sft(
 
 
 def _encode_sft(tokenizer: Any, conversation: dict[str, list[Message]], masked: bool) -> tuple[list[int], list[int]]:
-    """(input_ids, labels), each (T,)."""
+    """(input_ids [T], labels [T]). masked: only the completion's assistant turns are in the loss."""
     messages = conversation["prompt"] + conversation["completion"]
     if not masked:
         ids = encode_messages(tokenizer, messages)
@@ -239,7 +240,7 @@ def prepare_reward_pairs(
 ) -> Prepared:
     """Preference pairs as chosen_ids and rejected_ids, both with the prompt, for RewardTrainer.
 
-    A pair is dropped if one side is longer than `max_length` or if both answers are equal.
+    A pair is dropped if the prompt and one of the answers exceed `max_length`, or if both answers are equal.
     """
 
     stops = frozenset(stop_token_ids(tokenizer))
@@ -273,7 +274,7 @@ def prepare_dpo_pairs(
 def _encode_pair(
     tokenizer: Any, row: formats.Row, max_length: int, stops: frozenset[int]
 ) -> tuple[dict, list[int], list[int], list[int]]:
-    """(messages by column, prompt ids, chosen ids, rejected ids); the latter two without the prompt."""
+    """(messages by column, prompt ids, chosen ids, rejected ids); chosen and rejected ids exclude the prompt."""
     pair = formats.to_pair(row)
     prompt = encode_prompt(tokenizer, pair["prompt"])
     sides = []
@@ -282,7 +283,7 @@ def _encode_pair(
         ids = encode_messages(tokenizer, messages)
         end = len(_checked_prefix(ids, prompt))
         end = max((t + 1 for t in range(end, len(ids)) if ids[t] in stops), default=len(ids))
-        # A sample truncated at its length limit has no end-of-turn token, here as in PPO.
+        # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
         cut = row.get(f"{side}_finished") is False and ids[end - 1] in stops
         sides.append(ids[len(prompt) : end - cut])
     if len(prompt) + max(map(len, sides)) > max_length:
@@ -300,7 +301,7 @@ def prepare_prompts(
     seed: int,
     stage_dirs: StageDirs = None,
 ) -> tuple[list[PromptRow], DataReport]:
-    """Prompts in the order of the shuffled mixture, without those longer than `max_prompt_length` tokens.
+    """(prompts in the order of the shuffled mixture, report). Prompts over `max_prompt_length` tokens are dropped.
 
     Raises `UserError` if no prompt remains.
     """
@@ -326,7 +327,7 @@ def prepare_prompts(
 
 
 def _conversation_key(conversation: dict[str, list[Message]]) -> str:
-    """Key of a conversation's prompt: everything before its last assistant turn."""
+    """Key of a conversation's prompt: the column `prompt`, otherwise everything before the last assistant turn."""
     if conversation["prompt"]:
         return prompt_key(conversation["prompt"])
     turns = conversation["completion"]
@@ -335,7 +336,7 @@ def _conversation_key(conversation: dict[str, list[Message]]) -> str:
 
 
 def _checked_prefix(ids: list[int], prompt: list[int]) -> list[int]:
-    # An answer that begins with white space may be tokenised together with the header, which generation cannot produce.
+    # White space at the start of an answer may be merged with the header into a token that generation cannot produce.
     if ids[: len(prompt)] != prompt:
         raise DropRow("prompt and answer share a token")
     return prompt
@@ -349,7 +350,7 @@ def _prepare(
     stage_dirs: StageDirs,
     pack: Callable[[list[_Encoded]], list[_Encoded]] = lambda rows: rows,
 ) -> Prepared:
-    """Read, encode, split, pack and count. Raises `UserError` if a split that the recipe asks for has no row."""
+    """Read, encode, split, pack and count. Raises `UserError` if a split that the recipe asks for would be empty."""
     tally = _Tally()
     rows = load_rows(data.train, seed=seed, stage_dirs=stage_dirs, accepted=accepted)
     # Held-out sources are read before the slow encoding, so that an error in them is reported early.
@@ -417,6 +418,6 @@ def _report(
 def _to_dataset(rows: list[_Encoded]) -> datasets.Dataset:
     arrays = {}
     for name in rows[0].columns:
-        ids = name.endswith("ids") or name == "labels"  # int32 takes half the memory of Arrow's default
+        ids = name.endswith("ids") or name == "labels"  # int32 takes half the memory of Arrow's default, int64
         arrays[name] = pa.array([row.columns[name] for row in rows], pa.list_(pa.int32()) if ids else None)
     return datasets.Dataset(InMemoryTable(pa.table(arrays)))

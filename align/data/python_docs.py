@@ -1,8 +1,8 @@
 """Training data from the documentation of Python's standard library, read from the running installation.
 
 Python sources are parsed with `ast` and not imported, so no code runs. A few C modules without side effects (math,
-itertools, builtins, ...) are imported for their docstrings. The order is deterministic. The rows depend on the Python
-version and, for a few compiled modules, on its build.
+itertools, builtins, ...) are imported for their docstrings. The order of the rows is deterministic. Their content
+depends on the Python version and, for a few compiled modules, on how Python was built.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ View = Literal["text", "conversation", "prompts", "pairs"]
 
 MIN_DOC_CHARS = 30
 HELD_OUT_PERCENT = 13
-"""Percentage of the top-level modules that is held out."""
+"""Percentage of the top-level modules that is held out, in expectation."""
 
-# C modules have no *.py source to parse; importing these has no side effects.
+# Modules that are at least partly written in C, whose docstrings cannot be parsed from *.py files. Importing them has
+# no side effects.
 COMPILED_MODULES = (
     "array", "atexit", "binascii", "builtins", "cmath", "collections", "datetime", "decimal", "errno",
     "functools", "gc", "hashlib", "io", "itertools", "marshal", "math", "operator", "pickle", "random",
     "re", "select", "socket", "sqlite3", "struct", "sys", "threading", "time", "unicodedata", "weakref",
     "zlib",
 )  # fmt: skip
-# Applications, tests, jokes, generated codec tables, and modules of a single platform.
+# Applications, tests, jokes, generated tables, and modules of a single platform. `_texts` reads `pydoc_data` itself.
 SKIPPED_MODULES = {
     "antigravity", "config", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "nt",
     "ntpath", "nturl2path", "pydoc_data", "site", "test", "this", "tkinter", "turtle", "turtledemo",
@@ -55,7 +56,7 @@ class DocEntry:
     """Qualified name, for example `textwrap.TextWrapper.fill`."""
     kind: Literal["function", "class", "method", "module", "topic"]
     signature: str
-    """Argument names in parentheses; empty if unknown or too long."""
+    """Argument names in parentheses; empty if unknown, too long, or with a private name."""
     doc: str
     """Cleaned documentation, not truncated."""
 
@@ -66,7 +67,7 @@ class DocEntry:
 
 
 def split_of(group: str) -> Split:
-    """Split of a top-level module. Depends on its name only."""
+    """Split of a group, which depends only on this string: the name of a top-level module, or the text of a topic."""
     digest = hashlib.sha256(group.encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT else "train"
 
@@ -76,7 +77,7 @@ def split_of(group: str) -> Split:
 
 @lru_cache(maxsize=1)
 def documented_names() -> tuple[DocEntry, ...]:
-    """All documented public names, about 4000 entries in four seconds. The result is cached.
+    """All documented public names: about 4,000 entries. The first call takes about four seconds; the result is cached.
 
     Raises `UserError` if the installation has no *.py sources (a frozen Python).
     """
@@ -96,7 +97,7 @@ def documented_names() -> tuple[DocEntry, ...]:
         raise UserError(
             f"python_docs: {root} has too few *.py files of the standard library; use a Python with its sources."
         )
-    return tuple(sorted(entries.values(), key=lambda entry: entry.module))  # stable: source order in a module
+    return tuple(sorted(entries.values(), key=lambda entry: entry.module))  # stable: keeps the source order
 
 
 def _sources_of(root: Path, group: str) -> list[Path]:
@@ -115,7 +116,7 @@ def _module_name(root: Path, path: Path) -> str:
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
-    # Documented under the name os.path.
+    # Python documents the functions of these two modules as os.path.
     return "os.path" if parts in (["posixpath"], ["genericpath"]) else ".".join(parts)
 
 
@@ -127,7 +128,7 @@ def _parsed_entries(module: str, path: Path) -> Iterator[DocEntry]:
 
 def _walk(module: str, prefix: str, body: list[ast.stmt], *, inside_class: bool) -> Iterator[DocEntry]:
     for node in body:
-        if isinstance(node, ast.If | ast.Try):  # definitions for other versions and platforms
+        if isinstance(node, ast.If | ast.Try):  # conditional definitions, for versions or platforms
             branches = [*node.body, *node.orelse, *(s for h in getattr(node, "handlers", []) for s in h.body)]
             yield from _walk(module, prefix, branches, inside_class=inside_class)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -160,7 +161,7 @@ def _imported_entries(module: str) -> Iterator[DocEntry]:
     namespace = importlib.import_module(module)
     yield from _entry(module, module, "module", "", namespace.__doc__)
     for name, value in sorted(vars(namespace).items()):
-        if module == "sys":  # use Python's own hooks, which a library may have replaced
+        if module == "sys":  # a library may have replaced a hook; sys.__NAME__ is the original
             value = getattr(namespace, f"__{name}__", value)
         home = getattr(value, "__module__", None) or module
         # A name defined in another public module is documented there. A name defined in a private module is kept, such
@@ -197,11 +198,12 @@ def _entry(module: str, name: str, kind: Any, signature: str, doc: str | None) -
 
 
 def clean_doc(doc: str, name: str) -> str:
-    """`doc` without indentation and without leading lines that repeat the signature; one line per paragraph."""
+    """`doc` without indentation and without leading lines that repeat the signature; prose has one line per
+    paragraph."""
     lines = inspect.cleandoc(doc).splitlines()
     call = re.compile(rf"(?:\w+\.)*{re.escape(name)}\s*\(.*\)?(?:\s*->.*)?$")
     while lines and (not lines[0].strip() or call.match(lines[0])):
-        # `name(x) -> y  Sentence.` and `name(x) -- sentence` keep their sentence.
+        # Of `name(x) -> y  Sentence.` and `name(x) -- sentence`, keep the sentence.
         rest = re.split(r"\s--\s|\)\s{2,}|->\s*\w+\s{2,}", lines[0], maxsplit=1)
         lines.pop(0)
         if len(rest) == 2 and len(rest[1].split()) > 3:
@@ -220,7 +222,7 @@ def _reflow(paragraph: str) -> str:
 
 
 def cut_at_sentence(text: str, limit: int) -> str:
-    """The longest beginning of `text` of whole sentences within `limit` characters, without examples.
+    """As many whole sentences from the start of `text` as fit in `limit` characters; stops before the first example.
 
     Empty if the first sentence is longer than `limit`.
     """
@@ -266,11 +268,11 @@ def question(entry: DocEntry) -> str:
 
 @lru_cache(maxsize=8)
 def _answers(split: Split, max_answer_chars: int) -> tuple[tuple[DocEntry, str], ...]:
-    """(entry, answer) of a split. No answer occurs twice, so no training answer is in the held-out split."""
+    """(entry, answer) pairs of a split. No answer occurs twice, so no training answer is in the held-out split."""
     seen: set[str] = set()
     kept: dict[Split, list[tuple[DocEntry, str]]] = {"train": [], "held_out": []}
     candidates = [e for e in documented_names() if e.kind in PHRASINGS]
-    for side in ("train", "held_out"):  # an answer of both splits belongs to the training split
+    for side in ("train", "held_out"):  # an answer that occurs in both is kept in the training split
         for entry in candidates:
             if split_of(entry.group) != side:
                 continue
@@ -283,7 +285,7 @@ def _answers(split: Split, max_answer_chars: int) -> tuple[tuple[DocEntry, str],
 
 
 def _neighbour(answers: tuple[tuple[DocEntry, str], ...], number: int) -> str:
-    """Answer of another entry: of the same module if it has one, otherwise of the next module."""
+    """Answer of the next entry in the same module, or of the next module if this is the module's only entry."""
     module = answers[number][0].module
     first, last = number, number + 1  # entries of a module are contiguous
     while first > 0 and answers[first - 1][0].module == module:
@@ -307,7 +309,7 @@ def _texts(split: Split) -> list[dict[str, Any]]:
     from pydoc_data.topics import topics  # the language reference is large, and only this view needs it
 
     for name, text in sorted(topics.items()):
-        # The split depends on the content, because some topics have two names.
+        # Topics are split by their text, because some have two names.
         if split_of(text) == split and text not in seen:
             seen.add(text)
             rows.append({"text": text.strip(), "module": "pydoc_data.topics", "name": name})

@@ -35,10 +35,10 @@ def load_rows(
 ) -> Rows:
     """The mixture of `sources`, shuffled with `seed`; an IterableDataset if every source streams.
 
-    `limit` applies after the shuffle of the source. If no source sets a weight, sources are concatenated and each row
-    occurs once. If one sets a weight, rows are drawn with probabilities proportional to the weights (default 1) until
-    one source is exhausted: the shares are exact in expectation and no row is repeated, but rows of the other sources
-    may be unused. Formats may be mixed; columns that a source lacks are None.
+    `limit` applies after the source is shuffled. If no source sets a weight, sources are concatenated and each row
+    occurs once. If any source sets a weight, rows are drawn with probabilities proportional to the weights (default 1)
+    until one source is exhausted. The shares are then exact in expectation and no row is repeated, but rows of the
+    other sources may be unused. Formats may be mixed; columns that a source lacks are None.
 
     accepted: each source must have the columns of one of these formats. Raises `UserError` if a source is unreadable.
     """
@@ -85,7 +85,7 @@ def _prepared_source(source: Source, seed: int, stage_dirs: Mapping[str, Path], 
     columns = rows.column_names or list(next(iter(rows), {}))
     if not columns or (isinstance(rows, datasets.Dataset) and len(rows) == 0):
         raise UserError(f"{name}: the source has no rows; set another source.")
-    if "messages" not in columns and "conversations" in columns:  # the name ShareGPT files use
+    if "messages" not in columns and "conversations" in columns:  # ShareGPT's name for the column
         rows = rows.rename_column("conversations", "messages")
         columns = ["messages" if column == "conversations" else column for column in columns]
     if accepted is not None:
@@ -165,7 +165,8 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def read_jsonl(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The objects of JSONL files, without blank lines. Raises `UserError` with file and line."""
+    """Yield the objects of JSONL files; blank lines are skipped. Raises `UserError` with file and line number for an
+    invalid line, and for one whose standard columns differ from those of the first."""
     expected: set[str] | None = None
     first = ""
     for file in files:
@@ -206,7 +207,8 @@ def _parsed_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Dataset:
-    """Dataset in memory with the union of the rows' columns. Raises `UserError` for no rows or mixed types."""
+    """Dataset in memory with the union of the rows' columns. Raises `UserError` if there are no rows or a standard
+    column mixes types."""
     if not rows:
         raise UserError(f"{name}: the source has no rows; set another source.")
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -218,7 +220,7 @@ def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Da
         except pa.ArrowException as error:
             if column in STANDARD_COLUMNS:
                 raise UserError(f"{name}: the column '{column}' mixes types ({error}); write one type.") from error
-            # Only a reward function can read other columns, so mixed types are kept as JSON text.
+            # No data format needs the other columns, so one with mixed types is stored as JSON text.
             arrays[column] = pa.array([json.dumps(value) for value in values])
     return datasets.Dataset(InMemoryTable(pa.table(arrays)))
 
@@ -235,9 +237,7 @@ def _rename(rows: Rows, columns: Mapping[str, str], name: str) -> Rows:
             "`columns`."
         )
     moved = {old: new for new, old in columns.items() if old != new}
-    hidden = [
-        new for new in moved.values() if new in present and new not in moved
-    ]  # the recipe's `columns` takes precedence
+    hidden = [new for new in moved.values() if new in present and new not in moved]  # replaced by a renamed column
     return rows.remove_columns(hidden).rename_columns(moved)
 
 
@@ -248,5 +248,5 @@ def _shuffled(rows: Rows, seed: int) -> Rows:
 
 
 def _in_memory(rows: Rows) -> datasets.Dataset:
-    """The rows in memory; a streaming source is read as a whole, to be mixed with sources in memory."""
+    """The rows in memory. A streaming source is read completely, so that it can be mixed with sources in memory."""
     return rows if isinstance(rows, datasets.Dataset) else rows_to_dataset(list(rows), "streaming source")

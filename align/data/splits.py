@@ -1,4 +1,4 @@
-"""Hold out rows by a hash of their prompt, so that adding rows moves no old row to the other split."""
+"""Hold out rows by a hash of their prompt, so that adding rows never moves an existing row to the other split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prompt_key(prompt: Any) -> str:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """True for about `fraction` of all keys. Depends on the key only."""
+    """True for about `fraction` of all keys. The result depends only on the key and the fraction."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -27,11 +27,11 @@ def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Pat
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE tokenizer with at most `vocab_size` entries; fewer if the text has too few distinct pairs.
+    """Byte-level BPE tokenizer with at most `vocab_size` entries; fewer if the text has too few pairs to merge.
 
-    Special tokens: padding (id 0), `<|im_start|>` (1), and `<|im_end|>` (2), which ends turns and documents. Decoding
-    the ids of any text gives that text. The same texts in the same order give the same vocabulary. Raises `UserError`
-    if there is no text.
+    Special tokens: padding (id 0), `<|im_start|>` (1), and `<|im_end|>` (2), which ends turns and documents. Encoding
+    and decoding a text gives the same text. The same texts in the same order give the same vocabulary. Raises
+    `UserError` if there is no text.
     """
     texts = list(texts)
     if not any(text.strip() for text in texts):

@@ -1,4 +1,4 @@
-"""Copies between the host and the device. Each waits for the device as seldom as it can."""
+"""Copies between host and device, with as few synchronizations as possible."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """1-D integer tensors on `device`, in one copy."""
+    """Copy 1-D integer tensors to `device` in one transfer."""
     if device.type == "cpu":
         return indices
     whole = to_device(torch.cat(list(indices)), device)
@@ -24,6 +24,6 @@ def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> Sequen
 
 
 def to_host(scalars: Sequence[Tensor]) -> list[float]:
-    """The scalars as float64, in one copy, which waits for the device."""
+    """Values of scalar tensors as floats, read in one transfer, which waits for the device."""
     values: list[float] = torch.stack([scalar.detach().double() for scalar in scalars]).tolist() if scalars else []
     return values

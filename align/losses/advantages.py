@@ -1,9 +1,10 @@
 """Advantage estimators: pure functions, and the registry that `advantage_estimator` in a recipe selects from.
 
-Shapes: B completions, T completion tokens (right-padded), G completions of each prompt, which are adjacent rows.
+Shapes: B completions, T completion tokens (right-padded), G completions per prompt, in adjacent rows.
 Advantages [B, T] are zero where the mask is 0.
 
-A new estimator is a function here with its entry in `ADVANTAGE_ESTIMATORS`, and its name in the recipe's Literal.
+To add an estimator, write its function here, and add its name to `ADVANTAGE_ESTIMATORS` and to the Literal
+`AdvantageEstimator` of the recipe.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from align.losses.gae import gae
 from align.losses.reduce import whiten as whitened
 
 EPSILON = 1e-4
-"""Added to a group's standard deviation in GRPO: equal scores give advantage zero, not amplified rounding errors."""
+"""Added to a group's standard deviation in GRPO, so that rounding errors of equal scores are not amplified."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class EstimatorInputs:
 
     rewards: per token [B, T]; their sum over T is the completion's score.
     mask: [B, T], 1 on tokens with a loss.
-    values: of the critic [B, T], if there is one.
+    values: the critic's values [B, T]; None without a critic.
     group_size: G.
     gamma: discount factor.
     lam: lambda of GAE for the advantages.
-    value_lam: lambda of GAE for the critic's returns; None: `lam`.
+    value_lam: lambda of GAE for the critic's returns; None means `lam`.
     whiten: normalise GAE's advantages over the batch.
     """
 
@@ -46,7 +47,7 @@ class EstimatorInputs:
 
     @property
     def scores(self) -> Tensor:
-        """[B]."""
+        """Score of each completion, [B]."""
         return self.rewards.sum(1)
 
 
@@ -62,8 +63,8 @@ def gae_advantages(
 ) -> tuple[Tensor, Tensor]:
     """PPO: (advantages, returns) of generalised advantage estimation, both [B, T].
 
-    whiten: normalise the advantages over all valid tokens, as in InstructGPT's line of implementations.
-    value_lam: another lambda for the returns that the critic learns (VC-PPO, arXiv 2503.01491).
+    whiten: normalise the advantages over all valid tokens, as implementations of InstructGPT do.
+    value_lam: lambda for the critic's returns, by default `lam` (VC-PPO, arXiv 2503.01491).
     Source: Schulman et al. 2016 (arXiv 1506.02438) and 2017 (arXiv 1707.06347).
     """
     advantages, returns = gae(rewards_BT, values_BT, mask_BT, gamma, lam)
@@ -75,8 +76,9 @@ def gae_advantages(
 def grpo(scores_B: Tensor, mask_BT: Tensor, group_size: int) -> Tensor:
     """(score - group mean) / (group standard deviation + EPSILON), the same for all tokens of a completion.
 
-    The standard deviation is the sample's (divided by G - 1). GRPO as published also averages the loss per completion:
-    `loss_average: completions`. Source: Shao et al., DeepSeekMath (arXiv 2402.03300), section 4.1.
+    The standard deviation is that of a sample (divided by G - 1). The published GRPO also averages the loss within each
+    completion; set `loss_average: completions` for that. Advantages are zero if G is 1.
+    Source: Shao et al., DeepSeekMath (arXiv 2402.03300), section 4.1.
     """
     centred = centre(scores_B, group_size)
     if group_size == 1:
@@ -88,9 +90,9 @@ def grpo(scores_B: Tensor, mask_BT: Tensor, group_size: int) -> Tensor:
 def dr_grpo(scores_B: Tensor, mask_BT: Tensor, group_size: int) -> Tensor:
     """score - group mean, the same for all tokens of a completion.
 
-    Dr. GRPO removes two divisions of GRPO. This function removes the one by the group's standard deviation, which
-    gives more weight to prompts that are too easy or too hard. The other one, by each completion's own length, is part
-    of the loss: `loss_average: constant` divides the sum over tokens by completions * max_new_tokens instead.
+    Dr. GRPO removes two divisions of GRPO. Division by the group's standard deviation would give more weight to prompts
+    that are too easy or too hard; this function omits it. Division by each completion's length belongs to the loss:
+    `loss_average: constant` divides the sum over tokens by completions * max_new_tokens instead.
     Source: Liu et al. (arXiv 2503.20783), section 3.2.
     """
     return centre(scores_B, group_size)[:, None] * mask_BT
@@ -107,9 +109,9 @@ def rloo(scores_B: Tensor, mask_BT: Tensor, group_size: int) -> Tensor:
 
 
 def reinforce_plus_plus(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
-    """REINFORCE++: discounted sum of the rewards from each token on, whitened over the batch; no critic, no groups.
+    """REINFORCE++: discounted sum of the rewards from each token on, whitened over the batch.
 
-    Source: Hu (arXiv 2501.03262).
+    It needs neither a critic nor groups. Source: Hu (arXiv 2501.03262).
     """
     returns, _ = gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma, 1.0)
     return whitened(returns, mask_BT)
@@ -144,4 +146,4 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[EstimatorInputs], tuple[Tensor, Tensor
         None,
     ),
 }
-"""(advantages, returns of the critic or None) by the name in the recipe."""
+"""Estimators by their name in a recipe. Each returns (advantages, returns for the critic or None)."""

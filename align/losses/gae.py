@@ -12,8 +12,8 @@ from torch import Tensor
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both [B, T], zero where mask is 0.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t+1 is the next *valid*
-    token: value and advantage are carried over masked tokens, and are zero after the last one. Returns are A + V.
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}. Masked tokens are skipped: t+1 is
+    the next valid token. V and A are zero after the last valid token. Returns are A + V.
     """
     advantages = torch.zeros_like(rewards_BT)
     next_value = torch.zeros_like(values_BT[:, 0])

@@ -11,17 +11,17 @@ from align.losses.precision import in_float32
 from align.losses.reduce import masked_mean
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to +- this: exp(20) is already meaningless, and exp(90) overflows fp32."""
+"""Log-ratios are clamped to [-20, 20] before exp: a ratio of exp(20) is meaningless, and exp(90) overflows fp32."""
 
 ADAPTATION_BOUND = 0.2
-"""Largest relative error of the measured KL that the controller responds to; larger ones are clipped."""
+"""The controller clips the relative error of the measured KL to [-0.2, 0.2]."""
 
 
 @in_float32
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Estimates [B, T] in nats, with p the policy and q the reference.
 
-    k1 = log p/q: unbiased, any sign.
+    k1 = log p/q: unbiased, may be negative.
     k2 = (log p/q)^2 / 2: biased, low variance.
     k3 = q/p - 1 - log q/p: unbiased, never negative.
     """
@@ -47,7 +47,7 @@ def kl_loss(
 ) -> Tensor:
     """KL loss, to be added to the policy's loss: sum over valid tokens of weight * estimate, divided by count.
 
-    The gradient flows through `logprobs`. k1 is refused: its gradient is the score function, which is zero on average.
+    The gradient flows through `logprobs`. k1 is refused: its gradient is the score function, whose mean is zero.
     """
     if estimator == "k1":
         raise ValueError("the gradient of k1 is zero on average: a KL loss needs k2 or k3")
@@ -56,9 +56,9 @@ def kl_loss(
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
-    """The next KL coefficient, after completions with a mean KL of `kl` nats: larger if `kl` is above `target`.
+    """Next KL coefficient, given the mean KL of the last completions in nats. It grows if `kl` is above `target`.
 
-    A proportional controller: its relative error is clipped to ADAPTATION_BOUND. Source: Ziegler et al. 2019
+    This is a proportional controller whose relative error is clipped to ADAPTATION_BOUND. Source: Ziegler et al. 2019
     (arXiv 1909.08593), section 2.2.
     """
     error = min(max(kl / target - 1, -ADAPTATION_BOUND), ADAPTATION_BOUND)

@@ -1,13 +1,14 @@
 """Cross entropy and log-probabilities from hidden states, without materialising the [N, V] logits.
 
-Logits are computed for one chunk of tokens at a time. Cross entropy computes both of its gradients during the forward
-pass. For log-probabilities the forward pass computes d logprob / d hidden per token; the gradient of the weight, if it
-is needed, depends on the incoming gradient and takes a second pass over the chunks.
+Logits are computed for one chunk of tokens at a time. Cross entropy computes the gradients of hidden states and weight
+during the forward pass. For log-probabilities the forward pass computes d logprob / d hidden per token. The gradient of
+the weight depends on the incoming gradient; the backward pass computes it in a second pass over the chunks, if needed.
 
-In bf16 only the operands of the products are bf16. Logits, softmax, the gradient of the logits including its one-hot
-term, and the sum of the weight's gradient over the chunks are fp32. As p(token) approaches 1, the two terms of
+In bf16 the operands of matrix products are bf16: hidden states, weight and the gradient of the logits. Logits, softmax
+and the sum of the weight's gradient over the chunks are fp32. The gradient of the logits, including its one-hot term,
+is computed in fp32 and then rounded once. As p(token) approaches 1, the two terms of
 d logprob / d hidden = weight[token] - sum_v p_v weight[v] become equal, so they must not be rounded before they are
-subtracted. Under autocast the products take its type.
+subtracted. Under autocast the operands of the products have autocast's dtype.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -21,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 96 * 2**20
-"""Size of one chunk's fp32 logits."""
+"""Maximum size of one chunk's fp32 logits in bytes. A chunk has at least one token."""
 
 BLOCK = 512
-"""Rows of the weight that a CPU converts to fp32 at a time; with a hidden size of 1,024 they fit in its L2 cache."""
+"""Rows of the weight that a CPU converts to fp32 at a time. At a hidden size of 1,024 they take 2 MiB, which fits in
+the L2 cache."""
 
 IGNORED = -100
 
@@ -34,7 +36,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over targets that are not ignored, divided by `count`.
 
-    The result is a scalar in fp32, 0 if all targets are ignored. count: by default the targets that are not ignored.
+    The result is a scalar in fp32, 0 if all targets are ignored. count: by default the number of targets
+    that are not ignored.
     """
     kept = targets_N != ignore_index
     loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept], _product_dtype(hidden_ND))
@@ -62,19 +65,19 @@ def linear_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _write_logits(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> None:
-    """out = hidden @ weight.T in fp32, without rounding the product to the operands' type."""
+    """Write hidden @ weight.T to `out_NV` in fp32, without rounding the product to the operands' dtype."""
     if hidden_ND.dtype == torch.float32:
         torch.mm(hidden_ND, weight_VD.T, out=out_NV)
     elif hidden_ND.is_cuda:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32, out=out_NV)
-    else:  # torch has no such product for other devices
+    else:  # torch has no bf16 product with fp32 output on other devices
         wide_ND = hidden_ND.float()
         for weight_BD, out_NB in zip(weight_VD.split(BLOCK), out_NV.split(BLOCK, dim=1), strict=True):
             torch.mm(wide_ND, weight_BD.float().T, out=out_NB)
 
 
 def _add_outer(sum_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
-    """sum += left.T @ right, with an fp32 sum: without rounding the product to the operands' type."""
+    """Add left.T @ right to `sum_VD` in fp32, without rounding the product to the operands' dtype."""
     if left_NV.dtype == torch.float32:
         sum_VD.addmm_(left_NV.T, right_ND)
     elif left_NV.is_cuda:
@@ -86,7 +89,7 @@ def _add_outer(sum_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """Type of the products' operands: autocast's, if it is on."""
+    """Dtype of the products' operands: autocast's dtype under autocast, otherwise that of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -105,7 +108,8 @@ class _Chunks:
             yield slice(start, min(start + self.size, len(self.hidden)))
 
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`; overwritten by the next call."""
+        """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`. The next call overwrites the
+        first two."""
         count = rows.stop - rows.start
         shifted, exponentials = self.logits[:count], self.exponentials[:count]
         _write_logits(self.hidden[rows], self.weight, shifted)
@@ -169,13 +173,14 @@ class _Logprobs(torch.autograd.Function):
                 tokens = tokens_N[rows, None]
                 shifted, exponentials, total = chunks.softmax(rows)
                 logprobs[rows] = (shifted.gather(1, tokens) - total.log())[:, 0]
-                # E[logit] = sum_v exp_v logit_v / total, as a batched product so that no third buffer is needed.
+                # E[shifted] = sum_v exp_v shifted_v / total, as a batched product so that no third buffer is needed.
                 expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
                 entropy[rows] = (total.log() - expected)[:, 0]
                 if direction is None:
                     continue
                 if dtype == torch.float32:
-                    # Exact enough, and one pass over the chunk less than the gradient of the logits.
+                    # In fp32 this difference is accurate enough. It takes one pass over the chunk less than the
+                    # gradient of the logits.
                     mean = exponentials @ weight / total
                     direction[rows] = (weight[tokens_N[rows]] - mean) / temperature
                 else:
@@ -206,5 +211,5 @@ class _Logprobs(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor in fp32, rounded once to the gradient's type."""
+    """gradient * factor in fp32, rounded once to the gradient's dtype."""
     return (gradient * factor).to(gradient.dtype)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, and entropy, from logits.
+"""Log-probabilities of given tokens, and entropy, from logits.
 
 Shapes: N positions, V vocabulary.
 """

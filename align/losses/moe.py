@@ -1,7 +1,8 @@
-"""Losses and metrics of a router: balance loss, z-loss, expert load, entropy. Padding (mask_T 0) never counts.
+"""Losses and metrics of a router: balance loss, z-loss, expert load, entropy. Padding (mask_T 0) is excluded.
 
-All are means over the valid tokens of one call. A step's z-loss is the mean over its micro-batches, weighted by their
-valid tokens. The balance loss is a product of two means, so it depends on the split into micro-batches.
+Each is computed over the valid tokens of one call. The z-loss of a step is the mean over its micro-batches, weighted by
+their valid tokens. The balance loss is a product of two means over tokens, expert load and probability, so it depends
+on the split into micro-batches.
 
 Shapes: T tokens, E experts, k experts per token.
 """
@@ -24,10 +25,11 @@ def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
 
 @in_float32
 def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tensor:
-    """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1; 1 when both are uniform.
+    """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1. It is 1 if load and mean probability are
+    uniform.
 
-    For k > 1 this equals the form E^2 * mean_e(fraction_e * probability_e) with fractions that sum to one. The
-    gradient reaches the router through the probabilities p; the load is a count.
+    This equals E^2 * mean_e(load_e * mean_t p_te). The loads sum to one for every k. The load is a count without a
+    gradient; the router's gradient comes from the probabilities p.
     Source: Fedus et al. (Switch Transformers), equation 4; the released Hunyuan-Large code.
     """
     num_experts = logits_TE.shape[-1]
@@ -39,7 +41,7 @@ def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tenso
 
 @in_float32
 def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
-    """Mean of (log sum_e exp(logit_e))^2, which keeps the router's logits small.
+    """Mean of (log sum_e exp(logit_e))^2, a penalty that keeps the router's logits small.
 
     Source: Zoph et al., ST-MoE (arXiv 2202.08906), equation 5.
     """

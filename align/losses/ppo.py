@@ -3,7 +3,8 @@
 Shapes: all tensors are [B, T] over completion tokens; mask is 1 on tokens with a loss; count is the number of such
 tokens in the whole optimizer step.
 
-A new policy loss is a function here with its entry in `POLICY_LOSSES`, and its name in the recipe's Literal.
+To add a policy loss, write its function here, and add its name to `POLICY_LOSSES` and to the Literal `PolicyLoss` of
+the recipe.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def importance_weight(
     sequence: bool = False,
     drop: bool = False,
 ) -> Tensor:
-    """Importance weights [B, T] from the sampler's distribution to the trainer's: old / rollout, without gradient.
+    """Importance weights [B, T] from the sampler's distribution to the trainer's: p_old / p_rollout, without gradient.
 
-    cap: largest weight; larger ones are truncated to it.
+    cap: largest weight; larger weights are truncated to `cap`.
     drop: set weights above `cap` to 0 instead.
-    sequence: one weight per completion, the product over its tokens.
-    Source: Yao et al. 2025, truncated importance sampling; masking as in IcePop.
+    sequence: one weight per completion, the product of its tokens' ratios.
+    Source: Yao et al. 2025, truncated importance sampling; `drop` as in IcePop.
     """
     log_ratio = torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0)
     if sequence:
@@ -46,8 +47,9 @@ def importance_weight(
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, sequence: bool = False) -> Tensor:
     """new / old probability of each token.
 
-    sequence: the ratio of the whole completion instead (GSPO), the geometric mean over its tokens. Every token then has
-    the sequence's value and its own share of the gradient. Source: Zheng et al. (arXiv 2507.18071), equations 5 and 14.
+    sequence: instead, the geometric mean of the ratios over the completion's tokens (GSPO). Every token has this value;
+    its gradient flows through the token's own log-probability.
+    Source: Zheng et al. (arXiv 2507.18071), equations 5 and 14.
     """
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
     if sequence:
@@ -74,8 +76,8 @@ def policy_loss(
     divided by count.
 
     clip_range: `low`, and `high` unless clip_range_high (DAPO, arXiv 2503.14476) is given.
-    dual_clip: for A < 0, bound the loss by -A * dual_clip (arXiv 1912.09729); above 1.
-    sequence: use GSPO's ratio of the whole completion.
+    dual_clip: for A < 0, limit the loss to at most -A * dual_clip, with dual_clip > 1 (arXiv 1912.09729).
+    sequence: use GSPO's sequence-level ratio.
     weights: factors [B, T] of each token's loss.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
@@ -130,8 +132,8 @@ def cispo_loss(
 
 
 POLICY_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {"clip": policy_loss, "cispo": cispo_loss}
-"""(loss, metrics) by the name in the recipe. All take (logprobs, old_logprobs, advantages, mask) and the keywords
-clip_range, clip_range_high, weights and count."""
+"""Losses by their name in a recipe. All take (logprobs, old_logprobs, advantages, mask) and the keywords clip_range,
+clip_range_high, weights and count, and return (loss, metrics)."""
 
 
 def update_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, count: float) -> Tensor:
@@ -143,7 +145,8 @@ def update_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, count: float
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the larger of (V - R)^2 and (clip(V, V_old +- clip_range) - R)^2, summed over valid tokens / count."""
+    """Half the larger of (V - R)^2 and (clip(V, V_old +- clip_range) - R)^2, summed over valid tokens and
+    divided by count."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * torch.maximum(plain_error, clipped_error)

@@ -1,4 +1,4 @@
-"""Precision of the losses: whatever the type of their inputs, they compute in at least fp32."""
+"""Precision of the losses: they compute in at least fp32, whatever the dtype of their inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ R = TypeVar("R")
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Convert bf16 and fp16 arguments of a loss to fp32; others are passed on.
+    """Decorate a loss so that bf16 and fp16 tensor arguments are converted to fp32; other arguments are unchanged.
 
-    In bf16 a count above 256 would be rounded, and a difference of log-probabilities above 1 has two digits.
+    bf16 rounds counts above 256, and has only two to three significant digits for a difference of log-probabilities.
     """
 
     @wraps(function)

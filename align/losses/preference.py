@@ -6,11 +6,11 @@ Arguments that the DPO family shares (B pairs of a prompt's two completions):
     ref_chosen_logprobs_B, ref_rejected_logprobs_B  the same under the reference; no gradient is needed.
     chosen_tokens_B, rejected_tokens_B              completion lengths, for losses that average over tokens.
     beta                                            scale of the implicit reward r(y) = beta * log(pi(y) / ref(y)).
-    count                                           pairs in the whole optimizer step; B by default. With it, the
+    count                                           pairs in the whole optimizer step; B by default. If set, the
                                                     losses of a step's micro-batches add up to the step's mean.
 
 In the equations, h(y) = log pi(y) - log ref(y), w is the chosen and l the rejected completion, and s is the sigmoid.
-Each function returns (loss, metrics); the metrics are detached means over the pairs of this call.
+Each function returns (loss, metrics); the metrics, if any, are detached means over the pairs of this call.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def dpo_loss(
     beta: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """Mean of -log s(beta * (h(w) - h(l))); ln 2 while policy and reference are equal.
+    """Mean of -log s(beta * (h(w) - h(l))); it is ln 2 if policy and reference are equal.
 
     Source: Rafailov et al., DPO (arXiv 2305.18290), equation 7.
     """
@@ -83,7 +83,7 @@ def hinge_loss(
     beta: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """Mean of max(0, 1 - beta * (h(w) - h(l))): no gradient once a pair's margin is 1.
+    """Mean of max(0, 1 - beta * (h(w) - h(l))); no gradient once beta * (h(w) - h(l)) is 1.
 
     Source: Zhao et al., SLiC-HF (arXiv 2305.10425); with the reference, Liu et al., RSO (arXiv 2309.06657).
     """
@@ -105,8 +105,8 @@ def ipo_loss(
 ) -> LossAndMetrics:
     """Mean of (h(w) / |w| - h(l) / |l| - 1 / (2 beta))^2: the margin is regressed to a target, not pushed to infinity.
 
-    Log-ratios are averaged over tokens, as in TRL, so that the target does not depend on the completion's length. With
-    lengths of 1 this is the paper's equation, where `beta` is called tau.
+    Log-ratios are averaged over tokens, as in TRL, so that the target does not depend on the completion's length. If
+    all lengths are 1, this is the paper's equation, where `beta` is called tau.
     Source: Azar et al., IPO (arXiv 2310.12036), equation 17.
     """
     chosen, rejected = chosen_logprobs_B - ref_chosen_logprobs_B, rejected_logprobs_B - ref_rejected_logprobs_B
@@ -148,7 +148,7 @@ def robust_loss(
 ) -> LossAndMetrics:
     """Mean of (-(1 - e) log s(m) + e log s(-m)) / (1 - 2e), with m = beta * (h(w) - h(l)) and e = label_smoothing.
 
-    An unbiased estimate of the DPO loss on clean labels when each label is flipped with probability e < 1/2.
+    This is an unbiased estimate of the DPO loss on clean labels, if each label is flipped with probability e < 1/2.
     Source: Chowdhury et al., robust DPO (arXiv 2403.00409).
     """
     chosen, rejected = chosen_logprobs_B - ref_chosen_logprobs_B, rejected_logprobs_B - ref_rejected_logprobs_B
@@ -170,7 +170,7 @@ def exo_pair_loss(
 ) -> LossAndMetrics:
     """Mean of KL((s(m), s(-m)) || (1 - e, e)), with m = beta * (h(w) - h(l)) and e = label_smoothing > 0.
 
-    The reverse of the divergence that DPO minimises. Source: Ji et al., EXO (arXiv 2402.00856), equation 16.
+    DPO minimises the divergence in the other direction. Source: Ji et al., EXO (arXiv 2402.00856), equation 16.
     """
     chosen, rejected = chosen_logprobs_B - ref_chosen_logprobs_B, rejected_logprobs_B - ref_rejected_logprobs_B
     margin = beta * (chosen - rejected)
@@ -190,7 +190,8 @@ def nca_pair_loss(
     beta: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """Mean of -log s(r(w)) - (log s(-r(w)) + log s(-r(l))) / 2: absolute likelihoods, not only their difference.
+    """Mean of -log s(r(w)) - (log s(-r(w)) + log s(-r(l))) / 2, which fits each reward and not only their
+    difference.
 
     Source: Chen et al., noise contrastive alignment (arXiv 2402.05369), for pairs.
     """
@@ -210,9 +211,9 @@ def bco_pair_loss(
     beta: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """Mean of -log s(r(w)) - log s(-r(l)): a classifier of good and bad completions whose logit is the reward.
+    """Mean of -log s(r(w)) - log s(-r(l)): trains a classifier of good and bad completions whose logit is the reward.
 
-    The paper's reward shift, a running mean over batches, is left at 0. Source: Jung et al., BCO (arXiv 2404.04656).
+    The paper's reward shift, a running mean over batches, is 0 here. Source: Jung et al., BCO (arXiv 2404.04656).
     """
     chosen = beta * (chosen_logprobs_B - ref_chosen_logprobs_B)
     rejected = beta * (rejected_logprobs_B - ref_rejected_logprobs_B)
@@ -314,8 +315,9 @@ def aot_loss(
 ) -> LossAndMetrics:
     """Mean of -(1 - e) log s(m) - e log s(-m) over sorted pairs, with e = label_smoothing.
 
-    m = beta * (sort(log pi(w) - log pi(l)) - sort(log ref(w) - log ref(l))): the policy's distribution of margins is to
-    dominate the reference's. Sorting mixes a batch's pairs, so the loss depends on the split into micro-batches.
+    m = beta * (sort(log pi(w) - log pi(l)) - sort(log ref(w) - log ref(l))): the loss makes the policy's distribution
+    of margins stochastically dominate the reference's. Sorting mixes a batch's pairs, so the loss depends on the split
+    into micro-batches.
     Source: Melnyk et al., AOT (arXiv 2406.05882).
     """
     margins, _ = (chosen_logprobs_B - rejected_logprobs_B).sort()
@@ -336,9 +338,10 @@ def aot_unpaired_loss(
     label_smoothing: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """As `aot_loss`, with m = beta * (sort(h(w)) - sort(h(l))): rewards of chosen completions are to dominate.
+    """As `aot_loss`, with m = beta * (sort(h(w)) - sort(h(l))).
 
-    The loss depends on the split into micro-batches. Source: Melnyk et al., AOT (arXiv 2406.05882).
+    It makes the distribution of rewards of chosen completions stochastically dominate that of rejected ones. The loss
+    depends on the split into micro-batches. Source: Melnyk et al., AOT (arXiv 2406.05882).
     """
     chosen, rejected = chosen_logprobs_B - ref_chosen_logprobs_B, rejected_logprobs_B - ref_rejected_logprobs_B
     losses = _smoothed(beta * (chosen.sort().values - rejected.sort().values), label_smoothing)
@@ -356,7 +359,7 @@ def simpo_loss(
     simpo_gamma: float,
     count: float | None = None,
 ) -> LossAndMetrics:
-    """Mean of -log s(beta * (log pi(w) / |w| - log pi(l) / |l|) - simpo_gamma); there is no reference.
+    """Mean of -log s(beta * (log pi(w) / |w| - log pi(l) / |l|) - simpo_gamma); it needs no reference.
 
     simpo_gamma: target reward margin. The reward is beta times the mean log-probability per token, so beta is larger
     than DPO's: the paper uses 2 to 10, and a margin of 0.3 to 1.6.
@@ -369,10 +372,10 @@ def simpo_loss(
 
 @in_float32
 def sft_loss(chosen_token_logprobs_BT: Tensor, mask_BT: Tensor, *, count: float | None = None) -> LossAndMetrics:
-    """Negative log-likelihood of the chosen completions per token, the term that `sft_coef` adds to a DPO loss.
+    """Negative log-likelihood per token of the chosen completions: the term that `sft_coef` adds to a DPO loss.
 
     Args:
-        chosen_token_logprobs_BT: log-probabilities of single tokens.
+        chosen_token_logprobs_BT: log-probability of each token.
         mask_BT: 1 on the completion's tokens.
         count: chosen tokens in the whole optimizer step; by default those of this call.
 
@@ -398,9 +401,9 @@ def kto_loss(
 
     Args:
         logprobs_B, ref_logprobs_B: log-probabilities of B completions, which need not come in pairs.
-        desirable_B: bool.
-        kl: scalar of `kto_kl`, for the whole optimizer step.
-        desirable_weight, undesirable_weight: make up for unequal numbers of the two kinds.
+        desirable_B: True for desirable completions.
+        kl: scalar that `kto_kl` returns for the whole optimizer step.
+        desirable_weight, undesirable_weight: compensate for unequal numbers of the two kinds.
 
     Source: Ethayarajh et al., KTO (arXiv 2402.01306).
     """
@@ -413,9 +416,9 @@ def kto_loss(
 
 @in_float32
 def kto_kl(mismatched_logprobs_B: Tensor, ref_mismatched_logprobs_B: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference), at least 0, a scalar without gradient: mean h of mismatched completions.
+    """Estimate of KL(policy || reference): mean h of mismatched completions, at least 0, a scalar without gradient.
 
-    A mismatched completion answers another prompt of the batch than the one it is scored with.
+    A mismatched completion is scored with a prompt of the batch that it does not answer.
     """
     return (mismatched_logprobs_B - ref_mismatched_logprobs_B).mean().clamp_min(0).detach()
 
@@ -437,11 +440,11 @@ PREFERENCE_LOSSES: dict[str, Callable[..., LossAndMetrics]] = {
     "aot_unpaired": aot_unpaired_loss,
     "simpo": simpo_loss,
 }
-"""Losses on pairs by their `loss_type` in a recipe."""
+"""Losses on pairs, by their `loss_type` in a recipe."""
 
 
 def preference_loss(loss_type: str, tensors: Mapping[str, Tensor], options: Mapping[str, float]) -> LossAndMetrics:
-    """Call the loss `loss_type` with those of `tensors` and `options` that it takes, by name."""
+    """Call the loss `loss_type` with the `tensors` and `options` whose names are among its parameters."""
     function = PREFERENCE_LOSSES[loss_type]
     given = {**tensors, **options}
     return function(**{name: given[name] for name in inspect.signature(function).parameters if name in given})
@@ -458,7 +461,7 @@ def _smoothed(margins_B: Tensor, label_smoothing: float) -> Tensor:
 def _paired(
     losses_B: Tensor, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, count: float | None
 ) -> LossAndMetrics:
-    """The mean loss and the implicit rewards under TRL's names."""
+    """The mean loss, and metrics of the implicit rewards under TRL's names."""
     return _sum_over(losses_B, count), {
         "rewards/chosen": _mean(chosen_rewards_B),
         "rewards/rejected": _mean(rejected_rewards_B),

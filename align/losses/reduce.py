@@ -1,7 +1,7 @@
 """Means over valid tokens, normalised by a count that the caller passes.
 
-A loss is the sum over a micro-batch divided by the valid tokens of the whole optimizer step, so the split into
-micro-batches and ranks changes nothing.
+The loss of a micro-batch is its sum over valid tokens, divided by the number of valid tokens of the whole optimizer
+step. The step's gradient therefore does not depend on the split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Ten
 
 @in_float32
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(values - mean) / std over the valid tokens, zero elsewhere.
+    """(values - mean) / std over the valid tokens, zero elsewhere. The variance is the population's (divided by n).
 
-    shift_mean: False adds the mean back. PPO's advantages are shifted, as in InstructGPT's line of implementations.
-    The variance is the population's (divided by n).
+    shift_mean: False adds the mean back, so that only the scale changes. PPO's advantages are whitened with True, as
+        in implementations of InstructGPT.
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
@@ -37,9 +37,11 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def averaging_weights(mask: Tensor, how: str, *, count: float, completions: float, max_tokens: int) -> Tensor | None:
     """Factors [B, T] that turn a sum over tokens divided by `count` into another average.
 
-    how: "tokens": none are needed, returns None. "completions": the mean over completions of each one's mean over its
-    tokens (GRPO). "constant": the sum over tokens divided by completions * max_tokens (Dr. GRPO).
-    count, completions: valid tokens of the whole optimizer step, and completions that have such tokens.
+    how: the average. "tokens": mean over tokens, which needs no factors, so the result is None. "completions": mean
+        over tokens within each completion, then over completions (GRPO). "constant": sum over tokens divided by
+        completions * max_tokens (Dr. GRPO).
+    count: valid tokens of the whole optimizer step.
+    completions: completions of the whole optimizer step that have valid tokens.
     """
     if how == "tokens":
         return None

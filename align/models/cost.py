@@ -13,15 +13,15 @@ from align.models.family import FamilyConfig, family_of
 class ModelCost:
     """Cost of a configuration.
 
-    parameters: all of them.
-    active_parameters: those used for one token.
-    flops_per_token: multiplications and additions of the forward pass per token, attention over `context` earlier
-        tokens included; training takes three times as many.
-    context: earlier tokens.
-    cache_bytes_per_token: key/value cache in bfloat16.
-    cache_bytes_unshared: the same if no layers shared a cache.
+    parameters: number of parameters.
+    active_parameters: number of parameters used per token.
+    flops_per_token: multiplications and additions of the forward pass per token, including attention over `context`
+        earlier tokens. Training takes three times as many.
+    context: earlier tokens to which a token attends in `flops_per_token`.
+    cache_bytes_per_token: key/value cache per token in bfloat16, in bytes.
+    cache_bytes_unshared: the same without sharing between layers.
     cache_bytes_multi_head: as `cache_bytes_unshared`, with one key/value head per query head.
-    weight_bytes: in bfloat16.
+    weight_bytes: weights in bfloat16, in bytes.
     """
 
     parameters: int
@@ -35,7 +35,7 @@ class ModelCost:
 
 
 def model_cost(config: FamilyConfig, context: int = 4096) -> ModelCost:
-    """Count on a model without memory (torch's meta device)."""
+    """Cost of a model with this configuration, which is built on torch's meta device and so takes no memory."""
     with torch.device("meta"):
         model = family_of(config).policy(config)  # type: ignore[arg-type]  # a configuration of this family
     total = active = multiplied = 0
@@ -64,11 +64,11 @@ def model_cost(config: FamilyConfig, context: int = 4096) -> ModelCost:
 
 
 def bytes_per_token(config: FamilyConfig, bytes_per_value: int = 2) -> int:
-    """Key/value cache bytes per token over all layers: one key and one value per cross-layer group."""
+    """Bytes of key/value cache per token over all layers; each cross-layer group stores keys and values once."""
     groups = -(-config.num_hidden_layers // config.kv_group_size)
     return 2 * groups * config.num_key_value_heads * config.head_dim * bytes_per_value
 
 
 def _is_lookup(name: str, config: FamilyConfig) -> bool:
-    """True for an embedding that is only indexed; a tied one is also the output matrix."""
+    """True for an embedding that is only indexed. A tied embedding is also the output head, which is multiplied."""
     return name.endswith("embed_tokens.weight") and not config.tie_word_embeddings

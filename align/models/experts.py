@@ -1,7 +1,7 @@
-"""Routed experts as stacked matrices: sorted, grouped products and their gradients.
+"""Routed experts as stacked matrices: grouped matrix products over rows sorted by expert, and their gradients.
 
-Shapes: T tokens, D hidden, E experts, k experts per token, F expert width, G = 2F; N rows sorted by expert, I inputs,
-O outputs of a stack.
+Shapes: T tokens, D hidden, E experts, k experts per token, F expert width, G = 2F; N rows sorted by expert, I inputs
+and O outputs of a stacked matrix.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from align.models.swiglu import gated_halves
 
 @dataclass
 class ExpertRows:
-    """How N rows that are sorted by expert are divided.
+    """Division of N rows, sorted by expert, into one group per expert. Rows without an expert come last.
 
-    ends_E: index behind each expert's last row, int32. The rows behind the last expert's have no expert.
+    ends_E: end index (exclusive) of each expert's rows, int32.
     total: N.
-    complete: every row is known to have an expert.
-    on_host: rows per expert and last the rows without one, once they are known on the host.
+    complete: True if every row has an expert; False if that is not known.
+    on_host: number of rows per expert, then of rows without an expert; None until `counts` copies them to the host.
     """
 
     ends_E: Tensor
@@ -35,22 +35,23 @@ class ExpertRows:
 
     @property
     def counts(self) -> list[int]:
-        """Rows per expert and last the rows without one; if the host does not know them yet, it waits for the GPU."""
+        """Number of rows per expert, then of rows without an expert. The first access synchronizes with the GPU."""
         if self.on_host is None:
             self.on_host = [end - start for start, end in pairwise((0, *self.ends_E.tolist(), self.total))]
         return self.on_host
 
 
 Correction = Callable[[Tensor, ExpertRows], Tensor]
-"""(rows [N, I] sorted by expert, their division) -> values [N, O] added to the rows' product with a stack."""
+"""(rows [N, I] sorted by expert, their division) -> values [N, O] that are added to the product with stacked
+weights."""
 NO_CORRECTIONS: Mapping[str, Correction] = {}
 
 
 class Gather(torch.autograd.Function):
     """Repeat each row `copies` times and reorder: result row i is input row `order[i] // copies`.
 
-    The backward pass gathers with the inverse order and sums the copies; indexing's own backward pass scatters rows one
-    by one.
+    The backward pass gathers with the inverse order and sums the copies. The backward pass of torch's indexing would
+    scatter rows one by one.
     """
 
     @staticmethod
@@ -66,11 +67,11 @@ class Gather(torch.autograd.Function):
 
 
 class SortedProduct(torch.autograd.Function):
-    """x W_e^T for rows sorted by expert; `counts` holds the rows per expert and last the rows without an expert, whose
-    product is zero.
+    """x W_e^T for rows sorted by expert. `counts` has the number of rows per expert, then of rows without an expert,
+    whose product is zero.
 
-    Every product is written into its slice of one result, in both directions. A loop under autograd would concatenate
-    the slices, and those of the weights' gradient are as large as all experts.
+    In both directions each expert's product is written into its slice of one result tensor. A loop under autograd would
+    concatenate the slices; those of the weights' gradient are as large as the weights of all experts.
     """
 
     @staticmethod
@@ -87,7 +88,7 @@ class SortedProduct(torch.autograd.Function):
             grad_rows = SortedProduct.product(grad_NO, weights_EOI, ctx.counts)
         if ctx.needs_input_grad[1]:
             grad_weights = torch.empty_like(weights_EOI)
-            # Experts without rows are included: their gradient is zero, not uninitialised memory.
+            # Experts without rows are included: for them torch.mm overwrites the uninitialised memory with zeros.
             for rows, grad, out in zip(rows_NI.split(ctx.counts), grad_NO.split(ctx.counts), grad_weights):
                 torch.mm(grad.T, rows, out=out)
         return grad_rows, grad_weights, None
@@ -115,11 +116,11 @@ def mix_experts(
     *,
     complete: bool = False,
 ) -> Tensor:
-    """Output [T, D]: per token the sum over its experts of weight * expert(token); -1 means no expert.
+    """Output [T, D]: per token the sum over its experts of weight * expert(token); -1 in `experts_Tk` means no expert.
 
-    complete: -1 is known not to occur.
+    complete: True if `experts_Tk` has no -1; False if that is not known.
     Expert e is down_e(act(gate) * up), where (gate, up) are the halves of gate_up_e(token). Tokens are sorted by
-    expert, so each expert is one dense product over its own rows.
+    expert, so that each expert computes dense products over its own rows.
     """
     hidden_TD, gate_up_EGD, down_EDF = in_autocast_dtype(hidden_TD, gate_up_EGD, down_EDF)
 
@@ -130,7 +131,7 @@ def mix_experts(
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's type, if it is on: autocast itself ignores products that write into given memory."""
+    """Cast tensors to autocast's dtype under autocast, which itself does not cast for products with an `out` tensor."""
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -145,9 +146,9 @@ def expert_outputs(
     division: ExpertRows,
     corrections: Mapping[str, Correction] = NO_CORRECTIONS,
 ) -> Tensor:
-    """Outputs [N, D] of rows sorted by expert; zero for the rows behind the last expert's.
+    """Outputs [N, D] of rows sorted by expert; zero for rows without an expert.
 
-    corrections: values that adapters add to the outputs of `gate_up_proj` and `down_proj`.
+    corrections: functions, by the names `gate_up_proj` and `down_proj`, whose values adapters add to these products.
     """
     hidden = gated_halves(act, corrected("gate_up_proj", rows_ND, gate_up_EGD, division, corrections))
     return corrected("down_proj", hidden, down_EDF, division, corrections)
@@ -156,15 +157,15 @@ def expert_outputs(
 def corrected(
     name: str, rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]
 ) -> Tensor:
-    """Product [N, O] with the stack `name`, plus its adapter's correction, if any."""
+    """Product [N, O] of the rows with the stacked weights `name`, plus the correction of their adapter, if any."""
     product = sorted_product(rows_NI, weights_EOI, division)
     return product + corrections[name](rows_NI, division) if name in corrections else product
 
 
 def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -> Tensor:
-    """x W_e^T [N, O] for rows sorted by expert, zero behind the last expert's rows; one kernel on a GPU, a loop of
-    products otherwise."""
-    aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # grouped_mm needs rows of 16-byte multiples
+    """x W_e^T [N, O] for rows sorted by expert; zero for rows without an expert. One grouped kernel for bf16 on a GPU
+    if the sizes are aligned, otherwise a loop over the experts."""
+    aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # rows of 16-byte multiples, for grouped_mm
     if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
         return grouped_product(rows_NI, weights_EOI, division)
     product: Tensor = SortedProduct.apply(rows_NI, weights_EOI, division.counts)
@@ -172,11 +173,11 @@ def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -
 
 
 def grouped_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -> Tensor:
-    """Like `sorted_product`, without copying the counts to the host."""
+    """Like `sorted_product`, by one grouped kernel, which does not need the counts on the host."""
     ends, weights_EIO = division.ends_E, weights_EOI.transpose(1, 2)
     if division.complete:
         return nn.functional.grouped_mm(rows_NI, weights_EIO, offs=ends)
-    # grouped_mm leaves the rows behind the last group uninitialised, in the product and in its gradient.
+    # grouped_mm leaves rows after the last group uninitialised, in the product and in the gradient of the rows.
     written = (torch.arange(len(rows_NI), device=rows_NI.device) < ends[-1])[:, None]
     product = nn.functional.grouped_mm(torch.where(written, rows_NI, 0), weights_EIO, offs=ends)
     return torch.where(written, product, 0)
@@ -191,13 +192,14 @@ def mix_outputs(
     *,
     complete: bool = False,
 ) -> Tensor:
-    """Like `mix_experts`; `compute` maps (rows sorted by expert, their division) to outputs, on any rank."""
+    """Like `mix_experts`, with outputs from `compute`, which maps (rows sorted by expert, their division) to outputs.
+    With expert parallelism `compute` also dispatches rows to other ranks."""
     bucket = experts_Tk.flatten()
     if not complete:
         bucket = torch.where(bucket < 0, num_experts, bucket)  # assignments without an expert come last
     sorted_N, order, inverse = sorting(bucket)
     experts = torch.arange(num_experts, device=bucket.device)
-    # `bincount` would make the host wait for a GPU.
+    # `bincount` would synchronize the host with a GPU.
     ends = torch.searchsorted(sorted_N, experts, right=True, out_int32=True)
     division = ExpertRows(ends, len(bucket), complete)
     outputs = compute(Gather.apply(hidden_TD, order, inverse, experts_Tk.shape[1]), division)
@@ -206,7 +208,7 @@ def mix_outputs(
 
 
 def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys in stable order, that order, and its inverse."""
+    """The keys, sorted stably; the permutation that sorts them; and its inverse."""
     sorted_N, order = keys_N.sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -225,7 +227,7 @@ class Experts(nn.Module):
 
     @property
     def local_experts(self) -> slice:
-        """The experts of the layer whose weights are on this rank; here all of them."""
+        """Indices of the layer's experts whose weights are on this rank; without expert parallelism, all."""
         return slice(0, self.num_experts)
 
     def forward(

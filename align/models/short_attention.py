@@ -1,7 +1,7 @@
 """Causal attention for short sequences on a CPU, as batched matrix products with an explicit backward pass.
 
-On short sequences torch's kernel gains little from a second thread. From about 200 tokens on it is as fast as this
-code: it skips masked blocks, and it never stores the T x T weights.
+On short sequences torch's kernel gains little from a second thread, and this code is faster. From about 200 tokens on,
+torch's kernel is as fast, because it skips masked blocks and never stores the T x T weights.
 
 Shapes: B sequences, T tokens, H query heads, K key/value heads, d head size; G = H / K.
 """
@@ -18,11 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from align.models.experts import in_autocast_dtype
 
 LONGEST = 128
-"""Longest sequence in tokens that is computed here."""
+"""Maximum sequence length in tokens for which this code is used."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
-    """query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d]."""
+    """Causal attention: query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d]."""
     query, key, value = in_autocast_dtype(query, key, value)
     short = query.shape[2] <= LONGEST and not dropout and query.dtype == torch.float32
     if short and query.device.type == "cpu":
@@ -39,14 +39,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: floa
 def repeats_heads(query: Tensor) -> bool:
     """True if grouped key/value heads must be repeated for torch's attention.
 
-    On a GPU the flash kernel has no float32 and the memory-efficient one no groups. The only kernel that has both
-    stores the T x T weights.
+    On a GPU, torch's flash kernel does not support float32, and its memory-efficient kernel does not support grouped
+    heads. The only kernel that supports both stores the T x T weights.
     """
     return query.dtype == torch.float32 and query.device.type != "cpu"
 
 
 class _ShortAttention(torch.autograd.Function):
-    """P = softmax(scaling Q K^T, masked), output P V. The G query heads of a key head are rows of one product."""
+    """P = softmax(scaling Q K^T, masked), output P V. The G query heads that share a key head are stacked as
+    rows of one product."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The gated activation act(gate) * up, with an explicit backward pass for SiLU.
 
-Like the norms it is bound by memory bandwidth. silu(gate) is recomputed in the backward pass instead of stored. If gate
-and up are halves of one tensor, so are their gradients, which saves a concatenation.
+The operation is bound by memory bandwidth. silu(gate) is recomputed in the backward pass instead of stored. If gate and
+up are halves of one tensor, their gradients are written into the halves of one tensor, which saves a concatenation.
 
 Shapes: F width of gate, up and the result.
 """
@@ -25,7 +25,7 @@ def gated(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_halves(act: Activation, gate_up: Tensor) -> Tensor:
-    """act(gate) * up [..., F] of (gate, up) concatenated in the last dimension, 2F."""
+    """act(gate) * up [..., F]; `gate_up` [..., 2F] is gate and up, concatenated in the last dimension."""
     if _is_silu(act):
         product: Tensor = _GatedSiluOfHalves.apply(gate_up)
         return product
@@ -42,7 +42,7 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _write_gradients(grad: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
-    """Write d_up = silu(gate) * grad and d_gate = silu'(gate) * up * grad; `d_up` is scratch for up * grad."""
+    """Write d_up = silu(gate) * grad and d_gate = silu'(gate) * up * grad; `d_up` first holds up * grad."""
     torch.mul(grad, up, out=d_up)
     torch.ops.aten.silu_backward.grad_input(d_up, gate, grad_input=d_gate)
     torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)

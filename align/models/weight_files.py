@@ -1,8 +1,8 @@
 """Tensors of safetensors files, read directly into allocated memory.
 
-Memory mapping would be less code, but mapped pages count as the process's memory until the file is closed, and a
-conversion of type would need a second copy. Here a tensor is read from its offset into its destination; only a
-conversion of type or device needs a buffer, of at most `CHUNK` values.
+Memory mapping would be less code, but mapped pages count as the process's memory until the file is closed, and
+converting the dtype would need a second copy. Here a tensor is read from its offset into its destination. A buffer is
+needed only if dtype or device differ; it has at most `CHUNK` values.
 
 Source of the format: https://github.com/huggingface/safetensors, "Format".
 """
@@ -21,13 +21,13 @@ from align.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**15
-"""Values that are read, checked and converted at once: few enough for the processor's cache, and for torch not to start
+"""Values that are read, checked and converted at a time. So few fit in the processor's cache, and torch does not start
 a thread pool in every reader."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, `offset` bytes from its start."""
+    """A tensor in a file; its data begins `offset` bytes after the file's start."""
 
     name: str
     file: Path
@@ -36,8 +36,8 @@ class StoredTensor:
     offset: int
 
     def read_into(self, target: Tensor) -> None:
-        """Fill `target`: contiguous, of this shape, of any floating type and device. Raises `UserError` for values that
-        are not finite and for a truncated file."""
+        """Fill `target`, which must be contiguous and of this shape, with any floating dtype and device. Raises
+        `UserError` for values that are not finite and for a truncated file."""
         if tuple(target.shape) != self.shape:
             raise ValueError(f"'{self.name}' has the shape {self.shape}, its destination {tuple(target.shape)}")
         values = target.view(-1)
@@ -59,7 +59,7 @@ class StoredTensor:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """True if all values are finite. A finite sum proves it; a sum that is not finite may have overflowed."""
+    """True if all values are finite. A finite sum proves that; a sum that is not finite may have overflowed."""
     return math.isfinite(values.sum()) or bool(values.isfinite().all())
 
 
@@ -69,7 +69,7 @@ def stored_tensors(files: list[Path]) -> list[StoredTensor]:
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
-    """Tensors of one file; `UserError` if it is not a safetensors file, is truncated or has values of another type."""
+    """Tensors of one file; `UserError` if it is not a safetensors file, is truncated or has an unsupported dtype."""
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
@@ -106,7 +106,7 @@ def damaged(file: Path, reason: str) -> UserError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; `UserError` if its index does not match them."""
+    """The safetensors files of a checkpoint; `UserError` if its index is invalid or lists a missing file."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Weights under published names: read from safetensors files, checked against a configuration, sent one at a time."""
+"""Weights under published names: read from safetensors files, checked against a configuration, yielded one by one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ READERS = min(4, os.cpu_count() or 1)
 """Threads that read weights."""
 
 Pieces = dict[str, list[tuple[StoredTensor, Place]]]
-"""{name of our parameter: the stored tensors that fill it, each with its place}."""
+"""{name of our parameter: the stored tensors that fill it, each with the part that it fills}."""
 
 
 @torch.no_grad()
 def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(published name, tensor) of every weight of a model, plain or wrapped by PEFT, with adapters merged on the fly.
 
-    Stacked experts are split into one matrix each. Tensors may be views of the model's parameters: copy them before the
-    next training step. A tied head is omitted.
+    Stacked experts are split into one matrix per expert and projection. Tensors may be views of the model's parameters:
+    copy them before the next training step. A tied head is omitted.
     """
     published = family_of(model.config).published
     for name, tensor in merged_parameters(model):
@@ -38,7 +38,10 @@ def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> int:
-    """Copy published weights into all parameters of a plain model; returns their size in bytes."""
+    """Copy published weights into the parameters of a model without adapters; returns the size of the weights in bytes.
+
+    Raises `ValueError` for an unknown name and for parameters that remain incomplete.
+    """
     place = family_of(model.config).place
     parameters = dict(model.named_parameters())
     missing = {id(parameter): parameter.numel() for parameter in parameters.values()}
@@ -63,9 +66,9 @@ def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> i
 def find_pieces(
     parameters: Mapping[str, Tensor], stored: Iterable[StoredTensor], place: Callable[[str], Place]
 ) -> tuple[Pieces, set[str]]:
-    """The pieces of each parameter, and the stored names that fit none.
+    """The pieces of each parameter, and the names of stored tensors that fit no parameter.
 
-    As in transformers, a trunk also accepts the names of a complete model, and the reverse. Raises `UserError` for an
+    As in transformers, a trunk also accepts the names of a complete model, and vice versa. Raises `UserError` for an
     incomplete stack of experts.
     """
     pieces: Pieces = {}
@@ -93,7 +96,7 @@ def find_pieces(
 
 
 def read_pieces(pieces: Pieces, parameters: Mapping[str, Tensor]) -> None:
-    """Fill the parameters of these names from the files; each reader needs a few megabytes beside them."""
+    """Fill the parameters in `pieces` from the files. Each reader thread needs a buffer of at most `CHUNK` values."""
     found = [
         (tensor, part.within(parameters[name].detach())) for name, parts in pieces.items() for tensor, part in parts
     ]
@@ -108,7 +111,7 @@ def read_pieces(pieces: Pieces, parameters: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(model: Any, folder: Path) -> None:
-    """Overwrite a model's weights in place with those of a checkpoint; `UserError` if one is missing."""
+    """Overwrite a model's weights in place with those of a checkpoint; `UserError` if weights are missing."""
     parameters = dict(model.named_parameters())
     pieces, _ = find_pieces(parameters, stored_tensors(weight_files(folder)), family_of(model.config).place)
     if missing := sorted(set(parameters) - set(pieces)):
@@ -119,8 +122,8 @@ def read_weights(model: Any, folder: Path) -> None:
 def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
     """Raise `UserError` unless the safetensors files hold exactly the tensors of a model with this configuration.
 
-    Only the files' headers and sizes are read, before a model is built; values are checked when they are loaded.
-    scorer: the head is `score.weight`, which may be missing.
+    Only the files' headers and sizes are read, so no model is built. Values are checked when they are loaded.
+    scorer: for a reward model or critic. Both `score.weight` and `lm_head.weight` may then be missing.
     """
     wanted, optional = family_of(config).published_shapes(config), set()
     if scorer or config.tie_word_embeddings:

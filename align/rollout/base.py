@@ -16,11 +16,11 @@ from align.errors import UserError
 class SamplingSettings:
     """Sampling from softmax(logits / temperature) over the whole vocabulary.
 
-    There is no top-p and no top-k: their renormalisation would bias an importance ratio.
+    Top-p and top-k are not supported, because their renormalisation would bias importance ratios.
 
     max_new_tokens: maximum length of a completion.
     temperature: 0 means greedy decoding.
-    seed: the same seed, prompts, settings and weights give the same tokens.
+    seed: the same seed, prompts, settings and weights give the same tokens, up to floating-point rounding.
     stop_token_ids: tokens that end a completion; the stop token is part of it.
     n: completions per prompt.
     """
@@ -41,10 +41,10 @@ class Completion:
     logprobs: log-probability of each of `token_ids` under the sampled distribution, temperature included (greedy:
         softmax(logits)).
     finished: True if a stop token ended the completion, False if it was truncated at `max_new_tokens`.
-    weight_version: version of the weights that sampled it; 0 is the checkpoint's.
+    weight_version: version of the weights that sampled it; 0 for the initial checkpoint.
     routed_experts: with `rollout.return_routing`, the experts of prompt and completion, int16 [layers, tokens - 1, k],
-        best first. The last token was sampled but never fed to the model, so it has no routing. -1 in layers without
-        routed experts and beyond a layer's own k.
+        best first. The last token was sampled but never fed to the model, so it has no routing. Values are -1 in
+        layers without routed experts and beyond a layer's k.
     """
 
     prompt_ids: list[int]
@@ -64,7 +64,8 @@ class SyncReport:
     version: version of the new weights.
     buckets: number of buckets sent.
     checksum: digest of all weights as sent; '' if the engine shares the trainer's process without a transfer. A vLLM
-        engine has checked its tensors against the sender's digests, on one device those of its live parameters.
+        engine has compared its own digests with the sender's. On one device these are digests of the live parameters,
+        on several devices digests of the received tensors.
     engines: number of engines that took the update.
     """
 
@@ -139,8 +140,8 @@ class RolloutEngine(Protocol):
     def offer_weights(self, source: WeightSource) -> None:
         """Set the source from which a restarted engine can get the weights of the last update again.
 
-        Called after `update_weights`. A stream whose checksum differs from the last update's is refused, so a trainer
-        may change its weights afterwards.
+        Called after `update_weights`. The trainer may change its weights afterwards: an engine refuses weights whose
+        checksum differs from that of the last update.
         """
         ...
 
@@ -152,7 +153,7 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Take the memory back; the prefix cache is empty."""
+        """Allocate the memory again; the prefix cache is then empty."""
         ...
 
     def close(self) -> None:
@@ -161,7 +162,7 @@ class RolloutEngine(Protocol):
 
 
 def completion_seed(seed: int, prompt: int, sample: int) -> int:
-    """Seed of one completion's generator: 63 bits, distinct for each (prompt index, sample index)."""
+    """Seed of one completion's generator: a 63-bit hash of seed, prompt index and sample index."""
     mixed = (seed * 0x9E3779B97F4A7C15 + prompt * 0xBF58476D1CE4E5B9 + sample * 0x94D049BB133111EB) % 2**64
     mixed = (mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93 % 2**64
     return (mixed ^ (mixed >> 32)) >> 1

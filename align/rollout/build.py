@@ -20,10 +20,11 @@ def require_placement(rollout: Rollout, *, beside_ranks: bool) -> None:
 def build_engine(
     checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, beside_ranks: bool = False
 ) -> RolloutEngine:
-    """Build vLLM in this process, a client of vLLM servers, or transformers' own decoding; there is no fallback.
+    """Build vLLM in this process, a client of vLLM servers, or an engine on the transformers model.
 
-    beside_ranks: this process is one of several ranks. vLLM in this process would join their process group, so it is
-    started as a server instead, which ends with this process.
+    If the engine that the recipe selects cannot be built, an error is raised; there is no fallback.
+    beside_ranks: True if this process is one of several ranks. vLLM in this process would join their process group, so
+        a vLLM server is started instead, which ends with this process.
     """
     rollout = _beside(rollout, beside_ranks)
     if rollout.engine == "vllm":
@@ -41,7 +42,7 @@ def build_engine(
 
 
 def _beside(rollout: Rollout, beside_ranks: bool) -> Rollout:
-    """The settings of an engine beside the ranks, where vLLM is a server."""
+    """The settings, with `engine: vllm` replaced by one started server if there are several ranks."""
     if beside_ranks and rollout.engine == "vllm":
         return rollout.model_copy(update={"engine": "remote", "start_servers": 1})
     return rollout

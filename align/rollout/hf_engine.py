@@ -26,7 +26,7 @@ from align.rollout.base import (
 
 
 class HuggingFaceEngine:
-    """`RolloutEngine` on a model of its own (not the one in training); draws from its own generators only.
+    """`RolloutEngine` on its own copy of the model. Random numbers come from its own generators only.
 
     A completion depends only on its own seed, not on the other sequences in its batch (up to floating-point rounding).
     """
@@ -127,7 +127,7 @@ def _sample(logits_BV: Tensor, temperature: float, generators: list[torch.Genera
     if temperature == 0:
         next_B = logprobs_BV.argmax(dim=-1)
     else:
-        # argmax of log p minus log of an exponential variable is a draw from p (the Gumbel-max trick).
+        # The argmax of log p - log(exponential variable) is a sample from p (the Gumbel-max trick).
         noise_BV = torch.stack(
             [torch.empty_like(row).exponential_(generator=g) for row, g in zip(logprobs_BV, generators)]
         )

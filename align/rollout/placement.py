@@ -16,8 +16,8 @@ from align.parallel.sharding import world
 class Gpus:
     """The GPUs that rank 0 sees.
 
-    names: as in CUDA_VISIBLE_DEVICES; empty without a GPU.
-    ranks: number of them that have a rank of the run, counted from the first.
+    names: names as in CUDA_VISIBLE_DEVICES; empty without a GPU.
+    ranks: number of GPUs, counted from the first, that have a rank of the run.
     own: index of rank 0's GPU.
     """
 
@@ -31,7 +31,7 @@ class Placement:
     """GPUs of one started server.
 
     devices: value of CUDA_VISIBLE_DEVICES, one name per entry; None without a GPU.
-    nccl: False if rank 0's own GPU is among those of the servers, which excludes NCCL for all of them.
+    nccl: False if one of the servers is on rank 0's GPU, which excludes NCCL for all servers.
     """
 
     devices: list[str] | None
@@ -49,9 +49,9 @@ def visible_gpus() -> Gpus:
 
 
 def place_servers(rollout: Rollout, gpus: Gpus) -> list[Placement]:
-    """The GPUs of each of `rollout.start_servers`, counted from the last GPU, or rank 0's GPU for `ipc`.
+    """The GPUs of each server to start, counted from the last GPU; for `weight_transfer: ipc`, rank 0's GPU.
 
-    Raises `UserError` if they cannot work there.
+    Raises `UserError` for too few GPUs, and for settings that do not allow a GPU shared with a rank.
     """
     size, count = rollout.tensor_parallel_size, rollout.start_servers
     if not gpus.names or not count:

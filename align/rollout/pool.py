@@ -1,4 +1,5 @@
-"""The rollout servers of a run: started or given by the recipe, checked against it, and restarted when they die."""
+"""The rollout servers of a run, started by the run or listed in the recipe. Their settings are checked against the
+recipe; servers that the run started are restarted when they die."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from align.rollout.server import Server, ServerFailure
 from align.rollout.started_server import StartedServer
 
 MAX_STARTS = 4
-"""Times that one server is started in a run; a server that dies more often has another fault."""
+"""Maximum number of starts of one server in a run. A server that dies more often is not restarted."""
 POLL_SECONDS = 0.2
 
 
@@ -30,7 +31,7 @@ class ServerPool:
             )
 
     def start(self) -> None:
-        """Start the servers that the recipe does not name by their addresses."""
+        """Start the servers of `rollout.start_servers`, without waiting for them."""
         for server in self.started():
             server.start()
 
@@ -42,9 +43,9 @@ class ServerPool:
         return [server for server in self.servers if isinstance(server, StartedServer)]
 
     def connect(self, server: Server) -> bool:
-        """True if the server is healthy and awake; it is in use as soon as it has the current weights.
+        """Connect to a server, wake it and clear its failure; False if it is not healthy.
 
-        Raises UserError if the server does not fit the recipe.
+        The caller then sends it the current weights. Raises UserError if the server does not fit the recipe.
         """
         if not server.is_healthy():
             return False
@@ -60,9 +61,9 @@ class ServerPool:
         return True
 
     def wait(self, servers: Iterable[Server], *, restart: bool) -> None:
-        """Wait until the failed ones of `servers` are connected, have ended, or the start timeout has passed.
+        """Wait until each failed server in `servers` is connected or has ended, or the start timeout has passed.
 
-        restart: start those again that were started here and die.
+        restart: restart servers that were started here and die.
         """
         waiting = [server for server in servers if server.failure]
         deadline = time.monotonic() + self.rollout.start_timeout_seconds
@@ -77,7 +78,8 @@ class ServerPool:
                 time.sleep(POLL_SECONDS)
 
     def restart(self) -> None:
-        """Start failed servers again if they have ended or do not come up within the start timeout."""
+        """Restart failed servers that have ended or are not healthy within the start timeout, up to MAX_STARTS
+        starts."""
         for server in self.started():
             if server.failure and server.starts < MAX_STARTS:
                 hangs = server.seconds_since_start() > self.rollout.start_timeout_seconds and not server.is_healthy()
@@ -85,7 +87,7 @@ class ServerPool:
                     server.start()
 
     def failures(self, servers: Iterable[Server]) -> str:
-        """Description of the address and failure of each of these servers, without a final stop."""
+        """Message with the address and failure of each server, without a final period."""
         reasons = []
         for server in servers:
             reason = server.failure or "it failed"
@@ -96,14 +98,14 @@ class ServerPool:
         return f"no rollout server responds: {only}{', '.join(reasons)}"
 
     def no_server(self, servers: Iterable[Server]) -> UserError:
-        """Error for a run without any server, with the failure of each and the fix."""
+        """Error for a run without any working server, with the failure of each server and the fix."""
         servers = list(servers)
         started_here = all(isinstance(server, StartedServer) for server in servers)
         fix = "Fix the cause" if started_here else "Start the servers with `align serve-rollout`"
         return UserError(f"{self.failures(servers)}. {fix}, then run again with --resume.")
 
     def close(self) -> None:
-        """Stop the servers that were started here; the others go on."""
+        """Stop the servers that were started here; the others keep running."""
         for server in self.started():
             server.close()
         self.servers = []

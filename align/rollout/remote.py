@@ -1,4 +1,5 @@
-"""Generation on vLLM servers: requests are distributed, a failed server's requests go to the others, weights agree."""
+"""Generation on vLLM servers. Requests are distributed over the servers; those of a failed server are sent to others.
+All servers in use have the same weights."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from align.rollout.sync.transport import Delivery, HttpBody, SharedMemory, ToSer
 from align.rollout.vllm_options import check_context, check_temperature, sampling_options
 
 MAX_TRIES = 3
-"""Servers on which one completion may fail before the run ends."""
+"""Attempts per completion; the run ends if all of them fail."""
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Request:
     index: position in the result.
     prompt: token ids.
     sampling: vLLM's sampling parameters.
-    tries: servers on which it has failed.
+    tries: number of attempts that failed.
     """
 
     index: int
@@ -60,12 +61,13 @@ class Request:
 class RemoteEngine:
     """`RolloutEngine` on servers that run already or that it starts.
 
-    checkpoint: published weights of version 0. Every server is given them first, whatever weights it has.
+    checkpoint: folder with the weights of version 0 in the published layout. They are sent to every server at the
+        start, whatever weights the server has.
 
-    A server that fails is not used again until it has been given all current weights: at the next update or, if no
-    other server is left, at once from the source of the last `offer_weights`. Each completion has its own seed, so the
-    result does not depend on which server generates it. Each completion is one request, and
-    `rollout.request_timeout_seconds` is the time after which a server counts as hung.
+    A server that fails is not used again until it has received all current weights. They are sent with the next update
+    or, if no other server is left, at once from the source that `offer_weights` set. Each completion has its own seed,
+    so it does not depend on the server that generates it. Each completion is one request; a server that does not
+    respond within `rollout.request_timeout_seconds` counts as failed.
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
@@ -151,7 +153,7 @@ class RemoteEngine:
             on_all(self.pool.in_use(), lambda server: server.wake(self.rollout.request_timeout_seconds))
 
     def close(self) -> None:
-        """Stop the servers that were started here; the others go on."""
+        """Stop the servers that were started here; the others keep running."""
         if self._delivery is not None:
             self._delivery[2].close()
             self._delivery = None
@@ -202,7 +204,8 @@ class RemoteEngine:
             transport.close()
 
     def _delivery_to(self, servers: list[Server]) -> Delivery:
-        """The delivery that fits these servers, reused while they are the same."""
+        """Weight delivery for these servers. The previous delivery is reused if it fits; NCCL and IPC need the same
+        servers."""
         kind = transfer_kind(self.rollout.weight_transfer, servers)
         connected = tuple((server.url, server.connections) for server in servers)
         if self._delivery is not None:
@@ -263,8 +266,8 @@ class RemoteEngine:
                 except UserError as error:
                     problems.append(error)
 
-        # One worker per sequence that a server decodes at a time. Workers take turns over the servers, so that few
-        # requests are distributed evenly.
+        # One worker thread for each sequence that a server can decode concurrently. The workers alternate between the
+        # servers, so that a small number of requests is distributed evenly.
         workers = [server for _ in range(self.rollout.max_sequences) for server in servers]
         with ThreadPoolExecutor(max_workers=min(len(workers), len(pending))) as pool:
             list(pool.map(work, workers))

@@ -1,7 +1,8 @@
 """Expert routing recorded during generation, for the trainer to replay.
 
-On a GPU vLLM returns the routing itself. Its CPU build cannot: returning it needs the second model runner, which needs
-Triton. On a CPU our model class reports the experts of each forward pass, and the recorder sorts them by request.
+On a GPU vLLM returns the routing itself. Its CPU build cannot, because only the V2 model runner returns the routing,
+and that runner needs Triton. On a CPU our model class reports the experts of each forward pass, and the recorder
+assigns them to requests.
 
 Shapes: T tokens of one forward pass (of all running sequences), k experts per token. A completion's routing is int16
 [layers, tokens - 1, k], -1 where a layer has no routed experts or fewer than k.
@@ -29,9 +30,9 @@ class RoutingRecorder:
     """Records the routing of a vLLM model runner in this process.
 
     Each forward pass mixes tokens of many requests: whole prompts, pieces of them, single new tokens. The runner knows
-    the request of each token, and its position places it in the sequence. A pre-empted request computes its tokens
-    again, and the later routing replaces the earlier one. Tokens served from the prefix cache are not recomputed, so
-    their routing cannot be recorded; the engine must not read that cache.
+    the request of each token; the token's position is its index in the sequence. A pre-empted request computes its
+    tokens again, and the later routing replaces the earlier one. Tokens served from the prefix cache are not
+    recomputed, so their routing cannot be recorded; the engine must not read that cache.
     """
 
     def __init__(self, runner: Any):
@@ -82,8 +83,9 @@ class RoutingRecorder:
 def checked_routing(returned: numpy.ndarray | None, top_k: list[int]) -> numpy.ndarray:
     """Convert routing as vLLM returns it, [tokens - 1, layers, k], to a completion's, and check that it is complete.
 
-    The k > 1 experts of a token differ, so vLLM never wrote a row of zeros (vLLM issue 54730). With k = 1 a zero is a
-    valid expert, but not for most tokens in every layer.
+    A token whose entries are all zero was not recorded by vLLM (vLLM issue 54730). With k > 1 this is certain, because
+    the experts of a token differ. With k = 1, expert 0 is a valid choice, so it is an error only if more than half of
+    the tokens have zeros in every layer.
     """
     if returned is None:
         raise RuntimeError("rollout.return_routing is set, but vLLM returned no routed experts")

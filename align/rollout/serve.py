@@ -38,8 +38,9 @@ class ServeSettings:
 def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrides: dict[str, Any]) -> ServeSettings:
     """Find the checkpoint and the settings to serve.
 
-    target: a checkpoint folder, a finished stage's folder, or a recipe. For a recipe, the parent of `stage` is served
-    with that stage's settings.
+    target: a checkpoint folder, a finished stage's folder, or a recipe. For a recipe, the checkpoint with which
+        `stage` generates is served with that stage's settings.
+    stage: by default the first stage of the recipe that generates and trains.
     overrides: values of `Rollout` fields, `dtype` and `seed` given on the command line; None means not given.
     """
     overrides = {key: value for key, value in overrides.items() if value is not None}
@@ -73,7 +74,7 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
 
 
 def _context_length(checkpoint: Path) -> int:
-    """Context length of the model, or the default rollout's if its config.json has none."""
+    """Context length of the model; if its config.json has none, the default of `rollout.max_model_length`."""
     path = checkpoint / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return int(values.get("max_position_embeddings", Rollout().max_model_length))
@@ -82,13 +83,13 @@ def _context_length(checkpoint: Path) -> int:
 def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None) -> None:
     """Serve until interrupted. transfer: host, nccl or ipc; by default nccl on a GPU, otherwise host.
 
-    The server has vLLM's development routes, which replace its weights. Anyone who reaches the port controls the
-    server, so the default host is loopback.
+    The server has vLLM's development routes, through which clients replace its weights. Anyone who can reach the port
+    controls the server, so the default host is loopback.
     """
     checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
     check_context(checkpoint, rollout)
     _check_port(host, port)
-    # vLLM has the routes for weight updates, pausing and sleeping only in this mode.
+    # vLLM has routes for weight updates, pausing and sleeping in development mode only.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and rollout.tensor_parallel_size > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cores_per_rank(rollout.tensor_parallel_size)
@@ -157,7 +158,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _cores_per_rank(ranks: int) -> str:
-    """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND; without it vLLM requires one NUMA node per rank."""
+    """Cores of each rank, as VLLM_CPU_OMP_THREADS_BIND; without this variable vLLM requires one NUMA node per rank."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)
     groups = [[cores[i % len(cores)] for i in range(rank * share, (rank + 1) * share)] for rank in range(ranks)]
@@ -172,7 +173,7 @@ def _print_when_ready(checkpoint: Path, url: str) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Kill this server and its engine as soon as the trainer that started it has ended, for any reason."""
+    """Kill this server and its engine when the trainer that started it has ended, for any reason."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -18,14 +18,14 @@ from align.rollout.base import SLEEP_LEVEL, Completion
 from align.rollout.routing import checked_routing
 
 MARK = "align"
-"""Model name that every server of `align serve-rollout` has; its other model names are facts, `key=value`."""
+"""Model name of every server of `align serve-rollout`. Its other model names state its settings as `key=value`."""
 
 QUICK_SECONDS = 10.0
-"""Timeout of requests that need no computation."""
+"""Timeout in seconds of requests that need no computation."""
 
 
 class ServerFailure(Exception):
-    """The server is gone, hangs or reports an internal error; another server can take over its requests."""
+    """The server is unreachable, hangs or reports an internal error; another server can take over its requests."""
 
 
 class Server:
@@ -34,7 +34,8 @@ class Server:
     url: address, http://HOST:PORT.
     facts: the server's settings as it reports them, such as dtype and transfer.
     failure: reason why the server cannot be used; None while it can.
-    connections: number of times that it was connected; a server that was restarted has no communicator of before.
+    connections: number of times that it was connected. After another connection, an NCCL communicator must be created
+        again, because the server may have been restarted.
     """
 
     def __init__(self, url: str):
@@ -107,16 +108,16 @@ class Server:
             self.call("POST", f"/sleep?level={SLEEP_LEVEL}", timeout=timeout)
 
     def wake(self, timeout: float) -> None:
-        """Take the GPU memory back; a no-op for a server that is awake or was started without `--sleep`."""
+        """Allocate the GPU memory again; a no-op for a server that is awake or was started without `--sleep`."""
         if self.sleeps:
             self.call("POST", "/wake_up", timeout=timeout)
 
     def generate(
         self, prompt: list[int], sampling: dict[str, Any], version: str, *, timeout: float, top_k: list[int] | None
     ) -> Completion:
-        """Generate one completion; raises ServerFailure if the server has other weights than `version`, RUN:NUMBER.
+        """Generate one completion; raises ServerFailure if the server's weights are not `version` (RUN:NUMBER).
 
-        top_k: experts per token in each layer, if the routing is wanted.
+        top_k: experts per token in each layer; None if the routing is not needed.
         """
         request = {"token_ids": prompt, "sampling_params": sampling}
         (choice,) = self.call("POST", "/inference/v1/generate", request, timeout=timeout)["choices"]
@@ -155,7 +156,7 @@ def on_all(servers: Sequence[Server], action: Callable[[Server], object]) -> lis
 
 
 def _error_message(text: str) -> str:
-    """The sentence in an error response, which vLLM and FastAPI put in different places."""
+    """The message in an error response, for which vLLM and FastAPI use different keys."""
     try:
         body = json.loads(text)
     except ValueError:

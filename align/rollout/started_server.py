@@ -19,7 +19,7 @@ from align.rollout.server import Server
 PARENT = "ALIGN_ROLLOUT_PARENT"
 """Environment variable with the process id of the trainer; the server ends when that process does."""
 STOP_SECONDS = 10
-"""Seconds that a server may take to end after SIGTERM, and again after SIGKILL."""
+"""Seconds to wait for the server to end after SIGTERM, and again after SIGKILL."""
 
 
 class StartedServer(Server):
@@ -69,7 +69,7 @@ class StartedServer(Server):
         return next((line for line in reversed(lines) if line), "its log is empty")[:500]
 
     def stop(self) -> None:
-        """End the process group. Its engine may outlive a server that was killed, so a dead server is ended too."""
+        """End the process group, even if the server itself is dead: its engine process may have outlived it."""
         if self.process is None:
             return
         for sign in (signal.SIGTERM, signal.SIGKILL):

@@ -40,9 +40,9 @@ class VllmEngine:
     """`RolloutEngine` on an in-process vLLM.
 
     checkpoint: a folder in the published layout.
-    rollout: lengths, cache and batch.
+    rollout: the recipe's section: lengths, cache size, sequences per batch.
     dtype: float32 or bfloat16; float32 is faster on a CPU without AVX-512.
-    seed: vLLM's own; a completion depends only on the seed of its sampling settings.
+    seed: seed of the engine. Completions do not depend on it, only on the seed of their sampling settings.
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):

@@ -16,14 +16,15 @@ from align.errors import UserError, missing_dependency
 from align.rollout.base import SamplingSettings
 
 LOWEST_TEMPERATURE = 0.01
-"""vLLM silently raises lower temperatures to this one, which changes the sampled distribution."""
+"""vLLM silently raises lower temperatures to this value, which changes the sampled distribution."""
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU; vLLM's kernel needs a multiple of 32."""
 CPU_BATCH_TOKENS = 4096
 LEAST_UTILIZATION = 0.01
-"""Value of gpu_memory_utilization that passes vLLM's check of the free memory."""
+"""Value of gpu_memory_utilization that is small enough to pass vLLM's check of the free memory."""
 BESIDE_TRAINER, ALONE = 0.5, 0.9
-"""Share of the free GPU memory that an engine in this process takes if the process has tensors there, and if not."""
+"""Share of the free GPU memory that an engine in this process takes: BESIDE_TRAINER if torch has reserved GPU memory in
+the process, otherwise ALONE."""
 
 
 def prepare_vllm() -> None:
@@ -82,7 +83,7 @@ def engine_options(
         **cache_options(rollout, has_gpu=gpu, in_process=in_process),
     }
     if not gpu:
-        # vLLM's default on a CPU is 128, and prompts shorter than a block share no prefix.
+        # vLLM's default on a CPU is 128 tokens, and only whole blocks of a prompt are shared.
         options["block_size"] = CPU_BLOCK
         # With chunked prefill, vLLM 0.32 draws and discards a token after each chunk of a prompt and then rewinds the
         # request's generator, which works only on a GPU ("CPU Generator does not use offset").
@@ -93,19 +94,20 @@ def engine_options(
     if rollout.sleep and gpu:
         options["enable_sleep_mode"] = True
     if rollout.return_routing and gpu:
-        # Only vLLM's second model runner records the routing. It stores it beside cached prefixes.
+        # Only vLLM's V2 model runner records the routing. It also keeps the routing of cached prefixes.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         options |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
     return options
 
 
 def cache_options(rollout: Rollout, *, has_gpu: bool, in_process: bool) -> dict[str, Any]:
-    """Size of the key/value cache; empty if vLLM's default applies, 92 % of the GPU together with the weights."""
+    """Options for the size of the key/value cache. Empty if vLLM's default applies: 92 % of the GPU for weights and
+    cache."""
     if not has_gpu:
         return {"kv_cache_memory_bytes": int((rollout.cache_gib or CPU_CACHE_GIB) * 2**30)}
     if rollout.cache_gib is not None:
-        # vLLM refuses to start unless this share of the GPU is free (0.92 by default), even if the cache's size is
-        # given. Beside a trainer it is not.
+        # vLLM refuses to start unless the share gpu_memory_utilization of the GPU is free (0.92 by default), even if
+        # the cache size is set. On a GPU of the trainer, less is free.
         return {"kv_cache_memory_bytes": int(rollout.cache_gib * 2**30), "gpu_memory_utilization": LEAST_UTILIZATION}
     if not in_process:
         return {}

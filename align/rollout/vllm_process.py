@@ -27,7 +27,7 @@ def preserved_torch_state() -> Iterator[None]:
 
     vLLM seeds the global generators and draws from them. On a CPU it also changes the thread count and replaces
     `torch.set_num_threads` by a no-op. (It replaces `synchronize` and `empty_cache` of `torch.accelerator` likewise;
-    they would fail without an accelerator and are not restored, since vLLM calls them until the process ends.)
+    these would fail without an accelerator and are not restored, since vLLM calls them until the process ends.)
     """
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -46,8 +46,9 @@ def preserved_torch_state() -> Iterator[None]:
 class ProcessGroups:
     """Counts the engines that use vLLM's process groups, which belong to the process and not to an engine.
 
-    An engine that shuts down destroys all groups, torch's own included: the trainer's under torchrun, and those of
-    another engine. Here only the last engine destroys vLLM's groups, and torch's only if vLLM created it.
+    When a vLLM engine shuts down, it destroys all process groups, including the trainer's under torchrun and those of
+    other engines. Here only the last engine destroys vLLM's groups. It destroys torch's default group only if vLLM
+    created that group.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """HunYuan under transformers' `from_pretrained` and `save_pretrained`.
 
-transformers' loader reads the matrices of all experts before it assembles their stack. Ours reads each matrix into its
-slice of the stack, so no weight is in memory twice.
+transformers' loader reads the matrices of all experts before it assembles their stack. Our loader reads each matrix
+into its slice of the stack, so no weight is in memory twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from align.models.weights import find_pieces, read_pieces
 
 
 def conversion() -> list[WeightConverter | WeightRenaming]:
-    """transformers' converters for the layout. Its saver uses them, and its loader if `load_pieces` cannot be used."""
+    """Converters between the published layout and ours, for transformers' saver and, without `load_pieces`, its
+    loader."""
     found: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(PUBLISHED_ROUTER.removeprefix("."), ROUTER.removeprefix("."))
     ]
@@ -41,7 +42,7 @@ def conversion() -> list[WeightConverter | WeightRenaming]:
 
 def device_for_pieces(model: PreTrainedModel, settings: LoadStateDictConfig) -> torch.device | str | int | None:
     """Device on which `load_pieces` puts the model; None if transformers' own loader is needed: for quantization,
-    several devices, tensor parallelism, ZeRO-3 or renamed weights."""
+    several devices, offloading to disk, tensor parallelism, a plan of dtypes, ZeRO-3 or renamed weights."""
     devices = set((settings.device_map or {"": "cpu"}).values())
     renamed = len(settings.weight_mapping or []) != len(get_model_conversion_mapping(model))
     more = renamed or settings.is_quantized or settings.device_mesh or settings.dtype_plan or len(devices) > 1
@@ -51,7 +52,8 @@ def device_for_pieces(model: PreTrainedModel, settings: LoadStateDictConfig) -> 
 def load_pieces(model: PreTrainedModel, files: list[Path], device: torch.device | str | int) -> LoadStateDictInfo:
     """Move a model from the meta device to `device`: allocate its parameters there and fill them from the files.
 
-    Parameters without a stored tensor, or with one of another shape, stay on the meta device and are reported.
+    Parameters without a stored tensor, or whose stored tensor has another shape, stay on the meta device and are
+    reported.
     """
     empty = model.state_dict(keep_vars=True)
     pieces, unused = find_pieces(empty, stored_tensors(files), family_of(model.config).place)

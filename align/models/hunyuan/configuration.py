@@ -14,18 +14,20 @@ Number = TypeVar("Number", int, float)
 class HunYuanConfig(PreTrainedConfig):
     """Sizes and switches of a HunYuan model; unknown keys are kept and saved again.
 
-    use_cla, cla_share_factor: layer i has keys and values if `i % cla_share_factor == 0`; the layers after it use them.
+    use_cla, cla_share_factor: layer i has keys and values if `i % cla_share_factor == 0`; the other layers of its group
+        use them.
     use_qk_norm: RMSNorm over the head dimension of queries and keys, after RoPE.
-    rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, at every
-    length.
-    rope_inv_freq_dtype: type to which the inverse frequencies are rounded. Default, as in the reference: bfloat16, or
-        float32 (no rounding) if there is an alpha. Models converted from other families set float32.
+    rope_scaling: `{"type": "dynamic", "alpha": a}` raises the RoPE base to `theta * a ** (d / (d - 2))`, with head
+        size d, at every sequence length.
+    rope_inv_freq_dtype: dtype to which the inverse frequencies are rounded. Default, as in the released code: bfloat16,
+        or float32 (no rounding) if `rope_scaling` has an alpha. Models converted from other families set float32.
     num_experts, moe_topk: an integer, or one per layer; one expert means a dense layer.
     use_mixed_mlp_moe, num_shared_expert: a shared expert of width `intermediate_size * num_shared_expert`.
     router_aux_loss_coef, router_z_loss_coef: weights of the balance loss and the z-loss in the training loss.
-    moe_drop_tokens, capacity_factor: in training an expert takes at most ceil(capacity_factor * k * T / E) assignments.
-    moe_random_routing_dropped_token: recycle routing: an assignment over the capacity goes to a random expert with a
-        free slot instead of being dropped.
+    moe_drop_tokens, capacity_factor: in training each of E experts takes at most ceil(capacity_factor * k * T / E)
+        assignments of T tokens to k experts each.
+    moe_random_routing_dropped_token: recycle routing. An assignment over the capacity goes to a random expert with a
+        free slot, if any, instead of being dropped.
 
     Source: the released configuration files and Sun et al., Hunyuan-Large (arXiv 2411.02265).
     """
@@ -96,7 +98,7 @@ class HunYuanConfig(PreTrainedConfig):
         return _per_layer(self.capacity_factor, layer)
 
     def shared_width(self, layer: int) -> int:
-        """Intermediate size of the shared expert; 0 without one."""
+        """Intermediate size of the shared expert; 0 without a shared expert."""
         return self.intermediate_size * _per_layer(self.num_shared_expert, layer) if self.use_mixed_mlp_moe else 0
 
     def rope_base(self) -> float:
@@ -112,7 +114,7 @@ def _per_layer(value: Number | list[Number], layer: int) -> Number:
 
 
 def size_problem(config: HunYuanConfig) -> str | None:
-    """The reason why a model of these sizes cannot be built; None if it can."""
+    """The reason why a model of these sizes cannot be built; None if there is none."""
     for layer in range(config.num_hidden_layers):
         if config.top_k_in(layer) > config.experts_in(layer):
             return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"

@@ -1,4 +1,4 @@
-"""Names of the published checkpoint and of our parameters: the only map between them, in both directions.
+"""Maps between the names of the published checkpoint, of our parameters and of the vLLM model's parameters.
 
 Published: one matrix per expert (`mlp.experts.E.gate_proj.weight`), router `mlp.gate.wg.weight`.
 Ours: experts stacked (`mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]), router
@@ -63,7 +63,7 @@ def published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 class VllmPlace(NamedTuple):
     """The part of a vLLM parameter that holds a published tensor.
 
-    parameter: its name.
+    parameter: name of the vLLM parameter.
     projection: the published projection inside a stack or a merged layer, else empty.
     expert: index into a stack, else None.
     shard: name or number of the projection for the weight loader of a merged layer, else None.
@@ -92,7 +92,7 @@ def vllm_place(published: str, config: HunYuanConfig) -> VllmPlace:
 
 
 def vllm_pieces(parameter: str, experts: int) -> int:
-    """Number of published tensors in a vLLM parameter; `experts` is the size of its first dimension."""
+    """Number of published tensors in a vLLM parameter. experts: size of its first dimension, used only for a stack."""
     stem, _, last = parameter.rpartition(".")
     if stem.endswith(".mlp.experts"):
         return experts * len(VLLM_STACKS[last])
@@ -100,7 +100,7 @@ def vllm_pieces(parameter: str, experts: int) -> int:
 
 
 def layer_of(name: str) -> int:
-    """Index of the layer that a parameter or module belongs to; a `ValueError` without one."""
+    """Index of the layer that a parameter or module belongs to; raises `ValueError` if there is none."""
     found = _LAYER.search(name + ".")
     if found is None:
         raise ValueError(f"'{name}' is not part of a layer")

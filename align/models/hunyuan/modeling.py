@@ -35,7 +35,7 @@ from align.models.routing import RouterReport, Routing, choices_of_layers, repor
 
 @dataclass
 class HunYuanModelOutput(ModelOutput):
-    """Output of the trunk; the last four are set with `output_router_logits`.
+    """Output of the trunk. The last four fields are set with `output_router_logits`.
 
     last_hidden_state: [B, T, D].
     aux_loss: balance loss, averaged over MoE layers.
@@ -57,7 +57,8 @@ class HunYuanModelOutput(ModelOutput):
 class HunYuanCausalLMOutput(ModelOutput):
     """Output of the language model; the other fields are as in `HunYuanModelOutput`.
 
-    loss: cross entropy plus the router losses times their coefficients.
+    loss: cross entropy, if labels are passed. With `output_router_logits` it includes the router losses times their
+        coefficients.
     logits: [B, T, V].
     """
 
@@ -92,7 +93,8 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations: query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d]."""
+    """Attention in plain torch operations: query [B, H, T, d], key and value [B, K, S, d] -> (output [B, T, H, d],
+    weights [B, H, T, S])."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -107,8 +109,8 @@ class Attention(nn.Module):
     """Grouped-query attention. The first layer of a cross-layer group owns keys and values; the others use them.
 
     The group shares the rotated key divided by its rms, without the norm's weight. The weight is a factor per head
-    dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own weight. Sharing one key
-    and one value per group is therefore exact.
+    dimension, so q . (w * k) = (q * w) . k, and every layer multiplies its queries by its own key-norm weight. Sharing
+    one key and one value per group is therefore exact.
     """
 
     def __init__(self, config: HunYuanConfig, layer: int):
@@ -152,7 +154,7 @@ class Attention(nn.Module):
 
         query = rotate(heads(self.q_proj(hidden_BTD)), *rotation)
         if self.config.use_qk_norm:
-            # The product of the two weights comes first: they are vectors, the queries are large.
+            # Multiply the two weight vectors first, which is cheaper than scaling the large queries twice.
             query = unit_rms(query, self.config.rms_norm_eps) * (
                 self.query_layernorm.weight * self.key_layernorm.weight
             )
@@ -187,8 +189,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint activations in evaluation mode too, because PPO trains in it; transformers' layers do so in
-        training mode only. Off with a cache, because the recomputation would extend it a second time."""
+        """Checkpoint activations in evaluation mode too, because PPO trains in that mode; transformers' layers do so in
+        training mode only. With a key/value cache nothing is checkpointed, because the recomputation would append to
+        the cache a second time."""
         if self.gradient_checkpointing and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
             return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
         return nn.Module.__call__(self, *args, **kwargs)
@@ -200,7 +203,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
         Args:
             token_mask: [B * T], 0 for padding.
-            replay_Tk: Experts to use, -1 for the router's own choice.
+            replay_Tk: Experts to use; -1 leaves the choice to the router.
         """
         attended, shared_kv = self.self_attn(self.input_layernorm(hidden_BTD), **kwargs)
         hidden_BTD = hidden_BTD + self.dropout(attended)
@@ -227,8 +230,8 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse reentrant checkpointing with a `ValueError`: it would drop the gradients of the keys, values and
-        routing that a layer returns besides the hidden state."""
+        """Enable non-reentrant checkpointing. Raises `ValueError` for reentrant checkpointing, which would drop the
+        gradients of the keys, values and routing that a layer returns besides the hidden state."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
@@ -242,7 +245,7 @@ class HunYuanPreTrainedModel(PreTrainedModel):
         load_config: LoadStateDictConfig,
         *args: Any,
     ) -> tuple[LoadStateDictInfo, Any]:
-        """Read the weights with `load_pieces`, which needs no second copy; `from_pretrained` calls this."""
+        """Read the weights with `load_pieces` where possible, without a second copy. `from_pretrained` calls this."""
         files = [Path(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         device = device_for_pieces(model, load_config)
         if state_dict is None and files and device is not None:
@@ -294,10 +297,10 @@ class HunYuanModel(HunYuanPreTrainedModel):
         """Forward pass of the trunk.
 
         Args:
-            routed_experts: [B, T, layers, k], experts to use, -1 for the router's own choice.
-            packing: The input is one row of several sequences, each of which attends to itself only; attention then
-                uses PyTorch's kernels whatever `attn_implementation` is. Raises `ValueError` if combined with a cache,
-                a mask or positions.
+            routed_experts: [B, T, layers, k], experts to use; -1 leaves the choice to the router.
+            packing: The input is one row of several sequences, each of which attends to itself only. `packing.attend`
+                then computes attention, whatever `attn_implementation` is. Raises `ValueError` if combined with a
+                cache, a mask or positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -375,10 +378,10 @@ class HunYuanModel(HunYuanPreTrainedModel):
 
 
 class TokenHead(nn.Linear):
-    """Logits [..., V]; with `tokens_N` their log-probabilities and the entropy, as `linear_logprobs` computes them.
+    """Output head: logits [..., V], or with `tokens_N` the (log-probabilities, entropy) of `linear_logprobs`.
 
-    Without gradients (in sampling) a bf16 head computes fp32 logits, as `linear_logprobs` does.
-    It is a module because ZeRO-3 gathers a weight for calls of its module only.
+    If gradients are disabled, as in sampling, a bf16 head returns fp32 logits, like those inside `linear_logprobs`.
+    `linear_logprobs` is called in here because ZeRO-3 gathers a weight only while its module is called.
     """
 
     def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
@@ -390,7 +393,7 @@ class TokenHead(nn.Linear):
 
 
 class ScoreHead(nn.Linear):
-    """Scores [..., num_labels] in fp32: rounded to bf16, values and scores of 100 would be multiples of 0.5."""
+    """Scores [..., num_labels] in fp32. In bf16, values and scores near 100 would be rounded to multiples of 0.5."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -457,7 +460,8 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 
 
 class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
-    """Linear head on the last attended token: the reward model. The critic applies the same head to every token."""
+    """Trunk with a linear score head, for reward models and critics. `forward` applies the head to the last attended
+    token; the critic applies it to the token before each completion token (`models.forward`)."""
 
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)
@@ -485,7 +489,7 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
         if attention_mask is None:
             last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
         else:
-            # The mask marks the end of a sequence; the pad id may equal EOS.
+            # The end of a sequence is found by the mask, because the pad id may equal EOS.
             positions = torch.arange(hidden.shape[1], device=hidden.device)
             last = (attention_mask * positions).argmax(dim=-1)
         logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])

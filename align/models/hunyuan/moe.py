@@ -33,9 +33,10 @@ def route(
     Args:
         logits_TE: Router logits, fp32.
         top_k: Experts per token.
-        place: Maps the chosen experts [T, k] to those that compute the token, -1 if dropped. A moved token is weighted
-            by its own probability for the new expert; a dropped assignment keeps its share of the sum.
-        replay_Tk: Experts to use instead of the best ones, except where -1. The weights, and with them the router's
+        place: Capacity limit: maps the chosen experts [T, k] to those that compute the token, -1 if dropped. The weight
+            of a recycled assignment is the token's probability for the new expert. A dropped assignment stays in the
+            sum to which the weights are normalised, so the token's other weights sum to less than one.
+        replay_Tk: Experts to use instead of the top k, except where -1. The weights, and with them the router's
             gradient, still come from these logits (routing replay, arXiv 2510.11370).
     """
     probabilities = logits_TE.softmax(dim=-1, dtype=torch.float32)
@@ -53,7 +54,7 @@ def route(
 
 
 def capacity(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-    """Assignments that one expert may take."""
+    """Maximum number of assignments per expert."""
     return math.ceil(factor * top_k * tokens / num_experts)
 
 
@@ -62,9 +63,10 @@ def limit_capacity(
 ) -> Tensor:
     """Assignments [T, k] after the capacity limit; -1 if dropped.
 
-    Assignments arrive in order, all first choices before all second ones. One that finds its expert full takes a slot
-    drawn uniformly from all free ones (recycle) or is dropped. Tokens whose `mask_T` is 0 take no slot. Random numbers
-    come from torch's global generator, which activation checkpointing rewinds.
+    Assignments take slots in order: the first choices of all tokens, then the second choices, and so on. An assignment
+    whose expert is full is dropped or, with `recycle`, takes a slot drawn uniformly from the free slots of all experts
+    while there are any. Tokens whose `mask_T` is 0 take no slot. Random numbers come from torch's global generator,
+    whose state activation checkpointing restores before it recomputes.
     Source: Hunyuan-Large report, section 2.2 and figure 2.
     """
     tokens, top_k = experts_Tk.shape
@@ -75,9 +77,10 @@ def limit_capacity(
         slots = capacity(factor, tokens, top_k, num_experts)
     else:
         valid = mask_T.bool().repeat(top_k)
-        # `capacity` where the mask is: the host would have to wait for the number of tokens.
+        # The value of `capacity`, computed on the mask's device so that the host does not wait for the number of
+        # tokens.
         slots = (factor * top_k * mask_T.bool().sum().double() / num_experts).ceil().long()
-    # Padding counts as one more expert, which has no capacity.
+    # Padding is sorted into an extra bucket after the last expert.
     bucket, order = torch.where(valid, flat, num_experts).sort(stable=True)
     starts = torch.searchsorted(bucket, torch.arange(num_experts + 1, device=flat.device))
     rank = torch.empty_like(order)
@@ -85,7 +88,7 @@ def limit_capacity(
     placed = torch.where(valid & (rank < slots), flat, -1)
     if recycle:
         free_slots = (slots - starts.diff()).clamp_min(0)
-        count = int(free_slots.sum())  # the host waits for a GPU here only
+        count = int(free_slots.sum())  # the only line that synchronizes with a GPU
         if count:
             free = torch.arange(num_experts, device=flat.device).repeat_interleave(free_slots, output_size=count)
             free = free[torch.randperm(count, device=flat.device)]
@@ -96,7 +99,7 @@ def limit_capacity(
 
 
 class Router(nn.Module):
-    """Linear router in fp32. The weight is a parameter of this module, where expert parallelism looks for it."""
+    """Linear router in fp32. Its parameter is `mlp.gate.weight`, which `layout` maps to the published name."""
 
     def __init__(self, config: HunYuanConfig, layer: int):
         super().__init__()
@@ -159,7 +162,7 @@ class MoeBlock(nn.Module):
         """Output [B, T, D] and the routing of the flattened batch.
 
         Args:
-            mask_T: 0 for padding, over all tokens of the batch.
+            mask_T: [B * T], 0 for padding.
             replay_Tk: As in `route`.
         """
         hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])

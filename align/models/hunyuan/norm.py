@@ -1,6 +1,6 @@
 """RMSNorm with an explicit backward pass.
 
-Normalisation is bound by memory bandwidth: autograd's chain of small operations reads and writes about twice as often
+Normalisation is bound by memory bandwidth: autograd's chain of small operations reads and writes about twice as much
 as the closed form.
 
 Shapes: the mean is over the last dimension, D; r = 1 / sqrt(mean(x^2) + eps).
@@ -72,7 +72,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
-        product = (grad * x).reshape(-1, x.shape[-1])  # both sums below are matrix-vector products with it
+        product = (grad * x).reshape(-1, x.shape[-1])  # both sums below are matrix-vector products with `product`
         d_weight = r.reshape(-1) @ product
         along_x = (product @ weight).view_as(r).mul_(r**3).div_(x.shape[-1])
         return (grad * weight).mul_(r).addcmul_(x, along_x, value=-1), d_weight, None

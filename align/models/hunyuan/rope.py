@@ -1,4 +1,4 @@
-"""Rotary position embedding as the published weights were trained with it.
+"""Rotary position embedding, rounded as in the code that the published weights were trained with.
 
 Shapes: B sequences, T tokens, H heads, d head size.
 """
@@ -15,10 +15,11 @@ from align.models.hunyuan.configuration import HunYuanConfig
 
 
 def inverse_frequencies(config: HunYuanConfig) -> Tensor:
-    """base' ** (-2i/d), i = 0..d/2-1, as float32 [d/2], rounded to `rope_inv_freq_dtype`.
+    """base ** (-2i/d), i = 0..d/2-1, as float32 [d/2], rounded to `rope_inv_freq_dtype`; base is `config.rope_base()`.
 
-    Without an alpha the reference rounds them to bfloat16; with an alpha it keeps float32. The wrong choice changes the
-    logits of a four-layer model by 1e-2; with the right one they agree with the reference's to 2e-5.
+    Without an alpha the released code rounds the frequencies to bfloat16; with an alpha it keeps float32. The wrong
+    choice changes the logits of a four-layer model by 1e-2. With the right choice they agree with the
+    released code's to 2e-5.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_base() ** exponent

@@ -1,7 +1,7 @@
 """Conversion of the released tokenizer (hy.tiktoken) to a fast tokenizer, with a template that marks assistant turns.
 
-The released tokenizer is byte-level BPE after NFC, with single digits and 209 special tokens after the last rank. The
-vocabulary file is Tencent's and not part of this project.
+The released tokenizer is byte-level BPE on text in NFC. Each digit is a token, and the ids of 209 special tokens follow
+the last rank. The vocabulary file is Tencent's and not part of this project.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{%- if loop.first and message['role'] == 'system' and headed -%}"
     "{{- '<|startoftext|>' + text + '<|extra_4|>' -}}"
     "{%- elif message['role'] == 'user' -%}"
-    # Like the released template, open a user turn after an empty first message twice.
+    # Like the released template, write <|startoftext|> twice before a user turn that follows an empty first message.
     "{%- if loop.index0 != 1 or not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
     "{%- if loop.index0 == 1 and not headed -%}{{- '<|startoftext|>' -}}{%- endif -%}"
     "{{- text + '<|extra_0|>' -}}"
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{- text -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-"""The released template's rendering: STARTOFTEXT system EXTRA_4 user EXTRA_0 assistant EOS."""
+"""Renders like the released template: STARTOFTEXT system EXTRA_4 user EXTRA_0 assistant EOS."""
 
 
 def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
@@ -60,7 +60,7 @@ def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Rank of each token, from lines of `base64 rank`; `UserError` with the number of an invalid line."""
+    """Rank of each token, from lines of `base64 rank`. Raises `UserError` with the number of an invalid line."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -86,7 +86,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Byte-level BPE with tiktoken's merges: the pair of lowest rank first."""
+    """Byte-level BPE tokenizer that merges in tiktoken's order: first the pair whose merged token has the lowest
+    rank."""
     letters = _byte_letters()
 
     def spell(piece: bytes) -> str:
@@ -111,7 +112,7 @@ def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that `tokenizers` writes for each byte (Radford et al. 2019, GPT-2)."""
+    """The printable letter that represents each byte in `tokenizers` (Radford et al. 2019, GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

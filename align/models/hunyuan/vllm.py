@@ -1,13 +1,14 @@
-"""HunYuan for vLLM: the function of `modeling.py` on vLLM's paged cache, with weights that can be replaced in place.
+"""HunYuan for vLLM: the same function as `modeling.py` on vLLM's paged cache, with weights that are replaced in place.
 
 Every forward pass reads the parameters themselves. vLLM's CPU layers compute with copies that they repack once, after
-the first load; these go stale when weights change (measured: reloading the same weights moved a log-probability by
+the first load. The copies go stale when weights change (measured: reloading the same weights moved a log-probability by
 0.19). So linear layers, head and experts compute with their parameters, and an update is a plain `load_weights`.
 
-On a CPU vLLM's kernel computes the routed experts, whose parameters are stored in the kernel's order. On a GPU
-`mix_experts` does, as in training; vLLM's fused kernels may be faster there, but have not been compared with our model.
+On a CPU vLLM's fused kernel computes the routed experts if it supports them; their parameters are then stored in the
+kernel's order. Otherwise `mix_experts` computes them, as in training. On a GPU vLLM's fused kernels may be faster, but
+have not been compared with our model.
 
-Tensor parallelism splits heads and the MLPs' width; the router is replicated. It has been run with two ranks on a CPU.
+Tensor parallelism shards heads and the MLPs' width; the router is replicated. It has been tested with two CPU ranks.
 Pipeline parallelism and quantization are not supported.
 
 Shapes: T tokens of all running sequences, D hidden, H query heads, K key/value heads, d head size, E experts,
@@ -66,7 +67,7 @@ from align.models.hunyuan.vllm_kernels import (
 
 
 class LiveLinear(UnquantizedLinearMethod):
-    """Compute x W^T + b with the parameter itself instead of a repacked copy, which an update would leave stale."""
+    """Compute x W^T + b with the parameter itself. A repacked copy would be stale after an update."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
@@ -163,10 +164,10 @@ class Attention(nn.Module):
         return self.o_proj(self._attend(query, key, value))[0]
 
     def _attend(self, query: Any, key: Tensor | None, value: Tensor | None) -> Tensor:
-        """Query [T, H, d] and, in an owner, key and value [T, K, d] -> [T, H * d]."""
+        """Query [T, H, d] and, in a layer that owns keys and values, key and value [T, K, d] -> [T, H * d]."""
         if not self.padding:
             return self.attn(query, key, value)
-        # Zeros change neither q . k nor the first d components of the weighted values.
+        # Padding with zeros changes neither q . k nor the first d components of the weighted values.
         query, key, value = (
             None if x is None else nn.functional.pad(x, (0, self.padding)) for x in (query, key, value)
         )
@@ -177,7 +178,8 @@ class Attention(nn.Module):
 
 
 def _kernel_head_dim(head_dim: int, dtype: torch.dtype) -> int:
-    """Head size of the kernel, to which heads are padded: at least `head_dim`, and supported on this device."""
+    """Head size to which heads are padded: the smallest that the kernel on this device supports, at least
+    `head_dim`."""
     if not current_platform.is_cpu():
         # In float32 vLLM has two backends: Triton for heads of at least 32, and FlexAttention, which must be compiled.
         return max(32, head_dim) if dtype == torch.float32 else head_dim
@@ -211,7 +213,7 @@ class SwiGlu(nn.Module):
 class Experts(nn.Module):
     """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
 
-    If vLLM's kernel computes them, their memory is in its order: see `matrix`.
+    If vLLM's CPU kernel computes them, the parameters are stored in the kernel's order (see `matrix`).
     """
 
     def __init__(self, config: HunYuanConfig, layer: int):
@@ -225,7 +227,8 @@ class Experts(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def matrix(self, expert: int, projection: str) -> Tensor:
-        """View of this rank's shard of a published matrix: [N, K], or [N/16, 16, K] in the kernel's order."""
+        """View of this rank's shard of a published matrix: [rows, columns], or [rows/16, 16, columns] for vLLM's
+        kernel."""
         stack = self.w2.data if projection == "down_proj" else self.w13.data
         rows = in_rows(stack[expert]) if self.fused else stack[expert]
         return rows if projection == "down_proj" else rows.chunk(2)[projection == "up_proj"]
@@ -237,7 +240,7 @@ class Experts(nn.Module):
         self.matrix(expert, projection).copy_(share.unflatten(0, (-1, BLOCK)) if self.fused else share)
 
     def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Like `mix_experts`, all-reduced over the ranks."""
+        """Like `mix_experts`, all-reduced over the tensor-parallel ranks."""
         if self.fused:
             output = fused_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2)
         else:
@@ -333,7 +336,7 @@ class HunYuanModel(nn.Module):
 class Update:
     """A weight update in progress.
 
-    digest: fingerprints a tensor.
+    digest: function that fingerprints a tensor.
     pieces: published names received so far, per parameter.
     digests: digest of each published weight.
     """
@@ -346,8 +349,8 @@ class Update:
 class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     """Language model with vLLM's model interface.
 
-    LoRA adapters are supported on attention and on dense or shared MLPs. Adapters on routed experts or the router must
-    be merged into the checkpoint, which the stages do.
+    vLLM's LoRA is supported on attention and on dense or shared MLPs. Adapters on routed experts, and a trained router,
+    must be merged into the checkpoint, as the stages do.
     """
 
     packed_modules_mapping = {merged: list(projections) for merged, projections in VLLM_MERGED.items()}
@@ -384,17 +387,17 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def begin_update(self, digest: Callable[[Tensor], str]) -> None:
-        """Begin an update: until `finish_update`, each call of `load_weights` may bring some of the weights.
+        """Begin an update: until `finish_update`, each call of `load_weights` may load a part of the weights.
 
-        digest: fingerprints a tensor; sender and receiver use the same function.
+        digest: function that fingerprints a tensor; sender and receiver use the same one.
         """
         self._update = Update(digest)
 
     def finish_update(self) -> dict[str, str]:
         """End an update, which must be complete; returns a digest per published name.
 
-        With one rank these are digests of the parameters themselves, so they prove the copy too; with several ranks, of
-        the received tensors.
+        With one rank the digests are those of the parameters, so they also verify the copy. With several ranks they are
+        those of the received tensors.
         """
         update, self._update = self._update, None
         if update is None:
@@ -409,8 +412,9 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy published weights into the parameters: all of them at the start, or some of them during an update.
 
-        Returns the names of the loaded parameters. Raises `ValueError` for an unknown name and for an incomplete
-        parameter: a half-updated model would sample from a policy that never existed.
+        Returns the names of the loaded parameters. Raises `ValueError` for an unknown name and, outside an update, for
+        an incomplete parameter. During an update `finish_update` checks completeness: a half-updated model would sample
+        from a policy that never existed.
         """
         parameters = dict(self.named_parameters())
         pieces = defaultdict(set) if self._update is None else self._update.pieces
@@ -444,7 +448,7 @@ class HunYuanForCausalLM(nn.Module, SupportsLoRA):
                 raise ValueError(f"'{name}' got {len(pieces[name])} of its {count} published weights")
 
     def _live(self, parameters: dict[str, nn.Parameter], name: str) -> Tensor:
-        """View of the part of a parameter that a published weight fills (one rank)."""
+        """View of the part of a parameter that a published weight fills; valid with one rank only."""
         place = vllm_place(name, self.config)
         parameter = parameters[place.parameter].data
         if place.expert is not None:

@@ -1,7 +1,7 @@
-"""vLLM's kernels for the operations between the matrix products: one call instead of torch's five to fifteen.
+"""vLLM's kernels for norms, rotation and routed experts: one call instead of five to fifteen torch operations.
 
-With few running sequences a decoding step's time is set by the number of calls. Every kernel reads its weights at each
-call; the experts' weights are stored in the kernel's order, so that an update needs no repacking.
+With few running sequences the number of calls determines the time of a decoding step. Every kernel reads its weights at
+each call. The experts' weights are stored in the kernel's order, so that an update needs no repacking.
 
 Shapes: T tokens, D hidden, H heads, d head size, E experts, k experts per token, F expert width.
 """
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add x to `residual` in place; returns the norm of the sum in x's memory."""
+        """Add x to `residual` in place; returns the normalised sum, which overwrites x."""
         kernels.fused_add_rms_norm(x, residual, self.weight, self.eps)
         return x
 
@@ -62,7 +62,7 @@ class Rotation(nn.Module):
 
 
 def has_fused_experts(config: HunYuanConfig, width: int) -> bool:
-    """True if vLLM's CPU kernel supports experts of this shape."""
+    """True if vLLM computes on a CPU and its fused kernel supports these experts: aligned sizes, SiLU."""
     aligned = config.hidden_size % 32 == 0 and width % 32 == 0
     return current_platform.is_cpu() and aligned and config.hidden_act == "silu"
 
@@ -77,6 +77,7 @@ def fused_experts(hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, w13
 
 
 def in_rows(matrices: Tensor) -> Tensor:
-    """View of [..., N, K] in the kernel's order, transposed blocks of 16 rows, as [..., N/16, 16, K]."""
+    """View, as [..., N/16, 16, K], of matrices [..., N, K] that are stored in the kernel's order: transposed blocks of
+    16 rows."""
     *experts, rows, columns = matrices.shape
     return matrices.view(*experts, rows // BLOCK, columns, BLOCK).transpose(-2, -1)

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 ARCHITECTURE = "HunYuanForCausalLM"
 TRANSFERS = {"align_host": "HostTransfer", "align_nccl": "LiveNccl", "align_ipc": "LiveIpc"}
-"""Weight-transfer engines: vLLM's name of each, and its class in `align.rollout.sync.vllm_side`."""
+"""Weight-transfer engines: {name in vLLM: class in `align.rollout.sync.vllm_side`}."""
 
 
 def register() -> None:
@@ -28,8 +28,8 @@ def register() -> None:
 
 
 def prepare() -> None:
-    """Register the model class itself for an engine in this process: vLLM starts a second process to inspect a class
-    that is registered by name."""
+    """Register the model class itself for an engine in this process. For a class registered by name, vLLM would start a
+    second process to inspect it."""
     from vllm import ModelRegistry
 
     from align.models.hunyuan.vllm import HunYuanForCausalLM

@@ -38,19 +38,19 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set and the score head
     for SEQ_CLS.
 
-    in_float32: create what trains in float32, whatever the model's dtype.
+    in_float32: keep the trainable parameters in float32, whatever the model's dtype.
     """
     from peft import get_peft_model
 
     wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
     for parameter in wrapped.parameters():
-        if in_float32 and parameter.requires_grad:  # PEFT leaves copies of whole modules in the model's precision
+        if in_float32 and parameter.requires_grad:  # PEFT leaves modules_to_save in the model's dtype
             parameter.data = parameter.data.float()
     return wrapped
 
 
 def is_lora_weight(name: str) -> bool:
-    """True if a parameter of a wrapped model is one of an adapter's two factors."""
+    """True if this parameter of a wrapped model is a LoRA factor, A or B."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -65,8 +65,9 @@ def plain_name(name: str) -> str:
 def without_reference_adapter(model: AnyModel) -> Iterator[None]:
     """Keep TRL from copying the adapter as DPO's reference while it builds the trainer.
 
-    Fresh adapters do not change the model, so the model with its adapter off is the same reference without a copy. With
-    two adapters `Trainer` would not restore the first one on resume, and a sharded model has no values to copy.
+    A fresh adapter does not change the model's output, so the model with its adapter disabled is the same reference and
+    needs no copy. With a second adapter, `Trainer` would not restore the first one on resume. With ZeRO-3, a rank has
+    no full parameters to copy.
     """
     if not hasattr(model, "peft_config"):
         yield

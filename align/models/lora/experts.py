@@ -1,8 +1,8 @@
 """LoRA on stacked experts, applied to the rows of each expert instead of to its weights.
 
-PEFT adds B_e A_e to the whole stack before every forward pass, which needs memory and a gradient as large as the stack.
-Here W_e x + s B_e (A_e x) is computed for the rows x of expert e. The experts may be rank-local and the factors sharded
-by ZeRO-3: a factor's weight is read in its own forward pass only.
+PEFT adds B_e A_e to the whole stack before every forward pass, which needs a copy and a gradient as large as the stack.
+Here W_e x + s B_e (A_e x) is computed for the rows x of expert e. The experts may be rank-local. The factors may be
+sharded by ZeRO-3, because each factor's weight is read only in the forward pass of its own module.
 
 Shapes: N rows sorted by expert, E experts on this rank, I inputs, O outputs, r LoRA rank.
 """
@@ -20,7 +20,7 @@ from align.models.experts import ExpertRows, in_autocast_dtype, sorted_product
 
 
 class Factor(nn.Module):
-    """One factor of the adapters of this rank's experts, [E, O, I]."""
+    """One LoRA factor, A or B, of all experts on this rank: [E, O, I]."""
 
     def __init__(self, weight_EOI: Tensor):
         super().__init__()
@@ -34,8 +34,8 @@ class Factor(nn.Module):
 class ExpertAdapter(ParamWrapper):
     """Adapter on one stack of an `Experts` module. The module adds `correction` to the stack's product.
 
-    It replaces an adapter that PEFT created for all experts of the layer, keeps PEFT's names and switches, and copies
-    the factors of this rank's experts. `peft_shape` restores the shapes that PEFT gives the factors in files.
+    It replaces an adapter that PEFT created for all experts of the layer. It keeps PEFT's names and switches, and
+    copies the factors of this rank's experts. `peft_shape` converts factors to the shapes that PEFT saves.
     """
 
     def __init__(self, made: ParamWrapper):
@@ -76,7 +76,7 @@ def adapt_by_row(model: nn.Module) -> None:
 
 
 def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
-    """The adapter's addition to the full weight, from its full factors in float32."""
+    """What the adapter `name` adds to the full weight, computed from its full factors `a` and `b`."""
     if isinstance(adapter, ExpertAdapter):
         product = torch.bmm(b, a)
     else:
@@ -86,7 +86,8 @@ def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def peft_shape(name: str, factor: Tensor) -> Tensor:
-    """A full parameter in the shape that PEFT writes: A [E r, I] by expert, B [O, r E] by LoRA rank."""
+    """A full factor in the shape that PEFT saves: A [E * r, I], ordered by expert, or B [O, r * E], ordered by LoRA
+    rank. Other parameters are returned unchanged."""
     if factor.dim() != 3:
         return factor
     if ".lora_A." in name:

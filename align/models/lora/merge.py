@@ -14,8 +14,8 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, tensor) of every parameter, with adapters added.
 
     The result is that of `merge_and_unload`, but only one merged matrix exists at a time and the model is unchanged.
-    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; adapters that are off or
-    already merged are not added. Shared parameters appear once.
+    Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; disabled and
+    already merged adapters are not added. Shared parameters appear once.
     """
     for name, parameter, adapters in plain_parameters(model):
         merged = parameter.detach()
@@ -25,7 +25,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Any]]]:
-    """(name in the plain model, parameter, the LoRA layers that add to it) of every parameter, shared ones once."""
+    """(name in the plain model, parameter, LoRA layers that add to it) of every parameter; a shared parameter once."""
     from peft import PeftModel
 
     yield from _walk(model.get_base_model() if isinstance(model, PeftModel) else model, "", set())
@@ -56,7 +56,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 
 
 def _saved_module(wrapper: Any) -> nn.Module:
-    """The trained copy, or the original module while the adapter is off."""
+    """The trained copy, or the original module while the adapter is disabled."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
         original: nn.Module = wrapper.original_module
         return original

@@ -1,4 +1,4 @@
-"""Delivery of weight buckets by vLLM's own GPU transports: NCCL to other GPUs, CUDA IPC within one."""
+"""Delivery of weight buckets by vLLM's own GPU transports: NCCL to other GPUs, CUDA IPC within one GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from align.rollout.vllm_versions import weight_source
 class GpuTransfer:
     """Drives vLLM's transport bucket by bucket. kind: nccl or ipc.
 
-    vLLM's trainer side sends a start and a finish around every transfer. Here these belong to the whole update, so the
-    client that it is given omits them.
+    vLLM's trainer side sends a start and a finish request with every transfer. Here an update has one transfer per
+    bucket, so `_BucketClient` omits these requests, and `ToServers` sends them once per update.
     """
 
     def __init__(self, kind: str, servers: list[Server], bucket_bytes: int, timeout: float):
@@ -57,7 +57,7 @@ class GpuTransfer:
         self._trainer_side.shutdown()
 
     def _deliver(self, bucket: Bucket, servers: list[Server], timeout: float) -> None:
-        """Send the bucket. A server that dies in a broadcast leaves the others inside it, so a failure marks all."""
+        """Send the bucket. If a server dies in a broadcast, the others hang in it, so a failure marks all servers."""
         self._trainer_side.source = weight_source(bucket)
         sending = ThreadPoolExecutor(max_workers=1)
         try:
@@ -70,7 +70,7 @@ class GpuTransfer:
 
 
 def own_address(servers: list[Server]) -> str:
-    """Address of this machine at which every server can reach it."""
+    """Address of this machine that the servers can reach."""
     remote = next((server for server in servers if not server.is_local), servers[0])
     return route_to(remote.host, remote.port).here
 

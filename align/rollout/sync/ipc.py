@@ -11,9 +11,9 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransfer
 class RankZeroIpc(IPCTrainerWeightTransferEngine):
     """vLLM's sender without collectives.
 
-    vLLM's own is meant to be called by every rank of the default process group: it all-gathers their memory handles and
-    ends each chunk with a barrier. Here the other ranks gather weights at that time and would never join. The only
-    server is on rank 0's GPU and needs rank 0's handle alone.
+    vLLM's own sender must be called by every rank of the default process group: it all-gathers the ranks' memory
+    handles and ends each chunk with a barrier. Here the other ranks are gathering weights at that time and would never
+    join. The only server is on rank 0's GPU and needs only rank 0's handle.
     """
 
     def send_weights(self) -> None:

@@ -25,7 +25,7 @@ class Transport(Protocol):
         ...
 
     def start(self) -> None:
-        """Begin an update; abandon one that is unfinished."""
+        """Begin an update; abandon an earlier update that is unfinished."""
         ...
 
     def send(self, bucket: Bucket) -> None:
@@ -62,7 +62,7 @@ def send_stream(
 
 
 class InProcess:
-    """`Transport` to a `vllm.LLM` in this process, which takes the buckets' tensors themselves."""
+    """`Transport` to a `vllm.LLM` in this process. Tensors are passed by reference."""
 
     engines = 1
 
@@ -85,7 +85,7 @@ class InProcess:
 
 
 def end_open_update(llm: Any) -> None:
-    """End an open update: vLLM ends one when its transfer engine raises, and that raises on `abandon`."""
+    """End an open update: vLLM ends an update when its transfer engine raises, and ours raise on `abandon`."""
     try:
         llm.update_weights({"update_info": {"abandon": True}})
     except RuntimeError:

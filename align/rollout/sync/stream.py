@@ -13,13 +13,14 @@ Bucket = list[tuple[str, Tensor]]
 """(name, tensor) pairs that are sent together."""
 
 ROW = 1024
-"""64-bit words in a row of a digest."""
+"""64-bit words per row in `digest`."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 """Names of dtypes in the safetensors format."""
 
 
 def buckets(stream: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dtype) -> Iterator[Bucket]:
-    """Split a stream into buckets of at most `size` bytes (or one tensor), cast to `dtype`, in order."""
+    """Cast a stream of tensors to `dtype` and split it, in order, into buckets of at most `size` bytes. A larger tensor
+    is a bucket of its own."""
     bucket: Bucket = []
     filled = 0
     for name, tensor in stream:
@@ -37,8 +38,8 @@ def digest(tensor: Tensor) -> str:
     """Digest of a tensor's dtype, shape and bits, 16 hex digits.
 
     The bits are read as 64-bit words in rows of 1024, and the sums of all rows and all columns modulo 2^64 are hashed.
-    A changed, moved or missing value changes the digest. It is computed on the tensor's own device at about the speed
-    of memory. It guards against errors, not against an adversary.
+    A changed, moved or missing value changes the digest. The digest is computed on the tensor's device, at about memory
+    bandwidth. It guards against errors, not against an adversary.
     """
     octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
     missing = -octets.numel() % 8

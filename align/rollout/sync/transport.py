@@ -24,7 +24,7 @@ Deliver = Callable[[list[Server], float], None]
 
 
 class Delivery(Protocol):
-    """One way to bring buckets to servers that are in an update."""
+    """A way to send buckets to servers during an update."""
 
     def prepare(self, bucket: Bucket) -> Deliver:
         """Copy the bucket, and return the function that sends the copy."""
@@ -34,7 +34,8 @@ class Delivery(Protocol):
 
 
 class ToServers:
-    """`Transport` to several servers in parallel. A server that fails is marked and dropped; the others go on.
+    """`Transport` to several servers in parallel. A server that fails is marked and dropped; the update
+    continues with the others.
 
     The next bucket is prepared while the servers load the previous one.
     """
@@ -50,8 +51,8 @@ class ToServers:
 
     def start(self) -> None:
         def begin(server: Server) -> None:
-            # Abort requests left over from a trainer that gave them up or died, and drop the prefixes computed with
-            # the old weights.
+            # Abort requests that a trainer abandoned or left when it died, and drop the prefixes computed with the old
+            # weights.
             server.call("POST", "/pause?mode=abort", timeout=self.timeout)
             if not server.call("POST", "/reset_prefix_cache", timeout=self.timeout)["success"]:
                 raise ServerFailure("it did not empty its prefix cache")
@@ -84,7 +85,7 @@ class ToServers:
         self._pool.shutdown(wait=True)
 
     def _settle(self) -> None:
-        """Wait until the bucket on its way has been delivered, and drop the servers that failed."""
+        """Wait until the pending bucket has been delivered, and drop the servers that failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -97,7 +98,8 @@ class ToServers:
 
 
 class SharedMemory:
-    """Safetensors in a file of /dev/shm that the servers map. Two files alternate: one is read, one is written."""
+    """Safetensors in a file of /dev/shm that the servers map. Two files alternate: the servers read one while
+    the next bucket is written to the other."""
 
     def __init__(self) -> None:
         folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
@@ -110,7 +112,7 @@ class SharedMemory:
         size = packed_size(bucket)
         os.ftruncate(descriptor, size)
         try:
-            os.posix_fallocate(descriptor, 0, size)  # without it, a full /dev/shm kills the process in the copy
+            os.posix_fallocate(descriptor, 0, size)  # otherwise a full /dev/shm kills the process in the copy
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -129,7 +131,7 @@ class SharedMemory:
 
 
 class HttpBody:
-    """Safetensors in base64 in the request, to any machine."""
+    """Safetensors as base64 in the body of a request, for servers on any machine."""
 
     def prepare(self, bucket: Bucket) -> Deliver:
         buffer = torch.empty(packed_size(bucket), dtype=torch.uint8)
@@ -143,7 +145,7 @@ class HttpBody:
 def transfer_kind(wanted: str, servers: list[Server]) -> str:
     """Transfer kind for these servers: shared_memory, http, nccl or ipc. wanted: rollout.weight_transfer.
 
-    Raises UserError if the servers were not started for it, or it cannot work from this process.
+    Raises UserError if the servers were not started for this kind, or if it cannot work from this process.
     """
     offered = {server.facts["transfer"] for server in servers}
     local = all(server.is_local for server in servers)

@@ -1,10 +1,10 @@
 """Receiving side of a weight update: transfer engines (`vllm.distributed.weight_transfer`) for our model class.
 
 vLLM's own engines end an update with a reload that replaces and repacks parameters, which leaves our experts stale.
-These use vLLM's transports, but copy into the parameters that the model computes with.
+The engines here use vLLM's transports, but copy into the parameters that the model computes with.
 
-An update is: start, any number of buckets, the sender's digests, finish. The digests are compared with those of the
-parameters; an update without digests cannot be finished.
+An update is: start, any number of buckets, the sender's digests, finish. The digests are compared with those that the
+model computes (`finish_update`); an update without digests cannot be finished.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from align.rollout.sync.stream import Bucket, digest
 
 
 class LiveTransfer:
-    """Common part of the three engines: no reload, verified at the end. It must be the first base class."""
+    """Common part of the three engines: no reload, and the weights are verified at the end. Must be the first base
+    class."""
 
     def start_weight_update(self) -> None:
         self.model: Any
@@ -69,7 +70,7 @@ class HostInit(WeightTransferInitInfo):
 
 @dataclass
 class HostBucket(WeightTransferUpdateInfo):
-    """One bucket; one of the fields is set.
+    """One bucket; exactly one of the fields is set.
 
     tensors: the tensors themselves, for an engine in the sender's process.
     path: a safetensors file in shared memory.
