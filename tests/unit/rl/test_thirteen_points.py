@@ -214,6 +214,7 @@ def test_12_the_critic_starts_from_the_reward_model_with_a_fresh_head(tmp_path) 
     class Context:
         recipe = type("Recipe", (), {"dtype": "float32", "parallel": None})
         checkpoint = staticmethod(lambda reference: tmp_path / "rm" if reference.endswith("rm") else None)
+        trained_dtype = staticmethod(lambda lora: "float32")
 
     critic = build_critic(stage, Context)
     assert critic.score.weight.abs().max() == 0
