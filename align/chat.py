@@ -48,7 +48,9 @@ def _complete(
     free = model.config.max_position_embeddings - len(ids)
     if free < 1:
         context = model.config.max_position_embeddings
-        raise UserError(f"the conversation has {len(ids)} tokens and fills the context of {context}; start a new one.")
+        raise UserError(
+            f"the conversation has {len(ids)} tokens and fills the context of {context}; start a new conversation."
+        )
     prompt = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(

@@ -38,13 +38,13 @@ SHARED_MEMORY = 2**30
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """What the installed torch can use.
+    """The installed torch, and the GPUs that it can use.
 
     cuda: CUDA version that it was built for; None for a CPU build.
     gpus: number of GPUs that it can use.
-    architectures: GPU code in it, such as sm_90.
+    architectures: GPU architectures that it has code for, such as sm_90.
     nccl: version of NCCL.
-    error: its reason for finding no GPU, if it gives one.
+    error: torch's reason for finding no GPU, if any.
     """
 
     version: str
@@ -102,7 +102,7 @@ def read_torch() -> TorchBuild:
 
 
 def gpu_report(machine: NvidiaMachine, build: TorchBuild | None) -> dict[str, str]:
-    """What is known of the GPUs, line by line."""
+    """Lines of the report on driver, CUDA, GPUs and links, by title."""
     if machine.error and not (build and build.gpus):
         return {"gpus": f"none ({machine.error})"}
     lines = {"driver": f"unknown ({machine.error})"}
@@ -192,7 +192,7 @@ def package_problems(build: TorchBuild | None) -> list[str]:
 
 
 def cautions(machine: NvidiaMachine, shared: int) -> list[str]:
-    """Things that work but deserve attention. shared: bytes of /dev/shm."""
+    """Warnings that do not prevent a run. shared: size of /dev/shm in bytes."""
     found = []
     capabilities = {gpu.capability for gpu in machine.gpus if gpu.capability is not None}
     if any(capability < (8, 0) for capability in capabilities):
@@ -219,7 +219,7 @@ def shared_memory(path: Path = Path("/dev/shm")) -> int:
 
 
 def verdict(machine: NvidiaMachine, build: TorchBuild | None, hidden: int, found: list[str]) -> str:
-    """One line: on what this installation runs here."""
+    """One line: whether this installation is ready, and whether it runs on GPUs or the CPU."""
     if build is None:
         return "torch is missing: install it first"
     if found:

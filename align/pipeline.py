@@ -1,4 +1,4 @@
-"""Run a recipe: stage after stage, each once, each leaving a manifest. All ranks of a run follow the same path."""
+"""Run a recipe's stages in order, each once. A finished stage has a manifest. All ranks of a run execute this code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from align.run.folder import disk_error, is_disk_full, locked, write_json
 
 
 class PlannedStage(NamedTuple):
-    """A stage of this run. keep: it is finished already. resume: continue from its last checkpoint, if any."""
+    """A stage of this run. keep: its earlier result is kept. resume: continue from its last checkpoint, if any."""
 
     name: str
     keep: bool
@@ -39,7 +39,8 @@ def run(
     say: Callable[[str], None] = print,
     status: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Run the stages that are not finished yet. `only` runs one; `start` runs that stage and all later ones again."""
+    """Run the stages that are not finished. only: run `base` and this stage. start: run this stage and all later ones
+    again."""
     choose(recipe, run_dir, resume=resume, only=only, start=start)
     prepare_process(recipe)
     with ExitStack() as until_the_end:
@@ -80,14 +81,14 @@ def run(
 def choose(
     recipe: Recipe, run_dir: Path, *, resume: bool, only: str | None, start: str | None
 ) -> tuple[list[str], set[str]]:
-    """(the chosen stages, those of them that run even if they are finished)."""
+    """(chosen stages, the chosen stages that run again even if they are finished)."""
     if start is not None and (resume or only is not None):
         other = "--resume" if resume else f"--only {only}"
-        raise UserError(f"--from {start} starts stages again, which contradicts {other}; pass one of them.")
+        raise UserError(f"--from {start} starts stages again, which contradicts {other}; pass only one of the two.")
     order = [BASE, *recipe.stages]
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in order:
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order)}.")
+            raise UserError(f"{flag} {name}: the recipe has no such stage; use one of {', '.join(order)}.")
     if only is not None:
         continues = resume and manifest.read_manifest(run_dir / only) is None
         return list(dict.fromkeys([BASE, only])), set() if continues else {only}
@@ -97,7 +98,7 @@ def choose(
 def refuse_early(
     recipe: Recipe, run_dir: Path, *, resume: bool, only: str | None, start: str | None
 ) -> tuple[list[str], set[str]]:
-    """The result of `choose`; raises `UserError` for problems that can be seen without loading anything."""
+    """The result of `choose`; raises `UserError` for problems that can be found without loading torch."""
     chosen, again = choose(recipe, run_dir, resume=resume, only=only, start=start)
     to_run = [name for name in chosen if name in again or manifest.read_manifest(run_dir / name) is None]
     if found := problems(recipe, to_run):
@@ -111,7 +112,7 @@ def refuse_early(
 
 
 def _begin(recipe: Recipe, run_dir: Path, chosen: list[str], again: set[str], *, resume: bool) -> list[PlannedStage]:
-    """Refuse earlier results that do not fit, before anything is written; then prepare the run folder."""
+    """Raise `UserError` for earlier results that do not match the recipe, then prepare the run folder."""
     for name in chosen:
         if name not in again:
             manifest.require_unchanged(StageContext(recipe, name, run_dir, resume=resume))
@@ -137,7 +138,7 @@ def _run_stage(context: StageContext) -> None:
     context.say(f"{name}: {kind}")
     started, clock = datetime.now(UTC), time.perf_counter()
     quieten()
-    set_seed(context.seed)  # a stage's random numbers must not depend on whether earlier ones ran in this process
+    set_seed(context.seed)  # a stage's random numbers must not depend on whether earlier stages ran in this process
     if context.recipe.parallel is not None:
         group.forget_last_stage()
     return_cached_memory()

@@ -101,11 +101,11 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
     if not stage.trains:
         return
     for where, reference, _ in stage.checkpoints():
-        owner = f"stages.{name}.{where}"
+        owner = f"the model of stages.{name}.{where}"
         while reference in recipe.stages:
             reference = getattr(recipe.stages[reference], "init_from", BASE)
         if reference == BASE:
-            owner, config = "model", _config_of(recipe.model, files)
+            owner, config = "the recipe's model", _config_of(recipe.model, files)
         else:
             config = _config_in(reference) if files else None
         for experts in expert_counts(config) if config is not None else ():
@@ -114,7 +114,7 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
 
 
 def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
-    """The keys of config.json that set a model's experts; None if this machine does not know them."""
+    """The config.json values of a model; None if the checkpoint is not on this machine or `files` is false."""
     match model:
         case ScratchModel(preset=preset, config=changes):
             return (PRESETS[preset] if preset else {}) | changes
@@ -155,7 +155,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _unless(holds: Callable[[Path], bool], where: str, path: str, problem: str) -> Iterator[str]:
-    """The problem of a path in the recipe for which `holds` is false."""
+    """Yield `problem` if `holds` is false for a path in the recipe."""
     try:
         if not holds(local_path(path)):
             yield f"{where}: {problem}"

@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 PAGE = Path(__file__).parent / "errors.md"
 INTRO = """# What align says about bad input
 
-Each of these ends the command with exit status 2 and one sentence on standard error. A traceback is a bug; please
+Each of these ends the command with exit status 2 and one message on standard error. A traceback is a bug; please
 report it. Nothing is left half-written: files and model folders appear whole or not at all, and a stage that is refused
 before its first step does not count as interrupted.
 

@@ -51,8 +51,8 @@ def require_scorable(task: str, metrics: Sequence[Metric], samples: Samples) -> 
             found = {key for row in samples.rows for key, value in row.items() if not is_missing(value)}
             raise UserError(
                 f"task '{task}': metric '{metric.label}' compares with the column '{compared_column(metric)}', which "
-                f"is empty in every row; the rows have {', '.join(sorted(found))}. Set the metric's `column`, or "
-                "rename the column with the source's `columns`."
+                f"is empty in every row; columns with values: {', '.join(sorted(found))}. Set the metric's `column`, "
+                "or rename the column with the source's `columns`."
             )
 
 

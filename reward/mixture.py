@@ -143,7 +143,8 @@ class Scorer:
         same = tokenizer_fingerprint(scorer.tokenizer) == tokenizer_fingerprint(self.tokenizer)
         if not same:
             self.say(
-                f"  reward '{reward.label}': its tokenizer or chat template differs; completions are encoded again"
+                f"  reward '{reward.label}': its tokenizer or chat template differs from the policy's; prompts and "
+                "completions are re-tokenized"
             )
 
         def component(batch: Experience, samples: Samples) -> Scored:

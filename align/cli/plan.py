@@ -34,7 +34,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--gpu", metavar="NAME", help="GPU model, for its memory and peak rates: a100, h20, h100, h200, ..."
     )
     plan.add_argument(
-        "--model", metavar="NAME", help="a preset or folder, for a checkpoint that is not on this machine"
+        "--model",
+        metavar="NAME",
+        help="preset or folder with the sizes of the recipe's model and of checkpoints not on this machine",
     )
     plan.add_argument("--stage", metavar="STAGE", help="plan only this stage")
     plan.add_argument("--search", action="store_true", help="list the settings that fit, fastest first")

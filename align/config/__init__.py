@@ -1,4 +1,4 @@
-"""Recipes: what a run does, validated before anything heavy is imported."""
+"""Recipes: the settings of a run, validated before torch or transformers are imported."""
 
 from align.config.load import load_recipe, resolve_recipe_path
 from align.config.recipe import Recipe

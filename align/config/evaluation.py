@@ -13,7 +13,7 @@ TASK_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
 
 class F1Metric(RewardBase):
-    """Word F1 between the completion and the row's text; rows without that text are not scored."""
+    """Word F1 between the completion and the row's reference text. Rows without a reference text are not scored."""
 
     kind: Literal["f1"]
     """Selects word F1."""
@@ -35,7 +35,7 @@ def _plain(metric: RewardBase) -> RewardBase:
 
 
 Metric = Annotated[Annotated[F1Metric | Reward, Field(discriminator="kind")], AfterValidator(_plain)]
-"""Word F1, and every reward except a reward model."""
+"""Word F1 or any reward except a reward model."""
 
 
 def _distinct(metrics: list[Metric]) -> list[Metric]:
@@ -47,7 +47,7 @@ def _distinct(metrics: list[Metric]) -> list[Metric]:
 
 
 class EvaluationTask(Section):
-    """A task of an evaluate stage. Settings that it lacks come from the built-in task of the same name, if any."""
+    """A task of an evaluate stage. Omitted settings come from the built-in task of the same name, if any."""
 
     name: Annotated[str, Field(pattern=TASK_NAME)]
     """Name in results and report, or the name of a built-in task: `gsm8k`."""

@@ -1,4 +1,4 @@
-"""Read YAML text into a validated `Recipe`. Errors name the place and what to write instead."""
+"""Read YAML text into a validated `Recipe`. Error messages name the key or line, and the fix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _IMPLICIT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "merg
 
 
 class _Refused(Exception):
-    """Raised for YAML text that is refused. The message lacks the file's name; line: 1-based, or None."""
+    """Raised for YAML text that a recipe may not contain. The message does not name the file.
+
+    line: 1-based line number, if known.
+    """
 
     def __init__(self, sentence: str, line: int | None = None):
         super().__init__(sentence)
@@ -58,7 +61,7 @@ class _StrictLoader(yaml.SafeLoader):
     def __init__(self, stream: str):
         super().__init__(stream)
         self.open: list[str | None] = []
-        """Anchors of the lists and sections around the current node; None for one without an anchor."""
+        """Anchors of the lists and sections around the current node; None for a list or section without an anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -67,8 +70,8 @@ class _StrictLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if anchor in self.open:
                 raise _Refused(
-                    f"the alias '*{anchor}' is inside the section or list that '&{anchor}' names, so it never ends; "
-                    "write the values instead.",
+                    f"the alias '*{anchor}' is inside the section or list '&{anchor}' that it refers to; write the "
+                    "values instead of the alias.",
                     line,
                 )
             anchor = None
@@ -141,12 +144,12 @@ def _parse(text: str) -> Any:
 
 
 def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
-    """Copy with every alias expanded, so that an override of one place does not change another."""
+    """Copy with every alias expanded, so that an override of one key does not change others that share the alias."""
     if next(counter) > MOST_VALUES:
         raise _Refused(f"more than {MOST_VALUES} values once its aliases are expanded; use fewer aliases.")
     if not isinstance(value, dict | list):
         return value
-    if depth > DEEPEST:  # through a chain of aliases
+    if depth > DEEPEST:  # reached through a chain of aliases
         raise _too_deep()
     if isinstance(value, list):
         return [_separate(item, counter, depth + 1) for item in value]
@@ -219,7 +222,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     stages = values.get("stages")
     if parents[:1] == ["stages"] and len(parents) > 1 and isinstance(stages, dict) and parents[1] not in stages:
         raise UserError(
-            f"override '{override}': the recipe has no stage '{parents[1]}'; it has {', '.join(map(str, stages))}."
+            f"override '{override}': the recipe has no stage '{parents[1]}'; use one of {', '.join(map(str, stages))}."
         )
     node: Any = values
     for depth, key in enumerate(parents):
@@ -243,8 +246,8 @@ def _child(node: Any, key: str, override: str, where: str) -> Any:
                 f"override '{override}': '{where}' is an empty list and has no entry '{key}'; override the whole list."
             )
         raise UserError(
-            f"override '{override}': '{where}' is a list and has no entry '{key}'; write the number of an entry, "
-            f"0 to {len(node) - 1}."
+            f"override '{override}': '{where}' is a list and has no entry '{key}'; write the index of an entry "
+            f"({'0' if len(node) == 1 else f'0 to {len(node) - 1}'})."
         )
     if isinstance(node, dict):
         if node.get(key) is None:
@@ -346,7 +349,7 @@ def _shown(value: Any) -> str:
 
 
 def _written_path(values: Any, loc: tuple) -> list[str]:
-    """The location without the union tags that pydantic inserts."""
+    """Location of a pydantic error as the recipe has it, without the union tags that pydantic inserts."""
     path: list[str] = []
     node = values
     for i, key in enumerate(loc):
@@ -367,7 +370,7 @@ def _is_tag(node: Any, key: Any) -> bool:
 
 
 def _hint(loc: tuple) -> str:
-    """Suggestion for an unknown key: a similar key, a key of a section below, or the list of known keys."""
+    """Suggestion for an unknown key: a similar key, the same key in a subsection, or the list of known keys."""
     section, key = loc[:-1], str(loc[-1])
     known = _known_keys(section)
     within = {inner: set(_known_keys((*section, inner))) - set(known) for inner in known}
@@ -384,7 +387,7 @@ def _known_keys(loc: tuple) -> list[str]:
 def _models_at(loc: tuple) -> list[type[BaseModel]]:
     """Section classes that are possible at `loc`, which includes pydantic's union tags."""
     models: list[type[BaseModel]] = [Recipe]
-    names_an_entry = False  # a stage may be called `sft` and be of another kind
+    names_an_entry = False  # then `key` is not a union tag: a stage of any kind may be called `sft`
     for key in loc:
         if names_an_entry:
             names_an_entry = False
@@ -399,7 +402,7 @@ def _models_at(loc: tuple) -> list[type[BaseModel]]:
 
 
 def _holds_several(annotation: Any) -> bool:
-    """True if the annotation contains a list, tuple or dict: a location then names the entry by a key or number."""
+    """True if the annotation contains a list, tuple or dict: the next part of a location is then a key or index."""
     return get_origin(annotation) in (dict, list, tuple) or any(map(_holds_several, get_args(annotation)))
 
 

@@ -27,7 +27,9 @@ class Offload(Section):
         if to_disk and self.path is None:
             raise ValueError("nvme needs a folder on a local disk; set path, or write cpu instead of nvme")
         if self.path is not None and not to_disk:
-            raise ValueError("path is set, but nothing is offloaded to nvme; remove path, or write nvme")
+            raise ValueError(
+                "path is set, but nothing is offloaded to nvme; remove path, or set optimizer or parameters to nvme"
+            )
         return self
 
 
@@ -39,7 +41,7 @@ class Parallel(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """State sharded over the ranks. 0: none; 1: optimizer states; 2: also gradients; 3: also weights."""
     expert_parallel_size: Positive = 1
-    """Ranks over which the routed experts of a layer are sharded; tokens are dispatched to them by all-to-all. Must
+    """Number of ranks over which the routed experts of a layer are sharded; tokens are dispatched by all-to-all. Must
     divide `processes` and the number of experts."""
     offload: Offload = Field(default_factory=Offload)
     """Training state kept outside GPU memory. Default: none."""

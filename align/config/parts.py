@@ -56,8 +56,8 @@ def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
     part    the section in the current recipe
     values  the section's values as JSON, from the current recipe or from an earlier run's manifest
 
-    A setting missing from `values` did not exist in the version that wrote them. It gets its default, which is how that
-    version behaved. Renamed settings get their current names.
+    A setting missing from `values` did not exist in the version that wrote them. Such a setting gets its
+    default, with which that version agrees. Renamed settings get their current names.
     """
     kept, fields = {}, type(part).model_fields
     values = dict((key, value) if key in fields else renamed(key, value) for key, value in values.items())
@@ -117,7 +117,7 @@ class PretrainedModel(Section):
 
 
 class HotStartModel(Section):
-    """A dense Llama-type model converted to a mixture of experts that computes the same function at first."""
+    """A dense Llama-type model converted to a mixture of experts, which computes the same function before training."""
 
     kind: Literal["hot_start"]
     """Selects the conversion of a dense model."""
@@ -198,9 +198,9 @@ class PythonDocsSource(SourceBase):
     """Selects the documentation of Python."""
     view: Literal["text", "conversation", "prompts", "pairs"]
     """text: documentation as plain text. conversation: a question and its answer. prompts: a question, with the
-    documentation in the column `reference`. pairs: the right documentation preferred to a neighbouring entry's."""
+    documentation in the column `reference`. pairs: the documentation as chosen, that of another entry as rejected."""
     split: Literal["train", "held_out"] = "train"
-    """Rows from the training modules or from the held-out modules."""
+    """Use the training modules or the held-out modules."""
     max_answer_chars: Annotated[int, Field(ge=20)] = 400
     """Answers are truncated to this many characters, at the end of a sentence."""
 
@@ -217,7 +217,7 @@ class StageSource(SourceBase):
 
 
 def _kind_of_source(value: Any) -> Any:
-    """Kind of a source. A plain discriminator field would make `kind` mandatory; it defaults to `file`."""
+    """Kind of a source, by default `file`. A plain discriminator field would make `kind` mandatory."""
     return value.get("kind", "file") if isinstance(value, dict) else getattr(value, "kind", "file")
 
 
@@ -284,7 +284,7 @@ class Lora(Section):
     attention: bool = True
     """Put adapters on the q, k, v and o projections."""
     shared_mlp: bool = True
-    """Put adapters on the shared expert."""
+    """Put adapters on the shared expert, or on the MLP of a layer without experts."""
     experts: bool = True
     """Put adapters on the routed experts."""
     train_router: bool = True

@@ -17,7 +17,7 @@ def local_path(text: str | Path) -> Path:
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(f"{path}/.")  # as a folder, so that one without permission is refused too
+            os.stat(f"{path}/.")  # `/.` makes os.stat fail for a folder without permission
     except RuntimeError:
         user = str(text).partition("/")[0]
         raise UserError(f"{text}: this machine has no home directory for '{user}'; write the full path.") from None

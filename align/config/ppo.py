@@ -17,8 +17,8 @@ class Critic(Section):
     """The value model of `advantage_estimator: gae`. It uses the stage's `optimizer` except for the settings below."""
 
     init_from: str | None = None
-    """Checkpoint the critic starts from: a stage or a folder. Default: the first reward model of `rewards`, or
-    `init_from` if there is none."""
+    """Checkpoint the critic starts from: a stage or a folder. Default: the first reward model of `rewards`,
+    otherwise the stage's `init_from`."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Peak learning rate of the critic."""
     lora: Lora | None = None
@@ -49,9 +49,9 @@ class Kl(Section):
     horizon: Positive = 10_000
     """Time constant of the adaptation to `target`, in completions. Smaller values adapt faster."""
     stop: Annotated[float, Field(gt=0)] | None = None
-    """Early stopping: limit on the KL per token between the policy before the updates and the current one. Once a
-    mini-batch's mean exceeds it, the iteration's remaining policy updates are skipped; the critic's continue. Default:
-    off."""
+    """Early stopping: limit on the KL per token between the policy before the updates and the current one. Once the
+    mean over a mini-batch exceeds the limit, the remaining policy updates of the iteration are skipped; updates of the
+    critic continue. Default: off."""
 
     @model_validator(mode="after")
     def _has_a_gradient(self) -> Kl:
@@ -76,7 +76,7 @@ class Importance(Section):
 
 
 LOGPROBS_OF_ONE_IN = 16
-"""Under `old_logprobs: rollout` the trainer computes log-probabilities for one completion in this many."""
+"""Under `old_logprobs: rollout` the trainer computes log-probabilities for only one in this many completions."""
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"]
 PolicyLoss = Literal["clip", "cispo"]
@@ -93,8 +93,8 @@ class PpoStage(StageWithParent):
     kind: Literal["ppo"]
     """Selects policy optimisation."""
     advantage_estimator: AdvantageEstimator = "gae"
-    """Baseline of the advantages: a critic (gae), the other completions of the same prompt (grpo, dr_grpo, rloo), or
-    the whole rollout batch (reinforce_plus_plus). Only gae trains a critic. The key selects the advantages alone;
+    """Baseline of the advantages: a critic (gae), completions of the same prompt (grpo, dr_grpo, rloo), or the whole
+    rollout batch (reinforce_plus_plus). Only gae trains a critic. The key selects the advantages alone;
     `docs/ppo.md` lists the other settings of each published method."""
     prompts: list[Source] = Field(min_length=1)
     """Sources of prompts: the column `prompt` (a string, or a conversation that ends with a user turn), or the prompts
@@ -102,7 +102,7 @@ class PpoStage(StageWithParent):
     max_prompt_length: Positive = 256
     """Maximum tokens per prompt. Longer prompts are dropped and counted in the manifest."""
     rewards: Rewards
-    """Rewards; their weighted sum is the score of a completion."""
+    """Rewards. The score of a completion is their weighted sum, minus penalties if any are set."""
     rollout: Rollout = Rollout()
     """Generation of completions."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, eps=1e-5, schedule="constant", warmup_fraction=0.0)
@@ -176,11 +176,11 @@ class PpoStage(StageWithParent):
     """Maximum number of extra generations per iteration that replace groups whose scores are all equal, because such
     groups have no gradient without a critic (DAPO). 0: off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per iteration of an exponential moving average (EMA) of the policy's weights, which is saved instead of the
-    last weights. Sampling and updates use the current weights. Default: no EMA."""
+    """Decay per iteration of an exponential moving average (EMA) of the policy's weights. The EMA weights are saved
+    instead of the last ones. Sampling and updates use the current weights. Default: no EMA."""
     overlap: bool = False
-    """Generate the next rollout batch during the updates. Faster, but the completions come from the policy of one
-    iteration earlier. Needs `rollout.engine: remote`, and either `importance.correction` or, with `old_logprobs:
+    """Generate the next rollout batch during the updates. This is faster, but the completions come from the policy of
+    one iteration earlier. Needs `rollout.engine: remote`, and either `importance.correction` or, with `old_logprobs:
     rollout`, `dual_clip`, because training without a correction can collapse."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 10
     """Iterations between the checkpoints that an interrupted run resumes from."""
@@ -215,8 +215,8 @@ class PpoStage(StageWithParent):
         if self.max_prompt_length + self.rollout.max_new_tokens > self.rollout.max_model_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} + rollout.max_new_tokens {self.rollout.max_new_tokens} "
-                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise it, or lower one of the "
-                "other two"
+                f"exceed rollout.max_model_length {self.rollout.max_model_length}; raise "
+                "rollout.max_model_length, or lower one of the other two"
             )
         return self
 

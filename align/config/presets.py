@@ -109,7 +109,7 @@ def unknown_keys(config: dict[str, Any]) -> list[str]:
     for key in config:
         if key not in CONFIG_KEYS:
             near = get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.5)
-            fix = f"write '{near[0]}' if that is meant" if near else "remove it"
+            fix = f"write '{near[0]}', or remove it" if near else "remove it"
             found.append(f"model.config: '{key}' is not a key of HunYuanConfig; {fix}")
     return found
 

@@ -30,10 +30,12 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, shuffles, dropout and sampling. Each stage derives its own seed from it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of computation and of frozen and saved weights; weights in training are kept in float32. On a CPU
-    without AVX-512 bf16, bfloat16 is several times slower than float32."""
+    """Precision of computation, and of frozen and saved weights. Trained weights are float32; under DeepSpeed they have
+    this dtype, with float32 master weights in the optimizer. On a CPU without AVX-512 bf16, bfloat16 is several times
+    slower than float32."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Number of CPU threads. Default: torch's own choice."""
+    """Number of CPU threads of each process. Default: `OMP_NUM_THREADS`, otherwise the CPUs available to the process;
+    ranks that `align run` starts share the host's CPUs."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     """Experiment trackers that also receive the metrics of metrics.jsonl. Their packages must be installed."""
     parallel: Parallel | None = None
@@ -63,7 +65,7 @@ class Recipe(Section):
                     made = LANGUAGE_MODEL if parent == BASE else self.stages[parent].makes
                     if made not in accepted:
                         raise ValueError(
-                            f"stages.{name}.{where} needs {' or '.join(accepted)}, but '{parent}' makes {made}; name "
+                            f"stages.{name}.{where} needs {' or '.join(accepted)}, but '{parent}' makes {made}; use "
                             "another stage"
                         )
                     continue
@@ -71,8 +73,8 @@ class Recipe(Section):
                     continue
                 known = ", ".join([BASE, *seen])
                 raise ValueError(
-                    f"stages.{name}.{where}: '{parent}' is not an earlier stage of this recipe; name one ({known}), "
-                    "or a folder with a '/' in its path"
+                    f"stages.{name}.{where}: '{parent}' is not an earlier stage; use one of: {known}; or a folder "
+                    "whose path contains '/'"
                 )
             seen.append(name)
         return self
@@ -93,7 +95,9 @@ class Recipe(Section):
 
 
 def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
-    """Error message if `processes` cannot divide a step's rows evenly, with the nearest valid values, else None.
+    """Error message with valid sizes if a step's rows do not make the same number of full micro-batches per process.
+
+    Also if the loss needs the whole batch in one forward pass and the sizes split it. None if there is no problem.
 
     source: the setting that determines the number of processes, as the message names it.
     """
@@ -127,5 +131,5 @@ def nearest_batch(batch: int, micro: int, processes: int) -> int:
 
 
 def is_path(reference: str) -> bool:
-    """True if a reference to a checkpoint is a folder or hub id; a stage's name contains no '/'."""
+    """True if a reference to a checkpoint is a folder: it contains '/', which stage names and `base` do not."""
     return "/" in reference

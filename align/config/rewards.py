@@ -62,7 +62,8 @@ class RemoteReward(RewardBase):
     timeout_s: Annotated[Seconds, RUNTIME] = 120.0
     """Timeout of a request in seconds, including the connection."""
     retries: Annotated[int, Field(ge=0, le=20), RUNTIME] = 5
-    """Retries after a failed connection, a timeout, or status 429 or 500 to 599, after 0.5, 1, 2, ... seconds."""
+    """Number of retries after a failed connection, a timeout, or status 429 or 500 to 599. The delays are 0.5, 1, 2,
+    ... seconds."""
     send_rows: bool = False
     """Also send the columns of the data, for servers that need more than prompt and completion."""
     failure_score: float | None = None
@@ -135,7 +136,7 @@ class RegexReward(RewardBase):
     column: str | None = None
     """Column that the pattern's first group must equal. Default: only the match counts."""
     timeout_s: Annotated[Seconds, RUNTIME] = 10.0
-    """Timeout per completion in seconds, because some patterns backtrack without end."""
+    """Timeout per completion in seconds, because backtracking makes some patterns take exponential time."""
 
     @model_validator(mode="after")
     def _compiles(self) -> RegexReward:
@@ -160,14 +161,14 @@ class FormatReward(RewardBase):
     sections: list[Annotated[str, Field(min_length=1)]] = Field(default=["think"], min_length=1)
     """Names of the tags in order. Each must be opened and closed once and contain text."""
     opened: bool = False
-    """The prompt ends with the first opening tag, so the completion lacks it."""
+    """true: the prompt ends with the first opening tag, so the completion does not contain it."""
     text_after: Literal["required", "forbidden"] = "required"
     """required: text must follow the last section. forbidden: no text may follow it."""
 
 
 class LengthReward(RewardBase):
-    """1 if the completion has `min_tokens` to `max_tokens` tokens; outside that range the score falls with the distance
-    (see `buffer`)."""
+    """1 if the completion has `min_tokens` to `max_tokens` tokens. Outside that range the score falls
+    linearly to 0, which it reaches at `buffer` + 1 tokens."""
 
     kind: Literal["length"]
     """Selects the check of the length."""
@@ -176,7 +177,7 @@ class LengthReward(RewardBase):
     max_tokens: Positive
     """Largest length with score 1, in tokens, including the end-of-sequence token."""
     buffer: Annotated[int, Field(ge=0)] = 0
-    """Tokens outside the range that still score above 0; the score falls linearly. 0: lengths outside score 0."""
+    """Largest distance from the range, in tokens, with a score above 0. 0: every length outside the range scores 0."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LengthReward:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from align.config.parts import RUNTIME, Positive, Section
 
 CPU_CACHE_GIB = 0.5
-"""Size of the key/value cache on a CPU without `cache_gib`."""
+"""Size in GiB of the key/value cache on a CPU if `cache_gib` is not set."""
 
 
 class Rollout(Section):
@@ -26,10 +26,10 @@ class Rollout(Section):
     max_model_length: Positive = 512
     """Maximum tokens of prompt and completion together. Must not exceed the model's max_position_embeddings."""
     cache_gib: Annotated[Annotated[float, Field(gt=0)] | None, RUNTIME] = None
-    """GiB per engine, or per GPU of an engine, for the key/value cache. Raise it if sequences wait for the cache.
-    Default on a CPU: 0.5. Default on a GPU: a server takes 92 % of the GPU for weights and cache, which is vLLM's
-    default; an engine in the trainer's process takes half of the GPU memory that is free when it starts. A server on a
-    GPU of the trainer needs a value."""
+    """Size of the key/value cache in GiB, per engine on a CPU and per GPU otherwise. Raise it if sequences wait for
+    the cache. Default on a CPU: 0.5. Default on a GPU: a server takes 92 % of the GPU for weights and cache, which is
+    vLLM's default; an engine in the trainer's process takes half of the GPU memory that is free when it starts. Must be
+    set for a server that shares a GPU with the trainer."""
     max_sequences: Positive = 64
     """Maximum number of sequences decoded at the same time per engine."""
     prefix_caching: bool = True
@@ -79,8 +79,8 @@ class Rollout(Section):
                 )
         if self.weight_transfer == "ipc" and max(len(self.servers), self.start_servers, self.tensor_parallel_size) > 1:
             raise ValueError(
-                "rollout.weight_transfer: ipc reaches one server of one GPU, but the recipe has more; use one, or set "
-                "weight_transfer to auto"
+                "rollout.weight_transfer: ipc supports one server with one GPU, but the recipe has more; use one "
+                "server with one GPU, or set weight_transfer to auto"
             )
         for address in self.servers:
             if not re.fullmatch(r"http://[^/\s:]+:\d{1,5}", address):

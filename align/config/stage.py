@@ -1,6 +1,7 @@
 """Facts about a kind of stage: its sources, the checkpoints it refers to, its result.
 
-Most modules read these instead of testing the stage's class; `align plan` and the batch-size checks still do.
+Read these rather than test a stage's class. Exceptions: the dispatch in align/pipeline.py, align/plan/job.py, the
+batch-size check in recipe.py, and the preflight check of evaluation tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Reference(NamedTuple):
 
     field   dotted path of the field below the stage, for example `critic.init_from`
     name    its value
-    accepts results that the field accepts
+    accepts kinds of result that the field accepts
     """
 
     field: str
@@ -35,8 +36,8 @@ class StageBase(Section):
     makes: ClassVar[str]
     """Result that later stages can use: one of the constants above."""
     trains: ClassVar[bool] = False
-    """Whether the stage updates weights: the preflight then checks that `expert_parallel_size` divides its models'
-    experts, and `align serve-rollout` picks the first such stage that generates."""
+    """True if the stage updates weights. For such stages the preflight checks that `expert_parallel_size` divides the
+    number of experts. `align serve-rollout` without `--stage` serves the first of them that generates completions."""
 
     def checkpoints(self) -> Iterator[Reference]:
         """Checkpoints that the stage loads."""
@@ -70,7 +71,8 @@ class StageWithParent(StageBase):
 def find(section: Section, kind: type[Found], path: str = "") -> Iterator[tuple[str, Found]]:
     """Every instance of `kind` in a section and in the sections below it, with the dotted path of its field.
 
-    A section inside a list is named by its `name`, otherwise by its position in the list.
+    On the way to a match, a list item appears in the path as its `name`, or as its position if its class has none. A
+    match that is itself a list item has the path of the list.
     """
     for name in type(section).model_fields:
         field, value = f"{path}{name}", getattr(section, name)

@@ -28,9 +28,9 @@ class TrainingStage(StageWithParent):
     makes = LANGUAGE_MODEL
     trains = True
     sequences_per_row: ClassVar[int] = 1
-    """Sequences in an example of the batch; a preference pair has two."""
+    """Sequences per row of the batch; a preference pair has two."""
     pads: ClassVar[bool] = True
-    """Sequences of a forward pass that differ in length are padded; False if rows are packed to `max_length`."""
+    """True if sequences are padded to the longest one of a forward pass; False if they are packed to `max_length`."""
 
     data: Data
     """Training and held-out data."""
@@ -45,8 +45,8 @@ class TrainingStage(StageWithParent):
     batch_size: Positive = 8
     """Rows (or pairs) per optimizer step, over all processes."""
     micro_batch_size: Positive = 8
-    """Rows (or pairs) per forward pass and process. Must divide a process's rows per step, `batch_size` / processes,
-    unless it exceeds them: one pass then takes them all. Lower it if GPU memory runs out."""
+    """Rows (or pairs) per forward pass and process. Must divide the rows of a process per step, `batch_size` /
+    processes. If it is larger, one pass takes all of these rows. Lower it if GPU memory runs out."""
     group_by_length: bool = False
     """Batch rows of similar length together, which reduces padding. The order of the batches stays random."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 100
@@ -56,7 +56,7 @@ class TrainingStage(StageWithParent):
 
     @property
     def needs_reference(self) -> bool:
-        """The loss needs a forward pass of the frozen parent (under LoRA, of the policy without its adapters)."""
+        """True if the loss needs a forward pass of the frozen parent (under LoRA: of the policy without adapters)."""
         return False
 
     @property
@@ -98,7 +98,7 @@ class SampleStage(StageWithParent):
     """Sources of prompts for the training pairs. Rows without a reference answer (`reference`, `completion` or
     `chosen`) make no pair."""
     held_out: list[Source] = Field(default_factory=list)
-    """Sources of the same kind, for the held-out pairs."""
+    """Sources of prompts for the held-out pairs."""
     neighbours: Fraction = 0.5
     """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
     rollout: Rollout = Rollout()
@@ -180,8 +180,8 @@ class DpoStage(TrainingStage):
     """Loss of a pair, by TRL's names; `sigmoid` is DPO. `simpo` has no reference. align/losses/preference.py has the
     equations and papers."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Factor of the implicit reward, `beta * log(policy / reference)`; a larger one keeps the policy nearer to the
-    reference. Under `simpo`, factor of the mean log-probability per token (its paper: 2 to 10)."""
+    """Factor of the implicit reward, `beta * log(policy / reference)`; larger values keep the policy nearer to
+    the reference. Under `simpo`, factor of the mean log-probability per token (2 to 10 in its paper)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """Assumed share of flipped labels, for `robust` (default 0.1), `exo_pair` (0.001), `aot` and `aot_unpaired` (0)."""
     discopop_tau: Annotated[float, Field(gt=0)] | None = None
@@ -269,7 +269,7 @@ class EvaluateStage(StageBase):
         if not self.prompts:
             for key, other in (("reference", ()), ("reward_model", self.preferences)):
                 if getattr(self, key) is not None and not other:
-                    raise ValueError(f"{key} is measured on the completions of prompts; add prompts, or remove {key}")
+                    raise ValueError(f"{key} needs completions, but prompts is empty; add prompts, or remove {key}")
         if self.reference is not None and self.rollout.temperature == 0:
             raise ValueError(
                 "reference needs samples to estimate the KL, but rollout.temperature 0 is greedy decoding; remove "

@@ -389,7 +389,7 @@ def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], 
 
 def _nothing_left(sources: Sequence[Source], tally: _Tally, setting: str) -> UserError:
     names = ", ".join(describe_source(source) for source in sources)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.most_common())
+    reasons = ", ".join(f"{reason}: {count} row{'s' * (count > 1)}" for reason, count in tally.dropped.most_common())
     advice = f"; raise {setting}" if any("max_" in reason for reason in tally.dropped) else ""
     return UserError(f"{names}: all {tally.read} rows were dropped ({reasons}){advice}.")
 

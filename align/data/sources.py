@@ -233,8 +233,8 @@ def _rename(rows: Rows, columns: Mapping[str, str], name: str) -> Rows:
     missing = sorted(set(columns.values()) - set(present))
     if missing:
         raise UserError(
-            f"{name}: `columns` names {', '.join(missing)}, but the columns are {', '.join(sorted(present))}; correct "
-            "`columns`."
+            f"{name}: `columns` refers to {', '.join(missing)}, but the source's columns are "
+            f"{', '.join(sorted(present))}; correct `columns`."
         )
     moved = {old: new for new, old in columns.items() if old != new}
     hidden = [new for new in moved.values() if new in present and new not in moved]  # replaced by a renamed column

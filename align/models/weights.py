@@ -90,7 +90,7 @@ def find_pieces(
         if found_parts != {(expert, half) for expert in range(len(parameters[name])) for half in halves}:
             raise UserError(
                 f"{tensor.file.parent}: the files do not have the {len(parameters[name])} experts of '{name}'; "
-                "copy the missing files, or the config.json that belongs to these."
+                "copy the missing files, or the config.json that belongs to the weights."
             )
     return pieces, unused
 
@@ -138,7 +138,7 @@ def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
         others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise UserError(
             f"{folder}: the tensor '{missing[0]}'{others} missing; copy the missing files, or the config.json that "
-            "belongs to these."
+            "belongs to the weights."
         )
     if extra:
         others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""

@@ -1,11 +1,10 @@
 """Bytes that a forward pass saves for the backward pass, counted operation by operation.
 
-The method is that of Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv
-2205.05198), who count 34 T D bytes for a dense layer in fp16, besides the attention matrix. Here the operations are
-those of `align.models.hunyuan`.
+The method follows Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv
+2205.05198). They count 34 T D bytes for a dense layer in fp16, plus the attention matrix. This module counts the
+operations of `align.models.hunyuan`.
 
-Letters: T tokens, D hidden, A = H d query size, K key/value size, F MLP width, E experts, k experts per token, a bytes
-per activation value.
+Letters: T tokens, D hidden size, k experts per token, a bytes per activation value.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from align.plan.shape import LayerShape, ModelShape
 class Pass:
     """One forward pass of one rank.
 
-    tokens: padding included.
-    length: tokens of a sequence.
-    padded: the pass has an attention mask.
-    bytes_per_value, bytes_per_weight: of activations and weights.
+    tokens: tokens of the micro-batch, padding included.
+    length: tokens per sequence, padding included.
+    padded: sequences are padded, so attention takes a mask.
+    bytes_per_value: bytes per activation value.
+    bytes_per_weight: bytes per weight.
     """
 
     tokens: int
@@ -32,16 +32,15 @@ class Pass:
     bytes_per_value: int
     bytes_per_weight: int
     lora: Lora | None = None
-    """Adapters; frozen norms and matrices then save nothing for a gradient of their own."""
+    """LoRA settings; None without adapters. Under LoRA, frozen norms and matrices save nothing for weight gradients."""
     looped: bool = False
-    """The experts run one after another (on a CPU, or in fp32) instead of as one grouped product."""
+    """The experts run one after another (on a CPU, or in fp32) instead of in one grouped matrix multiplication."""
 
 
 def norm_bytes(size: int, run: Pass) -> int:
-    """RMSNorm, per token: 1 / rms(x), its input (for fp32 weights), and its output.
+    """Bytes per token that an RMSNorm with fp32 weights saves: input, 1 / rms(x) and output.
 
-    With bf16 weights, x / rms(x) in fp32 takes the place of the input; it is also saved in bf16 if the weight is
-    trained.
+    With bf16 weights, x / rms(x) in fp32 is saved instead of the input, and also in bf16 if the weight is trained.
     """
     a = run.bytes_per_value
     rounded = a if run.bytes_per_weight < 4 and not run.lora else 0
@@ -49,10 +48,11 @@ def norm_bytes(size: int, run: Pass) -> int:
 
 
 def attention_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Attention, per token: normalised and final queries, keys and values if the layer owns them, output, log-sum-exp.
+    """Bytes per token that attention saves: queries, output, log-sum-exp, and the keys and values that the layer owns.
 
-    Rotations save nothing. Values narrower than fp32 are saved together with the fp32 values they were rounded from.
-    With a mask, the keys and values of every layer are repeated for all heads, and the mask is saved as numbers.
+    Rotary embeddings save nothing. With QK norm, the normalised queries and keys are saved in fp32, besides the values
+    that attention uses. With a mask, every layer saves its keys and values repeated for all query heads, and the mask
+    in the dtype of the activations.
     """
     a, query, kv = run.bytes_per_value, shape.query_size, shape.kv_size
     rounded = a if a < 4 else 0
@@ -65,14 +65,14 @@ def attention_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 
 
 def mlp_bytes(width: int, a: int, *, trained: bool = True) -> int:
-    """SwiGLU, per token: gate, up, and their product, which only the gradient of a trained matrix needs."""
+    """Bytes per token that a SwiGLU MLP saves: gate, up and, if its matrices are trained, gate times up."""
     return (3 if trained else 2) * width * a
 
 
 def experts_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Routed experts, per token: k sorted copies, the experts' activations, k outputs, and the router's values.
+    """Bytes per token that routed experts save: k copies of the hidden state, activations, k outputs, router values.
 
-    Frozen experts in a grouped product do not save the copies.
+    The copies are sorted by expert. Frozen experts in a grouped matrix multiplication do not save them.
     """
     if not layer.experts:
         return 0
@@ -89,14 +89,14 @@ def layer_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 
 
 def feed_forward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """The share of `layer_bytes` saved by experts and MLP; it is freed once their gradients are complete."""
+    """The part of `layer_bytes` that experts and MLP save. It is freed once their gradients are complete."""
     trained = run.lora is None or run.lora.shared_mlp
     mlp = mlp_bytes(layer.mlp_width, run.bytes_per_value, trained=trained)
     return run.tokens * (experts_bytes(shape, layer, run) + mlp)
 
 
 def _adapter_bytes(layer: LayerShape, run: Pass) -> int:
-    """Low-rank products, per token."""
+    """Bytes per token that adapters on attention and MLP save: the `rank` outputs of each A matrix."""
     if run.lora is None:
         return 0
     pairs = (2 + 2 * layer.owns_kv) * run.lora.attention + 3 * run.lora.shared_mlp * bool(layer.mlp_width)
@@ -104,21 +104,22 @@ def _adapter_bytes(layer: LayerShape, run: Pass) -> int:
 
 
 def merged_experts(layer: LayerShape, run: Pass) -> int:
-    """The sum of expert matrices and adapters, which PEFT saves for the backward pass under LoRA on experts.
+    """Bytes of a layer's expert weights with the adapters added, which PEFT saves for the backward pass.
 
-    It is counted under DeepSpeed too, where `align.models.lora.experts` does not build it.
+    Zero without LoRA on experts. Counted under DeepSpeed too, although `align.models.lora.experts` does not build these
+    weights there.
     """
     return layer.experts * run.bytes_per_value if run.lora is not None and run.lora.experts else 0
 
 
 def checkpoint_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Bytes that a checkpointed layer saves: its input, and its own keys and values, which the next layers read."""
+    """Bytes that a layer saves under activation checkpointing: its input, router values, and own keys and values."""
     kept = shape.hidden_size + 2 * shape.kv_size * layer.owns_kv
     routing = (4 * layer.num_experts + 20 * layer.top_k) if layer.experts else 0
     return run.tokens * (run.bytes_per_value * kept + routing)
 
 
 def backward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Gradients of activations that are live at the same time, inside the widest MLP of a layer."""
+    """Bytes of the activation gradients that exist at the same time inside a layer's widest MLP."""
     width = max(layer.mlp_width, layer.top_k * shape.expert_width if layer.experts else 0)
     return run.tokens * run.bytes_per_value * (3 * width + 3 * shape.hidden_size)

@@ -19,14 +19,17 @@ DEFAULT_GPU = "h100"
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of `align plan`; None stands for a default that depends on the others.
+    """Flags of `align plan`. None: the default, which depends on the recipe or on other flags.
 
     gpus, hosts: size of the cluster.
     gpu: a name in `GPUS`, for memory and peak rates.
-    gpu_memory, host_memory, nvme, reserve: GB (1e9 bytes) per GPU, per host, per host's disk, and kept free per GPU.
-    tflops, link, network, host_link: measured rates, in TFLOP/s and GB/s.
-    model: preset or folder whose sizes replace those of checkpoints that are not on this machine.
-    stage: plan this stage alone.
+    gpu_memory: GB (1e9 bytes) of memory per GPU.
+    host_memory, nvme: GB of memory and of NVMe disk per host.
+    reserve: GB kept free per GPU.
+    tflops: measured TFLOP/s per GPU.
+    link, network, host_link: measured GB/s per GPU to GPUs of its host, to other hosts, and to its host's memory.
+    model: preset or folder with the sizes of the recipe's model and of checkpoints that are not on this machine.
+    stage: plan only this stage.
     search: list the settings that fit; `show` limits how many per stage.
     json: print JSON.
     """
@@ -74,7 +77,7 @@ StagePlan = tuple[Job, Setting, Plan | str, list[Remedy]]
 
 
 def _stage(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> StagePlan:
-    """Plan a stage under the requested setting; look for changes only if that does not fit."""
+    """Plan a stage under the requested setting. If the setting does not fit, also search for remedies."""
     plan = unusable(job, requested) or evaluate(job, requested, cluster, rates)
     fits = not isinstance(plan, str) and plan.fits
     return job, requested, plan, [] if fits else remedies(job, requested, cluster, rates)
@@ -102,7 +105,10 @@ def _search(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, rates: Rates,
         unmet = {job.name: [_remedy_values(remedy) for remedy in changes[job.name]] for job, some in found if not some}
         return _json(cluster, rates, source, plans, nothing_fits=unmet)
     blocks = [report.header(jobs[0], cluster, rates, source)]
-    blocks += [report.search_text(job, plans, options.show, changes[job.name]) for job, plans in found]
+    requested = {job.name: setting_of(job, recipe.parallel, cluster.gpus) for job in jobs}
+    blocks += [
+        report.search_text(job, plans, options.show, changes[job.name], requested[job.name]) for job, plans in found
+    ]
     return "\n\n".join([*blocks, report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else blocks)
 
 
@@ -125,11 +131,11 @@ def _remedy_values(remedy: Remedy) -> report.Values:
 
 
 def _check(job: Job, cluster: Cluster) -> None:
-    """Raise UserError if no setting lets the GPUs share the batch."""
+    """Raise UserError if the batch cannot be divided evenly over the GPUs."""
     if not micro_batches(job, cluster.gpus):
         raise UserError(
-            f"stages.{job.name}: batch_size {job.batch} is not divisible by {cluster.gpus} GPUs; set it to "
-            f"{cluster.gpus * -(-job.batch // cluster.gpus)}, or use a number of GPUs that divides it (--gpus)."
+            f"stages.{job.name}: batch_size {job.batch} is not divisible by {cluster.gpus} GPUs; set batch_size to "
+            f"{cluster.gpus * -(-job.batch // cluster.gpus)}, or --gpus to a divisor of {job.batch}."
         )
 
 
@@ -145,11 +151,11 @@ def cluster_of(recipe: Recipe, options: Options) -> Cluster:
         even = [number for number in range(1, 2 * gpus) if number % -(-number // 8) == 0]
         below, above = max(n for n in even if n < gpus), min(n for n in even if n > gpus)
         raise UserError(
-            f"--gpus {gpus}: {hosts} hosts with at most 8 GPUs each cannot have equal numbers; use {below} or {above}, "
-            "or set the number of hosts with --hosts."
+            f"--gpus {gpus}: cannot be divided evenly over {hosts} hosts of at most 8 GPUs; use {below} or {above} "
+            "GPUs, or set the number of hosts with --hosts."
         )
     if gpus % hosts:
-        raise UserError(f"--hosts {hosts}: does not divide {gpus} GPUs; every host must have the same number.")
+        raise UserError(f"--hosts {hosts}: does not divide {gpus} GPUs; set --hosts to a divisor of {gpus}.")
     if options.gpu_memory is None and options.gpu is None:
         raise UserError(f"the GPU memory is unknown; pass --gpu-memory in GB, or --gpu with one of {', '.join(GPUS)}.")
     memory = _gpu(options.gpu).memory_gb if options.gpu_memory is None and options.gpu else options.gpu_memory

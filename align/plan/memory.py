@@ -1,8 +1,8 @@
-"""Bytes of one rank by component: on its GPU in the phases of a step where memory peaks, in host memory, on NVMe.
+"""Memory of one rank by component: on its GPU in each phase of a step that may be the peak, on the host, on NVMe.
 
 Mixed-precision AdamW takes 16 bytes per parameter: 2 weight + 2 gradient + 4 fp32 weight + 8 moments (Rajbhandari et
-al., "ZeRO", arXiv 1910.02054, section 3.1). What each ZeRO stage shards, and the buffers it needs, follow the code of
-DeepSpeed 0.19.
+al., "ZeRO", arXiv 1910.02054, section 3.1). Sharding and buffers of each ZeRO stage follow the code of DeepSpeed
+0.19.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ LAST_LAYER, FIRST_LAYER = "backward, last layer", "backward, first layer"
 TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
 """TRL's loss computes logits in tiles of this many tokens and vocabulary entries."""
 CHUNK_BYTES = 96 * 2**20
-"""Bytes of logits that PPO's loss keeps at a time; the constant of `align.losses.linear_head`, which imports torch."""
+"""Bytes of logits that PPO's loss keeps at a time. Equals the constant of `align.losses.linear_head`, which is not
+imported because that loads torch."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Sizes of DeepSpeed's buffers, in values: what `align.parallel.deepspeed_config` sets, otherwise the defaults."""
+    """Sizes of DeepSpeed's buffers in values, and the number of swap buffers.
+
+    Sizes that `align.parallel.deepspeed_config` does not set are DeepSpeed's defaults.
+    """
 
     reduce_bucket: int = BUCKET
     prefetch: int = BUCKET
@@ -42,8 +46,8 @@ class Buffers:
 class Memory:
     """Bytes of one rank by component.
 
-    phases: on the GPU, in each phase of a step.
-    host, nvme: in host memory and on NVMe, throughout the step.
+    phases: GPU memory in each phase of a step.
+    host, nvme: host memory and NVMe, constant over the step.
     """
 
     phases: dict[str, Bytes]
@@ -52,7 +56,7 @@ class Memory:
 
     @property
     def peak(self) -> str:
-        """The phase that takes most GPU memory."""
+        """The phase that takes the most GPU memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -81,7 +85,7 @@ def memory(job: Job, setting: Setting, buffers: Buffers | None = None, *, on_cpu
     phases: dict[str, Bytes] = {}
     several, passes = len(job.learners) > 1, setting.accumulation(job)
     for position, member in enumerate(job.learners):
-        # Several models of a stage run one after another in each micro-batch; then all step.
+        # The trained models of a stage process each micro-batch one after another; their optimizer steps come last.
         others = job.learners if passes > 1 else job.learners[:position]
         waiting = {f"{m.role} gradients": rank.kept_gradients(m) for m in others if m is not member}
         for name, there in rank.phases(member).items():
@@ -104,8 +108,7 @@ def _sum(*parts: Bytes) -> Bytes:
 
 
 def weight_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes per weight of a model. Without DeepSpeed, full fine-tuning keeps weights in fp32, and so does DPO's
-    reference."""
+    """Bytes per weight of a model. Without DeepSpeed, fully trained models and DPO's reference have fp32 weights."""
     if job.dtype == "float32":
         return 4
     in_full = member.trained == "all" or (member.role == "reference" and job.rollouts is None)
@@ -113,12 +116,12 @@ def weight_width(job: Job, setting: Setting, member: Member) -> int:
 
 
 def value_width(job: Job) -> int:
-    """Bytes per activation value: fp32 weights are cast to the recipe's dtype in the forward pass."""
+    """Bytes per activation value. Activations have the recipe's dtype, to which autocast casts fp32 weights."""
     return 4 if job.dtype == "float32" else 2
 
 
 def engine_bytes(job: Job, gpus: int, *, idle: bool = False) -> Bytes:
-    """Bytes on one GPU of a rollout engine that shards the policy over `gpus`."""
+    """Bytes on one GPU of a rollout engine that shards the policy over `gpus` GPUs. idle: between rollouts."""
     assert job.rollouts is not None
     weights = (4 if job.dtype == "float32" else 2) * job.members[0].parameters / gpus
     grows = job.rollouts.engine == "huggingface"
@@ -126,13 +129,13 @@ def engine_bytes(job: Job, gpus: int, *, idle: bool = False) -> Bytes:
 
 
 def adapter_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes per trained weight: adapters are fp32, except under DeepSpeed, which has one precision for all weights."""
+    """Bytes per trained weight: adapters are fp32, except under DeepSpeed, where all weights have the same dtype."""
     return weight_width(job, setting, member) if setting.deepspeed else 4
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """One rank of a stage; every method computes bytes from its settings."""
+    """Memory of one rank of a stage, computed from the settings."""
 
     job: Job
     setting: Setting
@@ -156,7 +159,7 @@ class _Rank:
     # --- throughout the step ----------------------------------------------------------------------------------
 
     def shard(self, counts: tuple[float, float], stage: int) -> float:
-        """Parameters per rank of (expert, other) `counts`, which ZeRO shards from `stage` on."""
+        """Parameters that a rank stores of the (expert, other) `counts`. ZeRO shards them from stage `stage` on."""
         experts, rest = counts
         sharded = self.setting.deepspeed and self.setting.zero_stage >= stage
         gpus, ep = self.setting.gpus, self.setting.expert_parallel_size
@@ -197,7 +200,7 @@ class _Rank:
         return gpu, host, nvme
 
     def has_master(self) -> bool:
-        """True if the optimizer keeps an fp32 copy of the weights; DeepSpeed does so even for fp32 weights."""
+        """True if the optimizer keeps an fp32 copy of the weights. ZeRO-1 to 3 do so even for fp32 weights."""
         return self.setting.deepspeed and (self.setting.zero_stage >= 1 or not self.wide)
 
     def always(self) -> Bytes:
@@ -234,12 +237,12 @@ class _Rank:
         return layer.experts / self.setting.expert_parallel_size
 
     def fresh_gradients(self, member: Member, layer: LayerShape) -> float:
-        """Gradients of a layer once those of its experts are complete, temporary copies included.
+        """Bytes of a layer's gradients when those of its experts are complete, temporary copies included.
 
-        The larger stack of expert matrices holds two thirds of the expert parameters; under autocast its gradient
-        exists in both bf16 and fp32. Under ZeRO-2 and 3, a stack larger than the bucket stays until it is reduced; a
-        smaller one is copied into the bucket and flattened once more for the reduce-scatter. Adapters on experts need
-        the gradients of the merged matrices and of the adapters' product.
+        The larger stack of expert matrices (gate and up) has two thirds of the expert parameters. Under autocast its
+        gradient exists in both bf16 and fp32. If gradients are sharded, the gradient of a stack larger than the bucket
+        stays until it is reduced; a smaller one is copied into the bucket and flattened once more for the
+        reduce-scatter. LoRA on experts needs the gradients of the merged matrices and of the adapters' product.
         """
         local, width = self.local_experts(layer), self.value_bytes
         if member.lora is not None:
@@ -255,18 +258,19 @@ class _Rank:
 
     @property
     def sharded_gradients(self) -> bool:
-        """True if the backward pass leaves only a shard of the gradients; under ZeRO-1 only without accumulation."""
+        """True if a backward pass keeps only this rank's shard of the gradients: ZeRO-2, ZeRO-3, and ZeRO-1 without
+        accumulation."""
         setting = self.setting
         once = setting.accumulation(self.job) == 1
         return setting.deepspeed and (setting.zero_stage >= 2 or (setting.zero_stage == 1 and once))
 
     @property
     def bucket_per_backward(self) -> bool:
-        """True for ZeRO-1 and 2, which allocate the bucket for each backward pass; ZeRO-3 keeps it."""
+        """True for ZeRO-1 and 2, which allocate the reduce bucket for each backward pass. ZeRO-3 keeps its bucket."""
         return self.setting.deepspeed and self.setting.zero_stage in (1, 2)
 
     def kept_gradients(self, member: Member) -> float:
-        """Gradients that a backward pass leaves on the GPU; ZeRO-3's are counted in `states`."""
+        """Bytes of gradients that a backward pass leaves on the GPU. Those of ZeRO-3 are counted in `states`."""
         if not self.sharded_gradients:
             return self.whole_gradients(member)
         if self.setting.zero_stage == 3 or self.setting.offload_optimizer:
@@ -276,7 +280,8 @@ class _Rank:
     # --- phases of a step -------------------------------------------------------------------------------------
 
     def phases(self, member: Member) -> dict[str, Bytes]:
-        """End of the forward pass, loss, backward pass of the last and of the first layer, optimizer step."""
+        """GPU memory of a trained model in each phase: end of the forward pass, loss, backward pass of the last layer,
+        backward pass of the first layer, optimizer step."""
         gradients = f"{member.role} gradients"
         if member.trained == "head":
             return {STEP: {gradients: 4 * member.shape.hidden_size}}
@@ -310,7 +315,7 @@ class _Rank:
         }
 
     def frozen_forward(self, member: Member) -> Bytes:
-        """Forward pass of a frozen model, which saves nothing: activations of its largest layer."""
+        """Forward pass of a frozen model. It saves nothing, so only the activations of the largest layer count."""
         run, shape = self.run(member), member.shape
         working = activations.layer_bytes(shape, shape.largest_layer, run)
         return {"activations": working, "all-to-all": self.exchanged(member, run), **self.gathered(member)}
@@ -318,9 +323,9 @@ class _Rank:
     def backward(self, member: Member, layer: LayerShape, saved: float, done: float, accumulated: float) -> Bytes:
         """Peak of one layer's backward pass.
 
-        The peak is inside its widest MLP, or once its experts' gradients are complete and the MLPs' saved activations
-        are freed. saved: activations of this and earlier layers. done: gradients of later layers. accumulated:
-        gradients of earlier micro-batches.
+        The peak is either inside the widest MLP, or when the experts' gradients are complete and the saved activations
+        of the MLPs are freed. saved: bytes of the activations of this and earlier layers. done: bytes of the gradients
+        of later layers. accumulated: bytes of the gradients of earlier micro-batches.
         """
         run, gradients = self.run(member), f"{member.role} gradients"
         recomputed = activations.layer_bytes(member.shape, layer, run) if self.setting.gradient_checkpointing else 0
@@ -373,11 +378,13 @@ class _Rank:
         return 2 * run.tokens * k * member.shape.hidden_size * run.bytes_per_value
 
     def gathered(self, member: Member, *, again: bool = False, arriving: bool = True) -> Bytes:
-        """Gathered weights under ZeRO-3: of the running module, of prefetched modules, and of those soon used again.
+        """Weights gathered under ZeRO-3: of the running module, of prefetched modules, and of modules soon used again.
 
-        Weights fetched together arrive in one buffer and are copied out of it. again: in the backward pass, which finds
-        a small model still gathered. arriving: the experts are being fetched. A frozen model's weights are not kept for
-        a backward pass.
+        Weights that are fetched together arrive in one buffer and are copied out of it. A frozen model keeps no weights
+        for a backward pass.
+
+        again: the backward pass; a small model is then still gathered from the forward pass.
+        arriving: the experts' weights are being fetched.
         """
         if not (self.setting.deepspeed and self.setting.zero_stage == 3) or self.setting.gpus == 1:
             return {}
@@ -395,7 +402,7 @@ class _Rank:
         return {"gathered weights": self.weight_bytes(member) * (kept + buffer)}
 
     def head(self, member: Member, run: Pass) -> tuple[float, float]:
-        """(buffers of the loss, gradient of the head's weight); logits are computed for a few tokens at a time."""
+        """Bytes of (buffers of the loss, gradient of the head's weight). Logits are computed in chunks of tokens."""
         if member.scorer:
             return 0, 4 * member.shape.hidden_size
         shape = member.shape
@@ -411,7 +418,7 @@ class _Rank:
         return tile + gradient + hidden, gradient
 
     def step(self, member: Member) -> Bytes:
-        """Copies of the gradients that DeepSpeed makes for the step; AdamW itself is fused and has no temporaries."""
+        """Gradients in the optimizer step, with DeepSpeed's copies of them. AdamW is fused and has no temporaries."""
         setting = self.setting
         kept: Bytes = {f"{member.role} gradients": self.kept_gradients(member)}
         if setting.offload_optimizer or not setting.deepspeed:
@@ -421,6 +428,6 @@ class _Rank:
             flat = self.weight_bytes(member) * min(self.buffers.all_reduce, trained)
             return {**kept, "fp32 gradients": flat if self.wide else max(flat, 4 * trained)}
         group = min(self.buffers.sub_group, self.shard(member.trained_counts, 1))
-        # ZeRO-3 flattens a group's gradients and converts them to fp32; those of ZeRO-1 and 2 are flat already.
+        # ZeRO-3 flattens a sub-group's gradients and converts them to fp32; under ZeRO-1 and 2 they are flat already.
         flat = (4 if self.wide else 6) if setting.zero_stage == 3 else (0 if self.wide else 4)
         return {**kept, "fp32 gradients": flat * group}

@@ -9,7 +9,7 @@ from align.config.parallel import Parallel
 from align.config.recipe import nearest_batch
 from align.plan.job import Job, RolloutWork
 from align.plan.memory import engine_bytes
-from align.plan.search import Plan, Remedy
+from align.plan.search import Plan, Remedy, Shortage, kinds_tried
 from align.plan.setting import GB, Cluster, Setting, counted, rows_per_pass
 from align.plan.speed import Rates, server_gpus
 from align.plan.traffic import traffic
@@ -32,7 +32,7 @@ def stage_values(job: Job, setting: Setting, cluster: Cluster) -> Values:
 
 
 def plan_values(plan: Plan) -> Values:
-    """All of a plan, in bytes and seconds."""
+    """A plan as plain values, in bytes and seconds."""
     found = plan.memory
     return stage_values(plan.job, plan.setting, plan.cluster) | {
         "fits": plan.fits,
@@ -119,13 +119,33 @@ def described(job: Job, setting: Setting) -> str:
             parts.append(f"{state} offloaded to {'NVMe' if place == 'nvme' else 'CPU'}")
     if setting.gradient_checkpointing:
         parts.append("activation checkpointing")
-    unit = "pair" if job.sequences > 1 else "completion" if job.rollouts is not None else "row"
-    parts.append(f"{counted(setting.accumulation(job), 'micro-batch')} of {counted(setting.micro_batch, unit)}")
+    micro_batch = counted(setting.micro_batch, _example(job))
+    parts.append(f"{counted(setting.accumulation(job), 'micro-batch')} of {micro_batch}")
     if idle := setting.idle(job):
         parts.append(f"{idle} of {counted(setting.gpus, 'GPU')} idle")
     if job.rollouts is not None and setting.gpus > 1:
         parts.append(_engine(job.rollouts, setting))
     return ", ".join(parts)
+
+
+def _example(job: Job) -> str:
+    """Noun for an example of the batch."""
+    return "pair" if job.sequences > 1 else "completion" if job.rollouts is not None else "row"
+
+
+def _step(job: Job) -> str:
+    """Noun for the unit of the estimated times."""
+    return "iteration" if job.rollouts is not None else "step"
+
+
+def _trained(job: Job) -> str:
+    """Trained weights: all or LoRA; listed by model if the models differ."""
+    kinds = {
+        m.role: "all weights trained" if m.trained == "all" else "LoRA" for m in job.learners if m.trained != "head"
+    }
+    if len(set(kinds.values())) == 1:
+        return next(iter(kinds.values()))
+    return ", ".join(f"{role}: {kind}" for role, kind in kinds.items())
 
 
 def _engine(rollouts: RolloutWork, setting: Setting) -> str:
@@ -138,46 +158,43 @@ def _engine(rollouts: RolloutWork, setting: Setting) -> str:
 
 
 def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy]) -> str:
-    """The report of one stage; `plan` is a string if `setting` cannot run on any amount of memory."""
-    kinds = sorted({"full" if m.trained == "all" else "LoRA" for m in job.learners if m.trained != "head"})
-    head = f"{job.name}: {job.kind}, {' and '.join(kinds)}, {job.length:,} tokens per row, batch {job.batch:,}"
+    """The report of one stage. `plan` is the reason as text if `setting` cannot run however much memory there is."""
+    batch = (
+        f"{'batch' if job.rollouts is None else 'mini-batch'} of {job.batch:,} {_example(job)}{'s' * (job.batch > 1)}"
+    )
+    head = f"{job.name}: {job.kind}, {_trained(job)}, up to {job.length:,} tokens per sequence, {batch}"
     lines = [head, f"  setting       {described(job, setting)}", *_idle_lines(job, setting)]
     if isinstance(plan, str):
         lines.append(f"  cannot run    {plan}")
     else:
         lines += [f"  {verdict(plan)}", *_memory_table(plan), *_step_lines(plan)]
     if isinstance(plan, str) or not plan.fits:
-        lines += _all_remedies(remedies)
+        lines += _all_remedies(remedies, job, setting)
     return "\n".join(lines)
 
 
 def _idle_lines(job: Job, setting: Setting) -> list[str]:
-    """Advice that gives every rank a micro-batch, if some have none."""
+    """How to give every rank a micro-batch; empty if no rank is idle."""
     if not setting.idle(job):
         return []
     stage, gpus, count = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)
     tokens = f"lower {stage}.micro_batch_tokens to {max(1, job.batch // gpus) * job.length}"
     rows = f"raise {stage}.mini_batch_size to {gpus} or more, or use at most {counted(job.batch, 'GPU')}"
     needed = [tokens] * (setting.micro_batch > 1) + [rows] * (job.batch < gpus)
-    return [f"  idle          a mini-batch of {job.batch} makes {counted(count, 'micro-batch')}; {'; '.join(needed)}"]
+    shared = f"{counted(count, 'micro-batch')} for {counted(gpus, 'GPU')}"
+    return [f"  idle          a mini-batch of {counted(job.batch, 'completion')} has {shared}; {'; '.join(needed)}"]
 
 
-def _all_remedies(remedies: Sequence[Remedy]) -> list[str]:
+def _all_remedies(remedies: Sequence[Remedy], job: Job, setting: Setting) -> list[str]:
     if not remedies:
-        return ["  nothing makes it fit: other settings, more GPUs, LoRA and shorter rows were tried"]
+        return [f"  no change found that makes it fit; tried: {', '.join(kinds_tried(job, setting))}"]
     return ["  smallest changes that make it fit:", *(line for remedy in remedies for line in _remedy_lines(remedy))]
 
 
 def verdict(plan: Plan) -> str:
     cluster, found = plan.cluster, plan.memory
     if not plan.fits:
-        short = [
-            f"needs {_gb(s.needed)} of {_gb(s.available)} GB per {s.where}"
-            if s.available
-            else f"needs {_gb(s.needed)} GB of {s.where} per host; pass --nvme"
-            for s in plan.shortages
-        ]
-        return f"does not fit  {'; '.join(short)}"
+        return f"does not fit  {'; '.join(map(_shortage, plan.shortages))}"
     needed = found.gpu_bytes + cluster.reserve
     fits = f"fits          {_gb(needed)} of {_gb(cluster.gpu_memory)} GB per GPU"
     if found.host_bytes:
@@ -188,8 +205,16 @@ def verdict(plan: Plan) -> str:
     return fits
 
 
+def _shortage(shortage: Shortage) -> str:
+    per = {"GPU": "per GPU", "host": "of memory per host", "NVMe": "of NVMe per host"}[shortage.where]
+    needs = f"needs {_gb(shortage.needed)} GB {per}"
+    if not shortage.available:
+        return f"{needs}; pass --nvme"
+    return f"{needs}, but {_gb(shortage.available)} GB are available"
+
+
 def _memory_table(plan: Plan) -> list[str]:
-    """Components of one rank by place; the GPU column shows the peak phase."""
+    """Memory of one rank by component, one column each for GPU, host and NVMe. The GPU column shows the peak phase."""
     found = plan.memory
     columns = [("GPU", found.gpu), ("host", found.host), ("NVMe", found.nvme)]
     columns = [(title, column) for title, column in columns if column]
@@ -209,17 +234,17 @@ def _memory_table(plan: Plan) -> list[str]:
 def _servers(plan: Plan) -> str:
     needed = server_gpus(plan.job, plan.cluster)
     if needed is None:
-        return "a server does not fit on 64 such GPUs"
+        return "a server does not fit on 64 GPUs of this kind"
     size = sum(engine_bytes(plan.job, needed).values()) + plan.cluster.reserve
-    return f"each server needs {needed} more such GPUs ({_gb(size)} GB each)"
+    return f"each server needs {counted(needed, 'more GPU')} of this kind and uses {_gb(size)} GB on each"
 
 
 def _step_lines(plan: Plan) -> list[str]:
     flows = sorted(traffic(plan.job, plan.setting).items(), key=lambda flow: -flow[1])
-    step = "round" if plan.job.rollouts is not None else "step"
+    step = _step(plan.job)
     spent = plan.duration
     parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in spent.parts.items())
-    lines = [f"  {f'time/{step}':<14}{_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
+    lines = [f"  {f'time/{step}':<13} {_seconds(spent.fastest)} to {_seconds(spent.slowest)} ({parts})"]
     if flows:
         moved = ", ".join(f"{flow.name} {_gb(size)}" for flow, size in flows)
         lines.append(f"  GB received per GPU and {step}: {moved}")
@@ -231,7 +256,8 @@ def _remedy_lines(remedy: Remedy) -> list[str]:
     where = ""
     if remedy.name == "more GPUs":
         where = f" ({plan.setting.gpus} in {counted(plan.cluster.hosts, 'host')})"
-    lines = [f"    {remedy.name}{where}: {described(plan.job, plan.setting)}; {_gpu_share(plan)}, {_pace(plan)}"]
+    cost = f"{_gpu_share(plan)}, {_pace(plan)} per {_step(plan.job)}"
+    lines = [f"    {remedy.name}{where}: {described(plan.job, plan.setting)}; {cost}"]
     if written := written_as(remedy):
         lines.append(f"      {' '.join(written)}")
     return lines
@@ -250,12 +276,12 @@ def _pace(plan: Plan) -> str:
     return f"{_seconds(plan.duration.fastest)} to {_seconds(plan.duration.slowest)}"
 
 
-def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[Remedy]) -> str:
-    """The settings that fit, fastest first; without any, the changes that make the stage fit."""
+def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[Remedy], requested: Setting) -> str:
+    """The settings that fit, fastest first. If none fits, the changes to `requested` that make the stage fit."""
     if not plans:
-        return "\n".join([f"{job.name}: nothing fits", *_all_remedies(remedies)])
+        return "\n".join([f"{job.name}: no setting fits", *_all_remedies(remedies, job, requested)])
     fit = "1 setting fits" if len(plans) == 1 else f"{len(plans)} settings fit"
-    lines = [f"{job.name}: {fit}; estimated time per {'round' if job.rollouts else 'step'}"]
+    lines = [f"{job.name}: {fit}; estimated time per {_step(job)}"]
     for plan in plans[:shown]:
         host = plan.memory.host_bytes * plan.cluster.gpus_per_host
         hosts = f", {_gb(host)} GB per host" if host else ""
@@ -270,7 +296,8 @@ def joint_text(plans: Sequence[Plan] | None) -> str:
     if plans is None:
         return "all stages: no single `parallel` section fits every stage; plan each with --stage"
     written = dict.fromkeys(override for plan in plans for override in overrides(plan))
-    return "\n".join(["all stages, the fastest common `parallel` section that fits:", f"  {' '.join(written)}"])
+    title = "all stages: the fastest common `parallel` section that fits, with each stage's settings:"
+    return f"{title}\n  {' '.join(written)}"
 
 
 def header(job: Job, cluster: Cluster, rates: Rates, source: str) -> str:

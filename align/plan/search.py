@@ -1,4 +1,4 @@
-"""Search the settings of a stage: those that fit, the fastest of them, the smallest changes that make it fit."""
+"""Search a stage's settings: find those that fit, the fastest one, and the smallest changes that make the stage fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from align.plan.setting import Cluster, OffloadTarget, Setting, rows_per_pass, u
 from align.plan.speed import Duration, Rates, duration, engine_sizes
 
 SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False, train_router=False)
-"""Proposed instead of full fine-tuning that does not fit: adapters on attention alone."""
+"""Adapters on attention only, proposed if full fine-tuning does not fit."""
 
 MOST_HOSTS = 1024
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """Memory that is too small: `needed` and `available` bytes per GPU, host, or host's NVMe disk (`where`)."""
+    """A memory that is too small.
+
+    where: GPU, host or NVMe.
+    needed, available: bytes per GPU; per host for host and NVMe.
+    """
 
     where: str
     needed: float
@@ -98,7 +102,7 @@ def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
 
 
 def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
-    """The setting with each choice of activation checkpointing, engine sleep and tensor-parallel size."""
+    """The setting with each combination of activation checkpointing, engine sleep and tensor-parallel size."""
     if setting is None:
         return
     sleeps = (False, True) if job.rollouts is not None and job.rollouts.engine == "vllm" else (False,)
@@ -110,7 +114,10 @@ def _variants(job: Job, setting: Setting | None) -> Iterator[Setting]:
 
 
 def micro_batches(job: Job, gpus: int) -> list[int]:
-    """Micro-batch sizes that split the batch evenly over the ranks, largest first; PPO's last one may be smaller."""
+    """Sizes that divide a rank's share of the batch into equal micro-batches, largest first.
+
+    Empty if the batch cannot be divided evenly over the GPUs. PPO's share is rounded up instead.
+    """
     if job.batch % gpus and job.rollouts is None:
         return []
     share = -(-job.batch // gpus)
@@ -118,7 +125,7 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
 
 
 def largest_that_fits(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
-    """The setting with its largest micro-batch that fits: the fastest, since every micro-batch gathers the weights."""
+    """The plan with the largest micro-batch that fits, which is the fastest because each one gathers weights."""
     sizes = micro_batches(job, setting.gpus)
     if not sizes:
         return None
@@ -137,7 +144,7 @@ def with_micro_batch(setting: Setting, size: int) -> Setting:
 
 
 def feasible(job: Job, cluster: Cluster, rates: Rates) -> list[Plan]:
-    """Every setting that fits, with its largest micro-batch, fastest first."""
+    """Plans of all settings that fit, each with its largest micro-batch, fastest first."""
     found = (largest_that_fits(job, structure, cluster, rates) for structure in structures(job, cluster))
     return sorted((plan for plan in found if plan is not None), key=lambda plan: plan.duration.seconds)
 
@@ -162,7 +169,7 @@ def changed(new: Setting, old: Setting) -> list[str]:
 
 
 def nearest(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
-    """The setting that fits with the fewest changes to `requested`; the fastest of several."""
+    """The plan that fits with the fewest changes to `requested`; among several, the fastest."""
     best: Plan | None = None
     for structure in structures(job, cluster):
         for size in micro_batches(job, cluster.gpus):
@@ -181,7 +188,7 @@ def _order(plan: Plan, requested: Setting) -> tuple[int, float]:
 
 
 def remedies(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> list[Remedy]:
-    """Changes that make a stage fit whose `requested` setting does not: one of each kind, fewest changes first."""
+    """Changes that make a stage fit if its `requested` setting does not: at most one of each kind, smallest first."""
     found = []
     near = nearest(job, requested, cluster, rates)
     if near is not None:
@@ -189,6 +196,13 @@ def remedies(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> li
     others = (change(job, requested, cluster, rates) for change in (_more_gpus, _adapters, _shorter))
     found += [remedy for remedy in others if remedy]
     return sorted(found, key=lambda remedy: remedy.changes)
+
+
+def kinds_tried(job: Job, requested: Setting) -> list[str]:
+    """Kinds of change that `remedies` considers."""
+    kinds = ["other settings", "more GPUs"]
+    kinds += ["LoRA on attention"] * job.full_fine_tuning
+    return kinds + ["shorter sequences"] * (unusable(job, requested) is None)
 
 
 def _with_least_changes(job: Job, requested: Setting, cluster: Cluster, rates: Rates) -> tuple[int, Plan] | None:
@@ -201,7 +215,7 @@ def _with_least_changes(job: Job, requested: Setting, cluster: Cluster, rates: R
 
 
 def larger_clusters(cluster: Cluster, *, coarsely: bool = False) -> Iterator[Cluster]:
-    """Clusters of more such hosts, smallest first; a single host is first filled up to 8 GPUs.
+    """Clusters with more hosts of the same kind, smallest first. A single host is first filled up to 8 GPUs.
 
     coarsely: grow the number of hosts by an eighth at a time instead of by one.
     """
@@ -260,13 +274,16 @@ def _shorter(whole: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Re
             also = (prompt, f"{stage}.rollout.max_new_tokens={completion}", tokens)
         found = evaluate(job, setting, cluster, rates)
         if found.fits:
-            return Remedy(f"rows of {length} tokens", 1, found, also)
+            return Remedy(f"sequences of {length} tokens", 1, found, also)
         length //= 2
     return None
 
 
 def joint(jobs: Sequence[Job], cluster: Cluster, rates: Rates) -> list[Plan] | None:
-    """The plans of all stages under the one `parallel` section that fits all with the smallest sum of step times."""
+    """Plans of all stages under the common `parallel` section that fits every stage with the smallest total step time.
+
+    None if no section fits every stage.
+    """
     best: tuple[float, list[Plan]] | None = None
     common = {_shared(structure) for job in jobs for structure in structures(job, cluster)}
     for section in sorted(common, key=str):

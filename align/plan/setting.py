@@ -20,7 +20,7 @@ class Setting:
     deepspeed: False for a single process without DeepSpeed.
     zero_stage, expert_parallel_size, offload_optimizer, offload_parameters, gradient_checkpointing: as in a recipe.
     micro_batch: examples per forward pass of one rank.
-    rollout_gpus: tensor-parallel size of a vLLM engine; the training processes run gpus / rollout_gpus engines.
+    rollout_gpus: tensor-parallel size of a rollout engine. Without servers, the ranks run gpus / rollout_gpus engines.
     rollout_sleep: the engines release their GPU memory between rollouts.
     """
 
@@ -80,12 +80,12 @@ def rows_per_pass(job: Job, gpus: int) -> int:
 
 
 def counted(number: int, thing: str) -> str:
-    """`number` and the noun `thing`, in the plural unless there is one."""
+    """`number` followed by the noun `thing`, in the plural unless `number` is 1."""
     return f"{number} {thing}{'' if number == 1 else 'es' if thing.endswith(('s', 'ch')) else 's'}"
 
 
 def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
-    """The recipe's setting on `gpus` GPUs; without a `parallel` section, ZeRO-3 if there are several."""
+    """The recipe's setting on `gpus` GPUs. Without a `parallel` section: ZeRO-3, or no DeepSpeed on one GPU."""
     if parallel is None:
         parallel = Parallel(processes=gpus)
         deepspeed = gpus > 1
@@ -106,7 +106,7 @@ def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
 
 
 def unusable(job: Job, setting: Setting) -> str | None:
-    """The reason why a setting cannot run on any amount of memory; None if it can."""
+    """Reason why a setting cannot run however much memory there is; None if it can run."""
     ep, gpus = setting.expert_parallel_size, setting.gpus
     if setting.deepspeed and setting.zero_stage == 0 and ep > 1:
         return "expert_parallel_size needs zero_stage 1, 2 or 3"

@@ -1,6 +1,6 @@
 """Sizes and parameter counts of a model, from its configuration alone.
 
-Letters as in the model's own files: D hidden, H query heads, K key/value heads, d head size, E experts, F expert width.
+Letters: H query heads, K key/value heads, d head size, E experts.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ class ModelShape:
         return self.embedding + self.hidden_size + sum(count * layer.parameters for layer, count in self.kinds)
 
     def parameters(self, *, scorer: bool = False) -> int:
-        """All parameters, including the output head (shared with the embedding if tied), or a scorer's head."""
+        """All parameters, with the vocabulary head (shared with the embedding if tied) or a scorer's scalar head."""
         head = self.hidden_size if scorer else 0 if self.tied else self.embedding
         return self.trunk + head
 
     @cached_property
     def active(self) -> int:
-        """Parameters used for one token; embedding and head are counted as in `align show-model`."""
+        """Parameters used for one token. Embedding and head count in full, as in `align show-model`."""
         inactive = sum(count * (layer.parameters - layer.active) for layer, count in self.kinds)
         return self.parameters() - inactive
 
@@ -129,7 +129,7 @@ class ModelShape:
         return max(self.layers, key=lambda layer: layer.parameters)
 
     def cache_bytes(self, bytes_per_value: int = 2) -> int:
-        """Key/value cache per token over all layers; layers that share another layer's keys need none."""
+        """Bytes of key/value cache per token, over all layers. Layers without own keys and values need none."""
         owners = sum(count for layer, count in self.kinds if layer.owns_kv)
         return 2 * owners * self.kv_size * bytes_per_value
 
@@ -144,7 +144,7 @@ class ModelShape:
         return 2 * (layers + head) + 4 * len(self.layers) * self.query_size * length / 2
 
     def adapters(self, lora: Lora) -> tuple[int, int]:
-        """(trained parameters in the routed experts, trained parameters elsewhere, router included)."""
+        """(trained parameters in routed experts, all other trained parameters, including those of the router)."""
         inside, outside = 0, 0
         hidden, rank = self.hidden_size, lora.rank
         for layer, count in self.kinds:

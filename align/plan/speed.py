@@ -26,7 +26,8 @@ class Rates:
     link: GB/s of one GPU to the GPUs of its host, in one direction.
     network: GB/s of one GPU to other hosts.
     host: GB/s of one GPU to its host's memory.
-    nvme, host_memory: GB/s of a whole host.
+    nvme: GB/s of a host's NVMe disks.
+    host_memory: GB/s of a host's memory.
     """
 
     tflops: float
@@ -40,7 +41,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory in GB and peak rates of a data sheet (bf16 without sparsity; `link` in one direction)."""
+    """Memory in GB and peak rates from a data sheet (bf16 without sparsity; `link` in one direction)."""
 
     memory_gb: float
     tflops: float
@@ -72,7 +73,12 @@ is PCIe 5 x16 (PCIe 4 for those)."""
 
 @dataclass(frozen=True)
 class Duration:
-    """Bounds on the seconds of a step, seconds of each part by itself, and tokens per step."""
+    """Time of an optimizer step or PPO iteration.
+
+    fastest, slowest: bounds in seconds.
+    parts: seconds of each part alone.
+    tokens: trained tokens, with sequences of full length; PPO counts every epoch.
+    """
 
     fastest: float
     slowest: float
@@ -86,7 +92,7 @@ class Duration:
 
 
 def duration(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Duration:
-    """Estimate a step, or a PPO round, on `cluster`."""
+    """Estimate the time of an optimizer step, or of a PPO iteration, on `cluster`."""
     parts = {"compute": operations(job, setting) / (rates.tflops * 1e12)}
     received: dict[Link, float] = {"collective": 0, "all-to-all": 0, "host": 0, "nvme": 0}
     for flow, size in traffic(job, setting).items():
@@ -109,8 +115,8 @@ def duration(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Dura
 def operations(job: Job, setting: Setting) -> float:
     """Multiplications and additions of one rank in a step.
 
-    A backward pass costs two forward passes, or one if the matrices are frozen and need no gradient. Activation
-    checkpointing adds one forward pass.
+    A backward pass costs as much as two forward passes, or as one if the matrices are frozen and need no gradient.
+    Activation checkpointing adds one forward pass.
     """
     tokens = setting.micro_batch * job.sequences * job.length
     total = 0.0
@@ -124,7 +130,7 @@ def operations(job: Job, setting: Setting) -> float:
 
 
 def _collective(received: float, cluster: Cluster, rates: Rates) -> float:
-    """Seconds of the collectives: a ring crosses each host once, so the host's adapters share what it receives."""
+    """Seconds of the collectives. A ring enters each host once, so its network adapters share the bytes received."""
     inside = received / (rates.link * 1e9)
     if cluster.hosts == 1:
         return inside
@@ -132,7 +138,7 @@ def _collective(received: float, cluster: Cluster, rates: Rates) -> float:
 
 
 def _all_to_all(received: float, setting: Setting, cluster: Cluster, rates: Rates) -> float:
-    """Seconds of the expert all-to-all: groups of consecutive ranks stay within a host if it has enough GPUs."""
+    """Seconds of the expert all-to-all. Groups are consecutive ranks, so they stay within a large enough host."""
     ep, here = setting.expert_parallel_size, cluster.gpus_per_host
     outside = max(0.0, (ep - here) / (ep - 1)) if ep > 1 else 0.0
     return received * ((1 - outside) / rates.link + outside / rates.network) / 1e9
@@ -141,8 +147,8 @@ def _all_to_all(received: float, setting: Setting, cluster: Cluster, rates: Rate
 def _cpu_adam(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> float:
     """Seconds of AdamW in host memory.
 
-    It is bound by memory: fp32 weight, gradient and two moments are read (16 bytes); weight and moments are written (12
-    bytes), and the bf16 weight (2 bytes).
+    Memory bandwidth is the limit. Per parameter, AdamW reads the fp32 weight, the gradient and two moments (16 bytes),
+    and writes the fp32 weight, the moments (12 bytes) and the bf16 weight (2 bytes).
     """
     trained = sum(sum(member.trained_counts) for member in job.learners)
     per_host = trained / setting.gpus * cluster.gpus_per_host
@@ -156,7 +162,7 @@ def engine_sizes(job: Job, gpus: int) -> list[int]:
 
 
 def server_gpus(job: Job, cluster: Cluster) -> int | None:
-    """GPUs of the cluster's kind that a separate rollout server needs; None if 64 are too few."""
+    """Number of GPUs of the cluster's kind that a rollout server needs; None if 64 are too few."""
     for size in engine_sizes(job, 64):
         if sum(engine_bytes(job, size).values()) + cluster.reserve <= cluster.gpu_memory:
             return size
@@ -164,7 +170,11 @@ def server_gpus(job: Job, cluster: Cluster) -> int | None:
 
 
 def _generation(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> float:
-    """Seconds of generation: each decoding step of a wave of sequences reads the weights that its tokens activate."""
+    """Seconds of generation.
+
+    An engine decodes its sequences in waves of at most `max_sequences`. Each decoding step reads the weights that the
+    wave's tokens activate.
+    """
     assert job.rollouts is not None
     policy, rollouts = job.members[0], job.rollouts
     gpus = setting.rollout_gpus

@@ -1,6 +1,6 @@
-"""Bytes that one GPU receives per step, by purpose and link. A step is an optimizer step, or a PPO round.
+"""Bytes that one GPU receives per step, by purpose and link. A step is an optimizer step or a PPO iteration.
 
-A ring collective over n ranks gives each of them (n - 1) / n of the whole; an all-reduce is a reduce-scatter and an
+In a ring collective over n ranks, each rank receives (n - 1) / n of the data. An all-reduce is a reduce-scatter and an
 all-gather (ZeRO, arXiv 1910.02054, section 7).
 """
 
@@ -111,7 +111,7 @@ def _pass_traffic(job: Job, setting: Setting, piece: Work) -> dict[Flow, float]:
 
 
 def _update_traffic(job: Job, setting: Setting, member: Member) -> dict[Flow, float]:
-    """Bytes received for an optimizer step, beyond those of its passes."""
+    """Bytes received for an optimizer step, without those of its forward and backward passes."""
     width, trained = adapter_width(job, setting, member), sum(member.trained_counts)
     found: dict[Flow, float] = {}
     if setting.gpus > 1 and setting.zero_stage < 2:

@@ -59,8 +59,8 @@ def place_servers(rollout: Rollout, gpus: Gpus) -> list[Placement]:
     needed = count * size
     if needed > len(gpus.names):
         raise UserError(
-            f"rollout.start_servers: {count} servers of {size} GPUs each need {needed} GPUs, but {len(gpus.names)} are "
-            "visible. Lower rollout.start_servers or rollout.tensor_parallel_size."
+            f"rollout.start_servers: {count} servers of {size} GPU{'s' * (size > 1)} each need {needed} GPUs, but "
+            f"{len(gpus.names)} are visible. Lower rollout.start_servers or rollout.tensor_parallel_size."
         )
     if rollout.weight_transfer == "ipc":
         places = [[gpus.own]]  # a handle of CUDA IPC opens only on the GPU that made it

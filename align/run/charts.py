@@ -9,7 +9,7 @@ from align.run.metrics import HELD_OUT, metric_info, with_unit
 
 @dataclass(frozen=True)
 class Chart:
-    """Metrics that are shown together and have one unit.
+    """Metrics with the same unit that are shown in one chart.
 
     title: title without the unit.
     series: (key, label) of each metric.

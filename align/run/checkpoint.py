@@ -18,13 +18,17 @@ def checkpoint_folder(path: Path) -> Path:
         return path / MODEL
     if (path / "recipe.json").is_file():
         stages = sorted(model.parent.name for model in path.glob(f"*/{MODEL}"))
-        made = f"one of its stages: {', '.join(stages)}" if stages else "a stage's folder once one has finished"
+        made = (
+            f"the folder of one of its stages: {', '.join(stages)}"
+            if stages
+            else "a stage's folder once one has finished"
+        )
         raise UserError(f"{path}: this is the folder of a whole run; pass {made}.")
     return path
 
 
 def require_checkpoint(path: Path) -> Path:
-    """The checkpoint's folder, as `checkpoint_folder`; raises `UserError` if its config.json is missing or damaged."""
+    """Return `checkpoint_folder(path)`; raise `UserError` if its config.json is missing or damaged."""
     folder = checkpoint_folder(path)
     read_config(folder)
     return folder
@@ -34,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: it has no config.json; pass the folder of a checkpoint.")
+        raise UserError(f"{folder}: not a checkpoint folder ({path} does not exist); pass the folder of a checkpoint.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -16,7 +16,7 @@ from align.run.folder import MODEL
 
 @dataclass(frozen=True)
 class StageResult:
-    """The part of a stage's result that goes to its manifest; the rest is in its folder.
+    """The part of a stage's result that is written to its manifest. Other results are files in the stage's folder.
 
     metrics     final metrics, by name
     data        counts of rows read, used and dropped
@@ -32,7 +32,7 @@ class StageResult:
 class StageContext:
     """The recipe, the stage's name and folder, and functions that report progress.
 
-    name     of the stage
+    name     the stage's name
     resume   continue from the last checkpoint, if any
     say      prints a line; does nothing on ranks other than 0
     status   shows a line until the next one, on a terminal only
@@ -69,7 +69,7 @@ class StageContext:
         return {name: self.run_dir / name for name in self.recipe.stages}
 
     def checkpoint(self, reference: str) -> Path:
-        """The folder of a checkpoint that is referred to by stage, as `base`, or by path."""
+        """Folder of a checkpoint. reference: a stage's name, `base`, or a path."""
         if is_path(reference):
             path = local_path(reference)
             if (path / MODEL / "config.json").is_file():
@@ -83,6 +83,6 @@ class StageContext:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"stages.{self.name} needs the checkpoint of '{reference}', but {path} has none; "
-                f"run it first (--only {reference})."
+                f"run that stage first (--only {reference})."
             )
         return path

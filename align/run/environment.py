@@ -20,10 +20,10 @@ def prepare_process(recipe: Recipe) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if recipe.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
-    # vLLM derives its threads from this variable, and without it reduces torch to one.
+    # vLLM takes its number of threads from this variable. If it is unset, vLLM limits torch to one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 def sees_gpu() -> bool:
-    """True if the driver shows this process an NVIDIA GPU: a container may have nvidia3 alone, WSL has dxg."""
+    """True if this process sees an NVIDIA GPU. A container may have only /dev/nvidia3; WSL has /dev/dxg."""
     return any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "dxg").exists()

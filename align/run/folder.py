@@ -1,4 +1,4 @@
-"""The folder of a run: stages, manifests, metrics, and a lock for one process at a time.
+"""The folder of a run: stages, manifests, metrics, and a lock that admits one process at a time.
 
     runs/<run>/recipe.json
     runs/<run>/<stage>/{config.json, metrics.jsonl, checkpoints/, model/, manifest.json}
@@ -51,7 +51,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def disk_error(path: Path, error: Exception) -> UserError:
     if is_disk_full(error):
         return UserError(
-            f"{path}: the disk is full; free some space and continue with --resume (nothing finished is lost)."
+            f"{path}: the disk is full; free some space and continue with --resume (finished stages are kept)."
         )
     return UserError(
         f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); check the path and its permissions."
@@ -110,8 +110,8 @@ def locked(run_dir: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise UserError(
-                f"{run_dir}: the run folder is in use by process {holder}; wait for it, "
-                "or choose another with --run-dir."
+                f"{run_dir}: the run folder is in use by process {holder}; wait until it ends, "
+                "or choose another folder with --run-dir."
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -144,7 +144,7 @@ class MetricsWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first incomplete one, which a killed process may leave at the end; none without a file."""
+    """The lines before the first incomplete one, which a killed process may leave. Empty if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

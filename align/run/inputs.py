@@ -1,8 +1,8 @@
 """Fingerprints of the files that a stage reads: data, reward functions, and checkpoints given by path.
 
-A result is kept, and an interrupted stage resumed, only if they are unchanged. Contents are hashed in full. Of a
-safetensors file above `SAMPLED_ABOVE` only the header, the size and evenly distributed blocks are hashed, so that a
-checkpoint of hundreds of gigabytes takes seconds; a change of single weights between two blocks goes unnoticed.
+A result is kept, and an interrupted stage resumed, only if these files are unchanged. Contents are hashed in full,
+except those of safetensors files larger than `SAMPLED_ABOVE`. Of these, only the size, the header and evenly spaced
+blocks are hashed. A checkpoint of hundreds of gigabytes then takes seconds, but a change between two blocks is missed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fingerprints(recipe: Recipe, name: str) -> dict[str, Digests]:
 
 
 def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str | None:
-    """The first file whose hash differs from the one in `before`; None if there is none.
+    """The first file whose hash differs from the one in `before`; None if no hash differs.
 
     An input that no longer exists is not a change: a finished stage does not need it, and a stage that runs reports it
     as missing. Inputs that `before` lacks are not compared.
@@ -51,7 +51,7 @@ def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str 
 
 
 def inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-    """Everything that a stage reads: (path in the recipe, path on this machine, suffixes that it reads in a folder)."""
+    """Inputs of a stage: (path in the recipe, path on this machine, suffixes of the files read in a folder)."""
     if name == BASE:
         match recipe.model:
             case ScratchModel(tokenizer=str(path)) | PretrainedModel(path=path) | HotStartModel(source=path):

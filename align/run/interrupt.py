@@ -22,17 +22,17 @@ from align.errors import Stopped, signal_name
 GRACE = 300.0
 """Seconds that a training loop has for its step and its checkpoint."""
 REPEATED = 1.0
-"""Seconds within which a second signal is a copy of the first: a terminal, Slurm and a launcher each send their own."""
+"""Seconds within which a second signal counts as a copy of the first: terminal, Slurm and launcher may all send it."""
 
 
 class _Request:
     number = 0
-    """The signal that asked this process to stop; 0: none has."""
+    """Number of the signal that asked this process to stop; 0 if there was none."""
     since = 0.0
     polled = False
-    """A training loop is polling, so it will see a request by itself."""
+    """True while a training loop polls. The loop then sees a request without being interrupted."""
     timer: threading.Timer | None = None
-    """Repeats the signal when the grace time is over."""
+    """Sends the signal again after `GRACE` seconds."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def stop_requested() -> bool:
 
 
 def poll() -> int:
-    """As `stop_requested`, with the signal's number; 0: no request."""
+    """Number of the signal that asked this process to stop, or 0. The call counts as polling."""
     _Request.polled = True
     return _Request.number
 
@@ -67,12 +67,12 @@ def note(number: int) -> None:
 
 
 def stop() -> NoReturn:
-    """End the run, once a checkpoint is written."""
+    """End the run by raising `Stopped`. Call it after the checkpoint is written."""
     raise Stopped(_Request.number or signal.SIGTERM)
 
 
 def requested() -> int:
-    """The signal that asked this process to stop, or 0. Unlike `poll` it does not count as polling."""
+    """Number of the signal that asked this process to stop, or 0. Unlike `poll`, the call does not count as polling."""
     return _Request.number
 
 
@@ -93,7 +93,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         f"{signal_name(number)}: stopping with a checkpoint after this step, within {GRACE:.0f} s; send it again to "
         "stop at once\n"
     )
-    os.write(2, line.encode())  # print may not be entered again in a signal handler
+    os.write(2, line.encode())  # print is not reentrant, so a signal handler must not call it
     _Request.timer = threading.Timer(GRACE, os.kill, (os.getpid(), number))
     _Request.timer.daemon = True
     _Request.timer.start()

@@ -1,4 +1,4 @@
-"""The record of a stage: its settings, its inputs, and what it was made with; decides whether a result is kept.
+"""The record of a stage: settings, inputs, code and packages. It decides whether an earlier result is kept.
 
 config.json is written when a stage starts, manifest.json when it has finished. Nothing here imports torch.
 """
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def require_unchanged(context: StageContext) -> None:
-    """Raise `UserError` if the stage's earlier result or interrupted run does not fit the recipe and its inputs."""
+    """Raise `UserError` if the stage's earlier result or interrupted run does not match the recipe and its inputs."""
     finished = read_manifest(context.dir)
     if finished is not None:
         _require_kept(context, finished)
@@ -83,7 +83,7 @@ def _require_resumable(context: StageContext, started: dict[str, Any]) -> None:
 
 
 def start_record(context: StageContext) -> dict[str, Any]:
-    """Write config.json and remove an earlier manifest; returns what was written."""
+    """Write config.json and remove an earlier manifest. Return the content of config.json."""
     record = {**stage_settings(context.recipe, context.name), INPUTS: fingerprints(context.recipe, context.name)}
     (context.dir / MANIFEST).unlink(missing_ok=True)
     write_json(context.dir / CONFIG, record)
@@ -93,7 +93,7 @@ def start_record(context: StageContext) -> dict[str, Any]:
 def finish_record(
     context: StageContext, record: dict[str, Any], started: datetime, seconds: float, result: StageResult
 ) -> None:
-    """Write manifest.json. record: what `start_record` returned."""
+    """Write manifest.json. record: the value that `start_record` returned."""
     settings = {key: value for key, value in record.items() if key != INPUTS}
     stage = None if context.name == BASE else context.recipe.stages[context.name]
     parents = [] if stage is None else list(dict.fromkeys(parent for _, parent, _ in stage.references()))
@@ -150,7 +150,7 @@ def section(recipe: Recipe, name: str) -> Section:
 
 
 def changes(recipe: Recipe, name: str, before: dict[str, Any]) -> list[str]:
-    """Differences between `before`, an earlier run's `stage_settings`, and the recipe's, without runtime settings."""
+    """Differences between an earlier run's `stage_settings` (`before`) and the recipe's, without runtime settings."""
     part = section(recipe, name)
     old, new = ({**s, name: result_settings(part, s.get(name, {}))} for s in (before, stage_settings(recipe, name)))
     old.pop(INPUTS, None)
@@ -158,7 +158,7 @@ def changes(recipe: Recipe, name: str, before: dict[str, Any]) -> list[str]:
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """The dotted paths at which two settings differ, with both values."""
+    """Dotted paths at which two sections differ, each with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(set(before) | set(after))
         return [d for k in keys for d in differences(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
@@ -178,7 +178,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def code_version() -> dict[str, Any]:
-    """Commit of align's source tree and whether it has changes; both null if align is not run from its repository."""
+    """Commit of align's source tree, and whether it has uncommitted changes; both None outside align's repository."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -188,7 +188,7 @@ def code_version() -> dict[str, Any]:
         return None
 
     top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root:  # an installation inside somebody else's repository
+    if top is None or Path(top).resolve() != root:  # align is installed inside another repository
         return {"commit": None, "dirty": None}
     status = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
@@ -203,7 +203,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores and accelerator; the latter only if torch is loaded already."""
+    """Processor, usable cores and accelerator. The accelerator is None unless torch is loaded already."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

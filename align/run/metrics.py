@@ -42,8 +42,8 @@ TRAINING = (
         "loss",
         "Loss",
         "",
-        "Training loss of the optimizer step, router losses included. Mean over the tokens (for pairs: over the pairs) "
-        "that count in the loss. `eval_loss` excludes the router losses.",
+        "Training loss of the optimizer step, router losses included. A mean over the "
+        "tokens that count in the loss or, for pairs, over the pairs. `eval_loss` excludes the router losses.",
     ),
     MetricInfo(
         "grad_norm",
@@ -109,7 +109,9 @@ TRAINING = (
         "",
         "DPO: mean implicit reward of the chosen completions, beta * log(policy / reference).",
     ),
-    MetricInfo("rewards/rejected", "Implicit reward, rejected", "", "DPO: the same for the rejected completions."),
+    MetricInfo(
+        "rewards/rejected", "Implicit reward, rejected", "", "DPO: mean implicit reward of the rejected completions."
+    ),
     MetricInfo(
         "logps/chosen",
         "Log-probability, chosen",
@@ -117,7 +119,10 @@ TRAINING = (
         "DPO: log-probability of the chosen completions, summed over a completion's tokens.",
     ),
     MetricInfo(
-        "logps/rejected", "Log-probability, rejected", PER_COMPLETION, "DPO: the same for the rejected completions."
+        "logps/rejected",
+        "Log-probability, rejected",
+        PER_COMPLETION,
+        "DPO: log-probability of the rejected completions, summed over a completion's tokens.",
     ),
     MetricInfo(
         "logits/chosen",
@@ -125,7 +130,12 @@ TRAINING = (
         "",
         "DPO: logits of the chosen completions, a mean over tokens and vocabulary.",
     ),
-    MetricInfo("logits/rejected", "Mean logit, rejected", "", "DPO: the same for the rejected completions."),
+    MetricInfo(
+        "logits/rejected",
+        "Mean logit, rejected",
+        "",
+        "DPO: logits of the rejected completions, a mean over tokens and vocabulary.",
+    ),
 )
 
 ROUTERS = (
@@ -133,7 +143,8 @@ ROUTERS = (
         "aux_loss",
         "Router balance loss",
         "",
-        "Balance loss before its coefficient: E * sum over experts of load * mean probability. 1 if both are uniform.",
+        "Balance loss before its coefficient: E * sum over experts of (share of assignments * mean router "
+        "probability). 1 if both are uniform.",
     ),
     MetricInfo("router_z_loss", "Router z-loss", "", "Mean squared log-sum-exp of the router's logits."),
     MetricInfo(
@@ -177,9 +188,14 @@ PPO = (
         "",
         "Mean of one reward before normalisation, clipping and weight, over all completions sampled in the iteration.",
     ),
-    MetricInfo("reward/NAME/std", "Reward NAME, standard deviation", "", "Standard deviation of that reward."),
-    MetricInfo("reward/NAME/min", "Reward NAME, smallest", "", "Smallest value of that reward."),
-    MetricInfo("reward/NAME/max", "Reward NAME, largest", "", "Largest value of that reward."),
+    MetricInfo(
+        "reward/NAME/std",
+        "Reward NAME, standard deviation",
+        "",
+        "Standard deviation of the values averaged in `reward/NAME`.",
+    ),
+    MetricInfo("reward/NAME/min", "Reward NAME, smallest", "", "Smallest of the values averaged in `reward/NAME`."),
+    MetricInfo("reward/NAME/max", "Reward NAME, largest", "", "Largest of the values averaged in `reward/NAME`."),
     MetricInfo(
         "reward/NAME/failures",
         "Reward NAME, failures",
@@ -198,7 +214,7 @@ PPO = (
         "kl_k3",
         "KL of the policy to the reference, k3",
         PER_COMPLETION,
-        "k3 estimate of the same KL. It is never negative.",
+        "k3 estimate of KL(policy || reference), summed and averaged like `kl`. It is never negative.",
     ),
     MetricInfo("kl_coef", "KL coefficient", "", "Coefficient of the KL penalty in the iteration."),
     MetricInfo(
@@ -212,7 +228,7 @@ PPO = (
         "mismatch_max",
         "Mismatch of sampler and trainer, largest",
         "nats",
-        "Largest such difference in the rollout batch.",
+        "Largest of the differences averaged in `mismatch_mean`.",
     ),
     MetricInfo(
         "policy_loss",
@@ -255,7 +271,13 @@ PPO = (
         "optimizer steps",
         "Updates that were skipped: `mask_truncated` left no completion, or (DeepSpeed in bf16) gradients overflowed.",
     ),
-    MetricInfo("value_loss", "Value loss", "", "Half the squared error of the values, after value clipping."),
+    MetricInfo(
+        "value_loss",
+        "Value loss",
+        "",
+        "Half the squared error of the values, a mean over tokens. The larger of the errors with and without value "
+        "clipping counts.",
+    ),
     MetricInfo(
         "value_clip_fraction",
         "Clipped tokens, value",
@@ -299,8 +321,8 @@ PPO = (
         "time/PHASE",
         "Time in PHASE",
         "s",
-        "Time of an iteration in `generate`, `score`, `logprobs` (old and reference log-probabilities, values), "
-        "`update` and `sync`.",
+        "Time that an iteration spends in `generate`, `score`, `logprobs` (old and reference log-probabilities, "
+        "values), `update` and `sync`.",
     ),
     MetricInfo("time/reward/NAME", "Time in reward NAME", "s", "Part of `time/score` that one reward takes."),
     MetricInfo("time/weights", "Time to transfer weights", "s", "Part of `time/sync` that the weight transfer takes."),
@@ -316,7 +338,7 @@ PPO = (
         "memory/peak_gib",
         "Peak memory",
         "GiB",
-        "Peak memory of rank 0 since it started: resident memory; on a GPU, memory of tensors.",
+        "Peak memory of rank 0 since its start. On a CPU: resident memory; on a GPU: memory allocated for tensors.",
     ),
     MetricInfo(
         "rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens sent to the engine, once per completion."
@@ -331,7 +353,7 @@ PPO = (
         "Completions that were started again because their server failed.",
     ),
     MetricInfo("sync/mib", "Transferred weights", "MiB", "Size of the last weight transfer to the engines."),
-    MetricInfo("sync/buckets", "Transfer buckets", "buckets", "Buckets of that transfer."),
+    MetricInfo("sync/buckets", "Transfer buckets", "buckets", "Number of buckets in the last weight transfer."),
     MetricInfo("sync/engines", "Updated engines", "engines", "Engines that received the new weights."),
 )
 

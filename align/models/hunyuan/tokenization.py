@@ -74,7 +74,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 raise ValueError
         except (ValueError, binascii.Error):
             raise UserError(
-                f"{path}: line {number} is not the base64 of a new token and its rank {len(ranks)}; pass the released "
+                f"{path}: line {number} must be the base64 of a new token and the rank {len(ranks)}; pass the released "
                 "hy.tiktoken file, unchanged."
             ) from None
         ranks[piece] = len(ranks)

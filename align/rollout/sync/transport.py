@@ -153,8 +153,8 @@ def transfer_kind(wanted: str, servers: list[Server]) -> str:
     needed = "host" if kind in ("shared_memory", "http") else kind
     if offered != {needed}:
         raise UserError(
-            f"rollout.weight_transfer: {kind} does not fit a server that was started for {min(offered - {needed})}. "
-            f"Start it with --weight-transfer {needed}."
+            f"rollout.weight_transfer: {kind} needs servers started with --weight-transfer {needed}, but one was "
+            f"started with {min(offered - {needed})}. Restart it with --weight-transfer {needed}."
         )
     if kind == "shared_memory" and not local:
         raise UserError(

@@ -125,7 +125,9 @@ def test_uneven_experts_are_reported_without_a_checkpoint(
         return
     with pytest.raises(SystemExit):
         main([*words, *batches, *changes])
-    sentence = f"parallel.expert_parallel_size {size} does not divide the {told} experts of model; set it to "
+    sentence = (
+        f"parallel.expert_parallel_size {size} does not divide the {told} experts of the recipe's model; set it to "
+    )
     said = capsys.readouterr().err
     assert told in said if isinstance(told, str) else said.startswith(f"{recipe}: {sentence}")
 
@@ -154,7 +156,7 @@ def test_a_wrong_number_of_processes_does_not_limit_the_suggested_sizes(capsys) 
         main(["check", "--without-files", "tiny", "parallel.expert_parallel_size=16"])
     processes, experts = capsys.readouterr().err.splitlines()
     assert "the number of processes, 1 (parallel.processes, --nproc); set it to a divisor" in processes
-    assert experts.endswith("the 8 experts of model; set it to 1, 2, 4 or 8.")
+    assert experts.endswith("the 8 experts of the recipe's model; set it to 1, 2, 4 or 8.")
 
 
 WITHOUT_TORCH = """
@@ -201,7 +203,8 @@ def test_experts_of_a_checkpoint_on_this_machine_are_counted(tmp_path: Path, cap
     words.append("stages.dpo.batch_size=6")
     with pytest.raises(SystemExit):
         main(words)
-    owner = {"model.path": "model", "stages.ppo.rewards.0.init_from": "stages.ppo.rewards"}.get(where, where)
+    field = "stages.ppo.rewards" if "rewards" in where else where
+    owner = "the recipe's model" if where == "model.path" else f"the model of {field}"
     sentence = f"parallel.expert_parallel_size 6 does not divide the 8 experts of {owner}; set it to 1 or 2."
     assert capsys.readouterr().err == f"{path}: {sentence}\n"
     main([*words, "--without-files"])
@@ -230,7 +233,7 @@ def test_problems_are_reported_before_ranks_are_started(tmp_path: Path, capsys, 
     said = capsys.readouterr().err
     assert "it has 3 slots, but parallel.processes is 4" in said
     assert f"nowhere does not exist (paths are relative to {Path.cwd()})" in said
-    assert "does not divide the 2 experts of model" in said
+    assert "does not divide the 2 experts of the recipe's model" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -75,7 +75,7 @@ def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
         (FileSource(path=str(tmp_path / "no.parquet")), "not a readable Parquet"),
         (
             FileSource(path=path, columns={"prompt": "qestion"}),
-            "names qestion, but the columns are question, text2",
+            "refers to qestion, but the source's columns are question, text2",
         ),
         (
             FileSource(path=path),

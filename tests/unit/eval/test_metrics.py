@@ -130,5 +130,5 @@ def test_a_function_that_fails_on_a_completion_leaves_it_unscored(process: Funct
 
 def test_a_column_that_is_empty_in_every_row_is_refused() -> None:
     found = samples([], [{"question": "?", "answer": None}, {"question": "?"}])
-    with pytest.raises(UserError, match="the column 'answer', which is empty in every row; the rows have question"):
+    with pytest.raises(UserError, match="'answer', which is empty in every row; columns with values: question"):
         require_scorable("sums", [ExactReward(kind="exact")], found)

@@ -124,8 +124,8 @@ def test_the_template_marks_what_the_assistant_says(tmp_path, small_ranks) -> No
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"IQ== 0\nIg== 1\n*** 2\n", "line 3 is not the base64"),
-        (b"IQ== 0\nIg== 2\n", "line 2 is not the base64 of a new token and its rank 1"),
+        (b"IQ== 0\nIg== 1\n*** 2\n", "line 3 must be the base64"),
+        (b"IQ== 0\nIg== 2\n", "line 2 must be the base64 of a new token and the rank 1"),
         (b"IQ== 0\nIQ== 1\n", "line 2"),
         (b"", "the file is empty"),
         (b"IQ== 0\n", "no token for the byte 0"),

@@ -340,7 +340,7 @@ def test_experts_not_divisible_by_the_expert_parallel_size_get_proposals(capsys:
 def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*LARGE, "--gpus", "8", "--gpu", "h20", "--host-memory", "2000", "--stage", "sft"]
     plain, search = (printed(capsys, *arguments, *flag) for flag in ([], ["--search"]))
-    assert "sft: nothing fits\n  smallest changes that make it fit:\n" in search
+    assert "sft: no setting fits\n  smallest changes that make it fit:\n" in search
     assert proposals(search) == proposals(plain) != []
     found = json.loads(printed(capsys, *arguments, "--search", "--json"))
     assert found["plans"] == []
@@ -351,14 +351,19 @@ def test_a_search_that_finds_nothing_says_what_would_fit(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("gpus", "changes", "idle", "advice"),
     [
-        (2, [], 1, "a mini-batch of 16 makes 1 micro-batch; lower stages.ppo.micro_batch_tokens to 768"),
+        (
+            2,
+            [],
+            1,
+            "a mini-batch of 16 completions has 1 micro-batch for 2 GPUs; lower stages.ppo.micro_batch_tokens to 768",
+        ),
         (2, ["micro_batch_tokens=768"], 0, ""),
         (16, ["micro_batch_tokens=96"], 0, ""),
         (
             32,
             ["micro_batch_tokens=96"],
             16,
-            "a mini-batch of 16 makes 16 micro-batches; "
+            "a mini-batch of 16 completions has 16 micro-batches for 32 GPUs; "
             "raise stages.ppo.mini_batch_size to 32 or more, or use at most 16 GPUs",
         ),
         (32, ["micro_batch_tokens=96", "mini_batch_size=32"], 0, ""),
@@ -483,24 +488,24 @@ stages:
         (["tiny", "--gpu", "h100", "--tflops", "0"], "--tflops 0: a measured rate must be more than 0."),
         (
             ["tiny", "--gpu", "h100", "--gpus", "8", "--hosts", "3"],
-            "--hosts 3: does not divide 8 GPUs; every host must have the same number.",
+            "--hosts 3: does not divide 8 GPUs; set --hosts to a divisor of 8.",
         ),
         (["tiny", "--gpu", "h100", "--search", "--show", "0"], "--show 0: the number of settings must be 1 or more."),
         (["tiny", "--gpu", "abacus"], "--gpu abacus: unknown; use one of a100-40, a100,"),
         (
             ["tiny", "--gpu", "h100", "--gpus", "3"],
-            "stages.pretrain: batch_size 8 is not divisible by 3 GPUs; set it to 9, or use a number of GPUs that",
+            "stages.pretrain: batch_size 8 is not divisible by 3 GPUs; set batch_size to 9, or --gpus to a",
         ),
         (
             ["tiny", "--gpu", "h100", "--gpus", "65"],
-            "--gpus 65: 9 hosts with at most 8 GPUs each cannot have equal numbers; use 64 or 72, or set",
+            "--gpus 65: cannot be divided evenly over 9 hosts of at most 8 GPUs; use 64 or 72 GPUs, or set",
         ),
-        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10, or set the number of hosts with --hosts."),
+        (["tiny", "--gpu", "h100", "--gpus", "9"], "; use 8 or 10 GPUs, or set the number of hosts with --hosts."),
         (
             ["tiny", "--gpu", "h100", "--stage", "spt"],
             "--stage spt: the recipe has no such stage; use one of pretrain, sft,",
         ),
-        (["tiny", "--gpu", "h100", "--stage", "pairs"], "--stage pairs: a stage of kind 'sample' trains nothing;"),
+        (["tiny", "--gpu", "h100", "--stage", "pairs"], "--stage pairs: a stage of kind 'sample' does not train;"),
         (
             ["tiny", "--gpu", "h100", "stages.sft.data.max_length=4096", "--stage", "sft"],
             "stages.sft: rows of 4096 tokens exceed the model's max_position_embeddings 512; shorten them to at most",
@@ -546,7 +551,7 @@ def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nothing.yaml"
     path.write_text(EVALUATE_ONLY, encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"recipe 'nothing': no stage trains anything \(sample\); add one of kind pretrain,"
+        UserError, match=r"recipe 'nothing': no stage trains a model \(kinds: sample\); add a stage of kind pretrain,"
     ):
         plan_recipe(load_recipe(path), Options(gpu="h100"))
 

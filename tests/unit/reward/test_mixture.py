@@ -166,7 +166,10 @@ def test_a_model_with_another_tokenizer_gets_the_texts_in_its_own_format(
     one = scorer({"kind": "model", "init_from": str(other_model), "name": "other"})
     for _ in range(2):
         assert sorted(one.score(*scored_batch)[0].tolist()) == pytest.approx(expected, abs=1e-5)
-    messages = ["  reward 'other': its tokenizer or chat template differs; completions are encoded again"]
+    messages = [
+        "  reward 'other': its tokenizer or chat template differs from the policy's; prompts and completions are "
+        "re-tokenized"
+    ]
     assert messages == scorer.messages
 
 

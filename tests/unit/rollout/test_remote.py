@@ -442,7 +442,7 @@ def test_an_unreachable_server_at_the_start(connect, servers):
             {"dtype": "bfloat16"},
             r"but the recipe's dtype is float32\. Start it with --dtype float32\.",
         ),
-        ({"transfer": "nccl"}, r"started for nccl\. Start it with --weight-transfer host\."),
+        ({"transfer": "nccl"}, r"started with nccl\. Restart it with --weight-transfer host\."),
     ],
 )
 def test_a_server_with_other_settings_is_refused(connect, servers, facts, message):

@@ -65,7 +65,7 @@ def test_targets_that_cannot_be_served(tmp_path):
     recipe = write_recipe(tmp_path, {"first": ppo()})
     with pytest.raises(UserError, match=r"stage that generates completions\. Pass --stage with one of: first"):
         serve_settings(recipe, "sft", None, {})
-    with pytest.raises(UserError, match="run it first"):
+    with pytest.raises(UserError, match="run that stage first"):
         serve_settings(recipe, None, tmp_path / "run", {})
     with pytest.raises(UserError, match="not a file and not a shipped recipe"):
         serve_settings(str(tmp_path / "nowhere.yaml"), None, None, {})
@@ -93,7 +93,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: cannot listen there" in error_of(folder, "--max-model-length", "100", "--port", port)
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in error_of(str(tmp_path / "empty"))
+    assert "config.json does not exist" in error_of(str(tmp_path / "empty"))
 
 
 def test_a_model_shorter_than_the_default(tmp_path):
@@ -161,8 +161,8 @@ def test_cores_of_each_rank(monkeypatch):
     [
         (
             {"engine": "remote", "start_servers": 2, "weight_transfer": "ipc"},
-            "rollout.weight_transfer: ipc reaches one server of one GPU, but the recipe has more; use one, or set "
-            "weight_transfer to auto",
+            "rollout.weight_transfer: ipc supports one server with one GPU, but the recipe has more; use one "
+            "server with one GPU, or set weight_transfer to auto",
         ),
         (
             {"engine": "remote"},
