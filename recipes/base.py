@@ -24,7 +24,7 @@ from align.train.checkpoint import check_checkpoint, checked_config, count_store
 
 
 def run(context: StageContext) -> StageResult:
-    """Write <run>/base/model on rank 0; the pipeline treats it as a stage of its own."""
+    """Write <run>/base/model on rank 0. The pipeline treats `base` as a stage."""
     return from_rank_0("make the base model", lambda: _make(context))
 
 
@@ -82,13 +82,13 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
 
 
 def _change_config(folder: Path, changes: dict[str, Any]) -> None:
-    """Write the changed keys into a checkpoint's config.json."""
+    """Overwrite keys of a checkpoint's config.json with `changes`."""
     if not changes:
         return
     path = folder / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     checked_config(config, "model.config", "change it")
-    path.unlink()  # it may be a link into the original checkpoint
+    path.unlink()  # it may be a link to the original checkpoint's file
     write_json(path, config)
 
 
@@ -110,7 +110,7 @@ def _find_pretrained(model: PretrainedModel) -> Path:
 
 
 def _link_pretrained(source: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """Link to the checkpoint's files, so that nothing large is copied and the original never changes."""
+    """Link to the checkpoint's files instead of copying them. The original checkpoint is not changed."""
     for file in source.iterdir():
         if file.is_file():
             (folder / file.name).symlink_to(file.resolve())

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its variants: prefer the chosen completion, relative to the parent model."""
+"""Direct preference optimisation and its variants: make the chosen completion likelier than the rejected one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BY_TRL = frozenset(get_args(TrlLossType))
 """Values of `loss_type` that TRL computes; the others are computed by `align.losses.preference`."""
 
 CHOSEN_WEIGHT = "chosen_weight"
-"""Key of a micro-batch: its weight in a mean over the step's chosen tokens."""
+"""Key in a micro-batch for its weight in a mean over the step's chosen tokens."""
 
 
 class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
-    """TRL's DPO trainer on pairs that are tokenised already, with the losses that TRL lacks.
+    """TRL's DPO trainer for pairs that are already tokenised, with additional losses from `align.losses.preference`.
 
     TRL averages the SFT term over the chosen tokens of each micro-batch. Here each micro-batch's term is weighted by
-    its chosen tokens, so that the step's mean is over all chosen tokens.
+    its number of chosen tokens, so that the step's term is the mean over all chosen tokens.
     """
 
     align_stage: DpoStage
@@ -47,7 +47,7 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both h
         row_weight = inputs.get(ROW_WEIGHT, 1.0)
         chosen_weight = inputs.pop(CHOSEN_WEIGHT, row_weight)
         if self.align_stage.sft_coef:
-            # The sum of both terms is multiplied by ROW_WEIGHT afterwards.
+            # `AlignTrainer.compute_loss` multiplies the sum of both terms by ROW_WEIGHT.
             relative = chosen_weight / row_weight if row_weight else 0.0
             self.loss_weights = [1.0, self.align_stage.sft_coef * relative]
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -75,13 +75,15 @@ class AlignDpoTrainer(AlignTrainer, DPOTrainer):  # type: ignore[misc]  # both h
         return loss
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-        """Return the rows as they are. `run` sets `precompute_ref_log_probs` only for losses without a reference, so
-        that TRL does not load one."""
+        """Return the rows unchanged.
+
+        `run` sets `precompute_ref_log_probs` only for losses without a reference, to keep TRL from loading a reference.
+        """
         return dataset
 
 
 def by_side(values: Tensor, name: str) -> dict[str, Tensor]:
-    """The halves of a batch under "chosen_" + name and "rejected_" + name."""
+    """The two halves of a batch, with the keys "chosen_" + name and "rejected_" + name."""
     return dict(zip((f"chosen_{name}", f"rejected_{name}"), values.chunk(2), strict=True))
 
 
@@ -98,7 +100,7 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
     context.say(f"  data: {data.report.summary()}")
     dtype, parallel = context.trained_dtype(stage.lora), context.recipe.parallel
     model = load_policy(parent, dtype, parallel, stage.lora)
-    # With adapters the reference is the model with its adapters off; without them it is a second copy.
+    # With LoRA the reference is the model with its adapters disabled. Otherwise a second copy is loaded.
     ref_model = load_policy(parent, dtype, parallel) if stage.needs_reference and not stage.lora else None
     trainer = AlignDpoTrainer(
         stage=stage,
@@ -118,7 +120,7 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
 
 
 def loss_arguments(stage: DpoStage) -> dict[str, Any]:
-    """TRL's arguments for the loss."""
+    """Keyword arguments for `DPOConfig` that select the loss."""
     arguments: dict[str, Any] = {"beta": stage.beta}
     if stage.loss_type in BY_TRL:
         losses = [stage.loss_type, "sft"] if stage.sft_coef else [stage.loss_type]

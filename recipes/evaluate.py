@@ -1,4 +1,4 @@
-"""Compare checkpoints on held-out prompts, preference pairs and tasks. The report is made from results.json."""
+"""Compare checkpoints on held-out prompts, preference pairs and tasks, and write results.json for the report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
                 results.add_task(name, task, scorer.score(task, rows, completions), decode(completions, tokenizer))
             context.say(results.line(name))
             del model
-            gc.collect()  # DeepSpeed's engines hold reference cycles; free this model before the next one is loaded
+            gc.collect()  # a DeepSpeed engine has reference cycles; free the model before the next is loaded
     results.add_reward_model(held_out.reward_model_accuracy())
     if is_main():
         write_json(context.dir / "results.json", results.content)

@@ -1,7 +1,7 @@
 """PPO and its critic-free relatives: sample completions, score them, complete the batch, update, send the weights.
 
-Every rank runs this function. Rank 0 samples, calls reward functions and servers, and writes the run folder; models are
-sharded over all ranks, which score, compute log-probabilities, update and save them together.
+Every rank calls `run`. Only rank 0 samples, calls reward functions and servers, and writes metrics. Under `parallel`
+the models are sharded, so all ranks take part in scoring by reward models, log-probabilities, updates and saving.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from align.train.checkpoint import count_parameters, load_tokenizer, save_model
 
 
 def run(stage: PpoStage, context: StageContext) -> StageResult:
-    """Run the stage to its end, or to the next iteration's end if the run is asked to stop."""
+    """Run the stage to its end, or to the end of the current iteration if the run is asked to stop."""
     parent, dtype, parallel = context.checkpoint(stage.init_from), context.recipe.dtype, context.recipe.parallel
     beside_ranks = world()[1] > 1
     from_rank_0("placing the rollout engine", lambda: require_placement(stage.rollout, beside_ranks=beside_ranks))
@@ -98,13 +98,13 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
                 checkpoint.save(progress)
             if stopping:
                 interrupt.stop()
-    models.policy.swap_ema()  # not undone: saving merges adapters into the model
+    models.policy.swap_ema()  # not swapped back: saving merges the adapters, so training ends here
     save_model(models.policy.model, tokenizer, context.dir, dtype, parallel)
     return StageResult(metrics, report.to_dict(), parameters)
 
 
 def next_progress(stage: PpoStage, progress: Progress, metrics: dict[str, float]) -> Progress:
-    """Count one more iteration and adapt the KL coefficient."""
+    """Progress after one more iteration, with the adapted KL coefficient if the recipe has a KL target."""
     coef = progress.kl_coef
     if stage.kl.target is not None:
         coef = adapted_kl_coef(coef, metrics["kl"], stage.kl.target, stage.batch_size, stage.kl.horizon)

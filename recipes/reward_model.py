@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar head that scores the chosen completion above the rejected one (Bradley-Terry)."""
+"""Reward modelling: train a model with a scalar head to score chosen above rejected completions (Bradley-Terry)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.train.trl import AlignTrainer, trainer_arguments
 
 
 class AlignRewardTrainer(AlignTrainer, RewardTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
-    """TRL's reward trainer on pairs that are tokenised already."""
+    """TRL's reward trainer for pairs that are already tokenised."""
 
 
 def run(stage: RewardModelStage, context: StageContext) -> StageResult:
@@ -22,7 +22,7 @@ def run(stage: RewardModelStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(parent)
     data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
-    torch.manual_seed(context.seed)  # the head is random
+    torch.manual_seed(context.seed)  # the new head is random
     model = load_scorer(parent, context.trained_dtype(stage.lora), parallel=context.recipe.parallel, lora=stage.lora)
     trainer = AlignRewardTrainer(
         stage=stage,

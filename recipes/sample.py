@@ -1,6 +1,6 @@
-"""Sample preference pairs: the reference answer is chosen over the model's own, or over another prompt's reference.
+"""Make preference pairs: the reference answer is chosen; a sample or another prompt's reference is rejected.
 
-Rank 0 samples and writes the pairs; the other ranks wait for the counts.
+Rank 0 samples and writes the pairs, while the other ranks wait.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
 def _pairs(
     rows: list[PromptRow], stage: SampleStage, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[dict]:
-    """Pairs of rows with a reference; a rejected answer that is empty or equals the reference makes no pair."""
+    """Preference pairs for prompts with a reference. Rejected answers that are empty or equal to it are dropped."""
     chooser = random.Random(seed)
     neighbours = [chooser.random() < stage.neighbours for _ in rows]
     sampling = SamplingSettings(
@@ -86,7 +86,7 @@ def _pairs(
 def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
     """A row of preference data.
 
-    rejected_finished: False for a sample truncated at max_new_tokens; it gets no end-of-turn token.
+    finished: False for a sample that was truncated at max_new_tokens. No end-of-turn token is added to such an answer.
     """
     return {
         "prompt": row.messages,

@@ -13,7 +13,7 @@ from align.train.trl import AlignTrainer, trainer_arguments
 
 
 class AlignSftTrainer(AlignTrainer, SFTTrainer):  # type: ignore[misc]  # both have an attribute `optimizer`
-    """TRL's SFT trainer on rows that are tokenised and masked already."""
+    """TRL's SFT trainer for rows that are already tokenised and masked."""
 
 
 def run(stage: SftStage, context: StageContext) -> StageResult:

@@ -20,7 +20,11 @@ from align.run import interrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with 0, with 2 for a user's error, with 128 + a signal's number if stopped by one."""
+    """Entry point of `align`.
+
+    Exit status: 0; 1 for an unexpected exception; 2 for a `UserError`; 128 + N if signal N stopped the command; 141 if
+    the reader of its output has closed the pipe. A command may also exit with a status of its own.
+    """
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     code = 0
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         traceback.print_exc()
         code = 1
-    if code and interrupt.requested():  # a failure after a request to stop is its consequence
+    if code and interrupt.requested():  # a failure after a request to stop is a consequence of it
         code = 128 + interrupt.requested()
     if code in STOPPED:
         print(_stopped_line(options, code), file=sys.stderr)
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _expand_paths(options: argparse.Namespace) -> None:
-    """Replace a leading `~` of every path; a shell leaves it in `--run-dir=~/runs` and in quotes."""
+    """Expand a leading `~` in every path; the shell does not expand it in `--run-dir=~/runs` or in quotes."""
     from align.config.paths import local_path
 
     vars(options).update({name: local_path(path) for name, path in vars(options).items() if isinstance(path, Path)})
@@ -70,7 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the arguments. Overrides may also follow `--flags`, where argparse does not accept them."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    # `check` takes overrides among its recipes.
+    # `check` takes overrides in its list of recipes.
     takes = next((name for name in ("overrides", "recipes") if hasattr(options, name)), None)
     late = [word for word in rest if "=" in word and not word.startswith("-") and takes is not None]
     if unknown := [word for word in rest if word not in late]:

@@ -135,7 +135,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _require_folder(target: Path, wanted: str) -> None:
-    """Raise `UserError` if `target`, or a folder that it would be in, is a file."""
+    """Raise `UserError` if `target` or one of its parents is a file."""
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: this is a file; pass {wanted}.")

@@ -95,7 +95,7 @@ def run_recipe(options: argparse.Namespace) -> None:
 
 
 def process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:
-    """--nproc and --hostfile as overrides of the recipe; a hostfile's slots are the default of parallel.processes."""
+    """--nproc and --hostfile as overrides of the recipe. parallel.processes defaults to the hostfile's sum of slots."""
     found = [] if options.nproc is None else [f"parallel.processes={options.nproc}"]
     if options.hostfile is not None:
         found.append(f"parallel.hostfile={options.hostfile}")
@@ -137,7 +137,7 @@ def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> s
 
     try:
         overrides = [*overrides, *process_overrides(options, overrides)]
-    except UserError as error:  # of the hostfile; it does not name the recipe
+    except UserError as error:  # an error in the hostfile does not name the recipe
         return f"{path}: {error}"
     try:
         recipe = load_recipe(path, overrides)

@@ -1,4 +1,4 @@
-"""Lines on a terminal: colours, and a status line that the next line overwrites."""
+"""Print to a terminal: coloured lines, and a status line that the next line overwrites."""
 
 from __future__ import annotations
 

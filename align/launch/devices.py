@@ -1,4 +1,4 @@
-"""The GPU of a process among those that it sees. Does not import torch."""
+"""Choose the GPU of a process among the visible GPUs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from align.errors import UserError
 from align.launch.processes import whole_number
 
 INDEX = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""Variables that DeepSpeed, accelerate and torch take for the index of the process's GPU."""
+"""Variables that DeepSpeed, accelerate and torch use as the index of the process's GPU."""
 
 
 def own_gpu(visible: int) -> int:
     """Index of this process's GPU among the `visible` ones.
 
-    LOCAL_RANK counts the ranks of a machine, so it is the index if each rank sees all GPUs. A launcher may also show
-    each rank its own GPU only (Slurm does so with --gpus-per-task); that one has the index 0.
+    LOCAL_RANK numbers the ranks of a machine, so it is the index if each rank sees all GPUs. A launcher may also make
+    only one GPU visible to each rank (Slurm does so with --gpus-per-task); the index is then 0.
     """
     local = whole_number(os.environ, "LOCAL_RANK", "0")
     if visible == 1:
@@ -29,7 +29,7 @@ def own_gpu(visible: int) -> int:
 
 
 def set_gpu_index(index: int) -> None:
-    """Make libraries that read LOCAL_RANK use the GPU `index`."""
+    """Set those variables of `INDEX` that exist to `index`, for libraries that choose the GPU by them."""
     for name in INDEX:
         if name in os.environ:
             os.environ[name] = str(index)

@@ -1,4 +1,4 @@
-"""End the process of a rank. Imports nothing heavy, because every command loads it."""
+"""End the process of a rank. Every command loads this module, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _has_joined = False
 
 
 def has_joined() -> bool:
-    """True once this process has joined a process group; it must then end with `end_process`."""
+    """True once this process has joined a process group; the process must then end with `end_process`."""
     return _has_joined
 
 
@@ -29,11 +29,11 @@ def mark_joined() -> None:
 def end_process(code: int) -> NoReturn:
     """Exit immediately with `code`, skipping interpreter shutdown.
 
-    Threads of torch's process groups may still need the interpreter; shutting it down can then abort the process
-    (SIGABRT) even after all its work is done.
+    Threads of torch's process groups may still need the interpreter. Shutting the interpreter down can then abort the
+    process (SIGABRT), even after all its work is done.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(ValueError, OSError):  # closed, or nobody reads
+        with suppress(ValueError, OSError):  # the stream is closed, or its reader has ended
             stream.flush()
     os._exit(code)

@@ -1,8 +1,9 @@
 """Connect the launchers of several machines, so that a failure on one ends the run on all. Does not import torch.
 
 The launcher on the hostfile's first machine is the leader. It listens on MASTER_PORT, waits for all other launchers and
-sends them the port at which the ranks connect. Every launcher then sends a heartbeat each second. Failures go to the
-leader, which sends the one to report to all. Messages are JSON, one per line.
+sends them the port at which the ranks connect. Leader and launchers send each other a heartbeat each second. Launchers
+report failures to the leader, which picks the one to show to the user and sends it to all launchers. Messages are
+JSON, one per line.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from typing import Any, Protocol
 from align.errors import UserError
 
 MEETING = 15 * 60.0
-"""Seconds that launchers and ranks wait for all others to start."""
+"""Seconds that launchers wait for all other launchers, and ranks for all other ranks."""
 SILENCE = 30.0
 """Seconds without a heartbeat after which a machine counts as lost."""
 BEAT = 1.0
 """Seconds between two heartbeats."""
 SETTLE = 1.0
-"""Seconds in which failures are collected: ranks that lose their connection to a dead rank fail as well."""
+"""Seconds that the leader collects failures before it picks one, because ranks that lose their connection to a failed
+rank fail as well."""
 ANSWER = 10.0
-"""Seconds in which the leader must reply to a launcher; a slower peer is not one."""
+"""Seconds within which the peer of a new connection must send a message; otherwise it is taken for another program."""
 LONGEST_LINE = 2**20
 LOG_SENT = 50_000
-"""Characters of a failed rank's log that are sent to the other machines."""
+"""Number of characters, from the end of a failed rank's log, that every machine prints."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Failure:
     """The reason why a run ends.
 
     code      exit status
-    sentence  message for the user; None: print the log
+    sentence  message for the user; None: print `log` and `where`
     log       end of the failed rank's log
-    where     names the failed rank and its log file
-    cause     the failure is not the consequence of another rank's
+    where     line that names the failed rank and its log file
+    cause     True if this failure cannot be the consequence of another rank's failure
     """
 
     code: int
@@ -56,9 +58,9 @@ class Others(Protocol):
     """The other machines of a run."""
 
     def turn(self, own: Failure | None, finished: bool) -> tuple[bool, Failure | None]:
-        """Exchange messages for about 0.1 s; returns (the run is over, its failure if any).
+        """Exchange messages for about 0.1 s; return (whether the run is over, its failure if any).
 
-        own: this machine's failure. finished: all ranks of this machine have succeeded.
+        own: this machine's failure, if any. finished: True if all ranks of this machine have succeeded.
         """
 
     def close(self) -> None: ...
@@ -77,11 +79,11 @@ class Alone:
 
 
 class Line:
-    """A connection that carries messages; raises `ConnectionError` or `TimeoutError` if it is lost."""
+    """A connection that carries messages; its methods raise an `OSError` if the connection is lost."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
-        connection.settimeout(5.0)  # for sending; receiving waits in select
+        connection.settimeout(5.0)  # applies to sending; receivers wait in select
         self.buffer = b""
         self.heard = self.spoke = time.monotonic()
 
@@ -97,7 +99,7 @@ class Line:
             self.send()
 
     def receive(self) -> list[dict[str, Any]]:
-        """Read the messages that have arrived; raises `ValueError` for anything else."""
+        """Return the messages that have arrived; raises `ValueError` if the peer sends anything else."""
         received = self.connection.recv(65536)
         if not received:
             raise ConnectionResetError("closed")
@@ -129,7 +131,7 @@ def ended(host: str) -> Failure:
 
 
 class Leader:
-    """The launcher on the first machine."""
+    """The launcher on the hostfile's first machine."""
 
     def __init__(self, hosts: dict[str, int], here: str, port: int):
         self.hosts, self.here, self.port = hosts, here, port
@@ -148,7 +150,10 @@ class Leader:
             ) from None
 
     def gather(self, say: Callable[[str], None], meeting_port: int) -> int:
-        """Wait for all machines and send them the ranks' port; raises `UserError` if one is missing in the end."""
+        """Wait for all machines and send them the ranks' port.
+
+        Raises `UserError` if a machine is missing after `MEETING` seconds.
+        """
         since, said = time.monotonic(), False
         while missing := [host for host in self.hosts if host not in (self.here, *self.lines)]:
             waited = time.monotonic() - since
@@ -189,7 +194,7 @@ class Leader:
             self.reported = True
             self._fail(own)
         if self.failures and time.monotonic() - self.first_failure > SETTLE:
-            # In order of arrival: consequences arrive after their cause.
+            # `min` keeps the order of arrival, in which a consequence comes after its cause.
             failure = min(self.failures, key=lambda failure: not failure.cause)
             self._send_all(failed=asdict(failure))
             return True, failure
@@ -210,7 +215,10 @@ class Leader:
             self.failures.append(failure)
 
     def _part(self, host: str) -> None:
-        """Drop a launcher's connection; before the start it may reconnect."""
+        """Close the connection to a launcher.
+
+        Before the ranks start, the launcher may reconnect. Later this is a failure, unless its ranks have finished.
+        """
         self.lines.pop(host).close()
         if self.begun and host not in self.finished:
             self._fail(ended(host))
@@ -245,11 +253,11 @@ class Leader:
             self.finished.add(host)
 
     def _greet(self, line: Line) -> None:
-        """Accept or refuse a new connection by its first message."""
+        """Accept or refuse a new connection, depending on its first message."""
         try:
             messages = [] if line.silent(ANSWER) else line.receive()
             if not messages and not line.silent(ANSWER):
-                return  # an incomplete line
+                return  # the first line is still incomplete
             self.strangers.remove(line)
             host = messages[0].get("host") if messages else None
             refusal = self._refusal(host, messages[0]) if messages else "no message"
@@ -283,7 +291,7 @@ def _listed(hosts: dict[str, int]) -> str:
 
 
 class Follower:
-    """The launcher on another machine."""
+    """The launcher on any machine but the first."""
 
     def __init__(self, hosts: dict[str, int], here: str, port: int):
         self.hosts, self.here, self.port = hosts, here, port
@@ -363,7 +371,7 @@ class Follower:
         return None
 
     def _leave(self, place: str) -> None:
-        """Drop the connection. A leader that has ended may be started again; any other peer is an error."""
+        """Close the connection. Raises `UserError` unless the peer was a leader, which may be started again."""
         self.close()
         self.line = None
         if not self.welcome:

@@ -12,19 +12,19 @@ from pathlib import Path
 
 FIELDS = ("index", "name", "memory.total", "compute_cap", "driver_version")
 PATIENCE = 60.0
-"""Seconds for nvidia-smi, which starts the driver on a machine without persistence mode."""
+"""Time limit of nvidia-smi in seconds. Without persistence mode it initialises the driver first, which is slow."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 PCI_VENDOR = "0x10de"
 PCI_CLASSES = ("0x0300", "0x0302")
-"""Display and 3D controllers."""
+"""Prefixes of the PCI class codes of VGA and 3D controllers."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     """One GPU.
 
-    index: among all GPUs of the machine.
-    memory_mib: None if nvidia-smi does not report it.
+    index: number among all GPUs of the machine.
+    memory_mib: total memory in MiB; None if nvidia-smi does not report it.
     capability: CUDA compute capability; None if nvidia-smi does not report it.
     """
 
@@ -36,13 +36,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NvidiaMachine:
-    """What nvidia-smi reports.
+    """What nvidia-smi reports about this machine.
 
-    driver: version, such as 580.95.05.
+    driver: driver version, such as 580.95.05.
     cuda: newest CUDA version that the driver supports.
-    links: connection of each pair of GPUs, in the terms of `nvidia-smi topo -m`: NV18, PIX, PXB, PHB, NODE or SYS.
+    links: connection of each pair of GPUs, as in `nvidia-smi topo -m`: NV# (# NVLinks), PIX, PXB, PHB, NODE or SYS.
     network: names of RDMA devices.
-    error: reason why nothing else is known; None if nvidia-smi works.
+    error: why nvidia-smi failed, in which case the other fields are empty; None if it works.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -67,7 +67,7 @@ def read_machine() -> NvidiaMachine:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Output of nvidia-smi; raises `ValueError` with its first line if it fails."""
+    """Output of nvidia-smi. If nvidia-smi fails, raises `ValueError` with the output's first line."""
     done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
         said = (done.stdout + done.stderr).strip() or f"exit status {done.returncode}"
@@ -113,7 +113,7 @@ def parse_topology(text: str) -> tuple[dict[tuple[int, int], str], tuple[str, ..
 
 
 def describe_gpus(gpus: tuple[Gpu, ...]) -> list[str]:
-    """A line for each run of equal GPUs, such as 'GPU 0-7: NVIDIA H200, 140 GiB, compute capability 9.0'."""
+    """One line for consecutive equal GPUs, such as 'GPU 0-7: NVIDIA H200, 140 GiB, compute capability 9.0'."""
     lines = []
     for (name, memory, capability), same in groupby(gpus, lambda gpu: (gpu.name, gpu.memory_mib, gpu.capability)):
         numbers = [gpu.index for gpu in same]
@@ -128,7 +128,7 @@ def describe_gpus(gpus: tuple[Gpu, ...]) -> list[str]:
 
 
 def describe_links(links: dict[tuple[int, int], str]) -> str:
-    """The connections of all pairs of GPUs in a few words."""
+    """Summary of the connections of all pairs of GPUs, such as 'NVLink (NV18) between all GPUs'."""
     counts = Counter(links.values())
     names = {
         kind: f"NVLink ({kind})" if kind.startswith("NV") else f"PCIe ({kind})"
@@ -140,7 +140,7 @@ def describe_links(links: dict[tuple[int, int], str]) -> str:
 
 
 def count_pci_gpus(devices: Path = PCI_DEVICES) -> int:
-    """NVIDIA GPUs on the PCI bus, with or without a driver; 0 where the bus cannot be read."""
+    """Number of NVIDIA GPUs on the PCI bus, with or without a driver; 0 if the bus cannot be read."""
     found = 0
     for device in devices.glob("*"):
         try:

@@ -1,7 +1,7 @@
 """Start a run's ranks on this machine and end them together. Imports neither torch nor DeepSpeed.
 
-A rank is described by the variables that torchrun, `accelerate launch` and this module set: RANK, LOCAL_RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under `srun` they are derived from Slurm's.
+A rank is described by the environment variables that torchrun, `accelerate launch` and this module set: RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under `srun` they are derived from Slurm's variables.
 """
 
 from __future__ import annotations
@@ -26,24 +26,27 @@ from align.launch.ending import STOPPED
 from align.launch.machines import LOG_SENT, Alone, Failure, Follower, Leader, Others
 
 PORT = 29500
-"""Default of MASTER_PORT: the launcher on the first of several machines listens there."""
+"""Default of MASTER_PORT, the port on which the launcher on the first of several machines listens."""
 GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL for the other ranks of a run that has failed."""
+"""Seconds between SIGTERM and SIGKILL for ranks that still run when the run has failed or is stopped."""
 STOP = 600.0
-"""Seconds that the ranks have for a checkpoint after a request to stop; then they are killed."""
+"""Seconds that the ranks have to save a checkpoint after a request to stop; after that they are ended."""
 
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment_of_its_own() -> dict[str, str]:
-    """Environment for a process that a rank starts and that is not itself a rank."""
+    """Environment for a process that a rank starts and that is not itself a rank: without the launchers' variables."""
     return {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
 
 
 def is_rank() -> bool:
-    """True in a process that a launcher (torchrun, accelerate, Slurm, this module) has started as a rank."""
-    # Slurm sets SLURM_PROCID and SLURM_NTASKS in batch scripts too; only tasks of srun have SLURM_STEP_NUM_TASKS.
+    """True in a process that a launcher (torchrun, accelerate, Slurm, this module) has started as a rank.
+
+    Under `srun`, sets torchrun's variables. Raises `UserError` if only one of RANK and WORLD_SIZE is set.
+    """
+    # Slurm sets SLURM_PROCID and SLURM_NTASKS in batch scripts too, but SLURM_STEP_NUM_TASKS only in tasks of srun.
     if "RANK" not in os.environ and whole_number(os.environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
         os.environ.update(slurm_place(dict(os.environ)))
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
@@ -90,7 +93,7 @@ def _require_below(number: int, name: str, limit: int, total: str) -> None:
 
 
 def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
-    """torchrun's variables, derived from those that `srun` sets for a task."""
+    """torchrun's variables, derived from the variables that `srun` sets for a task."""
     first = first_host(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "localhost")
     job = whole_number(slurm, "SLURM_JOB_ID", "0")
     tasks = whole_number(slurm, "SLURM_STEP_NUM_TASKS")
@@ -103,7 +106,7 @@ def slurm_place(slurm: dict[str, str]) -> dict[str, str]:
         # The preflight check of offloading needs the number of ranks that share a machine's memory.
         "LOCAL_WORLD_SIZE": str(max(1, tasks // machines)),
         "MASTER_ADDR": slurm.get("MASTER_ADDR", first),
-        # Two jobs on a machine need different ports.
+        # Two jobs on the same machine need different ports.
         "MASTER_PORT": slurm.get("MASTER_PORT", str(20000 + job % 10000)),
     }
 
@@ -116,7 +119,7 @@ def first_host(nodes: str) -> str:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots per machine, in the file's order. Lines are `host slots=N`; `#` starts a comment."""
+    """Slots of each machine, in the file's order. A line is `host slots=N`; `#` starts a comment."""
     try:
         text = local_path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -137,7 +140,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def _line_problem(words: list[str], hosts: dict[str, int]) -> str | None:
-    """The problem of a hostfile's line, if any. hosts: the machines of the lines before it."""
+    """Description of the error in a hostfile's line, if any. hosts: the machines in the lines before."""
     host, *rest = words
     unknown = [word for word in rest if not word.startswith("slots=")] or rest[1:]
     if host.startswith("slots="):
@@ -154,7 +157,7 @@ def _line_problem(words: list[str], hosts: dict[str, int]) -> str | None:
 
 
 def slots_of(parallel: Parallel) -> dict[str, int]:
-    """Slots of each machine of a run, as many as it has processes."""
+    """Slots of each machine of a run; raises `UserError` unless their sum is parallel.processes."""
     if parallel.hostfile is None:
         return {"localhost": parallel.processes}
     hosts = read_hostfile(Path(parallel.hostfile))
@@ -178,7 +181,7 @@ def machines_of(parallel: Parallel) -> tuple[dict[str, int], str]:
 
 
 def meet_others(hosts: dict[str, int], here: str) -> tuple[Others, str, int]:
-    """Wait for all machines; returns (connection to them, MASTER_ADDR, MASTER_PORT of the ranks)."""
+    """Wait for all machines; return (connection to the other machines, MASTER_ADDR and MASTER_PORT for the ranks)."""
     if len(hosts) == 1:
         return Alone(), "127.0.0.1", free_port()
     first, port = next(iter(hosts)), master_port()
@@ -208,7 +211,7 @@ def master_port() -> int:
 
 
 def local_places(hosts: dict[str, int], here: str, address: str, port: int) -> list[dict[str, str]]:
-    """Variables of each rank on this machine; ranks are numbered machine by machine, in the hostfile's order."""
+    """Environment variables of each rank on this machine. Ranks are numbered in the hostfile's order of machines."""
     names = list(hosts)
     first = sum(hosts[name] for name in names[: names.index(here)])
     return [
@@ -246,7 +249,7 @@ def this_machine(hosts: dict[str, int], where: str) -> str:
 
 
 def is_own(address: str) -> bool:
-    """True for an address of this machine: a socket can be bound to no other."""
+    """True for an address of this machine; a socket can only be bound to such an address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
         try:
@@ -265,8 +268,9 @@ def free_port(address: str = "127.0.0.1") -> int:
 def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
     """Run `align ARGUMENTS` as this machine's ranks; returns when the ranks of all machines have finished.
 
-    Rank 0 prints to stdout; a rank's stderr goes to logs/rank-N.log. If a rank fails on any machine, the others are
-    ended, its error is printed and this process exits with its code. SIGTERM and SIGINT are forwarded to the ranks.
+    Rank 0 prints to stdout; all other output of a rank goes to logs/rank-N.log. If a rank fails on any machine, all
+    other ranks are ended. This process then prints the failed rank's error and exits with its exit status. SIGTERM and
+    SIGINT are forwarded to the ranks.
     """
     hosts, here = machines_of(parallel)
     logs.mkdir(parents=True, exist_ok=True)
@@ -306,7 +310,7 @@ def start(arguments: list[str], parallel: Parallel, logs: Path) -> None:
 
 
 class StopRequest:
-    """Forwards SIGTERM and SIGINT to the ranks, which stop after the same step; a second one ends them at once."""
+    """Forwards SIGTERM and SIGINT to the ranks, which stop after the same step; a second signal ends them at once."""
 
     def __init__(self, processes: dict[int, subprocess.Popen[bytes]]):
         self.processes = processes
@@ -329,7 +333,7 @@ class StopRequest:
 
 
 def failure_of(rank: int, code: int, file: Path, on: str) -> Failure:
-    """The failure of a rank that ended with `code`. on: names its machine in a run of several."""
+    """The failure of a rank that exited with `code`. on: " on HOST" in a run on several machines, otherwise empty."""
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if code in STOPPED:
         return Failure(code, None, cause=True)
@@ -355,15 +359,15 @@ def wait(
     on: str,
     stop: StopRequest,
 ) -> Failure | None:
-    """Wait for all ranks of all machines; returns the failure to report, or None if all have succeeded.
+    """Wait for all ranks of all machines; return the failure to report, or None if all ranks have succeeded.
 
-    Of ranks that end at the same time, one with a user's error or SIGKILL is reported before one with a traceback,
-    which may only have lost its connection; among equals the lowest rank is reported.
+    If several ranks have failed, a rank with a user's error or SIGKILL is reported rather than a rank with a traceback,
+    which may only have lost its connection. Otherwise the lowest failed rank is reported.
     """
     own: Failure | None = None
     while True:
         codes = {rank: process.poll() for rank, process in processes.items()}
-        # After a request to stop, ranks end with its status, or from the signal itself if they are still starting.
+        # After a request to stop, ranks exit with a status in `STOPPED`; the signal ends ranks that are still starting.
         expected = (None, 0, *STOPPED, -stop.number) if stop.number else (None, 0)
         bad = {rank: code for rank, code in codes.items() if code not in expected}
         if bad and own is None:

@@ -1,4 +1,4 @@
-"""Addresses of this machine that other machines can reach."""
+"""Find the address of this machine that another machine can reach."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 
 class Route(NamedTuple):
-    """Addresses of both ends of the way to another machine."""
+    """Addresses of the local and the remote end of a connection to another machine."""
 
     here: str
     there: str
 
 
 def route_to(host: str, port: int) -> Route:
-    """The route by which this machine reaches `host`, from the kernel's tables; nothing is sent.
+    """The route by which this machine reaches `host`, from the kernel's routing tables; nothing is sent.
 
-    The address of a machine's own host name is no substitute. It is often a loopback address (127.0.1.1 in Debian's
-    /etc/hosts), which no other machine can reach.
+    Resolving the machine's own host name does not give this address. The result is often a loopback address (127.0.1.1
+    in Debian's /etc/hosts), which no other machine can reach.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:

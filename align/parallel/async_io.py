@@ -1,4 +1,4 @@
-"""DeepSpeed's library for NVMe offload, which torch compiles on this machine at its first use."""
+"""Compile async_io, DeepSpeed's library for NVMe offload, on this machine at its first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY = "async_io/async_io.so"
 
 
 def require_async_io() -> None:
-    """Compile DeepSpeed's library for NVMe offload, once; raises `UserError` if that is impossible."""
+    """Compile and load DeepSpeed's library for NVMe offload; raises `UserError` if this fails."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -36,7 +36,7 @@ def require_async_io() -> None:
 
 
 def extensions_folder() -> Path:
-    """align's folder in torch's build root, one per version of torch and DeepSpeed."""
+    """align's folder in torch's build root; each pair of torch and DeepSpeed versions has its own."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
@@ -47,9 +47,9 @@ def extensions_folder() -> Path:
 def compiling_alone(folder: Path) -> Iterator[Path]:
     """Let torch compile and load extensions in `folder` within the block, one process at a time.
 
-    torch guards a build by a file named `lock`. A killed process leaves it behind, and every later process then waits
-    forever. The lock taken here is released by the operating system when its process dies, so its holder may remove
-    any `lock` file.
+    torch guards a build by a file named `lock`. A killed process leaves this file behind, and every later process then
+    waits forever. So a process first takes a lock that the operating system releases when the process dies. While a
+    process holds that lock, any `lock` file is stale and can be removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -8,21 +8,21 @@ from align.config.parallel import Parallel
 from align.config.paths import local_path
 
 BUCKET = 50_000_000
-"""Elements per all-gather or reduction; DeepSpeed's default of 500 million costs 2 GB per buffer in float32."""
+"""Elements per all-gather or reduction. DeepSpeed's default of 500 million takes 2 GB per buffer in float32."""
 
 
 def accumulation_steps(parallel: Parallel | None, batch_size: int, micro_batch_size: int) -> int:
-    """Micro-batches per rank in an optimizer step of `batch_size` sequences over all ranks."""
+    """Number of micro-batches per rank in an optimizer step of `batch_size` rows on all ranks together."""
     return batch_size // (micro_batch_size * (parallel.processes if parallel else 1))
 
 
 def deepspeed_config(
     parallel: Parallel, *, micro_batch_size: int, accumulation: int, max_grad_norm: float, dtype: str
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of a training stage.
+    """DeepSpeed's configuration for a model.
 
-    It names neither the optimizer nor its schedule, which are ours, nor expert parallelism: `align.parallel.experts`
-    sets the parameters' groups.
+    Optimizer, schedule and expert parallelism are not part of it: `align.train.optimizer` builds the first two, and
+    `align.parallel.experts` assigns parameters to process groups.
     """
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
@@ -33,7 +33,7 @@ def deepspeed_config(
     if parallel.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": BUCKET,
-            # Persistent parameters would be gathered together, although those of different groups must not mix.
+            # DeepSpeed gathers persistent parameters together, but parameters of different groups must not be mixed.
             "stage3_param_persistence_threshold": 0,
         }
     offload = parallel.offload
@@ -49,7 +49,7 @@ def deepspeed_config(
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": zero,
-        # torch's AdamW under CPU offload as well: DeepSpeed's CPU Adam needs a compiler.
+        # Use torch's AdamW under CPU offload as well, because DeepSpeed's CPU Adam needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -1,4 +1,4 @@
-"""DeepSpeed engines for our own training loops, which decide when a step's gradients are complete."""
+"""DeepSpeed engines for align's own training loop, which decides itself when a step's gradients are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from align.parallel.deepspeed_config import deepspeed_config
 
 
 class FunctionOfModel(nn.Module):
-    """Root module whose forward pass calls a function of the model: DeepSpeed runs its hooks in the root's forward."""
+    """Root module whose forward pass calls any function of the model.
+
+    DeepSpeed runs its hooks only in the root module's forward pass.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -28,7 +31,7 @@ class FunctionOfModel(nn.Module):
 def training_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel, *, max_grad_norm: float, dtype: str
 ) -> Any:
-    """An engine whose call `engine(function, ...)` returns function(model, ...); gradients accumulate until `step`."""
+    """Build an engine: `engine(function, ...)` returns function(model, ...), and gradients accumulate until `step`."""
     config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=max_grad_norm, dtype=dtype)
     config["managed_gradient_accumulation"] = False
     config["bf16"]["check_grad_overflow"] = True
@@ -37,7 +40,7 @@ def training_engine(
 
 
 def inference_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any:
-    """An engine for a frozen model, called as that of `training_engine`."""
+    """Build an engine for a frozen model; it is called like the engine of `training_engine`."""
     config = deepspeed_config(parallel, micro_batch_size=1, accumulation=1, max_grad_norm=0.0, dtype=dtype)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
@@ -49,7 +52,7 @@ def inference_engine(model: nn.Module, parallel: Parallel, *, dtype: str) -> Any
 
 
 def discard_gradients(engine: Any) -> None:
-    """Discard the gradients since the last step, as DeepSpeed does in a step that overflows. All ranks call this."""
+    """Discard the gradients since the last step, as DeepSpeed does after an overflow. All ranks must call this."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         engine.zero_grad()

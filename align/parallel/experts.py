@@ -1,7 +1,7 @@
 """Expert parallelism: each rank of a group holds some of a layer's experts; an all-to-all dispatches tokens to them.
 
-Only `Experts` is replaced, which receives its assignments; router, shared expert, capacity, recycling and metrics are
-unchanged. ZeRO shards a rank's experts over the ranks that hold the same ones.
+Only the module `Experts` is replaced. Its inputs include the router's choices, so router, shared expert, capacity,
+recycling and metrics are unchanged. ZeRO shards a rank's experts over the ranks that hold the same experts.
 
 Shapes: T tokens, D hidden, E experts, k experts per token, G ranks in an expert-parallel group, L experts per rank,
 N dispatched rows.
@@ -33,7 +33,7 @@ from align.parallel.sharding import ExpertShard
 
 
 class AllToAll(torch.autograd.Function):
-    """All-to-all of rows within a group, `sent[r]` of them to rank r; the gradient takes the reverse way."""
+    """All-to-all of rows within a group: `sent[r]` rows go to rank r. The backward pass returns the gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -80,9 +80,9 @@ class ShardedExperts(Experts):
         complete: bool = False,
         **corrections: Correction,
     ) -> Tensor:
-        """As `Experts.forward`: the sum over a token's experts of weight * expert(token); -1 means no expert.
+        """As `Experts.forward`: the sum over a token's experts of weight * expert(token); index -1 means no expert.
 
-        Collective within the group: a rank without tokens takes part as well.
+        Collective within the group: a rank without tokens must call it as well.
         """
         hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
 
@@ -102,11 +102,11 @@ class ShardedExperts(Experts):
         leaving_E = torch.diff(division.ends_E, prepend=division.ends_E.new_zeros(1)).long()
         arriving_E = torch.empty_like(leaving_E)
         dist.all_to_all_single(arriving_E, leaving_E, group=self.group)
-        # The collectives need the sizes on the host: the only wait for a GPU.
+        # The collectives need the sizes on the host. This copy is the layer's only wait for the GPU.
         both_2GL = torch.stack((leaving_E, arriving_E)).view(2, self.ranks, self.local).tolist()
         sent, received = ([sum(counts) for counts in of_ranks] for of_ranks in both_2GL)
         rows = AllToAll.apply(rows_ND[: sum(sent)], sent, received, self.group)
-        # Rows arrive ordered by rank, then by expert; the computation needs them ordered by expert.
+        # Rows arrive ordered by sending rank, then by expert; the computation needs them ordered by expert.
         expert = torch.arange(self.local, device=rows.device).repeat(self.ranks)
         _, order, inverse = sorting(expert.repeat_interleave(arriving_E, output_size=len(rows)))
         ends_L = arriving_E.view(self.ranks, self.local).sum(0).cumsum(0).to(torch.int32)
@@ -123,15 +123,15 @@ class TrainedShardedExperts(ShardedExperts, AutoEPMoELayer):
     """Sharded experts that train.
 
     DeepSpeed reduces the gradients of expert-parallel parameters separately only if the model has a layer of its class
-    `AutoEPMoELayer`, and below ZeRO 3 refuses such parameters otherwise. Nothing else of that class is used.
+    `AutoEPMoELayer`; without such a layer it refuses these parameters below ZeRO 3. Nothing else of the class is used.
     """
 
     def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the groups are set in the constructor."""
+        """No-op: the constructor has set the groups."""
 
 
 def mark(parameter: nn.Parameter, group_name: str, shard: ExpertShard) -> nn.Parameter:
-    """Set the attributes by which DeepSpeed treats a parameter as expert-parallel: it is sharded over its replicas."""
+    """Mark a parameter as expert-parallel for DeepSpeed: ZeRO then shards it over the ranks with the same experts."""
     parameter.expert_shard = shard
     parameter.allreduce = False  # ZeRO 1 and 2
     parameter.group_name = group_name
@@ -144,7 +144,8 @@ def mark(parameter: nn.Parameter, group_name: str, shard: ExpertShard) -> nn.Par
 def shard_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
     """Replace every `Experts` of a model by this rank's shard; `size` consecutive ranks form a group.
 
-    trained: the experts or their adapters train.
+    size: 1 leaves the model unchanged.
+    trained: True if the experts or their adapters train.
     """
     if size == 1:
         return

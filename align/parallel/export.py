@@ -1,4 +1,4 @@
-"""Write a sharded model as an ordinary checkpoint: rank 0 gathers tensor by tensor and writes one file per layer."""
+"""Write a sharded model as a Hugging Face checkpoint: rank 0 gathers tensor by tensor and writes a file per layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 
 @torch.no_grad()
 def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Gather every parameter on rank 0: (name in our layout, full tensor on the CPU).
+    """Gather every parameter on rank 0; yields (parameter name in the model, full tensor on the CPU).
 
     Collective: every rank must iterate to the end. Other ranks send their shards and get empty tensors. Adapters are
     merged. Peak extra memory on rank 0: one full tensor and its adapter's product.
@@ -43,7 +43,7 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
 
 @torch.no_grad()
 def save_sharded_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter to `folder` as PEFT would in a run of one process. Collective; rank 0 writes."""
+    """Write the adapter to `folder` in the format that PEFT uses for an unsharded model. Collective; rank 0 writes."""
     rank, _ = world()
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -66,8 +66,8 @@ def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
             else:
                 dist.send(values.contiguous().to(device), dst=0)
                 if device == "cuda":
-                    # NCCL only enqueues. A rank that ran ahead of rank 0 would keep a copy of all of its shards on the
-                    # GPU, and the time limit of its last send would pass while rank 0 writes.
+                    # NCCL only enqueues the send. A rank that ran ahead of rank 0 would keep copies of all its shards
+                    # on the GPU, and its last send would time out while rank 0 writes.
                     torch.cuda.synchronize()
         elif rank == 0:
             received = torch.empty(shard.size, dtype=dtype, device=device)

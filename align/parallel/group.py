@@ -1,4 +1,4 @@
-"""The ranks of a run: joining and leaving the process group, and what rank 0 does for all of them."""
+"""The ranks of a run: join and leave the process group, and run work on rank 0 for all ranks."""
 
 from __future__ import annotations
 
@@ -69,28 +69,29 @@ def claim_gpu() -> torch.device:
 def start_deepspeed(backend: str) -> None:
     """Initialise DeepSpeed's communication on torch's process group.
 
-    DeepSpeed's shared-memory collectives, which only inference uses, are disabled. Loading them takes a lock file in
-    the user's cache; a killed rank leaves it behind, and every later run would wait for it forever.
+    DeepSpeed's shared-memory collectives, which only inference uses, are disabled. Loading them creates a lock file in
+    the user's cache. A killed rank would leave the file behind, and every later run would wait forever.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, timeout=COLLECTIVE, verbose=False)
-    # DeepSpeed passes no time limit for its own groups, and torch's default for NCCL is ten minutes.
+    # DeepSpeed creates its own groups without a time limit, and torch's default for NCCL is ten minutes.
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=COLLECTIVE)
 
 
 def connect(facts: dict[str, str], gpu: torch.device | None = None) -> None:
     """Create the process group, with NCCL if this rank has a GPU.
 
-    Raises `UserError` if a rank is missing after `MEETING` seconds or unreachable, if `facts` differ, and if two ranks
-    have the same GPU. All of this is found out over gloo, before NCCL connects the GPUs.
+    Raises `UserError` if a rank is missing after `MEETING` seconds or unreachable, if `facts` differ between ranks, or
+    if two ranks have the same GPU. These checks use gloo and come before NCCL connects the GPUs.
     """
     limit = timedelta(seconds=machines.MEETING)
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=limit))
         choose_interface(store, number, world)
-        # The first group only waits for all ranks. It has its own limit, because a group's limit applies to every wait.
+        # The first group only waits for all ranks and compares them. It is separate because of its time limit, which
+        # applies to all collectives of a group.
         first = dist.PrefixStore("meeting", store)
         dist.init_process_group("gloo", store=first, rank=number, world_size=world, timeout=limit)
         mark_joined()
@@ -106,7 +107,7 @@ def connect(facts: dict[str, str], gpu: torch.device | None = None) -> None:
             rank=number,
             world_size=world,
             timeout=COLLECTIVE,
-            # With its device known, NCCL connects all ranks now; otherwise each pair would connect in its first send.
+            # Given the device, NCCL connects all ranks now. Otherwise each pair would connect in its first send.
             device_id=gpu if world > 1 else None,
         )
     except RuntimeError as error:
@@ -121,12 +122,12 @@ def connect(facts: dict[str, str], gpu: torch.device | None = None) -> None:
 def choose_interface(store: dist.Store, number: int, world: int) -> None:
     """Make gloo use the network interface through which this rank reaches MASTER_ADDR.
 
-    By default gloo uses the address of this machine's host name, see `route_to`.
+    By default gloo uses the address of this machine's host name, which may be unreachable; see `route_to`.
     """
     here, there = route_to(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     store.set(f"route/{number}", json.dumps([here, there]))
     routes = [json.loads(store.get(f"route/{other}")) for other in range(world)]
-    # The first machine reaches itself through the loopback interface; the others know its real address.
+    # The machine at MASTER_ADDR reaches itself through the loopback interface; the others know its real address.
     seen = [to for own, to in routes if not ipaddress.ip_address(own).is_loopback and own != to]
     if ipaddress.ip_address(here).is_loopback and seen:
         here = seen[0]
@@ -136,7 +137,7 @@ def choose_interface(store: dist.Store, number: int, world: int) -> None:
 
 
 def quieten_deepspeed() -> None:
-    """Silence DeepSpeed's report of its settings; the recipe has those that matter."""
+    """Silence DeepSpeed's log below errors. It mostly lists settings, and the recipe has those that matter."""
     import logging
 
     from deepspeed.utils import logger
@@ -148,7 +149,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     """Hashes and versions that must be equal on all ranks: align's code, the recipe, the libraries that compute."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
-    folders = os.walk(package, followlinks=True)  # reward, eval and recipes are links
+    folders = os.walk(package, followlinks=True)  # reward, eval and recipes are symbolic links
     for file in sorted(Path(folder) / name for folder, _, names in folders for name in names if name.endswith(".py")):
         code.update(file.relative_to(package).as_posix().encode())
         code.update(file.read_bytes())
@@ -156,14 +157,14 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed"):
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
-    # Machines may keep the hostfile at different paths; the launchers have compared its content.
+    # Machines may keep the hostfile at different paths; align's launchers have compared its content.
     settings = recipe.model_dump_json(exclude={"parallel": {"hostfile"}})
     recipe_hash = hashlib.sha256(settings.encode()).hexdigest()
     return {"the code of align": code.hexdigest(), "the recipe": recipe_hash, **libraries}
 
 
 def check_equal(own: dict[str, str]) -> None:
-    """Raise the same `UserError` on every rank if a rank's `own` differs from rank 0's."""
+    """Raise the same `UserError` on every rank if the value of `own` on a rank differs from rank 0's."""
     fingerprints = exchange(own)
     for number, other in enumerate(fingerprints):
         for what, value in fingerprints[0].items():
@@ -174,7 +175,7 @@ def check_equal(own: dict[str, str]) -> None:
 
 
 def check_gpus(own: str) -> None:
-    """Raise the same `UserError` on every rank if two ranks have the same GPU. own: identifies this rank's GPU."""
+    """Raise the same `UserError` on every rank if two ranks have the same GPU. own: identifier of this rank's GPU."""
     gpus = exchange(own)
     for number, gpu in enumerate(gpus):
         if (first := gpus.index(gpu)) < number:
@@ -185,14 +186,14 @@ def check_gpus(own: str) -> None:
 
 
 def exchange(own: T) -> list[T]:
-    """The `own` of every rank."""
+    """All-gather `own`: the values of all ranks, in rank order."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Leave the process group and raise a `UserError`; all ranks call this."""
+    """Leave the process group and raise a `UserError`; all ranks must call this."""
     # A rank that exits while others are still connected to it can abort them (SIGABRT).
     dist.barrier()
     dist.destroy_process_group()
@@ -205,10 +206,10 @@ def is_main() -> bool:
 
 
 def from_rank_0(step: str, make: Callable[[], T]) -> T:
-    """The result of `make`, which rank 0 alone calls, on every rank; all ranks call this with the same `step`.
+    """Call `make` on rank 0 only, and return its result on every rank.
 
-    A `UserError` of `make` is raised on every rank. Any other exception ends the run with rank 0's traceback. The other
-    ranks wait as long as `make` takes.
+    All ranks must call this with the same `step`. A `UserError` raised by `make` is raised on every rank. Any other
+    exception ends the run with rank 0's traceback. The other ranks wait for `make` without a time limit.
     """
     if world()[1] == 1:
         return make()
@@ -246,7 +247,7 @@ def _opened(outcome: T | UserError) -> T:
 
 
 def _broadcast_bytes(payload: bytes) -> bytes:
-    """Rank 0's payload; the other ranks pass one of the same size."""
+    """Broadcast rank 0's payload. The other ranks pass a payload of the same size, whose content is ignored."""
     box = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(box, src=0, group=cpu_group())
     return box.numpy().tobytes()
@@ -254,9 +255,10 @@ def _broadcast_bytes(payload: bytes) -> bytes:
 
 @contextmanager
 def rank_0_last(step: str) -> Iterator[None]:
-    """A block of collectives that rank 0 may leave long after the others, because it alone writes or sends the result.
+    """Context for collectives whose result only rank 0 writes or sends, so that rank 0 may finish long after the rest.
 
-    The other ranks may leave it at different times as well. They wait for rank 0 at the end, without a time limit.
+    The other ranks may finish at different times as well. At the end of the block they wait for rank 0 without a time
+    limit.
     """
     if world()[1] == 1:
         yield
@@ -286,7 +288,7 @@ def barrier(step: str) -> None:
 
 
 def should_stop() -> bool:
-    """True on every rank once any of them has been asked to stop. All ranks call this, between two training steps."""
+    """True on every rank once any rank has been asked to stop. All ranks must call this between two training steps."""
     signal_number = interrupt.poll()
     if world()[1] > 1:
         box = torch.tensor(signal_number)
@@ -307,7 +309,7 @@ def control_steps() -> ControlSteps:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """All ranks, for tensors in host memory; None: the default group."""
+    """Process group of all ranks for tensors in host memory; None if the default group is a gloo group."""
     global _cpu_group
     if dist.get_backend() == "gloo":
         return None
@@ -317,7 +319,7 @@ def cpu_group() -> dist.ProcessGroup | None:
 
 
 def forget_last_stage() -> None:
-    """Free the last stage's engine and its ZeRO settings, which transformers would apply to the next model."""
+    """Free the last stage's engine, and reset its ZeRO settings, which transformers would apply to the next model."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
@@ -325,7 +327,7 @@ def forget_last_stage() -> None:
 
 
 def leave() -> None:
-    """Leave the process group at the end of the run; all ranks call this."""
+    """Leave the process group at the end of the run; all ranks must call this."""
     global _steps, _cpu_group
     if dist.is_initialized():
         barrier("end of the run")

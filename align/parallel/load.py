@@ -1,7 +1,7 @@
 """Load a sharded model: every rank reads only its experts and, under ZeRO 3, only its shard of each tensor.
 
-Parameters are allocated one after another. Under ZeRO 3 a parameter is allocated in full, its shard is read, and the
-rest is freed; the operating system never backs the pages that are not written.
+Parameters are allocated one after another. Under ZeRO 3 a parameter is allocated in full, this rank's shard is read
+into it, and the rest is freed. The operating system provides memory only for the pages that are written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from align.parallel.sharding import expert_shard, full_shape, world
 
 
 class LocalPartitioning(zero.Init):
-    """DeepSpeed's partitioning of parameters without its broadcast from rank 0: each rank has read its own shard."""
+    """DeepSpeed's partitioning of parameters without the broadcast from rank 0: each rank has read its own shard."""
 
     def _zero_init_param(self, parameter: Any) -> None:
         self._convert_to_deepspeed_param(parameter)
@@ -42,7 +42,7 @@ class LocalPartitioning(zero.Init):
 
 
 MODELS = count()
-"""Numbers of the models that this process loads."""
+"""Counter that numbers the models whose parameters this process offloads to NVMe."""
 
 
 def load_sharded(
@@ -55,10 +55,11 @@ def load_sharded(
     *,
     head_only: bool = False,
 ) -> Any:
-    """Load a model in evaluation mode, as `from_pretrained` does; a head that the files lack is random.
+    """Load a model in evaluation mode, as `from_pretrained` does; a score head that the files lack is random.
 
-    With `lora` PEFT wraps the model and only the adapters train. Their initial values equal those of a run of one
-    process: every rank draws all of them, layer by layer, and keeps its shard. head_only: at most the head trains.
+    lora: wrap the model with new adapters, as `add_lora` does. Every rank draws the initial values of all adapters,
+        layer by layer, and keeps its shard, so the values equal those of an unsharded model.
+    head_only: True if at most the head trains.
     """
     stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).place)
     with init_empty_weights(include_buffers=False):
@@ -78,7 +79,7 @@ def load_sharded(
         settings["train_batch_size"] = world()[1]
         if parallel.offload.parameters == "nvme":
             settings["zero_optimization"]["offload_param"] |= nvme_settings(model, parallel)
-        # No dtype: with one, DeepSpeed chooses bfloat16 on every processor without float16.
+        # No dtype is passed: DeepSpeed would replace it by bfloat16 on a device without float16 support.
         partitioning = LocalPartitioning(config_dict_or_path=settings)
     for parameter_name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty(empty.shape, dtype=dtype), empty.requires_grad)
@@ -101,12 +102,12 @@ def load_sharded(
 
 
 def nvme_settings(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
-    """DeepSpeed's folder and buffer size for the model's parameters on disk."""
+    """DeepSpeed's settings for the model's parameters on NVMe: folder and buffer size."""
     ranks = world()[1]
     return {
-        # A folder per model: DeepSpeed empties the folder before it writes, and a stage may load several models.
+        # One folder per model, because DeepSpeed empties it before writing, and a stage may load several models.
         "nvme_path": str(local_path(str(parallel.offload.path)) / f"model-{next(MODELS)}"),
-        # The largest shard must fit. DeepSpeed's default is 100 million elements for each of its five buffers.
+        # The largest shard must fit into a buffer. DeepSpeed has five, by default of 100 million elements each.
         "buffer_size": max(
             -(-parameter.numel() // (ranks // parallel.expert_parallel_size if expert_shard(parameter) else ranks))
             for parameter in model.parameters()
@@ -115,7 +116,7 @@ def nvme_settings(model: nn.Module, parallel: Parallel) -> dict[str, Any]:
 
 
 def with_adapters(model: Any, lora: Lora) -> Any:
-    """Add initialised adapters to an empty model.
+    """Add initialised adapters to a model on the meta device.
 
     PEFT takes an adapter's shape and device from the weight, so each weight is replaced by a full-shape stand-in backed
     by one element while the adapters are created.
@@ -160,7 +161,10 @@ def local_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
 
 
 def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
-    """Read elements start to stop of a flattened parameter. first: the expert that its first row holds, if stacked."""
+    """Read elements `start` to `stop` of the flattened parameter `target`.
+
+    first: index of the first expert in `target`, if it is a stack of experts.
+    """
     flat = target.view(-1)
     for tensor, where in parts:
         if where.expert is None:
@@ -177,7 +181,7 @@ def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: i
 
 
 def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Replace a parameter by another in every module that has it."""
+    """Replace the parameter `old` by `new` in every module that has it."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is old:

@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def shared_passes(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """This rank's items, each with True if it counts; equally many on every rank.
+    """Yield (item, whether it counts) for this rank; every rank gets the same number of items.
 
-    Item j goes to rank j mod R. If the last items do not suffice for all ranks, the other ranks repeat one that does
-    not count: ZeRO and expert parallelism need every rank in every pass.
+    Item j goes to rank j mod R. If the number of items is not a multiple of R, the ranks that have none in the last
+    pass get a repeated item, which does not count. ZeRO and expert parallelism need every rank in every pass.
     """
     rank, ranks = world()
     for start in range(0, len(items), ranks):
@@ -27,7 +27,7 @@ def shared_passes(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
 
 
 def summed(tensor: Tensor, device: torch.device) -> Tensor:
-    """All-reduced sum over the ranks. device: where this rank computes."""
+    """All-reduced sum over the ranks, on the tensor's own device. device: where the all-reduce runs."""
     if world()[1] == 1:
         return tensor
     moved = tensor.to(device)
@@ -36,7 +36,7 @@ def summed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def largest(tensor: Tensor, device: torch.device) -> Tensor:
-    """All-reduced maximum over the ranks, for integers that fit in int32; few collectives support smaller types."""
+    """All-reduced maximum over the ranks, computed in int32, because few backends support smaller integers."""
     if world()[1] == 1:
         return tensor
     moved = tensor.to(device, torch.int32)

@@ -18,7 +18,8 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 def require_space(parallel: Parallel, parameters: int, dtype: str, machines: int, trained: int | None = None) -> None:
     """Raise `UserError` if this machine's share of the offloaded state does not fit in its memory or on its disk.
 
-    parameters: of the model, on all machines. trained: how many of them train; None: all. Adapters come on top.
+    parameters: number of the model's parameters on all machines, without adapters.
+    trained: number of trained parameters, which are the adapters' under LoRA; None: all of `parameters`.
     """
     offload = parallel.offload
     for device, free, where in (
@@ -36,7 +37,7 @@ def require_space(parallel: Parallel, parameters: int, dtype: str, machines: int
 
 
 def available_memory() -> int:
-    """Bytes of memory that are free or that Linux can reclaim from its page cache."""
+    """Linux's estimate of the bytes of memory that are available without swapping."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
@@ -50,7 +51,7 @@ def free_disk(path: str | None) -> int:
 
 
 def require_folder(path: str) -> None:
-    """Raise `UserError` if parallel.offload.path is not a folder that can be written to."""
+    """Raise `UserError` if `path` (parallel.offload.path) is not a writable folder."""
     folder = local_path(path)
     if not folder.exists():
         problem = f"does not exist (paths are relative to {Path.cwd()}); create it"

@@ -1,4 +1,4 @@
-"""The shard of each parameter that a rank holds.
+"""Which shard of each parameter a rank holds.
 
 Under ZeRO and expert parallelism alike a shard is a range of consecutive elements of the flattened full tensor: a
 rank's experts are a slice of the stack, and ZeRO 3 partitions a tensor into equal ranges. Loading, saving and resuming
@@ -17,7 +17,8 @@ from torch import Tensor
 class ExpertShard(NamedTuple):
     """Marks a parameter that is one rank's shard of a stack of experts.
 
-    experts: in the full stack. ranks: in the expert-parallel group.
+    experts: number of experts in the full stack.
+    ranks: number of ranks in the expert-parallel group.
     """
 
     experts: int
@@ -25,7 +26,7 @@ class ExpertShard(NamedTuple):
 
 
 def expert_shard(parameter: Any) -> ExpertShard | None:
-    """The mark of a parameter that is sharded by expert; None for any other."""
+    """The `ExpertShard` of a parameter that is sharded by expert; None for any other parameter."""
     return getattr(parameter, "expert_shard", None)
 
 
@@ -43,14 +44,14 @@ def world() -> tuple[int, int]:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of the parameter in a run of one process."""
+    """Shape of the unsharded parameter."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     shard = expert_shard(parameter)
     return (shard.experts, *shape[1:]) if shard else shape
 
 
 def shards(parameter: Any) -> list[Shard]:
-    """Shards that cover a parameter exactly once; a replicated shard is listed with its lowest rank."""
+    """Shards that cover a parameter exactly once; a shard that several ranks hold is listed with the lowest of them."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     size = math.prod(shape)
     _, processes = world()
@@ -59,7 +60,7 @@ def shards(parameter: Any) -> list[Shard]:
     partition = parameter.ds_tensor.ds_numel if is_partitioned(parameter) else size
     found = []
     for rank in range(processes):
-        # Consecutive ranks form an expert-parallel group; each of them belongs to a different ZeRO group.
+        # Consecutive ranks form an expert-parallel group; each rank of a group belongs to a different ZeRO group.
         zero_rank, group_rank = divmod(rank, groups)
         start = zero_rank * partition
         if start < size:
@@ -73,7 +74,7 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def local_shard(parameter: Any) -> Shard | None:
-    """This rank's entry in `shards`; None if its shard is empty or a replica of a lower rank's."""
+    """This rank's entry in `shards`; None if its shard is empty or if a lower rank holds the same shard."""
     rank, _ = world()
     return next((shard for shard in shards(parameter) if shard.rank == rank), None)
 
@@ -85,5 +86,5 @@ def local_values(parameter: Any) -> Tensor:
 
 
 def shard_values(parameter: Any, shard: Shard) -> Tensor:
-    """The elements of this rank's shard, flat, in the dtype of the forward pass."""
+    """The elements of `shard`, which must be this rank's: flat, in the dtype of the forward pass."""
     return local_values(parameter).detach().flatten()[: shard.size]

@@ -1,8 +1,8 @@
-"""Sharded training state that any number of ranks can write and any other number can read.
+"""Save sharded training state, and load it on any number of ranks.
 
-Every rank writes its shards of the float32 weights, of AdamW's two moments and of the EMA weights, if any, under the
-parameter's name and the shard's offset in the full tensor. A reading rank collects from all files the ranges that
-overlap its own shards.
+Every rank writes its shards of the float32 weights, of AdamW's two moments and of the EMA weights, if any. A shard's
+key has the parameter's name and the shard's offset in the full tensor. On loading, each rank reads from all files the
+ranges that overlap its own shards.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from align.parallel.sharding import expert_shard, is_partitioned, local_shard, w
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 AVERAGE = "average"
-"""Kind of the EMA weights in the files."""
+"""The kind under which EMA weights are stored in the files."""
 
 
 class LocalState:
-    """This rank's optimizer state of one parameter: flat float32 tensors by kind.
+    """This rank's shard of a parameter's training state: a flat float32 tensor for each kind in `KINDS`.
 
-    name       of the parameter
+    name       name of the parameter
     start      offset of the shard in the flattened full parameter
-    count      elements in the shard
+    count      number of elements in the shard
     master     without ZeRO, the tensor that AdamW updates: the parameter or its float32 copy
-    saves      no lower rank holds the same shard, so this rank writes it
+    saves      True if this rank writes the shard, because no lower rank holds the same shard
     """
 
     def __init__(self, name: str, parameter: Any, optimizer: Any, master: Tensor):
@@ -56,7 +56,7 @@ class LocalState:
         self.saves = self.count > 0
 
     def read(self, kind: str) -> Tensor:
-        """The shard of a kind in `KINDS`, flat, in float32; a view wherever DeepSpeed has one."""
+        """This rank's shard of the weight or a moment, flat, in float32; a view if DeepSpeed provides one."""
         if is_partitioned(self.parameter):
             key = None if kind == "weight" else kind
             part: Tensor = self.optimizer.get_local_fp32_param(self.parameter, key)
@@ -65,7 +65,7 @@ class LocalState:
             if kind == "weight":
                 weight: Tensor = self.mapping.get_hp_fragment()
                 return weight
-            # The mapping's own access to the moments is built in the first step, for one parameter group only.
+            # DeepSpeed gives the mapping access to the moments in the first step, and for one parameter group only.
             flat = flat_parameters(self.optimizer)[self.mapping.param_group_index]
             address = self.mapping.hp_fragment_address
             moment: Tensor = self.optimizer.optimizer.state[flat][kind]
@@ -74,7 +74,10 @@ class LocalState:
         return whole.flatten()
 
     def write(self, kind: str, values: Tensor) -> None:
-        """Overwrite the shard of a kind, and with a weight also the parameter that the forward pass uses."""
+        """Overwrite the shard of the weight or a moment; a weight also in the parameter that the forward pass uses.
+
+        Under ZeRO 1 and 2 this parameter changes only in `all_gather_weights`.
+        """
         if is_partitioned(self.parameter):
             padded = torch.zeros(self.parameter.ds_tensor.ds_numel, dtype=torch.float32)
             padded[: self.count] = values
@@ -90,7 +93,7 @@ class LocalState:
 
 
 def write_partition(parameter: Any, values: Tensor) -> None:
-    """Overwrite a parameter's ZeRO 3 partition, in memory or on the disk that it is offloaded to."""
+    """Overwrite a parameter's ZeRO 3 partition, in memory or, if it is offloaded to NVMe, on disk."""
     partition = parameter.ds_tensor
     if partition.status == PartitionedParamStatus.AVAILABLE:
         partition.data.copy_(values)
@@ -105,7 +108,7 @@ def first_element(parameter: Any) -> int:
 
 
 def local_states(engine: Any) -> Iterator[LocalState]:
-    """This rank's state of every trained parameter of which it has a shard."""
+    """This rank's state of every trained parameter, except where its shard is empty."""
     optimizer = engine.optimizer
     masters = float32_copies(optimizer)
     for name, parameter in engine.module.named_parameters():
@@ -116,13 +119,13 @@ def local_states(engine: Any) -> Iterator[LocalState]:
 
 
 def float32_copies(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """The float32 copy of each bf16 parameter that DeepSpeed keeps without ZeRO."""
+    """The float32 copies that DeepSpeed keeps of bf16 parameters at ZeRO 0; otherwise empty."""
     groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False)
     return {parameter: copy for group in groups for parameter, copy in zip(*group, strict=True)}
 
 
 def swap_weights(engine: Any, values: dict[str, Tensor]) -> None:
-    """Exchange the trained weights with `values`, this rank's shards by the names of `local_states`. Collective."""
+    """Swap the trained weights with `values`: this rank's shards, by parameter name. Collective."""
     for state in local_states(engine):
         new = values[state.name]
         old = state.read("weight").to(new.device, copy=True)
@@ -132,20 +135,20 @@ def swap_weights(engine: Any, values: dict[str, Tensor]) -> None:
 
 
 def all_gather_weights(engine: Any) -> None:
-    """Under ZeRO 1 and 2, update every rank's weights from the shards that the ranks have changed."""
+    """Under ZeRO 1 and 2, all-gather the weights of the forward pass from the float32 shards; otherwise a no-op."""
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
 
 
 def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
-    """Write this rank's file; the folder is complete once every rank has returned. Collective.
+    """Write this rank's file, and return once every rank has written its file. Collective.
 
-    average: this rank's shards of the EMA weights, by the names of `local_states`.
+    average: this rank's shards of the EMA weights, by parameter name.
     """
     rank, processes = world()
     folder.mkdir(parents=True, exist_ok=True)
     steps = adam_steps(engine)
-    kinds = KINDS if steps else KINDS[:1]  # before its first step AdamW has no moments
+    kinds = KINDS if steps else KINDS[:1]  # AdamW has no moments before its first step
     states = [state for state in local_states(engine) if state.saves]
     parts: list[tuple[str, int, Callable[[], Tensor]]] = [
         (f"{kind}:{state.name}@{state.start}", state.count, partial(state.read, kind))
@@ -168,9 +171,9 @@ def save_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor]
 
 
 def write_parts(file: Path, parts: list[tuple[str, int, Callable[[], Tensor]]]) -> None:
-    """Write flat tensors to a safetensors file in float32. Only one of them at a time is copied to host memory.
+    """Write flat tensors to a safetensors file in float32, copying one tensor at a time to host memory.
 
-    parts: name, number of elements, and a function that returns the tensor, of each.
+    parts: for each tensor its name, its number of elements, and a function that returns it.
     """
     header, end = {}, 0
     for name, count, _ in parts:
@@ -185,11 +188,14 @@ def write_parts(file: Path, parts: list[tuple[str, int, Callable[[], Tensor]]]) 
             if values.numel() != count:
                 raise ValueError(f"'{name}' has {values.numel()} elements instead of {count}")
             out.write(values.numpy().data)
-            del values  # before the next one is read
+            del values  # free it before the next tensor is read
 
 
 def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor] | None = None) -> None:
-    """Restore this rank's shards from the files of any number of ranks; raises `UserError` if elements are missing."""
+    """Restore this rank's shards from the files of any number of ranks.
+
+    Raises `UserError` if a file or an element is missing, or if a run without `parallel` wrote the checkpoint.
+    """
     if not (folder / "state.json").is_file():
         raise UserError(f"{folder.parent} was written by a run without `parallel`; resume it without, or start again.")
     about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -218,9 +224,9 @@ def load_training_state(engine: Any, folder: Path, average: Mapping[str, Tensor]
 
 
 def assemble(shards: list[tuple[int, Any, str]], state: LocalState, folder: Path) -> Tensor:
-    """This rank's shard of a tensor, from the stored shards that overlap it.
+    """Assemble this rank's shard of a tensor from the stored shards that overlap it.
 
-    shards: offset in the full tensor, opened file, and key in it.
+    shards: for each stored shard its offset in the full tensor, its opened file, and its key in the file.
     """
     start, count = state.start, state.count
     values, filled = torch.empty(count), 0
@@ -239,7 +245,7 @@ def assemble(shards: list[tuple[int, Any, str]], state: LocalState, folder: Path
 
 
 def adam_states(engine: Any) -> dict[Any, dict[str, Any]]:
-    """AdamW's state: by flat partition under ZeRO, by parameter without."""
+    """AdamW's state, by the tensors that AdamW updates (see `flat_parameters`)."""
     optimizer = engine.optimizer
     states: dict[Any, dict[str, Any]] = getattr(optimizer, "optimizer", optimizer).state
     return states
@@ -250,14 +256,14 @@ def adam_steps(engine: Any) -> int:
 
 
 def set_adam_steps(engine: Any, steps: int) -> None:
-    """Create AdamW's state, which otherwise appears in the first step, and set its step count."""
+    """Create AdamW's state, which AdamW itself creates only in its first step, and set its step count."""
     optimizer, states = engine.optimizer, adam_states(engine)
     for group, flat in enumerate(flat_parameters(optimizer)):
         with in_memory(optimizer, group):
             state = states.setdefault(flat, {})
             for kind in MOMENTS:
                 state.setdefault(kind, torch.zeros_like(flat))
-            # Fused AdamW needs the count where the parameter is.
+            # Fused AdamW needs the step count on the parameter's device.
             state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -265,7 +271,7 @@ def set_adam_steps(engine: Any, steps: int) -> None:
 
 @contextmanager
 def in_memory(optimizer: Any, group: int) -> Iterator[None]:
-    """Hold a parameter group's AdamW state in memory within the block: swap it in and out if it is on disk."""
+    """Within the block, keep a parameter group's AdamW state in memory; state on disk is swapped in and out."""
     on_disk = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
     if on_disk:
         optimizer._optimizer_states_and_gradient_swap_in(group)
@@ -275,7 +281,8 @@ def in_memory(optimizer: Any, group: int) -> Iterator[None]:
 
 
 def flat_parameters(optimizer: Any) -> list[Tensor]:
-    """The tensors that AdamW updates: flat float32 partitions under ZeRO, otherwise the parameters."""
+    """The tensors that AdamW updates: flat float32 partitions under ZeRO, otherwise the parameters or their float32
+    copies."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))

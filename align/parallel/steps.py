@@ -1,8 +1,9 @@
 """Control steps: numbered, named points that all ranks of a run pass in the same order.
 
-A rank publishes its step in the store through which the ranks have met and polls it there, outside of any collective.
-So the ranks can wait for hours while rank 0 samples, and still see within seconds that a rank is at another step or
-has ended, and within `LATE` seconds that a rank does not come.
+Each rank publishes its step in the process group's store and polls the other ranks' steps there, outside of any
+collective. So the ranks can wait for hours while rank 0 samples, and still detect an error. They notice within seconds
+that a rank is at a step with another name, has published a failure, or held the store and has ended. They notice within
+`LATE` seconds that a rank is still at an earlier step, and within `SILENT` seconds that a rank has died.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ SILENT = 120.0
 PAUSES = (0.002, 0.1)
 """Shortest and longest pause between two polls, in seconds."""
 LOOK = 1.0
-"""Seconds between two looks at the positions of all ranks while this one waits."""
+"""Seconds between two checks of the other ranks' positions while this rank waits."""
 LAST_WORDS = 5.0
-"""Seconds between the notice that a rank has ended and the error about it. The launcher ends all ranks meanwhile, so
-that it prints the cause and not its consequences."""
+"""Seconds that a rank waits before it raises an error about another rank's failure. The launcher usually ends all ranks
+within this time, so that it prints the cause and not its consequences."""
 
 Phase = Literal["arrived", "working", "done", "failed", "ended"]
 T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """A rank has left the path that all ranks follow, or has ended."""
+    """A rank is at another step than the others, is late, or has ended."""
 
 
 class Position(NamedTuple):
-    """The latest control step of a rank. size: bytes of the result that rank 0 is about to broadcast."""
+    """The latest control step of a rank. size: size in bytes of the result that rank 0 is about to broadcast."""
 
     number: int
     step: str
@@ -55,15 +56,15 @@ START = Position(0, "start", "arrived")
 
 
 class ControlSteps:
-    """The control steps of this rank. `store` is shared by all ranks and holds nothing else."""
+    """The control steps of this rank. store: shared by all ranks, and used for nothing else."""
 
     def __init__(self, store: dist.Store, rank: int, world: int):
-        # A connection of its own: the process group may block in the other one.
+        # A separate connection, because the process group may block in the original one.
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         self.rank, self.world = rank, world
         self.own = START
         self.arrivals: list[str] = []
-        """Keys that count the ranks at the last steps."""
+        """Store keys of the latest steps; the value of a key counts the ranks that have reached the step."""
         self.heard = {other: (b"", time.monotonic()) for other in range(world)}
         """Last heartbeat of each rank, and when this rank saw it."""
         self.closed = threading.Event()
@@ -78,11 +79,11 @@ class ControlSteps:
         self.mark(phase)
         self.arrivals.append(f"arrived/{self.own.number}/{step}")
         self._use(lambda: self.store.add(self.arrivals[-1], 1))
-        if self.rank == 0 and len(self.arrivals) > 2:  # every rank has reached the last step, so none reads older ones
+        if self.rank == 0 and len(self.arrivals) > 2:  # every rank has passed the step of this key
             self._use(lambda: self.store.delete_key(self.arrivals.pop(0)))
 
     def mark(self, phase: Phase, size: int = 0) -> None:
-        """Publish how far this rank is within its step."""
+        """Publish the phase of this rank's current step."""
         self.own = self.own._replace(phase=phase, size=size)
         self._use(lambda: self.store.set(f"at/{self.rank}", json.dumps(self.own)))
 
@@ -91,23 +92,23 @@ class ControlSteps:
         self._wait(lambda: self.store.add(self.arrivals[-1], 0) >= self.world)
 
     def wait_for_rank_0(self) -> int:
-        """Wait until rank 0 has finished its work at this step, however long that takes; the size of its result."""
+        """Wait without a time limit until rank 0 has finished its work; return the size of its result in bytes."""
         self._wait(lambda: self._rank_0_is_done(self._position(0)))
-        # Rank 0 broadcasts a result before it goes on, so if it is further already, there was none.
+        # Rank 0 broadcasts a result before the next step, so if it is at a later step already, there was no result.
         return self._position(0).size
 
     def _rank_0_is_done(self, at: Position) -> bool:
         return at.number > self.own.number or at[:3] == (self.own.number, self.own.step, "done")
 
     def leave(self) -> None:
-        """Publish that this rank needs the others no more. Rank 0, whose process may hold the store, returns last."""
+        """Publish that this rank no longer needs the others. Rank 0, whose process may hold the store, returns last."""
         self._use(lambda: self.store.add("left", 1))
         if self.rank == 0:
             self._wait(lambda: self.store.add("left", 0) >= self.world)
         self.close()
 
     def close(self, *, failed: bool = False) -> None:
-        """Stop the heartbeat. failed: this rank ends before the others, which must not wait for it."""
+        """Stop the heartbeat. failed: also publish that this rank has ended, so that the others do not wait for it."""
         self.closed.set()
         if failed:
             with suppress(RuntimeError):  # the store may have ended as well
@@ -118,7 +119,7 @@ class ControlSteps:
         return Position(*json.loads(self.store.get(key))) if self.store.check([key]) else START
 
     def _wait(self, is_over: Callable[[], bool]) -> None:
-        """Poll until `is_over`; raise `RankError` for a rank that cannot come or is late."""
+        """Poll until `is_over()`; raise `RankError` if `_check_others` finds an error meanwhile."""
         since = looked = time.monotonic()
         pause, longest = PAUSES
         while not self._use(is_over):
@@ -132,7 +133,7 @@ class ControlSteps:
     def _check_others(self, *, late: bool) -> None:
         others = {rank: self._position(rank) for rank in range(self.world) if rank != self.rank}
         here = f"rank {self.rank} is at {self.own}"
-        for rank, other in others.items():  # before failures, which follow from it
+        for rank, other in others.items():  # checked before failures, which may follow from it
             if other.number == self.own.number and other.step != self.own.step:
                 raise RankError(f"rank {rank} is at {other}; {here}")
         for rank, other in others.items():
@@ -162,7 +163,7 @@ class ControlSteps:
                 return  # the store has ended; the next control step reports it
 
     def _use(self, action: Callable[[], T]) -> T:
-        """Use the store. A lost connection means that the process that holds it, usually rank 0's, has ended."""
+        """Use the store. A lost connection means that the process that holds the store, usually rank 0's, has ended."""
         try:
             return action()
         except dist.DistError as error:

@@ -1,10 +1,10 @@
-"""The steps of a PPO iteration; `align.recipes.ppo` puts them in order. Every rank runs all of them.
+"""The steps of a PPO iteration, which `align.recipes.ppo` runs in order. Every rank runs every step.
 
-sample      sample the completions of the next prompts
-score       score them and build the rollout batch
+sample      sample completions of the next prompts
+score       score the completions and build the rollout batch
 complete    add log-probabilities, values and advantages to the batch
-update      update policy and critic over its mini-batches
-models      policy, critic, reference, reward models
-checkpoint  save and resume
-log, panel  metrics, samples, trackers, terminal
+update      update policy and critic on the batch's mini-batches
+models      load policy, critic, reference and reward models
+checkpoint  save and resume the run
+log, panel  write metrics and samples, call trackers, show progress on the terminal
 """

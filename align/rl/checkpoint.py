@@ -24,7 +24,11 @@ SAMPLES = "drawn.safetensors"
 
 @dataclass
 class Progress:
-    """Completed iterations, and the KL coefficient of the next one."""
+    """Progress of a run.
+
+    step: number of completed iterations.
+    kl_coef: KL coefficient of the next iteration.
+    """
 
     step: int
     kl_coef: float
@@ -33,8 +37,9 @@ class Progress:
 class Checkpoint:
     """The checkpoint of a run, in `folder`: everything that determines the rest of the run.
 
-    Trained weights and both optimizers, EMA weights, random states, the sampler's position, the KL coefficient, running
-    moments of the rewards, and a rollout batch that is sampled but not yet trained on. All ranks make the same calls.
+    It has the trained weights, optimizer states, EMA weights, torch's random state, the sampler's position, the KL
+    coefficient, the running moments of the rewards, and completions that are sampled but not yet trained on. All ranks
+    must make the same calls.
     """
 
     def __init__(self, folder: Path, models: Models, sampler: RolloutSampler, scorer: Scorer):
@@ -64,7 +69,7 @@ class Checkpoint:
             raise
 
     def _write(self, progress: Progress, learners: Path) -> None:
-        """Write a checkpoint that includes `learners`, the folder in which the learners have saved their state."""
+        """Write a checkpoint; `learners` is the folder in which the learners have saved their state."""
         pending = self.sampler.wait_for_pending()
         tensors = {} if pending is None else completion_tensors(pending.position, pending.completions)
         counters = {
@@ -77,7 +82,7 @@ class Checkpoint:
         remove_folder(learners)
 
     def save_samples(self, samples: Rollouts) -> None:
-        """Keep samples until their update is done."""
+        """Save samples before their update, so that a run interrupted during the update need not sample them again."""
 
         def write() -> None:
             tensors = completion_tensors(samples.position, samples.completions)
@@ -86,7 +91,10 @@ class Checkpoint:
         from_rank_0("keeping the samples", write)
 
     def load(self) -> Progress | None:
-        """Restore the last checkpoint and the samples not yet trained on; None if there is no checkpoint."""
+        """Restore the last checkpoint and the samples not yet trained on; return None if there is no checkpoint.
+
+        Without a checkpoint, samples of the first iteration are still restored.
+        """
         counters = from_rank_0("reading the checkpoint", self._read)
         if counters is None:
             return None
@@ -97,7 +105,7 @@ class Checkpoint:
         return Progress(counters["step"], counters["kl_coef"])
 
     def _read(self) -> dict[str, Any] | None:
-        """On rank 0: restore the random state and the sampler; returns the counters."""
+        """On rank 0: restore the random state and the sampler's samples; return the checkpoint's counters."""
         counters: dict[str, Any] | None = None
         tensors: dict[str, Tensor] = {}
         if self.last.is_dir():

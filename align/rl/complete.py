@@ -27,12 +27,12 @@ from align.train.learner import Learner
 
 ROUTING = "routed_experts"
 UNROUTED = -1
-"""Value in `routed_experts` where no expert is recorded. It is below every index: the all-reduce takes the maximum."""
+"""Value in `routed_experts` where no expert is recorded. The all-reduce takes the maximum, so -1 is never kept."""
 
 
 @torch.no_grad()
 def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: float) -> dict[str, float]:
-    """Fill the batch's old and reference log-probabilities, values, advantages and returns; returns metrics."""
+    """Fill in the batch's old and reference log-probabilities, values, advantages and returns; return metrics."""
     metrics = forward_passes(stage, models, batch)
     old, ref, score = filled(batch.old_logprobs), filled(batch.ref_logprobs), filled(batch.score)
     kl = kl_estimate(old, ref, stage.kl.estimator) * batch.mask
@@ -48,10 +48,10 @@ def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: 
 
 
 def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[str, float]:
-    """Run policy, critic and reference over the batch and store their results in it; returns entropy and mismatch.
+    """Run policy, critic and reference over the batch and store their results in it.
 
-    Each rank computes its share of the micro-batches. Under `old_logprobs: rollout` the policy computes only one
-    completion in 16, to measure the mismatch between sampler and trainer.
+    Returns the metrics of entropy and of the mismatch between sampler and trainer. Each rank computes its share of the
+    micro-batches. Under `old_logprobs: rollout` the policy computes only one completion in 16, for these metrics.
     """
 
     def micro_batches(rows: Tensor) -> list[tuple[Tensor, bool]]:
@@ -82,7 +82,7 @@ def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[s
                 tables[name] = values.new_full((len(batch), size, *values.shape[2:]), empty)
             if counts:
                 tables[name][rows, : values.shape[1]] = values
-    # Each rank has filled the rows that it computed; the all-reduce gives every rank all rows.
+    # Each rank has filled in the rows that it computed; the all-reduce gives every rank all rows.
     for name, table in tables.items():
         tables[name] = largest(table, models.device) if name == ROUTING else summed(table, models.device)
     require_finite_results(batch, tables)
@@ -101,8 +101,8 @@ def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[s
 def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
     """Forward pass of the policy; results are moved to the CPU.
 
-    Returns log-probabilities and entropy [B, T], `computed` [B, T] (1 where these were computed) and, for routing
-    replay, experts [B, L, layers, k].
+    Returns log-probabilities and entropy [B, T], `computed` [B, T] (1 on the completion tokens of these rows) and, with
+    `routing_replay: trainer`, the chosen experts [B, L, layers, k].
     """
     replay = stage.routing_replay == "rollout"
     output = models.policy.run(policy_output, batch.to(models.device), stage.rollout.temperature, replay=replay)
@@ -114,7 +114,7 @@ def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str,
 
 
 def critic_pass(models: Models, critic: Learner, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:
-    """Values [B, T]; with a frozen trunk also its features [B, T, D], which the updates reuse."""
+    """Values [B, T]; with a frozen trunk also the trunk's features [B, T, D], which the updates reuse."""
     rows, results = batch.to(models.device), {}
     if stage.critic.trainable == "head":
         rows.features = critic.run(critic_features, rows)
@@ -129,7 +129,7 @@ def reference_pass(models: Models, run: Callable[..., Any], stage: PpoStage, bat
 
 
 def require_finite_results(batch: Experience, tables: dict[str, Tensor]) -> None:
-    """Raise `UserError` if a log-probability or value is not finite; all ranks have the same tables."""
+    """Raise `UserError` if a log-probability or value is not finite. `tables` are the same on all ranks."""
     names = {
         "logprobs": "log-probabilities of the policy",
         "ref_logprobs": "log-probabilities of the reference",
@@ -147,10 +147,13 @@ def require_finite_results(batch: Experience, tables: dict[str, Tensor]) -> None
 def estimate_advantages(
     stage: PpoStage, batch: Experience, score_B: Tensor, penalty_BT: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(advantages, returns for the critic), both [B, T].
+    """(advantages, returns for the critic), both [B, T]; the returns are None for estimators without a critic.
 
-    penalty_BT: KL penalty of each token. The reward of a token is minus its penalty; the score is added at the last
-    completion token, which is a stop token or the one at which the completion was truncated.
+    A token's reward is minus its KL penalty. The last completion token also gets the score, whether it is a stop token
+    or the completion was truncated after it.
+
+    score_B: score of each completion.
+    penalty_BT: KL penalty of each token.
     """
     rewards = -penalty_BT
     last = (batch.lengths - batch.prompt_lengths - 1).clamp_min(0)
@@ -171,6 +174,6 @@ def estimate_advantages(
 
 
 def filled(tensor: Tensor | None) -> Tensor:
-    """A field of the batch that an earlier step has filled."""
+    """Return an optional field of the batch that an earlier step must have filled in."""
     assert tensor is not None
     return tensor

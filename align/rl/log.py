@@ -1,4 +1,4 @@
-"""Report a PPO run while it goes: metrics.jsonl, samples.jsonl, experiment trackers, the terminal."""
+"""Report a PPO run while it runs: metrics.jsonl, samples.jsonl, experiment trackers, the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from align.run.metrics import PHASES
 from align.train.trackers import Trackers
 
 SAMPLES = 4
-"""Completions of a rollout batch that are written to samples.jsonl."""
+"""Number of completions of a rollout batch that are written to samples.jsonl."""
 
 
 class Clock:
@@ -41,7 +41,7 @@ class Clock:
 
 
 class RunLog:
-    """Writes and shows the metrics of every iteration, on rank 0; the other ranks only time their phases."""
+    """Writes and shows the metrics of every iteration on rank 0. The other ranks only time their phases."""
 
     def __init__(self, stage: PpoStage, context: StageContext, model: Any, tokenizer: Any, *, first_step: int):
         self.stage, self.context, self.tokenizer = stage, context, tokenizer
@@ -60,7 +60,7 @@ class RunLog:
             self.panel.phase(self.step + 1, phase)
 
     def finish_iteration(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
-        """Record an iteration, once the rollout engine has its new weights."""
+        """Record an iteration, after the rollout engine has received the new weights."""
         self.step += 1
         if is_main():
             self._record(batch, metrics | speeds(batch, self.clock.seconds))
@@ -107,8 +107,10 @@ class RunLog:
 def speeds(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
     """Times, speeds and memory of an iteration.
 
-    time/PHASE in seconds. speed/PHASE in tokens per second: sampled tokens for `generate`, all tokens including prompts
-    for `score`, `logprobs` and `update`. memory/peak_gib: peak memory of this process; on a GPU, of its tensors.
+    time/PHASE: seconds.
+    speed/PHASE: tokens of the batch per second. For `generate` these are the completion tokens; for `score`, `logprobs`
+        and `update` the prompt and completion tokens.
+    memory/peak_gib: `peak_bytes` in GiB.
     """
     sampled = batch.experience.mask.sum().item()
     every = batch.experience.lengths.sum().item()
@@ -120,7 +122,7 @@ def speeds(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process, or of its tensors on a GPU."""
+    """Peak memory in bytes of this process; on a GPU, of its tensors."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

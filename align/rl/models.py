@@ -1,4 +1,4 @@
-"""The models of a PPO run: policy and critic, which are trained, the frozen reference, and local reward models."""
+"""The models of a PPO run: the trained policy and critic, the frozen reference, and local reward models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 class Models:
     """The models of a PPO run, on one device.
 
-    policy: trained; its EMA weights, if any, are what the stage saves.
+    policy: trained; the stage saves its EMA weights, if any, otherwise its weights.
     reference: frozen; None if the reference is the policy with its adapters disabled.
     critic: trained; None for advantage estimators without a critic.
     device: the device of this process.
@@ -44,10 +44,9 @@ class Models:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
 
     def run_passes(self, *passes: tuple[AnyModel, Sequence[Callable[[], Result]]]) -> list[Result]:
-        """Run the passes of each model; the results are in the order of the models and of their passes.
+        """Run the passes of each model; return the results in the order of the models and of their passes.
 
-        Two passes run at a time on the CPU if the models are not sharded. Passes that accumulate gradients must belong
-        to different models.
+        On the CPU two passes run at a time, unless the models are sharded. A model may have at most one backward pass.
         """
         if self.device.type != "cpu" or self.policy.collective:  # all ranks must communicate in the same order
             return [run() for _, runs in passes for run in runs]
@@ -58,8 +57,10 @@ class Models:
 
     @contextmanager
     def reference_run(self) -> Iterator[Callable[..., Any]]:
-        """`run(function, ...)` of the reference policy. The policy must not be used meanwhile: its adapters may be
-        disabled."""
+        """Yield the reference's `run(function, ...)`.
+
+        The policy must not be used within the block, because its adapters may be disabled.
+        """
         if self.reference is not None:
             yield self.reference.run
         else:
@@ -68,8 +69,10 @@ class Models:
 
 
 def changes_in_passes(model: AnyModel) -> bool:
-    """True if a forward pass modifies the model while it runs: PEFT swaps stacked experts for the adapted ones, and a
-    concurrent pass would adapt them again."""
+    """True if a forward pass modifies the model while it runs, so that passes must not run concurrently.
+
+    During a pass PEFT replaces stacked experts by adapted ones, which a concurrent pass would adapt again.
+    """
     return hasattr(model, "peft_config")
 
 
@@ -78,7 +81,10 @@ def run_in_turn(runs: Sequence[Callable[[], Result]]) -> list[Result]:
 
 
 def build_models(stage: PpoStage, context: StageContext) -> Models:
-    """Load all models in evaluation mode: with dropout, two passes over the same tokens would differ."""
+    """Load policy, critic and reference, and build the learners.
+
+    All models are in evaluation mode: with dropout, two passes over the same tokens would differ.
+    """
     device, parallel = training_device(), context.recipe.parallel
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
@@ -106,8 +112,10 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
 
 
 def load_reward_models(stage: PpoStage, context: StageContext) -> dict[str, ModelScorer]:
-    """Load the stage's local reward models, by the checkpoint names of the recipe; under `parallel` all ranks load
-    their shards together."""
+    """Load the stage's local reward models, by their checkpoint names in the recipe.
+
+    Under `parallel` every rank loads its shards, and all ranks must call this.
+    """
     dtype, parallel = context.recipe.dtype, context.recipe.parallel
     return {
         name: ModelScorer(context.checkpoint(name), dtype, stage.micro_batch_tokens, parallel)
@@ -116,13 +124,16 @@ def load_reward_models(stage: PpoStage, context: StageContext) -> dict[str, Mode
 
 
 def local_reward_models(stage: PpoStage) -> list[str]:
-    """Checkpoint names in the stage's `kind: model` rewards, each once."""
+    """Checkpoint names in the stage's `kind: model` rewards, without duplicates."""
     return list(dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)))
 
 
 def build_critic(stage: PpoStage, context: StageContext) -> AnyModel:
-    """Load the critic, with a zero value head, from `critic.init_from`, else the first reward model, else the policy's
-    parent."""
+    """Load the critic with a value head of zeros.
+
+    It starts from `critic.init_from`; by default from the first local reward model or, without one, from the policy's
+    parent.
+    """
     scorers = local_reward_models(stage)
     parent = stage.critic.init_from or (scorers[0] if scorers else stage.init_from)
     head_only = stage.critic.trainable == "head"

@@ -16,7 +16,7 @@ from align.run.charts import CHARTS
 
 
 class Panel:
-    """Progress of the run, and the last iteration's phases, metrics and one completion; redrawn in place."""
+    """Live view of the run's progress and of the last iteration's phases, metrics and first completion."""
 
     def __init__(self, name: str, steps: int, phases: Sequence[str], console: Console | None = None):
         self.name, self.steps, self.phases = name, steps, phases
@@ -55,7 +55,7 @@ class Panel:
         return line
 
     def _phases(self) -> RenderableType:
-        """A bar for each phase, as long as its share of the iteration."""
+        """Table with a row per phase: seconds, speed, and a bar for the phase's share of the iteration."""
         table = Table.grid(padding=(0, 1), expand=True)
         for justify in ("left", "right", "right"):
             table.add_column(justify=justify, no_wrap=True)
@@ -69,7 +69,7 @@ class Panel:
         return table
 
     def _numbers(self) -> RenderableType:
-        """Value of each metric in the table; a line for each chart of the report."""
+        """Table of the last iteration's metrics, with one row per chart of the report."""
         table = Table.grid(padding=(0, 2))
         for chart in CHARTS["ppo"]:
             shown = [(label, self.metrics[key]) for key, label in chart.all_series if key in self.metrics]

@@ -27,7 +27,7 @@ class Rollouts:
     position: index of the first prompt in the prompt stream.
     rows: each completion's prompt; the `completions_per_prompt` completions of a prompt are adjacent.
     completions: one per row.
-    metrics: the engine's, see `GenerationReport`.
+    metrics: metrics of the engine, see `GenerationReport`.
     """
 
     position: int
@@ -39,7 +39,7 @@ class Rollouts:
 class RolloutSampler:
     """Samples completions with the rollout engine. Only rank 0 holds the engine; every rank gets the completions.
 
-    Prompts come in shuffled epochs. All ranks make the same calls.
+    The prompt stream repeats the prompts in epochs, each shuffled anew. All ranks must make the same calls.
 
     position: index of the next prompt in the prompt stream.
     """
@@ -72,7 +72,10 @@ class RolloutSampler:
         return self._engine
 
     def sample(self, completions: int | None = None) -> Rollouts:
-        """The next `completions` completions (default: a rollout batch): those that `begin` started, or new ones."""
+        """Return the samples that `begin` started or `resume` restored, if any.
+
+        Otherwise sample `completions` completions of the next prompts (default: a rollout batch).
+        """
         position, sampled, metrics = from_rank_0("sampling", lambda: self._next(completions or self.stage.batch_size))
         self.position = position + len(sampled) // self.stage.completions_per_prompt
         return Rollouts(position, self._rows(position, len(sampled)), sampled, metrics)
@@ -90,12 +93,17 @@ class RolloutSampler:
         self.wait_for_pending()
 
     def wait_for_pending(self) -> Rollouts | None:
-        """On rank 0: wait for the samples that `begin` started, or return those restored by `resume`; None if neither
-        exist."""
+        """On rank 0: wait for the samples that `begin` started and return them, or return those that `resume` restored.
+
+        None if there are no such samples.
+        """
         return self._pending.result() if self._pending is not None else None
 
     def resume(self, position: int, stored: tuple[int, list[Completion]] | None) -> None:
-        """Continue at `position`. stored: on rank 0, completions of an interrupted iteration and their position."""
+        """Continue at `position` of the prompt stream.
+
+        stored: on rank 0, (position, completions) of an interrupted iteration; ignored if its position differs.
+        """
         self.position = position
         if stored is not None and stored[0] == position:
             done: Future[Rollouts] = Future()
@@ -103,24 +111,27 @@ class RolloutSampler:
             self._pending = done
 
     def update_weights(self, policy: Learner, version: int) -> dict[str, float]:
-        """Send the policy's weights to the engine; returns rank 0's metrics of the transfer."""
+        """Send the policy's weights to the engine; return the transfer's metrics on rank 0, and {} on other ranks."""
         with rank_0_last("sending the weights"):
             weights = policy.published_weights()
             if not is_main():
-                deque(weights, maxlen=0)  # takes part in gathering
+                deque(weights, maxlen=0)  # iterate to take part in gathering the weights
                 return {}
             self.engine.update_weights(weights, version=version)
-        if not policy.collective:  # otherwise all ranks would have to gather them again
+        if not policy.collective:  # gathering sharded weights again would need all ranks
             self.engine.offer_weights(policy.published_weights)
         return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}
 
     def sleep(self) -> None:
-        """Release the engine's GPU memory until `wake`, with `rollout.sleep`. No rank goes on before it is free."""
+        """With `rollout.sleep`, release the engine's GPU memory until `wake`. All ranks wait until it is released."""
         if self.stage.rollout.sleep:
             from_rank_0("rollout engine: sleep", lambda: self.engine.sleep())
 
     def wake(self) -> None:
-        """Take the GPU memory back; the weights must be updated before the next sample."""
+        """With `rollout.sleep`, let the engine allocate its GPU memory again.
+
+        The engine's weights must be updated before the next sample.
+        """
         if self.stage.rollout.sleep:
             return_cached_memory_of_all_ranks("before the rollout engine wakes")
             from_rank_0("rollout engine: wake", lambda: self.engine.wake())
@@ -166,7 +177,7 @@ class RolloutSampler:
 
 
 def return_cached_memory_of_all_ranks(step: str) -> None:
-    """Return the GPU memory that torch caches on every rank before an engine allocates its own."""
+    """Release the GPU memory that torch caches on every rank, before an engine allocates its own memory."""
     if torch.cuda.is_available():
         return_cached_memory()
         barrier(step)
@@ -174,7 +185,7 @@ def return_cached_memory_of_all_ranks(step: str) -> None:
 
 @lru_cache(maxsize=2)
 def shuffled(count: int, seed: int) -> list[int]:
-    """Order of an epoch's prompts."""
+    """The numbers 0 to `count` - 1 in random order: the order of an epoch's prompts."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

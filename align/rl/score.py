@@ -1,4 +1,4 @@
-"""Score samples and build the rollout batch: padded tensors, rewards, length penalties, dynamic sampling."""
+"""Score samples and build the rollout batch: padded tensors, scores, length penalties, dynamic sampling."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class RolloutBatch:
     """Scored completions of one PPO iteration; the same on all ranks.
 
     rows: each completion's prompt.
-    completions: as the engine sampled them.
-    experience: the same as padded tensors, with scores.
-    metrics: of sampling and scoring.
+    completions: the engine's completions.
+    experience: prompts, completions and scores as padded tensors.
+    metrics: metrics of sampling and scoring.
     """
 
     rows: list[PromptRow]
@@ -39,8 +39,11 @@ class RolloutBatch:
 
 
 def score_batch(stage: PpoStage, sampler: RolloutSampler, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
-    """Score `samples`. With dynamic sampling, replace groups whose scores are all equal by newly sampled ones; the
-    batch keeps the recipe's size."""
+    """Score `samples` and build the rollout batch.
+
+    With dynamic sampling, groups whose scores are all equal are replaced by newly sampled groups, as far as the
+    recipe's maximum of extra generations allows. The batch always has the recipe's size.
+    """
     group = stage.completions_per_prompt
     batches = [score_samples(stage, samples, scorer)]
     for _ in range(stage.dynamic_sampling):
@@ -64,12 +67,12 @@ def score_batch(stage: PpoStage, sampler: RolloutSampler, samples: Rollouts, sco
 
 
 def informative(scores_GN: Tensor) -> Tensor:
-    """True [G] for groups whose scores differ; the advantages of equal scores are zero."""
+    """True [G] for groups whose scores differ. In other groups all advantages would be zero."""
     return (scores_GN - scores_GN[:, :1]).abs().amax(dim=1) > 1e-6
 
 
 def score_samples(stage: PpoStage, samples: Rollouts, scorer: Scorer) -> RolloutBatch:
-    """Score samples: rewards minus the penalties for truncated and overlong completions."""
+    """Score samples: total reward minus the penalties for truncated and overlong completions."""
     experience = to_experience(samples.completions)
     scores, metrics = scorer.score(experience, samples.rows, samples.completions)
     if stage.missing_eos_penalty is not None:
@@ -111,8 +114,11 @@ def concatenate(batches: list[RolloutBatch]) -> RolloutBatch:
 
 
 def pool(name: str, values: list[float], sizes: list[int]) -> float:
-    """A metric of several batches of these sizes: extremes stay extremes, times and counts add up, everything else is a
-    weighted mean (a pooled standard deviation is then the one within a batch)."""
+    """Combine a metric of several batches with the given sizes.
+
+    Minima and maxima are taken over all batches; times and counts are added. Any other metric is the mean weighted by
+    batch size, which for a standard deviation leaves out the differences between batches.
+    """
     if name.endswith(("/min", "/max")):
         return min(values) if name.endswith("/min") else max(values)
     if name.startswith("time/") or name in ("rollout/prompt_tokens", "rollout/retried"):
@@ -121,7 +127,7 @@ def pool(name: str, values: list[float], sizes: list[int]) -> float:
 
 
 def select(batch: RolloutBatch, index: Tensor) -> RolloutBatch:
-    """The completions at `index`; metrics stay those of the whole batch."""
+    """The completions at `index`, with the metrics of the whole batch."""
     rows, completions = [batch.rows[i] for i in index], [batch.completions[i] for i in index]
     return RolloutBatch(rows, completions, batch.experience.rows(index), batch.metrics)
 

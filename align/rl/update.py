@@ -33,9 +33,9 @@ LOSSES = {"policy": ("policy_loss", "kl_loss", "aux_loss", "router_z_loss"), "cr
 class BatchTotals:
     """Totals of a whole mini-batch, which normalise the losses of its micro-batches.
 
-    tokens: completion tokens with a loss.
-    completions: completions with such tokens.
-    all_tokens: tokens of all prompts and completions; the router's losses are means over them.
+    tokens: number of completion tokens with a loss.
+    completions: number of completions with such tokens.
+    all_tokens: number of tokens of all prompts and completions; the router's losses are means over them.
     """
 
     tokens: float
@@ -46,10 +46,11 @@ class BatchTotals:
 def update(
     stage: PpoStage, models: Models, batch: Experience, *, step: int, seed: int, kl_coef: float
 ) -> dict[str, float]:
-    """Run all epochs of updates and move the policy's EMA weights.
+    """Run all epochs of updates, then update the policy's EMA weights.
 
-    Returns each metric's mean over the mini-batches, and the numbers of updates made and skipped. Raises `UserError` at
-    the first loss that is not finite, and for gradients as `require_finite_gradients` does.
+    Returns each metric's mean over the mini-batches, the number of policy updates, and the number of skipped updates of
+    policy and critic. Raises `UserError` at the first loss that is not finite, and for gradients as
+    `require_finite_gradients` does.
     """
     measured: dict[str, list[float]] = {}
     counts = {"policy_updates": 0.0, "skipped_updates": 0.0}
@@ -68,7 +69,7 @@ def update(
                 all_tokens=batch.lengths[mini_batch].sum().item(),
             )
             if not totals.tokens:
-                counts["skipped_updates"] += len(active)  # `mask_truncated` left no completion
+                counts["skipped_updates"] += len(active)  # `mask_truncated` has masked all completions
                 continue
             metrics = accumulate_gradients(
                 stage, models, batch, mini_batch, totals, kl_coef, train_policy="policy" in active
@@ -91,7 +92,7 @@ def update(
 
 
 def require_finite_losses(metrics: dict[str, float], step: int) -> None:
-    """Raise `UserError` if a mini-batch's loss is not finite. `metrics` are the same on all ranks."""
+    """Raise `UserError` if a loss of a mini-batch is not finite. `metrics` are the same on all ranks."""
     for model, names in LOSSES.items():
         for name in names:
             if not math.isfinite(metrics.get(name, 0.0)):
@@ -102,7 +103,7 @@ def require_finite_gradients(model: str, learner: Learner, step: int) -> None:
     """Raise `UserError` if the learner skipped its last step because of gradients that are not finite.
 
     A learner under DeepSpeed in bf16 may skip single steps, because bf16 gradients can overflow where the loss does
-    not; `OVERFLOWS` of them in a row stop the run.
+    not. `OVERFLOWS` skipped steps in a row are an error.
     """
     if learner.skips_in_a_row and not learner.skips_overflow:
         raise diverged("the gradient norm is not finite", model, step)
@@ -128,14 +129,14 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """Accumulate the gradients of a mini-batch over its micro-batches on all ranks; returns its metrics.
 
-    The result does not depend on how the mini-batch is split, with one exception. The router's balance loss is a
-    product of two means, so it is defined per micro-batch; the mini-batch's is the mean over its micro-batches,
-    weighted by their tokens.
+    The result does not depend on how the mini-batch is split, except for the router's balance loss. This loss is a
+    product of two means, so it is computed per micro-batch, and then averaged with the micro-batches' tokens as
+    weights.
     """
     measured: list[dict[str, Tensor]] = []
     for micro_batch, counts in shared_passes(list(batch.micro_batches(mini_batch, stage.micro_batch_tokens))):
         rows = batch.rows(micro_batch).to(models.device)
-        if not counts:  # this rank only takes part in the collectives
+        if not counts:  # a repeated micro-batch; this rank only takes part in the collectives
             rows.loss_mask = torch.zeros_like(rows.loss_mask)
         share = counts * rows.lengths.sum().item() / totals.all_tokens
         passes = []
@@ -148,7 +149,7 @@ def accumulate_gradients(
         measured += models.run_passes(*passes)
     metrics: dict[str, float] = {}
     named = [(name, value) for results in measured for name, value in results.items()]
-    # Read once per mini-batch: reading makes the host wait for a GPU.
+    # Metrics are read once per mini-batch, because reading makes the host wait for the GPU.
     for (name, _), value in zip(named, to_host([value for _, value in named]), strict=True):
         metrics[name] = metrics.get(name, 0.0) + value
     sums = summed(torch.tensor(list(metrics.values()), dtype=torch.float64), models.device)
@@ -158,7 +159,9 @@ def accumulate_gradients(
 def policy_backward(
     stage: PpoStage, policy: Learner, rows: Experience, totals: BatchTotals, share: float, kl_coef: float
 ) -> dict[str, Tensor]:
-    """Backward pass of the policy's loss on a micro-batch, as its share of the mini-batch's loss.
+    """Forward and backward pass of the policy on a micro-batch; return the micro-batch's metrics.
+
+    Loss and metrics are normalised by `totals`, so those of all micro-batches add up to the mini-batch's.
 
     share: the micro-batch's share of the mini-batch's tokens, which weights the router's losses.
     """
@@ -204,13 +207,13 @@ def policy_backward(
 
 
 def clip_options(stage: PpoStage) -> dict[str, Any]:
-    """Options of the clipped loss that are set; the recipe refuses them for losses that lack them."""
+    """Options of the clipped policy loss that the recipe sets; its validation refuses them with other losses."""
     options: dict[str, Any] = {} if stage.dual_clip is None else {"dual_clip": stage.dual_clip}
     return options | ({"sequence": True} if stage.ratio == "sequence" else {})
 
 
 def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
-    """Importance weights [B, T] from the sampler's distribution to the trainer's, if the recipe sets a correction."""
+    """Importance weights [B, T] from the rollout engine's distribution to the trainer's; None without a correction."""
     if stage.importance.correction == "none":
         return None
     return importance_weight(
@@ -224,7 +227,10 @@ def sampler_correction(stage: PpoStage, rows: Experience) -> Tensor | None:
 
 
 def critic_backward(stage: PpoStage, critic: Learner, rows: Experience, totals: BatchTotals) -> dict[str, Tensor]:
-    """Backward pass of the critic's loss on a micro-batch, as its share of the mini-batch's loss."""
+    """Forward and backward pass of the critic on a micro-batch; return the micro-batch's metrics.
+
+    Loss and metrics are normalised by `totals`, so those of all micro-batches add up to the mini-batch's.
+    """
     loss, metrics = value_loss(
         critic.run(critic_values, rows),
         filled(rows.values),

@@ -1,1 +1,1 @@
-"""The first thing to run on a machine: expected against measured, line by line, in fifteen minutes on a GPU."""
+"""Test a new machine with `align smoke`: compare measured with expected values, in about fifteen minutes on a GPU."""

@@ -1,4 +1,4 @@
-"""Run one line of `align smoke` and write its checks: `python -m align.smoke NUMBER FOLDER`."""
+"""Run one line of `align smoke` and write its checks to a file: `python -m align.smoke NUMBER FOLDER`."""
 
 from __future__ import annotations
 

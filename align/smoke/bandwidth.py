@@ -12,7 +12,10 @@ BYTES, ROUNDS = 2**30, 10
 
 
 def all_reduce(count: int, folder: Path) -> float:
-    """GB/s of each GPU in one direction: 2 (n - 1) / n times the buffer's size, by the time of a call."""
+    """Bus bandwidth over n = `count` GPUs in GB/s: 2 (n - 1) / n times the buffer's size, divided by the time per call.
+
+    This is the traffic of each GPU in one direction.
+    """
     meeting, result = folder / "all-reduce", folder / "all-reduce.txt"
     meeting.unlink(missing_ok=True)
     torch.multiprocessing.spawn(_rank, (count, meeting, result), nprocs=count)
@@ -20,7 +23,7 @@ def all_reduce(count: int, folder: Path) -> float:
 
 
 def _rank(rank: int, count: int, meeting: Path, result: Path) -> None:
-    """Time the all-reduce as one of `count` ranks; rank 0 writes the seconds of a call."""
+    """Time the all-reduce as one of `count` ranks; rank 0 writes the seconds per call to `result`."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", f"file://{meeting}", world_size=count, rank=rank, device_id=device)

@@ -1,4 +1,4 @@
-"""Run the lines of `align smoke`, each in a process of its own, print the table and write it as JSON."""
+"""Run the lines of `align smoke`, each in a separate process, print the table and write it as JSON."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def smoke(
 ) -> Verdict:
     """Run the lines and return the worst verdict; a line that fails does not stop the others.
 
-    folder: logs, runs and the result of each line.
-    only: numbers of the lines; default all.
-    output: file for the table with versions and hardware; default smoke.json in the folder.
+    folder: folder for logs, runs and the result of each line.
+    only: numbers of the lines to run; default: all.
+    output: file for the table with versions and hardware; default: smoke.json in `folder`.
     """
     chosen = [line for line in LINES if not only or line.number in only]
     if unknown := sorted(set(only) - {line.number for line in LINES}):
@@ -53,7 +53,7 @@ def smoke(
 
 
 def report(results: list[LineResult], verdict: Verdict) -> dict[str, Any]:
-    """The JSON file: versions, hardware, lines."""
+    """Content of the JSON file: versions, hardware, lines."""
     machines = [result.machine for result in results if result.machine]
     return {
         "align": __version__,
@@ -66,7 +66,7 @@ def report(results: list[LineResult], verdict: Verdict) -> dict[str, Any]:
 
 
 def run_line(line: Line, folder: Path) -> LineResult:
-    """Run a line in a process of its own, so that a crash or memory that stays allocated ends with it."""
+    """Run a line in a separate process, so that a crash does not stop the other lines and all memory is freed."""
     log, written = folder / f"line-{line.number}.log", folder / f"line-{line.number}.json"
     written.unlink(missing_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -96,14 +96,14 @@ def read_result(path: Path) -> tuple[dict[str, Any], list[Check]]:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End the line's process and all that it started."""
+    """Kill the line's process and all processes in its process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def reason(code: int | None, line: Line, log: Path) -> str:
-    """One sentence on a line without a result: how it ended, and the last line of its log."""
+    """Why a line has no result: the time limit, the signal that ended it, or the last line of its log."""
     if code is None:
         return f"it did not end within {line.limit:.0f} s"
     if code < 0:

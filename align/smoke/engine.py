@@ -1,4 +1,4 @@
-"""Line 3: a vLLM engine beside a trainer starts, sleeps, wakes, takes new weights and agrees with the trainer."""
+"""Line 3: a vLLM engine beside a trainer starts, sleeps, wakes, loads new weights and agrees with the trainer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from align.smoke.table import Check, below, fast, holds, skipped
 SAMPLING = SamplingSettings(max_new_tokens=24, seed=1, n=4)
 PROMPTS = [[5, 6, 7, 8], list(range(100, 140))]
 MEAN, LARGEST = {"float32": 1e-4, "bfloat16": 2e-2}, {"float32": 1e-3, "bfloat16": 1.0}
-"""Bounds on the differences between the sampler's and the trainer's log-probabilities, in nats."""
+"""Bounds on the mean and largest difference between the engine's and the trainer's log-probabilities, in nats."""
 
 
 def check(machine: Machine, folder: Path) -> list[Check]:
-    """Line 3."""
+    """Run line 3."""
     if find_spec("vllm") is None:
         return [skipped("engine", "vLLM is not installed: align doctor")]
     dtype = "bfloat16" if machine.has_gpu else "float32"
     policy = small_policy().to(getattr(torch, dtype))
     policy.save_pretrained(folder / "engine")
     policy.to(machine.device)
-    # The memory that a trainer holds: vLLM must not ask for most of the card.
+    # Stands for the memory that a trainer holds. vLLM must start although a quarter of the GPU's memory is in use.
     held = (
         torch.empty(int(0.25 * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device="cuda")
         if machine.has_gpu
@@ -61,7 +61,7 @@ def check(machine: Machine, folder: Path) -> list[Check]:
 
 
 def sleep_and_wake(engine: RolloutEngine, machine: Machine, cache_gib: float) -> list[Check]:
-    """On a GPU the memory of the key/value cache must be free while the engine sleeps; on a CPU both are no-ops."""
+    """On a GPU the KV cache's memory must be free while the engine sleeps. On a CPU sleep and wake are no-ops."""
     if not machine.has_gpu:
         engine.sleep()
         engine.wake()
@@ -75,14 +75,14 @@ def sleep_and_wake(engine: RolloutEngine, machine: Machine, cache_gib: float) ->
 
 
 def mismatch(what: str, engine: RolloutEngine, policy: AnyModel, dtype: str) -> Check:
-    """Sample, and compare with the trainer's forward pass."""
+    """Sample, and compare the engine's log-probabilities with the trainer's forward pass."""
     found = differences(engine.generate(PROMPTS, SAMPLING), policy)
     return below(what, mean=(found.mean().item(), MEAN[dtype]), largest=(found.max().item(), LARGEST[dtype]))
 
 
 @torch.no_grad()
 def differences(samples: list[list[Completion]], policy: AnyModel) -> torch.Tensor:
-    """|log p(sampler) - log p(trainer)| of every sampled token."""
+    """|log p(engine) - log p(trainer)| of every sampled token."""
     rows = [completion for group in samples for completion in group]
     batch = build_experience([r.prompt_ids for r in rows], [r.token_ids for r in rows], [r.logprobs for r in rows])
     batch = batch.to(policy.device)

@@ -1,4 +1,4 @@
-"""Line 0: what `align doctor` finds, and whether the installed vLLM has what align imports from it."""
+"""Line 0: the findings of `align doctor`, and whether the modules that use vLLM can be imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.smoke.table import Check, fact, holds, skipped
 
 
 def check(machine: Machine, folder: Path) -> list[Check]:
-    """The machine, the installation and their problems as doctor sees them, and the imports of all that uses vLLM."""
+    """Run line 0: `align doctor`'s facts, warnings and problems, and the imports of the modules that use vLLM."""
     findings = examine()
     versions = {name: package["version"] for name, package in findings["packages"].items()}
     facts = findings["uses"] | findings["report"] | {name: value for name, value in versions.items() if value}
@@ -28,7 +28,7 @@ def check(machine: Machine, folder: Path) -> list[Check]:
 
 
 def imports() -> Check:
-    """Import every module of the rollout package and the model classes, as an engine and a server do."""
+    """Import every module of `align.rollout` and the vLLM model classes, as engines and servers do."""
     prepare_vllm()
     broken = []
     modules = [module.name for module in walk_packages(align.rollout.__path__, "align.rollout.")]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Line(NamedTuple):
-    """A line of the table, run in a process of its own.
+    """A line of the table, run in a separate process.
 
     function: module.name under align.smoke, called as f(machine, folder) -> list[Check].
-    gpu, cpu: seconds that it should take at most on a GPU and on two idle CPU cores; cpu None: needs a GPU.
+    gpu, cpu: time budget in seconds on a GPU and on two idle CPU cores; cpu None: the line needs a GPU.
     """
 
     number: int

@@ -15,7 +15,7 @@ class Machine:
     """The device of this process.
 
     device: cuda or cpu.
-    name: of the GPU; None on a CPU.
+    name: name of the GPU; None on a CPU.
     gpus: number of visible GPUs.
     """
 
@@ -29,13 +29,13 @@ class Machine:
 
     @property
     def peak(self) -> Gpu | None:
-        """Peak rates of the data sheet; None on a CPU and on a GPU that is not in the planner's table."""
+        """Peak rates from the data sheet; None on a CPU, or if the planner's table lacks this GPU."""
         words = (self.name or "").lower().replace("-", " ").split()
         return next((gpu for name, gpu in GPUS.items() if name in words), None)
 
     @property
     def peak_flops(self) -> float | None:
-        """Peak operations per second in bf16."""
+        """Peak FLOP/s in bf16; None if unknown."""
         return None if self.peak is None else self.peak.tflops * 1e12
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,16 +25,17 @@ LOGPROBS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 GRADIENT = 0.05
 """Bound on the relative error of the gradient of all parameters."""
 PROBABILITIES = {0.5: GRADIENT, 0.9: 0.1, 0.99: 0.2, 0.999: 0.2}
-"""{median probability of the tokens: that bound}. Where a policy trains, most tokens are above 0.9. The gradient is
-proportional to 1 - p, which rounding of the hidden states to bf16 changes by several per cent as p approaches 1."""
+"""Bound on the gradient's error in bf16, by the median probability p of the tokens. During training p is above 0.9 for
+most tokens. The gradient is proportional to 1 - p. As p approaches 1, rounding of the hidden states to bf16 changes
+1 - p by several per cent."""
 WAITS = 5
 
 
 class Case(NamedTuple):
     """A policy, a batch and a temperature.
 
-    bound: on the error of the gradient in bf16.
-    training: with the capacity limit, which is off in eval mode.
+    bound: bound on the relative error of the gradient in bf16.
+    training: run the model in train mode; the capacity limit applies only there.
     """
 
     name: str
@@ -46,7 +47,12 @@ class Case(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """logprobs: [B, T]. gradient: of the mean log-probability, by parameter. routed_experts: [B, L, layers, k]."""
+    """Results of a forward and backward pass.
+
+    logprobs: log-probabilities [B, T].
+    gradient: gradient of the mean log-probability, by parameter name.
+    routed_experts: chosen experts [B, L, layers, k].
+    """
 
     logprobs: Tensor
     gradient: dict[str, Tensor]
@@ -54,12 +60,12 @@ class Pass(NamedTuple):
 
 
 def compare(machine: Machine, folder: Path) -> list[Check]:
-    """Line 1. On a CPU only bf16 is compared, because fp32 on the CPU is the reference itself."""
-    torch.set_num_threads(1)  # products this small gain nothing from more, and lose much on a busy machine
+    """Run line 1. On a CPU only bf16 is compared, because fp32 on the CPU is the reference."""
+    torch.set_num_threads(1)  # small matrix products gain nothing from more threads and slow down on a busy machine
     checks = []
     for case in cases():
         reference = run(case, case.policy, "cpu")
-        if not case.training:  # experts of equal scores are chosen by rounding, so both passes take the same ones
+        if not case.training:  # replay the reference's routing: rounding may change a close choice
             case = case._replace(batch=replace(case.batch, routed_experts=reference.routed_experts))
         for dtype in LOGPROBS if machine.has_gpu else (torch.bfloat16,):
             policy = copy.deepcopy(case.policy).to(machine.device, dtype)
@@ -68,7 +74,7 @@ def compare(machine: Machine, folder: Path) -> list[Check]:
 
 
 def cases() -> Iterator[Case]:
-    """Tokens of rising probability; an expert without tokens; a capacity; LoRA."""
+    """Yield the cases: tokens of increasing probability, an expert without tokens, a capacity limit, LoRA."""
     policy = small_policy()
     batch = greedy_batch(policy)
     for probability, bound in PROBABILITIES.items():
@@ -83,7 +89,7 @@ def cases() -> Iterator[Case]:
 
 @torch.no_grad()
 def temperature_for(policy: AnyModel, batch: Experience, probability: float) -> float:
-    """The temperature at which the median probability of the batch's tokens is `probability`, by bisection."""
+    """Temperature at which the median probability of the completion tokens is `probability`, found by bisection."""
     low, high = 1e-3, 10.0
     for _ in range(20):
         middle = (low * high) ** 0.5
@@ -94,7 +100,7 @@ def temperature_for(policy: AnyModel, batch: Experience, probability: float) -> 
 
 @torch.no_grad()
 def without_expert(policy: AnyModel, batch: Experience, expert: int) -> Experience:
-    """The batch with the policy's own routing, in which tokens of `expert` go to one of the others that they lack."""
+    """The batch with the policy's routing, except that another, not yet chosen expert replaces `expert`."""
     experts = policy_output(policy, batch, 1.0).routed_experts
     assert experts is not None
     count = policy.config.num_experts
@@ -104,7 +110,7 @@ def without_expert(policy: AnyModel, batch: Experience, expert: int) -> Experien
 
 
 def run(case: Case, policy: AnyModel, device: str) -> Pass:
-    """Forward and backward pass of the mean log-probability."""
+    """Run a forward and backward pass of the mean log-probability."""
     policy.train(case.training)
     policy.zero_grad(set_to_none=True)
     batch = case.batch.to(torch.device(device))
@@ -131,7 +137,7 @@ def difference(case: Case, dtype: torch.dtype, found: Pass, reference: Pass) -> 
 
 
 def count_waits(machine: Machine, folder: Path) -> list[Check]:
-    """Line 2: calls in a forward and backward pass for which the CPU waits until the GPU is done."""
+    """Run line 2: count the calls in a forward and backward pass that make the CPU wait for the GPU."""
     case = next(cases())
     policy = case.policy.to(machine.device, torch.bfloat16)
     batch = case.batch.to(torch.device(machine.device))

@@ -1,4 +1,4 @@
-"""Line 4: rates of the MoE block's grouped products and of the loss head, against the device's peak."""
+"""Line 4: FLOP/s of a dense product, of an MoE block and of the loss head, against the device's peak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from align.smoke.machine import Machine, synchronize
 from align.smoke.table import Check, fast
 
 GROUPED, HEAD = 0.5, 0.4
-"""Estimated shares of the peak: of the MoE block's forward and backward pass, and of the loss head's."""
+"""Estimated shares of the peak that a forward and backward pass reaches, in the MoE block and in the loss head."""
 
 
 class Sizes(NamedTuple):
@@ -35,7 +35,7 @@ ON_CPU = Sizes(tokens=512, hidden=256, width=256, experts=4, vocabulary=4096, ro
 
 
 def measure(machine: Machine, folder: Path) -> list[Check]:
-    """Rates in bf16 on a GPU, in fp32 on a CPU, where few processors multiply bf16."""
+    """Run line 4: in bf16 on a GPU, and in fp32 on a CPU, because few CPUs have bf16 multiplication."""
     sizes, dtype = (ON_GPU, torch.bfloat16) if machine.has_gpu else (ON_CPU, torch.float32)
     with torch.device(machine.device):
         dense = dense_product(sizes, dtype)
@@ -56,7 +56,7 @@ def measure(machine: Machine, folder: Path) -> list[Check]:
 
 
 def seconds(work: Callable[[], object], rounds: int, machine: Machine) -> float:
-    """Median time of a call, after two calls that warm up."""
+    """Median seconds per call of `work`, after two warm-up calls."""
     times = []
     for _ in range(rounds + 2):
         synchronize(machine)
@@ -68,14 +68,14 @@ def seconds(work: Callable[[], object], rounds: int, machine: Machine) -> float:
 
 
 def dense_product(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """(a product of all tokens with one matrix, its operations)."""
+    """(function that multiplies all tokens by one matrix, its FLOPs per call)."""
     rows = torch.randn(sizes.tokens, sizes.hidden, dtype=dtype)
     matrix = torch.randn(sizes.hidden, 2 * sizes.width, dtype=dtype)
     return lambda: rows @ matrix, 4.0 * sizes.tokens * sizes.hidden * sizes.width
 
 
 def grouped_products(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """(both passes of a block with top-2 routing and a shared expert, operations of their products)."""
+    """(forward and backward pass of an MoE block with top-2 routing and a shared expert, FLOPs of its products)."""
     config = HunYuanConfig(
         hidden_size=sizes.hidden,
         num_attention_heads=8,
@@ -94,12 +94,12 @@ def grouped_products(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], obj
             leaf.grad = None
         block(hidden)[0].square().mean().backward()
 
-    # Three SwiGLUs per token, each with three products of 2 operations forward and 4 backward per weight.
+    # Three SwiGLUs per token, each with three matrix products; 2 FLOPs forward and 4 backward per weight.
     return work, 3 * 18.0 * sizes.tokens * sizes.hidden * sizes.width
 
 
 def loss_head(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """(both passes of the log-probabilities, operations of the four products that they need)."""
+    """(forward and backward pass of the log-probabilities, FLOPs of the four matrix products that these need)."""
     hidden = torch.randn(sizes.tokens, sizes.hidden, dtype=dtype, requires_grad=True)
     weight = (torch.randn(sizes.vocabulary, sizes.hidden) * 0.02).to(dtype).requires_grad_()
     tokens = torch.randint(sizes.vocabulary, (sizes.tokens,))

@@ -1,4 +1,4 @@
-"""A small policy and greedy completions of it, made on the CPU in fp32: the same on every machine."""
+"""A small random policy and its greedy completions, made on the CPU in fp32, so that all machines get the same."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from align.data.experience import Experience, build_experience
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 
 PROMPTS, PROMPT, COMPLETION = 8, 24, 24
-"""Number of prompts, and tokens of a prompt and of a completion."""
+"""Number of prompts, tokens of the longest prompt, and tokens of a completion."""
 
 
 def small_policy(**changes: Any) -> HunYuanForCausalLM:
-    """A random policy of two MoE layers whose heads and widths every GPU kernel supports."""
+    """A random policy with two MoE layers. All GPU kernels support its head size and widths."""
     sizes: dict[str, Any] = {
         "vocab_size": 1024,
         "hidden_size": 128,
@@ -51,6 +51,6 @@ def greedy_batch(policy: HunYuanForCausalLM) -> Experience:
 
 @torch.no_grad()
 def perturb(model: nn.Module, size: float = 0.02) -> None:
-    """Change all weights by more than an optimizer step does."""
+    """Add normal noise with standard deviation `size` to all weights, more than an optimizer step changes them."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * size)

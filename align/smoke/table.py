@@ -1,4 +1,4 @@
-"""Lines of `align smoke`: checks, their verdicts, and how both are printed. Does not import torch."""
+"""The table of `align smoke`: checks, verdicts, and the printed rows. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Verdict = Literal["ok", "skipped", "slow", "WRONG"]
 ORDER: tuple[Verdict, ...] = ("skipped", "ok", "slow", "WRONG")
-"""From best to worst; a line's verdict is its worst check's."""
+"""Verdicts from best to worst. A line has its worst check's verdict, but at best slow if it exceeds its budget."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Check:
     """One row of the table.
 
     what: what was measured.
-    expected: the bound, as text; "estimate" in it marks a number that was computed and not measured before.
-    measured: the value, or the reason of a skipped check.
+    expected: the bound, as text; "(estimate)" marks a bound that was computed rather than measured.
+    measured: the measured value, or why the check was skipped.
     """
 
     what: str
@@ -31,9 +31,9 @@ class Check:
 class LineResult:
     """Result of one line.
 
-    seconds, budget: time that it took and time that it should take at most.
-    log: file with its output.
-    machine: device that the line ran on; empty if it did not get that far.
+    seconds, budget: measured time, and the time that the line should take at most.
+    log: file with the line's output.
+    machine: device and hardware that the line ran on; empty if the line ended without a result.
     """
 
     number: int
@@ -56,12 +56,12 @@ class LineResult:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The worst of `verdicts`; a line or run without any has not shown anything, which is WRONG."""
+    """The worst of `verdicts`; WRONG if there are none, because nothing was checked."""
     return max(verdicts, key=ORDER.index, default="WRONG")
 
 
 def below(what: str, **values: tuple[float, float]) -> Check:
-    """WRONG unless every value is finite and below its bound; `values` are name=(value, bound)."""
+    """A check that is WRONG unless every value is finite and below its bound; `values` are name=(value, bound)."""
     right = all(math.isfinite(value) and value < bound for value, bound in values.values())
     expected = ", ".join(f"{name} < {bound:g}" for name, (_, bound) in values.items())
     measured = ", ".join(f"{name} {value:.2g}" for name, (value, _) in values.items())
@@ -69,14 +69,14 @@ def below(what: str, **values: tuple[float, float]) -> Check:
 
 
 def holds(what: str, expected: str, measured: str, right: bool) -> Check:
-    """WRONG unless `right`."""
+    """A check that is WRONG unless `right`."""
     return Check(what, expected, measured, "ok" if right else "WRONG")
 
 
 def fast(what: str, value: float, bound: float | None, unit: str, *, at_most: bool = False) -> Check:
-    """Slow if a rate is below its estimated bound, or with `at_most` if a duration is above it.
+    """A check that is slow if a rate is below its estimated bound, or with `at_most` if a duration is above its bound.
 
-    A value that is not a positive number is WRONG. bound None: nothing is known about this device.
+    A value that is not a positive number is WRONG. bound: None if no bound is known for this device.
     """
     measured = f"{number(value)} {unit}"
     if not (math.isfinite(value) and value > 0):
@@ -89,29 +89,29 @@ def fast(what: str, value: float, bound: float | None, unit: str, *, at_most: bo
 
 
 def fact(what: str, value: object) -> Check:
-    """A property of the machine, without a bound."""
+    """A row with a property of the machine, without a bound."""
     return Check(what, "", str(value), "ok")
 
 
 def skipped(what: str, reason: str) -> Check:
-    """A check that this machine cannot make."""
+    """A check that cannot run on this machine."""
     return Check(what, "", reason, "skipped")
 
 
 def failed(reason: str) -> Check:
-    """The line ended without a result."""
+    """The check of a line that ended without a result."""
     return Check("the line ends", "a result", reason, "WRONG")
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent from 0.001 on."""
+    """Text of a number: an integer from 100 on, three digits from 0.001 on, below that two digits and an exponent."""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def rows(result: LineResult, paint: Mapping[Verdict, str] | None = None) -> list[str]:
-    """Printed rows of a line: its title and time, then one row per check. paint: verdicts with colours."""
+    """Printed rows of a line: title, time and verdict, then one row per check. paint: coloured text of each verdict."""
     head = f"{result.number}  {result.title}"
     lines = [f"{head:<58}{result.seconds:>6.0f} s of {result.budget:.0f}   {shown(result.verdict, paint)}"]
     for check in result.checks:

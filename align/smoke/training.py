@@ -1,4 +1,4 @@
-"""Lines 5 to 8: `align run` on a small recipe, in processes of its own as users start it."""
+"""Lines 5 to 8: `align run` on a small recipe, started as a command, as users do."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from align.smoke.table import Check, below, fast, holds, skipped
 
 ONE = "parallel={processes: 1, zero_stage: 3}"
 MFU, DECODING = 0.17, 40_000
-"""Estimates: share of the peak rate in SFT, and sampled tokens per second of an H200 without CUDA graphs."""
+"""Estimates: share of a GPU's peak FLOP/s in SFT, and sampled tokens per second on an H200 without CUDA graphs."""
 MEAN, LARGEST = 0.02, 1.0
-"""Bounds on the mismatch of sampler and trainer in bf16, in nats."""
+"""Bounds on the mean and largest mismatch between sampler and trainer in bf16, in nats."""
 SAME = 1e-4
-"""Relative difference of fp32 losses between one process and several."""
+"""Bound on the relative difference between the fp32 losses of one process and of several."""
 
 
 class Run(NamedTuple):
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def sft(machine: Machine, folder: Path) -> list[Check]:
-    """Line 5."""
+    """Run line 5."""
     run = align_run(recipe(machine, folder), folder, "sft", "--only", "sft", "dtype=bfloat16")
     checks = [learns(run)]
     rate = tokens_per_second(run)
@@ -55,7 +55,7 @@ def sft(machine: Machine, folder: Path) -> list[Check]:
 
 
 def resume(machine: Machine, folder: Path) -> list[Check]:
-    """Line 6: a rank is killed after a checkpoint; the resumed run must end with the same weights, bit for bit."""
+    """Run line 6: the rank is killed after a checkpoint. The resumed run must end with bit-equal weights and losses."""
     if find_spec("deepspeed") is None:
         return [skipped("ZeRO-3", "DeepSpeed is not installed: align doctor")]
     words = ("--only", "sft", "dtype=bfloat16", ONE)
@@ -72,7 +72,7 @@ def resume(machine: Machine, folder: Path) -> list[Check]:
 
 
 def grpo(machine: Machine, folder: Path) -> list[Check]:
-    """Line 7."""
+    """Run line 7."""
     if find_spec("vllm") is None:
         return [skipped("GRPO", "vLLM is not installed: align doctor")]
     words = [ONE] if machine.has_gpu else []
@@ -89,7 +89,10 @@ def grpo(machine: Machine, folder: Path) -> list[Check]:
 
 
 def several(machine: Machine, folder: Path) -> list[Check]:
-    """Line 8: in fp32 on the tiny model; on a CPU with two processes."""
+    """Run line 8: compare the fp32 losses of the tiny model in one process and in several.
+
+    There are four processes with four or more GPUs, and otherwise two.
+    """
     if find_spec("deepspeed") is None:
         return [skipped("several processes", "DeepSpeed is not installed: align doctor")]
     if machine.gpus == 1:
@@ -120,7 +123,7 @@ def recipe(machine: Machine, folder: Path) -> Path:
 
 
 def write_data(folder: Path, words: int, count: int) -> None:
-    """Conversations whose answers are `words` random numbers, and their texts for the tokenizer."""
+    """Write `count` conversations whose answers are `words` random numbers, and their texts for the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     answers = [" ".join(str(draw.randrange(1000)) for _ in range(words)) for _ in range(count)]
@@ -135,9 +138,10 @@ def write_data(folder: Path, words: int, count: int) -> None:
 def align_run(
     path: Path, folder: Path, name: str, *words: str, kill: Callable[[], bool] | None = None, keep: bool = False
 ) -> Run:
-    """Run `align run` in runs/NAME, whose base model is copied from an earlier run that has the same.
+    """Run `align run` in the folder runs/NAME, reusing the base model of an earlier run if possible.
 
-    kill: kill a rank with SIGKILL once this is true; the run must then fail. keep: continue an earlier run's folder.
+    kill: once it returns True, all ranks are killed with SIGKILL; the run's exit status is then ignored.
+    keep: keep the folder of an earlier run and continue in it.
     """
     target = folder / "runs" / name
     if not keep:
@@ -167,7 +171,7 @@ def align_run(
 
 
 def reuse_base(target: Path, path: Path, words: tuple[str, ...]) -> None:
-    """Link the base model of an earlier run of the same recipe and precision, which takes a while to make."""
+    """Hard-link the base model of an earlier run with the same model section, precision and seed, to save time."""
     wanted = load_recipe(path, [word for word in words if word.startswith("dtype=")]).model_dump(mode="json")
     for earlier in sorted(target.parent.glob("*/base/manifest.json")):
         found = json.loads((earlier.parents[1] / "recipe.json").read_text(encoding="utf-8"))
@@ -194,14 +198,14 @@ def weights(run: Run) -> dict[str, bytes]:
 
 
 def learns(run: Run) -> Check:
-    """The loss must be finite and fall."""
+    """Check that the loss is finite and that the last loss is below the first."""
     found = losses(run)
     right = all(loss == loss and loss < float("inf") for loss in found) and found[-1] < found[0]
     return holds("loss falls", "last < first", f"{found[0]:.3f} to {found[-1]:.3f}", right)
 
 
 def flops_per_token(run: Run) -> int:
-    """Operations of both passes per token of a full row."""
+    """FLOPs of a forward and backward pass per token of a full row."""
     from align.models.cost import model_cost  # takes seconds to import
     from align.train.checkpoint import check_checkpoint, checked_config
 
@@ -216,13 +220,13 @@ def stage_settings(run: Run) -> dict[str, Any]:
 
 
 def row_length(run: Run) -> int:
-    """Tokens per row: every answer is longer than the stage's maximum."""
+    """Tokens per row: the stage's maximum length, because every answer is longer."""
     length: int = stage_settings(run)["data"]["max_length"]
     return length
 
 
 def tokens_per_second(run: Run) -> float:
-    """Tokens of a step by the median time between two steps' lines."""
+    """Tokens of a step, divided by the median time between the printed lines of two steps."""
     times = [seconds for seconds, line in run.lines if line.startswith("  step ")]
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     tokens: int = stage_settings(run)["batch_size"] * row_length(run)

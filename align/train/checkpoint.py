@@ -1,4 +1,4 @@
-"""Load and save models and tokenizers; bad checkpoints are refused before a model is built."""
+"""Load and save models and tokenizers; invalid checkpoints are refused before a model is built."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ DEFAULT_FAMILY = "hunyuan"
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """Values of a checkpoint's config.json. Raises `UserError` unless the folder holds safetensors weights and the
-    configuration of a registered family.
+    """Return the values of a checkpoint's config.json.
+
+    Raises `UserError` unless the folder has safetensors weights and a valid configuration of a registered family.
 
     weights: False skips the check for weights.
     """
@@ -63,9 +64,10 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
-    """Configuration built from `values`. Raises `UserError` with the bad value and `fix` if no model can use them.
+    """Build the configuration from `values`, or raise `UserError` if they are invalid.
 
-    Without a `model_type` the values are those of the family that recipes build from scratch.
+    The error names `where`, the invalid value and `fix`. Without a `model_type` the values are for the family that
+    recipes build from scratch.
     """
     family = FAMILIES[values.get("model_type", DEFAULT_FAMILY)]
     for name, field in family.config.__dataclass_fields__.items():
@@ -84,7 +86,10 @@ def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer and check its size; see `prepare_chat_template` for its template."""
+    """Load a checkpoint's tokenizer and check that it fits the model's vocabulary.
+
+    `prepare_chat_template` prepares its chat template for training.
+    """
     config = check_checkpoint(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"{folder}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")
@@ -99,13 +104,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _is_scorer(config: dict[str, Any]) -> bool:
-    """True if the checkpoint has a scalar head, by its config.json."""
+    """True if config.json declares a model with a scalar head."""
     return FAMILIES[config["model_type"]].scorer.__name__ in (config.get("architectures") or [])
 
 
 @contextmanager
 def _damage_explained(folder: Path) -> Iterator[None]:
-    """Turn errors of reading weights into a `UserError`."""
+    """Turn errors while weights are read into a `UserError`."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -119,9 +124,9 @@ def load_policy(
 
     Args:
         folder: The checkpoint.
-        dtype: Type of the weights in memory.
-        parallel: Shard the model over the ranks.
-        lora: Add new adapters, as `add_lora`.
+        dtype: Precision of the loaded weights. New adapters are float32, except under `parallel`.
+        parallel: Shard the model over the ranks; None loads the whole model.
+        lora: Add new adapters with `add_lora`.
         frozen: Freeze every parameter.
     """
     settings = _policy_config(folder)
@@ -135,7 +140,7 @@ def load_policy(
 
 
 def _policy_config(folder: Path) -> FamilyConfig:
-    """Configuration of a language model's checkpoint, once its files are known to fit it; reads their headers only."""
+    """Configuration of a language model's checkpoint, after checking that the weight files' headers match it."""
     if _is_scorer(check_checkpoint(folder)):
         raise UserError(f"{folder}: it is a reward model; use the checkpoint of a language model.")
     with _damage_explained(folder):
@@ -166,7 +171,11 @@ def _load_sharded(
 def check_parallel(
     config: FamilyConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
 ) -> None:
-    """Raise `UserError` if the expert-parallel size does not divide a layer's experts, or offloading does not fit."""
+    """Raise `UserError` if the expert-parallel size does not divide a layer's number of experts, or if offloaded state
+    does not fit in host memory or on disk.
+
+    trunk_trains: False if at most the head trains; ignored with `lora`.
+    """
     for layer in range(config.num_hidden_layers):
         if problem := parallel.expert_group_problem(config.experts_in(layer), f"layer {layer}"):
             raise UserError(problem)
@@ -181,7 +190,7 @@ def check_parallel(
 
 
 def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
-    """Load a trained reward model in evaluation mode; a checkpoint without a trained head is refused.
+    """Load a trained reward model in evaluation mode; a language model's checkpoint is refused.
 
     parallel: as in `load_policy`.
     """
@@ -202,13 +211,14 @@ def load_scorer(
 ) -> AnyModel:
     """Load a model with one scalar head: a reward model or a critic.
 
-    From a language model's checkpoint the head is random, so that the trunk has a gradient from the first step.
+    A language model's checkpoint has no such head. The new head is random rather than zero, so that the trunk has a
+    gradient from the first step.
 
     Args:
         folder: The checkpoint of a language model or of a scorer.
         dtype, parallel, lora, frozen: As in `load_policy`.
         fresh_head: Set the head to zero: a critic's first values are then 0, not the scores of a reward model.
-        head_only: Freeze everything but the head, which is in float32 without `parallel`.
+        head_only: Freeze everything but the head. Without `parallel` the head is in float32.
     """
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
@@ -227,7 +237,7 @@ def load_scorer(
                 model = add_lora(model, lora, task="SEQ_CLS")
     if fresh_head:
         for name, parameter in model.named_parameters():
-            if plain_name(name) == "score.weight":  # PEFT keeps a frozen and a trained copy
+            if plain_name(name) == "score.weight":  # PEFT keeps a frozen and a trained copy of the head
                 nn.init.zeros_(local_values(parameter))
     if frozen:
         model.requires_grad_(False)
@@ -245,9 +255,9 @@ def save_model(
     dtype: str,
     parallel: Parallel | None = None,
 ) -> None:
-    """Write stage_dir/model (merged, in `dtype`) and, for LoRA, stage_dir/adapter.
+    """Write stage_dir/model (adapters merged, in `dtype`) and, for LoRA, stage_dir/adapter.
 
-    With `parallel` this is a collective; rank 0 writes.
+    Raises `UserError` if a weight is not finite. With `parallel` all ranks must call this; rank 0 writes.
     """
     require_finite(model, stage_dir)
     if parallel is not None:
@@ -294,7 +304,7 @@ def count_stored_parameters(folder: Path) -> dict[str, int]:
 
 
 def count_parameters(model: AnyModel) -> dict[str, int]:
-    """Numbers of total, active (used for one token) and trainable parameters; call it before adapters are merged.
+    """Numbers of total, active (used for one token) and trainable parameters. Call this before adapters are merged.
 
     Adapters and other copies that PEFT adds count as trainable only.
     """

@@ -31,7 +31,7 @@ def train_on_one_gpu(arguments: TrainingArguments) -> None:
 
 
 def one_of_several_gpus() -> str | None:
-    """A line for the user of a process that could use several GPUs but trains on one."""
+    """Notice for the user if several GPUs are visible, of which this process uses only the first; otherwise None."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < 2:
         return None
@@ -41,7 +41,7 @@ def one_of_several_gpus() -> str | None:
 
 
 def return_cached_memory() -> None:
-    """Return the GPU memory that torch caches but no tensor uses, for a library that allocates its own."""
+    """Release GPU memory that torch caches but no tensor uses, so that other libraries can allocate it."""
     if torch.cuda.is_available():
         gc.collect()  # models of finished stages are in reference cycles
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Check a model for infinite weights and weights that are not a number."""
+"""Check that all weights of a model are finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.parallel.sharding import local_values, world
 
 @torch.no_grad()
 def require_finite(model: AnyModel, stage_dir: Path) -> None:
-    """Raise `UserError` on every rank if any rank's weights are not finite; all ranks call this."""
+    """Raise `UserError` on every rank if a weight on any rank is not finite; all ranks must call this."""
     device = next(model.parameters()).device
     count = torch.zeros((), dtype=torch.int64, device=device)
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Run a TRL trainer: metrics, checkpoints, resuming, stopping early, and the finished model."""
+"""Run a TRL trainer: write metrics and checkpoints, resume, stop early, and save the finished model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from align.run.folder import MetricsWriter
 from align.train.checkpoint import count_parameters, save_model
 
 COMPLETE = "complete"
-"""File of a checkpoint that is written last; a checkpoint without it is incomplete."""
+"""Empty file that is written into a checkpoint last; a checkpoint without this file is incomplete."""
 
 NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
-"""A logged value whose name contains one of these is not written to metrics.jsonl."""
+"""A logged value whose name contains one of these strings is not written to metrics.jsonl."""
 
 
 def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> StageResult:
-    """Train, save the model with its tokenizer, and return what the stage's manifest records."""
+    """Train, save the model with its tokenizer, and return the results for the stage's manifest."""
     parameters = count_parameters(trainer.model)  # before adapters are merged
     metrics = fit(trainer, context)
     save_model(trainer.model, trainer.processing_class, context.dir, context.recipe.dtype, context.recipe.parallel)
@@ -35,7 +35,10 @@ def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> S
 
 
 def fit(trainer: Any, context: StageContext) -> dict[str, float]:
-    """Train from the start or from the last checkpoint; return the metrics on held-out rows after training."""
+    """Train from the start or from the last checkpoint.
+
+    Returns the metrics on the held-out rows after training; empty without held-out rows.
+    """
     checkpoint = from_rank_0("find the last checkpoint", lambda: find_checkpoint(context))
     step = checkpoint_step(checkpoint) if checkpoint else None
     writer = None
@@ -49,7 +52,7 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:
         if trainer.is_deepspeed_enabled:
-            trainer.args.eval_on_start = True  # an engine created only to evaluate could not be trained afterwards
+            trainer.args.eval_on_start = True  # DeepSpeed cannot train with an engine created for evaluation
         else:
             trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -63,14 +66,14 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
 
 
 def metrics_of(logs: dict[str, float] | None) -> dict[str, float]:
-    """The logged values that are metrics."""
+    """The logged values, without those that `NOT_METRICS` excludes."""
     return {name: value for name, value in (logs or {}).items() if not any(part in name for part in NOT_METRICS)}
 
 
 class StopEarly(TrainerCallback):
-    """Ends training at the first non-finite loss or gradient norm, or with a checkpoint if the run is asked to stop.
+    """Ends training at the first non-finite loss or gradient norm (by a `UserError`), and with a checkpoint on request.
 
-    All ranks stop at the same step: the logged values are the same on all of them.
+    All ranks stop at the same step, because logged values and `should_stop()` are the same on all ranks.
     """
 
     def __init__(self, context: StageContext):
@@ -97,7 +100,7 @@ def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks complete checkpoints, and prints about ten lines per run."""
+    """Writes metrics.jsonl, marks complete checkpoints, and prints about ten lines per run plus one per evaluation."""
 
     def __init__(self, context: StageContext, writer: MetricsWriter | None):
         self.context, self.writer = context, writer
@@ -125,7 +128,7 @@ class Recorder(TrainerCallback):
 
 
 def find_checkpoint(context: StageContext) -> Path | None:
-    """The checkpoint to resume from, if any; otherwise remove the checkpoints of an earlier start."""
+    """Return the checkpoint to resume from; if there is none, remove all checkpoints of the stage."""
     checkpoint = last_checkpoint(context.dir / "checkpoints") if context.resume else None
     if checkpoint is None:
         shutil.rmtree(context.dir / "checkpoints", ignore_errors=True)
@@ -133,7 +136,10 @@ def find_checkpoint(context: StageContext) -> Path | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; remove incomplete ones. Folders with other names are ignored."""
+    """Return the newest complete checkpoint, if any, and remove incomplete ones.
+
+    Folders that are not named checkpoint-STEP are ignored.
+    """
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     complete = [path for path in sorted(found, key=checkpoint_step) if (path / COMPLETE).is_file()]
     for path in set(found) - set(complete):

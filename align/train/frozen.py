@@ -15,10 +15,10 @@ from align.models.weights import published_weights
 class FrozenModel:
     """A model without an optimizer, sharded over all ranks if the recipe has a `parallel` section.
 
-    Under `parallel` both methods are collective: every rank calls them in the same order and equally often.
+    Under `parallel` both methods are collective: every rank must make the same calls in the same order.
 
     model: the model; its parameters are frozen here.
-    dtype: precision of the sharded model's forward pass.
+    dtype: precision of a sharded model's forward pass; without `parallel` the model's own dtype is used.
     """
 
     def __init__(self, model: AnyModel, parallel: Parallel | None = None, dtype: str = "float32"):
@@ -38,7 +38,7 @@ class FrozenModel:
     def published_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight, with the names and shapes of the Hugging Face checkpoint.
 
-        Under several ranks rank 0 yields whole tensors and the others yield nothing, but every rank must iterate to
+        In a sharded run rank 0 yields full tensors and the other ranks yield nothing, but every rank must iterate to
         the end.
         """
         if self._engine is None:

@@ -1,7 +1,7 @@
-"""A model that a training loop of our own updates: forward and backward passes, optimizer, EMA weights, checkpoint.
+"""A model that align's own training loop updates: forward and backward passes, optimizer, EMA weights, checkpoint.
 
 `build_learner` returns a `LocalLearner`, which holds the whole model, or a `ShardedLearner`, whose model and optimizer
-are sharded over all ranks. A loop uses both through `Learner` and never needs to know which one it has.
+are sharded over all ranks. Both have the interface of `Learner`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def build_learner(
     """Build the learner of `model`: sharded over all ranks if the recipe has a `parallel` section, otherwise local.
 
     settings: AdamW, gradient clipping, and the learning-rate schedule over `total` steps.
-    dtype: precision of the forward pass. A local learner computes in bfloat16 by autocast, with the weights' own dtype
-        as master weights; a sharded one holds bfloat16 weights and float32 master copies.
-    ema_decay: decay of the EMA weights; without it none are kept.
+    dtype: precision of the forward pass. In bfloat16 a local learner uses autocast over float32 trained weights, and a
+        sharded learner holds bfloat16 weights and float32 master weights.
+    ema_decay: decay of the EMA weights; None: no EMA weights are kept.
     """
     if parallel is None:
         return LocalLearner(model, settings, total=total, dtype=dtype, ema_decay=ema_decay)
@@ -49,12 +49,12 @@ def build_learner(
 class Learner(ABC):
     """A model, its optimizer and, if requested, its EMA weights.
 
-    Gradients accumulate over calls of `backward` until `step` or `discard`. All methods but `schedule` are collective:
-    every rank calls them in the same order and equally often.
+    Gradients accumulate over calls of `backward` until `step` or `discard`. If the learner is sharded, every rank must
+    call its methods in the same order and equally often.
 
-    collective: forward and backward passes contain collectives, so two of them cannot run in parallel threads.
-    skips_overflow: gradients are computed in bf16, which can overflow in single steps.
-    skips_in_a_row: number of successive skipped steps, up to and including the last step.
+    collective: forward and backward passes contain collectives, so two passes cannot run in parallel threads.
+    skips_overflow: gradients are computed in bf16 and may overflow in single steps, which are then skipped.
+    skips_in_a_row: number of successive skipped steps, up to and including the last step; 0 if the last step was made.
     """
 
     collective = False
@@ -76,7 +76,7 @@ class Learner(ABC):
 
     @abstractmethod
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return function(model, ...). All forward passes use this method, so that a sharded model can gather."""
+        """Return function(model, ...). Every forward pass must use this method, so that ZeRO can gather parameters."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -85,7 +85,7 @@ class Learner(ABC):
     def step(self) -> float | None:
         """Clip and apply the accumulated gradients, then clear them.
 
-        Returns the gradient norm before clipping, or None if it was not finite: the step is skipped then.
+        Returns the gradient norm before clipping, or None if the norm was not finite and the step was skipped.
         """
         norm = self._step()
         self.skips_in_a_row = 0 if norm is not None else self.skips_in_a_row + 1
@@ -93,7 +93,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _step(self) -> float | None:
-        """As `step`."""
+        """Implement `step`, except for counting skipped steps."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -105,13 +105,16 @@ class Learner(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; `UserError` if it does not fit this learner."""
+        """Restore what `save` wrote.
+
+        Raises `UserError` if a local learner is to load a sharded learner's files, or the reverse.
+        """
 
     @abstractmethod
     def published_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight, adapters merged, with the names and shapes of the Hugging Face checkpoint.
 
-        Under several ranks rank 0 yields whole tensors and the others yield nothing, but every rank must iterate to
+        In a sharded run rank 0 yields full tensors and the other ranks yield nothing, but every rank must iterate to
         the end.
         """
 
@@ -121,21 +124,22 @@ class Learner(ABC):
 
     @abstractmethod
     def exchange(self, values: dict[str, Tensor]) -> None:
-        """Swap the trained parameters with `values`, which has the names of `trained_weights`."""
+        """Swap the trained parameters with `values`, which are keyed by the names of `trained_weights`."""
 
     # --- EMA weights ------------------------------------------------------------------------------------------
 
     def track_ema(self, decay: float) -> None:
-        """Start EMA weights at the current ones: ema <- decay * ema + (1 - decay) * weights at every `update_ema`.
+        """Initialise the EMA weights with the current weights.
 
-        Only trained parameters are averaged, in float32; each rank averages its shard.
+        Each `update_ema` then sets ema <- decay * ema + (1 - decay) * weights. EMA weights are kept in float32, for
+        trained parameters only; each rank keeps those of its shard.
         """
         self.ema_decay = decay
         self.ema = {name: weights.to(torch.float32, copy=True) for name, weights in self.trained_weights()}
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the EMA weights towards the current ones; a no-op without EMA weights."""
+        """Move the EMA weights towards the current weights; a no-op without EMA weights."""
         if self.ema_decay is not None:
             for name, weights in self.trained_weights():
                 self.ema[name].lerp_(weights.float(), 1 - self.ema_decay)
@@ -149,7 +153,7 @@ class Learner(ABC):
 class LocalLearner(Learner):
     """A learner whose process holds the whole model.
 
-    dtype: precision of the forward pass. With bfloat16 it runs under autocast; trained weights must be float32.
+    dtype: precision of the forward pass. bfloat16 uses autocast, and trained weights must then be float32.
     """
 
     def __init__(
@@ -170,8 +174,8 @@ class LocalLearner(Learner):
         if self.dtype == torch.float32:
             return function(self.model, *arguments, **options)
         device = next(self.model.parameters()).device.type
-        # Autocast's cache would share the cast weights between passes that run side by side in threads. A pass uses
-        # each weight once, so the cache saves nothing.
+        # Autocast's cache would share the cast weights between passes in parallel threads. A pass uses each weight
+        # once, so the cache would save nothing.
         with torch.autocast(device, self.dtype, cache_enabled=False):
             return function(self.model, *arguments, **options)
 
@@ -208,14 +212,16 @@ class LocalLearner(Learner):
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float | None:
-    """Clip the L2 norm of all gradients to `max_grad_norm` and step; the norm before clipping, or None if it was not
-    finite and the step was skipped."""
+    """Clip the L2 norm of all gradients to `max_grad_norm` and step.
+
+    Returns the norm before clipping, or None if the norm was not finite and the step was skipped.
+    """
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    on_host = norm.item()  # read once: each read waits for a GPU
+    on_host = norm.item()  # read once: each read waits for the GPU
     if not math.isfinite(on_host):
         return None
-    if on_host > max_grad_norm:  # scaling by one would still read and write every gradient
+    if on_host > max_grad_norm:  # scaling by 1 would still read and write all gradients
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     optimizer.step()
     return on_host

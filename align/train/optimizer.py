@@ -11,11 +11,12 @@ from align.config.parts import Optimizer
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+    """Build AdamW over the trainable parameters.
 
-    Routed experts learn at learning_rate * expert_learning_rate_scale. Norms, biases and other vectors do not decay.
-    Of a parameter that ZeRO-3 has partitioned, the shape before partitioning is used. DeepSpeed requires
-    expert-parallel parameters in groups of their own that name their process group.
+    Routed experts learn at learning_rate * expert_learning_rate_scale. Norms, biases and other vectors have no weight
+    decay. For a parameter partitioned by ZeRO-3, the shape before partitioning decides whether it is a vector.
+    DeepSpeed requires expert-parallel parameters to be in separate parameter groups, each with the name of its process
+    group.
     """
     groups: dict[tuple[bool, bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -41,7 +42,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
 
 
 def schedule_factor(step: int, total: int, settings: Optimizer) -> float:
-    """Factor on the peak learning rate at `step` (0-based) of `total` steps: linear warm-up, then the decay."""
+    """Factor on the peak learning rate at `step` (0-based) of `total` steps: linear warm-up, then the schedule."""
     warmup = math.ceil(settings.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup

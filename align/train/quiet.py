@@ -1,4 +1,4 @@
-"""Keep the libraries' progress bars and notices out of a run's log; ALIGN_VERBOSE=1 shows them."""
+"""Keep the libraries' progress bars and warnings out of a run's log; ALIGN_VERBOSE=1 shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import warnings
 
 
 def quieten() -> None:
-    """Silence the libraries' warnings and, outside a terminal, their progress bars. Errors and our own output stay."""
+    """Silence the libraries' warnings and, outside a terminal, their progress bars.
+
+    Errors and align's own output are still shown.
+    """
     if os.environ.get("ALIGN_VERBOSE"):
         return
     for category in (FutureWarning, UserWarning, DeprecationWarning):

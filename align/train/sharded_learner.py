@@ -21,7 +21,7 @@ from align.train.learner import Learner, clip_and_step
 
 
 class ShardedLearner(Learner):
-    """A learner whose gradient is the sum over all ranks' passes, as if one process had done them all."""
+    """A learner whose gradient is the sum over all ranks' backward passes, as if one process had run all of them."""
 
     collective = True
 
@@ -40,8 +40,8 @@ class ShardedLearner(Learner):
             model, self.optimizer, parallel, max_grad_norm=settings.max_grad_norm, dtype=dtype
         )
         self.engine.eval()
-        # At ZeRO 0 in float32 DeepSpeed's step neither returns the gradient norm nor skips a non-finite one, so the
-        # step is done here.
+        # At ZeRO 0 in float32 DeepSpeed neither returns the gradient norm nor skips steps with a non-finite norm, so
+        # `_step` clips the gradients and steps itself.
         self._steps_itself = self.engine.optimizer is self.optimizer
         self._offloaded = parallel.offload.optimizer is not None
         self.skips_overflow = dtype == "bfloat16"
@@ -80,7 +80,7 @@ class ShardedLearner(Learner):
         return gathered_weights(self.model)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Flat float32 shards, on the CPU if the optimizer is offloaded."""
+        """(name, flat float32 shard) of each trained parameter; on the CPU if the optimizer is offloaded."""
         for held in local_states(self.engine):
             values = held.read("weight")
             yield held.name, values.cpu() if self._offloaded else values
@@ -90,7 +90,10 @@ class ShardedLearner(Learner):
 
 
 def gathered_weights(model: AnyModel) -> Iterator[tuple[str, Tensor]]:
-    """Gather a sharded model on rank 0, tensor by tensor, under its published names; every rank must iterate."""
+    """Gather a sharded model on rank 0, tensor by tensor, under its published names.
+
+    Collective: every rank must iterate to the end; only rank 0 yields tensors.
+    """
     rank, _ = world()
     published = family_of(model.config).published
     for name, tensor in gathered(model, getattr(model, "dtype", torch.float32)):

@@ -1,9 +1,10 @@
 """Assign an epoch's micro-batches to ranks, so that every step equals the step of a single process.
 
-A step has `batch_size / micro_batch_size` micro-batches, and fewer in the epoch's last step. With R ranks, micro-batch
-j of a step goes to rank j mod R. Each micro-batch is weighted by its rows; only the epoch's last one may have fewer
-than the others. If the last step has too few micro-batches for all ranks, the ranks without one repeat the step's first
-micro-batch with weight 0: ZeRO needs every rank in every pass, and the update is the same.
+A step has `batch_size / micro_batch_size` micro-batches; the epoch's last step may have fewer. With R ranks,
+micro-batch j of a step goes to rank j mod R. Each micro-batch is weighted by its number of rows, because the epoch's
+last micro-batch may have fewer rows than the others. If the last step's number of micro-batches is not a multiple of R,
+the ranks without one in the step's last pass repeat the step's first micro-batch with weight 0. ZeRO needs every rank
+in every pass, and weight 0 leaves the update unchanged.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 ROW_WEIGHT = "row_weight"
-"""Key of a micro-batch: its weight in a mean over the step's rows; 1 except in an epoch's last step."""
+"""Key in a micro-batch for its weight in a mean over the step's rows; the weight is 1 before an epoch's last step."""
 
 TOKEN_WEIGHT = "token_weight"
-"""Key of a micro-batch: its weight in a mean over the step's valid tokens."""
+"""Key in a micro-batch for its weight in a mean over the step's valid tokens."""
 
 
 class SharedBatches(Sampler):
-    """This rank's micro-batches of an epoch: lists of (row number, row weight)."""
+    """Batch sampler of this rank's micro-batches in an epoch; each is a list of (row number, row weight)."""
 
     def __init__(self, rows: Any, *, micro_batch_size: int, micro_batches: int, rank: int, ranks: int):
-        """rows: a sampler of row numbers. micro_batches: per full step over all ranks, a multiple of `ranks`."""
+        """
+        rows: sampler of row numbers.
+        micro_batches: number of micro-batches of a full step on all ranks; a multiple of `ranks`.
+        """
         self.rows, self.micro_batch_size, self.micro_batches = rows, micro_batch_size, micro_batches
         self.rank, self.ranks = rank, ranks
 
@@ -68,7 +72,7 @@ class SharedRows(Dataset):
 
 
 def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Wrap `Accelerator.gather` for tensors whose length differs between ranks, as in an epoch's last micro-batch."""
+    """Wrap `Accelerator.gather` for tensors whose length differs between ranks, as it does at the end of an epoch."""
 
     def gathered(tensor: Any) -> Any:
         if not torch.is_tensor(tensor) or tensor.ndim == 0:
@@ -83,7 +87,7 @@ def gather_uneven(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class SharedLoader(DataLoader):
-    """Collated micro-batches with their weight. In a repeated micro-batch, which has weight 0, no label counts."""
+    """Loader of collated micro-batches with their weight; a repeated micro-batch (weight 0) has no valid labels."""
 
     def __init__(
         self, rows: Any, batches: SharedBatches, collate: Callable[[list[dict]], dict[str, Any]], **kwargs: Any

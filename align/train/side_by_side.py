@@ -15,12 +15,14 @@ _helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
 
 def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Run tasks without shared mutable state, two at a time, each with half of torch's threads; results in order.
+    """Run tasks two at a time, each with half of torch's threads; return their results in the tasks' order.
 
-    Two forward passes on half of the cores each lose less to waiting than two passes on all cores, one after another.
-    The price is that the activations of both exist at once. With a single thread tasks run one after another.
+    Two concurrent passes, each on half of the cores, spend less time on thread synchronisation than two successive
+    passes on all cores. In return, the activations of both passes are in memory at the same time. If torch has a single
+    thread, tasks run one after another.
 
-    Tasks must not draw random numbers: the order of the draws would be arbitrary.
+    Tasks must not share mutable state. They must not draw random numbers either, because the order of the draws would
+    be arbitrary.
     """
     threads = torch.get_num_threads()
     if len(tasks) < 2 or threads < 2:
@@ -30,7 +32,9 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     grad = torch.is_grad_enabled()
 
     def take_turns(share: int) -> None:
-        torch.get_num_threads()  # in a new thread, the first call resets the number to the last one set in any thread
+        # In a new thread, torch's first call resets the thread count to the last one set in any thread. Make this call
+        # now, so that it does not undo the next line.
+        torch.get_num_threads()
         torch.set_num_threads(share)
         with torch.set_grad_enabled(grad):
             while waiting:

@@ -1,5 +1,5 @@
-"""Save and restore a training loop of our own, as safetensors and JSON: learners of one process, counters, random
-state."""
+"""Save and restore the state of align's own training loop as safetensors and JSON: unsharded learners, counters, and
+torch's random state."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TENSORS, COUNTERS = "state.safetensors", "state.json"
 def save_state(folder: Path, counters: dict[str, Any], tensors: Mapping[str, Tensor], learners: Path) -> None:
     """Replace `folder` by a new checkpoint, or leave the old one untouched if anything fails.
 
-    counters: plain JSON.
-    tensors: further tensors by name; torch's random state is added.
-    learners: folder with what the learners saved; its content is moved into the checkpoint.
+    counters: values that JSON can represent.
+    tensors: additional tensors by name; torch's random state is saved as well.
+    learners: folder into which the learners have saved their state; its content is moved into the checkpoint.
     """
     everything = {"rng": torch.get_rng_state()} | {f"other.{name}": t.contiguous() for name, t in tensors.items()}
 
@@ -60,7 +60,7 @@ def load_local_learner(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]
 ) -> None:
     """Restore what `save_local_learner` wrote, or the same tensors from a checkpoint of an earlier version."""
-    if (folder / COUNTERS).is_file():  # sharded learners have one
+    if (folder / COUNTERS).is_file():  # only sharded learners write this file
         raise UserError(
             f"{folder.parent}: it was written by a run with a `parallel` section. Add the section "
             "(parallel.processes may differ), or start the stage again with --from."
@@ -80,8 +80,11 @@ def load_local_learner(
 
 
 def _earlier_layout(folder: Path) -> dict[str, Tensor]:
-    """One learner's tensors from a checkpoint of an earlier version, which has all learners in one file under names
-    such as `model.LEARNER.NAME`. Only the policy has EMA weights there."""
+    """One learner's tensors from a checkpoint of an earlier version.
+
+    Such a checkpoint has all learners in one file, under names such as `model.LEARNER.NAME`. Only its policy has EMA
+    weights.
+    """
     learner, found = folder.name, {}
     for key, tensor in load_file(folder.parent / TENSORS).items():
         kind, _, rest = key.partition(".")
@@ -93,5 +96,5 @@ def _earlier_layout(folder: Path) -> dict[str, Tensor]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained parameters by name."""
+    """The trainable parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

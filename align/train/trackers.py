@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, trackio, Weights & Biases), also for a loop that is not a `Trainer`."""
+"""Experiment trackers (TensorBoard, trackio, Weights & Biases) for TRL trainers and for align's own training loop."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from align.run.context import StageContext
 
 
 def tracker_arguments(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` that select the recipe's trackers."""
+    """Keyword arguments for `TrainingArguments` that select the recipe's trackers."""
     if not recipe.report_to:
         return {"report_to": "none"}
     return {"report_to": list(recipe.report_to), "run_name": f"{recipe.name}-{stage}", "project": recipe.name}
 
 
 class Trackers:
-    """Calls transformers' tracker callbacks from our own loop; a no-op if the recipe names no tracker."""
+    """Calls transformers' tracker callbacks from align's own loop; a no-op if the recipe names no tracker."""
 
     def __init__(self, context: StageContext, model: Any):
         recipe = context.recipe

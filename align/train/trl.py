@@ -1,5 +1,5 @@
-"""The mix-in that our TRL trainers share: the recipe's optimizer and schedule, exact averages over micro-batches and
-ranks, router losses and metrics, sharded checkpoints."""
+"""Mix-in of align's TRL trainers: the recipe's optimizer and schedule, exact means over micro-batches and ranks, router
+losses and metrics, sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRAINING_STATE = "training_state"
 
 
 def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, Any]:
-    """Keyword arguments that every TRL config takes."""
+    """Keyword arguments for the TRL config of any training stage."""
     optimizer, parallel = stage.optimizer, context.recipe.parallel
     rows = stage.rows_per_pass(parallel.processes if parallel else 1)
     accumulation = accumulation_steps(parallel, stage.batch_size, rows)
@@ -58,7 +58,7 @@ def trainer_arguments(stage: TrainingStage, context: StageContext) -> dict[str, 
         "logging_nan_inf_filter": False,  # it would log a non-finite loss as 0
         "save_strategy": "steps",
         "save_steps": stage.checkpoint_every,
-        # With two kept, a run killed while saving still has the previous checkpoint.
+        # With two checkpoints, a run killed while saving still has the previous one.
         "save_total_limit": 2,
         **tracker_arguments(context.recipe, context.name),
         "disable_tqdm": True,
@@ -82,8 +82,8 @@ def parallel_arguments(
 
 
 class AlignTrainer:
-    """Mix-in placed before a TRL trainer: rows are already tokenised, the optimizer and schedule are the recipe's, and
-    the router losses come from the model's own output.
+    """Mix-in that precedes a TRL trainer among the bases of a class: rows are already tokenised, optimizer and schedule
+    are the recipe's, and the router losses come from the model's own output.
 
     A step's gradient does not depend on how its batch is split into micro-batches, accumulation steps and ranks, except
     that the balance loss depends on which rows share a micro-batch:
@@ -105,7 +105,7 @@ class AlignTrainer:
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]  # the TRL trainer, next in the MRO
         # For adapters under ZeRO-3 TRL selects reentrant checkpointing, which the model refuses.
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        # TRL writes its own setting into the configuration, which is saved with the model.
+        # TRL has overwritten the coefficient in the configuration, which is saved with the model.
         model.config.router_aux_loss_coef = coefficient
         if self.is_deepspeed_enabled:
             self.accelerator.gather = gather_uneven(self.accelerator.gather)
@@ -120,12 +120,12 @@ class AlignTrainer:
         return args, {**kwargs, "output_router_logits": True}
 
     def _keep_routing(self, module: nn.Module, _: Any, output: Any) -> None:
-        # The reference's forward pass runs without gradient and does not count.
+        # Passes without gradient (the reference, evaluation) do not contribute router losses.
         if torch.is_grad_enabled() and output.router is not None:
             self.router = output.router
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        """Return the rows as they are: the data layer has tokenised them and counted what it dropped."""
+        """Return the rows unchanged: `align.data` has tokenised them and counted the dropped ones."""
         return dataset
 
     def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -139,7 +139,7 @@ class AlignTrainer:
             return super().get_train_dataloader()  # type: ignore[misc]
         stage: TrainingStage = self.align_stage
         rows, seed = self.train_dataset, self.args.data_seed
-        # The order in which accelerate gives the rows to a single process.
+        # The same order as accelerate uses in a run of one process.
         order = self._get_train_sampler() if stage.group_by_length else SeedableRandomSampler(rows, data_seed=seed)
         batches = SharedBatches(
             order,
@@ -151,11 +151,11 @@ class AlignTrainer:
         return SharedLoader(rows, batches, self.data_collator, pin_memory=self.args.dataloader_pin_memory)
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """This rank's micro-batches of an optimizer step, with their weights in the step's mean where these differ
-        from 1.
+        """Return this rank's micro-batches of an optimizer step, and set their weights in the step's means.
 
-        In an epoch's last step the last micro-batch may have fewer rows. Means over rows then need a weight per
-        micro-batch proportional to its rows: ROW_WEIGHT, set here, or by `SharedBatches` under DeepSpeed.
+        In an epoch's last step the last micro-batch may have fewer rows. A mean over rows then needs a weight per
+        micro-batch, proportional to its number of rows: ROW_WEIGHT, which is set here or, under DeepSpeed, by
+        `SharedLoader`. TOKEN_WEIGHT is set if the recipe has a z-loss.
         """
         micros, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         rows = [len(micro["input_ids"]) for micro in micros]
@@ -167,9 +167,9 @@ class AlignTrainer:
         return micros, items
 
     def _set_weights(self: Any, micros: list[dict[str, Any]], key: str, counts: list[int]) -> None:
-        """Set `micro[key]` = own count * number of micro-batches on all ranks / total count.
+        """Set `micro[key]` = the micro-batch's count * number of micro-batches on all ranks / total count of the step.
 
-        The weighted mean of the micro-batches' means is then the mean over all counted rows or tokens of the step.
+        The weighted mean of the micro-batches' means is then the mean over all tokens that are counted in the step.
         """
         own = [count if micro.get(ROW_WEIGHT, 1.0) else 0 for micro, count in zip(micros, counts, strict=True)]
         total = torch.tensor(sum(own), device=self.args.device)
@@ -184,7 +184,7 @@ class AlignTrainer:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         # The file uses the Hugging Face checkpoint's parameter names (one tensor per expert). `Trainer` would silently
-        # skip the names that it does not know: the experts.
+        # skip the experts, because it does not know their names.
         read_weights(model, Path(resume_from_checkpoint))
 
     def _prepare_for_training(
@@ -226,7 +226,7 @@ class AlignTrainer:
         return self.optimizer
 
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """The recipe's schedule, the same function as PPO's; the first step's rate is above zero."""
+        """Build the recipe's schedule from `schedule_factor`, as PPO does; the first step's rate is above zero."""
         if self.lr_scheduler is None:
             stage: TrainingStage = self.align_stage
             settings = stage.optimizer
@@ -252,8 +252,8 @@ class AlignTrainer:
         router = self.router
         if router is None:
             return (loss, *outputs) if return_outputs else loss
-        # TRL does not divide by the accumulation steps when it normalises by num_items_in_batch, so the router's losses
-        # (means) are divided here.
+        # TRL does not divide by the accumulation steps when it normalises by num_items_in_batch. The router's losses
+        # are means, so they are divided here.
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         config = self.model.config
         balance = row_weight * (config.router_aux_loss_coef * router.balance_loss)
@@ -263,14 +263,14 @@ class AlignTrainer:
         return (loss, *outputs) if return_outputs else loss
 
     def _mean_over_ranks(self: Any, metrics: dict[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
-        """Means over ranks of `weight` * value, as float64 scalars; `log` reads them."""
+        """Means over ranks of `weight` * value, as float64 scalars on the device; `log` copies them to the CPU."""
         values = weight * torch.stack([value.detach() for value in metrics.values()]).double()
         if self.args.world_size > 1:
             values = self.accelerator.reduce(values, "mean")
         return dict(zip(metrics, values.unbind(), strict=True))
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log `logs` and the metrics since the last log, which are read from the device here, in one copy."""
+        """Log `logs` and the metrics since the last log; all metrics leave the device in one copy."""
         kept = [values for metrics in self._metrics.values() for values in metrics.values()]
         waiting = [(values, i) for values in kept for i, value in enumerate(values) if isinstance(value, Tensor)]
         for (values, i), number in zip(waiting, to_host([values[i] for values, i in waiting]), strict=True):
@@ -279,7 +279,10 @@ class AlignTrainer:
 
 
 class LengthGroups(Sampler):
-    """Random batches of rows of similar length. An epoch's order depends only on the seed and the epoch."""
+    """Sampler that puts rows of similar length into the same batch, in random order.
+
+    An epoch's order depends only on the seed and the epoch's number.
+    """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -296,6 +299,6 @@ class LengthGroups(Sampler):
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens per row; for a pair, those of its longer side."""
+    """Tokens per row; for a pair, the tokens of its longer side, which for DPO exclude the prompt."""
     ids = {name: dataset[name] for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names}
     return [max(len(side) for side in row) for row in zip(*ids.values(), strict=True)]
