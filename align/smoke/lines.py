@@ -47,7 +47,7 @@ LINES = [
     Line(2, "host waits per pass", "passes.count_waits", gpu=30, cpu=None),
     Line(3, "engine beside a trainer: sleep, wake, new weights", "engine.check", gpu=120, cpu=25),
     Line(4, "rates of the grouped products and the loss head", "rates.measure", gpu=60, cpu=15),
-    Line(5, "SFT in bf16", "training.sft", gpu=180, cpu=15),
+    Line(5, "SFT in bf16", "training.sft", gpu=180, cpu=30),
     Line(6, "the same under ZeRO-3, killed and resumed", "training.resume", gpu=240, cpu=45),
     Line(7, "GRPO with vLLM beside the trainer", "training.grpo", gpu=180, cpu=25),
     Line(8, "ZeRO-3 with sharded experts against one process", "training.several", gpu=120, cpu=35),
