@@ -21,7 +21,7 @@ class Task:
 
     name: name in results and report.
     prompts: sources of held-out prompts, with the columns that the metrics read.
-    metrics: verifiers, functions and F1, each applied to every completion.
+    metrics: verifiers, functions, reward servers and F1, each applied to every completion.
     max_new_tokens: tokens after which a completion is truncated.
     temperature: sampling temperature; 0 is greedy decoding.
     """
@@ -77,9 +77,10 @@ class TaskResult:
 
 
 def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
-    """The task of a recipe's section.
+    """Build the task that an entry of `tasks` in a recipe describes.
 
-    A setting that the section lacks is the built-in task's or, if the name is not a built-in task, the rollout's.
+    Omitted settings come from the built-in task of the same name. If there is none, temperature and max_new_tokens
+    come from `rollout`; prompts and metrics are then required.
 
     Raises `UserError` if prompts or metrics are missing, or if no tokens are left for a prompt.
     """

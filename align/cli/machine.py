@@ -23,11 +23,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     smoke = commands.add_parser(
         "smoke",
-        help="measure this machine against what is expected",
-        description="Run every part once on this machine and print expected against measured: fifteen minutes on a "
-        "GPU, under three on two CPU cores. Exits with 1 if something is WRONG; slow is not wrong.",
+        help="run each part briefly on this machine and compare results and speed with expected values",
+        description="Run each part of align once and print the measured values beside the expected ones. This takes "
+        "about fifteen minutes on a GPU and under three on two CPU cores. The exit status is 1 if a check has the "
+        "verdict WRONG; the verdict 'slow' does not change it.",
     )
-    smoke.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="run only these lines (0 to 8)")
+    smoke.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="run only these parts (0 to 8)")
     smoke.add_argument(
         "--folder", type=Path, default=Path("runs/smoke"), help="folder for logs and runs (default: runs/smoke)"
     )
@@ -35,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON with versions and hardware (default: smoke.json in the folder)",
+        help="JSON with results, versions and hardware (default: smoke.json in the folder)",
     )
     smoke.set_defaults(command=_smoke)
 

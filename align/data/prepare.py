@@ -6,11 +6,11 @@ Columns that TRL 1.16 reads; each value is a list of token ids:
     RewardTrainer   chosen_ids, rejected_ids, both with the prompt. The trainer skips tokenisation if they exist.
     DPOTrainer      prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
 
-DPOTrainer always tokenises, so its rows also keep prompt, chosen and rejected as messages. TRL's ids differ from ours
-only in what the template puts after the end of a turn (a line break in ChatML). `train.trl.AlignTrainer` overrides
-`_prepare_dataset`, so that training uses the ids made here.
+TRL's own DPOTrainer always tokenises the columns prompt, chosen and rejected, so the rows also keep these as messages.
+TRL's ids differ from ours only in what the template puts after the end of a turn (a line break in ChatML).
+`train.trl.AlignTrainer` overrides `_prepare_dataset`, so that training uses the ids made here.
 
-In pairs, a completion ends with its end-of-turn token unless it was truncated, as in sampling. A reward model then
+As in sampling, a completion in a pair ends with its end-of-turn token unless it was truncated. A reward model then
 reads its score at the same token in training and in PPO.
 
 The report counts dropped rows by reason.
@@ -60,7 +60,7 @@ class DataReport:
     dropped        {reason: rows dropped}, over both splits
     truncated      rows truncated to the maximum length, over both splits
     tokens         tokens of the training rows; prompts of reward-model pairs count twice
-    loss_tokens    training tokens in the loss; the first token of a row is never in the loss
+    loss_tokens    training tokens in the loss, without each row's first token; for pairs, the tokens of both answers
     fingerprint    SHA-256 over the ids and labels of all rows, training rows first
     """
 

@@ -1,8 +1,8 @@
 """Training data from the documentation of Python's standard library, read from the running installation.
 
-Python sources are parsed with `ast` and not imported, so no code runs. A few C modules without side effects (math,
-itertools, builtins, ...) are imported for their docstrings. The order of the rows is deterministic. Their content
-depends on the Python version and, for a few compiled modules, on how Python was built.
+Python sources are parsed with `ast` and not imported, so no code runs. The modules of `COMPILED_MODULES`, at least
+partly written in C, are imported for their docstrings; importing them has no side effects. The order of the rows is
+deterministic. Their content depends on the Python version and, for a few compiled modules, on how Python was built.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def split_of(group: str) -> Split:
 
 @lru_cache(maxsize=1)
 def documented_names() -> tuple[DocEntry, ...]:
-    """All documented public names: about 4,000 entries. The first call takes about four seconds; the result is cached.
+    """All documented public names: about 4,800 entries on Python 3.11.
+
+    The first call takes about four seconds; the result is cached.
 
     Raises `UserError` if the installation has no *.py sources (a frozen Python).
     """

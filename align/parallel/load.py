@@ -59,7 +59,7 @@ def load_sharded(
 
     lora: wrap the model with new adapters, as `add_lora` does. Every rank draws the initial values of all adapters,
         layer by layer, and keeps its shard, so the values equal those of an unsharded model.
-    head_only: True if at most the head trains.
+    head_only: everything except the score head is frozen; the head may be frozen too.
     """
     stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).place)
     with init_empty_weights(include_buffers=False):

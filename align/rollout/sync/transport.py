@@ -1,4 +1,4 @@
-"""Weight updates to vLLM servers, and the two deliveries that work on any device: shared memory and HTTP."""
+"""Weight updates to vLLM servers, and the two transfer kinds that need no GPU: shared memory and HTTP."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class ToServers:
 
     def start(self) -> None:
         def begin(server: Server) -> None:
-            # Abort requests that a trainer abandoned or left when it died, and drop the prefixes computed with the old
-            # weights.
+            # Abort requests that a trainer gave up on or that outlived it, and clear the prefix cache, which was
+            # computed with the old weights.
             server.call("POST", "/pause?mode=abort", timeout=self.timeout)
             if not server.call("POST", "/reset_prefix_cache", timeout=self.timeout)["success"]:
                 raise ServerFailure("it did not empty its prefix cache")
@@ -162,8 +162,8 @@ def transfer_kind(wanted: str, servers: list[Server]) -> str:
         )
     if kind in ("nccl", "ipc") and not torch.cuda.is_available():
         raise UserError(
-            f"rollout.weight_transfer: {kind} needs a GPU on the trainer's machine too. Start the servers with "
-            "--weight-transfer host."
+            f"rollout.weight_transfer: {kind} needs a GPU on the trainer's machine too. Restart the servers "
+            "with --weight-transfer host, and set rollout.weight_transfer: auto."
         )
     return kind
 

@@ -48,7 +48,7 @@ SIZES = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.05,
     "router_z_loss_coef": 0.001,
-    # Tokens over an expert's capacity are recycled at random or dropped, so every path of the router is covered.
+    # Recycle routing: tokens over an expert's capacity go to a random expert with a free slot.
     "moe_topk": 1,
     "capacity_factor": 0.9,
     "moe_drop_tokens": True,

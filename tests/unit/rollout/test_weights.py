@@ -1,4 +1,4 @@
-"""The stream of published weights is complete and exact and leaves the model unchanged.
+"""`published_weights` yields every weight under its released name, exactly, and leaves the model as it was.
 
 The Hugging Face engine samples from the weights of the last update.
 """
