@@ -37,6 +37,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_interrupted_run_in_bf16_ends_like_one_that_was_not(tmp_path, monkeypatch, name) -> None:
     made = in_bf16(tmp_path, steps=2, checkpoint_every=1, **SETTINGS[name])
@@ -59,6 +60,7 @@ def test_an_interrupted_run_in_bf16_ends_like_one_that_was_not(tmp_path, monkeyp
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_result_in_bf16(tmp_path) -> None:
     for recompute in (False, True):
         quietly(in_bf16(tmp_path, steps=2, gradient_checkpointing=recompute), tmp_path / str(recompute))

@@ -43,7 +43,10 @@ def quietly(made, run_dir: Path, **options) -> None:
     run(made, run_dir, say=lambda line: None, **options)
 
 
-@pytest.mark.parametrize("name", KINDS)
+FAST = {"ppo", "grpo"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in KINDS])
 def test_a_run_that_was_interrupted_ends_like_one_that_was_not(tmp_path, start, monkeypatch, name) -> None:
     made = recipe(tmp_path, **KINDS[name])
     uninterrupted, interrupted = start("uninterrupted"), start("interrupted")

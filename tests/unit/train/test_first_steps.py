@@ -13,9 +13,15 @@ import torch
 from align.models.hunyuan import HunYuanForCausalLM
 from tests.unit.train.one_step import build, checkpoint, train_one_step
 
-CASES = pytest.mark.parametrize("stage", [
-    {}, {"micro_batch_size": 2}, {"lora": {"rank": 2}}, {"lora": {"rank": 2}, "micro_batch_size": 2},
-], ids=["one micro-batch", "three micro-batches", "lora", "lora, three micro-batches"])  # fmt: skip
+CASES = pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param({}, id="one micro-batch"),
+        pytest.param({"micro_batch_size": 2}, id="three micro-batches"),
+        pytest.param({"lora": {"rank": 2}}, id="lora", marks=pytest.mark.slow),
+        pytest.param({"lora": {"rank": 2}, "micro_batch_size": 2}, id="lora, three micro-batches"),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
