@@ -3,7 +3,7 @@
 A pass is the forward pass of one micro-batch, in training also its loss and backward pass, with the results or metrics
 copied to the host. Counts grow linearly with the number of layers, so the counts for two depths give a fixed part and a
 part per layer. `tests/pretend_device.py` defines what is counted. The table also shows the counts of an earlier version
-from results/launches_before.json.
+from results/launches_before.json, which lacks passes that were added later.
 
     --before    write results/launches_before.json
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS, write
-from tables import table
+from tables import launches
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -62,27 +62,6 @@ def count_all() -> dict[str, dict[str, Any]]:
             results[dtype][name] = by_layer(few, many)
         results[dtype][EXPERT_PARALLEL] = by_layer(*(sharded[dtype, layers] for layers in LAYERS))
     return results
-
-
-def launches(results: dict[str, Any]) -> str:
-    """The counts as a table, before and now."""
-
-    def cell(when: str, dtype: str, name: str, kind: str) -> str:
-        counted = results[when][dtype][name][kind]
-        fixed, per_layer = (f"{counted[part]:g}" for part in ("fixed", "per layer"))
-        return fixed if per_layer == "0" else f"{fixed} + {per_layer} L"
-
-    kinds = {"host syncs": "syncs", "uploads that wait": "blocking_uploads", "launches": "launches"}
-    rows = []
-    for name in results["now"]["bfloat16"]:
-        cells = [cell("now", dtype, name, "mixes") for dtype in ("bfloat16", "float32")]
-        for kind in kinds.values():
-            cells += [cell(when, "bfloat16", name, kind) for when in ("before", "now")]
-        cells += [cell(when, "float32", name, "syncs") for when in ("before", "now")]
-        rows.append([name, *cells])
-    columns = [f"{label}, {when}" for label in kinds for when in ("before", "now")]
-    floats = [f"host syncs in fp32, {when}" for when in ("before", "now")]
-    return table(["bf16, L layers", "mixes", "mixes in fp32", *columns, *floats], rows)
 
 
 def main() -> None:

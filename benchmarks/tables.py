@@ -38,6 +38,29 @@ def _measure(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
+def launches(results: dict[str, Any]) -> str:
+    def cell(dtype: str, name: str, kind: str) -> str:
+        counts = (results[when][dtype].get(name, {}).get(kind) for when in ("before", "now"))
+        return " → ".join(_by_layer(count) for count in counts)
+
+    rows = []
+    for name, counted in results["now"]["bfloat16"].items():
+        mixes = {_by_layer(results["now"][dtype][name]["mixes"]) for dtype in ("bfloat16", "float32")}
+        cells = [cell("bfloat16", name, kind) for kind in ("syncs", "blocking_uploads", "launches") if kind in counted]
+        rows.append([name, ", ".join(sorted(mixes)), *cells, cell("float32", name, "syncs")])
+    header = ["pass, L layers", "mixes", "host syncs", "uploads that wait", "launches", "host syncs in fp32"]
+    return table(header, rows)
+
+
+def _by_layer(count: dict[str, float] | None) -> str:
+    if count is None:
+        return "–"
+    fixed, per_layer = count["fixed"], count["per layer"]
+    if not per_layer:
+        return f"{fixed:g}"
+    return f"{fixed:g} + L" if per_layer == 1 else f"{fixed:g} + {per_layer:g} L"
+
+
 def moe_block(results: dict[str, Any]) -> str:
     rows = []
     for shape, found in results.items():
@@ -231,6 +254,7 @@ PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
+    "launches": launches,
     "loss_head": loss_head,
     "decoding": decoding,
     "loading": loading,
