@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from harness import compare, medians, ratio, write
 
-from align.models.cost import bytes_per_token
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.plan.shape import shape_of
 
 BATCH, CONTEXT, STEPS = 8, 2048, 16
 SIZES = {
@@ -53,7 +53,7 @@ def main() -> None:
         model = HunYuanForCausalLM(config).eval()
         cache = filled_cache(model, ids)
         caches[name] = cached_bytes(cache)
-        formula[name] = bytes_per_token(config, bytes_per_value=4) * BATCH * CONTEXT
+        formula[name] = BATCH * shape_of(name, config.to_dict()).cache_bytes(CONTEXT, bytes_per_value=4)
         assert caches[name] == formula[name]
         runs[name] = partial(decode, model, cache, ids[:, :1])
     seconds = compare(runs, rounds=7)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+from align.config.presets import PRESETS
 from align.errors import UserError
 
 
@@ -16,7 +18,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="print a model's size and cost",
         description="Print parameters, KV cache, FLOPs and memory of a preset or checkpoint, without loading weights.",
     )
-    show_model.add_argument("model", help="hunyuan-large, medium, small, tiny, or a folder with config.json")
+    show_model.add_argument("model", help=f"{', '.join(PRESETS)}, or a folder with config.json")
     show_model.add_argument("--context", type=int, default=4096, help="context for attention FLOPs (default: 4096)")
     show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
     show_model.set_defaults(command=_show_model)
@@ -53,9 +55,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _show_model(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from align.config.presets import PRESETS
+    from align.plan.cost import model_cost
+    from align.plan.shape import shape_of
     from align.run.checkpoint import checkpoint_folder
 
     folder = checkpoint_folder(Path(options.model))
@@ -65,14 +66,14 @@ def _show_model(options: argparse.Namespace) -> None:
         raise UserError(
             f"'{options.model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; pass one."
         )
-    from align.models.cost import model_cost
-    from align.train.checkpoint import check_checkpoint, checked_config
-
     if options.model in PRESETS:
-        config = checked_config(PRESETS[options.model], options.model, "")
+        values = PRESETS[options.model]
     else:
-        config = checked_config(check_checkpoint(folder, weights=False), str(folder), "restore the published value")
-    cost = model_cost(config, options.context)
+        from align.train.checkpoint import check_checkpoint, checked_config
+
+        values = check_checkpoint(folder, weights=False)
+        checked_config(values, str(folder), "restore the published value")
+    cost = model_cost(shape_of(options.model, values), options.context)
     if options.json:
         print(json.dumps(asdict(cost), indent=2))
         return
@@ -85,6 +86,7 @@ def _show_model(options: argparse.Namespace) -> None:
         ("KV cache per token in bf16", f"{cost.cache_bytes_per_token:,} bytes"),
         ("  without sharing layers", f"{cost.cache_bytes_unshared:,} bytes"),
         ("  with multi-head attention", f"{cost.cache_bytes_multi_head:,} bytes; this is {share:.1f} % of it"),
+        (f"KV cache of {cost.context:,} tokens", f"{cost.cache_bytes_of_context:,} bytes"),
     ]
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))

@@ -19,7 +19,8 @@ from align.config.rollout import CPU_CACHE_GIB
 from align.config.stage import REWARD_MODEL
 from align.config.stages import TrainingStage
 from align.errors import UserError
-from align.plan.shape import ModelShape, shape_of
+from align.plan.shape import shape_of
+from align.plan.sizes import ModelShape
 
 Trained = Literal["all", "adapters", "head", "nothing"]
 Shapes = Callable[[str], ModelShape]
@@ -257,7 +258,7 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         padded=False,
         gradient_checkpointing=stage.gradient_checkpointing,
         ema=stage.ema_decay is not None,
-        rollouts=_rollouts(stage, policy.cache_bytes(4 if dtype == "float32" else 2) * length),
+        rollouts=_rollouts(stage, policy.cache_bytes(length, 4 if dtype == "float32" else 2)),
     )
 
 

@@ -14,7 +14,7 @@ from align.plan import activations
 from align.plan.activations import Pass
 from align.plan.job import Job, Member
 from align.plan.setting import Setting
-from align.plan.shape import LayerShape
+from align.plan.sizes import LayerShape
 
 Bytes = dict[str, float]
 FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
@@ -355,12 +355,21 @@ class _Rank:
         rows, length = self.setting.micro_batch * self.job.sequences, self.job.length
         padded = self.job.padded and rows > 1
         value, weight = self.value_bytes, self.weight_bytes(member)
-        return Pass(rows * length, length, padded, value, weight, member.lora, looped=self.on_cpu or value == 4)
+        return Pass(
+            rows * length,
+            length,
+            padded,
+            value,
+            weight,
+            member.lora,
+            self.adapter_bytes(member) if member.lora else 4,
+            looped=self.on_cpu or value == 4,
+        )
 
     def outside_bytes(self, member: Member, run: Pass) -> float:
-        """Activations saved outside the layers: final norm, token ids, masks, RoPE tables."""
+        """Activations saved outside the layers, with token ids and masks."""
         small = 8 + 8 + (run.length if run.padded else 0)
-        return run.tokens * (activations.norm_bytes(member.shape.hidden_size, run) + small)
+        return run.tokens * (member.shape.activations.outside(run) + small)
 
     def merged(self, member: Member, layer: LayerShape) -> float:
         return activations.merged_experts(layer, self.run(member)) / self.setting.expert_parallel_size
@@ -407,7 +416,7 @@ class _Rank:
             return 0, 4 * member.shape.hidden_size
         shape = member.shape
         trained = member.trained == "all"
-        gradient = 4 * shape.embedding if trained else 0
+        gradient = 4 * shape.logits if trained else 0
         hidden = run.tokens * shape.hidden_size * 4
         if self.job.rollouts is not None:
             rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))

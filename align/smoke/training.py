@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from align.config import load_recipe
+from align.plan.shape import shape_of
 from align.run.folder import read_jsonl
 from align.smoke.bandwidth import all_reduce
 from align.smoke.machine import Machine
@@ -206,12 +207,8 @@ def learns(run: Run) -> Check:
 
 def flops_per_token(run: Run) -> int:
     """FLOPs of a forward and backward pass per token of a full row."""
-    from align.models.cost import model_cost  # takes seconds to import
-    from align.train.checkpoint import check_checkpoint, checked_config
-
-    model = run.folder / "base/model"
-    config = checked_config(check_checkpoint(model, weights=False), str(model), "make it again")
-    return 3 * model_cost(config, row_length(run) // 2).flops_per_token
+    config = json.loads((run.folder / "base/model/config.json").read_text(encoding="utf-8"))
+    return round(3 * shape_of("base", config).token_flops(row_length(run) // 2))
 
 
 def stage_settings(run: Run) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
 
 import align.models  # noqa: F401
-from align.models.cost import bytes_per_token
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification
 from align.models.hunyuan.moe import route
 from align.models.hunyuan.rope import rotation_tables
+from align.plan.shape import shape_of
 from tests.near import assert_near
 
 SIZES = {
@@ -67,12 +67,12 @@ def test_the_cache_has_one_key_and_value_per_group(factor) -> None:
     cache = DynamicCache()
     model(torch.randint(0, 97, (3, 7)), past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
-    assert held == 3 * 7 * bytes_per_token(model.config, bytes_per_value=4)
+    assert held == 3 * shape_of("", model.config.to_dict()).cache_bytes(7, bytes_per_value=4)
 
 
 def test_hunyuan_large_needs_a_twentieth_of_the_cache_of_multi_head_attention() -> None:
-    published = bytes_per_token(HunYuanConfig())
-    every_head = bytes_per_token(HunYuanConfig(use_cla=False, num_key_value_heads=80))
+    published = shape_of("", {}).cache_bytes(1)
+    every_head = shape_of("", {"use_cla": False, "num_key_value_heads": 80}).cache_bytes(1)
     assert (published, every_head) == (81_920, 1_638_400)
 
 

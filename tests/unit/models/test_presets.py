@@ -9,13 +9,13 @@ import torch
 
 from align import cli
 from align.config.presets import CONFIG_KEYS, PRESETS
-from align.models.cost import model_cost
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.plan.cost import model_cost
+from align.plan.shape import shape_of
 
 
 def test_hunyuan_large_counts_as_the_report_does() -> None:
-    config = HunYuanConfig(**PRESETS["hunyuan-large"])
-    cost = model_cost(config)
+    cost = model_cost(shape_of("hunyuan-large", PRESETS["hunyuan-large"]))
     layers, h, f, n_kv, d, vocabulary = 64, 6400, 18_304, 8, 80, 128_512
     attention = layers * 2 * h * h + layers // 2 * 2 * h * n_kv * d
     norms = layers * (2 * h + 2 * d) + h
@@ -31,7 +31,7 @@ def test_hunyuan_large_counts_as_the_report_does() -> None:
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "hunyuan-large"])
 def test_other_presets_have_the_active_size_they_promise(name) -> None:
-    active = model_cost(HunYuanConfig(**PRESETS[name])).active_parameters
+    active = model_cost(shape_of(name, PRESETS[name])).active_parameters
     low, high = {"tiny": (0.5e6, 2e6), "small": (0.08e9, 0.12e9), "medium": (0.8e9, 1.3e9)}[name]
     assert low < active < high
 
@@ -46,7 +46,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     tokens = 32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(0, 1024, (1, tokens)), use_cache=False)
-    assert counter.get_total_flops() == tokens * model_cost(config, context=tokens).flops_per_token
+    cost = model_cost(shape_of("tiny", PRESETS["tiny"]), context=tokens)
+    assert counter.get_total_flops() == tokens * cost.flops_per_token
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_cla": False}, {"cla_share_factor": 3}, {"tie_word_embeddings": False}])
@@ -56,7 +57,8 @@ def test_the_cache_formula_is_what_is_allocated(changes) -> None:
     with torch.no_grad():
         cache = model(torch.randint(0, 1024, (2, 7)), use_cache=True).past_key_values
     held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert model_cost(config).cache_bytes_per_token * 2 * 7 == 2 * held  # bf16 has two bytes
+    cost = model_cost(shape_of("tiny", config.to_dict()))
+    assert cost.cache_bytes_per_token * 2 * 7 == 2 * held  # bf16 has two bytes
 
 
 def test_show_model_prints_a_preset_and_a_folder(tmp_path, capsys) -> None:

@@ -9,16 +9,18 @@ import torch
 
 from align.config.parts import Lora
 from align.config.presets import PRESETS
-from align.models.cost import model_cost
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
 from align.plan import activations
 from align.plan.activations import Pass
+from align.plan.cost import model_cost
+from align.plan.hunyuan import DEFAULTS
 from align.plan.job import SMOLLM2_135M, Job, Member, RolloutWork
 from align.plan.memory import Buffers, Memory, memory
 from align.plan.setting import Setting
-from align.plan.shape import DEFAULTS, ModelShape, shape_of
+from align.plan.shape import shape_of
+from align.plan.sizes import ModelShape
 from align.plan.speed import operations
 from align.plan.traffic import Flow, traffic
 from align.train.checkpoint import count_parameters
@@ -46,12 +48,12 @@ def large() -> ModelShape:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_equal_those_of_a_model_on_the_meta_device(name: str) -> None:
-    config = HunYuanConfig(**VARIANTS[name])
     shape = shape_of(name, VARIANTS[name])
-    cost = model_cost(config, context=1024)
-    assert shape.parameters() == cost.parameters
-    assert shape.active == cost.active_parameters
-    assert shape.cache_bytes() == cost.cache_bytes_per_token
+    with torch.device("meta"):
+        model = HunYuanForCausalLM(HunYuanConfig(**VARIANTS[name]))
+    count = count_parameters(model)
+    assert shape.parameters() == count["total"]
+    assert shape.active == count["active"]
     with torch.device("meta"):
         scorer = HunYuanForSequenceClassification(HunYuanConfig(**VARIANTS[name], num_labels=1))
     assert shape.parameters(scorer=True) == sum(p.numel() for p in scorer.parameters())
@@ -60,8 +62,8 @@ def test_parameters_equal_those_of_a_model_on_the_meta_device(name: str) -> None
 @pytest.mark.parametrize("name", PRESETS)
 def test_operations_equal_those_of_show_model(name: str) -> None:
     # A token in a row of 2n tokens attends to n tokens on average.
-    cost = model_cost(HunYuanConfig(**PRESETS[name]), context=1024)
-    assert shape_of(name, PRESETS[name]).forward_flops(2048) == cost.flops_per_token
+    shape = shape_of(name, PRESETS[name])
+    assert shape.forward_flops(2048) == model_cost(shape, context=1024).flops_per_token
 
 
 @pytest.mark.parametrize(
