@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.stages import SampleStage
 from align.data.chat import stop_token_ids
+from align.data.formats import TEMPLATE_COLUMNS
 from align.data.prepare import PromptRow, prepare_prompts
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
@@ -88,7 +89,9 @@ def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
 
     finished: False for a sample that was truncated at max_new_tokens. No end-of-turn token is added to such an answer.
     """
+    columns = {name: row.row[name] for name in TEMPLATE_COLUMNS if row.row.get(name) is not None}
     return {
+        **columns,
         "prompt": row.messages,
         "chosen": [{"role": "assistant", "content": row.reference}],
         "rejected": [{"role": "assistant", "content": rejected}],

@@ -151,7 +151,7 @@ class Scorer:
             batch = replace(batch, routed_experts=None)  # the recorded routing is the policy's
             if not same:
                 texts = zip(samples.prompt_rows, samples.texts, samples.completions, strict=True)
-                ids = [scorer.encode(row.messages, text, c.finished) for row, text, c in texts]
+                ids = [scorer.encode(row.messages, text, c.finished, row.variables) for row, text, c in texts]
                 batch = scorer.pad([prompt for prompt, _ in ids], [completion for _, completion in ids])
             scores = scorer.scores(batch).tolist()
             require_finite_scores(f"reward model '{reward.label}'", scores, samples, "Use an earlier checkpoint of it")

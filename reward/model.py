@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.config.parallel import Parallel
-from align.data.chat import encode_answer, encode_prompt, stop_token_ids
+from align.data.chat import encode_answer, encode_prompt, end_of_turn_id
 from align.data.experience import Experience, build_experience
 from align.errors import UserError
 from align.models.forward import sequence_scores
@@ -29,8 +30,7 @@ class ModelScorer:
         self.model: AnyModel = load_reward_model(folder, dtype, parallel).to(self.device)
         self._frozen = FrozenModel(self.model, parallel, dtype)
         self.max_length = int(self.model.config.max_position_embeddings)
-        ends = stop_token_ids(self.tokenizer)
-        self._end = ends[-1] if ends else None
+        self._end = end_of_turn_id(self.tokenizer)
         self._folder, self._micro_batch_tokens = folder, micro_batch_tokens
 
     @torch.no_grad()
@@ -53,13 +53,16 @@ class ModelScorer:
                 scores[micro] = found
         return summed(scores, self.device)
 
-    def encode(self, prompt: list[dict], text: str, finished: bool) -> tuple[list[int], list[int]]:
+    def encode(
+        self, prompt: list[dict], text: str, finished: bool, variables: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids of prompt and completion in the reward model's chat template.
 
         finished: append the end-of-turn token, which a truncated completion lacks.
+        variables: keyword arguments for the template.
         """
         answer = encode_answer(text, self.tokenizer, end=self._end if finished else None)
-        return encode_prompt(self.tokenizer, prompt), answer
+        return encode_prompt(self.tokenizer, prompt, variables), answer
 
     @staticmethod
     def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Experience:

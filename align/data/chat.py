@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from align.data.formats import DropRow, Message
+from align.data.templates import ChatTemplate, Variables, render, require_template
+from align.data.turns import HEADER, NO_END, SHARED_TOKEN, completion, marked_tokens, training_rows
 from align.errors import UserError
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -57,6 +57,7 @@ SMOLLM2_TEMPLATE = chatml_template(SMOLLM2_SYSTEM)
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _ASSISTANT = {"role": "assistant", "content": "It's 4."}
 _MORE = [{"role": "user", "content": " And\n\n3 + 3? "}, {"role": "assistant", "content": '6\n\nor "six".'}]
+_REASONED = {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"}
 _SYSTEM_TURN = {"role": "system", "content": "Be brief."}
 PROBES: tuple[list[Message], ...] = (
     [_USER],
@@ -71,21 +72,54 @@ PROBES: tuple[list[Message], ...] = (
 # --- rendering --------------------------------------------------------------------------------------------
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """(input_ids [T], assistant_mask [T]) of a conversation; the mask is 1 on the assistant's tokens, otherwise 0."""
-    encoded = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
-    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+class ConversationEncoder:
+    """Encodes the conversations of a data set with a tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.template = ChatTemplate(tokenizer)
+        # These templates have markers and render every turn the same in each context.
+        self._own = tokenizer.chat_template in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer)))
+
+    def rows(
+        self, messages: Sequence[Message], variables: Variables | None = None, *, first: int = 0
+    ) -> list[tuple[list[int], list[int]]]:
+        """Rows (input_ids [T], mask [T]) that train the assistant turns from message `first` on.
+
+        See `align.data.turns.training_rows`.
+        """
+        if not self._own or first > 0:
+            return training_rows(self.template, messages, variables, first=first)
+        self.template.require_rendered(messages, variables)
+        return [marked_tokens(self.template, messages, variables)]
+
+    def answer(
+        self, prompt: Sequence[Message], answer: Sequence[Message], variables: Variables | None = None
+    ) -> tuple[list[int], list[int]]:
+        """(prompt ids [P], answer ids [N] through the end-of-turn token)."""
+        return completion(self.template, prompt, answer, variables)
+
+    def prompt(self, messages: Sequence[Message], variables: Variables | None = None) -> list[int]:
+        """Ids [P] of the prompt and the header of the assistant's turn."""
+        self.template.require_rendered(messages, variables)
+        return self.template.ids(messages, variables, prompt=True)
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Ids [T] of a whole conversation. The template needs no generation markers."""
-    return list(_apply(tokenizer, messages)["input_ids"])
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], variables: Variables | None = None
+) -> list[int]:
+    """Ids [T] of a whole conversation."""
+    return ChatTemplate(tokenizer).ids(messages, variables)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str) -> list[int]:
-    """Ids [T] of the prompt and the header of the assistant's turn. A string is one user turn."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str, variables: Variables | None = None
+) -> list[int]:
+    """Ids [T] of the prompt and the header of the assistant's turn. A string is one user turn.
+
+    variables: keyword arguments for the template.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+    return ChatTemplate(tokenizer).ids(messages, variables, prompt=True)
 
 
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, *, end: int | None) -> list[int]:
@@ -109,57 +143,40 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         for probe in PROBES:
             for prompt in (False, True):
                 try:
-                    rendered.append(_render(tokenizer, tokenizer.chat_template, probe, prompt))
-                except Exception:  # a template may raise anything for a conversation that it does not support
+                    rendered.append(render(tokenizer, probe, prompt=prompt))
+                except DropRow:
                     rendered.append(None)
     known = json.dumps([sorted(tokenizer.get_vocab().items()), rendered])
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
-    """Apply the chat template. Raises `UserError` without one, `DropRow` if the template refuses the conversation."""
-    _require_template(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(list(messages), return_dict=True, **options)
-    except TemplateError as error:
-        raise DropRow(f"refused by the chat template: {error}") from error
-
-
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        name = tokenizer.name_or_path or "the tokenizer"
-        raise UserError(f"{name}: it has no chat template. Add one to its folder as chat_template.jinja.")
-
-
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a turn: the end-of-sequence token, and the special token, if any, with which the template ends an
-    assistant turn."""
+    """Tokens that end a turn: the end-of-sequence token, and the special tokens, if any, with which the template ends
+    an answer and a turn with tool calls."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        content = "Sentinel-7"
-        rendered = _render(tokenizer, tokenizer.chat_template, [_USER, {"role": "assistant", "content": content}])
-        tail = tokenizer(rendered.rpartition(content)[2], add_special_tokens=False)["input_ids"]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        ids += [int(token) for token in tail[:1] if token in special]
+        ends = ChatTemplate(tokenizer).ends
+        ids += [token for token in (ends.answer, ends.call) if token is not None]
     return list(dict.fromkeys(ids))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(  # type: ignore[return-value]  # text, as tokenize=False
-        messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-    )
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer: the template's end-of-turn token, otherwise the end-of-sequence token, if any."""
+    if tokenizer.chat_template and (answer := ChatTemplate(tokenizer).ends.answer) is not None:
+        return answer
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
 
 
 # --- preparing and checking -------------------------------------------------------------------------------
 
 
 def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Replace the tokenizer's template by one with generation markers that renders the same; True if replaced.
+    """Replace the tokenizer's template where needed; True if replaced.
 
-    A template that has generation markers is kept. A ChatML template without tools is replaced by ours if both render
-    every probe the same. Templates that TRL knows are replaced by TRL's training version. A tokenizer without a
-    template, but with ChatML's tokens, gets the default template. Any other template is kept; `check_template` refuses
-    it if it cannot be trained on.
+    A template that training can use is kept, except that a ChatML template without markers and tools is replaced by
+    ours if both render every probe the same. A template that training cannot use is replaced by TRL's training version
+    if TRL knows it. A tokenizer without a template, but with ChatML's tokens, gets the default template. Any other
+    template is kept; `check_template` refuses it if it cannot be trained on.
     """
     current = tokenizer.chat_template
     if not current:
@@ -170,16 +187,18 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     if not isinstance(current, str) or "endgeneration" in current:
         return False
-    candidates = [DEFAULT_TEMPLATE]
-    default_system = _default_system(tokenizer)
-    if default_system is not None:
-        candidates.append(chatml_template(default_system))
     # Our ChatML template does not render tools, so it must not replace a template that does.
     if "tools" not in current:
+        candidates = [DEFAULT_TEMPLATE]
+        default_system = _default_system(tokenizer)
+        if default_system is not None:
+            candidates.append(chatml_template(default_system))
         for candidate in candidates:
             if _same_rendering(tokenizer, current, candidate):
                 tokenizer.chat_template = candidate
                 return True
+    if template_problem(tokenizer) is None:
+        return False
     try:
         known = get_training_chat_template(tokenizer)
     except Exception:  # TRL does not know this template, or the template cannot render TRL's probes
@@ -187,6 +206,9 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     if known is None:
         return False
     tokenizer.chat_template = known
+    if template_problem(tokenizer) is not None:
+        tokenizer.chat_template = current
+        return False
     return True
 
 
@@ -203,8 +225,8 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
-        rendered = _render(tokenizer, tokenizer.chat_template, [_USER])
-    except Exception:  # a template may raise anything for a conversation that it does not support
+        rendered = str(render(tokenizer, [_USER]))
+    except DropRow:
         return None
     head, tail = f"{TURN_START}system\n", f"{TURN_END}\n{TURN_START}user\n"
     return rendered.removeprefix(head).partition(tail)[0] if rendered.startswith(head) and tail in rendered else None
@@ -213,43 +235,62 @@ def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _same_rendering(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:
     try:
         return all(
-            _render(tokenizer, first, probe, prompt) == _render(tokenizer, second, probe, prompt)
+            render(tokenizer, probe, template=first, prompt=prompt)
+            == render(tokenizer, probe, template=second, prompt=prompt)
             for probe in PROBES
             for prompt in (False, True)
         )
-    except Exception:
+    except DropRow:
         return False
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` unless the template can be used for training with a loss on assistant turns.
+    """Raise `UserError` unless the template can be used for training with a loss on assistant turns."""
+    require_template(tokenizer)
+    if problem := template_problem(tokenizer):
+        raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'}: {problem}")
 
-    The template must mark the assistant's tokens and its end-of-turn token (otherwise the model never learns to stop),
-    and preserve prefixes (otherwise prompts differ between training and generation).
+
+def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Reason why the template cannot be used for training with a loss on assistant turns, if any.
+
+    An assistant turn must begin with the header that generation gets, and end with a special token (otherwise the model
+    never learns to stop). If the template has markers, they must include that token.
     """
-    name = tokenizer.name_or_path or "the tokenizer"
-    _require_template(tokenizer)
-    conversation = [_USER, _ASSISTANT, *_MORE]
-    ids, mask = encode_conversation(tokenizer, conversation)
-    if not any(mask):
-        raise UserError(
-            f"{name}: the chat template marks no assistant tokens, so no token would be in the loss. Put "
-            "{% generation %} ... {% endgeneration %} around the assistant's content and end-of-turn token."
+    template, rows, refusals = ChatTemplate(tokenizer), [], []
+    for answer, later in ((_ASSISTANT, _MORE[1]), (_REASONED, _REASONED)):
+        try:
+            rows = training_rows(template, [_USER, answer, _MORE[0], later])
+            break
+        except DropRow as reason:
+            refusals.append(str(reason))
+    if not rows:
+        return _explained(refusals[0])
+    if not any(any(mask) for _, mask in rows):
+        return (
+            "the chat template marks no assistant tokens, so no token would be in the loss. Put "
+            "{% generation %} ... {% endgeneration %} around the assistant's content and end-of-turn token, or remove "
+            "both."
         )
-    stops = set(stop_token_ids(tokenizer))
-    # The end-of-turn token need not come last, because some published templates also mark the line break after it.
-    turns = [list(run) for marked, run in groupby(range(len(ids)), key=lambda t: mask[t]) if marked]
-    if len(turns) != 2 or not all(any(ids[t] in stops for t in turn) for turn in turns):
-        raise UserError(
-            f"{name}: the {{% generation %}} block of the chat template does not include the end-of-turn token, so the "
+    ends = [token for ids, mask in rows for token, marked in zip(ids, mask, strict=True) if marked]
+    if sum(token in template.end_ids for token in ends) < 2:
+        return (
+            "the {% generation %} block of the chat template does not include the end-of-turn token, so the "
             "model would never learn to stop. Move {% endgeneration %} after that token."
         )
-    for count in (1, 3):
-        prompt = encode_prompt(tokenizer, conversation[:count])
-        longer = encode_messages(tokenizer, conversation[: count + 1])
-        if longer[: len(prompt)] != prompt or ids[: len(prompt)] != prompt:
-            raise UserError(
-                f"{name}: the chat template is not prefix-preserving: it renders a prompt differently when an answer "
-                "follows, so prompts would differ between training and generation. Use a template that does not "
-                "rewrite earlier turns."
-            )
+    return None
+
+
+def _explained(reason: str) -> str:
+    """The problem of a template that cannot be used for any conversation of two turns, by the reason for the first."""
+    if reason in (HEADER, SHARED_TOKEN):
+        return (
+            "the chat template renders a prompt differently when an answer follows, so prompts would differ between "
+            "training and generation. Use a template whose generation prompt is the beginning of an assistant turn."
+        )
+    if reason == NO_END:
+        return (
+            "the chat template writes no special token at the end of an assistant turn, so the model would never learn "
+            "to stop. Put the end-of-turn token after the assistant's content."
+        )
+    return f"the chat template cannot render a conversation of two turns ({reason}). Use another template."

@@ -3,10 +3,14 @@
 A message is {"role": str, "content": str, ...}. A string in `prompt`, `completion`, `chosen` or `rejected` is one turn:
 the user's in `prompt`, otherwise the assistant's. Every stage applies the chat template, so that a model is trained,
 sampled and scored on the same rendering. Only `text` rows bypass the template.
+
+Two optional columns of any other format reach the chat template: `tools`, a list of function schemas, and
+`chat_template_kwargs`, an object with the template's own variables. Both may be JSON text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,6 +30,14 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
 """Required columns of each format, most specific format first. `prompt` is optional in preference rows."""
 
 STANDARD_COLUMNS = frozenset(column for columns in FORMAT_COLUMNS.values() for column in columns) | {"reference"}
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Optional columns that are passed to the chat template."""
+_RESERVED = frozenset(
+    {"messages", "conversation", "tools", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"}
+    | {"add_generation_prompt", "continue_final_message", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
+)
+"""Arguments of `apply_chat_template` that a row may not set."""
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -90,11 +102,67 @@ def _message(item: Any) -> Message:
     if "from" in message and "value" in message:
         speaker = message.pop("from")
         message = {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": message.pop("value")}
+    calls = message.get("tool_calls") or None
+    message.pop("tool_calls", None)
+    if calls is not None:
+        message.setdefault("content", "")
     if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
         raise DropRow("a message has no text")
-    if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+    if message["role"] == "assistant" and not message["content"].strip() and calls is None:
         raise DropRow("empty assistant turn")
-    return message
+    return message if calls is None else {**message, "tool_calls": [_tool_call(call) for call in calls]}
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """A tool call as {"type": "function", "function": {"name", "arguments": JSON text}} and its id, if any.
+
+    As JSON text, the arguments of all calls have the same type in a column.
+    """
+    function = call.get("function") or call if isinstance(call, Mapping) else {}
+    name, arguments = function.get("name"), function.get("arguments")
+    try:
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else without_none(arguments or {})
+    except ValueError:
+        raise DropRow("the arguments of a tool call are not valid JSON") from None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise DropRow("a tool call is not an object with a name and arguments")
+    known = {"id": call["id"]} if call.get("id") is not None else {}
+    text = json.dumps(arguments, ensure_ascii=False)
+    return {**known, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def without_none(value: Any) -> Any:
+    """Copy without the keys whose value is None, which Arrow adds to objects that lack a key of another row."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def template_variables(row: Row) -> dict[str, Any]:
+    """Keyword arguments for the chat template: the columns `tools` and `chat_template_kwargs`, if present.
+
+    Values that are JSON text are kept exactly. In other values, None marks the keys that an object lacks.
+    """
+    tools, variables = (_json_column(row.get(column), column) for column in TEMPLATE_COLUMNS)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DropRow("tools is not a list of objects")
+    if variables is not None and not isinstance(variables, dict):
+        raise DropRow("chat_template_kwargs is not an object")
+    variables = variables or {}
+    if reserved := sorted(_RESERVED.intersection(variables)):
+        raise DropRow(f"chat_template_kwargs must not set {', '.join(reserved)}")
+    return {**variables, "tools": tools} if tools else variables
+
+
+def _json_column(value: Any, column: str) -> Any:
+    if not isinstance(value, str):
+        return without_none(value)
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise DropRow(f"{column} is not valid JSON") from None
 
 
 def plain(messages: Sequence[Message]) -> str:

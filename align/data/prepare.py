@@ -33,13 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.parts import Data, Source
 from align.data import formats
-from align.data.chat import (
-    check_template,
-    encode_conversation,
-    encode_messages,
-    encode_prompt,
-    stop_token_ids,
-)
+from align.data.chat import ConversationEncoder, check_template, encode_messages
 from align.data.formats import DropRow, Format, Message
 from align.data.sources import describe_source, load_rows
 from align.data.splits import is_held_out, prompt_key
@@ -59,6 +53,8 @@ class DataReport:
     rows_held_out  rows in the held-out split; for pretraining, documents
     dropped        {reason: rows dropped}, over both splits
     truncated      rows truncated to the maximum length, over both splits
+    split          conversations that became several rows, because the chat template renders earlier turns differently
+                   once others follow; over both splits
     tokens         tokens of the training rows; prompts of reward-model pairs count twice
     loss_tokens    training tokens in the loss, without each row's first token; for pairs, the tokens of both answers
     fingerprint    SHA-256 over the ids and labels of all rows, training rows first
@@ -72,6 +68,7 @@ class DataReport:
     tokens: int
     loss_tokens: int
     fingerprint: str
+    split: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -85,6 +82,8 @@ class DataReport:
             parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
         if self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
+        if self.split:
+            parts.append(f"{self.split:,} conversations trained as several rows")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")
         parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
@@ -108,22 +107,29 @@ class PromptRow:
     messages   the prompt as messages
     reference  reference answer, if the data has one
     row        the row as read, for reward functions
+    variables  keyword arguments for the chat template
     """
 
     ids: tuple[int, ...]
     messages: list[Message]
     reference: str | None
     row: dict[str, Any] = field(repr=False)
+    variables: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
 class _Encoded:
-    """One tokenised row and its counts. key: prompt or text of the row; its hash decides the split."""
+    """One tokenised row and its counts.
+
+    key: prompt or text of the row; its hash decides the split.
+    split: True on the first row of a conversation that became several.
+    """
 
     columns: dict[str, Any]
     loss_tokens: int
     truncated: bool = False
     key: str = ""
+    split: bool = False
 
     @property
     def tokens(self) -> int:
@@ -154,22 +160,19 @@ def prepare_text(
     counts as truncated.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "The tokenizer has no end-of-sequence token, which pretraining puts after each document. Set eos_token in "
-            "tokenizer_config.json."
-        )
+        raise _no_eos("which pretraining puts after each document")
 
-    def encode(row: formats.Row) -> _Encoded:
+    def encode(row: formats.Row) -> list[_Encoded]:
         if row.get("text") is None:
-            conversation = formats.to_conversation(row)
+            conversation, variables = formats.to_conversation(row), formats.template_variables(row)
             messages = conversation["prompt"] + conversation["completion"]
-            ids, key = encode_messages(tokenizer, messages), _conversation_key(conversation)
+            ids, key = encode_messages(tokenizer, messages, variables), _conversation_key(conversation)
         else:
             key = formats.to_text(row)
             ids = list(tokenizer(key)["input_ids"])
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        return _Encoded({"input_ids": ids}, len(ids), key=key)
+        return [_Encoded({"input_ids": ids}, len(ids), key=key)]
 
     def pack(documents: list[_Encoded]) -> list[_Encoded]:
         stream = [token for document in documents for token in document.columns["input_ids"]]
@@ -198,41 +201,45 @@ def prepare_sft(
     accepted: tuple[Format, ...] = ("messages", "prompt_completion")
     if assistant_only_loss:
         check_template(tokenizer)
+        encoder = ConversationEncoder(tokenizer)
     else:
         accepted = (*accepted, "text")
 
-    def encode(row: formats.Row) -> _Encoded:
+    def encode(row: formats.Row) -> list[_Encoded]:
         if not assistant_only_loss and row.get("text") is not None:
             key = formats.to_text(row)
             ids = list(tokenizer(key)["input_ids"])
+            if tokenizer.eos_token_id is None:
+                raise _no_eos("which ends each text")
             ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
-            labels = list(ids)
-        else:
-            conversation = formats.to_conversation(row)
-            key = _conversation_key(conversation)
-            ids, labels = _encode_sft(tokenizer, conversation, assistant_only_loss)
-        kept = labels[: data.max_length]
-        if _loss_tokens(labels) == 0:
-            raise DropRow("nothing to train on")
-        if _loss_tokens(kept) == 0:
-            raise DropRow("no answer token within max_length")
-        columns = {"input_ids": ids[: data.max_length], "labels": kept}
-        return _Encoded(columns, _loss_tokens(kept), truncated=len(ids) > data.max_length, key=key)
+            return _cut([(ids, ids)], key, data.max_length)
+        conversation, variables = formats.to_conversation(row), formats.template_variables(row)
+        messages, key = conversation["prompt"] + conversation["completion"], _conversation_key(conversation)
+        if not assistant_only_loss:
+            ids = encode_messages(tokenizer, messages, variables)
+            return _cut([(ids, ids)], key, data.max_length)
+        masked = encoder.rows(messages, variables, first=len(conversation["prompt"]))
+        rows = [(ids, [i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)]) for ids, mask in masked]
+        return _cut(rows, key, data.max_length)
 
     return _prepare(data, encode, accepted, seed, stage_dirs)
 
 
-def _encode_sft(tokenizer: Any, conversation: dict[str, list[Message]], masked: bool) -> tuple[list[int], list[int]]:
-    """(input_ids [T], labels [T]). masked: only the completion's assistant turns are in the loss."""
-    messages = conversation["prompt"] + conversation["completion"]
-    if not masked:
-        ids = encode_messages(tokenizer, messages)
-        return ids, list(ids)
-    ids, mask = encode_conversation(tokenizer, messages)
-    start = 0
-    if conversation["prompt"]:
-        start = len(_checked_prefix(ids, encode_prompt(tokenizer, conversation["prompt"])))
-    return ids, [token if mask[t] and t >= start else IGNORED for t, token in enumerate(ids)]
+def _cut(rows: list[tuple[list[int], list[int]]], key: str, max_length: int) -> list[_Encoded]:
+    """The rows (input_ids [T], labels [T]) of one conversation, truncated. Rows without a token in the loss are left
+    out; raises `DropRow` if all are."""
+    if not any(_loss_tokens(labels) for _, labels in rows):
+        raise DropRow("nothing to train on")
+    encoded = []
+    for ids, labels in rows:
+        kept = labels[:max_length]
+        if count := _loss_tokens(kept):
+            columns = {"input_ids": ids[:max_length], "labels": kept}
+            encoded.append(_Encoded(columns, count, truncated=len(ids) > max_length, key=key))
+    if not encoded:
+        raise DropRow("no answer token within max_length")
+    encoded[0].split = len(rows) > 1
+    return encoded
 
 
 def prepare_reward_pairs(
@@ -242,13 +249,12 @@ def prepare_reward_pairs(
 
     A pair is dropped if the prompt and one of the answers exceed `max_length`, or if both answers are equal.
     """
+    encoder = ConversationEncoder(tokenizer)
 
-    stops = frozenset(stop_token_ids(tokenizer))
-
-    def encode(row: formats.Row) -> _Encoded:
-        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length, stops)
+    def encode(row: formats.Row) -> list[_Encoded]:
+        pair, prompt, chosen, rejected = _encode_pair(encoder, row, data.max_length)
         columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
-        return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
+        return [_Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
 
     return _prepare(data, encode, ("preference",), seed, stage_dirs)
 
@@ -260,32 +266,28 @@ def prepare_dpo_pairs(
 
     Drops the same pairs as `prepare_reward_pairs`.
     """
+    encoder = ConversationEncoder(tokenizer)
 
-    stops = frozenset(stop_token_ids(tokenizer))
-
-    def encode(row: formats.Row) -> _Encoded:
-        pair, prompt, chosen, rejected = _encode_pair(tokenizer, row, data.max_length, stops)
+    def encode(row: formats.Row) -> list[_Encoded]:
+        pair, prompt, chosen, rejected = _encode_pair(encoder, row, data.max_length)
         columns = {**pair, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        return _Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))
+        return [_Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
 
     return _prepare(data, encode, ("preference",), seed, stage_dirs)
 
 
 def _encode_pair(
-    tokenizer: Any, row: formats.Row, max_length: int, stops: frozenset[int]
-) -> tuple[dict, list[int], list[int], list[int]]:
+    encoder: ConversationEncoder, row: formats.Row, max_length: int
+) -> tuple[dict[str, list[Message]], list[int], list[int], list[int]]:
     """(messages by column, prompt ids, chosen ids, rejected ids); chosen and rejected ids exclude the prompt."""
-    pair = formats.to_pair(row)
-    prompt = encode_prompt(tokenizer, pair["prompt"])
-    sides = []
+    pair, variables = formats.to_pair(row), formats.template_variables(row)
+    prompt, sides = list[int](), []
     for side in ("chosen", "rejected"):
-        messages = pair["prompt"] + pair[side]
-        ids = encode_messages(tokenizer, messages)
-        end = len(_checked_prefix(ids, prompt))
-        end = max((t + 1 for t in range(end, len(ids)) if ids[t] in stops), default=len(ids))
+        prompt, ids = encoder.answer(pair["prompt"], pair[side], variables)
         # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
-        cut = row.get(f"{side}_finished") is False and ids[end - 1] in stops
-        sides.append(ids[len(prompt) : end - cut])
+        if row.get(f"{side}_finished") is False and ids and ids[-1] in encoder.template.end_ids:
+            ids = ids[:-1]
+        sides.append(ids)
     if len(prompt) + max(map(len, sides)) > max_length:
         raise DropRow("longer than max_length")
     if sides[0] == sides[1]:
@@ -307,14 +309,16 @@ def prepare_prompts(
     """
     accepted: tuple[Format, ...] = ("prompt", "prompt_completion", "preference", "messages")
     tally, prompts = _Tally(), []
+    encoder = ConversationEncoder(tokenizer)
     for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs, accepted=accepted):
         tally.read += 1
         try:
             messages, reference = formats.to_prompt(row)
-            ids = encode_prompt(tokenizer, messages)
+            variables = formats.template_variables(row)
+            ids = encoder.prompt(messages, variables)
             if len(ids) > max_prompt_length:
                 raise DropRow("longer than max_prompt_length")
-            prompts.append(PromptRow(tuple(ids), messages, reference, dict(row)))
+            prompts.append(PromptRow(tuple(ids), messages, reference, dict(row), variables))
         except DropRow as reason:
             tally.dropped[str(reason)] += 1
     if not prompts:
@@ -335,16 +339,13 @@ def _conversation_key(conversation: dict[str, list[Message]]) -> str:
     return prompt_key(turns[:last])
 
 
-def _checked_prefix(ids: list[int], prompt: list[int]) -> list[int]:
-    # White space at the start of an answer may be merged with the header into a token that generation cannot produce.
-    if ids[: len(prompt)] != prompt:
-        raise DropRow("prompt and answer share a token")
-    return prompt
+def _no_eos(use: str) -> UserError:
+    return UserError(f"The tokenizer has no end-of-sequence token, {use}. Set eos_token in tokenizer_config.json.")
 
 
 def _prepare(
     data: Data,
-    encode: Callable[[formats.Row], _Encoded],
+    encode: Callable[[formats.Row], list[_Encoded]],
     accepted: tuple[Format, ...],
     seed: int,
     stage_dirs: StageDirs,
@@ -376,12 +377,12 @@ def _prepare(
     return Prepared(_to_dataset(train), _to_dataset(held_out) if held_out else None, report)
 
 
-def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], _Encoded], tally: _Tally) -> list[_Encoded]:
+def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], list[_Encoded]], tally: _Tally) -> list[_Encoded]:
     encoded = []
     for row in rows:
         tally.read += 1
         try:
-            encoded.append(encode(row))
+            encoded += encode(row)
         except DropRow as reason:
             tally.dropped[str(reason)] += 1
     return encoded
@@ -412,6 +413,7 @@ def _report(
         tokens=sum(row.tokens for row in train),
         loss_tokens=sum(row.loss_tokens for row in train),
         fingerprint=digest.hexdigest(),
+        split=sum(row.split for row in (*train, *held_out)),
     )
 
 

@@ -17,7 +17,7 @@ from datasets.table import InMemoryTable
 
 from align.config.parts import FileSource, HubSource, PythonDocsSource, Source, StageSource
 from align.config.paths import local_path
-from align.data.formats import STANDARD_COLUMNS, Format, require_format
+from align.data.formats import STANDARD_COLUMNS, TEMPLATE_COLUMNS, Format, require_format
 from align.data.python_docs import python_docs_rows
 from align.errors import UserError
 
@@ -214,7 +214,7 @@ def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Da
     columns = dict.fromkeys(column for row in rows for column in row)
     arrays = {}
     for column in columns:
-        values = [row.get(column) for row in rows]
+        values = [_portable(row.get(column), column) for row in rows]
         try:
             arrays[column] = pa.array(values)
         except pa.ArrowException as error:
@@ -223,6 +223,34 @@ def rows_to_dataset(rows: Sequence[Mapping[str, Any]], name: str) -> datasets.Da
             # No data format needs the other columns, so one with mixed types is stored as JSON text.
             arrays[column] = pa.array([json.dumps(value) for value in values])
     return datasets.Dataset(InMemoryTable(pa.table(arrays)))
+
+
+def _portable(value: Any, column: str) -> Any:
+    """The value with objects of free form as JSON text: template variables, tools, and the arguments of tool calls.
+
+    In Arrow every object of a column has the same keys and types.
+    """
+    if column in TEMPLATE_COLUMNS:
+        return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, list) or not any(isinstance(m, dict) and m.get("tool_calls") for m in value):
+        return value
+    return [_portable_message(message) for message in value]
+
+
+def _portable_message(message: Any) -> Any:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_portable_call(call) for call in calls]}
+
+
+def _portable_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _portable_call(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
 
 
 # --- shaping ----------------------------------------------------------------------------------------------

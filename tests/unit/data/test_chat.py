@@ -39,7 +39,7 @@ def with_template(tokenizer, template):
 
 
 def test_mask_counted_by_hand(tokenizer):
-    ids, mask = chat.encode_conversation(tokenizer, TALK)
+    ((ids, mask),) = chat.ConversationEncoder(tokenizer).rows(TALK)
     # <|im_start|> u s e r \n a <|im_end|> \n = 9; <|im_start|> a s s i s t a n t \n = 11; answer, its end; \n
     assert mask == [0] * 20 + [1, 1, 1] + [0] + [0] * 20 + [1, 1] + [0]
     assert tokenizer.decode(ids) == (
@@ -108,16 +108,6 @@ def test_a_template_that_differs_or_needs_nothing_is_kept(tokenizer, template):
     assert other.chat_template == template
 
 
-def test_known_families_get_the_training_template_of_trl(tokenizer):
-    from trl.chat_template_utils import qwen2_5_chat_template
-
-    other = with_template(tokenizer, qwen2_5_chat_template)
-    before = other.apply_chat_template(TALK, tokenize=False)
-    assert chat.prepare_chat_template(other)
-    assert other.apply_chat_template(TALK, tokenize=False) == before
-    chat.check_template(other)
-
-
 def test_a_tokenizer_without_template_gets_one_if_it_knows_the_tokens(tokenizer):
     bare = with_template(tokenizer, None)
     assert chat.stop_token_ids(bare) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
@@ -129,9 +119,10 @@ def test_a_tokenizer_without_template_gets_one_if_it_knows_the_tokens(tokenizer)
 
 def test_refusals(tokenizer):
     chat.check_template(tokenizer)
-    with pytest.raises(UserError, match="no assistant tokens"):
-        chat.check_template(with_template(tokenizer, PLAIN_CHATML))
     marked = chat.DEFAULT_TEMPLATE
+    never = marked.replace("{%- if message['role'] == 'assistant' -%}", "{%- if false -%}")
+    with pytest.raises(UserError, match="no assistant tokens"):
+        chat.check_template(with_template(tokenizer, never))
     outside = marked.replace(
         "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
         "message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
@@ -139,17 +130,25 @@ def test_refusals(tokenizer):
     assert outside != marked
     with pytest.raises(UserError, match="end-of-turn token"):
         chat.check_template(with_template(tokenizer, outside))
-    # This template changes an earlier turn when turns are added, as templates that strip old reasoning do.
-    rewriting = marked.replace("message['content'] +", "(message['content'] if loop.last else 'x') +")
-    with pytest.raises(UserError, match="prefix-preserving"):
-        chat.check_template(with_template(tokenizer, rewriting))
     # The header of the generation prompt differs from the one in training.
     thinking = marked.replace("{%- if add_generation_prompt -%}{{- '", "{%- if add_generation_prompt -%}{{- '<think>")
-    with pytest.raises(UserError, match="prefix-preserving"):
+    with pytest.raises(UserError, match="beginning of an assistant turn"):
         chat.check_template(with_template(tokenizer, thinking))
     strict = marked.replace("@", "") + "{%- if messages|length > 3 -%}{{ raise_exception('too long') }}{%- endif -%}"
     with pytest.raises(DropRow, match="too long"):
         chat.encode_messages(with_template(tokenizer, strict), TALK)
+
+
+def test_markers_are_kept_where_a_template_changes_earlier_turns(tokenizer):
+    # It removes the first letter of an earlier turn, and marks all but the exclamation mark.
+    text = "(message['content'] if loop.last else message['content'][1:])"
+    marked = chat.DEFAULT_TEMPLATE.replace(
+        "{%- generation -%}{{- message['content'] +", f"!{{%- generation -%}}{{{{- {text} +"
+    )
+    rewriting = with_template(tokenizer, marked)
+    rows = chat.ConversationEncoder(rewriting).rows(TALK)
+    assert [tokenizer.decode([i for i, m in zip(*row) if m]) for row in rows] == ["bc<|im_end|>", "e<|im_end|>"]
+    assert tokenizer.decode(rows[1][0]).count("!c<|im_end|>") == 1
 
 
 def test_stop_tokens_are_eos_and_end_of_turn(tokenizer):
@@ -176,7 +175,7 @@ def test_trained_tokenizer_is_deterministic_and_lossless(tmp_path):
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert chat.encode_conversation(loaded, TALK) == chat.encode_conversation(one, TALK)
+    assert chat.ConversationEncoder(loaded).rows(TALK) == chat.ConversationEncoder(one).rows(TALK)
     assert loaded.decode(chat.encode_messages(one, TALK), skip_special_tokens=True).startswith("user\na\n")
     with pytest.raises(UserError, match="no text"):
         train_tokenizer([" "], 300)

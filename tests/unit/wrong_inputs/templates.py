@@ -8,15 +8,18 @@ from align.data.chat import DEFAULT_TEMPLATE, check_template
 
 from .here import Here, wrong
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
-
-@wrong("template-without-markers", "A template that does not mark the assistant's tokens")
+@wrong("template-without-markers", "A template whose markers enclose no assistant tokens")
 def _(here: Here) -> None:
-    check_template(here.with_template(CHATML.replace("m.content", "m.content | upper")))
+    never = DEFAULT_TEMPLATE.replace("{%- if message['role'] == 'assistant' -%}", "{%- if false -%}")
+    assert never != DEFAULT_TEMPLATE
+    check_template(here.with_template(never))
+
+
+@wrong("template-without-end", "A template without end-of-turn token")
+def _(here: Here) -> None:
+    lines = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    check_template(here.with_template(lines + "{% if add_generation_prompt %}assistant: {% endif %}"))
 
 
 @wrong("template-without-end-of-turn", "A template that does not mark the end-of-turn token")
@@ -27,10 +30,24 @@ def _(here: Here) -> None:
     check_template(here.with_template(DEFAULT_TEMPLATE.replace(inside, outside)))
 
 
-@wrong("template-rewrites-turns", "A template that changes earlier turns")
+@wrong("template-other-header", "A template whose generation prompt is not the beginning of an assistant turn")
 def _(here: Here) -> None:
-    last_only = "(message['content'] if loop.last else '-') +"
-    check_template(here.with_template(DEFAULT_TEMPLATE.replace("message['content'] +", last_only)))
+    prompt = "{%- if add_generation_prompt -%}{{- '"
+    assert prompt in DEFAULT_TEMPLATE
+    check_template(here.with_template(DEFAULT_TEMPLATE.replace(prompt, prompt + "<think>")))
+
+
+@wrong("template-refuses", "A template that refuses a conversation of two turns")
+def _(here: Here) -> None:
+    check_template(here.with_template(DEFAULT_TEMPLATE + "{{ raise_exception('one turn only') if messages[2:] }}"))
+
+
+@wrong("template-ignores-tools", "Tool calls with a template that does not render them")
+def _(here: Here) -> str:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    here.write("rows.jsonl", json.dumps({"messages": talk}) + "\n")
+    return here.run()
 
 
 @wrong("no-template", "A tokenizer without a template")

@@ -1,0 +1,216 @@
+"""A tokenizer's chat template: render conversations, find the token that ends a turn, find what the template ignores.
+
+Ids are lists of length T, the tokens of one rendered conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from align.data.formats import DropRow, Message
+from align.errors import UserError
+
+Variables = Mapping[str, Any]
+"""Keyword arguments for a chat template; see `align.data.formats.template_variables`."""
+
+_USER = {"role": "user", "content": "What is 2 + 2?"}
+_SENTINEL, _NAME, _RESULT = "Sentinel-7", "sentinel_seven", "Result-7"
+_CALL_ID = "abcdef012"  # Mistral's template accepts only ids of nine letters and digits
+_ANSWER = {"role": "assistant", "content": _SENTINEL}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": _CALL_ID, "type": "function", "function": {"name": _NAME, "arguments": json.dumps({"a": _SENTINEL})}}
+    ],
+}
+_TOOL_RESULT = {"role": "tool", "name": _NAME, "tool_call_id": _CALL_ID, "content": _RESULT}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": _NAME,
+            "description": "Adds.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+        },
+    }
+]
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""Errors that a template raises for a conversation that it does not support."""
+
+
+class TurnEnds(NamedTuple):
+    """Tokens that end an assistant turn.
+
+    answer: after an answer; None if the template writes no special token there.
+    call: after tool calls; None if the template does not render tool calls.
+    implied: the template writes these tokens only as the beginning of the next turn, as GLM-4's does.
+    """
+
+    answer: int | None
+    call: int | None
+    implied: bool = False
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` if the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or "the tokenizer"
+        raise UserError(f"{name}: it has no chat template. Add one to its folder as chat_template.jinja.")
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    variables: Variables | None = None,
+    *,
+    template: str | None = None,
+    prompt: bool = False,
+    **options: Any,
+) -> Any:
+    """Text of a conversation. Raises `UserError` without a template, `DropRow` if it refuses the conversation.
+
+    variables: keyword arguments for the template.
+    template: a chat template to use instead of the tokenizer's.
+    prompt: append the header of the assistant's turn.
+    options: further arguments of `apply_chat_template`, for results other than text.
+    """
+    if template is None:
+        require_template(tokenizer)
+    options = {"tokenize": False, "chat_template": template, "add_generation_prompt": prompt, **options}
+    options.update(variables or {})
+    try:
+        try:
+            return tokenizer.apply_chat_template([_for_template(m) for m in messages], **options)
+        except TypeError:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            # DeepSeek-V3's template joins the arguments to a text, so they must be JSON text.
+            return tokenizer.apply_chat_template([_for_template(m, parse=False) for m in messages], **options)
+    except _FAILURES as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DropRow(f"refused by the chat template: {reason}") from error
+
+
+def _for_template(message: Message, *, parse: bool = True) -> Message:
+    """The message as templates expect it: parsed arguments of tool calls, and the reasoning under each of its names."""
+    message = dict(message)
+    reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+    if reasoning is not None:
+        message = {**dict.fromkeys(REASONING, reasoning), **message}
+    if parse and message.get("tool_calls"):
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message with the assistant's reasoning. Templates read different ones, so each gets the value."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, with what was found by rendering short conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        require_template(tokenizer)
+        self.tokenizer = tokenizer
+        self.special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    @property
+    def text(self) -> str:
+        """The source of the template; of a template with several variants, all of them."""
+        template: Any = self.tokenizer.chat_template
+        return template if isinstance(template, str) else "\n".join(template.values())
+
+    @property
+    def has_markers(self) -> bool:
+        """True if the template marks the assistant's text with `{% generation %}`."""
+        return "endgeneration" in self.text
+
+    def ids(
+        self, messages: Sequence[Message], variables: Variables | None = None, *, prompt: bool = False
+    ) -> list[int]:
+        """Ids [T] of a conversation; with `prompt`, followed by the header of the assistant's turn."""
+        return self.tokens(str(render(self.tokenizer, messages, variables, prompt=prompt)))
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids [T] of a rendered text."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _probe(self, *messages: Message, **variables: Any) -> str:
+        try:
+            return str(render(self.tokenizer, messages, variables))
+        except DropRow:
+            return ""
+
+    def _specials(self, text: str) -> list[int]:
+        return [token for token in self.tokens(text) if token in self.special]
+
+    @cached_property
+    def ends(self) -> TurnEnds:
+        """The tokens that end an assistant turn."""
+        answered, called = self._probe(_USER, _ANSWER), self._probe(_USER, _CALL)
+        tail = self._specials(answered.rpartition(_SENTINEL)[2]) if answered else []
+        if not tail:
+            answer = self._first_of_next_turn(answered, _USER, _ANSWER, _USER)
+            call = self._first_of_next_turn(called, _USER, _CALL, _TOOL_RESULT) if self.renders_calls else None
+            return TurnEnds(answer, call, implied=answer is not None)
+        call_tail = self._specials(called.rpartition(_SENTINEL)[2]) if self.renders_calls else []
+        call = None if not call_tail else tail[0] if tail[0] in call_tail else call_tail[-1]
+        return TurnEnds(tail[0], call)
+
+    def _first_of_next_turn(self, before: str, *messages: Message) -> int | None:
+        longer = self._probe(*messages)
+        following = self.tokens(longer.removeprefix(before))[:1] if before and longer.startswith(before) else []
+        return following[0] if following and following[0] in self.special else None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an assistant turn, or the end-of-sequence token if the template writes none."""
+        found = [token for token in (self.ends.answer, self.ends.call) if token is not None]
+        eos = self.tokenizer.eos_token_id
+        return found or ([] if eos is None else [int(eos)])
+
+    def end_after(self, message: Message) -> int | None:
+        """The token that ends this assistant turn."""
+        return self.ends.call if message.get("tool_calls") else self.ends.answer
+
+    @cached_property
+    def renders_calls(self) -> bool:
+        """False if the template ignores or refuses tool calls."""
+        called = self._probe(_USER, _CALL)
+        return _NAME in called and _SENTINEL in called
+
+    @cached_property
+    def _renders_results(self) -> bool:
+        return _RESULT in self._probe(_USER, _CALL, _TOOL_RESULT)
+
+    @cached_property
+    def _renders_tools(self) -> bool:
+        return _NAME in self._probe(_USER, tools=_TOOLS)
+
+    @cached_property
+    def _renders_reasoning(self) -> bool:
+        return _SENTINEL in self._probe(_USER, {"role": "assistant", "content": "4", "reasoning_content": _SENTINEL})
+
+    def require_rendered(self, messages: Sequence[Message], variables: Variables | None = None) -> None:
+        """Raise `DropRow` if the template would silently leave out a part of the conversation."""
+        if any(message.get("tool_calls") for message in messages) and not self.renders_calls:
+            raise DropRow("the chat template does not render tool calls")
+        if any(message["role"] == "tool" for message in messages) and not self._renders_results:
+            raise DropRow("the chat template does not render tool results")
+        if any(message.get(name) for message in messages for name in REASONING) and not self._renders_reasoning:
+            raise DropRow("the chat template does not render reasoning_content")
+        for name in variables or ():
+            if name == "tools" and not self._renders_tools:
+                raise DropRow("the chat template does not render tools")
+            if name not in self.text:
+                raise DropRow(f"the chat template does not read {name}")
