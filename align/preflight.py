@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from align.config.paths import local_path
 from align.config.presets import PRESETS
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
-from align.config.stage import find
+from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
 from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
 from align.reward.functions import find_reward_function
 from align.run.folder import MODEL
+from align.run.refusals import config_problem, path_problem, role_problem
 
 
 def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
@@ -53,6 +54,7 @@ def _of_model(model: Model) -> Iterator[str]:
                 yield from _file(f"model.{field}", source)
         case PretrainedModel(path=path):
             yield from _folder("model.path", path)
+            yield from _of_kind("model.path", path)
         case HotStartModel(source=path):
             yield from _folder("model.source", path)
 
@@ -60,15 +62,32 @@ def _of_model(model: Model) -> Iterator[str]:
 def _of_stage(name: str, stage: Stage) -> Iterator[str]:
     for field, source in find(stage, FileSource):
         yield from _file(f"stages.{name}.{field}", source)
-    for field, reference, _ in stage.checkpoints():
+    for field, reference, accepted in stage.checkpoints():
         if is_path(reference):
             problem = f"'{reference}' has no config.json; set it to the folder of a checkpoint."
             yield from _unless(_is_checkpoint, f"stages.{name}.{field}", reference, problem)
+            yield from _of_kind(f"stages.{name}.{field}", reference, accepted)
     for field, reward in find(stage, FunctionReward):
         try:
             find_reward_function(reward.path)
         except UserError as error:
             yield f"stages.{name}.{field}: {error}"
+
+
+def _of_kind(where: str, path: str, accepted: Collection[str] = (LANGUAGE_MODEL,)) -> Iterator[str]:
+    """Reason why the checkpoint at `path` cannot be used, if it is on this machine.
+
+    accepted: kinds of results that the recipe accepts here.
+    """
+    config = _config_in(path)
+    try:
+        problem = path_problem(local_path(path)) if config is None else config_problem(config)
+    except UserError:
+        return
+    if problem is None and config is not None:
+        problem = role_problem(config, accepted)
+    if problem is not None:
+        yield f"{where}: {path}: {problem}"
 
 
 def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:

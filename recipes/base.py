@@ -20,6 +20,7 @@ from align.models.hot_start import convert_hot_start
 from align.parallel.group import from_rank_0
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
+from align.run.refusals import path_problem
 from align.train.checkpoint import check_checkpoint, checked_config, count_stored_parameters
 
 
@@ -94,6 +95,9 @@ def _change_config(folder: Path, changes: dict[str, Any]) -> None:
 
 def _find_pretrained(model: PretrainedModel) -> Path:
     source = local_path(model.path)
+    if source.is_file():
+        problem = path_problem(source) or "it is a file. Set the folder of a checkpoint."
+        raise UserError(f"model.path: {model.path}: {problem}")
     if not source.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -9,6 +9,7 @@ from typing import Any
 from align.config.paths import local_path
 from align.errors import UserError
 from align.run.folder import MODEL
+from align.run.refusals import config_problem, path_problem
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -28,9 +29,10 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def require_checkpoint(path: Path) -> Path:
-    """Return `checkpoint_folder(path)`; raise `UserError` if its config.json is missing or damaged."""
+    """Return `checkpoint_folder(path)`; raise `UserError` if its config.json is missing, damaged or of another kind."""
     folder = checkpoint_folder(path)
-    read_config(folder)
+    if problem := config_problem(read_config(folder)):
+        raise UserError(f"{folder}: {problem}")
     return folder
 
 
@@ -38,6 +40,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint."""
     path = folder / "config.json"
     if not path.is_file():
+        if problem := path_problem(folder):
+            raise UserError(f"{folder}: {problem}")
         raise UserError(f"{folder}: not a checkpoint folder ({path} does not exist); pass the folder of a checkpoint.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -49,6 +49,70 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("gguf-file", "A GGUF file")
+def _(here: Here) -> str:
+    here.write("model.gguf", "GGUF")
+    return here.check(model={"kind": "pretrained", "path": "./model.gguf"})
+
+
+@wrong("gguf-folder", "A folder of GGUF files")
+def _(here: Here) -> str:
+    (here.folder / "other").mkdir()
+    here.write("other/model-q4_k_m.gguf", "GGUF")
+    return here.align("chat", "other")
+
+
+@wrong("adapter-folder", "A LoRA adapter instead of a model")
+def _(here: Here) -> str:
+    (here.folder / "other").mkdir()
+    here.write("other/adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": "big/model"}))
+    return here.run(model={"kind": "pretrained", "path": "./other"})
+
+
+@wrong("quantized-4-bit", "A checkpoint with 4-bit weights")
+def _(here: Here) -> str:
+    here.change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    return here.run()
+
+
+@wrong("quantized-fp8", "A checkpoint with FP8 weights")
+def _(here: Here) -> str:
+    here.change_config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    return here.run()
+
+
+@wrong("encoder", "An encoder")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    return here.run()
+
+
+@wrong("encoder-decoder", "An encoder-decoder")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    return here.check()
+
+
+@wrong("vision-language", "A vision-language model")
+def _(here: Here) -> str:
+    parts = {"text_config": {"model_type": "gemma3_text"}, "vision_config": {"model_type": "siglip_vision_model"}}
+    here.write("model/config.json", json.dumps({"model_type": "gemma3", **parts}))
+    return here.check()
+
+
+@wrong("reward-model-as-policy", "A reward model as the model to train")
+def _(here: Here) -> str:
+    here.change_config(architectures=["LlamaForSequenceClassification"])
+    return here.check()
+
+
+@wrong("policy-as-reward-model", "A language model as a reward model")
+def _(here: Here) -> str:
+    prompts = [{"kind": "file", "path": "rows.jsonl"}]
+    rewards = [{"kind": "model", "init_from": "./model"}]
+    return here.check(stages={"ppo": {"kind": "ppo", "prompts": prompts, "rewards": rewards}})
+
+
 @wrong("pickled-weights", "A checkpoint with pickled weights only")
 def _(here: Here) -> str:
     (here.folder / "model" / "model.safetensors").rename(here.folder / "model" / "pytorch_model.bin")
