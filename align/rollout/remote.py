@@ -36,7 +36,7 @@ from align.rollout.started_server import StartedServer
 from align.rollout.sync.gpu_transfer import GpuTransfer
 from align.rollout.sync.send import checkpoint_weights, send_stream
 from align.rollout.sync.transport import Delivery, HttpBody, SharedMemory, ToServers, transfer_kind
-from align.rollout.vllm_options import check_context, check_temperature, sampling_options
+from align.rollout.vllm_options import check_model, check_temperature, sampling_options
 
 MAX_TRIES = 3
 """Attempts per completion; the run ends if all of them fail."""
@@ -71,7 +71,7 @@ class RemoteEngine:
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
-        check_context(checkpoint, rollout)
+        check_model(checkpoint, rollout, dtype=dtype)
         self.rollout = rollout
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.last_generation: GenerationReport | None = None

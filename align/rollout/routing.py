@@ -1,8 +1,8 @@
 """Expert routing recorded during generation, for the trainer to replay.
 
 On a GPU vLLM returns the routing itself. Its CPU build cannot, because only the V2 model runner returns the routing,
-and that runner needs Triton. On a CPU our model class reports the experts of each forward pass, and the recorder
-assigns them to requests.
+and that runner needs Triton. On a CPU our model class and the routers of vLLM's own classes report the experts of each
+forward pass, and the recorder assigns them to requests.
 
 Shapes: T tokens of one forward pass (of all running sequences), k experts per token. A completion's routing is int16
 [layers, tokens - 1, k], -1 where a layer has no routed experts or fewer than k.
@@ -11,6 +11,7 @@ Shapes: T tokens of one forward pass (of all running sequences), k experts per t
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,20 +34,23 @@ class RoutingRecorder:
     the request of each token; the token's position is its index in the sequence. A pre-empted request computes its
     tokens again, and the later routing replaces the earlier one. Tokens served from the prefix cache are not
     recomputed, so their routing cannot be recorded; the engine must not read that cache.
+
+    top_k: experts per token in each layer, see `moe_layers`.
     """
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: Any, top_k: list[int]):
         self.runner = runner
-        model: Any = runner.get_model()
-        self.top_k = moe_layers(model.config)
+        self.top_k = top_k
         self.layers = len(self.top_k)
         self._step: Tensor | None = None
         self._pieces: dict[str, list[tuple[numpy.ndarray, numpy.ndarray]]] = defaultdict(list)
-        for module in model.modules():
-            if hasattr(module, "capture_fn"):
-                module.capture_fn = partial(self._capture, module.layer_id)
-        model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.model.register_forward_hook(self._end, with_kwargs=True)
+        model: Any = runner.get_model()
+        routed = {layer for layer, k in enumerate(top_k) if k}
+        if missing := sorted(routed - capture_from_routers(model, self._capture)):
+            raise RuntimeError(f"vLLM's {type(model).__name__} has no router in layers {missing} that reports experts")
+        # Not hooks of `model.model`: vLLM's own classes may call its `forward` directly.
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end, with_kwargs=True)
 
     def take(self, request_id: str, tokens: int) -> numpy.ndarray:
         """Return the routing [layers, tokens, k] of a finished request and discard its record."""
@@ -78,6 +82,23 @@ class RoutingRecorder:
         for request, start, end in zip(batch.req_ids, starts[:-1], starts[1:]):
             # vLLM appends a random suffix to the request's number.
             self._pieces[request.rpartition("-")[0]].append((positions[start:end], step[:, start:end].numpy()))
+
+
+def capture_from_routers(model: nn.Module, capture: Callable[[int, Tensor], None]) -> set[int]:
+    """Let each router call `capture(layer, experts [T, k])`; returns the layers that have routers."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    found: set[int] = set()
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "capture_fn"):  # our class
+            module.capture_fn = partial(capture, module.layer_id)
+        elif isinstance(module, MoERunner):
+            module.router.set_capture_fn(partial(capture, module.layer_id))
+        else:
+            continue
+        found.add(module.layer_id)
+    return found
 
 
 def checked_routing(returned: numpy.ndarray | None, top_k: list[int]) -> numpy.ndarray:

@@ -19,7 +19,7 @@ from align.config.rollout import Rollout
 from align.errors import UserError
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
-from align.rollout.vllm_options import check_context, engine_options, has_gpu, prepare_vllm
+from align.rollout.vllm_options import check_model, engine_options, has_gpu, model_options, prepare_vllm
 from align.rollout.vllm_versions import serve_parser
 from align.run.checkpoint import checkpoint_folder
 from align.run.context import StageContext
@@ -87,7 +87,7 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     controls the server, so the default host is loopback.
     """
     checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
-    check_context(checkpoint, rollout)
+    check_model(checkpoint, rollout, dtype=dtype)
     _check_port(host, port)
     # vLLM has routes for weight updates, pausing and sleeping in development mode only.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
@@ -100,6 +100,7 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     if not has_gpu():
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling one tiny sampling function takes 20 s
     options = engine_options(checkpoint, rollout, dtype=dtype, seed=settings.seed)
+    options |= model_options(checkpoint, dtype=dtype)
     options |= {
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "weight_transfer_config": {"backend": f"align_{transfer}"},

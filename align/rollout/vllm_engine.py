@@ -25,11 +25,12 @@ from align.rollout.base import (
 from align.rollout.routing import RoutingRecorder, checked_routing, moe_layers
 from align.rollout.sync.send import InProcess, send_stream
 from align.rollout.vllm_options import (
-    check_context,
+    check_model,
     check_temperature,
     engine_options,
     generation_stance,
     has_gpu,
+    model_options,
     prepare_vllm,
     sampling_options,
 )
@@ -51,7 +52,7 @@ class VllmEngine:
         self.last_generation: GenerationReport | None = None
         self.last_sync: SyncReport | None = None
         self._recorder: RoutingRecorder | None = None
-        check_context(checkpoint, rollout)
+        check_model(checkpoint, rollout, dtype=dtype)
         with preserved_torch_state():
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             prepare_vllm()
@@ -148,7 +149,7 @@ class VllmEngine:
         if self._llm.llm_engine.vllm_config.aux_output_config.enabled:
             return  # vLLM returns the routing itself
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        self._recorder = RoutingRecorder(runner)
+        self._recorder = RoutingRecorder(runner, self._moe_layers)
 
     def _completion(self, output: Any) -> Completion:
         (sampled,) = output.outputs
@@ -174,4 +175,5 @@ class VllmEngine:
 def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     from vllm import LLM
 
-    return LLM(use_tqdm_on_load=False, **engine_options(checkpoint, rollout, dtype=dtype, seed=seed, in_process=True))
+    options = engine_options(checkpoint, rollout, dtype=dtype, seed=seed, in_process=True)
+    return LLM(use_tqdm_on_load=False, **options, **model_options(checkpoint, dtype=dtype))

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from align.config.rollout import CPU_CACHE_GIB, Rollout
 from align.errors import UserError, missing_dependency
+from align.models.adopted.refusals import Engine, refusal
+from align.models.adopted.vllm_fields import vllm_fields
 from align.rollout.base import SamplingSettings
+from align.rollout.vllm_plugin import register
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM silently raises lower temperatures to this value, which changes the sampled distribution."""
@@ -45,11 +49,8 @@ def prepare_vllm() -> None:
         raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install .[cpu]") from error
     if quiet:
         logging.getLogger("vllm").setLevel(logging.ERROR)
-    from align.models.family import FAMILIES
-
     load_general_plugins()
-    for family in FAMILIES.values():
-        family.prepare_vllm()
+    register()  # vLLM finds the plugin only where align is installed
 
 
 def has_gpu() -> bool:
@@ -148,6 +149,29 @@ def check_temperature(temperature: float) -> None:
         )
 
 
+def model_options(checkpoint: Path, *, dtype: str) -> dict[str, Any]:
+    """Arguments of vLLM's engine that depend on the checkpoint's family."""
+    config = _config(checkpoint)
+    options: dict[str, Any] = {}
+    if fields := vllm_fields(config):
+        options["hf_overrides"] = fields
+    if dtype == "float32" and getattr(config, "kv_lora_rank", None) and not has_gpu():
+        # On a CPU with AMX vLLM would choose kernels of latent attention that have no float32.
+        options["attention_backend"] = "CPU_MLA"
+    return options
+
+
+def check_model(checkpoint: Path, rollout: Rollout, *, dtype: str) -> None:
+    """Raise UserError for a checkpoint that vLLM cannot run, or a context length that it would refuse later."""
+    check_context(checkpoint, rollout)
+    config = _config(checkpoint)
+    reason = refusal(config, Engine(dtype, torch.cuda.is_available(), rollout.max_model_length))
+    if reason is not None:
+        raise UserError(
+            f"{checkpoint}: vLLM cannot run this {config.model_type} model: {reason}. Set rollout.engine: huggingface."
+        )
+
+
 def check_context(checkpoint: Path, rollout: Rollout) -> None:
     """Raise UserError for a checkpoint or context length that vLLM would refuse later and less clearly."""
     path = checkpoint / "config.json"
@@ -166,3 +190,14 @@ def check_context(checkpoint: Path, rollout: Rollout) -> None:
             f"{checkpoint}: it contains {stray[0]} beside the model, and vLLM would load both. Move it to another "
             "folder."
         )
+
+
+def _config(checkpoint: Path) -> Any:
+    """The checkpoint's configuration, of transformers' class."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except ValueError:
+        kind = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
+        raise UserError(
+            f"{checkpoint}: its model_type '{kind}' is not known to transformers. Pass a checkpoint of another family."
+        ) from None

@@ -9,6 +9,8 @@ from typing import Any
 
 TRANSFER = "vllm.distributed.weight_transfer"
 LAYERS = "vllm.model_executor.layers"
+RELOAD = "vllm.model_executor.model_loader.reload"
+ROUTER = f"{LAYERS}.fused_moe.router"
 
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("vllm:LLM.generate", {"prompts": [], "sampling_params": [], "use_tqdm": False}),
@@ -40,6 +42,10 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model", {}),
     ("vllm.v1.worker.utils:request_memory", {"init_snapshot": 0, "cache_config": 0}),
     (f"{LAYERS}.vocab_parallel_embedding:ParallelLMHead.tie_weights", {"embed_tokens": 0}),
+    (f"{RELOAD}.types:LayerReloadingInfo.can_load", {}),
+    (f"{LAYERS}.quantization.base_config:QuantizeMethodBase.process_weights_after_loading", {"layer": 0}),
+    (f"{ROUTER}.base_router:BaseRouter.set_capture_fn", {"capture_fn": None}),
+    (f"{LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_native", {"positions": 0, "query": 0, "key": 0}),
 ]  # fmt: skip
 """(function or class, arguments that we pass); methods without `self`."""
 
@@ -67,6 +73,21 @@ ATTRIBUTES: list[tuple[str, str]] = [
     (f"{LAYERS}.linear:MergedColumnParallelLinear", "quant_method weight_loader"),
     (f"{LAYERS}.linear:RowParallelLinear", "quant_method weight_loader"),
     (f"{LAYERS}.fused_moe.routed_experts_capturer:RoutedExpertsCaptureSource", "layer_id capture_fn"),
+    (f"{LAYERS}.fused_moe.runner.moe_runner:MoERunner", "layer_id router"),
+    (f"{TRANSFER}.base:WeightTransferEngine", "model model_config reset_weight_update_target"),
+    (f"{RELOAD}.types:LayerReloadingInfo", "load_numel load_numel_total loaded_weights"),
+    (f"{LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding", "shard_indices"),
+    (
+        f"{LAYERS}.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices",
+        "num_elements_padded num_org_elements",
+    ),
+    (f"{LAYERS}.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod", "moe_kernel"),
+    (
+        f"{ROUTER}.cpu_router:CPURouter",
+        "use_grouped_topk num_expert_group topk_group scoring_func e_score_correction_bias custom_routing_function",
+    ),
+    (f"{LAYERS}.rotary_embedding.base:RotaryEmbedding", "forward_cpu"),
+    ("vllm.model_executor.models.transformers.base:Base", "_decorate_for_torch_compile"),
 ]  # fmt: skip
 """(class, attributes that we read or set)."""
 
@@ -81,6 +102,20 @@ READ: list[tuple[str, str]] = [
     (f"{TRANSFER}.ipc_engine:IPCTrainerWeightTransferEngine.send_weights", "self._post_send_sync"),
     (f"{TRANSFER}.ipc_engine:IPCTrainerWeightTransferEngine.send_weights", "self.source"),
     (f"{TRANSFER}.nccl_engine:NCCLTrainerWeightTransferEngine.send_weights", "self.source"),
+    # The facts that `align.rollout.sync.reload` and `align.rollout.vllm_fixes` rely on.
+    ("vllm.v1.worker.gpu_worker:Worker.update_weights", "reset_weight_update_target()"),
+    ("vllm.v1.worker.gpu_worker:Worker.finish_weight_update", "reset_weight_update_target()"),
+    (f"{TRANSFER}.nccl_engine:NCCLWeightTransferEngine.receive_weights", "self.model.load_weights"),
+    (f"{TRANSFER}.ipc_engine:IPCWeightTransferEngine.receive_weights", "self.model.load_weights"),
+    (f"{RELOAD}.layerwise:initialize_layerwise_reload", "if info.can_load():"),
+    (f"{RELOAD}.layerwise:finalize_layerwise_processing", "if info.load_numel <= 0:"),
+    (f"{RELOAD}.layerwise:_wrap_parameters_weight_loader", "_get_weight_loader(tensor).__name__"),
+    (f"{LAYERS}.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+     "self.moe_kernel is not None"),
+    (f"{ROUTER}.base_router:BaseRouter._select_experts", "self.capture_fn(topk_ids)"),
+    (f"{ROUTER}.cpu_router:CPURouter._compute_routing", "if self.use_grouped_topk:"),
+    ("vllm.model_executor.models.transformers.base:Base.__init__", "self._decorate_for_torch_compile()"),
+    ("vllm.model_executor.models.gpt_oss:OAIAttention.__init__", "self.sinks = "),
     ("vllm.v1.worker.utils:request_memory", "gpu_memory_utilization"),
     ("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", "kv_cache_memory_bytes"),
     ("vllm.v1.worker.gpu_worker:Worker.sleep", "level == 2"),
@@ -89,7 +124,11 @@ READ: list[tuple[str, str]] = [
 """(function of vLLM, text in its source): what we set is read there."""
 
 OPTIONS: list[tuple[str, str, list[str]]] = [
-    ("align/rollout/vllm_options.py", "engine_options cache_options", ["vllm.engine.arg_utils:AsyncEngineArgs"]),
+    (
+        "align/rollout/vllm_options.py",
+        "engine_options cache_options model_options",
+        ["vllm.engine.arg_utils:AsyncEngineArgs"],
+    ),
     ("align/rollout/vllm_options.py", "sampling_options", ["vllm:SamplingParams"]),
     (
         "align/rollout/serve.py",

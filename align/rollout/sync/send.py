@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from align.rollout.base import SyncReport
 from align.rollout.sync.stream import Bucket, buckets, combined_digest, digest
@@ -97,7 +98,9 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     A tied head is omitted, as in `published_weights`.
     """
-    tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", True)
+    tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    if tied is None:
+        tied = AutoConfig.from_pretrained(folder).tie_word_embeddings
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():

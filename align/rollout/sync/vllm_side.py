@@ -1,10 +1,10 @@
-"""Receiving side of a weight update: transfer engines (`vllm.distributed.weight_transfer`) for our model class.
+"""Receiving side of a weight update: transfer engines (`vllm.distributed.weight_transfer`) that verify the weights.
 
-vLLM's own engines end an update with a reload that replaces and repacks parameters, which leaves our experts stale.
-The engines here use vLLM's transports, but copy into the parameters that the model computes with.
+The engines use vLLM's transports. A model class with `begin_update` takes the weights in place; for vLLM's own classes
+`LayerwiseReload` has the same interface.
 
-An update is: start, any number of buckets, the sender's digests, finish. The digests are compared with those that the
-model computes (`finish_update`); an update without digests cannot be finished.
+An update is: start, any number of buckets, the sender's digests, finish. The digests are compared with those that
+`finish_update` returns; an update without digests cannot be finished.
 """
 
 from __future__ import annotations
@@ -27,16 +27,26 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+from align.rollout.sync.reload import LayerwiseReload
 from align.rollout.sync.stream import Bucket, digest
 
 
-class LiveTransfer:
-    """Common part of the three engines: no reload, and the weights are verified at the end. Must be the first base
-    class."""
+class VerifiedTransfer:
+    """Common part of the three engines: the weights are verified at the end. Must be the first base class.
+
+    model: receiver of the weights. vLLM sets it to its model again when the update ends, also after an error.
+    """
+
+    model: Any
+    model_config: Any
+    verified = False
+    _reload: LayerwiseReload | None = None
 
     def start_weight_update(self) -> None:
-        self.model: Any
         self.verified = False
+        if not hasattr(self.model, "begin_update"):
+            self._reload = self._reload or LayerwiseReload(self.model, self.model_config)
+            self.model = self._reload
         self.model.begin_update(digest)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -82,7 +92,7 @@ class HostBucket(WeightTransferUpdateInfo):
     body: str | None = None
 
 
-class HostTransfer(LiveTransfer, WeightTransferEngine[HostInit, HostBucket]):
+class HostTransfer(VerifiedTransfer, WeightTransferEngine[HostInit, HostBucket]):
     """Transfer through host memory or over HTTP."""
 
     init_info_cls = HostInit
@@ -109,11 +119,11 @@ class HostTransfer(LiveTransfer, WeightTransferEngine[HostInit, HostBucket]):
         pass
 
 
-class LiveNccl(LiveTransfer, NCCLWeightTransferEngine):
+class NcclTransfer(VerifiedTransfer, NCCLWeightTransferEngine):
     """Transfer from another GPU, by NCCL broadcast."""
 
 
-class LiveIpc(LiveTransfer, IPCWeightTransferEngine):
+class IpcTransfer(VerifiedTransfer, IPCWeightTransferEngine):
     """Transfer from another process on the same GPU, by CUDA IPC."""
 
     def finish_weight_update(self) -> None:

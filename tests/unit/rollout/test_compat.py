@@ -178,4 +178,4 @@ def test_our_source_is_read_in_full() -> None:
     modules = {one.module for group in used.imports for alternative in group for one in alternative}
     assert {"vllm.platforms", "vllm.entrypoints.common.cli_args", "vllm.distributed.weight_transfer.base"} <= modules
     classes = {(each.node.name, each.of.name) for each in used.subclasses}
-    assert {("BucketSource", "WeightSource"), ("LiveIpc", "IPCWeightTransferEngine")} <= classes
+    assert {("BucketSource", "WeightSource"), ("IpcTransfer", "IPCWeightTransferEngine")} <= classes

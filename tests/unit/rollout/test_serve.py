@@ -37,7 +37,7 @@ def ppo(**rollout) -> dict:
 
 def make_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "hunyuan"}))
     return folder
 
 
@@ -139,11 +139,11 @@ def test_a_started_server_gets_every_setting(tmp_path):
 
 @pytest.mark.slow
 def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path):
-    """The server exits at once, so the engine does not wait for the start timeout."""
+    """The server exits at once, because the folder has no weights: the engine does not wait for the start timeout."""
     from align.rollout.remote import RemoteEngine
 
     folder = make_checkpoint(tmp_path / "model")
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "nonsense"}))
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "llama"}))
     rollout = Rollout(engine="remote", start_servers=1, max_model_length=100)
     with pytest.raises(UserError, match=r"no rollout server responds: http://127\.0\.0\.1:\d+ \(it exited: "):
         RemoteEngine(folder, rollout, dtype="float32", seed=0)

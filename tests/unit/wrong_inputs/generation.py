@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from align.rollout.hf_engine import HuggingFaceEngine
 from align.rollout.placement import Gpus, place_servers
 from align.rollout.remote import RemoteEngine
 from align.rollout.server import Server
-from align.rollout.vllm_options import check_context, check_temperature
+from align.rollout.vllm_options import check_context, check_model, check_temperature
 from align.train.checkpoint import load_policy
 
 from .here import NUMBER, PORT, Here, sample_stage, wrong
@@ -167,6 +168,29 @@ def _(here: Here) -> str:
 def _(here: Here) -> None:
     Path("model/adapter_model.safetensors").touch()
     check_context(Path("model"), Rollout(max_model_length=64))
+
+
+def check_model_with(**config: Any) -> None:
+    """Check that vLLM can run a checkpoint with this configuration."""
+    folder = Path("other")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    check_model(folder, Rollout(max_model_length=64), dtype="float32")
+
+
+@wrong("model-that-vllm-cannot-run", "A model that vLLM cannot run")
+def _(here: Here) -> None:
+    check_model_with(model_type="phimoe")
+
+
+@wrong("setting-that-vllm-ignores", "A setting of a model that vLLM computes otherwise")
+def _(here: Here) -> None:
+    check_model_with(model_type="deepseek_v3", rope_interleave=False)
+
+
+@wrong("model-unknown-to-transformers", "A model that transformers does not know")
+def _(here: Here) -> None:
+    check_model_with(model_type="bailing_moe_v2")
 
 
 @wrong("temperature-too-low-for-vllm", "A temperature that vLLM would raise silently")

@@ -1,0 +1,1 @@
+"""Families whose models transformers implements."""
