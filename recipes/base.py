@@ -22,6 +22,7 @@ from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.run.refusals import path_problem
 from align.train.checkpoint import check_checkpoint, checked_config, count_stored_parameters
+from align.train.vocabulary import add_tokens
 
 
 def run(context: StageContext) -> StageResult:
@@ -51,7 +52,7 @@ def _make(context: StageContext) -> StageResult:
         _change_config(target, model.config)
     elif isinstance(model, PretrainedModel):
         source = _find_pretrained(model)
-        replace_folder(target, lambda folder: _link_pretrained(source, folder, model.config))
+        replace_folder(target, lambda folder: _link_pretrained(source, folder, model))
     else:
         assert_never(model)
     parameters = count_stored_parameters(target)
@@ -113,9 +114,12 @@ def _find_pretrained(model: PretrainedModel) -> Path:
     return source
 
 
-def _link_pretrained(source: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """Link to the checkpoint's files instead of copying them. The original checkpoint is not changed."""
+def _link_pretrained(source: Path, folder: Path, model: PretrainedModel) -> None:
+    """Link to the checkpoint's files instead of copying them, and make the recipe's changes. The original checkpoint is
+    not changed."""
     for file in source.iterdir():
         if file.is_file():
             (folder / file.name).symlink_to(file.resolve())
-    _change_config(folder, changes)
+    _change_config(folder, model.config)
+    if model.add_tokens:
+        add_tokens(folder, model.add_tokens, model.vocab_multiple)

@@ -114,6 +114,13 @@ class PretrainedModel(Section):
     """Folder with config.json and safetensors files, or hub id `owner/name`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the checkpoint's config.json, for example dropout, expert capacity or router loss weights."""
+    add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Special tokens to add, for example `["<|im_start|>", "<|im_end|>"]`. Tokens that the tokenizer has are kept. The
+    input and output embeddings of the new ones are the mean of all others. To train them, train without LoRA or set
+    `lora.train_embeddings`."""
+    vocab_multiple: Positive = 64
+    """If the added tokens need more embeddings than the checkpoint has, their number is rounded up to a multiple of
+    this. Rows beyond the tokenizer's tokens are unused."""
 
 
 class HotStartModel(Section):

@@ -16,13 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from align.config.parallel import Parallel
 from align.config.parts import Lora
-from align.data.chat import prepare_chat_template
 from align.errors import UserError
 from align.models.family import FAMILIES, FamilyConfig, family_of
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
@@ -32,6 +30,7 @@ from align.parallel.sharding import full_shape, local_values, world
 from align.run.checkpoint import read_config
 from align.run.folder import MODEL, replace_folder
 from align.train.finite import require_finite
+from align.train.vocabulary import read_tokenizer
 
 DEFAULT_FAMILY = "hunyuan"
 """`model_type` of the models that recipes build from scratch."""
@@ -90,17 +89,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     `prepare_chat_template` prepares its chat template for training.
     """
-    config = check_checkpoint(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"{folder}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if len(tokenizer) > config["vocab_size"]:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries, but the model's vocabulary has "
-            f"{config['vocab_size']}; copy the tokenizer that the model was trained with."
-        )
-    prepare_chat_template(tokenizer)
-    return tokenizer
+    return read_tokenizer(folder, check_checkpoint(folder)["vocab_size"])
 
 
 def _is_scorer(config: dict[str, Any]) -> bool:

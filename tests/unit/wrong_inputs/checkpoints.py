@@ -183,6 +183,20 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("tokenizer-not-json", "A damaged tokenizer.json", varies=IN_PARENTHESES)
+def _(here: Here) -> str:
+    here.write("model/tokenizer.json", "{")
+    return here.run()
+
+
+@wrong("tokenizer-without-eos", "Texts to train on and a tokenizer without end-of-sequence token")
+def _(here: Here) -> str:
+    settings = json.loads((here.folder / "model" / "tokenizer_config.json").read_text())
+    here.write("model/tokenizer_config.json", json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    here.write("rows.jsonl", json.dumps({"text": "Some text."}) + "\n")
+    return here.run(assistant_only_loss=False)
+
+
 @wrong("vocabulary-mismatch", "A tokenizer with more entries than the embedding", varies=NUMBER)
 def _(here: Here) -> str:
     train_tokenizer([" ".join(f"word{n * 37} other{n * 91}" for n in range(300))], 700).save_pretrained("model")
