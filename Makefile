@@ -11,7 +11,7 @@ TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test test-fast check compat bench bench-trl clean lock smoke image
+.PHONY: quickstart test test-fast test-families check compat bench bench-trl clean lock smoke image
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
@@ -38,6 +38,10 @@ test: $(STAMP)
 # Without vLLM engines and several ranks: a few minutes, for the inner loop.
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not distributed and not engine"
+
+# All families of docs/families.md against transformers, each in its own process; `rm build/families.json` to start again.
+test-families: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
 
 check: $(STAMP)
 	$(BIN)/ruff check .

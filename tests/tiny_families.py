@@ -179,6 +179,8 @@ def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **change
 
     torch.manual_seed(seed)
     config = tiny_config(model_type, **changes)
+    if getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # transformers' other attention drops the soft cap
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except ValueError:  # the family has no such attention (gpt_oss has sinks)

@@ -15,11 +15,12 @@ Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 96 * 2**20
 """Maximum size of one chunk's fp32 logits in bytes. A chunk has at least one token."""
@@ -55,6 +56,45 @@ def linear_logprobs(
         hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND)
     )
     return output
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to its logits: cap * tanh(scale * logits / cap), or scale * logits without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def transformed_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens_N: Tensor,
+    temperature: float,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor]:
+    """Like `linear_logprobs`, for a head with a bias or a soft cap, through autograd: slower, chunk by chunk too.
+
+    Each chunk's logits are computed again in the backward pass. Products are computed in fp32.
+    """
+
+    def chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+            logits = logits * transform.scale
+            if transform.cap is not None:
+                logits = transform.cap * (logits / transform.cap).tanh()
+            logprobs = (logits / temperature).log_softmax(-1)
+            entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+            return logprobs.gather(1, tokens[:, None])[:, 0], entropy
+
+    size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+    parts = [
+        checkpoint(chunk, hidden, weight_VD, bias_V, tokens, use_reentrant=False)
+        for hidden, tokens in zip(hidden_ND.split(size), tokens_N.split(size), strict=True)
+    ]
+    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logprobs, entropy
 
 
 def linear_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -230,6 +231,11 @@ class Experts(nn.Module):
         """Indices of the layer's experts whose weights are on this rank; without expert parallelism, all."""
         return slice(0, self.num_experts)
 
+    def outputs(self, rows_ND: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]) -> Tensor:
+        """Like `expert_outputs`, of the experts on this rank."""
+        rows_ND, gate_up, down = in_autocast_dtype(rows_ND, self.gate_up_proj, self.down_proj)
+        return expert_outputs(rows_ND, gate_up, down, self.act, division, corrections)
+
     def forward(
         self,
         hidden_TD: Tensor,
@@ -240,5 +246,6 @@ class Experts(nn.Module):
         **corrections: Correction,
     ) -> Tensor:
         """Like `mix_experts`; `corrections` as in `expert_outputs`."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        return mix_experts(hidden_TD, experts_Tk, weights_Tk, gate_up, down, self.act, corrections, complete=complete)
+        (hidden_TD,) = in_autocast_dtype(hidden_TD)
+        compute = partial(self.outputs, corrections=corrections)
+        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, compute, complete=complete)

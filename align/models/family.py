@@ -1,6 +1,7 @@
 """Model families: the contract between one architecture and the rest of the library.
 
-A family is a folder beside this file that defines one `Family`, and a `register` line in `align/models/__init__.py`.
+A family of its own code is a folder beside this file that defines one `Family`, and a `register` line in
+`align/models/__init__.py`. A family that transformers implements is one line in `align/models/adopted/table.py`.
 Stages look the family up by the checkpoint's `model_type` with `family_of`; they do not depend on an architecture.
 
 Shapes: B rows, T tokens, N completion tokens, D hidden, k experts per token.
@@ -48,12 +49,6 @@ class FamilyConfig(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json."""
-
-    def experts_in(self, layer: int) -> int:
-        """Routed experts of a layer; 1 means a dense layer."""
-
-    def top_k_in(self, layer: int) -> int:
-        """Experts per token in a layer."""
 
 
 class TrunkOutput(Protocol):
@@ -132,6 +127,27 @@ class Place(NamedTuple):
         return matrix if self.half is None else matrix.chunk(2)[self.half]
 
 
+class RoutedLayer(NamedTuple):
+    """Routed experts of a decoder layer, and how many of them compute a token."""
+
+    experts: int
+    top_k: int
+
+
+DENSE = RoutedLayer(1, 1)
+"""A layer without routed experts."""
+
+
+class Names(Protocol):
+    """Map between published names and parameters."""
+
+    def place(self, published: str) -> Place:
+        """The part of our parameter that holds the tensor."""
+
+    def published(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(published name, view) of each published tensor in our parameter `name`; the inverse of `place`."""
+
+
 @dataclass(frozen=True)
 class LoraTargets:
     """Suffixes of the names of modules and parameters that LoRA may train.
@@ -147,34 +163,39 @@ class LoraTargets:
     router: tuple[str, ...]
 
 
+def do_nothing() -> None:
+    """Default of `Family.prepare_vllm`."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
 
     config: class of the configuration, a `FamilyConfig`; `config.model_type` identifies the family.
-    trunk: class of the trunk inside `policy` and `scorer`, a `Trunk`.
+    trunk: class of the trunk inside `policy` and `scorer`, a `Trunk`, or a base of that class.
     policy, scorer: classes of the models, a `Policy` and a `ScoringModel`. Routed experts are
-        `align.models.experts.Experts`.
-    place: published name -> part of our parameter that holds the tensor.
-    published: (our name, tensor) -> (published name, view) of each published tensor in it; the inverse of `place`.
-    conversion: function that returns the same map as converters for transformers' `save_pretrained`.
+        `align.models.experts.Experts`. `from_pretrained` loads a checkpoint, `save_pretrained` writes one.
+    names: configuration -> map between published names and parameters.
     published_shapes: configuration -> shape of every tensor of the published language model.
+    layers: configuration -> routed experts of each decoder layer.
     size_problem: configuration -> reason why a model of these sizes cannot be built, if any.
-    lora: targets of adapters.
-    prepare_vllm: register the family's model class with vLLM in this process.
+    lora: configuration -> targets of adapters.
+    prepare_vllm: register the family's model class with vLLM in this process; by default vLLM's own class is used.
+    conversion: converters between the published layout and ours for transformers' `save_pretrained`; only for a family
+        that transformers does not know.
     """
 
     config: type[PreTrainedConfig]
     trunk: type[PreTrainedModel]
     policy: type[PreTrainedModel]
     scorer: type[PreTrainedModel]
-    place: Callable[[str], Place]
-    published: Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
-    conversion: Callable[[], list[WeightConverter | WeightRenaming]]
+    names: Callable[[Any], Names]
     published_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    layers: Callable[[Any], list[RoutedLayer]]
     size_problem: Callable[[Any], str | None]
-    lora: LoraTargets
-    prepare_vllm: Callable[[], None]
+    lora: Callable[[Any], LoraTargets]
+    prepare_vllm: Callable[[], None] = do_nothing
+    conversion: Callable[[], list[WeightConverter | WeightRenaming]] = list
 
     @property
     def model_type(self) -> str:
@@ -183,11 +204,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
-"""The registered families by `model_type`."""
+"""The families that are ready, by `model_type`."""
+_MAKERS: dict[str, Callable[[], Family]] = {}
 
 
 def register(family: Family) -> None:
-    """Register a family for the stages, for transformers' Auto classes and for transformers' checkpoint saver."""
+    """Register a family of own code for the stages, for transformers' Auto classes and for transformers' saver."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
@@ -199,12 +221,35 @@ def register(family: Family) -> None:
     FAMILIES[family.model_type] = family
 
 
+def register_lazily(model_type: str, make: Callable[[], Family]) -> None:
+    """Register a family that transformers implements. `make` is called when the family is first needed, because it
+    imports transformers' module of the family. transformers' Auto classes keep their own classes."""
+    _MAKERS[model_type] = make
+
+
+def model_types() -> list[str]:
+    """The `model_type`s of the registered families."""
+    return list({**FAMILIES, **_MAKERS})
+
+
+def family(model_type: str) -> Family:
+    """The registered family of a `model_type`; raises `KeyError` if there is none."""
+    if model_type not in FAMILIES:
+        FAMILIES[model_type] = _MAKERS[model_type]()
+    return FAMILIES[model_type]
+
+
 def family_of(config: Any) -> Family:
     """The family of a configuration, found by its `model_type`; raises `KeyError` if the family is not registered."""
-    return FAMILIES[config.model_type]
+    return family(config.model_type)
+
+
+def routed_layers(config: Any) -> list[RoutedLayer]:
+    """Routed experts of each decoder layer."""
+    return family_of(config).layers(config)
 
 
 def load_config(checkpoint: Path) -> Any:
     """Configuration of a checkpoint folder, a `FamilyConfig`."""
     values = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return FAMILIES[values["model_type"]].config(**values)
+    return family(values["model_type"]).config(**values)

@@ -8,19 +8,32 @@ Shapes: S sequences, N tokens of all sequences, H query heads, K key/value heads
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from align.data.transfer import indices_to_device
 from align.models.experts import Gather
-from align.models.short_attention import causal_attention
+from align.models.short_attention import PLAIN, Variant, causal_attention
 
 CPU = torch.device("cpu")
 SHORTEST = 0.75
 """Attention pads the sequences of a group to the longest one. A sequence that is shorter than this fraction of the
 longest starts a new group."""
+
+
+class Padded(NamedTuple):
+    """Sequences as a batch with padding.
+
+    slots_SL: index of the token at each position; padding repeats the sequence's last token.
+    places_N: position of each token in the flattened batch.
+    mask_SL: 1 for tokens, 0 for padding.
+    """
+
+    slots_SL: Tensor
+    places_N: Tensor
+    mask_SL: Tensor
 
 
 class Packing:
@@ -30,6 +43,7 @@ class Packing:
     device: device of the row. All indices are computed on the CPU and copied to it in one transfer.
 
     total: N.
+    lengths: as passed.
     starts_S: index of each sequence's first token, on the CPU.
     last_S: index of each sequence's last token.
     position_ids: position of each token in its sequence [1, N].
@@ -39,6 +53,8 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError("a sequence without tokens cannot be packed")
         self.total = sum(lengths)
+        self.lengths = list(lengths)
+        self._padded: Padded | None = None
         lengths_S = torch.tensor(lengths)
         self.starts_S = lengths_S.cumsum(0) - lengths_S
         last_S = self.starts_S + lengths_S - 1
@@ -62,17 +78,42 @@ class Packing:
         )
         self.position_ids = positions[None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
-        """Causal attention inside each sequence: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        dropout: float,
+        variant: Variant = PLAIN,
+    ) -> Tensor:
+        """Causal attention inside each sequence: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d].
+
+        The head size of the values may differ; it is then that of the result.
+        """
         outputs = []
         for q, k, v in zip(*(self._groups(x) for x in (query, key, value)), strict=True):
             # Padding comes after the real tokens, so the causal mask hides it.
-            attended = causal_attention(q, k, v, scaling=scaling, dropout=dropout)
+            attended = causal_attention(q, k, v, scaling=scaling, dropout=dropout, variant=variant)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         if self._equal:
             return outputs[0][None]
         unpadded: Tensor = _Unpad.apply(torch.cat(outputs), self._places)
         return unpadded[None]
+
+    def padded(self) -> Padded:
+        """Indices of the same sequences as a batch padded on the right, for layers that mix neighbouring tokens."""
+        if self._padded is None:
+            lengths_S = torch.tensor(self.lengths)
+            place = torch.arange(int(lengths_S.max()))
+            token = torch.minimum(self.starts_S[:, None] + place, (self.starts_S + lengths_S - 1)[:, None])
+            real = place < lengths_S[:, None]
+            indices = (token.flatten(), real.flatten().nonzero()[:, 0], real.long().flatten())
+            slots, places, mask = indices_to_device(indices, self.last_S.device)
+            shape = tuple(token.shape)
+            self._padded = Padded(slots.view(shape), places, mask.view(shape))
+        return self._padded
 
     def _groups(self, x: Tensor) -> Iterator[Tensor]:
         """Split into padded groups: [1, heads, N, d] -> [sequences, heads, width, d] of each group."""

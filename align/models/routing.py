@@ -22,6 +22,7 @@ class Routing(NamedTuple):
     experts_Tk: experts that compute the token, int64: `chosen_Tk` after the capacity limit; -1 if dropped.
     weights_Tk: combine weights, fp32.
     complete: True if no capacity limit was applied, so that no assignment was dropped.
+    sigmoid: True if the router scores experts by a sigmoid instead of a softmax.
     """
 
     logits_TE: Tensor
@@ -29,6 +30,12 @@ class Routing(NamedTuple):
     experts_Tk: Tensor
     weights_Tk: Tensor
     complete: bool = False
+    sigmoid: bool = False
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """Logits whose softmax is the distribution over the experts; for sigmoid scores s that is s / sum(s)."""
+        return torch.nn.functional.logsigmoid(self.logits_TE) if self.sigmoid else self.logits_TE
 
 
 class RouterCoefficients(Protocol):
@@ -84,14 +91,14 @@ def report_routing(routings: list[Routing], mask_T: Tensor) -> RouterReport:
     def share(moved: Callable[[Routing], Tensor]) -> Tensor:
         return mean(lambda r: (moved(r) * mask[:, None]).sum() / (mask.sum() * r.chosen_Tk.shape[1]).clamp_min(1.0))
 
-    balance = mean(lambda r: balance_loss(r.logits_TE, r.chosen_Tk, mask))
+    balance = mean(lambda r: balance_loss(r.scores_TE, r.chosen_Tk, mask))
     z_loss = mean(lambda r: router_z_loss(r.logits_TE, mask))
     with torch.no_grad():
         return RouterReport(
             balance_loss=balance,
             z_loss=z_loss,
             load=tuple(expert_load(r.chosen_Tk, r.logits_TE.shape[-1], mask) for r in routings),
-            entropy=mean(lambda r: router_entropy(r.logits_TE, mask)),
+            entropy=mean(lambda r: router_entropy(r.scores_TE, mask)),
             recycled=share(lambda r: (r.experts_Tk != r.chosen_Tk) & (r.experts_Tk >= 0)),
             dropped=share(lambda r: r.experts_Tk < 0),
         )

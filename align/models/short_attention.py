@@ -1,14 +1,16 @@
-"""Causal attention for short sequences on a CPU, as batched matrix products with an explicit backward pass.
+"""Causal attention by the fastest code for the case: torch's kernel, or batched matrix products with an explicit
+backward pass for short sequences on a CPU. Sliding windows, soft caps and sinks.
 
-On short sequences torch's kernel gains little from a second thread, and this code is faster. From about 200 tokens on,
+On short sequences torch's kernel gains little from a second thread, and our code is faster. From about 200 tokens on,
 torch's kernel is as fast, because it skips masked blocks and never stores the T x T weights.
 
-Shapes: B sequences, T tokens, H query heads, K key/value heads, d head size; G = H / K.
+Shapes: B sequences, T tokens, S keys, H query heads, K key/value heads, d head size (values may have another);
+G = H / K.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +23,88 @@ LONGEST = 128
 """Maximum sequence length in tokens for which this code is used."""
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float) -> Tensor:
-    """Causal attention: query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d]."""
+class Variant(NamedTuple):
+    """What an architecture changes in causal attention.
+
+    window: number of last tokens, the query's own included, that a query sees; None for all.
+    softcap: scores become softcap * tanh(scores / softcap).
+    sinks_H: score of an additional key without a value per query head, which takes part in the softmax only.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+PLAIN = Variant()
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float, variant: Variant = PLAIN
+) -> Tensor:
+    """Causal attention: query [B, H, T, d], key and value [B, K, T, d] -> [B, H, T, d of the values]."""
     query, key, value = in_autocast_dtype(query, key, value)
-    short = query.shape[2] <= LONGEST and not dropout and query.dtype == torch.float32
-    if short and query.device.type == "cpu":
+    tokens = query.shape[2]
+    seen = None
+    if variant.window is not None and variant.window < tokens:
+        seen = _order(query).triu_(1 - variant.window)[None, None]
+    if variant.softcap is not None or variant.sinks_H is not None:
+        seen = _order(query)[None, None] if seen is None else seen
+        return general_attention(query, key, value, seen, scaling=scaling, dropout=dropout, variant=variant)
+    short = tokens <= LONGEST and not dropout and query.dtype == torch.float32 and seen is None
+    if short and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
         output: Tensor = _ShortAttention.apply(query, key, value, scaling)
         return output
     group = query.shape[1] // key.shape[1]
     if group > 1 and repeats_heads(query):
         key, value, group = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), 1
     return scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=group > 1
+        query,
+        key,
+        value,
+        attn_mask=seen,
+        is_causal=seen is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=group > 1,
     )
+
+
+def _order(query: Tensor) -> Tensor:
+    """Causal order [T, T]: True where a query sees a key."""
+    tokens = query.shape[2]
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_()
+
+
+def general_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    variant: Variant,
+) -> Tensor:
+    """Attention in plain torch operations, with soft cap and sinks; stores the T x S weights.
+
+    mask: [B or 1, 1, T, S]; True, or 0.0 in an additive mask, where a query sees a key. None: all keys are seen. It
+        includes the causal order and the window.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = query @ key.mT * scaling
+    if variant.softcap is not None:
+        scores = variant.softcap * (scores / variant.softcap).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if variant.sinks_H is not None:
+        sinks = variant.sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if variant.sinks_H is not None:
+        weights = weights[..., :-1]
+    return torch.nn.functional.dropout(weights, dropout, training=dropout > 0) @ value
 
 
 def repeats_heads(query: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils.logging import tqdm
 
 from align.errors import UserError
 from align.models.family import Place, family_of
-from align.models.lora.merge import merged_parameters
+from align.models.lora.merge import merged_parameters, plain_buffers
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 
 READERS = min(4, os.cpu_count() or 1)
@@ -31,9 +32,14 @@ def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     Stacked experts are split into one matrix per expert and projection. Tensors may be views of the model's parameters:
     copy them before the next training step. A tied head is omitted.
     """
-    published = family_of(model.config).published
-    for name, tensor in merged_parameters(model):
-        yield from published(name, tensor)
+    names = family_of(model.config).names(model.config)
+    for name, tensor in chain(merged_parameters(model), plain_buffers(model)):
+        yield from names.published(name, tensor)
+
+
+def stored_state(model: Any) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a model, by name; a shared parameter once."""
+    return {**dict(model.named_parameters()), **dict(plain_buffers(model))}
 
 
 @torch.no_grad()
@@ -42,8 +48,8 @@ def load_published(model: Any, named_tensors: Iterator[tuple[str, Tensor]]) -> i
 
     Raises `ValueError` for an unknown name and for parameters that remain incomplete.
     """
-    place = family_of(model.config).place
-    parameters = dict(model.named_parameters())
+    place = family_of(model.config).names(model.config).place
+    parameters = stored_state(model)
     missing = {id(parameter): parameter.numel() for parameter in parameters.values()}
     tied = getattr(model.config, "tie_word_embeddings", False)
     size = 0
@@ -112,8 +118,8 @@ def read_pieces(pieces: Pieces, parameters: Mapping[str, Tensor]) -> None:
 
 def read_weights(model: Any, folder: Path) -> None:
     """Overwrite a model's weights in place with those of a checkpoint; `UserError` if weights are missing."""
-    parameters = dict(model.named_parameters())
-    pieces, _ = find_pieces(parameters, stored_tensors(weight_files(folder)), family_of(model.config).place)
+    parameters, place = stored_state(model), family_of(model.config).names(model.config).place
+    pieces, _ = find_pieces(parameters, stored_tensors(weight_files(folder)), place)
     if missing := sorted(set(parameters) - set(pieces)):
         raise UserError(f"{folder}: the weights of '{missing[0]}' are missing; copy the missing files.")
     read_pieces(pieces, parameters)

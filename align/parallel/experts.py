@@ -24,7 +24,6 @@ from align.models.experts import (
     ExpertRows,
     Experts,
     Gather,
-    expert_outputs,
     in_autocast_dtype,
     mix_outputs,
     sorting,
@@ -52,15 +51,18 @@ def _all_to_all(rows_ND: Tensor, sent: list[int], received: list[int], group: An
 
 
 class ShardedExperts(Experts):
-    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of `Experts`."""
+    """This rank's experts of a layer, `first` to `first + local - 1`, with the interface of `Experts`.
+
+    `sharded_class` combines it with the class of the whole layer, which computes the experts' outputs.
+    """
 
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
+        self.__dict__.update({name: value for name, value in vars(whole).items() if name not in vars(self)})
+        self._modules.update(whole._modules)  # the activation
         self.group, self.group_name, self.ranks = group, group_name, dist.get_world_size(group)
-        self.num_experts = whole.num_experts
         self.local = whole.num_experts // self.ranks
         self.first = self.local * dist.get_rank(group)
-        self.act = whole.act
         for name, stacked in whole.named_parameters(recurse=False):
             shard = stacked.detach()[self.first : self.first + self.local].clone()
             parameter = nn.Parameter(shard, requires_grad=stacked.requires_grad)
@@ -84,12 +86,8 @@ class ShardedExperts(Experts):
 
         Collective within the group: a rank without tokens must call it as well.
         """
-        hidden_TD, gate_up, down = in_autocast_dtype(hidden_TD, self.gate_up_proj, self.down_proj)
-
-        def compute(rows_ND: Tensor, division: ExpertRows) -> Tensor:
-            return expert_outputs(rows_ND, gate_up, down, self.act, division, corrections)
-
-        dispatched = partial(self.dispatched, compute)
+        (hidden_TD,) = in_autocast_dtype(hidden_TD)
+        dispatched = partial(self.dispatched, partial(self.outputs, corrections=corrections))
         return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, dispatched, complete=complete)
 
     def dispatched(
@@ -130,6 +128,19 @@ class TrainedShardedExperts(ShardedExperts, AutoEPMoELayer):
         """No-op: the constructor has set the groups."""
 
 
+_SHARDED: dict[tuple[type, bool], type[ShardedExperts]] = {}
+
+
+def sharded_class(whole: type[Experts], trained: bool) -> type[ShardedExperts]:
+    """Class of the sharded experts of a layer whose class is `whole`."""
+    kind = TrainedShardedExperts if trained else ShardedExperts
+    if whole is Experts:
+        return kind
+    if (whole, trained) not in _SHARDED:
+        _SHARDED[whole, trained] = type(f"Sharded{whole.__name__}", (kind, whole), {})
+    return _SHARDED[whole, trained]
+
+
 def mark(parameter: nn.Parameter, group_name: str, shard: ExpertShard) -> nn.Parameter:
     """Mark a parameter as expert-parallel for DeepSpeed: ZeRO then shards it over the ranks with the same experts."""
     parameter.expert_shard = shard
@@ -154,9 +165,8 @@ def shard_experts(model: nn.Module, size: int, *, trained: bool = True) -> None:
     group = groups._get_expert_parallel_group(name)
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
-            if type(child) is Experts:
-                kind = TrainedShardedExperts if trained else ShardedExperts
-                setattr(parent, key, kind(child, group, name))
+            if isinstance(child, Experts):
+                setattr(parent, key, sharded_class(type(child), trained)(child, group, name))
 
 
 def mark_adapters(model: nn.Module) -> None:

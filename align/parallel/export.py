@@ -79,7 +79,7 @@ def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:
 def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
     """Write a safetensors checkpoint on rank 0, one file per layer and one for the rest; other ranks only iterate."""
     rank, _ = world()
-    published = family_of(model.config).published
+    names = family_of(model.config).names(model.config)
     last = model.config.num_hidden_layers
     files = last + 1
     pending: dict[int, dict[str, Tensor]] = {}
@@ -99,7 +99,7 @@ def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path,
         current = number
         if rank != 0:
             continue
-        for key, part in published(name, tensor):
+        for key, part in names.published(name, tensor):
             pending.setdefault(number, {})[key] = part.clone() if part.numel() < tensor.numel() else part
             places[key] = file_name(number, files)
             total += part.numel() * part.element_size()

@@ -61,7 +61,7 @@ def load_sharded(
         layer by layer, and keeps its shard, so the values equal those of an unsharded model.
     head_only: everything except the score head is frozen; the head may be frozen too.
     """
-    stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).place)
+    stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).names(config).place)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)
     model.name_or_path = str(folder)
@@ -168,7 +168,7 @@ def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: i
     flat = target.view(-1)
     for tensor, where in parts:
         if where.expert is None:
-            base = 0
+            base = -first * (target[0].numel() if first else 0)  # a tensor of all experts starts before this rank's
         elif first <= where.expert < first + len(target):
             matrix = target[0].numel()
             base = (where.expert - first) * matrix + (where.half or 0) * (matrix // 2)

@@ -19,12 +19,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from align.models.family import FamilyConfig
+from align.models.family import FamilyConfig, routed_layers
 
 
 def moe_layers(config: FamilyConfig) -> list[int]:
     """Experts per token in each layer; 0 for a layer without routed experts."""
-    return [config.top_k_in(layer) if config.experts_in(layer) > 1 else 0 for layer in range(config.num_hidden_layers)]
+    return [layer.top_k if layer.experts > 1 else 0 for layer in routed_layers(config)]
 
 
 class RoutingRecorder:

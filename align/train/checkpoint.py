@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
 )
 
 from align.config.parallel import Parallel
 from align.config.parts import Lora
 from align.errors import UserError
-from align.models.family import FAMILIES, FamilyConfig, family_of
+from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
@@ -45,10 +43,9 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """
     path, config = folder / "config.json", read_config(folder)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in model_types():
         raise UserError(
-            f"{folder}: its model_type is '{kind}', but align trains {_quoted(FAMILIES)} models; "
-            "convert a Llama-type model with `align convert hot-start`."
+            f"{folder}: its model_type is '{kind}', which align does not know; docs/families.md lists the model types."
         )
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(
@@ -58,28 +55,24 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     return {**config, "vocab_size": settings.vocab_size}
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return " or ".join(f"'{name}'" for name in names)
-
-
 def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
     """Build the configuration from `values`, or raise `UserError` if they are invalid.
 
     The error names `where`, the invalid value and `fix`. Without a `model_type` the values are for the family that
     recipes build from scratch.
     """
-    family = FAMILIES[values.get("model_type", DEFAULT_FAMILY)]
-    for name, field in family.config.__dataclass_fields__.items():
+    known = family(values.get("model_type", DEFAULT_FAMILY))
+    for name, field in known.config.__dataclass_fields__.items():
         value, default = values.get(name), field.default
         number = isinstance(default, int | float) and not isinstance(default, bool)
         if value is not None and number and not isinstance(value, int | float | list):
             raise UserError(f"{where}: {name} is {value!r}, but must be a number; {fix}.")
     try:
-        config = family.config(**values)
+        config = known.config(**values)
     except Exception as error:  # transformers raises many types for values it cannot use
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise UserError(f"{where}: a value cannot be used ({reason}); {fix}.") from error
-    if problem := family.size_problem(config):
+    if problem := known.size_problem(config):
         raise UserError(f"{where}: {problem}; {fix}.")
     return config
 
@@ -94,7 +87,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _is_scorer(config: dict[str, Any]) -> bool:
     """True if config.json declares a model with a scalar head."""
-    return FAMILIES[config["model_type"]].scorer.__name__ in (config.get("architectures") or [])
+    return family(config["model_type"]).scorer.__name__ in (config.get("architectures") or [])
 
 
 @contextmanager
@@ -123,7 +116,7 @@ def load_policy(
         if parallel is not None:
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            model = family_of(settings).policy.from_pretrained(folder, dtype=getattr(torch, dtype))
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     return model.requires_grad_(False) if frozen else model
 
@@ -165,8 +158,8 @@ def check_parallel(
 
     trunk_trains: False if at most the head trains; ignored with `lora`.
     """
-    for layer in range(config.num_hidden_layers):
-        if problem := parallel.expert_group_problem(config.experts_in(layer), f"layer {layer}"):
+    for number, layer in enumerate(routed_layers(config)):
+        if problem := parallel.expert_group_problem(layer.experts, f"layer {number}"):
             raise UserError(problem)
     machines = max(1, parallel.processes // int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes)))
     parameters = sum(math.prod(shape) for shape in family_of(config).published_shapes(config).values())
@@ -213,13 +206,11 @@ def load_scorer(
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
     with _damage_explained(folder):
         check_weights(folder, settings, scorer=True)
+        scorer = family_of(settings).scorer
         if parallel is not None:
-            scorer = family_of(settings).scorer
             model = _load_sharded(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=settings, dtype=getattr(torch, dtype)
-            )
+            model = scorer.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
             if head_only:
                 model.score.float()
             if lora is not None:
@@ -287,7 +278,7 @@ def count_stored_parameters(folder: Path) -> dict[str, int]:
     """`count_parameters` of a language model's checkpoint, without reading or allocating its weights."""
     settings = _policy_config(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+        model: Any = family_of(settings).policy(settings)  # type: ignore[arg-type]  # a configuration of this family
     model.tie_weights()
     return count_parameters(model)
 
@@ -298,7 +289,7 @@ def count_parameters(model: AnyModel) -> dict[str, int]:
     Adapters and other copies that PEFT adds count as trainable only.
     """
     total = active = trainable = 0
-    config = model.config
+    layers = routed_layers(model.config)
     for name, parameter in model.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
             trainable += math.prod(full_shape(parameter)) if parameter.requires_grad else 0
@@ -308,7 +299,7 @@ def count_parameters(model: AnyModel) -> dict[str, int]:
         trainable += numel if parameter.requires_grad else 0
         share = 1.0
         if ".experts." in name and len(full_shape(parameter)) == 3:
-            layer = int(name.split("layers.")[1].split(".")[0])
-            share = config.top_k_in(layer) / config.experts_in(layer)
+            layer = layers[int(name.split("layers.")[1].split(".")[0])]
+            share = layer.top_k / layer.experts
         active += int(numel * share)
     return {"total": total, "active": active, "trainable": trainable}

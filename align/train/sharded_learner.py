@@ -95,7 +95,7 @@ def gathered_weights(model: AnyModel) -> Iterator[tuple[str, Tensor]]:
     Collective: every rank must iterate to the end; only rank 0 yields tensors.
     """
     rank, _ = world()
-    published = family_of(model.config).published
+    names = family_of(model.config).names(model.config)
     for name, tensor in gathered(model, getattr(model, "dtype", torch.float32)):
         if rank == 0:
-            yield from published(name, tensor)
+            yield from names.published(name, tensor)

@@ -1,1 +1,1 @@
-"""Families whose models transformers implements."""
+"""Model families that transformers implements, adopted by align: one line per `model_type` in `table.py`."""

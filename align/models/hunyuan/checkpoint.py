@@ -56,7 +56,7 @@ def load_pieces(model: PreTrainedModel, files: list[Path], device: torch.device 
     reported.
     """
     empty = model.state_dict(keep_vars=True)
-    pieces, unused = find_pieces(empty, stored_tensors(files), family_of(model.config).place)
+    pieces, unused = find_pieces(empty, stored_tensors(files), family_of(model.config).names(model.config).place)
     misfits = {
         (name, tensor.shape, tuple(part.within(empty[name]).shape))
         for name, parts in pieces.items()

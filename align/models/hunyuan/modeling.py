@@ -22,8 +22,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from align.losses.linear_head import linear_logits, linear_logprobs
 from align.models.experts import Experts
+from align.models.heads import ScoreHead, TokenHead, last_positions
 from align.models.hunyuan.checkpoint import device_for_pieces, load_pieces
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.moe import MoeBlock, Router, SwiGlu
@@ -377,29 +377,6 @@ class HunYuanModel(HunYuanPreTrainedModel):
         )
 
 
-class TokenHead(nn.Linear):
-    """Output head: logits [..., V], or with `tokens_N` the (log-probabilities, entropy) of `linear_logprobs`.
-
-    If gradients are disabled, as in sampling, a bf16 head returns fp32 logits, like those inside `linear_logprobs`.
-    `linear_logprobs` is called in here because ZeRO-3 gathers a weight only while its module is called.
-    """
-
-    def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
-        if tokens_N is not None:
-            return linear_logprobs(hidden, self.weight, tokens_N, temperature)
-        if torch.is_grad_enabled() or self.weight.dtype == torch.float32:
-            return super().forward(hidden)
-        return linear_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
-
-
-class ScoreHead(nn.Linear):
-    """Scores [..., num_labels] in fp32. In bf16, values and scores near 100 would be rounded to multiples of 0.5."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
-
-
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     """Language model."""
 
@@ -486,12 +463,7 @@ class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if attention_mask is None:
-            last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
-        else:
-            # The end of a sequence is found by the mask, because the pad id may equal EOS.
-            positions = torch.arange(hidden.shape[1], device=hidden.device)
-            last = (attention_mask * positions).argmax(dim=-1)
+        last = last_positions(hidden, attention_mask)
         logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
         return HunYuanSequenceClassifierOutput(
             logits=logits,

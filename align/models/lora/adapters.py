@@ -18,7 +18,7 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
     """PEFT's configuration for a model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
     from peft import LoraConfig
 
-    targets = family_of(model.config).lora
+    targets = family_of(model.config).lora(model.config)
     linear = [*(targets.attention if lora.attention else ()), *(targets.mlp if lora.shared_mlp else ())]
     has_experts = any(isinstance(module, Experts) for module in model.modules())
     saved = [*targets.router] if has_experts and lora.train_router else []

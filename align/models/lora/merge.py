@@ -31,6 +31,19 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list
     yield from _walk(model.get_base_model() if isinstance(model, PeftModel) else model, "", set())
 
 
+def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, tensor) of every buffer that belongs to a checkpoint."""
+    from align.models.lora.adapters import plain_name
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = plain_name(name)
+        if name not in parameters and plain not in seen:
+            seen.add(plain)
+            yield plain, tensor
+
+
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Parameter, list[Any]]]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

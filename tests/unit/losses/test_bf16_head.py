@@ -131,7 +131,7 @@ def test_logits_of_bf16_are_fp32() -> None:
 
 
 def test_the_bf16_head_of_the_model_samples_from_fp32_logits() -> None:
-    from align.models.hunyuan.modeling import TokenHead
+    from align.models.heads import TokenHead
 
     hidden, weight, tokens = rows(0.9, 1.0)
     head = TokenHead(HIDDEN, VOCABULARY, bias=False, dtype=torch.bfloat16)

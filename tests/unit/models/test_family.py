@@ -19,7 +19,13 @@ from align.data.experience import build_experience
 from align.errors import UserError
 from align.models.family import FAMILIES, Place, family_of, load_config, register
 from align.models.forward import policy_output, sequence_scores
-from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification, HunYuanModel
+from align.models.hunyuan import (
+    HunYuanConfig,
+    HunYuanForCausalLM,
+    HunYuanForSequenceClassification,
+    HunYuanModel,
+    layout,
+)
 from align.models.hunyuan.family import HUNYUAN
 from align.models.lora.adapters import lora_config
 from align.models.weights import load_published, published_weights
@@ -64,12 +70,12 @@ def to_toy(name: str) -> str:
     return re.sub(r"\.experts\.(\d+)\.(\w+_proj)\.", lambda m: f".experts.{m[1]}.{letters[m[2]]}.", name)
 
 
-def place(published: str) -> Place:
-    return HUNYUAN.place(to_hunyuan(published))
+class ToyNames:
+    def place(self, published: str) -> Place:
+        return layout.place(to_hunyuan(published))
 
-
-def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((to_toy(key), part) for key, part in HUNYUAN.published(name, tensor))
+    def published(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((to_toy(key), part) for key, part in layout.published(name, tensor))
 
 
 def conversion() -> list[WeightConverter | WeightRenaming]:
@@ -88,8 +94,7 @@ TOY = replace(
     trunk=ToyModel,
     policy=ToyForCausalLM,
     scorer=ToyForSequenceClassification,
-    place=place,
-    published=published,
+    names=lambda _: ToyNames(),
     conversion=conversion,
     published_shapes=lambda config: {to_toy(name): shape for name, shape in HUNYUAN.published_shapes(config).items()},
 )
@@ -196,7 +201,7 @@ def test_parameters_are_counted(checkpoint: Path) -> None:
 def test_a_checkpoint_of_no_family_is_refused(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"toy"', '"other"'))
-    with pytest.raises(UserError, match="its model_type is 'other', but align trains 'hunyuan' or 'toy' models"):
+    with pytest.raises(UserError, match="its model_type is 'other', which align does not know"):
         load_policy(checkpoint, "float32")
 
 

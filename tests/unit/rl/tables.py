@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
 from align.data.prepare import PromptRow
-from align.models.hunyuan.modeling import TokenHead
+from align.models.heads import TokenHead
 from align.models.packing import Packing
 from align.rl.complete import complete_batch
 from align.rl.models import Models

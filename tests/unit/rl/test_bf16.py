@@ -9,7 +9,7 @@ import torch
 
 from align.config.recipe import Recipe
 from align.models.forward import critic_values, policy_output
-from align.models.hunyuan.modeling import ScoreHead, TokenHead
+from align.models.heads import ScoreHead, TokenHead
 from align.models.hunyuan.moe import Router
 from align.pipeline import run
 from align.recipes import ppo

@@ -45,7 +45,7 @@ def _(here: Here) -> str:
 
 @wrong("other-architecture", "A checkpoint of another architecture")
 def _(here: Here) -> str:
-    here.write("model/config.json", json.dumps({"model_type": "llama", "hidden_size": 32}))
+    here.write("model/config.json", json.dumps({"model_type": "llamma", "hidden_size": 32}))
     return here.run()
 
 

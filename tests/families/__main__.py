@@ -1,0 +1,80 @@
+"""Run the checks on all adopted families, each family in its own process: `python -m tests.families`.
+
+A line per family with the largest error of each check; all results go to a JSON file, from which a later call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.tiny_families import FAMILIES
+
+CHECKS = ("forward", "gradients", "replay", "names", "export", "lora")
+WITH_FOLDER = ("names", "export")
+
+
+def run_checks(model_type: str) -> dict[str, float | str | None]:
+    """Result of every check, or the error's text."""
+    from tests.families import checks
+
+    results: dict[str, float | str | None] = {}
+    for name in CHECKS:
+        check = getattr(checks, f"check_{name}")
+        try:
+            if name in WITH_FOLDER:
+                with tempfile.TemporaryDirectory() as folder:
+                    results[name] = check(model_type, Path(folder))
+            else:
+                results[name] = check(model_type)
+        except Exception as error:  # reported in the table
+            results[name] = f"{type(error).__name__}: {error}"[:200]
+    return results
+
+
+def cell(value: float | str | None) -> str:
+    if isinstance(value, str):
+        return "FAILED"
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.0e}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="default: all")
+    parser.add_argument("--json", type=Path, default=Path("build/families.json"), help="file of the results")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_checks(options.one)))
+        return 0
+    done = json.loads(options.json.read_text()) if options.json.exists() else {}
+    failed = False
+    print(f"{'family':18}" + "".join(f"{name:>11}" for name in CHECKS))
+    for model_type in options.model_types or FAMILIES:
+        if model_type not in done:
+            started = time.monotonic()
+            command = [sys.executable, "-m", "tests.families", "--one", model_type]
+            found = subprocess.run(command, capture_output=True, text=True, check=False)
+            crashed = dict.fromkeys(CHECKS, found.stderr[-300:])
+            done[model_type] = crashed if found.returncode else json.loads(found.stdout.splitlines()[-1])
+            done[model_type]["seconds"] = round(time.monotonic() - started, 1)
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            partial = options.json.with_suffix(".partial")
+            partial.write_text(json.dumps(done, indent=1))
+            partial.rename(options.json)
+        results = {name: done[model_type][name] for name in CHECKS}
+        print(f"{model_type:18}" + "".join(f"{cell(value):>11}" for value in results.values()), flush=True)
+        for name, value in results.items():
+            if isinstance(value, str):
+                failed = True
+                print(f"  {name}: {value}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Checks of one adopted family against transformers' own model, at a tiny size.
+
+Each returns its largest error or raises `AssertionError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.config.parts import Lora
+from align.models.experts import Experts
+from align.models.family import family, routed_layers
+from align.models.lora.adapters import add_lora
+from align.models.lora.experts import adapt_by_row
+from align.models.packing import Packing
+from align.models.weights import check_weights, load_published, published_weights
+from tests.tiny_families import VOCABULARY, save_tiny, tiny_config, tiny_model
+
+LENGTHS = [5, 17, 30]
+"""Tokens per sequence; the windows of the tiny families are 8."""
+PROBE = [("embeddings", "model.embed_tokens.weight"), ("norm", "model.norm.weight")]
+
+
+def rows(seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def adopted(model_type: str, reference: Any, **changes: Any) -> Any:
+    """align's model with the weights of transformers'."""
+    model: Any = family(model_type).policy(tiny_config(model_type, **changes))
+    model.load_state_dict(reference.state_dict())
+    return model.eval()
+
+
+def token_logprobs(model: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities [T - 1] of a sequence's tokens but the first, from transformers' logits."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+
+def packed_logprobs(model: Any, sequences: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+    """The same for all sequences of one packed row, from align's trunk and head; and the trunk's output."""
+    packing = Packing([len(ids) for ids in sequences])
+    tokens = torch.cat(sequences)
+    output = model.model(input_ids=tokens[None], packing=packing, use_cache=False, **options)
+    keep = torch.ones(len(tokens), dtype=torch.bool)
+    keep[packing.last_S] = False
+    following = torch.cat([ids[1:] for ids in sequences])
+    logprobs, _ = model.lm_head(output.last_hidden_state[0][keep], following, 1.0)
+    return logprobs, output
+
+
+def check_forward(model_type: str) -> float:
+    """Packed log-probabilities equal those of transformers, sequence by sequence; other neighbours change nothing."""
+    reference = tiny_model(model_type)
+    model = adopted(model_type, reference)
+    sequences = rows()
+    with torch.no_grad():
+        expected = torch.cat([token_logprobs(reference, ids) for ids in sequences])
+        found, _ = packed_logprobs(model, sequences)
+        others, _ = packed_logprobs(model, [*rows(seed=2)[:2], sequences[2]])
+    last = LENGTHS[2] - 1
+    error = max((found - expected).abs().max().item(), (others[-last:] - expected[-last:]).abs().max().item())
+    assert error < 1e-5, error
+    return error
+
+
+def check_gradients(model_type: str) -> float:
+    """Gradients of the packed log-probabilities' sum equal those of transformers' logits; relative to the largest."""
+    reference = tiny_model(model_type)
+    model = adopted(model_type, reference)
+    sequences = rows()
+    torch.stack([token_logprobs(reference, ids).sum() for ids in sequences]).sum().backward()
+    packed_logprobs(model, sequences)[0].sum().backward()
+    worst = 0.0
+    gradients = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        ours = gradients[name].grad
+        if parameter.grad is None:
+            assert ours is None or not ours.any(), name
+            continue
+        assert ours is not None, name
+        scale = parameter.grad.abs().max().clamp_min(1e-3)
+        worst = max(worst, ((ours - parameter.grad).abs().max() / scale).item())
+    assert worst < 1e-4, worst
+    return worst
+
+
+def check_replay(model_type: str) -> float | None:
+    """Replayed own choices change nothing, other experts are used as told; None for a dense family."""
+    model = adopted(model_type, tiny_model(model_type))
+    layers = routed_layers(model.config)
+    sequences = rows()
+    with torch.no_grad():
+        _, own = packed_logprobs(model, sequences, output_router_logits=True)
+        if own.routed_experts is None:
+            assert all(layer.experts == 1 for layer in layers)
+            return None
+        _, again = packed_logprobs(model, sequences, routed_experts=own.routed_experts)
+        wanted = torch.where(own.routed_experts < 0, -1, (own.routed_experts + 1) % layers[-1].experts)
+        _, other = packed_logprobs(model, sequences, routed_experts=wanted)
+    error: float = (again.last_hidden_state - own.last_hidden_state).abs().max().item()
+    assert error < 1e-5, error
+    assert (other.last_hidden_state - own.last_hidden_state).abs().max() > 0.01
+    assert torch.equal(other.routed_experts, wanted)
+    return error
+
+
+def check_names(model_type: str, folder: Path) -> int:
+    """Published names, shapes and values are those of transformers' checkpoint, in both directions; their number."""
+    from safetensors.torch import load_file
+
+    reference = save_tiny(model_type, folder)
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    policy: Any = family(model_type).policy
+    model = policy.from_pretrained(folder, dtype=torch.float32).eval()
+    check_weights(folder, model.config)
+    published = dict(published_weights(model))
+    assert published.keys() == stored.keys(), published.keys() ^ stored.keys()
+    assert all(torch.equal(published[name], stored[name]) for name in stored)
+    empty: Any = policy(model.config)
+    load_published(empty, iter(stored.items()))
+    expected = reference.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in empty.state_dict().items())
+    return len(stored)
+
+
+def check_export(model_type: str, folder: Path) -> float:
+    """A saved policy and a saved scorer load in plain transformers with the same outputs."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny(model_type, folder / "source")
+    kind = family(model_type)
+    policy: Any = kind.policy.from_pretrained(folder / "source", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.01)
+        policy.save_pretrained(folder / "saved")
+        plain: Any = AutoModelForCausalLM.from_pretrained(
+            folder / "saved", dtype=torch.float32, attn_implementation=reference_attention(policy.config)
+        )
+        assert type(plain).__module__.startswith("transformers.")
+        assert "align" not in type(plain).__mro__[1].__module__
+        found = token_logprobs(plain.eval(), rows()[2])
+        error: float = (found - token_logprobs(policy.eval(), rows()[2])).abs().max().item()
+    assert error < 1e-5, error
+    return error
+
+
+def reference_attention(config: Any) -> str:
+    """transformers' attention that computes soft caps and sinks."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss" else "sdpa"
+
+
+def check_lora(model_type: str) -> float:
+    """Merged adapters, and adapters applied row by row, equal PEFT's own; every trained parameter has a gradient."""
+    model = adopted(model_type, tiny_model(model_type))
+    has_experts = any(isinstance(module, Experts) for module in model.modules())
+    wrapped = add_lora(model, Lora(rank=2, experts=has_experts), task="CAUSAL_LM")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    with torch.no_grad():
+        found, _ = packed_logprobs(wrapped.get_base_model(), rows())
+    merged = {name: tensor.clone() for name, tensor in published_weights(wrapped)}
+    adapt_by_row(wrapped)
+    by_row, _ = packed_logprobs(wrapped.get_base_model(), rows())
+    by_row.sum().backward()
+    missing = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, missing[0]
+    plain: Any = family(model_type).policy(tiny_config(model_type)).eval()
+    load_published(plain, iter(merged.items()))
+    with torch.no_grad():
+        expected, _ = packed_logprobs(plain, rows())
+        base, _ = packed_logprobs(adopted(model_type, tiny_model(model_type)), rows())
+    error: float = max((found - expected).abs().max().item(), (by_row - found).abs().max().item())
+    assert error < 1e-4, error
+    assert (expected - base).abs().max() > 1e-2
+    return error

@@ -1,0 +1,155 @@
+"""Adopted families equal transformers' own models: one family for each kind of seam.
+
+`python -m tests.families` runs the same checks on all families.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.models.adopted.routing import Replay, read_routing
+from align.models.family import family, family_of, model_types, routed_layers
+from align.models.packing import Packing
+from align.models.routing import report_routing
+from tests.families import checks
+from tests.tiny_families import FAMILIES, tiny_config, tiny_model
+
+SEAMS = {
+    "llama": "grouped heads",
+    "gemma2": "soft caps, tied",
+    "gemma3_text": "sliding window, tied",
+    "granite": "scaled logits",
+    "lfm2_moe": "short convolutions, sigmoid router with a bias",
+    "qwen3_moe": "softmax router, one published matrix per expert",
+    "deepseek_v3": "MLA, router with groups and a bias, shared expert",
+    "gpt_oss": "sinks, transposed experts with biases",
+}
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_packed_log_probabilities_are_those_of_transformers(model_type: str) -> None:
+    checks.check_forward(model_type)
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_gradients_are_those_of_transformers(model_type: str) -> None:
+    checks.check_gradients(model_type)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SEAMS if name not in ("llama", "gemma2", "granite")])
+def test_replay_uses_the_experts_it_is_told(model_type: str) -> None:
+    checks.check_replay(model_type)
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_names_and_shapes_are_the_published_ones(model_type: str, tmp_path: Path) -> None:
+    checks.check_names(model_type, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_moe", "gpt_oss"])
+def test_a_saved_model_loads_in_plain_transformers(model_type: str, tmp_path: Path) -> None:
+    checks.check_export(model_type, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_adapters_by_row_equal_merged_ones(model_type: str) -> None:
+    checks.check_lora(model_type)
+
+
+def test_every_adopted_family_has_a_tiny_model() -> None:
+    assert set(model_types()) - set(FAMILIES) <= {"hunyuan", "toy"}
+
+
+def test_the_router_report_of_a_sigmoid_router_is_that_of_its_scores() -> None:
+    """Balance loss, load and entropy of one layer by hand: p = s / sum(s) with s = sigmoid(logits)."""
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [0.5, -0.5, 0.3, 0.1]])
+    chosen = torch.tensor([[3, 1], [0, 2]])
+    routing = read_routing((logits, torch.full((2, 2), 0.5), chosen), sigmoid=True)
+    report = report_routing([routing], torch.ones(2))
+    scores = logits.sigmoid()
+    p = scores / scores.sum(1, keepdim=True)
+    load = torch.tensor([1, 1, 1, 1]) / 4
+    assert report.load[0].tolist() == load.tolist()
+    assert float(report.balance_loss) == pytest.approx(float(4 * (load * p.mean(0)).sum()), abs=1e-6)
+    assert float(report.entropy) == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("first", ["logits", "indices"])
+def test_a_routers_output_is_read_in_either_order(first: str) -> None:
+    logits, weights, indices = torch.randn(3, 5), torch.rand(3, 2), torch.tensor([[0, 1], [4, 2], [3, 0]])
+    output = (logits, weights, indices) if first == "logits" else (indices, weights, logits)
+    routing = read_routing(output, sigmoid=False)
+    assert torch.equal(routing.logits_TE, logits)
+    assert torch.equal(routing.weights_Tk, weights)
+    assert torch.equal(routing.chosen_Tk, indices)
+
+
+def test_replayed_experts_outside_the_chosen_groups_keep_their_scores() -> None:
+    """A router masks the scores of excluded groups before its top-k; a replayed expert there must not weigh zero."""
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    with Replay(torch.tensor([[0, 3]]), experts=4):
+        masked = scores.masked_fill(torch.tensor([[True, True, False, False]]), 0.0)
+        values, indices = masked.topk(2, dim=-1)
+    assert indices.tolist() == [[0, 3]]
+    assert values[0].tolist() == pytest.approx([0.1, 0.4])
+
+
+def test_positions_minus_one_leave_the_choice_to_the_router() -> None:
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    with Replay(torch.tensor([[0, -1]]), experts=4):
+        values, indices = torch.topk(scores, 2, dim=-1)
+    assert indices.tolist() == [[0, 2]]
+    assert values[0].tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_activation_checkpointing_in_evaluation_mode_changes_no_gradient() -> None:
+    """Replay must hold in the recomputation too, which happens after the forward pass has ended."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = checks.adopted("qwen3_moe", tiny_model("qwen3_moe"))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sequences = checks.rows()
+        with torch.no_grad():
+            _, own = checks.packed_logprobs(model, sequences, output_router_logits=True)
+        wanted = torch.where(own.routed_experts < 0, -1, (own.routed_experts + 1) % 8)
+        logprobs, output = checks.packed_logprobs(model, sequences, routed_experts=wanted)
+        (logprobs.sum() + output.router.balance_loss).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_padding_does_not_count_in_the_router_report() -> None:
+    model = checks.adopted("qwen3_moe", tiny_model("qwen3_moe"))
+    ids = checks.rows()[0]
+    padded = torch.cat((ids, torch.zeros(4, dtype=torch.long)))[None]
+    mask = torch.tensor([[1] * 5 + [0] * 4])
+    with torch.no_grad():
+        alone = model.model(input_ids=ids[None], output_router_logits=True).router
+        with_padding = model.model(input_ids=padded, attention_mask=mask, output_router_logits=True).router
+    assert float(with_padding.balance_loss) == pytest.approx(float(alone.balance_loss), abs=1e-6)
+    assert float(with_padding.entropy) == pytest.approx(float(alone.entropy), abs=1e-6)
+
+
+def test_a_packing_that_does_not_reach_attention_is_an_error() -> None:
+    model = checks.adopted("llama", tiny_model("llama"))
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, forward=forward, packing=None, **k: forward(*a, **k)
+    with pytest.raises(RuntimeError, match="does not pass a packing on"):
+        checks.packed_logprobs(model, checks.rows())
+
+
+def test_packing_refuses_a_mask() -> None:
+    model = checks.adopted("llama", tiny_model("llama"))
+    with pytest.raises(ValueError, match="neither a cache nor an attention mask"):
+        model.model(input_ids=torch.ones(1, 3, dtype=torch.long), packing=Packing([3]), attention_mask=torch.ones(1, 3))
+
+
+def test_layers_without_experts_are_dense() -> None:
+    layers = routed_layers(tiny_config("deepseek_v3"))
+    assert [tuple(layer) for layer in layers] == [(1, 1), (8, 2), (8, 2)]
+    assert family_of(tiny_config("deepseek_v3")) is family("deepseek_v3")
