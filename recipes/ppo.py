@@ -17,13 +17,14 @@ from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import world
 from align.reward.mixture import Scorer
 from align.rl.checkpoint import Checkpoint, Progress
-from align.rl.complete import complete_batch
+from align.rl.complete import compare_samples, complete_batch
 from align.rl.log import RunLog
 from align.rl.models import build_models, load_reward_models
 from align.rl.sample import RolloutSampler
-from align.rl.score import score_batch
+from align.rl.score import score_batch, to_experience
 from align.rl.update import update
 from align.rollout.build import build_engine, require_placement
+from align.rollout.self_check import SelfCheck
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
@@ -67,6 +68,7 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         log = RunLog(stage, context, models.policy.model, tokenizer, first_step=progress.step)
         stack.callback(log.close)
 
+        check = SelfCheck(models.policy.model.config, dtype, enabled=stage.self_check)
         metrics: dict[str, float] = {}
         while progress.step < stage.steps:
             with log.clock("generate"):
@@ -80,7 +82,10 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             elif progress.step + 1 < stage.steps:
                 sampler.begin()
             with log.clock("logprobs"):
-                metrics = batch.metrics | complete_batch(stage, models, batch.experience, progress.kl_coef)
+                # Under `overlap` the completions come from earlier weights, except at the start.
+                current = all(c.weight_version == progress.step for c in batch.completions)
+                compare = check.compare if check.pending and current else None
+                metrics = batch.metrics | complete_batch(stage, models, batch.experience, progress.kl_coef, compare)
             with log.clock("update"):
                 metrics |= update(
                     stage, models, batch.experience, step=progress.step, seed=context.seed, kl_coef=progress.kl_coef
@@ -91,6 +96,9 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             with log.clock("sync"):
                 sampler.wake()
                 metrics |= sampler.update_weights(models.policy, version=progress.step + 1)
+            check.note_update(metrics)
+            if stage.overlap and check.pending:
+                compare_samples(stage, models, to_experience(sampler.probe()), check.compare)
             progress = next_progress(stage, progress, metrics)
             log.finish_iteration(batch, metrics)
             stopping = should_stop() and progress.step < stage.steps

@@ -182,6 +182,9 @@ class PpoStage(StageWithParent):
     """Generate the next rollout batch during the updates. This is faster, but the completions come from the policy of
     one iteration earlier. Needs `rollout.engine: remote`, and either `importance.correction` or, with `old_logprobs:
     rollout`, `dual_clip`, because training without a correction can collapse."""
+    self_check: Annotated[bool, RUNTIME] = True
+    """End the run if the log-probabilities of sampler and trainer differ by more than their rounding, in the first
+    rollout batch or in the first one after an update: the sampler then runs another model."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 10
     """Iterations between the checkpoints that an interrupted run resumes from."""
     sample_every: Annotated[Positive, RUNTIME] = 5

@@ -30,10 +30,19 @@ UNROUTED = -1
 """Value in `routed_experts` where no expert is recorded. The all-reduce takes the maximum, so -1 is never kept."""
 
 
+Comparison = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes log-probabilities of trainer and sampler and a mask, all [B, T]; see `SelfCheck.compare`."""
+
+
 @torch.no_grad()
-def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: float) -> dict[str, float]:
-    """Fill in the batch's old and reference log-probabilities, values, advantages and returns; return metrics."""
-    metrics = forward_passes(stage, models, batch)
+def complete_batch(
+    stage: PpoStage, models: Models, batch: Experience, kl_coef: float, compare: Comparison | None = None
+) -> dict[str, float]:
+    """Fill in the batch's old and reference log-probabilities, values, advantages and returns; return metrics.
+
+    compare: called with the policy's log-probabilities before they are used.
+    """
+    metrics = forward_passes(stage, models, batch, compare)
     old, ref, score = filled(batch.old_logprobs), filled(batch.ref_logprobs), filled(batch.score)
     kl = kl_estimate(old, ref, stage.kl.estimator) * batch.mask
     penalty = kl_coef * kl if stage.kl.apply_to == "reward" else torch.zeros_like(kl)
@@ -47,7 +56,9 @@ def complete_batch(stage: PpoStage, models: Models, batch: Experience, kl_coef: 
     }
 
 
-def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[str, float]:
+def forward_passes(
+    stage: PpoStage, models: Models, batch: Experience, compare: Comparison | None = None
+) -> dict[str, float]:
     """Run policy, critic and reference over the batch and store their results in it.
 
     Returns the metrics of entropy and of the mismatch between sampler and trainer. Each rank computes its share of the
@@ -87,6 +98,8 @@ def forward_passes(stage: PpoStage, models: Models, batch: Experience) -> dict[s
         tables[name] = largest(table, models.device) if name == ROUTING else summed(table, models.device)
     require_finite_results(batch, tables)
     computed, logprobs, entropy = (tables.pop(name) for name in ("computed", "logprobs", "entropy"))
+    if compare is not None:
+        compare(logprobs, batch.rollout_logprobs, computed)
     batch.old_logprobs = logprobs if stage.old_logprobs == "trainer" else batch.rollout_logprobs
     for name, table in tables.items():
         setattr(batch, name, table)
@@ -111,6 +124,15 @@ def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str,
     if stage.routing_replay == "trainer" and output.routed_experts is not None:
         results[ROUTING] = output.routed_experts.cpu().to(torch.int16)
     return results
+
+
+@torch.no_grad()
+def compare_samples(stage: PpoStage, models: Models, samples: Experience, compare: Comparison) -> None:
+    """Compare samples of the current weights; on several ranks each computes all of them."""
+    output = models.policy.run(
+        policy_output, samples.to(models.device), stage.rollout.temperature, replay=stage.routing_replay == "rollout"
+    )
+    compare(output.logprobs.cpu(), samples.rollout_logprobs, samples.mask)
 
 
 def critic_pass(models: Models, critic: Learner, stage: PpoStage, batch: Experience) -> dict[str, Tensor]:

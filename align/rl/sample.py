@@ -19,6 +19,9 @@ from align.rollout.base import Completion, RolloutEngine, SamplingSettings
 from align.train.device import return_cached_memory
 from align.train.learner import Learner
 
+PROBES, PROBE_TOKENS = 4, 12
+"""Completions of `RolloutSampler.probe` and their maximum length."""
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -121,6 +124,18 @@ class RolloutSampler:
         if not policy.collective:  # gathering sharded weights again would need all ranks
             self.engine.offer_weights(policy.published_weights)
         return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}
+
+    def probe(self) -> list[Completion]:
+        """A few short completions from the current weights, which do not count as sampled."""
+        rows = self._rows(0, PROBES * self.stage.completions_per_prompt)[:: self.stage.completions_per_prompt]
+        sampling = SamplingSettings(
+            max_new_tokens=min(PROBE_TOKENS, self.stage.rollout.max_new_tokens),
+            temperature=self.stage.rollout.temperature,
+            seed=self.seed,
+            stop_token_ids=self.stop_ids,
+        )
+        prompts = [list(row.ids) for row in rows]
+        return from_rank_0("self-check", lambda: [row[0] for row in self.engine.generate(prompts, sampling)])
 
     def sleep(self) -> None:
         """With `rollout.sleep`, release the engine's GPU memory until `wake`. All ranks wait until it is released."""

@@ -8,13 +8,17 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from align.config.rollout import Rollout
 from align.rollout.base import SamplingSettings
 from align.rollout.hf_engine import HuggingFaceEngine
 from align.rollout.placement import Gpus, place_servers
 from align.rollout.remote import RemoteEngine
+from align.rollout.self_check import SelfCheck
 from align.rollout.server import Server
 from align.rollout.vllm_options import check_context, check_model, check_temperature
 from align.train.checkpoint import load_policy
@@ -191,6 +195,25 @@ def _(here: Here) -> None:
 @wrong("model-unknown-to-transformers", "A model that transformers does not know")
 def _(here: Here) -> None:
     check_model_with(model_type="bailing_moe_v2")
+
+
+def check_samples_of(model_type: str, *, updated: bool) -> None:
+    """Compare log-probabilities of trainer and rollout engine that differ by one."""
+    config = SimpleNamespace(model_type=model_type, tie_word_embeddings=True)
+    check = SelfCheck(config, "float32", enabled=True)
+    if updated:
+        check.note_update({"policy_updates": 1.0, "policy_grad_norm": 1.0})
+    check.compare(torch.zeros(1, 8), torch.ones(1, 8), torch.ones(1, 8))
+
+
+@wrong("sampler-is-another-model", "vLLM computes another model than the trainer")
+def _(here: Here) -> None:
+    check_samples_of("gemma2", updated=False)
+
+
+@wrong("sampler-keeps-old-weights", "vLLM keeps old weights")
+def _(here: Here) -> None:
+    check_samples_of("llama", updated=True)
 
 
 @wrong("temperature-too-low-for-vllm", "A temperature that vLLM would raise silently")
