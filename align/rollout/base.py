@@ -43,7 +43,7 @@ class Completion:
     finished: True if a stop token ended the completion, False if it was truncated at `max_new_tokens`.
     weight_version: version of the weights that sampled it; 0 for the initial checkpoint.
     routed_experts: with `rollout.return_routing`, the experts of prompt and completion, int16 [layers, tokens - 1, k],
-        best first. The last token was sampled but never fed to the model, so it has no routing. Values are -1 in
+        in any order. The last token was sampled but never fed to the model, so it has no routing. Values are -1 in
         layers without routed experts and beyond a layer's k.
     """
 

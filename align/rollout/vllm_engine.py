@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from align.config.rollout import Rollout
+from align.models.family import load_config
 from align.rollout.base import (
     SLEEP_LEVEL,
     Completion,
@@ -66,7 +67,7 @@ class VllmEngine:
             self._llm.update_weight_version("0")
             self._complete = True
             if rollout.return_routing:
-                self._record_routing()
+                self._record_routing(moe_layers(load_config(checkpoint)))
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
         from vllm import SamplingParams
@@ -144,8 +145,8 @@ class VllmEngine:
     def _sleeps(self) -> bool:
         return bool(self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
-    def _record_routing(self) -> None:
-        self._moe_layers = moe_layers(self._llm.llm_engine.vllm_config.model_config.hf_config)
+    def _record_routing(self, top_k: list[int]) -> None:
+        self._moe_layers = top_k
         if self._llm.llm_engine.vllm_config.aux_output_config.enabled:
             return  # vLLM returns the routing itself
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner

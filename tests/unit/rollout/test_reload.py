@@ -13,7 +13,7 @@ from align.rollout.sync.reload import vocabulary_padding
 from align.rollout.sync.send import InProcess
 from align.rollout.sync.stream import digest
 from align.rollout.vllm_engine import VllmEngine
-from tests.family_engine import ROLLOUT, difference, sample
+from tests.families.engine import ROLLOUT, difference, sample
 from tests.tiny_families import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

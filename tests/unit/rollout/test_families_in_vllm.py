@@ -1,0 +1,30 @@
+"""vLLM's own classes sample from the trainer's policy: one family for each kind of seam.
+
+`python -m tests.families` runs the same check on all families.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+from tests.families.engine import TOLERANCE, in_own_process
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+SEAMS = {
+    "gemma3_text": "tied, sliding window",
+    "qwen3_moe": "softmax router, experts that a kernel packs",
+    "deepseek_v3": "MLA, sigmoid router with groups and a bias, shared expert",
+    "gpt_oss": "sinks, stacked experts",
+    "hunyuan_v1_dense": "vLLM's transformers backend",
+}
+"""A tied Llama is in test_reload.py."""
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_log_probabilities_equal_transformers_before_and_after_updates(model_type: str) -> None:
+    found = in_own_process(model_type)
+    assert "error" not in found, found
+    assert max(found["fresh"], *found["updated"]) < TOLERANCE
+    assert found["stale"] > 0.1
+    assert found["routing"] == (None if model_type in ("gemma3_text", "hunyuan_v1_dense") else 0.0)
