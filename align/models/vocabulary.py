@@ -39,7 +39,7 @@ def vocabulary_size(current: int, ids: Collection[int], multiple: int) -> int:
 
 
 def vocabulary_tensors(config: Any) -> list[str]:
-    """Published names of the tensors with one row per entry of the vocabulary."""
+    """Published names of the tensors with one row per entry of the vocabulary; a tied head is included."""
     larger = copy.deepcopy(config)
     larger.vocab_size += 1
     shapes = family_of(config).published_shapes
@@ -68,7 +68,7 @@ def resize_vocabulary(folder: Path, config: Any, size: int, known: Collection[in
     config: the checkpoint's configuration.
     known: ids of the tokens that the model was trained with; see `resized`.
     """
-    names = {*vocabulary_tensors(config), "lm_head.weight"}  # some files have a tied head as well
+    names = set(vocabulary_tensors(config))
     by_file: dict[Path, set[str]] = {}
     for tensor in stored_tensors(weight_files(folder)):
         if tensor.name in names:

@@ -65,13 +65,10 @@ def config_problem(config: Mapping[str, Any], known: Collection[str] | None = No
         return None
     if code := config.get("auto_map"):
         return (
-            f"'{kind}' needs Python code from the checkpoint (auto_map: {_code(code)}), which is never run. Use a "
-            "model_type that docs/families.md lists, or add this one as docs/extending.md shows."
+            f"'{kind}' needs Python code from the checkpoint (auto_map: {_code(code)}), which is never run; "
+            "docs/families.md lists the model types that need none."
         )
-    return (
-        f"its model_type is '{kind}', which align does not know. Use one that docs/families.md lists, or add it as "
-        "docs/extending.md shows."
-    )
+    return f"its model_type is '{kind}', which align does not know; docs/families.md lists the model types."
 
 
 def is_scorer(config: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from align.parallel.offload import require_space
 from align.parallel.sharding import full_shape, local_values, world
 from align.run.checkpoint import read_config
 from align.run.folder import MODEL, replace_folder
+from align.run.refusals import IS_LANGUAGE_MODEL, IS_REWARD_MODEL, config_problem, is_scorer
 from align.train.finite import require_finite
 from align.train.vocabulary import read_tokenizer
 
@@ -42,11 +43,8 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     weights: False skips the check for weights.
     """
     path, config = folder / "config.json", read_config(folder)
-    kind = config.get("model_type")
-    if kind not in model_types():
-        raise UserError(
-            f"{folder}: its model_type is '{kind}', which align does not know; docs/families.md lists the model types."
-        )
+    if problem := config_problem(config, model_types()):
+        raise UserError(f"{folder}: {problem}")
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder}: it has no safetensors file; convert the weights (pickled weights are never loaded)."
@@ -85,11 +83,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return read_tokenizer(folder, check_checkpoint(folder)["vocab_size"])
 
 
-def _is_scorer(config: dict[str, Any]) -> bool:
-    """True if config.json declares a model with a scalar head."""
-    return family(config["model_type"]).scorer.__name__ in (config.get("architectures") or [])
-
-
 @contextmanager
 def _damage_explained(folder: Path) -> Iterator[None]:
     """Turn errors while weights are read into a `UserError`."""
@@ -123,8 +116,8 @@ def load_policy(
 
 def _policy_config(folder: Path) -> FamilyConfig:
     """Configuration of a language model's checkpoint, after checking that the weight files' headers match it."""
-    if _is_scorer(check_checkpoint(folder)):
-        raise UserError(f"{folder}: it is a reward model; use the checkpoint of a language model.")
+    if is_scorer(check_checkpoint(folder)):
+        raise UserError(f"{folder}: {IS_REWARD_MODEL}")
     with _damage_explained(folder):
         settings: FamilyConfig = AutoConfig.from_pretrained(folder)
         check_weights(folder, settings)
@@ -176,8 +169,8 @@ def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None
 
     parallel: as in `load_policy`.
     """
-    if not _is_scorer(check_checkpoint(folder)):
-        raise UserError(f"{folder}: it is a language model; use the checkpoint of a reward model.")
+    if not is_scorer(check_checkpoint(folder)):
+        raise UserError(f"{folder}: {IS_LANGUAGE_MODEL}")
     return load_scorer(folder, dtype, parallel=parallel, frozen=True).eval()
 
 

@@ -286,9 +286,10 @@ def test_a_conversation_becomes_several_rows_in_one_split(tokenizers, jsonl):
 
 
 def test_columns_for_the_template_and_arguments_of_any_type(tokenizers, jsonl):
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"x": {"type": "int"}}}}}]
     rows = []
-    for value in (1, "one", [1, 2], None):  # Arrow cannot mix these in one column
+    # Arrow cannot mix these in one column.
+    for value, types in ((1, "int"), ("one", ["int", "string"]), ([1, 2], {"any": 1}), (None, "null")):
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"x": types}}}}]
         call = {"type": "function", "function": {"name": "add", "arguments": {"x": value}}}
         talk = [turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
         rows.append({"messages": talk, "tools": tools, "chat_template_kwargs": {"enable_thinking": value == 1}})

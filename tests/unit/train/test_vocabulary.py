@@ -17,9 +17,10 @@ from align.data.chat import DEFAULT_TEMPLATE, stop_token_ids
 from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.vocabulary import vocabulary_size
+from align.models.vocabulary import vocabulary_size, vocabulary_tensors
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.vocabulary import add_tokens
+from tests.tiny_families import FAMILIES, save_tiny, tiny_config
 
 SIZES = {
     "hidden_size": 32,
@@ -91,6 +92,26 @@ def test_new_tokens_start_as_the_mean_of_the_known_ones(tmp_path, tied, rows, si
     first, second = (load_policy(path, "float32").eval() for path in (tmp_path / "source", folder))
     with torch.no_grad():
         assert torch.equal(first(ids).logits[..., :259], second(ids).logits[..., :259])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_tensors_of_the_vocabulary_of_each_family(kind):
+    assert set(vocabulary_tensors(tiny_config(kind))) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt_oss"])
+def test_new_tokens_of_other_families(tmp_path, kind):
+    tokenizer = train_tokenizer(["a"], 259)
+    save_tiny(kind, tmp_path / "source", vocab_size=259)
+    tokenizer.save_pretrained(tmp_path / "source")
+    folder = linked(tmp_path / "source", tmp_path / "model")
+    add_tokens(folder, NEW, 64)
+    first, second = (load_policy(path, "float32").eval() for path in (tmp_path / "source", folder))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(first(ids).logits, second(ids).logits[..., :259])
+    embeddings = second.get_input_embeddings().weight
+    assert torch.allclose(embeddings[259:], embeddings[:259].mean(0).expand(61, -1), atol=1e-6)
 
 
 def test_only_the_files_with_embeddings_are_copied_and_the_index_stays_right(tmp_path):

@@ -49,6 +49,13 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("remote-code", "A checkpoint that needs its own Python code")
+def _(here: Here) -> str:
+    code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    here.change_config(model_type="x_model", auto_map=code)
+    return here.run()
+
+
 @wrong("gguf-file", "A GGUF file")
 def _(here: Here) -> str:
     here.write("model.gguf", "GGUF")
