@@ -10,7 +10,7 @@ from typing import Any
 from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.paths import local_path
-from align.config.presets import PRESETS
+from align.config.presets import DEFAULT_FAMILY, unknown_keys
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
@@ -52,9 +52,11 @@ def _of_model(model: Model) -> Iterator[str]:
         case ScratchModel():
             for field, source in find(model, FileSource):
                 yield from _file(f"model.{field}", source)
-        case PretrainedModel(path=path):
+        case PretrainedModel(path=path, config=changes):
             yield from _folder("model.path", path)
             yield from _of_kind("model.path", path)
+            if changes and (config := _config_in(path)) is not None:
+                yield from (f"{problem}." for problem in unknown_keys(changes, config.get("model_type", DEFAULT_FAMILY)))
         case HotStartModel(source=path):
             yield from _folder("model.source", path)
 
@@ -135,8 +137,8 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
 def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
     """The config.json values of a model; None if the checkpoint is not on this machine or `files` is false."""
     match model:
-        case ScratchModel(preset=preset, config=changes):
-            return (PRESETS[preset] if preset else {}) | changes
+        case ScratchModel(config=changes):
+            return model.sizes() | changes
         case HotStartModel(experts=experts, config=changes):
             return {"num_experts": experts} | changes
         case PretrainedModel(path=path, config=changes):

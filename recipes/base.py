@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
-from align.config.presets import PRESETS
+from align.config.presets import DEFAULT_FAMILY, unknown_keys
 from align.data.chat import set_system_prompt
 from align.data.tokenizer import corpus, train_tokenizer
 from align.errors import UserError
@@ -73,10 +73,9 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
         tokenizer = train_tokenizer(texts, settings.tokenizer.vocab_size)
-    sizes = PRESETS[settings.preset] if settings.preset else {}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
-    values = {**sizes, **tokens, **settings.config}
+    values = {**settings.sizes(), **tokens, **settings.config}
     config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
     family_of(config).policy(config).save_pretrained(folder)
@@ -110,7 +109,10 @@ def _find_pretrained(model: PretrainedModel) -> Path:
                 f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here; "
                 "check the spelling, or download the checkpoint and set its folder."
             ) from None
-    check_checkpoint(source)
+    config = check_checkpoint(source)
+    problems = unknown_keys(model.config, config.get("model_type", DEFAULT_FAMILY)) if model.config else None
+    if problems:
+        raise UserError(".\n".join(problems) + ".")
     return source
 
 

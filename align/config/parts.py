@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import to_jsonable_python
 
+from align.config.presets import DEFAULT_FAMILY, PRESETS, unknown_keys
+
 
 class RuntimeSetting:
     """Marks a setting that does not affect a stage's result; it may change when a run is resumed."""
@@ -89,20 +91,37 @@ class ScratchTokenizer(Section):
 
 
 class ScratchModel(Section):
-    """A HunYuan model with random weights."""
+    """A model with random weights."""
 
     kind: Literal["scratch"]
     """Selects random initial weights."""
-    preset: Literal["hunyuan-large", "medium", "small", "tiny"] | None = None
+    model_type: str | None = None
+    """Family of the model, as in config.json: `llama`, `qwen3_moe`. Default: the preset's, otherwise `hunyuan`."""
+    preset: Literal["hunyuan-large", "medium", "small", "tiny", "hy3"] | None = None
     """Named model sizes (`align show-model NAME` prints them). `config` overrides single values."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of `HunYuanConfig`, with the keys of a published config.json. Default of `vocab_size`: the
+    """Values of the family's configuration, with the keys of a published config.json. Default of `vocab_size`: the
     tokenizer's."""
     tokenizer: Annotated[
         Annotated[ScratchTokenizer, Tag("to_train")] | Annotated[str, Tag("path")],
         Discriminator(lambda value: "path" if isinstance(value, str) else "to_train"),
     ]
     """A tokenizer to train, or the folder of a trained one."""
+
+    def problems(self) -> list[str]:
+        """Contradictions between `preset` and `model_type`, and unknown keys of `config`."""
+        own = PRESETS[self.preset].get("model_type", DEFAULT_FAMILY) if self.preset else None
+        if own and self.model_type not in (None, own):
+            return [
+                f"model: preset '{self.preset}' has the model_type '{own}', but model_type is '{self.model_type}'; "
+                "remove one of them"
+            ]
+        return unknown_keys(self.config, self.model_type or own or DEFAULT_FAMILY)
+
+    def sizes(self) -> dict[str, Any]:
+        """The preset's values with the `model_type`, before those of `config`."""
+        family = {"model_type": self.model_type} if self.model_type else {}
+        return family | (PRESETS[self.preset] if self.preset else {})
 
 
 class PretrainedModel(Section):

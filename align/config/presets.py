@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
+
+DEFAULT_FAMILY = "hunyuan"
+"""The `model_type` of a configuration that names none."""
 
 _FAMILY: dict[str, Any] = {"num_shared_expert": 1, "use_mixed_mlp_moe": True, "use_cla": True, "use_qk_norm": True}
 
@@ -58,9 +62,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_topk": 1,
         "max_position_embeddings": 512,
     },
+    "hy3": {
+        "model_type": "hy_v3",
+        "vocab_size": 120_832,
+        "hidden_size": 4096,
+        "intermediate_size": 13_312,
+        "num_hidden_layers": 80,
+        "mlp_layer_types": ["dense"] + 79 * ["sparse"],
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_experts": 192,
+        "num_experts_per_tok": 8,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 1536,
+        "router_scaling_factor": 2.826,
+        "max_position_embeddings": 131_072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 11_158_840.0},
+        "tie_word_embeddings": False,
+    },
 }
-"""{preset: keys of `HunYuanConfig`}. hunyuan-large is the published instruct model. The others are smaller models of
-the same architecture."""
+"""{preset: keys of the configuration, which is a `HunYuanConfig` unless `model_type` names another family}.
+hunyuan-large is the published instruct model, and hy3 the published Hy3. The others are smaller models of HunYuan's
+architecture."""
 
 CONFIG_KEYS = (
     "vocab_size",
@@ -103,15 +127,47 @@ CONFIG_KEYS = (
 """The fields of `HunYuanConfig`, listed here so that a recipe is validated without loading transformers."""
 
 
-def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """One error message per key that `HunYuanConfig` does not have."""
+COMMON_KEYS = (
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "pad_token_id",
+    "rope_scaling",
+    "rope_theta",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "tie_word_embeddings",
+)
+"""Keys that every family of transformers has, whether or not its class lists them."""
+
+
+def unknown_keys(config: Mapping[str, Any], model_type: str = DEFAULT_FAMILY) -> list[str]:
+    """One error message per key that the family's configuration does not have.
+
+    Loads transformers for families other than `DEFAULT_FAMILY`.
+    """
+    name, keys = ("HunYuanConfig", CONFIG_KEYS) if model_type == DEFAULT_FAMILY else _keys_of(model_type)
+    if name is None:
+        return [f"model: transformers has no model_type '{model_type}'; check its spelling"]
     found = []
     for key in config:
-        if key not in CONFIG_KEYS:
-            near = get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.5)
+        if key not in keys:
+            near = get_close_matches(key, keys, n=1, cutoff=0.5)
             fix = f"write '{near[0]}', or remove it" if near else "remove it"
-            found.append(f"model.config: '{key}' is not a key of HunYuanConfig; {fix}")
+            found.append(f"model.config: '{key}' is not a key of {name}; {fix}")
     return found
+
+
+def _keys_of(model_type: str) -> tuple[str | None, tuple[str, ...]]:
+    """(class, keys) of a family's configuration in transformers; None if there is no such class."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return None, ()
+    family = CONFIG_MAPPING[model_type]
+    own = [key for key in family.__dataclass_fields__ if key not in PreTrainedConfig.__dataclass_fields__]
+    return family.__name__, (*own, *family.attribute_map, *COMMON_KEYS)
 
 
 PUBLISHED = {f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")}

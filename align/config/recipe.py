@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parallel import Parallel
-from align.config.parts import Model, Section
+from align.config.parts import HotStartModel, Model, ScratchModel, Section
 from align.config.presets import unknown_keys
 from align.config.stage import LANGUAGE_MODEL
 from align.config.stages import Stage, TrainingStage
@@ -47,7 +47,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _model_has_known_keys(self) -> Recipe:
-        if problems := unknown_keys(self.model.config):
+        problems = list[str]()
+        if isinstance(self.model, ScratchModel):
+            problems = self.model.problems()
+        elif isinstance(self.model, HotStartModel):
+            problems = unknown_keys(self.model.config)
+        if problems:
             raise ValueError(".\n".join(problems))
         return self
 

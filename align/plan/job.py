@@ -328,9 +328,9 @@ def _named(name: str) -> ModelShape:
 def _base(recipe: Recipe) -> ModelShape:
     model = recipe.model
     if isinstance(model, ScratchModel):
-        sizes: dict[str, Any] = dict(PRESETS[model.preset]) if model.preset else {}
+        sizes = model.sizes()
         sizes |= {"vocab_size": entries} if (entries := _vocabulary(model)) else {}
-        return shape_of(model.preset or "scratch", sizes | model.config)
+        return shape_of(model.preset or model.model_type or "scratch", sizes | model.config)
     if isinstance(model, HotStartModel):
         dense = SMOLLM2_135M if "/" not in model.source else _config_in(local_path(model.source))
         if dense is None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from align.config.presets import DEFAULT_FAMILY
 from align.plan.hunyuan import DEFAULTS, hunyuan_shape
 from align.plan.sizes import ModelShape
 
-DEFAULT_FAMILY = "hunyuan"
-"""The `model_type` of a configuration that names none."""
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names that the configurations of different families use for the number of routed experts."""
 

@@ -29,7 +29,7 @@ def test_hunyuan_large_counts_as_the_report_does() -> None:
     assert cost.cache_bytes_per_token / cost.cache_bytes_multi_head == 0.05
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n != "hunyuan-large"])
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
 def test_other_presets_have_the_active_size_they_promise(name) -> None:
     active = model_cost(shape_of(name, PRESETS[name])).active_parameters
     low, high = {"tiny": (0.5e6, 2e6), "small": (0.08e9, 0.12e9), "medium": (0.8e9, 1.3e9)}[name]

@@ -232,6 +232,27 @@ def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "tokenizer": "./model", "config": {"xyz": 32}})
 
 
+@wrong("scratch-unknown-key-of-family", "An unknown key in `model.config` of a family of transformers")
+def _(here: Here) -> str:
+    model = {"kind": "scratch", "model_type": "qwen3_moe", "tokenizer": "./model", "config": {"num_expert": 4}}
+    return here.check(model=model)
+
+
+@wrong("scratch-unknown-family", "A `model_type` that transformers does not have")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "scratch", "model_type": "quen3", "tokenizer": "./model"})
+
+
+@wrong("scratch-preset-and-family", "A `model_type` that is not the preset's")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "scratch", "model_type": "llama", "preset": "hy3", "tokenizer": "./model"})
+
+
+@wrong("pretrained-unknown-key", "An override that the checkpoint's configuration does not have")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "pretrained", "path": "./model", "config": {"hiden_dropout": 0.1}})
+
+
 @wrong("scratch-impossible-sizes", "Contradicting values in `model.config`")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "tokenizer": "./model", "config": SIZES | {"moe_topk": 4}})
