@@ -41,6 +41,45 @@ WIDE = {
     "num_attention_heads": 8,
     "num_experts": 16,
 }
+SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 256}
+FAMILIES: dict[str, dict[str, Any]] = {
+    # model_type: values of its configuration. Tied embeddings; a mixture; latent attention with a shared expert and a
+    # dense first layer; sinks, windows and biases of experts.
+    "llama": SIZES | {"intermediate_size": 1024, "tie_word_embeddings": True},
+    "qwen3_moe": SIZES | ROUTED | {"num_experts": 16, "head_dim": 32},
+    "deepseek_v3": SIZES
+    | ROUTED
+    | {
+        "intermediate_size": 512,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+    "gpt_oss": SIZES
+    | {
+        "head_dim": 32,
+        "intermediate_size": 256,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+}
 LORA = {"rank": 8, "experts": False}
 STEPS = 3
 
@@ -63,6 +102,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ppo, wide": ("ppo", WIDE, {}),
     "ppo, wide, checkpointing": ("ppo", WIDE, {"gradient_checkpointing": True}),
     "ppo, wide, average": ("ppo", WIDE, {"ema_decay": 0.9}),
+    **{
+        f"{kind}, {family}{', LoRA' if changes else ''}": (kind, {"model_type": family} | sizes, changes)
+        for family, sizes in FAMILIES.items()
+        for kind, changes in (("sft", {}), ("sft", {"lora": LORA}), ("reward_model", {}), ("dpo", {}), ("ppo", {}))
+    },
 }
 
 SHARDED: dict[str, tuple[str, Setting]] = {
@@ -119,9 +163,11 @@ def recipe_for(kind: str, model: dict[str, Any], changes: dict[str, Any], folder
     else:
         stage |= {"data": {"train": [source], "max_length": length}, "micro_batch_size": 8, "max_steps": STEPS}
     tokenizer = {"vocab_size": 1024, "data": [{"kind": "python_docs", "view": "text", "limit": 200}]}
+    sizes = {key: value for key, value in model.items() if key != "model_type"}
+    of_family = {"model_type": model["model_type"]} if "model_type" in model else {"preset": "tiny"}
     values = {
         "name": "plan",
-        "model": {"kind": "scratch", "preset": "tiny", "config": model, "tokenizer": tokenizer},
+        "model": {"kind": "scratch", "config": sizes, "tokenizer": tokenizer} | of_family,
         "stages": {"measured": stage | changes},
     }
     path = folder / "recipe.yaml"
@@ -144,10 +190,10 @@ def measure(case: str) -> dict[str, Any]:
         length = longest_row(draft, folder) if kind != "pretrain" else 128
         recipe = recipe_for(kind, model, changes, folder, length)
         context = StageContext(recipe, "measured", folder / "run", say=lambda line: None)
-        stage = importlib.import_module(f"align.recipes.{kind}")
+        module, mark = ("align.recipes.ppo", "RunLog") if kind == "ppo" else ("align.train.fit", "count_parameters")
+        stage = importlib.import_module(module)
         loaded: list[tuple[int, int]] = []
-        mark = "RunLog" if kind == "ppo" else "count_parameters"
-        call = getattr(stage, mark)  # the stage calls it once its models are loaded, before anything else
+        call = getattr(stage, mark)  # called once the stage's models are loaded, before anything else
 
         def note_and_call(*arguments: Any, **named: Any) -> Any:
             loaded.append((time.time_ns(), live_tensor_bytes()))

@@ -6,6 +6,7 @@ a weight which is lost or replaced by its default changes the logits.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     """Configuration of three layers with hidden size 64; mixtures have eight experts, of which two per token."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    values = {**SHARED, **FAMILIES[model_type], **changes}
+    values = deepcopy({**SHARED, **FAMILIES[model_type], **changes})  # some classes change the lists they are given
     kept = {name: value for name, value in values.items() if value is not None or name not in SHARED}
     return CONFIG_MAPPING[model_type](**kept)
 

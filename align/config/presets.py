@@ -170,5 +170,8 @@ def _keys_of(model_type: str) -> tuple[str | None, tuple[str, ...]]:
     return family.__name__, (*own, *family.attribute_map, *COMMON_KEYS)
 
 
-PUBLISHED = {f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")}
+PUBLISHED = {
+    **{f"hunyuan-a52b-{name}": "hunyuan-large" for name in ("pretrain", "instruct", "instruct-fp8")},
+    "hy3": "hy3",
+}
 """{folder name of a published checkpoint, in lower case: the preset with its sizes}."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from align.config.presets import DEFAULT_FAMILY
 from align.plan.hunyuan import DEFAULTS, hunyuan_shape
 from align.plan.sizes import ModelShape
 
+ARITHMETIC: dict[str, Callable[[str, Mapping[str, Any]], ModelShape]] = {DEFAULT_FAMILY: hunyuan_shape}
+"""Families whose sizes are computed without torch, by `model_type`."""
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names that the configurations of different families use for the number of routed experts."""
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """Sizes of the model that the values of a config.json describe."""
-    return hunyuan_shape(name, config)
+    """Sizes of the model that the values of a config.json describe. Only families outside `ARITHMETIC` load torch."""
+    arithmetic = ARITHMETIC.get(config.get("model_type", DEFAULT_FAMILY))
+    if arithmetic is None:
+        from align.plan.counted import counted_shape  # imports torch and transformers
+
+        arithmetic = counted_shape
+    return arithmetic(name, config)
 
 
 def expert_counts(config: Mapping[str, Any]) -> list[int]:
