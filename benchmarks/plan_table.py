@@ -1,4 +1,4 @@
-"""Write the tables of docs/plan.md: plans of Hunyuan-Large on 1 to 512 GPUs, and the results of bench_plan.py."""
+"""Write the tables of docs/plan.md: plans of Hunyuan-Large and Hy3 on clusters, and the results of bench_plan.py."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
 GPU, HOST_GB = "h20", 2000
 SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
 BATCH = 1536  # divisible by 512 and by 24
+HY3_GPU, HY3_SIZES = "h100", [8, 16, 24, 32, 64, 128]
 
 
-def cluster(gpus: int, host_gb: float = HOST_GB) -> Cluster:
-    return Cluster(gpus, -(-gpus // 8), GPUS[GPU].memory_gb * GB, host_gb * GB)
+def cluster(gpus: int, host_gb: float = HOST_GB, gpu: str = GPU) -> Cluster:
+    return Cluster(gpus, -(-gpus // 8), GPUS[gpu].memory_gb * GB, host_gb * GB)
 
 
-def jobs() -> dict[str, Job]:
-    """Workloads of the shipped recipe: full and LoRA fine-tuning at 2,048 tokens, and full PPO."""
+def jobs(name: str = "hunyuan-large") -> dict[str, Job]:
+    """Workloads of a shipped recipe: full and LoRA fine-tuning at 2,048 tokens, and full PPO."""
     batches = [
         f"stages.sft.batch_size={BATCH}",
         f"stages.ppo.batch_size={BATCH}",
         f"stages.ppo.mini_batch_size={BATCH}",
     ]
-    recipe = load_recipe("hunyuan-large", batches)
-    found = {job.name: job for job in jobs_of(recipe, "hunyuan-large", None)}
+    recipe = load_recipe(name, batches)
+    found = {job.name: job for job in jobs_of(recipe, name, None)}
     return {
         "full SFT": found["sft"],
         "SFT, LoRA on attention": found["sft"].with_lora(SMALL_LORA),
@@ -54,8 +55,10 @@ def jobs() -> dict[str, Job]:
     }
 
 
-def cell(job: Job, where: Cluster) -> str:
-    plans = feasible(job, where, GPUS[GPU].rates)
+def cell(job: Job, where: Cluster, gpu: str = GPU, *, whole_experts: bool = False) -> str:
+    """The fastest plan that fits. whole_experts: without expert parallelism."""
+    plans = feasible(job, where, GPUS[gpu].rates)
+    plans = [plan for plan in plans if plan.setting.expert_parallel_size == 1 or not whole_experts]
     if not plans:
         return f"no: {least_short(job, where)}"
     best = plans[0]
@@ -89,6 +92,20 @@ def clusters_table() -> str:
     return table(["GPUs in hosts", *kinds], rows)
 
 
+def hy3_table() -> str:
+    """Full and LoRA fine-tuning of Hy3, also without expert parallelism as in Tencent's guide."""
+    kinds = {name: job for name, job in jobs("hy3").items() if "SFT" in name}
+    columns = [
+        (f"{name}{', no expert parallelism' * whole}", job, whole) for name, job in kinds.items() for whole in (0, 1)
+    ]
+    rows = []
+    for gpus in HY3_SIZES:
+        where = cluster(gpus, gpu=HY3_GPU)
+        cells = [cell(job, where, HY3_GPU, whole_experts=bool(whole)) for _, job, whole in columns]
+        rows.append([f"{gpus} in {where.hosts}", *cells])
+    return table(["GPUs in hosts", *(name for name, _, _ in columns)], rows)
+
+
 def least_gpus(job: Job, host_gb: float) -> int | None:
     """Smallest number of GPUs, in hosts of eight, on which some setting fits; None if 64 hosts are too few."""
     for hosts in range(1, 65):
@@ -119,7 +136,7 @@ def measured_table() -> str:
     return table(["run", "measured, MB", "planned, MB", "planned / measured"], rows) + f"\n\n{made}"
 
 
-TABLES = {"clusters": clusters_table, "hosts": hosts_table, "measured": measured_table}
+TABLES = {"clusters": clusters_table, "hosts": hosts_table, "hy3": hy3_table, "measured": measured_table}
 
 
 def written(page: str) -> str:

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class TracedActivations:
     """
 
     config: str
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerShape, ...] = field(compare=False)
 
     def layer(self, layer: LayerShape, run: Pass) -> Saved:
         index = self.kinds.index(layer) + 1
@@ -61,7 +61,7 @@ class TracedActivations:
     def outside(self, run: Pass) -> float:
         return self._bytes((-1, OUTSIDE), run)
 
-    @property
+    @cached_property
     def kinds(self) -> list[LayerShape]:
         return list(dict.fromkeys(self.layers))
 

@@ -42,11 +42,28 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     """
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+    with _without_old_names():
+        wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
     for parameter in wrapped.parameters():
         if in_float32 and parameter.requires_grad:  # PEFT leaves modules_to_save in the model's dtype
             parameter.data = parameter.data.float()
     return wrapped
+
+
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """Keep PEFT from moving adapters of an MLP to the routed experts.
+
+    For families that once had a module per expert, it takes `gate_proj` for the experts' old name.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 def is_lora_weight(name: str) -> bool:
