@@ -56,7 +56,8 @@ def _of_model(model: Model) -> Iterator[str]:
             yield from _folder("model.path", path)
             yield from _of_kind("model.path", path)
             if changes and (config := _config_in(path)) is not None:
-                yield from (f"{problem}." for problem in unknown_keys(changes, config.get("model_type", DEFAULT_FAMILY)))
+                family = config.get("model_type", DEFAULT_FAMILY)
+                yield from (f"{problem}." for problem in unknown_keys(changes, family))
         case HotStartModel(source=path):
             yield from _folder("model.source", path)
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from align.errors import UserError
-from align.models.family import family, family_of, model_types, routed_layers
+from align.models.adopted.routing import ReportingRouter
+from align.models.family import family, family_of, model_types
 from align.models.lora.adapters import AnyModel
 from align.plan.sizes import LayerShape, Linears, ModelShape
 from align.plan.traced import TracedActivations, mixes
@@ -25,11 +26,13 @@ def counted_shape(name: str, values: Mapping[str, Any]) -> ModelShape:
     """Count the model that the values of a config.json describe."""
     model_type = values["model_type"]
     if model_type not in model_types():
-        raise UserError(f"{name}: align does not know the model_type '{model_type}'; use a checkpoint of another family.")
+        raise UserError(
+            f"{name}: its model_type is '{model_type}', which align does not know; docs/families.md lists the model "
+            "types."
+        )
     config = family(model_type).config(**values)
     model = meta_model(config)
-    routed = routed_layers(config)
-    layers = tuple(_layer(config, i, layer, routed[i].top_k) for i, layer in enumerate(model.model.layers))
+    layers = tuple(_layer(config, index, layer) for index, layer in enumerate(model.model.layers))
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     everything = sum(parameter.numel() for parameter in model.parameters())
     own_head = sum(parameter.numel() for parameter in head.parameters() if parameter is not embedding)
@@ -57,7 +60,7 @@ def meta_model(config: Any) -> AnyModel:
     return model
 
 
-def _layer(config: Any, index: int, layer: nn.Module, top_k: int) -> LayerShape:
+def _layer(config: Any, index: int, layer: nn.Module) -> LayerShape:
     stack = next((module for module in layer.modules() if _matrices(module)), None)
     matrices = _matrices(stack)
     counts = dict.fromkeys(("attention", "norms", "router", "experts", "mlp"), 0)
@@ -72,7 +75,7 @@ def _layer(config: Any, index: int, layer: nn.Module, top_k: int) -> LayerShape:
         mlp_width=max((linear.in_features for linear in others if linear.out_features == hidden), default=0),
         expert_width=min((matrix[0].numel() // hidden for matrix in matrices), default=0),
         num_experts=len(matrices[0]) if matrices else 1,
-        top_k=top_k,
+        top_k=next((router.top_k for router in layer.modules() if isinstance(router, ReportingRouter)), 1),
         cache=cache,
         score_width=score_width,
         window=_window(config, index),

@@ -169,7 +169,8 @@ def mixes(name: str) -> bool:
 
 def id_of(tensor: Tensor) -> int:
     """Identity of a tensor's storage."""
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

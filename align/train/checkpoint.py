@@ -19,6 +19,7 @@ from transformers import (
 
 from align.config.parallel import Parallel
 from align.config.parts import Lora
+from align.config.presets import DEFAULT_FAMILY
 from align.errors import UserError
 from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
@@ -30,9 +31,6 @@ from align.run.folder import MODEL, replace_folder
 from align.run.refusals import IS_LANGUAGE_MODEL, IS_REWARD_MODEL, config_problem, is_scorer
 from align.train.finite import require_finite
 from align.train.vocabulary import read_tokenizer
-
-DEFAULT_FAMILY = "hunyuan"
-"""`model_type` of the models that recipes build from scratch."""
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
@@ -59,7 +57,12 @@ def checked_config(values: dict[str, Any], where: str, fix: str) -> Any:
     The error names `where`, the invalid value and `fix`. Without a `model_type` the values are for the family that
     recipes build from scratch.
     """
-    known = family(values.get("model_type", DEFAULT_FAMILY))
+    model_type = values.get("model_type", DEFAULT_FAMILY)
+    if model_type not in model_types():
+        raise UserError(
+            f"{where}: model_type is '{model_type}', which align does not know; docs/families.md lists the model types."
+        )
+    known = family(model_type)
     for name, field in known.config.__dataclass_fields__.items():
         value, default = values.get(name), field.default
         number = isinstance(default, int | float) and not isinstance(default, bool)

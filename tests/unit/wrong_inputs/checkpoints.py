@@ -243,6 +243,11 @@ def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "model_type": "quen3", "tokenizer": "./model"})
 
 
+@wrong("scratch-family-not-trained", "A `model_type` of transformers that align does not train")
+def _(here: Here) -> str:
+    return here.run(model={"kind": "scratch", "model_type": "gpt2", "tokenizer": "./model"})
+
+
 @wrong("scratch-preset-and-family", "A `model_type` that is not the preset's")
 def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "model_type": "llama", "preset": "hy3", "tokenizer": "./model"})

@@ -91,3 +91,10 @@ def _(here: Here) -> str:
     (here.folder / "mine").mkdir()
     here.write("mine/config.json", "{")
     return here.align("plan", "tiny", "--gpu", "h100", "--model", "mine")
+
+
+@wrong("plan-family-not-trained", "`--model` of a `model_type` that align does not train")
+def _(here: Here) -> str:
+    (here.folder / "gpt2").mkdir()
+    here.write("gpt2/config.json", '{"model_type": "gpt2"}')
+    return here.align("plan", "tiny", "--gpu", "h100", "--model", "./gpt2")
