@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from align.models.family import family_of
 from align.models.lora.adapters import is_lora_weight
 from align.models.lora.experts import delta, peft_shape
-from align.models.lora.merge import plain_parameters
+from align.models.lora.merge import plain_buffers, plain_parameters
 from align.parallel.sharding import full_shape, shard_values, shards, world
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +31,7 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     merged. Peak extra memory on rank 0: one full tensor and its adapter's product.
     """
     rank, _ = world()
+    buffers = dict(plain_buffers(model))  # every rank has them
     for name, parameter, adapters in plain_parameters(model):
         full = gather(parameter, dtype, rank)
         for adapter in adapters:
@@ -38,7 +39,16 @@ def gathered(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
                 a, b = (gather(f[key].weight, torch.float32, rank) for f in (adapter.lora_A, adapter.lora_B))
                 if rank == 0:
                     full += delta(adapter, key, a, b).to(dtype)
+        for buffer_name in [buffer_name for buffer_name in buffers if layer_number(buffer_name) == layer_number(name)]:
+            buffer = buffers.pop(buffer_name)
+            yield buffer_name, buffer.cpu() if rank == 0 else buffer.new_empty(0)
         yield name, full
+
+
+def layer_number(name: str) -> int:
+    """1 for the first decoder layer; 0 for parameters outside the layers."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) + 1 if found else 0
 
 
 @torch.no_grad()
@@ -92,8 +102,7 @@ def write_model(model: Any, tensors: Iterator[tuple[str, Tensor]], folder: Path,
 
     current = 0
     for name, tensor in tensors:
-        found = re.search(r"\blayers\.(\d+)\.", name)
-        number = int(found[1]) + 1 if found else 0
+        number = layer_number(name)
         if number != current and current != 0:
             flush(current)
         current = number

@@ -24,6 +24,7 @@ from align.config.paths import local_path
 from align.errors import UserError
 from align.models.family import Place, family_of
 from align.models.lora.adapters import add_lora, is_lora_weight, plain_name
+from align.models.lora.merge import plain_buffers
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, shard_experts
@@ -96,6 +97,11 @@ def load_sharded(
         replace(model, empty, parameter)
         if partitioning is not None:
             partitioning.partition_parameter(parameter)
+    for buffer_name, buffer in plain_buffers(model):
+        if buffer_name not in stored:
+            raise UserError(f"{folder}: the tensor of '{buffer_name}' is missing; copy the missing files.")
+        ((tensor, _),) = stored[buffer_name]
+        tensor.read_into(buffer)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -241,7 +241,10 @@ def save_model(
         return
     if hasattr(model, "peft_config"):
         replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
-    merged = merge_lora(model).to(getattr(torch, dtype))
+    merged = merge_lora(model)
+    for parameter in merged.parameters():  # buffers, such as routers' correction biases, keep their precision
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    merged.config.dtype = getattr(torch, dtype)
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
