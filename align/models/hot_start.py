@@ -1,9 +1,10 @@
-"""Convert a dense Llama-type model to a mixture of experts that computes the same function.
+"""Convert a dense model to a mixture of experts that computes the same function: Llama to HunYuan, Qwen3 to Qwen3-MoE
+(`align.models.upcycling`).
 
-The dense MLP becomes the shared expert. Each routed expert copies the gate and up rows of different dense neurons (from
-seeded permutations per layer); its down projection is zero, so its output is exactly zero at the start. Two things
-break the symmetry: experts read different neurons, so the first gradients of their down projections differ, and the
-router's weights are random, so experts receive different tokens.
+A Llama model's dense MLP becomes the shared expert. Each routed expert copies the gate and up rows of different dense
+neurons (from seeded permutations per layer); its down projection is zero, so its output is exactly zero at the start.
+Two things break the symmetry: experts read different neurons, so the first gradients of their down projections differ,
+and the router's weights are random, so experts receive different tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from align.errors import UserError, missing_dependency
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.upcycling import upcycle
 from align.run.folder import replace_folder
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -114,7 +118,11 @@ def convert_hot_start(
         raise UserError(f"{target}: the folder is not empty; pass a new folder.")
     dense_dir = embedded_source() if source == EMBEDDED else Path(source)
     dense = load_dense(dense_dir)
-    model = hot_start(dense, experts=experts, top_k=top_k, expert_width=expert_width, seed=seed)
+    model: Any
+    if isinstance(dense, LlamaForCausalLM):
+        model = hot_start(dense, experts=experts, top_k=top_k, expert_width=expert_width, seed=seed)
+    else:
+        model = upcycle(dense, experts=experts, top_k=top_k, expert_width=expert_width, seed=seed)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -124,17 +132,21 @@ def convert_hot_start(
     return target
 
 
-def load_dense(folder: Path) -> LlamaForCausalLM:
-    """The Llama model in a checkpoint folder, in float32; raises `UserError` for any other model."""
+def load_dense(folder: Path) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """The Llama or Qwen3 model in a checkpoint folder, in float32; raises `UserError` for any other model."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: it has no config.json; pass the folder of a Llama checkpoint, or '{EMBEDDED}'.")
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LlamaConfig) or config.attention_bias or config.mlp_bias:
         raise UserError(
-            f"{folder}: its model_type is '{config.model_type}'; hot start needs a Llama model without biases."
+            f"{folder}: it has no config.json; pass the folder of a Llama or Qwen3 checkpoint, or '{EMBEDDED}'."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    llama = isinstance(config, LlamaConfig) and not (config.attention_bias or config.mlp_bias)
+    if not llama and not isinstance(config, Qwen3Config):
+        raise UserError(
+            f"{folder}: its model_type is '{config.model_type}'; hot start needs a Qwen3 model, or a Llama model "
+            "without biases."
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, LlamaForCausalLM | Qwen3ForCausalLM)
     return model
 
 

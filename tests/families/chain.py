@@ -1,7 +1,7 @@
 """The whole chain on one tiny adopted family: `python -m tests.families --chain MODEL_TYPE ...`.
 
-SFT, pairs sampled by vLLM, reward model, DPO with LoRA, PPO with a critic, GRPO with routing replay (mixtures of experts),
-evaluation, chat; then the last policy is loaded by plain transformers.
+SFT, pairs sampled by vLLM, reward model, DPO with LoRA, PPO with a critic, GRPO with routing replay (mixtures of
+experts), evaluation, chat; then the last policy is loaded by plain transformers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,29 @@ def recipe(checkpoint: Path, *, routed: bool) -> dict[str, Any]:
     rollout: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "max_model_length": LENGTH, "cache_gib": 0.25}
     training = {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2, "optimizer": {"learning_rate": 1e-3}}
     pairs = {"train": [{"kind": "stage", "stage": "pairs"}], "max_length": LENGTH}
-    learning = {"prompts": docs("prompts", 16), "max_prompt_length": 48, "steps": 2, "batch_size": 8, "mini_batch_size": 4}
+    learning = {
+        "prompts": docs("prompts", 16),
+        "max_prompt_length": 48,
+        "steps": 2,
+        "batch_size": 8,
+        "mini_batch_size": 4,
+    }
     learning |= {"optimizer": {"learning_rate": 1e-3}, "rollout": rollout}
     rewards = [{"kind": "model", "init_from": "reward_model"}]
     stages: dict[str, Any] = {
-        "sft": {"kind": "sft", "init_from": "base", "data": {"train": docs("conversation", 16), "max_length": LENGTH}, **training},
-        "pairs": {"kind": "sample", "init_from": "base", "train": docs("prompts", 8), "neighbours": 0, "rollout": rollout},
+        "sft": {
+            "kind": "sft",
+            "init_from": "base",
+            "data": {"train": docs("conversation", 16), "max_length": LENGTH},
+            **training,
+        },
+        "pairs": {
+            "kind": "sample",
+            "init_from": "base",
+            "train": docs("prompts", 8),
+            "neighbours": 0,
+            "rollout": rollout,
+        },
         "reward_model": {"kind": "reward_model", "init_from": "sft", "data": pairs, **training},
         "dpo": {"kind": "dpo", "init_from": "sft", "data": pairs, "lora": {"rank": 2}, **training},
         "ppo": {"kind": "ppo", "init_from": "dpo", "rewards": rewards, "critic": {"learning_rate": 1e-3}, **learning},
@@ -78,7 +95,7 @@ def check_chain(model_type: str, folder: Path, **changes: Any) -> dict[str, floa
     tokenizer.save_pretrained(checkpoint)
     file, run_dir = folder / "recipe.yaml", folder / "run"
     routed = any(layer.experts > 1 for layer in routed_layers(plain.config))
-    file.write_text(yaml.safe_dump(recipe(checkpoint, routed=routed)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(recipe(checkpoint, routed=routed), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "align.cli", "run", str(file), "--run-dir", str(run_dir)]
     done = subprocess.run(command, env={**os.environ, **NO_THREADS}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -89,7 +106,9 @@ def check_chain(model_type: str, folder: Path, **changes: Any) -> dict[str, floa
         found[stage] = max(line["mismatch_max"] for line in lines)
         assert found[stage] < 1e-4, f"{stage}: mismatch {found[stage]}"
     for stage in ("sft", "reward_model", "dpo"):
-        assert all(math.isfinite(line["loss"]) for line in read_jsonl(run_dir / stage / "metrics.jsonl") if "loss" in line)
+        assert all(
+            math.isfinite(line["loss"]) for line in read_jsonl(run_dir / stage / "metrics.jsonl") if "loss" in line
+        )
     result: Any = AutoModelForCausalLM.from_pretrained(run_dir / "grpo" / "model", dtype=torch.float32)
     loaded = AutoTokenizer.from_pretrained(run_dir / "grpo" / "model")
     with torch.no_grad():

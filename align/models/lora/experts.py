@@ -79,6 +79,8 @@ def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
     """What the adapter `name` adds to the full weight, computed from its full factors `a` and `b`."""
     if isinstance(adapter, ExpertAdapter):
         product = torch.bmm(b, a)
+        if adapter.get_base_layer().is_transposed:
+            product = product.mT
     else:
         product = b @ a
     scaled: Tensor = product * adapter.scaling[name]

@@ -12,6 +12,7 @@ from align.config.parts import Lora
 from align.errors import UserError
 from align.models.hot_start import hot_start, load_dense
 from align.models.lora.adapters import add_lora, merge_lora
+from align.models.upcycling import upcycle
 from tests.near import assert_near
 
 
@@ -107,5 +108,36 @@ def test_another_dense_model_is_refused(dense, tmp_path, change) -> None:
     dense.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
-    with pytest.raises(UserError, match="needs a Llama model without biases"):
+    with pytest.raises(UserError, match="or a Llama model without biases"):
         load_dense(tmp_path)
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    from tests.tiny_families import save_tiny
+
+    return save_tiny("qwen3", tmp_path / "qwen")
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (6, 3)])
+def test_an_upcycled_qwen3_computes_the_same_function(qwen, experts, top_k) -> None:
+    grown = upcycle(qwen, experts=experts, top_k=top_k, expert_width=None, seed=0)
+    ids = torch.randint(5, 500, (2, 20))
+    assert_near(grown(ids).logits, qwen(ids).logits)
+    routers = [layer.mlp.gate.weight for layer in grown.model.layers]
+    assert not torch.equal(routers[0], routers[1])
+    assert routers[0].std().item() == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_experts_of_an_upcycled_qwen3_diverge(qwen) -> None:
+    grown = upcycle(qwen, experts=4, top_k=2, expert_width=None, seed=0)
+    grown(torch.randint(5, 500, (2, 20))).logits.logsumexp(-1).sum().backward()
+    gradient = grown.model.layers[0].mlp.experts.down_proj.grad
+    assert all((gradient[0] - other).abs().max() > 1e-6 for other in gradient[1:])
+    assert grown.model.layers[0].mlp.gate.weight.grad.abs().max() == pytest.approx(
+        0, abs=1e-5
+    )  # equal experts at first
+
+
+def test_qwen3_is_found_by_its_checkpoint(qwen, tmp_path) -> None:
+    assert type(load_dense(tmp_path / "qwen")).__name__ == "Qwen3ForCausalLM"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from align.data.tokenizer import train_tokenizer
 from align.train.finite import require_finite
@@ -290,3 +290,20 @@ def _(here: Here) -> str:
     said = here.align("convert", "hot-start", "dense", "grown", "--expert-width", "12")
     assert not (here.folder / "grown").exists()
     return said
+
+
+def save_qwen3(folder: str) -> None:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_experts"}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=32, head_dim=8, **sizes)).save_pretrained(folder)
+
+
+@wrong("hot-start-qwen3-top-1", "A hot start of Qwen3 with one expert per token")
+def _(here: Here) -> str:
+    save_qwen3("dense")
+    return here.align("convert", "hot-start", "dense", "grown")
+
+
+@wrong("hot-start-qwen3-width", "A hot start of Qwen3 with narrower experts")
+def _(here: Here) -> str:
+    save_qwen3("dense")
+    return here.align("convert", "hot-start", "dense", "grown", "--top-k", "2", "--expert-width", "8")
