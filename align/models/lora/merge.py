@@ -32,16 +32,16 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list
 
 
 def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, tensor) of every buffer that belongs to a checkpoint."""
+    """(name in the plain model, tensor) of every buffer that belongs to a checkpoint.
+
+    A module that an adapter trains in full has two copies, whose buffers have the same name here.
+    """
     from align.models.lora.adapters import plain_name
 
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = plain_name(name)
-        if name not in parameters and plain not in seen:
-            seen.add(plain)
-            yield plain, tensor
+        if name not in parameters:
+            yield plain_name(name), tensor
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Parameter, list[Any]]]:
