@@ -67,8 +67,8 @@ def in_new_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write(name: str, results: dict[str, Any], *, option: str = "") -> None:
-    """Write benchmarks/results/NAME.json with versions and hardware, and print the results.
+def write(name: str, results: dict[str, Any], *, option: str = "", show: bool = True) -> None:
+    """Write benchmarks/results/NAME.json with versions and hardware, and print the results if `show` is set.
 
     option: arguments with which the script makes these results.
     """
@@ -84,4 +84,5 @@ def write(name: str, results: dict[str, Any], *, option: str = "") -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+    if show:
+        print(json.dumps(results, indent=2))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md")]
+PAGES = [
+    ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "families.md")
+]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -36,6 +38,16 @@ def _measure(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def families(results: dict[str, Any]) -> str:
+    columns = ["forward", "gradients", "replay", "lora", "export", "sharded", "sharded lora", "fresh", "updated"]
+    rows = []
+    for model_type, found in results["families"].items():
+        cells = ["" if name not in found else _measure(found[name]).replace("|", "/") for name in columns]
+        rows.append([f"`{model_type}`", *cells])
+    header = ["family", "log-probabilities", "gradients", "replay", "LoRA", "export", "two ranks", "two ranks, LoRA"]
+    return table([*header, "vLLM", "vLLM after three updates"], rows)
 
 
 def launches(results: dict[str, Any]) -> str:
@@ -254,6 +266,7 @@ PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
+    "families": families,
     "launches": launches,
     "loss_head": loss_head,
     "decoding": decoding,

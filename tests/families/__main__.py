@@ -1,4 +1,4 @@
-"""Run the checks on all adopted families, each family in its own process: `python -m tests.families`.
+"""Run the checks on all adopted families, each family in its own processes: `python -m tests.families`.
 
 A line per family with the largest error of each check; all results go to a JSON file, from which a later call goes on.
 """
@@ -43,15 +43,32 @@ def cell(value: float | str | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.0e}"
 
 
+def run_chains(model_types: list[str]) -> int:
+    from tests.families.chain import check_chain
+
+    failed = False
+    for model_type in model_types or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                print(f"{model_type:18}", check_chain(model_type, Path(folder)), flush=True)
+            except AssertionError as error:
+                failed = True
+                print(f"{model_type:18} FAILED: {error}", flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", help="default: all")
     parser.add_argument("--json", type=Path, default=Path("build/families.json"), help="file of the results")
+    parser.add_argument("--chain", action="store_true", help="run every stage from SFT to evaluation instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run_checks(options.one)))
         return 0
+    if options.chain:
+        return run_chains(options.model_types)
     done = json.loads(options.json.read_text()) if options.json.exists() else {}
     failed = False
     print(f"{'family':18}" + "".join(f"{name:>11}" for name in CHECKS))

@@ -1,6 +1,6 @@
 """Train tiny adopted families with sharded experts; run on every rank by test_family_ranks.py.
 
-Needs torchrun's environment variables. The argument is the folder for `rank-0.json`.
+Needs torchrun's environment variables. The arguments are the folder for `rank-0.json` and model types.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from align.config.parallel import Parallel
 from align.config.parts import Lora, Optimizer
 from align.launch.ending import end_process
-from align.models.family import family
+from align.models.family import family, routed_layers
 from align.models.lora.adapters import add_lora
 from align.models.packing import Packing
 from align.models.weights import published_weights
@@ -32,7 +32,6 @@ from align.parallel.load import load_sharded
 from align.train.optimizer import build_optimizer
 from tests.tiny_families import VOCABULARY, save_tiny, tiny_config
 
-MODEL_TYPES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text")
 OPTIMIZER = Optimizer(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=0.5, schedule="constant")
 MICROS, STEPS = 2, 3
 LORA = Lora(rank=2)
@@ -74,7 +73,7 @@ def alone(folder: Path, model_type: str, lora: Lora | None) -> tuple[list[float]
 
 def sharded(folder: Path, out: Path, model_type: str, lora: Lora | None) -> list[float]:
     """Losses of the same steps on all ranks; rank 0 writes the export to `out`."""
-    routed = model_type != "gemma3_text"
+    routed = any(layer.experts > 1 for layer in routed_layers(tiny_config(model_type)))
     parallel = Parallel(processes=2, zero_stage=3, expert_parallel_size=2 if routed else 1)
     torch.manual_seed(1)
     config: Any = tiny_config(model_type)
@@ -96,10 +95,10 @@ def sharded(folder: Path, out: Path, model_type: str, lora: Lora | None) -> list
     return losses
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, model_types: list[str]) -> None:
     start_deepspeed("gloo")
     found: dict[str, dict[str, float]] = {}
-    for model_type in MODEL_TYPES:
+    for model_type in model_types:
         source = folder / model_type
         if dist.get_rank() == 0:
             save_tiny(model_type, source)
@@ -124,5 +123,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     end_process(0)

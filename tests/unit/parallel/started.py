@@ -12,8 +12,8 @@ from align.launch.processes import free_port
 ROOT = Path(__file__).parents[3]
 
 
-def run_ranks(file: str, ranks: int, folder: Path) -> None:
-    """Run tests/unit/parallel/FILE FOLDER on all ranks, with stderr in folder/RANK.log."""
+def run_ranks(file: str, ranks: int, folder: Path, *arguments: str) -> None:
+    """Run tests/unit/parallel/FILE FOLDER ARGUMENTS on all ranks, with stderr in folder/RANK.log."""
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(ranks):
@@ -21,7 +21,7 @@ def run_ranks(file: str, ranks: int, folder: Path) -> None:
         with open(folder / f"{rank}.log", "wb") as log:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name(file)), str(folder)],
+                    [sys.executable, str(Path(__file__).with_name(file)), str(folder), *arguments],
                     env={**os.environ, **place, **own, "PYTHONPATH": str(ROOT)},
                     stderr=log,
                 )

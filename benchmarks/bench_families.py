@@ -1,0 +1,85 @@
+"""Every adopted family at a tiny size against transformers' own class: the table of docs/families.md.
+
+    python benchmarks/bench_families.py              all families, about 40 minutes on two cores
+    python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
+
+Largest differences in float32 (random weights, three layers, hidden size 64; other weights differ by 1 to 4 nats):
+log-probabilities of packed rows, gradients relative to the largest of each parameter, hidden states under replay of the
+routers' own choices, LoRA by row against merged, an export read by transformers; losses and weights after three steps on
+two ranks with ZeRO-3 and sharded experts (mixtures of experts); vLLM's log-probabilities at the start and after each of three updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, write
+
+ROOT = Path(__file__).parents[1]
+WORKERS = 2
+"""Families that are measured at the same time, each in its own processes."""
+sys.path.insert(0, str(ROOT))
+
+from tests.families.engine import in_own_process
+from tests.tiny_families import FAMILIES
+from tests.unit.parallel.started import run_ranks
+
+
+def checks(model_type: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.families", "--one", model_type]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        return {"forward": f"fails: {done.stderr.strip().splitlines()[-1]}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ranks(model_type: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run_ranks("family_ranks.py", 2, Path(folder), model_type)
+        except AssertionError as error:
+            return {"sharded": f"fails: {str(error).strip().splitlines()[-1][:200]}"}
+        found = json.loads((Path(folder) / "rank-0.json").read_text())
+    return {
+        name: max(found[f"{model_type}, {case}"][part] for part in ("losses", "weights"))
+        for name, case in (("sharded", "full"), ("sharded lora", "lora"))
+    }
+
+
+def engine(model_type: str) -> dict[str, Any]:
+    found = in_own_process(model_type)
+    if "error" in found:
+        return {"fresh": f"fails: {found['error']}"}
+    return {"fresh": found["fresh"], "updated": max(found["updated"]), "other experts recorded": found["routing"]}
+
+
+def measure(model_type: str) -> dict[str, Any]:
+    results = {**checks(model_type), **engine(model_type)}
+    if results.get("replay") is not None:
+        results |= ranks(model_type)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", default=list(FAMILIES))
+    options = parser.parse_args()
+    file = RESULTS / "families.json"
+    found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for model_type, results in zip(options.model_types, pool.map(measure, options.model_types), strict=True):
+            found[model_type] = results
+            print(model_type, results, flush=True)
+            ordered = {name: found[name] for name in FAMILIES if name in found}
+            write("families", {"families": ordered}, show=False)
+
+
+if __name__ == "__main__":
+    main()
