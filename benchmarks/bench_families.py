@@ -4,9 +4,10 @@
     python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
 
 Largest differences in float32 (random weights, three layers, hidden size 64; other weights differ by 1 to 4 nats):
-log-probabilities of packed rows, gradients relative to the largest of each parameter, hidden states under replay of the
-routers' own choices, LoRA by row against merged, an export read by transformers; losses and weights after three steps on
-two ranks with ZeRO-3 and sharded experts (mixtures of experts); vLLM's log-probabilities at the start and after each of three updates.
+log-probabilities of packed rows, gradients relative to the largest of each parameter, hidden states under replay of
+the routers' own choices, LoRA by row against merged, an export read by transformers; losses and weights after three
+steps on two ranks with ZeRO-3 and sharded experts (mixtures of experts); vLLM's log-probabilities at the start and
+after each of three updates.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ WORKERS = 2
 """Families that are measured at the same time, each in its own processes."""
 sys.path.insert(0, str(ROOT))
 
-from tests.families.engine import in_own_process
-from tests.tiny_families import FAMILIES
-from tests.unit.parallel.started import run_ranks
+from tests.families.engine import in_own_process  # noqa: E402
+from tests.tiny_families import FAMILIES  # noqa: E402
+from tests.unit.parallel.started import run_ranks  # noqa: E402
 
 
 def checks(model_type: str) -> dict[str, Any]:

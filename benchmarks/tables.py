@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    ROOT / "docs" / name for name in ("model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "families.md")
-]
+GUIDES = ("families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md")
+PAGES = [ROOT / "docs" / name for name in GUIDES]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
