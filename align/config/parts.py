@@ -324,6 +324,8 @@ class Lora(Section):
     """Put adapters on the routed experts."""
     train_router: bool = True
     """Train the router's weight in full. false: the router is frozen."""
+    train_embeddings: bool = False
+    """Train the input and output embeddings in full. The tokens of `model.add_tokens` need it."""
 
     @model_validator(mode="after")
     def _something_to_train(self) -> Lora:

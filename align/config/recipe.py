@@ -85,6 +85,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _added_tokens_are_trained(self) -> Recipe:
+        if not getattr(self.model, "add_tokens", None):
+            return self
+        for name, stage in self.stages.items():
+            lora = getattr(stage, "lora", None)
+            if lora is not None and not lora.train_embeddings and getattr(stage, "init_from", None) == BASE:
+                raise ValueError(
+                    f"stages.{name}.lora does not train the embeddings of model.add_tokens; set "
+                    f"stages.{name}.lora.train_embeddings to true, or train a stage before it in full"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
         processes, source = 1, "parallel.processes, --nproc"
         if self.parallel is not None:

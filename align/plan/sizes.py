@@ -172,4 +172,4 @@ class ModelShape:
             outside += count * lora.rank * (linears.attention * lora.attention + linears.mlp * lora.shared_mlp)
             outside += count * layer.router * lora.train_router
             inside += count * lora.rank * linears.experts * lora.experts
-        return inside, outside
+        return inside, outside + (self.embedding + self.head) * lora.train_embeddings

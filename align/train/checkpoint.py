@@ -30,7 +30,7 @@ from align.run.checkpoint import read_config
 from align.run.folder import MODEL, replace_folder
 from align.run.refusals import IS_LANGUAGE_MODEL, IS_REWARD_MODEL, config_problem, is_scorer
 from align.train.finite import require_finite
-from align.train.vocabulary import read_tokenizer
+from align.train.vocabulary import read_tokenizer, train_padding_row
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
@@ -114,6 +114,7 @@ def load_policy(
         else:
             model = family_of(settings).policy.from_pretrained(folder, dtype=getattr(torch, dtype))
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
+    train_padding_row(model)
     return model.requires_grad_(False) if frozen else model
 
 
@@ -211,6 +212,7 @@ def load_scorer(
                 model.score.float()
             if lora is not None:
                 model = add_lora(model, lora, task="SEQ_CLS")
+    train_padding_row(model)
     if fresh_head:
         for name, parameter in model.named_parameters():
             if plain_name(name) == "score.weight":  # PEFT keeps a frozen and a trained copy of the head

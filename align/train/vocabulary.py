@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.data.chat import prepare_chat_template
@@ -60,6 +61,14 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
             "tokenizer_config.json."
         )
     tokenizer.pad_token = token
+
+
+def train_padding_row(model: nn.Module) -> None:
+    """Let the embedding of the padding token have a gradient: it may be the end-of-sequence token, which is not padding
+    inside a conversation. Padding itself has no gradient."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
 
 
 def add_tokens(folder: Path, tokens: Sequence[str], multiple: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
     linear = [*(targets.attention if lora.attention else ()), *(targets.mlp if lora.shared_mlp else ())]
     has_experts = any(isinstance(module, Experts) for module in model.modules())
     saved = [*targets.router] if has_experts and lora.train_router else []
+    saved += embedding_names(model) if lora.train_embeddings else []
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a float
@@ -35,15 +37,20 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
 
 
 def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:
-    """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set and the score head
-    for SEQ_CLS.
+    """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set, the embeddings if
+    `lora.train_embeddings` is set, and the score head for SEQ_CLS.
 
     in_float32: keep the trainable parameters in float32, whatever the model's dtype.
     """
     from peft import get_peft_model
 
-    with _without_old_names():
+    tied = lora.train_embeddings and is_tied(model)
+    with _without_old_names(), warnings.catch_warnings():
+        # join_embeddings ties the copies.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+    if lora.train_embeddings:
+        join_embeddings(wrapped.get_base_model(), tied=tied)
     for parameter in wrapped.parameters():
         if in_float32 and parameter.requires_grad:  # PEFT leaves modules_to_save in the model's dtype
             parameter.data = parameter.data.float()
@@ -64,6 +71,32 @@ def _without_old_names() -> Iterator[None]:
         yield
     finally:
         conversion.convert_peft_config_for_transformers = convert
+
+
+def embedding_names(model: AnyModel) -> list[str]:
+    """Names of the modules that embed tokens and, unless the model is a scorer, compute logits, without their path."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module in modules and name]
+
+
+def is_tied(model: AnyModel) -> bool:
+    """True if the output embeddings are the input embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def join_embeddings(model: AnyModel, *, tied: bool) -> None:
+    """Tie the trained copies of the embeddings if the originals are tied, and convert the embedded tokens to the
+    model's dtype.
+
+    PEFT copies the two modules one after another. Its own option for tied weights makes the head an ordinary linear
+    layer, which cannot compute log-probabilities.
+    """
+    embedding = model.get_input_embeddings()
+    copy, dtype = embedding.modules_to_save["default"], embedding.original_module.weight.dtype
+    copy.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+    if tied:
+        model.get_output_embeddings().modules_to_save["default"].weight = copy.weight
 
 
 def is_lora_weight(name: str) -> bool:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from peft.tuners.lora import ParamWrapper
+from safetensors.torch import load_file
 
 from align.config.parts import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.models.lora.adapters import AnyModel, add_lora, is_lora_weight, without_reference_adapter
+from align.models.lora.adapters import (
+    AnyModel,
+    add_lora,
+    is_lora_weight,
+    merge_lora,
+    plain_name,
+    without_reference_adapter,
+)
 from align.models.lora.experts import ExpertAdapter, adapt_by_row, delta, peft_shape
+from align.models.weights import published_weights
+from align.train.checkpoint import load_policy, load_scorer
+from tests.tiny_families import save_tiny
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -73,3 +84,46 @@ def test_adapters_applied_by_row_give_pefts_outputs_and_can_be_disabled() -> Non
         assert (expected - base).abs().max() > 0.01
         with model.disable_adapter():
             torch.testing.assert_close(model(ids).logits, base)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_embeddings_stay_tied_and_are_merged_and_published(tmp_path, kind, tied, dtype):
+    save_tiny(kind, tmp_path / "model", tie_word_embeddings=tied)
+    name = str(dtype).removeprefix("torch.")
+    plain = load_policy(tmp_path / "model", name).eval()
+    model = load_policy(tmp_path / "model", name, lora=Lora(rank=2, dropout=0.0, train_embeddings=True)).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        torch.testing.assert_close(model(ids).logits.float(), plain(ids).logits.float(), **near)
+        hidden = model.get_base_model().model(input_ids=ids).last_hidden_state
+        logprobs, _ = model.get_output_embeddings()(hidden[0, :-1], ids[0, 1:], 1.0)
+        expected = model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert hidden.dtype == dtype
+    torch.testing.assert_close(logprobs, expected, **near)
+    trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert {name for name in trained if ".mlp." not in name} == (
+        {"model.embed_tokens.weight"} if tied else {"model.embed_tokens.weight", "lm_head.weight"}
+    )
+    assert all(parameter.dtype == torch.float32 for parameter in trained.values())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    logprobs.sum().backward()
+    optimizer.step()
+    changed = dict(published_weights(model))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    for tensor in ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"]):
+        assert not torch.equal(changed[tensor].float(), stored[tensor].to(dtype).float()), tensor
+    assert ("lm_head.weight" in changed) != tied
+    if dtype == torch.float32:
+        after = model(ids).logits.detach()
+        merge_lora(model).save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(load_policy(tmp_path / "merged", name).eval()(ids).logits, after, **near)
+
+
+def test_a_scorer_trains_its_input_embeddings(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    model = load_scorer(tmp_path / "model", "float32", lora=Lora(rank=2, train_embeddings=True))
+    trained = {plain_name(name) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {"model.embed_tokens.weight", "score.weight"}

@@ -18,9 +18,9 @@ from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.vocabulary import vocabulary_size, vocabulary_tensors
-from align.train.checkpoint import load_policy, load_tokenizer
+from align.train.checkpoint import load_policy, load_scorer, load_tokenizer
 from align.train.vocabulary import add_tokens
-from tests.tiny_families import FAMILIES, save_tiny, tiny_config
+from tests.tiny_families import FAMILIES, save_tiny, tiny_config, tiny_model
 
 SIZES = {
     "hidden_size": 32,
@@ -243,6 +243,17 @@ def run_stages(folder: Path, **lacking: Any) -> dict[str, dict[str, float]]:
     cli.main(["run", str(folder / "recipe.yaml"), "--run-dir", str(folder / "run")])
     lines = {name: (folder / "run" / name / "metrics.jsonl").read_text().splitlines() for name in stages}
     return {name: json.loads(found[0]) for name, found in lines.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_the_embedding_of_a_padding_token_inside_a_conversation_is_trained(tmp_path, kind):
+    save_tiny(kind, tmp_path / "model", pad_token_id=2)
+    assert tiny_model(kind, pad_token_id=2).get_input_embeddings().padding_idx == 2
+    for model in (load_policy(tmp_path / "model", "float32"), load_scorer(tmp_path / "model", "float32")):
+        hidden = model.model(input_ids=torch.tensor([[5, 2, 6, 7]])).last_hidden_state
+        hidden.square().sum().backward()
+        rows = model.get_input_embeddings().weight.grad.abs().sum(1)
+        assert rows.nonzero().flatten().tolist() == [2, 5, 6, 7]
 
 
 @pytest.mark.slow

@@ -373,3 +373,8 @@ def _(here: Here) -> str:
 @wrong("path-too-long-in-a-recipe", "A path in a recipe that is too long for the operating system", varies="x{9,}")
 def _(here: Here) -> str:
     return here.check(data={"train": [{"kind": "file", "path": "x" * 300}]})
+
+
+@wrong("added-tokens-frozen", "Added tokens whose embeddings LoRA does not train")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "pretrained", "path": "model", "add_tokens": ["<|tool|>"]}, lora={"rank": 2})
