@@ -2,6 +2,10 @@
 
 Each case runs in new processes. Every allocation and release of torch's allocator is counted in order, so interpreter,
 imports and fragmentation are not included; the peak over the steps is compared.
+
+    python benchmarks/bench_plan.py             HunYuan, one to four processes
+    python benchmarks/bench_plan.py families    other families, one process
+    python benchmarks/bench_plan.py "sft, wide" one case
 """
 
 from __future__ import annotations
@@ -102,11 +106,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ppo, wide": ("ppo", WIDE, {}),
     "ppo, wide, checkpointing": ("ppo", WIDE, {"gradient_checkpointing": True}),
     "ppo, wide, average": ("ppo", WIDE, {"ema_decay": 0.9}),
-    **{
-        f"{kind}, {family}{', LoRA' if changes else ''}": (kind, {"model_type": family} | sizes, changes)
-        for family, sizes in FAMILIES.items()
-        for kind, changes in (("sft", {}), ("sft", {"lora": LORA}), ("reward_model", {}), ("dpo", {}), ("ppo", {}))
-    },
+}
+OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"{kind}, {family}{', LoRA' if changes else ''}": (kind, {"model_type": family} | sizes, changes)
+    for family, sizes in FAMILIES.items()
+    for kind, changes in (("sft", {}), ("sft", {"lora": LORA}), ("reward_model", {}), ("dpo", {}), ("ppo", {}))
 }
 
 SHARDED: dict[str, tuple[str, Setting]] = {
@@ -182,7 +186,7 @@ def measure(case: str) -> dict[str, Any]:
     from align import pipeline
     from align.run.context import StageContext
 
-    kind, model, changes = CASES[case]
+    kind, model, changes = (CASES | OF_FAMILIES)[case]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draft = recipe_for(kind, model, changes, folder, 512)
@@ -327,7 +331,8 @@ def planned(job: Job, setting: Setting) -> dict[str, Any]:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    only = sys.argv[1] if len(sys.argv) > 1 else None
+    if only not in (None, "families"):
         case = sys.argv[1]
         found = measure_sharded(case) if case in SHARDED else measure(case)
         if os.environ.get("RANK", "0") == "0":
@@ -338,12 +343,12 @@ def main() -> None:
             end_process(0)
         return
     results = {}
-    for case in [*CASES, *SHARDED]:
+    for case in OF_FAMILIES if only else [*CASES, *SHARDED]:
         found = run_sharded(case) if case in SHARDED else harness.in_new_process(case)
         found["planned / measured"] = round(found["planned"] / found["measured"], 3)
         results[case] = found
         print(case, found["planned / measured"], found["moment"], flush=True)
-    harness.write("plan", results)
+    harness.write("plan_families" if only else "plan", results, option=only or "")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from align.plan.speed import GPUS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"
-RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
+RESULTS = ROOT / "benchmarks" / "results"
 GPU, HOST_GB = "h20", 2000
 SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
 BATCH = 1536  # divisible by 512 and by 24
@@ -124,8 +124,8 @@ def hosts_table() -> str:
     return table(["memory per host", *kinds], rows)
 
 
-def measured_table() -> str:
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+def measured_table(name: str = "plan") -> str:
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     rows = [
         [case, f"{one['measured'] / 1e6:,.1f}", f"{one['planned'] / 1e6:,.1f}", f"{one['planned / measured']:.3f}"]
         for case, one in found["results"].items()
@@ -136,7 +136,17 @@ def measured_table() -> str:
     return table(["run", "measured, MB", "planned, MB", "planned / measured"], rows) + f"\n\n{made}"
 
 
-TABLES = {"clusters": clusters_table, "hosts": hosts_table, "hy3": hy3_table, "measured": measured_table}
+def families_table() -> str:
+    return measured_table("plan_families")
+
+
+TABLES = {
+    "clusters": clusters_table,
+    "hosts": hosts_table,
+    "hy3": hy3_table,
+    "measured": measured_table,
+    "families": families_table,
+}
 
 
 def written(page: str) -> str:

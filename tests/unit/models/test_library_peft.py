@@ -92,3 +92,19 @@ def test_the_methods_that_are_called_exist() -> None:
         assert callable(getattr(PeftModel, name))
     assert "state_dict" not in inspect.signature(PeftModel.save_pretrained).parameters  # it is one of **kwargs
     assert "state_dict" in inspect.getsource(PeftModel.save_pretrained)
+
+
+def test_adapters_of_a_shared_expert_are_put_there() -> None:
+    """By itself PEFT moves them to the routed experts of this family, whose checkpoints have a `gate_proj` each."""
+    from align.config.parts import Lora
+    from align.models.family import family_of
+    from align.models.lora.adapters import add_lora
+    from tests.tiny_families import tiny_config
+
+    config = tiny_config("deepseek_v3")
+    model = add_lora(family_of(config).policy(config), Lora(rank=2, attention=False, experts=False), task="CAUSAL_LM")
+    names = {name for name, parameter in model.named_parameters() if "lora_A" in name}
+    # A dense layer, and the shared expert of two layers; three matrices each.
+    assert sum(".mlp.shared_experts." in name for name in names) == 6
+    assert len(names) == 9
+    assert not any(".mlp.experts." in name for name in names)
