@@ -145,7 +145,6 @@ TABLES = {
     "hosts": hosts_table,
     "hy3": hy3_table,
     "measured": measured_table,
-    "families": families_table,
 }
 
 

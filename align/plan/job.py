@@ -357,7 +357,12 @@ def _vocabulary(model: ScratchModel) -> int | None:
 
 
 def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
-    """Configuration that hot start gives a dense model: the dense MLP becomes the shared expert."""
+    """Configuration that hot start gives a dense model, as `align.models.hot_start` and `align.models.upcycling` do."""
+    return GROWN.get(dense.get("model_type", ""), _shared_expert)(model, dense)
+
+
+def _shared_expert(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
+    """HunYuan: the dense MLP becomes the shared expert."""
     width = model.expert_width or dense["intermediate_size"] // model.experts
     kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     return {key: dense[key] for key in kept} | {
@@ -371,6 +376,25 @@ def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
         "use_qk_norm": False,
         "use_cla": False,
     }
+
+
+def _copied_experts(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-MoE: each expert is a copy of the dense MLP."""
+    return dense | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": dense["intermediate_size"],
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.top_k,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+GROWN: dict[str, Callable[[HotStartModel, dict[str, Any]], dict[str, Any]]] = {
+    "llama": _shared_expert,
+    "qwen3": _copied_experts,
+}
+"""Configuration after hot start, by the dense model's `model_type`."""
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:

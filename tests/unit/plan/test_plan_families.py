@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from align.config import load_recipe
 from align.config.parts import Lora
 from align.config.presets import PRESETS
 from align.models.family import family_of
 from align.models.lora.adapters import add_lora
 from align.models.packing import Packing
+from align.models.upcycling import upcycle
 from align.plan.activations import Pass, layer_bytes
+from align.plan.job import jobs_of
 from align.plan.shape import shape_of
 from align.plan.sizes import ModelShape
-from tests.tiny_families import FAMILIES, tiny_config, tiny_model
+from tests.tiny_families import FAMILIES, save_tiny, tiny_config, tiny_model
 
 EXPERTS, TOP_K = 8, 2
 """Experts of the tiny mixtures, and experts per token (llama4_text has one)."""
@@ -92,6 +96,14 @@ def test_deepseek_v3_has_its_published_size_and_cache() -> None:
 def test_the_preset_of_hy3_is_the_class_of_transformers() -> None:
     preset, default = (CONFIG_MAPPING["hy_v3"](**values).to_dict() for values in (PRESETS["hy3"], {}))
     assert preset == default
+
+
+def test_a_grown_model_has_the_size_that_hot_start_gives_it(tmp_path: Path) -> None:
+    dense = save_tiny("qwen3", tmp_path)
+    recipe = load_recipe("quickstart", [f"model.source={tmp_path}/.", "model.top_k=2"])
+    (job,) = jobs_of(recipe, None, "sft")
+    grown = upcycle(dense, experts=4, top_k=2, expert_width=None, seed=0)
+    assert job.members[0].parameters == sum(parameter.numel() for parameter in grown.parameters())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "qwen3_moe", "gpt_oss", "lfm2"])
