@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -128,7 +129,8 @@ def read_weights(model: Any, folder: Path) -> None:
 def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
     """Raise `UserError` unless the safetensors files hold exactly the tensors of a model with this configuration.
 
-    Only the files' headers and sizes are read, so no model is built. Values are checked when they are loaded.
+    Only the files' headers and sizes are read. Values are checked when they are loaded. Tensors that the family's class
+    ignores, such as DeepSeek's layers for multi-token prediction, may be present.
     scorer: for a reward model or critic. Both `score.weight` and `lm_head.weight` may then be missing.
     """
     wanted, optional = family_of(config).published_shapes(config), set()
@@ -139,7 +141,8 @@ def check_weights(folder: Path, config: Any, *, scorer: bool = False) -> None:
         optional.add("score.weight")
     found = {tensor.name: tensor.shape for tensor in stored_tensors(weight_files(folder))}
     missing = sorted(set(wanted) - set(found) - optional)
-    extra = sorted(name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq"))
+    ignored = [r"rotary_emb\.inv_freq$", *(family_of(config).policy._keys_to_ignore_on_load_unexpected or [])]
+    extra = sorted(name for name in set(found) - set(wanted) if not any(re.search(key, name) for key in ignored))
     if missing:
         others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise UserError(

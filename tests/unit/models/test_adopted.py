@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from align.errors import UserError
 from align.models.adopted.routing import Replay, read_routing
 from align.models.family import family, family_of, model_types, routed_layers
 from align.models.packing import Packing
 from align.models.routing import report_routing
+from align.models.weights import check_weights
 from tests.families import checks
-from tests.tiny_families import FAMILIES, tiny_config, tiny_model
+from tests.tiny_families import FAMILIES, save_tiny, tiny_config, tiny_model
 
 SEAMS = {
     "llama": "grouped heads",
@@ -153,3 +156,17 @@ def test_layers_without_experts_are_dense() -> None:
     layers = routed_layers(tiny_config("deepseek_v3"))
     assert [tuple(layer) for layer in layers] == [(1, 1), (8, 2), (8, 2)]
     assert family_of(tiny_config("deepseek_v3")) is family("deepseek_v3")
+
+
+def test_layers_for_multi_token_prediction_are_ignored(tmp_path: Path) -> None:
+    """Several families are published with such layers, which transformers' classes do not load."""
+    from safetensors.torch import load_file, save_file
+
+    model = save_tiny("exaone_moe", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "mtp.fc.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    check_weights(tmp_path, model.config)
+    save_file({**tensors, "model.layers.3.extra.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape("has no tensor 'model.layers.3.extra.weight'")):
+        check_weights(tmp_path, model.config)
