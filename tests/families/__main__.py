@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.tiny_families import FAMILIES
 
-CHECKS = ("forward", "gradients", "replay", "names", "export", "lora")
+CHECKS = ("forward", "gradients", "replay", "weighting", "names", "export", "lora")
 WITH_FOLDER = ("names", "export")
 
 

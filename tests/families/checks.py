@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from align.config.parts import Lora
+from align.models.adopted.routing import RoutingPass
 from align.models.experts import Experts
 from align.models.family import family, routed_layers
 from align.models.lora.adapters import add_lora
@@ -109,6 +110,24 @@ def check_replay(model_type: str) -> float | None:
     assert (other.last_hidden_state - own.last_hidden_state).abs().max() > 0.01
     assert torch.equal(other.routed_experts, wanted)
     return error
+
+
+def check_weighting(model_type: str) -> float | None:
+    """The reported scores are those that the family weighs its experts by; None for a dense family.
+
+    Whatever a router's normalisation and scaling, the weights of two experts of a token have the ratio of their scores.
+    """
+    model = adopted(model_type, tiny_model(model_type))
+    routing = RoutingPass(None)
+    worst = 0.0
+    with torch.no_grad():
+        model.model(input_ids=rows()[2][None], use_cache=False, routing=routing)
+        for found in routing.routings.values():
+            scores = found.scores_TE.softmax(-1).gather(1, found.chosen_Tk)
+            ratios = found.weights_Tk / found.weights_Tk[:, :1], scores / scores[:, :1]
+            worst = max(worst, (ratios[0] / ratios[1] - 1).abs().max().item())
+    assert worst < 1e-4, worst
+    return worst if routing.routings else None
 
 
 def check_names(model_type: str, folder: Path) -> int:

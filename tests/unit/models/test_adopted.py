@@ -47,6 +47,11 @@ def test_replay_uses_the_experts_it_is_told(model_type: str) -> None:
     checks.check_replay(model_type)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss", "lfm2_moe", "ernie4_5_moe"])
+def test_the_router_report_has_the_scores_that_the_family_weighs_by(model_type: str) -> None:
+    assert checks.check_weighting(model_type) is not None
+
+
 @pytest.mark.parametrize("model_type", SEAMS)
 def test_names_and_shapes_are_the_published_ones(model_type: str, tmp_path: Path) -> None:
     checks.check_names(model_type, tmp_path)
