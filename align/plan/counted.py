@@ -48,7 +48,7 @@ def counted_shape(name: str, values: Mapping[str, Any]) -> ModelShape:
         max_length=config.max_position_embeddings,
         keeps_kv=False,
         layers=layers,
-        activations=TracedActivations(json.dumps(config.to_dict(), default=str), layers),
+        activations=TracedActivations(json.dumps(config.to_dict(), default=str), config.hidden_size, layers),
     )
 
 

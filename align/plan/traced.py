@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -43,10 +43,12 @@ class TracedActivations:
     """Activations of the model with this configuration.
 
     config: values of its config.json, as JSON.
+    hidden_size: as in the configuration.
     layers: its layers; layers with equal sizes save the same.
     """
 
     config: str
+    hidden_size: int
     layers: tuple[LayerShape, ...] = field(compare=False)
 
     def layer(self, layer: LayerShape, run: Pass) -> Saved:
@@ -54,8 +56,7 @@ class TracedActivations:
         inside = self._bytes((index, FEED_FORWARD), run)
         if layer.experts and run.lora is not None and not run.lora.experts and not run.looped:
             # Frozen experts in a grouped matrix multiplication save neither their rows nor the products of the gate.
-            hidden = layer.experts // (3 * layer.num_experts * layer.expert_width)
-            inside -= layer.top_k * (hidden + layer.expert_width) * run.bytes_per_value
+            inside -= layer.top_k * (self.hidden_size + layer.expert_width) * run.bytes_per_value
         return Saved(self._bytes((index, REST), run), inside)
 
     def outside(self, run: Pass) -> float:
@@ -194,20 +195,24 @@ class WithoutValues(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is scaled_dot_product_attention:
-            query, *pair = args[:3]
-            pair = [self._repeated.get(id(tensor), (tensor, tensor))[1] for tensor in pair]
-            return _Attention.apply(query, *pair, kwargs.get("attn_mask"))
+            given = [self._repeated.get(id(tensor), (tensor, tensor))[1] for tensor in args[:3]]
+            return _Attention.apply(*in_narrowest(given), kwargs.get("attn_mask"))
         if function is Tensor.tolist:  # rows of each expert, on which saved tensors do not depend
             return [0] * args[0].numel()
         if function in (Tensor.item, Tensor.__bool__):  # whether a mask hides nothing
             return False
-        if function in PRODUCTS and args[0].dtype != args[1].dtype:  # under autocast
-            narrow = min(args[:2], key=lambda tensor: tensor.dtype.itemsize).dtype
-            args = (args[0].to(narrow), args[1].to(narrow), *args[2:])
+        if function in PRODUCTS:
+            args = tuple(in_narrowest(args))
         result = function(*args, **kwargs)
         if function is Tensor.repeat_interleave:  # torch's kernel takes grouped heads, except in fp32 on a GPU
             self._repeated[id(result)] = result, args[0]
         return result
+
+
+def in_narrowest(values: Sequence[Any]) -> list[Any]:
+    """The values, with their tensors in the narrowest of the tensors' dtypes, as autocast casts them."""
+    narrow = min((value.dtype for value in values if isinstance(value, Tensor)), key=lambda dtype: dtype.itemsize)
+    return [value.to(narrow) if isinstance(value, Tensor) else value for value in values]
 
 
 class _Attention(torch.autograd.Function):
@@ -236,19 +241,36 @@ def _model(
     _keep_layers(model, layers)
     narrow = torch.float32 if value_bytes == 4 else torch.bfloat16
     model.to(narrow).train()
-    if weight_bytes > value_bytes:  # autocast casts matrices only
-        for parameter in model.parameters():
-            if parameter.ndim < 2 or parameter is model.get_input_embeddings().weight:
-                parameter.data = parameter.data.float()
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.register_forward_pre_hook(lambda _, arguments: (arguments[0].to(narrow), *arguments[1:]))
+    if weight_bytes > value_bytes:
+        _as_under_autocast(model, narrow)
     if lora is not None:
         model.requires_grad_(False)
         if lora.attention or lora.shared_mlp:
             # Adapters on experts are counted by `align.plan.activations.merged_experts`.
             add_lora(model, lora.model_copy(update={"experts": False}), task="CAUSAL_LM", in_float32=adapter_bytes == 4)
     return model
+
+
+def _as_under_autocast(model: Any, narrow: torch.dtype) -> None:
+    """Give the tensors of a model in `narrow` the dtypes that autocast gives those of a model in fp32.
+
+    Autocast casts the matrices and the inputs of products. It has no effect on the meta device.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or parameter is model.get_input_embeddings().weight:
+            parameter.data = parameter.data.float()
+
+    def rows_in_narrow(_: nn.Module, arguments: tuple) -> tuple:
+        return arguments[0].to(narrow), *arguments[1:]
+
+    def tables_in_narrow(_: nn.Module, arguments: tuple, tables: Any) -> Any:
+        return tuple(table.to(narrow) for table in tables) if isinstance(tables, tuple) else tables
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(rows_in_narrow)
+        elif type(module).__name__.endswith("RotaryEmbedding"):  # queries and keys reach attention in `narrow`
+            module.register_forward_hook(tables_in_narrow)
 
 
 def _keep_layers(model: Any, layers: tuple[int, ...]) -> None:
