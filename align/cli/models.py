@@ -43,6 +43,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     hot_start.add_argument("--seed", type=int, default=0, help="seed of routers and experts (default: 0)")
     hot_start.set_defaults(command=_hot_start)
+    language_model = kinds.add_parser(
+        "language-model",
+        help="extract the language model of a multimodal checkpoint",
+        description="Write the language model of a vision-language or audio-language checkpoint as a checkpoint of "
+        "its own, which computes the same for text.",
+    )
+    language_model.add_argument("source", type=Path, help="the folder of a multimodal checkpoint")
+    language_model.add_argument("target", type=Path, help="folder to write")
+    language_model.set_defaults(command=_language_model)
     tokenizer = kinds.add_parser(
         "tokenizer",
         help="convert the released hy.tiktoken to a fast tokenizer",
@@ -124,6 +133,23 @@ def _hot_start(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     print(folder)
+
+
+def _language_model(options: argparse.Namespace) -> None:
+    from align.run.checkpoint import read_config
+    from align.run.refusals import is_multimodal, quantized_problem
+
+    config = read_config(options.source)
+    if problem := quantized_problem(config):
+        raise UserError(f"{options.source}: {problem}")
+    if not is_multimodal(config):
+        raise UserError(f"{options.source}: it is not a multimodal model; use it as it is.")
+    if options.target.is_dir() and any(options.target.iterdir()):
+        raise UserError(f"{options.target}: the folder is not empty; pass a new one.")
+    _require_folder(options.target, "a new folder for the model")
+    from align.models.language_part import convert_language_model
+
+    print(convert_language_model(options.source, options.target, config))
 
 
 def _tokenizer(options: argparse.Namespace) -> None:

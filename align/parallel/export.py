@@ -55,10 +55,14 @@ def layer_number(name: str) -> int:
 def save_sharded_adapter(model: Any, folder: Path) -> None:
     """Write the adapter to `folder` in the format that PEFT uses for an unsharded model. Collective; rank 0 writes."""
     rank, _ = world()
-    tensors = {}
-    for name, parameter in model.named_parameters():
+    tensors: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # PEFT writes tied embeddings twice
         if is_lora_weight(name) or ".modules_to_save." in name:
-            tensors[name] = peft_shape(name, gather(parameter, torch.float32, rank))
+            first = first_names.setdefault(id(parameter), name)
+            tensors[name] = (
+                tensors[first] if first != name else peft_shape(name, gather(parameter, torch.float32, rank))
+            )
     if rank == 0:
         model.save_pretrained(folder, state_dict=tensors)
 

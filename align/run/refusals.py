@@ -48,18 +48,15 @@ def config_problem(config: Mapping[str, Any], known: Collection[str] | None = No
     known: the supported `model_type`s; None leaves the type unchecked.
     """
     kind = config.get("model_type")
-    if quantized := config.get("quantization_config") or config.get("compression_config"):
-        return (
-            f"its weights are quantized ({_method(quantized)}), and quantized weights cannot be trained. Use the "
-            "checkpoint in bfloat16, or save a dequantized copy of this one with transformers."
-        )
+    if problem := quantized_problem(config):
+        return problem
     if known is not None and kind in known:
         return None
     if config.get("is_encoder_decoder") is True:
         return f"'{kind}' is an encoder-decoder. Use a decoder-only language model."
     if kind in ENCODERS or _has_head(config, "ForMaskedLM"):
         return f"'{kind}' is an encoder, which does not generate text. Use a decoder-only language model."
-    if any(isinstance(config.get(part), Mapping) for part in (*_TEXT_PARTS, *_OTHER_PARTS)):
+    if is_multimodal(config):
         return _multimodal(config)
     if known is None:
         return None
@@ -69,6 +66,22 @@ def config_problem(config: Mapping[str, Any], known: Collection[str] | None = No
             "docs/families.md lists the model types that need none."
         )
     return f"its model_type is '{kind}', which align does not know; docs/families.md lists the model types."
+
+
+def quantized_problem(config: Mapping[str, Any]) -> str | None:
+    """Reason why quantized weights cannot be used, with what to do; None if the weights are not quantized."""
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if not quantized:
+        return None
+    return (
+        f"its weights are quantized ({_method(quantized)}), and quantized weights cannot be trained. Use the "
+        "checkpoint in bfloat16, or save a dequantized copy of this one with transformers."
+    )
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """True if config.json describes a language model together with parts for images, audio or video."""
+    return any(isinstance(config.get(part), Mapping) for part in (*_TEXT_PARTS, *_OTHER_PARTS))
 
 
 def is_scorer(config: Mapping[str, Any]) -> bool:
@@ -103,8 +116,8 @@ def _multimodal(config: Mapping[str, Any]) -> str:
     text = next((part for name in _TEXT_PARTS if isinstance(part := config.get(name), Mapping)), None)
     inner = f" (model_type '{text['model_type']}')" if text and text.get("model_type") else ""
     return (
-        f"'{kind}' is a multimodal model, of which only the language model could be trained. Save its language "
-        f"model{inner} alone with transformers, and use that folder."
+        f"'{kind}' is a multimodal model, of which only the language model{inner} can be trained. Extract it with "
+        "`align convert language-model SRC DST`, and use DST."
     )
 
 

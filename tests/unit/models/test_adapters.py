@@ -19,6 +19,7 @@ from align.models.lora.adapters import (
 )
 from align.models.lora.experts import ExpertAdapter, adapt_by_row, delta, peft_shape
 from align.models.weights import published_weights
+from align.parallel.export import save_sharded_adapter
 from align.train.checkpoint import load_policy, load_scorer
 from tests.tiny_families import save_tiny
 
@@ -127,3 +128,13 @@ def test_a_scorer_trains_its_input_embeddings(tmp_path):
     model = load_scorer(tmp_path / "model", "float32", lora=Lora(rank=2, train_embeddings=True))
     trained = {plain_name(name) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trained == {"model.embed_tokens.weight", "score.weight"}
+
+
+def test_a_sharded_adapter_has_both_names_of_tied_embeddings(tmp_path):
+    save_tiny("llama", tmp_path / "model", tie_word_embeddings=True)
+    model = load_policy(tmp_path / "model", "float32", lora=Lora(rank=2, train_embeddings=True))
+    save_sharded_adapter(model, tmp_path / "sharded")
+    model.save_pretrained(tmp_path / "usual")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sharded", "usual"))
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

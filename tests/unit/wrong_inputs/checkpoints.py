@@ -107,6 +107,18 @@ def _(here: Here) -> str:
     return here.check()
 
 
+@wrong("language-model-of-text", "Extracting the language model of a text model")
+def _(here: Here) -> str:
+    return here.align("convert", "language-model", "model", "out")
+
+
+@wrong("language-model-unknown", "Extracting a language model of an unknown type")
+def _(here: Here) -> str:
+    parts = {"text_config": {"model_type": "qwen2_5_vl_text"}, "vision_config": {}}
+    here.write("model/config.json", json.dumps({"model_type": "qwen2_5_vl", **parts}))
+    return here.align("convert", "language-model", "model", "out")
+
+
 @wrong("reward-model-as-policy", "A reward model as the model to train")
 def _(here: Here) -> str:
     here.change_config(architectures=["LlamaForSequenceClassification"])

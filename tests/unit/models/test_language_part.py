@@ -1,0 +1,54 @@
+"""The language model of a multimodal checkpoint computes the same logits for text as the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from align import cli
+from align.data.tokenizer import train_tokenizer
+from align.train.checkpoint import load_policy, load_tokenizer
+from tests.tiny_families import FAMILIES, SHARED, randomise
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "gemma3_text", "tie_word_embeddings": True},
+    "mistral3": {"model_type": "mistral", "sliding_window": None},
+    "llama4": {"model_type": "llama4_text"},
+    "llava": {"model_type": "llama"},
+}
+
+
+def save(kind: str, folder: Path, shard: str = "1GB") -> Any:
+    text = {**SHARED, **FAMILIES[KINDS[kind]["model_type"]], **KINDS[kind], "vocab_size": 259}
+    vision = VISION | {"image_size": 28, "patch_size": 14} | ({"head_dim": 8} if kind == "mistral3" else {})
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config=vision, tie_word_embeddings=kind == "gemma3")
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model, 1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    train_tokenizer(["a"], 259).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "shard"), [("gemma3", "1GB"), ("mistral3", "100KB"), ("llama4", "1GB"), ("llava", "1GB")]
+)
+def test_logits_of_text_are_those_of_the_whole_model(tmp_path, kind, shard, capsys):
+    whole = save(kind, tmp_path / "whole", shard)
+    cli.main(["convert", "language-model", str(tmp_path / "whole"), str(tmp_path / "text")])
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "text"))
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == KINDS[kind]["model_type"]
+    assert not (tmp_path / "text" / "preprocessor_config.json").exists()
+    text = load_policy(tmp_path / "text", "float32").eval()
+    assert load_tokenizer(tmp_path / "text").decode([65 + 3]) != ""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]])
+    with torch.no_grad():
+        torch.testing.assert_close(text(ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
