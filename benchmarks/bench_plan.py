@@ -108,9 +108,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ppo, wide, average": ("ppo", WIDE, {"ema_decay": 0.9}),
 }
 OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    f"{kind}, {family}{', LoRA' if changes else ''}": (kind, {"model_type": family} | sizes, changes)
-    for family, sizes in FAMILIES.items()
-    for kind, changes in (("sft", {}), ("sft", {"lora": LORA}), ("reward_model", {}), ("dpo", {}), ("ppo", {}))
+    f"{name}, {family}": (kind, {"model_type": family} | FAMILIES[family], {"lora": LORA} if name != kind else {})
+    for family, names in {
+        "llama": ("sft", "sft with LoRA", "reward_model", "dpo", "ppo"),
+        "qwen3_moe": ("sft", "sft with LoRA", "dpo", "ppo"),
+        "deepseek_v3": ("sft", "dpo"),
+        "gpt_oss": ("sft",),
+    }.items()
+    for name, kind in ((name, name.split()[0]) for name in names)
 }
 
 SHARDED: dict[str, tuple[str, Setting]] = {

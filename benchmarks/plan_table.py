@@ -145,6 +145,7 @@ TABLES = {
     "hosts": hosts_table,
     "hy3": hy3_table,
     "measured": measured_table,
+    "families": families_table,
 }
 
 
