@@ -131,7 +131,8 @@ def with_adapters(model: Any, lora: Lora) -> Any:
 
     stand_ins = {}
     for empty in list(model.parameters()):
-        stand_ins[empty] = nn.Parameter(torch.empty((), dtype=empty.dtype).expand(full_shape(empty)))
+        stand_in = torch.empty((), dtype=empty.dtype).expand(full_shape(empty))
+        stand_ins[empty] = nn.Parameter(stand_in, empty.requires_grad)
         replace(model, empty, stand_ins[empty])
     task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     model = add_lora(model, lora, task=task, in_float32=False)  # DeepSpeed keeps its own float32 copies

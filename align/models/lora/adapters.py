@@ -44,6 +44,8 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     """
     from peft import get_peft_model
 
+    # Some families keep a router's correction bias as a parameter that never trains.
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     tied = lora.train_embeddings and is_tied(model)
     with _without_old_names(), warnings.catch_warnings():
         # join_embeddings ties the copies.
@@ -51,7 +53,9 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
         wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
     if lora.train_embeddings:
         join_embeddings(wrapped.get_base_model(), tied=tied)
-    for parameter in wrapped.parameters():
+    for name, parameter in wrapped.named_parameters():
+        if plain_name(name) in frozen:
+            parameter.requires_grad_(False)  # PEFT trains every parameter of modules_to_save
         if in_float32 and parameter.requires_grad:  # PEFT leaves modules_to_save in the model's dtype
             parameter.data = parameter.data.float()
     return wrapped

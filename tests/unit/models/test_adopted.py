@@ -62,7 +62,7 @@ def test_a_saved_model_loads_in_plain_transformers(model_type: str, tmp_path: Pa
     checks.check_export(model_type, tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_adapters_by_row_equal_merged_ones(model_type: str) -> None:
     checks.check_lora(model_type)
 
