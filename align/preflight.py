@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from align.config.parallel import Parallel
@@ -19,6 +20,7 @@ from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
 from align.reward.functions import find_reward_function
+from align.rollout.refusals import REMEDY, Engine, refusal
 from align.run.folder import MODEL
 from align.run.refusals import config_problem, path_problem, role_problem
 
@@ -32,6 +34,7 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
     if files:
         for name in stages:
             found += _of_model(recipe.model) if name == BASE else _of_stage(name, recipe.stages[name])
+            found += _of_engine(recipe, name) if name != BASE else ()
     for name in stages:
         if name != BASE and isinstance(stage := recipe.stages[name], EvaluateStage):
             found += _of_tasks(name, stage)
@@ -91,6 +94,21 @@ def _of_kind(where: str, path: str, accepted: Collection[str] = (LANGUAGE_MODEL,
         problem = role_problem(config, accepted)
     if problem is not None:
         yield f"{where}: {path}: {problem}"
+
+
+def _of_engine(recipe: Recipe, name: str) -> Iterator[str]:
+    """Reason why vLLM cannot run the model with which a stage generates. Here a machine counts as one with a GPU."""
+    reference, rollout = recipe.stages[name].generates_with, getattr(recipe.stages[name], "rollout", None)
+    if reference is None or rollout is None or rollout.engine == "huggingface":
+        return
+    while reference in recipe.stages:
+        reference = getattr(recipe.stages[reference], "init_from", BASE)
+    config = _config_of(recipe.model, files=True) if reference == BASE else _config_in(reference)
+    if config is None or "model_type" not in config:
+        return
+    engine = Engine(recipe.dtype, has_gpu=True, longest=rollout.max_model_length)
+    if reason := refusal(SimpleNamespace(**config), engine):
+        yield f"stages.{name}.rollout: vLLM cannot run this {config['model_type']} model: {reason}. {REMEDY}"
 
 
 def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:

@@ -138,6 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **TWO_HEADS,
         **MOE,
         "num_experts": 8,
+        "tie_word_embeddings": True,
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv"],
     },

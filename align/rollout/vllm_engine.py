@@ -177,4 +177,4 @@ def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
     from vllm import LLM
 
     options = engine_options(checkpoint, rollout, dtype=dtype, seed=seed, in_process=True)
-    return LLM(use_tqdm_on_load=False, **options, **model_options(checkpoint, dtype=dtype))
+    return LLM(use_tqdm_on_load=False, **(options | model_options(checkpoint, dtype=dtype)))

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from align.config.rollout import CPU_CACHE_GIB, Rollout
 from align.errors import UserError, missing_dependency
-from align.models.adopted.refusals import Engine, refusal
 from align.models.adopted.vllm_fields import vllm_fields
 from align.rollout.base import SamplingSettings
+from align.rollout.refusals import REMEDY, Engine, refusal
 from align.rollout.vllm_plugin import register
 
 LOWEST_TEMPERATURE = 0.01
@@ -24,6 +24,8 @@ LOWEST_TEMPERATURE = 0.01
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU; vLLM's kernel needs a multiple of 32."""
 CPU_BATCH_TOKENS = 4096
+STATEFUL = {"conv", "linear_attention"}
+"""Kinds of layers with a state of fixed size instead of a key/value cache."""
 LEAST_UTILIZATION = 0.01
 """Value of gpu_memory_utilization that is small enough to pass vLLM's check of the free memory."""
 BESIDE_TRAINER, ALONE = 0.5, 0.9
@@ -158,6 +160,9 @@ def model_options(checkpoint: Path, *, dtype: str) -> dict[str, Any]:
     if dtype == "float32" and getattr(config, "kv_lora_rank", None) and not has_gpu():
         # On a CPU with AMX vLLM would choose kernels of latent attention that have no float32.
         options["attention_backend"] = "CPU_MLA"
+    if STATEFUL & set(getattr(config, "layer_types", None) or ()) and not has_gpu():
+        # vLLM caches prefixes of such layers only with chunked prefill, which `engine_options` turns off.
+        options["enable_prefix_caching"] = False
     return options
 
 
@@ -167,9 +172,7 @@ def check_model(checkpoint: Path, rollout: Rollout, *, dtype: str) -> None:
     config = _config(checkpoint)
     reason = refusal(config, Engine(dtype, torch.cuda.is_available(), rollout.max_model_length))
     if reason is not None:
-        raise UserError(
-            f"{checkpoint}: vLLM cannot run this {config.model_type} model: {reason}. Set rollout.engine: huggingface."
-        )
+        raise UserError(f"{checkpoint}: vLLM cannot run this {config.model_type} model: {reason}. {REMEDY}")
 
 
 def check_context(checkpoint: Path, rollout: Rollout) -> None:

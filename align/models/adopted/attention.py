@@ -54,7 +54,7 @@ def attend(
     if packing is not None:
         packing.used += 1
         attended = packing.packing.attend(query, key, value, scaling=scaling, dropout=dropout, variant=variant)
-        return attended, None
+        return attended.contiguous(), None  # afmoe takes a view; a single sequence would be strided
     if softcap is None and s_aux is None:
         output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

@@ -175,3 +175,14 @@ def test_layers_for_multi_token_prediction_are_ignored(tmp_path: Path) -> None:
     save_file({**tensors, "model.layers.3.extra.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
     with pytest.raises(UserError, match=re.escape("has no tensor 'model.layers.3.extra.weight'")):
         check_weights(tmp_path, model.config)
+
+
+def test_a_single_sequence_is_packed_as_several_are() -> None:
+    """afmoe takes a view of what attention returns, which has no gaps between the heads for several sequences only."""
+    reference = tiny_model("afmoe")
+    model = checks.adopted("afmoe", reference)
+    sequence = checks.rows()[1]
+    with torch.no_grad():
+        found, _ = checks.packed_logprobs(model, [sequence])
+        expected = checks.token_logprobs(reference, sequence)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

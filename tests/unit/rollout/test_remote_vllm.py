@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from align.config.rollout import Rollout
+from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weights import published_weights
 from align.rollout.base import Completion, SamplingSettings
@@ -23,6 +24,9 @@ from align.rollout.sync.stream import combined_digest, digest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
+from tests.families.checks import adopted
+from tests.families.engine import difference, sample
+from tests.tiny_families import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = SamplingSettings(max_new_tokens=100, seed=3, n=3)
@@ -179,6 +183,27 @@ def test_a_server_of_two_ranks_takes_an_update(model, checkpoint, local):
         rows = engine.generate(PROMPTS, SETTINGS)
         assert error(moved, rows) < 1e-4
         assert error(model, rows) > 1e-2
+    finally:
+        engine.close()
+
+
+def test_a_server_of_vllms_own_class_takes_updates(tmp_path):
+    """A tied head, experts that a kernel packs, and a router's bias that vLLM ignores without our corrections."""
+    models = [tiny_model("ernie4_5_moe", seed, tie_word_embeddings=True) for seed in (0, 10)]
+    models[0].save_pretrained(tmp_path)
+    settings = {"max_model_length": 128, "cache_gib": 0.1, "max_sequences": 8, "bucket_mib": 1}
+    rollout = Rollout(engine="remote", start_servers=1, **settings)
+    engine = RemoteEngine(tmp_path, rollout, dtype="float32", seed=0)
+    try:
+        assert difference(models[0], sample(engine)) < 1e-4
+        weights = dict(published_weights(adopted("ernie4_5_moe", models[1], tie_word_embeddings=True)))
+        engine.update_weights(iter(weights.items()), 1)
+        assert difference(models[1], sample(engine)) < 1e-4
+        del weights["model.layers.1.self_attn.o_proj.weight"]
+        with pytest.raises(UserError, match=r"self_attn\.o_proj \(weight\): 0 of"):
+            engine.update_weights(iter(weights.items()), 2)
+        with pytest.raises(UserError):
+            sample(engine)
     finally:
         engine.close()
 

@@ -30,6 +30,17 @@ def test_buckets_hold_the_stream_once_and_in_order(size):
         assert len(bucketed) == 1
 
 
+def test_biases_of_routers_keep_their_precision():
+    bias, weight = torch.tensor([15.0, 15.01]), torch.tensor([[15.0, 15.01]])
+    names = ["model.layers.3.mlp.gate.e_score_correction_bias", "model.layers.3.mlp.expert_bias"]
+    (bucket,) = buckets(iter([*((name, bias) for name in names), ("w", weight)]), 1000, torch.bfloat16)
+    assert [tensor.tolist() for _, tensor in bucket[:2]] == [bias.tolist()] * 2
+    assert bucket[2][1].dtype == torch.bfloat16
+    buffer = torch.zeros(packed_size(bucket), dtype=torch.uint8)
+    pack(bucket, buffer)
+    assert torch.equal(load(buffer.numpy().tobytes())[names[1]], bias)
+
+
 def test_only_one_bucket_is_drawn_at_a_time():
     """Tensors that the stream merges or gathers must not accumulate in memory."""
     drawn = []

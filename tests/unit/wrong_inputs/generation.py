@@ -188,8 +188,9 @@ def _(here: Here) -> None:
 
 
 @wrong("setting-that-vllm-ignores", "A setting of a model that vLLM computes otherwise")
-def _(here: Here) -> None:
-    check_model_with(model_type="deepseek_v3", rope_interleave=False)
+def _(here: Here) -> str:
+    here.change_config(model_type="deepseek_v3", rope_interleave=False)
+    return here.check(stages={"pairs": sample_stage(max_new_tokens=8, max_model_length=64)})
 
 
 @wrong("model-unknown-to-transformers", "A model that transformers does not know")

@@ -1,4 +1,4 @@
-"""Models that vLLM cannot run, or would run as another model than transformers."""
+"""Models that vLLM cannot run, or would run as another model than transformers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 MLA_LATENT = (512, 64)
 """kv_lora_rank and qk_rope_head_dim for which vLLM has kernels of multi-head latent attention."""
+REMEDY = "Set rollout.engine: huggingface."
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Engine:
 
 
 def refusal(config: Any, engine: Engine) -> str | None:
-    """Reason why vLLM cannot run this model in this engine, if any: a clause that follows "vLLM cannot run it: "."""
+    """Reason why vLLM cannot run this model in this engine, if any: a clause that follows "vLLM cannot run it: ".
+
+    config: configuration, or an object with the values of config.json, where the family's defaults may be missing.
+    """
     if config.model_type in TYPES:
         return TYPES[config.model_type]
     if not engine.has_gpu and config.model_type in SPARSE_ATTENTION:
@@ -48,7 +52,7 @@ def latent_attention(config: Any, engine: Engine) -> str | None:
         return "vLLM interleaves rotary embeddings, but the checkpoint has rope_interleave: false"
     if getattr(config, "attention_bias", False):
         return "vLLM has no bias in latent attention, but the checkpoint has attention_bias: true"
-    sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
+    sizes = tuple(getattr(config, name, size) for name, size in zip(("kv_lora_rank", "qk_rope_head_dim"), MLA_LATENT))
     if sizes != MLA_LATENT:
         return f"its kernels need kv_lora_rank and qk_rope_head_dim of {MLA_LATENT}, but the checkpoint has {sizes}"
     return None
@@ -61,11 +65,12 @@ def unnormalised_router(config: Any, engine: Engine) -> str | None:
 
 
 def tied_head(config: Any, engine: Engine) -> str | None:
-    return None if config.tie_word_embeddings else "vLLM ties its head to the embedding, the checkpoint does not"
+    tied = getattr(config, "tie_word_embeddings", getattr(config, "tie_embedding", True))
+    return None if tied else "vLLM ties its head to the embedding, the checkpoint does not"
 
 
 def window_below_text(config: Any, engine: Engine) -> str | None:
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", 4096)
     if window is None or window >= engine.longest:
         return None
     return (
@@ -96,6 +101,7 @@ SETTINGS: dict[str, list[Check]] = {
     "glm4_moe_lite": [latent_attention, dense_layers_first],
     "hy_v3": [dense_layers_first],
     "lfm2": [tied_head],
+    "lfm2_moe": [tied_head],
     "cohere2": [window_below_text],
 }
 """Checks of the configuration, by model_type."""

@@ -7,8 +7,8 @@ import re
 import pytest
 from transformers import PreTrainedConfig
 
-from align.models.adopted.refusals import Engine, refusal
 from align.models.adopted.vllm_fields import vllm_fields
+from align.rollout.refusals import Engine, refusal
 from tests.tiny_families import FAMILIES, tiny_config
 
 CPU = Engine("float32", has_gpu=False, longest=128)
