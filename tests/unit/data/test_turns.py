@@ -304,6 +304,19 @@ def test_columns_for_the_template_and_arguments_of_any_type(tokenizers, jsonl):
     assert sum(tokenizers["qwen3"].decode(ids).startswith("<think>") for ids in trained) == 1
 
 
+def test_objects_for_the_template_keep_exactly_their_keys(tokenizers, jsonl):
+    """Arrow gives all objects of a column the same keys, so a key with null could not be told from a missing one."""
+    rows = []
+    for parameters in ({"a": None}, {"b": 1}):
+        tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+        rows.append({"messages": TALK[:2], "tools": tools})
+    data = Data(train=source(jsonl(rows)), max_length=2000)
+    done = prepare.prepare_sft(data, tokenizers["qwen3"], assistant_only_loss=True, seed=1)
+    texts = [tokenizers["qwen3"].decode(row["input_ids"]) for row in done.train]
+    found = sorted(text.partition('"parameters": ')[2].partition("}}")[0] for text in texts)
+    assert found == ['{"a": null', '{"b": 1']
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
