@@ -112,8 +112,8 @@ OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     for family, names in {
         "llama": ("sft", "sft with LoRA", "reward_model", "dpo", "ppo"),
         "qwen3_moe": ("sft", "sft with LoRA", "dpo", "ppo"),
-        "deepseek_v3": ("sft", "dpo"),
-        "gpt_oss": ("sft",),
+        "deepseek_v3": ("sft", "dpo", "ppo"),
+        "gpt_oss": ("sft", "ppo"),
     }.items()
     for name, kind in ((name, name.split()[0]) for name in names)
 }

@@ -98,9 +98,9 @@ def _part(name: str, parameter: nn.Parameter, stack: nn.Module | None) -> str:
     """The count of `LayerShape` to which a parameter of a layer belongs."""
     if stack is not None and any(parameter is one for one in stack.parameters(recurse=False)):
         return "experts"
-    if ROUTERS & set(name.split(".")):
+    if ROUTERS & set(name.split(".")) and parameter.requires_grad:  # a correction bias is not trained
         return "router"
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or not parameter.requires_grad:
         return "norms"
     return "attention" if mixes(name) else "mlp"
 

@@ -138,7 +138,9 @@ def test_flops_are_those_that_torch_counts(model_type: str) -> None:
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen2_moe", "hy_v3", "deepseek_v3", "gpt_oss", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "phi3", "qwen2_moe", "ernie4_5_moe", "hy_v3", "deepseek_v3", "gpt_oss"]
+)
 @pytest.mark.parametrize(
     "lora", [Lora(rank=4), Lora(rank=2, experts=False), Lora(rank=2, shared_mlp=False, train_router=False)]
 )
