@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from align.config.parallel import Parallel
 from align.data.tokenizer import train_tokenizer
 from align.train.finite import require_finite
+from tests.tiny_families import tiny_config
 
 from .here import IN_PARENTHESES, NUMBER, SIZES, Here, wrong
 
@@ -319,3 +321,10 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     save_qwen3("dense")
     return here.align("convert", "hot-start", "dense", "grown", "--top-k", "2", "--expert-width", "8")
+
+
+@wrong("zero-3-convolutions", "ZeRO-3 with a model whose convolutions cannot be sharded")
+def _(here: Here) -> None:
+    from align.parallel.load import load_sharded
+
+    load_sharded(None, tiny_config("lfm2"), Path("model"), torch.float32, Parallel(processes=2, zero_stage=3))
