@@ -46,7 +46,9 @@ def ranks(model_type: str) -> dict[str, Any]:
         try:
             run_ranks("family_ranks.py", 2, Path(folder), model_type)
         except AssertionError as error:
-            return {"sharded": f"fails: {str(error).strip().splitlines()[-1][:200]}"}
+            last = str(error).strip().splitlines()[-1].removeprefix("[rank0]: ")
+            refused = last.startswith("align.errors.UserError: ")
+            return {"sharded": last.removeprefix("align.errors.UserError: ") if refused else f"fails: {last[:200]}"}
         found = json.loads((Path(folder) / "rank-0.json").read_text())
     return {
         name: max(found[f"{model_type}, {case}"][part] for part in ("losses", "weights"))
