@@ -2,7 +2,7 @@
 
 The method follows Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv
 2205.05198). They count 34 T D bytes for a dense layer in fp16, plus the attention matrix. Here a family's `Activations`
-count its layers; the routed experts are the same for every family.
+count its layers: HunYuan's by formulas, those of other families by running them without values.
 
 Letters: T tokens, D hidden size, k experts per token, a bytes per activation value.
 """
