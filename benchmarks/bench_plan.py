@@ -113,7 +113,7 @@ OF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "llama": ("sft", "sft with LoRA", "reward_model", "dpo", "ppo"),
         "qwen3_moe": ("sft", "sft with LoRA", "dpo", "ppo"),
         "deepseek_v3": ("sft", "dpo", "ppo"),
-        "gpt_oss": ("sft", "ppo"),
+        "gpt_oss": ("sft", "sft with LoRA", "dpo", "ppo"),
     }.items()
     for name, kind in ((name, name.split()[0]) for name in names)
 }
