@@ -96,10 +96,12 @@ def test_engine_and_server_options(tmp_path: Path) -> None:
         assert f'"{name}": True' in source
         options[name] = True
     options |= {"host": "127.0.0.1", "port": 8001, "uvicorn_log_level": "error", "tensor_parallel_size": 2}
+    options |= {"hf_overrides": {"qk_norm": True}, "attention_backend": "CPU_MLA", "enable_prefix_caching": False}
     make_parser = serve_parser()[0]
     parsed = make_parser(FlexibleArgumentParser()).parse_args([*command_line(options), "--served-model-name", "a"])
     assert (parsed.tensor_parallel_size, parsed.tokens_only, parsed.max_model_len) == (2, True, 512)
     assert parsed.weight_transfer_config.backend == "align_host"
+    assert (parsed.hf_overrides, parsed.enable_prefix_caching) == ({"qk_norm": True}, False)
 
 
 def test_sampling_options() -> None:

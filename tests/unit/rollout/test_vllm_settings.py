@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedConfig
 
 from align.models.adopted.vllm_fields import vllm_fields
+from align.rollout import vllm_options
 from align.rollout.refusals import Engine, refusal
 from tests.tiny_families import FAMILIES, tiny_config
 
@@ -88,3 +90,17 @@ def of_type(model_type: str) -> PreTrainedConfig:
     config = PreTrainedConfig()
     config.model_type = model_type
     return config
+
+
+def test_engine_arguments_of_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(family: str, dtype: str = "float32", *, gpu: bool = False) -> dict[str, object]:
+        monkeypatch.setattr(vllm_options, "has_gpu", lambda: gpu)
+        tiny_config(family).save_pretrained(tmp_path / family)
+        return vllm_options.model_options(tmp_path / family, dtype=dtype)
+
+    assert options("llama") == {}
+    fields = {"hf_overrides": {"scoring_func": "sigmoid"}}
+    assert options("deepseek_v3") == {**fields, "attention_backend": "CPU_MLA"}
+    assert options("deepseek_v3", "bfloat16") == options("deepseek_v3", gpu=True) == fields
+    assert options("lfm2_moe") == {"enable_prefix_caching": False}
+    assert options("lfm2_moe", gpu=True) == {}
