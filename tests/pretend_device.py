@@ -111,6 +111,9 @@ class PretendDevice:
             (torch.amp, "is_autocast_available"),
         ):
             self._entered.enter_context(patch.object(module, name, _of_the_cpu(getattr(module, name))))
+        # vLLM's CPU worker replaces this method for the whole process.
+        pin_memory = torch._C.TensorBase.pin_memory  # type: ignore[attr-defined]  # no stub
+        self._entered.enter_context(patch.object(Tensor, "pin_memory", pin_memory))
         grouped = _by_device(torch._C._group_tensors_by_device_and_dtype)
         self._entered.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
         self._entered.enter_context(_Operations(self))

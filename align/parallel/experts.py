@@ -59,7 +59,8 @@ class ShardedExperts(Experts):
     def __init__(self, whole: Experts, group: Any, group_name: str):
         nn.Module.__init__(self)
         self.__dict__.update({name: value for name, value in vars(whole).items() if name not in vars(self)})
-        self._modules.update(whole._modules)  # the activation
+        for name, module in whole.named_children():  # the activation
+            self.add_module(name, module)
         self.group, self.group_name, self.ranks = group, group_name, dist.get_world_size(group)
         self.local = whole.num_experts // self.ranks
         self.first = self.local * dist.get_rank(group)

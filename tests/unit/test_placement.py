@@ -50,6 +50,14 @@ def test_a_tensor_says_that_it_is_on_the_gpu() -> None:
         assert not torch.ones(2).is_cuda
 
 
+def test_pinned_uploads_are_counted_after_a_cpu_worker_of_vllm_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces `Tensor.pin_memory` for the whole process."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    counted = counted_in(lambda device: torch.ones(3).pin_memory().to(CUDA, non_blocking=True)).totals()
+    assert counted["uploads"] == 1
+    assert not counted["blocking_uploads"]
+
+
 @pytest.mark.parametrize(
     ("kind", "run"),
     [
