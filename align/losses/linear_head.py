@@ -59,7 +59,7 @@ def linear_logprobs(
 
 
 class LogitTransform(NamedTuple):
-    """What a model does to its logits: cap * tanh(scale * logits / cap), or scale * logits without a cap."""
+    """Scale and soft cap of logits: cap * tanh(scale * logits / cap), or scale * logits without a cap."""
 
     scale: float = 1.0
     cap: float | None = None

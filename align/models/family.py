@@ -128,7 +128,7 @@ class Place(NamedTuple):
 
 
 class RoutedLayer(NamedTuple):
-    """Routed experts of a decoder layer, and how many of them compute a token."""
+    """Number of routed experts in a decoder layer, and number of experts per token."""
 
     experts: int
     top_k: int

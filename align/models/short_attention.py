@@ -24,7 +24,7 @@ LONGEST = 128
 
 
 class Variant(NamedTuple):
-    """What an architecture changes in causal attention.
+    """Variant of causal attention that an architecture uses.
 
     window: number of last tokens, the query's own included, that a query sees; None for all.
     softcap: scores become softcap * tanh(scores / softcap).

@@ -1,4 +1,4 @@
-"""What vLLM needs of align. vLLM calls `register`, the entry point `vllm.general_plugins`, in each of its processes.
+"""Plugin of align for vLLM. vLLM calls `register`, the entry point `vllm.general_plugins`, in each of its processes.
 
 Heavy imports are inside the function, so that finding the plugin costs nothing.
 """

@@ -24,11 +24,10 @@ from align.models.experts import Experts
 from align.models.family import DENSE, Family, LoraTargets, RoutedLayer
 
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
-"""Names of the modules of a decoder layer that are no attention."""
-
+"""Names of the modules of a decoder layer other than attention."""
 
 GATES = ("gate", "router")
-"""Endings of the names of linear layers with one output per expert; they are never adapted."""
+"""Endings of the names of routers and of the gates of shared experts, which LoRA never adapts."""
 
 
 def adopt(model_type: str) -> Family:
@@ -53,7 +52,7 @@ def adopt(model_type: str) -> Family:
 
 
 class _Description:
-    """What a configuration's model consists of, found by building it on torch's meta device."""
+    """Names, shapes, layers and LoRA targets of a configuration's model, read from the model on torch's meta device."""
 
     def __init__(self, model: Any):
         self.names = AdoptedNames(model)

@@ -185,7 +185,7 @@ def mixed(mix_in: type, base: type) -> type:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """What the model does to its logits, from the keys that transformers' families use."""
+    """Scale and soft cap of the model's logits, from the keys that transformers' families use."""
     scale = getattr(config, "logit_scale", None)
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         scale = 1 / config.logits_scaling

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Facts:
-    """What align must know about a family.
+    """Facts about a family that its classes do not state.
 
     sigmoid: experts are scored by a sigmoid per expert instead of a softmax over the experts.
     mixes_neighbours: layers other than attention mix neighbouring tokens (short convolutions), or attention is limited
