@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from align.config import evaluation, parallel, parts, ppo, rewards, rollout, stage, stages
 from align.config.recipe import Recipe
+from align.config.section import RuntimeSetting
 
 PAGE = Path(__file__).parent / "recipes.md"
 
@@ -150,7 +151,7 @@ def section(title: str, model: type[BaseModel]) -> str:
 
 def row(name: str, field: FieldInfo) -> tuple[str, ...]:
     kind, bounds = words(field.annotation), limits(field.annotation, field.metadata)
-    free = " †" if any(isinstance(mark, parts.RuntimeSetting) for mark in field.metadata) else ""
+    free = " †" if any(isinstance(mark, RuntimeSetting) for mark in field.metadata) else ""
     return f"`{name}`{free}", kind, default(field), bounds, one_line(field.description or "")
 
 

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from align.config.parts import Positive, Section, Source
+from align.config.parts import Source
 from align.config.rewards import ModelReward, Reward, RewardBase
+from align.config.section import Positive, Section
 
 TASK_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 

@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from align.config.evaluation import TASK_NAME
-from align.config.parts import renamed
 from align.config.paths import local_path
 from align.config.recipe import RUN_NAME, Recipe
+from align.config.section import renamed
 from align.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"

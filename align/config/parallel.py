@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import Positive, Section
+from align.config.section import Positive, Section
 
 
 class Offload(Section):

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import RUNTIME, Fraction, Lora, Optimizer, Positive, Section, Source
+from align.config.parts import Lora, Optimizer, Source
 from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
+from align.config.section import RUNTIME, Fraction, Positive, Section
 from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL, Reference, StageWithParent
 
 

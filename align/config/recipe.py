@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parallel import Parallel
-from align.config.parts import HotStartModel, Model, ScratchModel, Section
+from align.config.parts import HotStartModel, Model, ScratchModel
 from align.config.presets import unknown_keys
+from align.config.section import Section
 from align.config.stage import LANGUAGE_MODEL
 from align.config.stages import Stage, TrainingStage
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.parts import RUNTIME, Positive, Section
+from align.config.section import RUNTIME, Positive, Section
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.parts import RUNTIME, Positive, Section
+from align.config.section import RUNTIME, Positive, Section
 
 CPU_CACHE_GIB = 0.5
 """Size in GiB of the key/value cache on a CPU if `cache_gib` is not set."""

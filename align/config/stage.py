@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
-from align.config.parts import Section, StageSource
+from align.config.parts import StageSource
+from align.config.section import Section
 
 LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"
 Found = TypeVar("Found")

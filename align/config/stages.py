@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.evaluation import Tasks
-from align.config.parts import RUNTIME, Data, Fraction, Lora, Optimizer, Positive, Source
+from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
+from align.config.section import RUNTIME, Fraction, Positive
 from align.config.stage import (
     LANGUAGE_MODEL,
     PAIRS,

@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel, Section
+from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
+from align.config.section import Section
 from align.config.stage import find
 from align.run.folder import MODEL
 

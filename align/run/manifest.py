@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.config.parts import Section, result_settings
 from align.config.recipe import BASE, Recipe, is_path
+from align.config.section import Section, result_settings
 from align.errors import UserError
 from align.run.context import StageContext, StageResult
 from align.run.folder import MANIFEST, remove_folder, write_json

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from align import cli
 from align.config import Recipe, load_recipe, resolve_recipe_path
-from align.config.parts import Optimizer, Section
+from align.config.parts import Optimizer
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
+from align.config.section import Section
 from align.config.stages import DpoStage
 from align.errors import UserError
 

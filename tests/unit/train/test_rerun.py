@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from align.config import load_recipe
-from align.config.parts import result_settings
+from align.config.section import result_settings
 from align.errors import UserError
 from align.pipeline import run
 from align.run.context import StageResult
