@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
+from align.data.answers import AnswerReader
 from align.data.chat import encode_prompt, stop_token_ids
+from align.data.formats import DropRow, Message
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
 from align.train.checkpoint import load_policy, load_tokenizer
@@ -31,19 +33,22 @@ def chat(folder: Path, *, system: str | None, max_new_tokens: int, temperature: 
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        messages.append(
-            {"role": "assistant", "content": _complete(model, tokenizer, messages, max_new_tokens, temperature)}
-        )
+        messages.append(_complete(model, tokenizer, messages, max_new_tokens, temperature))
 
 
 @torch.no_grad()
 def _complete(
     model: AnyModel,
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     max_new_tokens: int,
     temperature: float,
-) -> str:
+) -> Message:
+    """Stream the assistant's next turn to the terminal and return it.
+
+    Special tokens that separate the parts of an answer, such as gpt-oss's channels, are shown.
+    """
+    reader = AnswerReader(tokenizer)
     ids = encode_prompt(tokenizer, messages)
     free = model.config.max_position_embeddings - len(ids)
     if free < 1:
@@ -60,7 +65,12 @@ def _complete(
         max_new_tokens=min(max_new_tokens, free),
         eos_token_id=stop_token_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not reader.separators),
         **sampling,
     )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    answer = output[0, len(ids) :].tolist()
+    try:
+        return reader.message(answer)
+    except DropRow as reason:
+        print(f"(kept as plain text: {reason})", file=sys.stderr)
+        return {"role": "assistant", "content": str(tokenizer.decode(answer, skip_special_tokens=True))}

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.evaluation import Metric
 from align.config.stages import EvaluateStage
+from align.data.answers import AnswerReader
 from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.eval.data import EvaluationData
@@ -161,5 +162,6 @@ def prompt_record(row: PromptRow) -> dict[str, Any]:
 
 
 def decode(completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Text of each completion, without special tokens."""
-    return [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)).strip() for c in completions]
+    """Content of each completion; see `AnswerReader.text`."""
+    reader = AnswerReader(tokenizer)
+    return [reader.text(c.token_ids).strip() for c in completions]

@@ -12,8 +12,9 @@ from contextlib import closing
 from transformers import PreTrainedTokenizerBase
 
 from align.config.stages import SampleStage
+from align.data.answers import AnswerReader
 from align.data.chat import stop_token_ids
-from align.data.formats import TEMPLATE_COLUMNS
+from align.data.formats import TEMPLATE_COLUMNS, DropRow, Message
 from align.data.prepare import PromptRow, prepare_prompts
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
@@ -46,20 +47,24 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
         for split, (rows, report) in splits.items():
             context.say(f"  {split}: {report.summary()}")
             with_reference = [row for row in rows if row.reference]
-            pairs = _pairs(with_reference, stage, engine, tokenizer, context.seed)
+            pairs, unreadable = _pairs(with_reference, stage, engine, tokenizer, context.seed)
             lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
             write_text(context.dir / "data" / f"{split}.jsonl", lines)
             counts[f"{split}_pairs"] = len(pairs)
             counts[f"{split}_without_reference"] = len(rows) - len(with_reference)
-            counts[f"{split}_empty_or_equal"] = len(with_reference) - len(pairs)
+            counts[f"{split}_unreadable"] = unreadable
+            counts[f"{split}_empty_or_equal"] = len(with_reference) - len(pairs) - unreadable
     context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items() if value))
     return StageResult(counts, {split: report.to_dict() for split, (_, report) in splits.items()})
 
 
 def _pairs(
     rows: list[PromptRow], stage: SampleStage, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[dict]:
-    """Preference pairs for prompts with a reference. Rejected answers that are empty or equal to it are dropped."""
+) -> tuple[list[dict], int]:
+    """(preference pairs for prompts with a reference, number of samples that cannot be read as a message).
+
+    Rejected answers that are empty, equal to the reference or unreadable are dropped.
+    """
     chooser = random.Random(seed)
     neighbours = [chooser.random() < stage.neighbours for _ in rows]
     sampling = SamplingSettings(
@@ -70,21 +75,26 @@ def _pairs(
     )
     prompts = [list(row.ids) for row, neighbour in zip(rows, neighbours, strict=True) if not neighbour]
     sampled = iter(engine.generate(prompts, sampling))
-    pairs = []
+    reader, pairs, unreadable = AnswerReader(tokenizer), [], 0
     for i, (row, neighbour) in enumerate(zip(rows, neighbours, strict=True)):
         finished = True
         if neighbour:
-            rejected = rows[(i + 1) % len(rows)].reference or ""
+            rejected: Message = {"role": "assistant", "content": rows[(i + 1) % len(rows)].reference or ""}
         else:
             (sample,) = next(sampled)
-            rejected = str(tokenizer.decode(sample.token_ids, skip_special_tokens=True)).strip()
+            try:
+                rejected = reader.message(sample.token_ids)
+            except DropRow:
+                unreadable += 1
+                continue
+            rejected["content"] = rejected["content"].strip()
             finished = sample.finished
-        if rejected and rejected != row.reference:
+        if rejected["content"] and rejected["content"] != row.reference:
             pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled", finished))
-    return pairs
+    return pairs, unreadable
 
 
-def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
+def _pair(row: PromptRow, rejected: Message, origin: str, finished: bool) -> dict:
     """A row of preference data.
 
     finished: False for a sample that was truncated at max_new_tokens. No end-of-turn token is added to such an answer.
@@ -94,7 +104,7 @@ def _pair(row: PromptRow, rejected: str, origin: str, finished: bool) -> dict:
         **columns,
         "prompt": row.messages,
         "chosen": [{"role": "assistant", "content": row.reference}],
-        "rejected": [{"role": "assistant", "content": rejected}],
+        "rejected": [rejected],
         "rejected_finished": finished,
         "origin": origin,
     }

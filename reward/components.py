@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from align.config import rewards as config
+from align.data.answers import AnswerReader
 from align.data.chat import tokenizer_fingerprint
 from align.data.prepare import PromptRow
 from align.errors import UserError
@@ -47,8 +48,9 @@ class Samples:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Text of each completion, without special tokens."""
-        return [str(self.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in self.completions]
+        """Content of each completion; see `AnswerReader.text`."""
+        reader = AnswerReader(self.tokenizer)
+        return [reader.text(c.token_ids) for c in self.completions]
 
     @cached_property
     def prompts(self) -> list[str]:

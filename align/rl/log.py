@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from align.config.ppo import PpoStage
+from align.data.answers import AnswerReader
 from align.parallel.group import is_main
 from align.rl.complete import filled
 from align.rl.panel import Panel
@@ -84,11 +85,11 @@ class RunLog:
 
     def _samples(self, batch: RolloutBatch) -> Iterator[dict[str, Any]]:
         scores = filled(batch.experience.score).tolist()
+        reader = AnswerReader(self.tokenizer)
         for row, completion, score in list(zip(batch.rows, batch.completions, scores, strict=True))[:SAMPLES]:
-            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             yield {
                 "prompt": row.messages[-1]["content"],
-                "completion": text,
+                "completion": reader.transcript(completion.token_ids),
                 "score": score,
                 "finished": completion.finished,
                 "weight_version": completion.weight_version,

@@ -71,6 +71,8 @@ def test_ordered_pairs_count_ties_half_and_keep_unknown_ones_unknown() -> None:
 class Words:
     """Stand-in tokenizer: decoding returns the text whose index is the first id."""
 
+    chat_template = None
+
     def __init__(self, texts: list[str]):
         self.texts = texts
 
