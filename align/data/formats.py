@@ -11,6 +11,7 @@ Two optional columns of any other format reach the chat template: `tools`, a lis
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ FORMAT_COLUMNS: dict[Format, tuple[str, ...]] = {
 STANDARD_COLUMNS = frozenset(column for columns in FORMAT_COLUMNS.values() for column in columns) | {"reference"}
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Optional columns that are passed to the chat template."""
-_RESERVED = frozenset(
+RESERVED = frozenset(
     {"messages", "conversation", "tools", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation"}
     | {"add_generation_prompt", "continue_final_message", "max_length"}
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
@@ -138,6 +139,16 @@ def without_none(value: Any) -> Any:
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
+def variables_problem(values: Mapping[str, Any], template: str) -> str | None:
+    """Reason why a template cannot get these variables, if any."""
+    for name in values:
+        if name in RESERVED:
+            return f"'{name}' is an argument of the renderer, not a variable of the chat template; remove it."
+        if not name.isidentifier() or not re.search(rf"\b{name}\b", template):
+            return f"the chat template does not read '{name}'; remove it."
+    return None
+
+
 def template_variables(row: Row) -> dict[str, Any]:
     """Keyword arguments for the chat template: the columns `tools` and `chat_template_kwargs`, if present.
 
@@ -149,7 +160,7 @@ def template_variables(row: Row) -> dict[str, Any]:
     if variables is not None and not isinstance(variables, dict):
         raise DropRow("chat_template_kwargs is not an object")
     variables = variables or {}
-    if reserved := sorted(_RESERVED.intersection(variables)):
+    if reserved := sorted(RESERVED.intersection(variables)):
         raise DropRow(f"chat_template_kwargs must not set {', '.join(reserved)}")
     return {**variables, "tools": tools} if tools else variables
 

@@ -8,14 +8,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
+from align.config.rewards import RemoteReward
+from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.reward import remote
+from align.reward.components import Samples, build_component
+from align.reward.process import FunctionProcess
 from align.reward.remote import RewardClient
 from align.reward.server import BadRequest, PromptCompletion, RewardServer
+from align.rollout.base import Completion
+from tests.chat_templates import SHAPES, tokenizer_for
 
 REQUEST = {"prompts": ["p", "q"], "completions": ["a", "bb"], "finished": [True, False]}
 
@@ -90,10 +96,30 @@ def test_completions_arrive_as_they_were_sent() -> None:
         assert sender.score(REQUEST) == [1.0, 2.0]
         assert sender.score({"prompts": [[1, 2]], "completions": [[3, 4, 5]]}) == [3.0]
         assert sender.score({"prompts": [], "completions": []}) == []
+        variables = {"enable_thinking": False, "tools": [{"type": "function"}]}
+        sender.score({"prompts": ["p"], "completions": ["a"], "chat_template_kwargs": [variables]})
     user = [{"role": "user", "content": "p"}]
     assert seen[0] == PromptCompletion(user, "a", finished=True)
     assert seen[1].finished is False
     assert seen[2] == PromptCompletion([1, 2], [3, 4, 5], finished=True)
+    assert seen[3] == PromptCompletion(user, "a", finished=True, variables=variables)
+
+
+def test_texts_are_sent_with_the_template_variables_of_their_rows() -> None:
+    seen = list[PromptCompletion]()
+
+    def scoring(items: list[PromptCompletion]) -> list[float]:
+        seen.extend(items)
+        return [0.0] * len(items)
+
+    user = [{"role": "user", "content": "p"}]
+    rows = [PromptRow((1,), user, None, {}, {"enable_thinking": False}), PromptRow((1,), user, None, {})]
+    tokenizer = tokenizer_for(SHAPES["qwen3"])
+    completions = [Completion([1], [5], [0.0], True, 0)] * 2
+    with serving(scoring) as server, closing(FunctionProcess()) as process:
+        component = build_component(RemoteReward(kind="remote", url=server.url), process, tokenizer)
+        component(Samples(rows, completions, tokenizer))
+    assert [item.variables for item in seen] == [{"enable_thinking": False}, {}]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +137,12 @@ def test_completions_arrive_as_they_were_sent() -> None:
         ('{"prompts": [[1]], "completions": [[true]]}', "both be token ids"),
         ('{"prompts": [[{"role": "user"}]], "completions": ["c"]}', "role and content"),
         ('{"prompts": ["p"], "completions": [null]}', "completions[0]"),
+        (
+            '{"prompts": ["p"], "completions": ["c"], "chat_template_kwargs": {}}',
+            "an object per completion",
+        ),
+        ('{"prompts": ["p"], "completions": ["c"], "chat_template_kwargs": [1]}', "chat_template_kwargs[0]"),
+        ('{"prompts": ["p"], "completions": ["c"], "chat_template_kwargs": [{"tokenize": 1}]}', "variables of the"),
     ],
 )
 def test_a_bad_request_gets_the_reason(request_: str, reason: str) -> None:

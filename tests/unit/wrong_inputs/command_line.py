@@ -106,6 +106,16 @@ def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 
 
+@wrong("chat-with-damaged-variables", "Template variables of a chat that are not a JSON object")
+def _(here: Here) -> str:
+    return here.align("chat", "model", "--chat-template-kwargs", "enable_thinking=false")
+
+
+@wrong("chat-with-unknown-variable", "A template variable of a chat that the chat template does not read")
+def _(here: Here) -> str:
+    return here.align("chat", "model", "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
 @wrong("hot-start-one-expert", "A hot start with fewer than two experts")
 def _(here: Here) -> str:
     return here.align("convert", "hot-start", "model", "grown", "--experts", "1")

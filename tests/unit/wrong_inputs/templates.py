@@ -50,6 +50,26 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("template-variable-unknown", "A template variable that the chat template does not read")
+def _(here: Here) -> str:
+    values = {"enable_thinking": False}
+    return here.check(model={"kind": "pretrained", "path": "model", "chat_template_kwargs": values})
+
+
+@wrong("template-variable-reserved", "An argument of the renderer as template variable")
+def _(here: Here) -> str:
+    values = {"add_generation_prompt": True}
+    return here.check(model={"kind": "pretrained", "path": "model", "chat_template_kwargs": values})
+
+
+@wrong("template-variable-in-evaluation", "A template variable of an evaluation that the chat template does not read")
+def _(here: Here) -> str:
+    rows = [{"kind": "file", "path": "rows.jsonl"}]
+    rollout = {"engine": "huggingface", "max_new_tokens": 4, "max_model_length": 32}
+    stage = {"kind": "evaluate", "models": ["base"], "prompts": rows, "rollout": rollout}
+    return here.run(stages={"evaluate": stage | {"chat_template_kwargs": {"reasoning_effort": "high"}}})
+
+
 @wrong("no-template", "A tokenizer without a template")
 def _(here: Here) -> str:
     settings = here.folder / "model" / "tokenizer_config.json"
