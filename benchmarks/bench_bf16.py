@@ -43,7 +43,7 @@ def plain(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear_logprobs": lambda hidden, weight, tokens: linear_logprobs(hidden, weight, tokens)[0].sum(),
-    "linear_cross_entropy": lambda hidden, weight, tokens: -linear_cross_entropy(hidden, weight, tokens, count=1.0),
+    "linear_cross_entropy": lambda hidden, weight, tokens: -linear_cross_entropy(hidden, weight, tokens, count=1.0)[0],
     "bf16 logits, autograd": plain,
 }
 

@@ -37,11 +37,11 @@ def plain_logprobs(hidden, weight, targets, factors):
 
 
 def chunked_cross_entropy(hidden, weight, targets, _):
-    return linear_cross_entropy(hidden, weight, targets)
+    return linear_cross_entropy(hidden, weight, targets)[0]
 
 
 def chunked_logprobs(hidden, weight, targets, factors):
-    logprobs, entropy = linear_logprobs(hidden, weight, targets)
+    logprobs, entropy, _ = linear_logprobs(hidden, weight, targets)
     return (logprobs * factors).sum() + 0 * entropy.sum()
 
 

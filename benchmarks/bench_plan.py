@@ -266,7 +266,7 @@ def measure_sharded(case: str) -> dict[str, Any]:
     peaks: list[Any] = [None] * setting.gpus
     dist.all_gather_object(peaks, peak)
     policy = Member("policy", shape_of("wide", values), "all")
-    job = Job("measured", "sft", (policy,), dtype, rows * setting.gpus, rows, length, padded=False)
+    job = Job("measured", "sft", (policy,), dtype, rows * setting.gpus, rows, length)
     return {"measured": max(peaks), "ranks": peaks, **planned(job, setting)}
 
 
@@ -310,7 +310,7 @@ def longest_row(recipe: Recipe, folder: Path) -> int:
     """Tokens of the longest row, which becomes the stage's limit."""
     from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
     from align.train.checkpoint import load_tokenizer
-    from align.train.trl import row_lengths
+    from align.train.trainer import row_lengths
 
     tokenizer = load_tokenizer(folder / "run" / BASE / "model")
     stage: Any = recipe.stages["measured"]

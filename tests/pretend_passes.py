@@ -5,7 +5,6 @@ Used by the tests of placement and by `benchmarks/bench_launches.py`.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -154,27 +153,22 @@ def with_capacity(dtype: torch.dtype, layers: int) -> nn.Module:
 
 
 def trainer_step(device: PretendDevice, dtype: torch.dtype, layers: int, kind: str, **config: Any) -> Run:
-    """Forward and backward pass of a TRL trainer on a padded micro-batch, with its log."""
+    """A step of a trainer that is one packed pass, with its log."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         sizes = {key: size for key, size in SIZES.items() if key not in ("vocab_size", "router_aux_loss_coef")}
         patch.setattr(one_step, "SIZES", {**sizes, "num_hidden_layers": layers, **config})
         trainer = one_step.build(kind, one_step.checkpoint(folder / "model"), folder, patch)
-        loader = trainer.get_train_dataloader()
-        (micro, *_), items = trainer.get_batch_samples(iter(loader), 1, trainer.args.device)
+        (step,) = trainer.get_train_dataloader()
     trainer.model.config.router_aux_loss_coef = SIZES["router_aux_loss_coef"]
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            device.module(model.to(dtype))
+    device.module(trainer.model.to(dtype))
     trainer.model.train()
     trainer.args.__dict__["_setup_devices"] = CUDA
-    trainer.current_gradient_accumulation_steps = 1
-    items = None if items is None else device.tensor(items)
 
     def run() -> None:
         trainer.model.zero_grad()
-        trainer.training_step(trainer.model, copy.copy(micro), items)
-        trainer.log({})
+        trainer.training_step(trainer.model, step)
+        trainer.log({"loss": 0.0})
 
     return run
 
@@ -203,9 +197,9 @@ PASSES: dict[str, Callable[[PretendDevice, torch.dtype, int], Run]] = {
     "reference": lambda device, dtype, n: forward(device, dtype, n, "reference"),
     "critic, before the update": lambda device, dtype, n: forward(device, dtype, n, "critic"),
     "reward model": lambda device, dtype, n: forward(device, dtype, n, "reward"),
-    "SFT, padded": lambda device, dtype, n: trainer_step(device, dtype, n, "sft"),
-    "SFT, padded, expert capacity": lambda device, dtype, n: trainer_step(device, dtype, n, "sft", **CAPACITY),
-    "DPO, padded": lambda device, dtype, n: trainer_step(device, dtype, n, "dpo"),
+    "SFT": lambda device, dtype, n: trainer_step(device, dtype, n, "sft"),
+    "SFT, expert capacity": lambda device, dtype, n: trainer_step(device, dtype, n, "sft", **CAPACITY),
+    "DPO": lambda device, dtype, n: trainer_step(device, dtype, n, "dpo"),
 }
 """Builders of passes: (device, dtype, layers) -> the pass."""
 EXPERT_PARALLEL = "policy update, expert parallel"

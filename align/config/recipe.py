@@ -114,39 +114,30 @@ class Recipe(Section):
 
 
 def _uneven(stage: TrainingStage, processes: int, source: str) -> str | None:
-    """Error message with valid sizes if a step's rows do not make the same number of full micro-batches per process.
-
-    Also if the loss needs the whole batch in one forward pass and the sizes split it. None if there is no problem.
+    """Error message with valid sizes if the processes do not divide a step's rows, or if the loss needs the whole batch
+    in one forward pass and the sizes split it. None if there is no problem.
 
     source: the setting that determines the number of processes, as the message names it.
     """
-    batch, micro = stage.batch_size, stage.micro_batch_size
-    share, rest = divmod(batch, processes)
-    if rest:
+    batch = stage.batch_size
+    if batch % processes:
         return (
             f"batch_size {batch} is not divisible by {processes} processes ({source}); set "
-            f"batch_size to {nearest_batch(batch, micro, processes)}, or change the number of processes"
+            f"batch_size to {nearest_batch(batch, processes)}, or change the number of processes"
         )
-    if stage.needs_whole_batch and stage.rows_per_pass(processes) < batch:
+    whole = batch * stage.row_tokens
+    if stage.needs_whole_batch and (processes > 1 or stage.pass_tokens < whole):
+        size = f"micro_batch_tokens to {whole}" if stage.micro_batch_tokens else f"micro_batch_size to {batch}"
         return (
             f"{stage.needs_whole_batch}, so all {batch} rows (batch_size) must fit in one forward pass; "
-            f"set micro_batch_size to {batch}" + (" and use one process" if processes > 1 else "")
+            f"set {size}" + (" and use one process" if processes > 1 else "")
         )
-    if share % stage.rows_per_pass(processes) == 0:
-        return None
-    divided = f"batch_size {batch}" if processes == 1 else f"the {share} rows of each of {processes} processes"
-    return (
-        f"micro_batch_size {micro} does not divide {divided}; set micro_batch_size to "
-        f"{next(size for size in range(micro, 0, -1) if share % size == 0)} or batch_size to "
-        f"{nearest_batch(batch, micro, processes)}"
-    )
+    return None
 
 
-def nearest_batch(batch: int, micro: int, processes: int) -> int:
-    """Smallest batch size of at least `batch` that gives every process the same number of full micro-batches."""
-    share = -(-batch // processes)
-    rows = min(micro, share)
-    return processes * rows * -(-share // rows)
+def nearest_batch(batch: int, processes: int) -> int:
+    """Smallest batch size of at least `batch` that the processes divide."""
+    return processes * -(-batch // processes)
 
 
 def is_path(reference: str) -> bool:

@@ -30,8 +30,6 @@ class TrainingStage(StageWithParent):
     trains = True
     sequences_per_row: ClassVar[int] = 1
     """Sequences per row of the batch; a preference pair has two."""
-    pads: ClassVar[bool] = True
-    """True if sequences are padded to the longest one of a forward pass; False if they are packed to `max_length`."""
 
     data: Data
     """Training and held-out data."""
@@ -45,11 +43,14 @@ class TrainingStage(StageWithParent):
     """Number of optimizer steps. Overrides `epochs`."""
     batch_size: Positive = 8
     """Rows (or pairs) per optimizer step, over all processes."""
+    micro_batch_tokens: Positive | None = None
+    """Maximum tokens per forward pass and process. Whole rows are packed into passes without padding; a longer row has
+    a pass of its own. Default: `micro_batch_size` rows of `max_length` tokens. Lower it if GPU memory runs out."""
     micro_batch_size: Positive = 8
-    """Rows (or pairs) per forward pass and process. Must divide the rows of a process per step, `batch_size` /
-    processes. If it is larger, one pass takes all of these rows. Lower it if GPU memory runs out."""
+    """Rows (or pairs) of `max_length` tokens per forward pass and process. A pass takes more rows if they are shorter.
+    Ignored if `micro_batch_tokens` is set."""
     group_by_length: bool = False
-    """Batch rows of similar length together, which reduces padding. The order of the batches stays random."""
+    """Put rows of similar length into the same optimizer step. The order of the steps stays random."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 100
     """Optimizer steps between the checkpoints that an interrupted run resumes from."""
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
@@ -62,18 +63,22 @@ class TrainingStage(StageWithParent):
 
     @property
     def needs_whole_batch(self) -> str | None:
-        """Reason why a whole batch must fit in one forward pass; None if it may be split into micro-batches."""
+        """Reason why a whole batch must be computed in one forward pass; None if it may be split."""
         return None
 
-    def rows_per_pass(self, processes: int) -> int:
-        """Rows (or pairs) per forward pass of one process. `processes` must divide `batch_size`."""
-        return min(self.micro_batch_size, self.batch_size // processes)
+    @property
+    def pass_tokens(self) -> int:
+        """Maximum tokens per forward pass and process, except for a single row that is longer."""
+        return self.micro_batch_tokens or self.micro_batch_size * self.row_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """Maximum tokens per row; a preference pair has two sequences."""
+        return self.sequences_per_row * self.data.max_length
 
 
 class PretrainStage(TrainingStage):
     """Next-token prediction on plain text, packed into full sequences."""
-
-    pads = False
 
     kind: Literal["pretrain"]
     """Selects next-token prediction."""

@@ -1,14 +1,12 @@
 """Tokenise the data section of a recipe, one function per kind of trainer.
 
-Columns that TRL 1.16 reads; each value is a list of token ids:
+Columns, which have TRL's names; each value is a list of token ids:
 
-    SFTTrainer      input_ids, labels (-100: not in the loss). The trainer skips tokenisation if `input_ids` exists.
-    RewardTrainer   chosen_ids, rejected_ids, both with the prompt. The trainer skips tokenisation if they exist.
-    DPOTrainer      prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
+    pretrain, sft   input_ids, labels (-100: not in the loss).
+    reward_model    chosen_ids, rejected_ids, both with the prompt.
+    dpo             prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
 
-TRL's own DPOTrainer always tokenises the columns prompt, chosen and rejected, so the rows also keep these as messages.
 TRL's ids differ from ours only in what the template puts after the end of a turn (a line break in ChatML).
-`train.trl.AlignTrainer` overrides `_prepare_dataset`, so that training uses the ids made here.
 
 As in sampling, a completion in a pair ends with its end-of-turn token unless it was truncated. A reward model then
 reads its score at the same token in training and in PPO.

@@ -29,33 +29,43 @@ BLOCK = 512
 """Rows of the weight that a CPU converts to fp32 at a time. At a hidden size of 1,024 they take 2 MiB, which fits in
 the L2 cache."""
 
-IGNORED = -100
+
+class TokenScores(NamedTuple):
+    """Results of the head for N tokens; only the log-probabilities are differentiable.
+
+    logprobs_N: log softmax(hidden @ weight.T / temperature)[token], in fp32.
+    entropy_N: entropy of the distribution in nats, in fp32.
+    top1_N: True if no token is more probable.
+    mean_logits_N: mean of the logits over the vocabulary, in fp32; None unless asked for.
+    """
+
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    top1_N: Tensor
+    mean_logits_N: Tensor | None = None
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, ignore_index: int = IGNORED, count: float | None = None
-) -> Tensor:
-    """Sum of -log softmax(hidden @ weight.T)[target] over targets that are not ignored, divided by `count`.
+    hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, count: float | None = None, temperature: float = 1.0
+) -> tuple[Tensor, TokenScores]:
+    """Sum of -log softmax(hidden @ weight.T / temperature)[token] divided by `count`, and the scores of the tokens.
 
-    The result is a scalar in fp32, 0 if all targets are ignored. count: by default the number of targets
-    that are not ignored.
+    The sum is a scalar in fp32; the scores have no gradient. It takes three products of the size of the logits, one
+    less than the log-probabilities, because the gradient of each is known to be -1 / count. count: N by default.
     """
-    kept = targets_N != ignore_index
-    loss: Tensor = _CrossEntropy.apply(hidden_ND[kept], weight_VD, targets_N[kept], _product_dtype(hidden_ND))
-    return loss / (kept.sum().clamp_min(1) if count is None else count)
+    loss, *scores = _CrossEntropy.apply(hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND))
+    return loss / (max(1, len(tokens_N)) if count is None else count), TokenScores(*scores)
 
 
 def linear_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature)[token] and the distribution's entropy in nats, both [N] in fp32.
-
-    Only the log-probabilities are differentiable.
-    """
-    output: tuple[Tensor, Tensor] = _Logprobs.apply(
-        hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND)
-    )
-    return output
+    hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float = 1.0, *, mean_logits: bool = False
+) -> TokenScores:
+    """Log-probabilities of the tokens, the distributions' entropies, and whether the tokens are the most probable."""
+    scores = TokenScores(*_Logprobs.apply(hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND)))
+    if not mean_logits:
+        return scores
+    mean_D = weight_VD.detach().mean(0, dtype=torch.float32)
+    return scores._replace(mean_logits_N=hidden_ND.detach().float() @ mean_D / temperature)
 
 
 class LogitTransform(NamedTuple):
@@ -72,13 +82,15 @@ def transformed_logprobs(
     tokens_N: Tensor,
     temperature: float,
     transform: LogitTransform,
-) -> tuple[Tensor, Tensor]:
+    *,
+    mean_logits: bool = False,
+) -> TokenScores:
     """Like `linear_logprobs`, for a head with a bias or a soft cap, through autograd: slower, chunk by chunk too.
 
     Each chunk's logits are computed again in the backward pass. Products are computed in fp32.
     """
 
-    def chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
             logits = logits * transform.scale
@@ -86,15 +98,17 @@ def transformed_logprobs(
                 logits = transform.cap * (logits / transform.cap).tanh()
             logprobs = (logits / temperature).log_softmax(-1)
             entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-            return logprobs.gather(1, tokens[:, None])[:, 0], entropy
+            own = logprobs.gather(1, tokens[:, None])[:, 0]
+            top1 = own.detach() == logprobs.detach().amax(-1)
+            means = (logits.detach().mean(-1) / temperature,) if mean_logits else ()
+            return own, entropy, top1, *means
 
     size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
     parts = [
         checkpoint(chunk, hidden, weight_VD, bias_V, tokens, use_reentrant=False)
         for hidden, tokens in zip(hidden_ND.split(size), tokens_N.split(size), strict=True)
     ]
-    logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-    return logprobs, entropy
+    return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def linear_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -160,51 +174,78 @@ class _Chunks:
         return shifted, exponentials, exponentials.sum(-1, keepdim=True)
 
 
+class _Scores:
+    """Buffers for the scores of N tokens, written chunk by chunk."""
+
+    def __init__(self, hidden_ND: Tensor):
+        self.logprobs, self.entropy = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
+        self.top1 = hidden_ND.new_empty(len(hidden_ND), dtype=torch.bool)
+
+    def write(self, rows: slice, tokens: Tensor, shifted: Tensor, exponentials: Tensor, total: Tensor) -> None:
+        """Scores of `rows` from what `_Chunks.softmax` returns; tokens: [n, 1]."""
+        own = shifted.gather(1, tokens)
+        self.logprobs[rows] = (own - total.log())[:, 0]
+        self.top1[rows] = own[:, 0] == 0
+        # E[shifted] = sum_v exp_v shifted_v / total, as a batched product so that no third buffer is needed.
+        expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
+        self.entropy[rows] = (total.log() - expected)[:, 0]
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of -log p[target]; the forward pass computes the gradients too."""
+    """(sum of -log p[token], log-probabilities, entropies, top 1); the forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
-        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         ctx.weight_dtype = weight_VD.dtype
+        scores = _Scores(hidden_ND)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        chunks = _Chunks(hidden_ND, weight_VD)
+        chunks = _Chunks(hidden_ND, weight_VD, temperature)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for rows in chunks:
-                targets = targets_N[rows, None]
+                tokens = tokens_N[rows, None]
                 shifted, exponentials, total = chunks.softmax(rows)
-                loss += (total.log() - shifted.gather(1, targets)).sum()
-                d_logits = exponentials.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0)).to(dtype)
+                scores.write(rows, tokens, shifted, exponentials, total)
+                if d_hidden is None and d_weight is None:
+                    continue
+                d_logits = exponentials.div_(total * temperature)
+                d_logits = d_logits.scatter_add_(1, tokens, torch.full_like(total, -1 / temperature)).to(dtype)
                 if d_hidden is not None:
                     d_hidden[rows] = (d_logits @ weight_VD).to(d_hidden.dtype)
                 if d_weight is not None:
                     _add_outer(d_weight, d_logits, hidden_ND[rows])
         ctx.save_for_backward(d_hidden, d_weight)
-        return loss
+        ctx.mark_non_differentiable(scores.logprobs, scores.entropy, scores.top1)
+        return -scores.logprobs.sum(), scores.logprobs, scores.entropy, scores.top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else _scaled(d_hidden, grad.view(1, 1)),
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
 class _Logprobs(torch.autograd.Function):
-    """Log-probabilities and entropies; d logprob / d hidden = (weight[token] - sum_v p_v weight[v]) / temperature."""
+    """(log-probabilities, entropies, top 1).
+
+    d logprob / d hidden = (weight[token] - sum_v p_v weight[v]) / temperature.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor, temperature: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = _Scores(hidden_ND)
         direction = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         chunks = _Chunks(hidden, weight, temperature)
@@ -212,10 +253,7 @@ class _Logprobs(torch.autograd.Function):
             for rows in chunks:
                 tokens = tokens_N[rows, None]
                 shifted, exponentials, total = chunks.softmax(rows)
-                logprobs[rows] = (shifted.gather(1, tokens) - total.log())[:, 0]
-                # E[shifted] = sum_v exp_v shifted_v / total, as a batched product so that no third buffer is needed.
-                expected = torch.bmm(exponentials[:, None], shifted[:, :, None])[:, 0] / total
-                entropy[rows] = (total.log() - expected)[:, 0]
+                scores.write(rows, tokens, shifted, exponentials, total)
                 if direction is None:
                     continue
                 if dtype == torch.float32:
@@ -229,12 +267,12 @@ class _Logprobs(torch.autograd.Function):
                     direction[rows] = (d_logits.to(dtype) @ weight).to(direction.dtype)
         ctx.save_for_backward(hidden, weight_VD, tokens_N, direction)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(scores.entropy, scores.top1)
+        return scores.logprobs, scores.entropy, scores.top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_ND, weight_VD, tokens_N, direction = ctx.saved_tensors
         d_hidden = None if direction is None else _scaled(direction, grad_N[:, None])
         d_weight = None

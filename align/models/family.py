@@ -94,8 +94,18 @@ class Policy(Protocol):
     config: FamilyConfig
     model: Trunk
 
-    def lm_head(self, hidden_ND: Tensor, tokens_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the tokens [N] and, without gradient, the entropy [N], both at `temperature`."""
+    def lm_head(
+        self,
+        hidden_ND: Tensor,
+        tokens_N: Tensor,
+        temperature: float = 1.0,
+        count: float | None = None,
+        mean_logits: bool = False,
+    ) -> Any:
+        """`align.losses.linear_head.TokenScores` of the tokens [N] at `temperature`.
+
+        With `count`: (sum of -log-probability divided by `count`, scores without gradient).
+        """
 
 
 class ScoringModel(Protocol):

@@ -97,7 +97,7 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
         routed_experts = packed.packed(batch.routed_experts)[None]
     outputs = packed.forward(model.model, output_router_logits=True, routed_experts=routed_experts)
     hidden = packed.predicting(outputs.last_hidden_state)
-    logprobs, entropy = model.lm_head(hidden, packed.completion_tokens(), temperature)
+    logprobs, entropy, _ = model.lm_head(hidden, packed.completion_tokens(), temperature)
     routed_experts = None if outputs.routed_experts is None else packed.padded(outputs.routed_experts, fill=-1)
     logprobs, entropy = (packed.completions(values.float()) for values in (logprobs, entropy))
     return PolicyOutput(logprobs, entropy, outputs.router, routed_experts)

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.losses.linear_head import LogitTransform, linear_logits, linear_logprobs, transformed_logprobs
+from align.losses.linear_head import (
+    LogitTransform,
+    linear_cross_entropy,
+    linear_logits,
+    linear_logprobs,
+    transformed_logprobs,
+)
 
 
 class TokenHead(nn.Linear):
-    """Output head: logits [..., V], or with `tokens_N` the (log-probabilities, entropy) of `linear_logprobs`.
+    """Output head: logits [..., V], or with `tokens_N` the `TokenScores` of `linear_logprobs`, or with `count` besides
+    the result of `linear_cross_entropy`.
 
     If gradients are disabled, as in sampling, a bf16 head returns fp32 logits, like those inside `linear_logprobs`.
-    `linear_logprobs` is called in here because ZeRO-3 gathers a weight only while its module is called.
+    These functions are called in here because ZeRO-3 gathers a weight only while its module is called.
 
     transform: what the model does to the logits, which applies to the log-probabilities only. A model that scales or
         caps its logits does so itself after it has called this head for them.
@@ -25,12 +32,24 @@ class TokenHead(nn.Linear):
 
     transform = LogitTransform()
 
-    def forward(self, hidden: Tensor, tokens_N: Tensor | None = None, temperature: float = 1.0) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens_N: Tensor | None = None,
+        temperature: float = 1.0,
+        count: float | None = None,
+        mean_logits: bool = False,
+    ) -> Any:
         if tokens_N is not None:
             scale, cap = self.transform
             if cap is not None or self.bias is not None:
-                return transformed_logprobs(hidden, self.weight, self.bias, tokens_N, temperature, self.transform)
-            return linear_logprobs(hidden, self.weight, tokens_N, temperature / scale)
+                scores = transformed_logprobs(
+                    hidden, self.weight, self.bias, tokens_N, temperature, self.transform, mean_logits=mean_logits
+                )
+                return scores if count is None else (-scores.logprobs_N.sum() / count, scores)
+            if count is not None:
+                return linear_cross_entropy(hidden, self.weight, tokens_N, count, temperature / scale)
+            return linear_logprobs(hidden, self.weight, tokens_N, temperature / scale, mean_logits=mean_logits)
         if torch.is_grad_enabled() or self.weight.dtype == torch.float32:
             return super().forward(hidden)
         logits = linear_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])

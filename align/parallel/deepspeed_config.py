@@ -11,11 +11,6 @@ BUCKET = 50_000_000
 """Elements per all-gather or reduction. DeepSpeed's default of 500 million takes 2 GB per buffer in float32."""
 
 
-def accumulation_steps(parallel: Parallel | None, batch_size: int, micro_batch_size: int) -> int:
-    """Number of micro-batches per rank in an optimizer step of `batch_size` rows on all ranks together."""
-    return batch_size // (micro_batch_size * (parallel.processes if parallel else 1))
-
-
 def deepspeed_config(
     parallel: Parallel, *, micro_batch_size: int, accumulation: int, max_grad_norm: float, dtype: str
 ) -> dict[str, Any]:

@@ -117,13 +117,12 @@ class Job:
     length: tokens of a full sequence.
     sequences: sequences per example; a preference pair has two.
     updates: optimizer steps per PPO iteration; 1 for other stages.
-    padded: sequences of a micro-batch are padded to one length; PPO and pretraining pack them instead.
     gradient_checkpointing: as in the recipe.
     rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
     needs_reference: the loss needs a forward pass of the reference (DPO).
     parallel: the recipe's `parallel` section.
-    other_stages: (name, batch_size, micro_batch_size) of the recipe's other training stages.
+    other_stages: (name, batch_size) of the recipe's other training stages.
     """
 
     name: str
@@ -135,13 +134,12 @@ class Job:
     length: int
     sequences: int = 1
     updates: int = 1
-    padded: bool = True
     gradient_checkpointing: bool = False
     rollouts: RolloutWork | None = None
     ema: bool = False
     needs_reference: bool = False
     parallel: Parallel | None = None
-    other_stages: tuple[tuple[str, int, int], ...] = ()
+    other_stages: tuple[tuple[str, int], ...] = ()
 
     @property
     def learners(self) -> tuple[Member, ...]:
@@ -170,11 +168,7 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     if only is not None and only not in recipe.stages:
         raise UserError(f"--stage {only}: the recipe has no such stage; use one of {', '.join(recipe.stages)}.")
     shapes = _shapes(recipe, model)
-    sizes = [
-        (name, stage.batch_size, stage.micro_batch_size)
-        for name, stage in recipe.stages.items()
-        if isinstance(stage, TrainingStage)
-    ]
+    sizes = [(name, stage.batch_size) for name, stage in recipe.stages.items() if isinstance(stage, TrainingStage)]
     jobs = [
         replace(
             job_of(name, stage, recipe.dtype, shapes),
@@ -223,10 +217,9 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         members=tuple(members),
         dtype=dtype,
         batch=stage.batch_size,
-        micro_batch=stage.micro_batch_size,
+        micro_batch=max(1, stage.pass_tokens // stage.row_tokens),
         length=stage.data.max_length,
         sequences=stage.sequences_per_row,
-        padded=stage.pads,
         needs_reference=stage.needs_reference,
         gradient_checkpointing=stage.gradient_checkpointing,
     )
@@ -256,7 +249,6 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         micro_batch=micro,
         length=length,
         updates=stage.epochs * stage.batch_size // stage.mini_batch_size,
-        padded=False,
         gradient_checkpointing=stage.gradient_checkpointing,
         ema=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(length, 4 if dtype == "float32" else 2)),

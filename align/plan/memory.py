@@ -355,12 +355,11 @@ class _Rank:
 
     def run(self, member: Member) -> Pass:
         rows, length = self.setting.micro_batch * self.job.sequences, self.job.length
-        padded = self.job.padded and rows > 1
         value, weight = self.value_bytes, self.weight_bytes(member)
         return Pass(
             rows * length,
             length,
-            padded,
+            False,
             value,
             weight,
             member.lora,

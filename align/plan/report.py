@@ -105,7 +105,7 @@ def overrides(plan: Plan) -> list[str]:
 def batch_overrides(plan: Plan) -> list[str]:
     """Overrides that make the other stages' batch sizes divisible by the plan's processes."""
     gpus = plan.setting.gpus
-    batches = {name: (batch, nearest_batch(batch, micro, gpus)) for name, batch, micro in plan.job.other_stages}
+    batches = {name: (batch, nearest_batch(batch, gpus)) for name, batch in plan.job.other_stages}
     return [f"stages.{name}.batch_size={even}" for name, (batch, even) in batches.items() if even != batch]
 
 

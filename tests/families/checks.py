@@ -52,7 +52,7 @@ def packed_logprobs(model: Any, sequences: list[Tensor], **options: Any) -> tupl
     keep = torch.ones(len(tokens), dtype=torch.bool)
     keep[packing.last_S] = False
     following = torch.cat([ids[1:] for ids in sequences])
-    logprobs, _ = model.lm_head(output.last_hidden_state[0][keep], following, 1.0)
+    logprobs, *_ = model.lm_head(output.last_hidden_state[0][keep], following, 1.0)
     return logprobs, output
 
 

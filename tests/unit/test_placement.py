@@ -20,12 +20,10 @@ from tests.unit.parallel.started import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16]
 LAYERS = 2
-SYNCS = {"policy update, expert capacity": 1 + LAYERS}
+SYNCS = dict.fromkeys(("policy update, expert capacity", "SFT, expert capacity"), 1 + LAYERS)
 """Waits of the host in bf16: one for the metrics, and one per layer whose free slots are drawn at random."""
 RESULTS = {"policy, before the update": 2, "reference": 1, "critic, before the update": 1, "reward model": 1}
 """Copies of results to the host in a pass without an update."""
-OURS = [name for name in PASSES if "padded" not in name]
-"""Passes without TRL's trainers, which read their own metrics one by one."""
 
 
 # --- the pretend device itself ----------------------------------------------------------------------------------------
@@ -120,11 +118,10 @@ def test_no_operation_mixes_devices(name: str, dtype: torch.dtype) -> None:
     counted = count(PASSES[name], dtype, LAYERS)
     assert not counted.mixes
     assert counted.launches.total() > 100
-    if name in OURS:
-        assert not counted.blocking_uploads
-    if name in OURS and dtype == torch.bfloat16:
+    assert not counted.blocking_uploads
+    if dtype == torch.bfloat16:
         assert counted.syncs.total() == SYNCS.get(name, RESULTS.get(name, 1)), counted.syncs
-    if name in OURS and dtype == torch.float32:  # the loop over experts needs the token counts on the host
+    else:  # the loop over experts needs the token counts on the host
         assert counted.syncs.total() <= SYNCS.get(name, RESULTS.get(name, 1)) + LAYERS, counted.syncs
 
 
@@ -157,7 +154,7 @@ class Cpu:
         return module
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if "update" in name and "before" not in name])
+@pytest.mark.parametrize("name", [name for name in PASSES if "update" in name and "before" not in name])
 def test_gradients_are_those_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal gradients show that the whole pass runs on the pretend device. Its attention and, in bf16, its grouped
     matrix products take the CUDA branches, so the gradients differ by rounding."""

@@ -93,20 +93,22 @@ class AdoptedTrunk(PreTrainedModel):
             hidden = hidden.flatten(0, 1)[padded.places_N][None]
             if reports:
                 routing.routings = {i: _select(r, padded.places_N) for i, r in routing.routings.items()}
-            mask = None
+        if packing is not None:
+            mask = packing.counts_N
         result = reporting(type(output))(**{**output, "last_hidden_state": hidden})
         if reports:
             self._report(result, routing, mask)
         return result
 
     def _report(self, output: Any, routing: RoutingPass, mask: Tensor | None) -> None:
+        """Add the report of `routing` to the output. mask: [B, T + cached], or [N], weights of the tokens."""
         hidden = output.last_hidden_state
         layers = [routing.routings.get(layer) for layer in range(len(self.layers))]  # type: ignore[arg-type]
         known = [found for found in layers if found is not None]
         if not known:
             raise RuntimeError(f"{type(self).__name__} does not pass keyword arguments on to its layers")
         tokens = hidden[..., 0].numel()
-        token_mask = hidden.new_ones(tokens) if mask is None or mask.dim() != 2 else mask[:, -hidden.shape[1] :]
+        token_mask = hidden.new_ones(tokens) if mask is None or mask.dim() > 2 else mask[..., -hidden.shape[1] :]
         output.router = report_routing(known, token_mask.reshape(-1))
         output.routed_experts = choices_of_layers(layers).unflatten(0, hidden.shape[:2])
 

@@ -363,9 +363,8 @@ class HunYuanModel(HunYuanPreTrainedModel):
         routed = [routing for routing in routings if routing is not None] if want_routing else []
         report = None
         if routed:
-            report = report_routing(
-                routed, hidden.new_ones(hidden[..., 0].numel()) if token_mask is None else token_mask
-            )
+            counted = token_mask if packing is None else packing.counts_N
+            report = report_routing(routed, hidden.new_ones(hidden[..., 0].numel()) if counted is None else counted)
         return HunYuanModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,

@@ -67,31 +67,18 @@ def test_uneven_batches_are_reported_for_all_stages_with_valid_values(processes:
     load_recipe("tiny", wanted + [f"stages.{match[1]}.batch_size={match[2]}" for match in named if match])
 
 
-@pytest.mark.parametrize(("batch", "micro", "processes"), [(12, 4, 2), (30, 5, 5), (7, 3, 1), (96, 5, 8)])
-def test_uneven_micro_batches_are_reported_with_valid_values(batch, micro, processes) -> None:
-    wanted = [f"stages.sft.batch_size={batch}", f"stages.sft.micro_batch_size={micro}", "stages.pretrain.batch_size=40"]
-    wanted += [f"stages.{name}.batch_size=40" for name in ("reward_model", "dpo")]
-    wanted += ["stages.reward_model.micro_batch_size=1", "stages.dpo.micro_batch_size=1"]
-    wanted += ["stages.pretrain.micro_batch_size=1", f"parallel.processes={processes}"]
-    with pytest.raises(UserError) as error:
-        load_recipe("tiny", wanted)
-    ways = re.search(r"; set micro_batch_size to (\d+) or batch_size to (\d+)\.$", str(error.value))
-    assert ways is not None
-    for key, value in zip(("micro_batch_size", "batch_size"), ways.groups(), strict=True):
-        load_recipe("tiny", [*wanted, f"stages.sft.{key}={value}"])
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_first_recipes_run_on_one_two_and_four_processes(processes: int, capsys) -> None:
     main(["check", "tiny", "quickstart", "--nproc", str(processes)])
     assert capsys.readouterr().out == "tiny: ok\nquickstart: ok\n"
 
 
-def test_a_forward_pass_has_at_most_the_rows_of_a_process() -> None:
+def test_a_forward_pass_has_the_tokens_of_full_rows_by_default() -> None:
     stage = load_recipe("tiny").stages["dpo"]
     assert isinstance(stage, TrainingStage)
-    assert (stage.batch_size, stage.micro_batch_size) == (16, 16)
-    assert [stage.rows_per_pass(processes) for processes in (1, 2, 4)] == [16, 8, 4]
+    assert (stage.micro_batch_size, stage.data.max_length) == (16, 128)
+    assert stage.pass_tokens == 16 * 2 * 128  # a pair has two sequences
+    assert stage.model_copy(update={"micro_batch_tokens": 500}).pass_tokens == 500
 
 
 DENSE = "model={kind: scratch, preset: tiny, tokenizer: ./nowhere, config: {num_experts: 1}}"

@@ -65,7 +65,7 @@ def test_the_head_in_bf16_is_exact_up_to_the_rounding_of_its_operands(probabilit
     trained = (torch.float32 if autocast else torch.bfloat16,)
     ours, weight = (x.to(*trained).requires_grad_() for x in (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logprobs, entropy = linear_logprobs(ours, weight, tokens, temperature)
+        logprobs, entropy, _ = linear_logprobs(ours, weight, tokens, temperature)
     (logprobs * factors).sum().backward()
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert ours.grad.dtype == weight.grad.dtype == trained[0]
@@ -90,7 +90,7 @@ def test_the_head_in_bf16_is_exact_up_to_the_rounding_of_its_operands(probabilit
 def test_cross_entropy_in_bf16_has_the_gradient_of_the_log_probabilities(probability) -> None:
     hidden, weight, targets = rows(probability, 1.0)
     hidden.requires_grad_()
-    (from_loss,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, count=1.0), hidden)
+    (from_loss,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, count=1.0)[0], hidden)
     (from_logprobs,) = torch.autograd.grad(-linear_logprobs(hidden, weight, targets)[0].sum(), hidden)
     largest = from_logprobs.double().abs().amax(1, keepdim=True)
     assert ((from_loss.double() - from_logprobs).abs() <= 4 * U * largest).all()
@@ -116,7 +116,7 @@ def test_the_weights_gradient_is_summed_over_chunks_without_rounding(monkeypatch
     if loss == "logprobs":
         linear_logprobs(hidden, weight, tokens)[0].sum().backward()
     else:
-        (-linear_cross_entropy(hidden, weight, tokens, count=1.0)).backward()
+        (-linear_cross_entropy(hidden, weight, tokens, count=1.0)[0]).backward()
     one_hot = torch.zeros(vocabulary, dtype=torch.float64).index_fill(0, torch.tensor(0), 1.0)
     exact = (count * (one_hot - 1 / vocabulary))[:, None] * hidden[0].double()
     assert torch.equal(weight.grad, exact.bfloat16())
@@ -152,7 +152,7 @@ def test_a_gpu_computes_the_same_head() -> None:
     found = []
     for device in ("cpu", "cuda"):
         h, w = (x.to(device).requires_grad_() for x in (hidden, weight))
-        logprobs, entropy = linear_logprobs(h, w, tokens.to(device), 0.7)
+        logprobs, entropy, _ = linear_logprobs(h, w, tokens.to(device), 0.7)
         logprobs.sum().backward()
         found.append([x.cpu().float() for x in (logprobs, entropy, h.grad, w.grad)])
     for cpu, gpu in zip(*found, strict=True):

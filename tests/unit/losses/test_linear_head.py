@@ -39,29 +39,41 @@ def gradients(value, *tensors):
     return torch.autograd.grad(value, tensors)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("count", [None, 40.0])
-def test_cross_entropy_and_its_gradients(inputs, count) -> None:
-    hidden, weight, targets = inputs
-    targets[[0, 7, 22]] = -100
-    ours = linear_cross_entropy(hidden, weight, targets, count=count)
-    logits = (hidden @ weight.T).double()
-    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / (count or 20)
+def test_cross_entropy_and_its_gradients(inputs, count, temperature) -> None:
+    hidden, weight, tokens = inputs
+    ours, scores = linear_cross_entropy(hidden, weight, tokens, count, temperature)
+    logits = (hidden @ weight.T).double() / temperature
+    plain = torch.nn.functional.cross_entropy(logits, tokens, reduction="sum") / (count or 23)
     torch.testing.assert_close(ours.double(), plain, rtol=8 * EPS, atol=0)
     for a, b in zip(gradients(ours * 3, hidden, weight), gradients(plain * 3, hidden, weight), strict=True):
         assert_close_in_float32(a, b)
+    for own, other in zip(scores, linear_logprobs(hidden, weight, tokens, temperature), strict=True):
+        assert torch.equal(own, other)
+        assert not own.requires_grad
 
 
-def test_everything_ignored_is_zero_with_a_zero_gradient(inputs) -> None:
-    hidden, weight, targets = inputs
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+def test_no_tokens_give_a_zero_loss_with_a_zero_gradient(inputs) -> None:
+    hidden, weight, tokens = inputs
+    loss, _ = linear_cross_entropy(hidden[:0], weight, tokens[:0])
     assert loss.item() == 0
-    assert all(g.abs().max() == 0 for g in gradients(loss, hidden, weight))
+    assert all(g.abs().sum() == 0 for g in gradients(loss, hidden, weight))
+
+
+def test_the_most_probable_token_is_recognised(inputs) -> None:
+    hidden, weight, tokens = inputs
+    best = (hidden @ weight.T).argmax(-1)
+    tokens = torch.where(torch.arange(23) % 2 == 0, best, tokens)
+    found = linear_logprobs(hidden, weight, tokens).top1_N
+    assert found.tolist() == (tokens == best).tolist()
+    assert 0 < found.sum() < 23
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
     hidden, weight, tokens = inputs
-    logprobs, entropy = linear_logprobs(hidden, weight, tokens, temperature)
+    logprobs, entropy, _ = linear_logprobs(hidden, weight, tokens, temperature)
     every = ((hidden @ weight.T).double() / temperature).log_softmax(-1)
     plain = every.gather(1, tokens[:, None])[:, 0]
     assert_close_in_float32(logprobs.double(), plain, every)
@@ -82,7 +94,7 @@ def test_a_frozen_input_gets_no_gradient(inputs, frozen) -> None:
     plain = (hidden @ weight.T).log_softmax(-1).gather(1, tokens[:, None]).sum()
     ours = linear_logprobs(hidden, weight, tokens)[0].sum()
     assert_close_in_float32(gradients(ours, trained)[0], gradients(plain, trained)[0])
-    loss = linear_cross_entropy(hidden, weight, tokens)
+    loss, _ = linear_cross_entropy(hidden, weight, tokens)
     assert_close_in_float32(gradients(loss, trained)[0], -gradients(mean_logprob(hidden, weight, tokens), trained)[0])
 
 
@@ -101,7 +113,7 @@ def test_bfloat16_agrees_with_float32_within_its_precision(inputs) -> None:
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
-    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([0, 0]))
+    logprobs, entropy, _ = linear_logprobs(hidden, weight, torch.tensor([0, 0]))
     assert logprobs[0].item() == 0
     assert logprobs[1].item() == pytest.approx(-2e4)
     assert torch.isfinite(entropy).all()
@@ -109,5 +121,5 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_no_tokens_at_all() -> None:
-    logprobs, entropy = linear_logprobs(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.long))
+    logprobs, entropy, _ = linear_logprobs(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropy.shape == (0,)

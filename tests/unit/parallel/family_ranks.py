@@ -45,7 +45,7 @@ def loss_of(net: Any, step: int, number: int) -> torch.Tensor:
     packing = Packing(lengths)
     plain = net.get_base_model() if hasattr(net, "get_base_model") else net
     output = plain.model(input_ids=tokens[None], packing=packing, use_cache=False, output_router_logits=True)
-    logprobs, _ = plain.lm_head(output.last_hidden_state[0, :-1], tokens[1:], 1.0)
+    logprobs, *_ = plain.lm_head(output.last_hidden_state[0, :-1], tokens[1:], 1.0)
     loss = -logprobs.mean()
     return loss if output.router is None else loss + 0.05 * output.router.balance_loss
 

@@ -12,7 +12,7 @@ import pytest
 from align.config import load_recipe
 from align.config.parallel import Offload, Parallel
 from align.errors import UserError
-from align.parallel.deepspeed_config import accumulation_steps, deepspeed_config
+from align.parallel.deepspeed_config import deepspeed_config
 
 GOLDEN = Path(__file__).parent / "deepspeed_configs.json"
 CASES = {
@@ -40,13 +40,6 @@ def test_deepspeed_accepts_the_golden_configurations() -> None:
         "    DeepSpeedConfig(config)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(GOLDEN)], check=True, timeout=300, capture_output=True)
-
-
-def test_an_optimizer_step_has_the_same_number_of_sequences_for_any_number_of_processes() -> None:
-    for processes in (1, 2, 4):
-        steps = accumulation_steps(Parallel(processes=processes), 32, 4)
-        assert steps * processes * 4 == 32
-    assert accumulation_steps(None, 32, 4) == 8
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ VARIANTS = {
 
 
 def sft(shape: ModelShape, dtype: str = "bfloat16", **changes: object) -> Job:
-    job = Job("sft", "sft", (Member("policy", shape, "all"),), dtype, 512, 1, 2048, padded=False)
+    job = Job("sft", "sft", (Member("policy", shape, "all"),), dtype, 512, 1, 2048)
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
@@ -224,7 +224,7 @@ def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
 def test_a_sleeping_engine_takes_no_memory_between_rollouts(large: ModelShape) -> None:
     """A sleeping engine drops its weights, so host memory does not hold them either."""
     rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=8e9)
-    job = Job("ppo", "ppo", (Member("policy", large, "all"),), "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
+    job = Job("ppo", "ppo", (Member("policy", large, "all"),), "bfloat16", 32, 4, 2048, rollouts=rollouts)
     awake, asleep = (memory(job, Setting(64, True, 3, rollout_sleep=sleep), NO_BUFFERS) for sleep in (False, True))
     freed = awake.phases["optimizer step"]["rollout weights"]
     assert freed == pytest.approx(2 * large.parameters())
@@ -235,7 +235,7 @@ def test_a_sleeping_engine_takes_no_memory_between_rollouts(large: ModelShape) -
 def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) -> None:
     rollouts = RolloutWork("vllm", completions=64, max_new_tokens=1024, max_sequences=64, cache_bytes=0.0)
     members = (Member("policy", large, "all"), Member("reference", large, "nothing"))
-    job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, padded=False, rollouts=rollouts)
+    job = Job("ppo", "ppo", members, "bfloat16", 32, 4, 2048, rollouts=rollouts)
     reused = replace(job, rollouts=replace(rollouts, as_old_logprobs=True))
     setting = Setting(2, True, 3, micro_batch=4)
     # A GPU has eight forward passes of four completions. The policy still computes one of them.

@@ -1,4 +1,4 @@
-"""One optimizer step of a TRL-based stage on a tiny model: its trainer, the step's gradient, and its logged values."""
+"""One optimizer step of a training stage on a tiny model: its trainer, the step's gradient, and its logged values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = {
 }
 WORDS = tuple("abcdefghijklmnopq")
 LENGTHS = (2, 11, 5, 8, 3)
-"""Words per row. There are five rows, so with micro-batches of two rows the last one has only one row."""
+"""Words per row."""
 
 
 def checkpoint(folder: Path) -> Path:
@@ -74,7 +74,6 @@ def prepare(kind: str, model: Path, folder: Path, **stage: Any) -> tuple[Any, Re
         "data": {"train": [{"path": str(data)}], "max_length": 8 if kind == "pretrain" else 128},
         "optimizer": {"max_grad_norm": 1e9},
         "batch_size": 6,
-        "micro_batch_size": 6,
         "max_steps": 1,
         **stage,
     }
@@ -136,11 +135,8 @@ def train_one_step(trainer: Any) -> Keep:
 def gradient_of(trainer: Any) -> dict[str, Tensor]:
     """The gradient of the epoch's only step, without an update."""
     trainer.model.zero_grad(set_to_none=True)
-    loader = trainer.get_train_dataloader()
-    micros, items = trainer.get_batch_samples(iter(loader), len(loader), trainer.args.device)
-    trainer.current_gradient_accumulation_steps = len(micros)
-    for micro in micros:
-        trainer.training_step(trainer.model, micro, items)
+    (step,) = trainer.get_train_dataloader()
+    trainer.training_step(trainer.model, step)
     return gradients(trainer.model)
 
 
@@ -157,7 +153,8 @@ class Accelerator:
         parts = self.exchange(self.rank, values)
         return torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts)
 
-    gather_for_metrics = gather
+    def backward(self, loss: Tensor, **_: Any) -> None:
+        loss.backward()
 
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         total = torch.stack(self.exchange(self.rank, values)).sum(0)

@@ -16,10 +16,10 @@ from tests.unit.train.one_step import build, checkpoint, train_one_step
 CASES = pytest.mark.parametrize(
     "stage",
     [
-        pytest.param({}, id="one micro-batch"),
-        pytest.param({"micro_batch_size": 2}, id="three micro-batches"),
+        pytest.param({}, id="one pass"),
+        pytest.param({"micro_batch_tokens": 40}, id="several passes"),
         pytest.param({"lora": {"rank": 2}}, id="lora", marks=pytest.mark.slow),
-        pytest.param({"lora": {"rank": 2}, "micro_batch_size": 2}, id="lora, three micro-batches"),
+        pytest.param({"lora": {"rank": 2}, "micro_batch_tokens": 40}, id="lora, several passes"),
     ],
 )
 

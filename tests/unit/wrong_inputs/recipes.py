@@ -208,11 +208,6 @@ def _(here: Here) -> str:
     return here.check(stages={"SFT 1": {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}})
 
 
-@wrong("batches-do-not-divide", "A micro-batch size that does not divide the batch size")
-def _(here: Here) -> str:
-    return here.check(batch_size=8, micro_batch_size=3)
-
-
 @wrong("dropout-in-experts", "Dropout in adapters on routed experts")
 def _(here: Here) -> str:
     return here.check(lora={"dropout": 0.1})
@@ -238,6 +233,11 @@ def _(here: Here) -> str:
     return prefer(here, loss_type="aot", micro_batch_size=4)
 
 
+@wrong("sorted-pairs-in-passes", "A loss that sorts a batch, with `micro_batch_tokens` for a part of it")
+def _(here: Here) -> str:
+    return prefer(here, loss_type="aot", micro_batch_tokens=4096)
+
+
 @wrong("more-chosen-than-experts", "More experts per token than experts")
 def _(here: Here) -> str:
     return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})
@@ -252,12 +252,6 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     here.recipe(batch_size=8, micro_batch_size=8)
     return here.align("check", "recipe.yaml", "--nproc", "3")
-
-
-@wrong("micro-batch-size-does-not-divide-rows", "A micro-batch size that does not divide a process's rows")
-def _(here: Here) -> str:
-    here.recipe(batch_size=12, micro_batch_size=4)
-    return here.align("check", "recipe.yaml", "--nproc", "2")
 
 
 def check_parallel(here: Here, **parallel: Any) -> str:
