@@ -30,7 +30,10 @@ def path_problem(path: Path) -> str | None:
         )
     adapter = path / "adapter_config.json"
     if adapter.is_file():
-        return f"an adapter, not a whole model. Merge it into {_base_of(adapter)} first and use the merged checkpoint."
+        return (
+            f"an adapter, not a whole model. Merge it into {_base_of(adapter)} with `align adapter merge {path} OUT`, "
+            "and use OUT."
+        )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (  # noqa: F401 (importing a module registers its cases)
+    adapters,
     checkpoints,
     command_line,
     data,

@@ -32,6 +32,7 @@ SECTIONS = {
     "The command line": ["command_line"],
     "Data": ["data"],
     "Checkpoints": ["checkpoints"],
+    "LoRA adapters": ["adapters"],
     "Chat templates": ["templates"],
     "The run folder and the disk": ["run_folder"],
     "Rewards, generation and optional packages": ["rewards", "generation"],
