@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 
 from align.data.answers import AnswerReader
 from align.data.chat import encode_prompt, stop_token_ids
-from align.data.formats import DropRow, Message
+from align.data.shapes import DropRow, Message
 from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from align.config.data_files import list_files
 from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.paths import local_path
@@ -16,7 +17,7 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
-from align.data.formats import variables_problem
+from align.data.shapes import variables_problem
 from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
@@ -195,7 +196,10 @@ def _config_in(path: str) -> dict[str, Any] | None:
 
 
 def _file(where: str, source: FileSource) -> Iterator[str]:
-    yield from _unless(Path.exists, where, source.path, _missing(source.path))
+    try:
+        list_files(source.path, source.splits())
+    except UserError as error:
+        yield f"{where}: {error}"
 
 
 def _folder(where: str, path: str) -> Iterator[str]:

@@ -51,6 +51,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         [
             ("Data of a stage", parts.Data),
             ("Every source", parts.SourceBase),
+            ("Rows of any shape", parts.RowSource),
             ("File", parts.FileSource),
             ("Hub data set", parts.HubSource),
             ("Python's documentation", parts.PythonDocsSource),

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from align.config.stages import SampleStage
 from align.data.answers import AnswerReader
 from align.data.chat import stop_token_ids
-from align.data.formats import TEMPLATE_COLUMNS, DropRow, Message
 from align.data.prepare import PromptRow, prepare_prompts
+from align.data.shapes import TEMPLATE_COLUMNS, DropRow, Message
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
 from align.rollout.base import RolloutEngine, SamplingSettings

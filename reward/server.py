@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
-from align.data.formats import RESERVED
+from align.data.shapes import RESERVED
 from align.errors import UserError
 
 MAX_REQUEST_BYTES = 64 * 2**20

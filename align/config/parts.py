@@ -136,20 +136,51 @@ class SourceBase(Section):
     """Maximum number of rows, chosen by a shuffle with the run's seed. Default: all rows."""
 
 
-class FileSource(SourceBase):
-    """A JSONL or Parquet file, or a folder of such files."""
+DataFormat = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "unpaired", "prompt", "text", "token_ids"
+]
+
+
+class RowSource(SourceBase):
+    """Settings of sources whose rows may have any shape: `file` and `hub`. docs/data.md shows the shapes."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names, as {standard name: name in the data}, for example `{prompt: question, completion: answer}`."""
+    format: DataFormat | None = None
+    """The shape of the rows. Default: recognised row by row. Set it if rows have the columns of several shapes."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    """Roles with other names, as {name in the data: role}, for example `{Doctor: assistant}`. Common names such as
+    `human` and `gpt` need no entry."""
+    ignore: list[str] = Field(default_factory=list)
+    """Columns to ignore, for example `[tools]` for a chat template that does not render tools."""
+    streaming: bool = False
+    """Read rows lazily instead of loading all of them first."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> RowSource:
+        if ignored := sorted(set(self.columns.values()).intersection(self.ignore)):
+            raise ValueError(f"columns uses {', '.join(ignored)}, which ignore excludes; remove it from one of them")
+        return self
+
+
+class FileSource(RowSource):
+    """A data file, a folder with all its subfolders, or a glob pattern."""
 
     kind: Literal["file"] = "file"
     """Selects local files. The default kind of a source."""
     path: str
-    """A .jsonl or .parquet file, or a folder with files of one of these formats."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Column names, as {standard name: name in the file}, for example `{prompt: question, completion: answer}`."""
-    streaming: bool = False
-    """Read rows lazily instead of loading the file into memory first."""
+    """JSON Lines, a JSON array, CSV, TSV, Parquet or Arrow; text may be compressed by gzip, zstd, bzip2 or xz. A folder
+    is read with its subfolders; it may be one that `datasets.save_to_disk` wrote. `*`, `?` and `**` match names."""
+    split: str | list[str] | None = None
+    """The split to read, or several, of a folder with files such as train-00000-of-00002.parquet and test.jsonl.
+    Required if the folder has several."""
+
+    def splits(self) -> list[str]:
+        """The splits to read; none if the files have no splits."""
+        return [self.split] if isinstance(self.split, str) else list(self.split or ())
 
 
-class HubSource(SourceBase):
+class HubSource(RowSource):
     """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"]
@@ -160,10 +191,6 @@ class HubSource(SourceBase):
     """Configuration of the data set, if it has several."""
     split: str = "train"
     """Split of the data set in the syntax of `datasets`: `train`, `test[:10%]`."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Column names, as {standard name: name in the data set}."""
-    streaming: bool = False
-    """Read rows lazily instead of downloading the data set first."""
 
 
 class PythonDocsSource(SourceBase):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import DropRow, Message
+from align.data.shapes import DropRow, Message
 from align.data.templates import ChatTemplate, render
 
 _USER = {"role": "user", "content": "What is 2 + 2?"}

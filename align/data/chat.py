@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from align.data.formats import DropRow, Message
+from align.data.shapes import DropRow, Message
 from align.data.templates import ChatTemplate, Variables, render, require_template
 from align.data.turns import HEADER, NO_END, SHARED_TOKEN, completion, marked_tokens, training_rows
 from align.errors import UserError

@@ -30,9 +30,10 @@ from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
 from align.config.parts import Data, Source
-from align.data import formats
+from align.data import shapes
 from align.data.chat import ConversationEncoder, check_template, encode_messages
-from align.data.formats import DropRow, Format, Message
+from align.data.rows import Row
+from align.data.shapes import Conversation, DropRow, Message, Pair, Shape, Unreadable
 from align.data.sources import describe_source, load_rows
 from align.data.splits import is_held_out, prompt_key
 from align.errors import UserError
@@ -160,13 +161,13 @@ def prepare_text(
     if tokenizer.eos_token_id is None:
         raise _no_eos("which pretraining puts after each document")
 
-    def encode(row: formats.Row) -> list[_Encoded]:
+    def encode(row: Row) -> list[_Encoded]:
         if row.get("text") is None:
-            conversation, variables = formats.to_conversation(row), formats.template_variables(row)
+            conversation, variables = shapes.conversation(row), shapes.template_variables(row)
             messages = conversation["prompt"] + conversation["completion"]
             ids, key = encode_messages(tokenizer, messages, variables), _conversation_key(conversation)
         else:
-            key = formats.to_text(row)
+            key = shapes.text(row)
             ids = list(tokenizer(key)["input_ids"])
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
@@ -196,22 +197,22 @@ def prepare_sft(
 
     Rows longer than `max_length` are truncated at the end, and dropped if no token in the loss remains.
     """
-    accepted: tuple[Format, ...] = ("messages", "prompt_completion")
+    accepted: tuple[Shape, ...] = ("messages", "prompt_completion")
     if assistant_only_loss:
         check_template(tokenizer)
         encoder = ConversationEncoder(tokenizer)
     else:
         accepted = (*accepted, "text")
 
-    def encode(row: formats.Row) -> list[_Encoded]:
+    def encode(row: Row) -> list[_Encoded]:
         if not assistant_only_loss and row.get("text") is not None:
-            key = formats.to_text(row)
+            key = shapes.text(row)
             ids = list(tokenizer(key)["input_ids"])
             if tokenizer.eos_token_id is None:
                 raise _no_eos("which ends each text")
             ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
             return _cut([(ids, ids)], key, data.max_length)
-        conversation, variables = formats.to_conversation(row), formats.template_variables(row)
+        conversation, variables = shapes.conversation(row), shapes.template_variables(row)
         messages, key = conversation["prompt"] + conversation["completion"], _conversation_key(conversation)
         if not assistant_only_loss:
             ids = encode_messages(tokenizer, messages, variables)
@@ -249,7 +250,7 @@ def prepare_reward_pairs(
     """
     encoder = ConversationEncoder(tokenizer)
 
-    def encode(row: formats.Row) -> list[_Encoded]:
+    def encode(row: Row) -> list[_Encoded]:
         pair, prompt, chosen, rejected = _encode_pair(encoder, row, data.max_length)
         columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
         return [_Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
@@ -266,7 +267,7 @@ def prepare_dpo_pairs(
     """
     encoder = ConversationEncoder(tokenizer)
 
-    def encode(row: formats.Row) -> list[_Encoded]:
+    def encode(row: Row) -> list[_Encoded]:
         pair, prompt, chosen, rejected = _encode_pair(encoder, row, data.max_length)
         columns = {**pair, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         return [_Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
@@ -275,13 +276,13 @@ def prepare_dpo_pairs(
 
 
 def _encode_pair(
-    encoder: ConversationEncoder, row: formats.Row, max_length: int
-) -> tuple[dict[str, list[Message]], list[int], list[int], list[int]]:
+    encoder: ConversationEncoder, row: Row, max_length: int
+) -> tuple[Pair, list[int], list[int], list[int]]:
     """(messages by column, prompt ids, chosen ids, rejected ids); chosen and rejected ids exclude the prompt."""
-    pair, variables = formats.to_pair(row), formats.template_variables(row)
+    pair, variables = shapes.pair(row), shapes.template_variables(row)
     prompt, sides = list[int](), []
-    for side in ("chosen", "rejected"):
-        prompt, ids = encoder.answer(pair["prompt"], pair[side], variables)
+    for side, answer in (("chosen", pair["chosen"]), ("rejected", pair["rejected"])):
+        prompt, ids = encoder.answer(pair["prompt"], answer, variables)
         # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
         if row.get(f"{side}_finished") is False and ids and ids[-1] in encoder.template.end_ids:
             ids = ids[:-1]
@@ -305,22 +306,26 @@ def prepare_prompts(
 
     Raises `UserError` if no prompt remains.
     """
-    accepted: tuple[Format, ...] = ("prompt", "prompt_completion", "preference", "messages")
+    accepted: tuple[Shape, ...] = ("prompt", "prompt_completion", "preference", "messages")
     tally, prompts = _Tally(), []
     encoder = ConversationEncoder(tokenizer)
     for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs, accepted=accepted):
         tally.read += 1
         try:
-            messages, reference = formats.to_prompt(row)
-            variables = formats.template_variables(row)
+            messages, reference = shapes.prompt(row)
+            variables = shapes.template_variables(row)
             ids = encoder.prompt(messages, variables)
             if len(ids) > max_prompt_length:
                 raise DropRow("longer than max_prompt_length")
-            prompts.append(PromptRow(tuple(ids), messages, reference, dict(row), variables))
+            read = {column: value for column, value in row.items() if not isinstance(value, Unreadable)}
+            prompts.append(PromptRow(tuple(ids), messages, reference, read, variables))
         except DropRow as reason:
             tally.dropped[str(reason)] += 1
     if not prompts:
         raise _nothing_left(sources, tally, "max_prompt_length or rollout.max_model_length")
+    columns = dict.fromkeys(column for prompt in prompts for column in prompt.row)
+    for prompt in prompts:  # a reward function finds the same columns in every row
+        prompt.row.update({column: None for column in columns if column not in prompt.row})
     encoded = [_Encoded({"input_ids": prompt.ids}, 0) for prompt in prompts]
     return prompts, _report(tally, encoded, [], len(prompts))
 
@@ -328,7 +333,7 @@ def prepare_prompts(
 # --- shared -----------------------------------------------------------------------------------------------
 
 
-def _conversation_key(conversation: dict[str, list[Message]]) -> str:
+def _conversation_key(conversation: Conversation) -> str:
     """Key of a conversation's prompt: the column `prompt`, otherwise everything before the last assistant turn."""
     if conversation["prompt"]:
         return prompt_key(conversation["prompt"])
@@ -343,8 +348,8 @@ def _no_eos(use: str) -> UserError:
 
 def _prepare(
     data: Data,
-    encode: Callable[[formats.Row], list[_Encoded]],
-    accepted: tuple[Format, ...],
+    encode: Callable[[Row], list[_Encoded]],
+    accepted: tuple[Shape, ...],
     seed: int,
     stage_dirs: StageDirs,
     pack: Callable[[list[_Encoded]], list[_Encoded]] = lambda rows: rows,
@@ -375,7 +380,7 @@ def _prepare(
     return Prepared(_to_dataset(train), _to_dataset(held_out) if held_out else None, report)
 
 
-def _encode_all(rows: Iterable[Any], encode: Callable[[formats.Row], list[_Encoded]], tally: _Tally) -> list[_Encoded]:
+def _encode_all(rows: Iterable[Any], encode: Callable[[Row], list[_Encoded]], tally: _Tally) -> list[_Encoded]:
     encoded = []
     for row in rows:
         tally.read += 1

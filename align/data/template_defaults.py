@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import variables_problem
+from align.data.shapes import variables_problem
 from align.errors import UserError
 
 

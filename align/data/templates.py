@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import DropRow, Message
+from align.data.shapes import DropRow, Message
 from align.errors import UserError
 
 Variables = Mapping[str, Any]
-"""Keyword arguments for a chat template; see `align.data.formats.template_variables`."""
+"""Keyword arguments for a chat template; see `align.data.shapes.template_variables`."""
 
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _SENTINEL, _NAME, _RESULT = "Sentinel-7", "sentinel_seven", "Result-7"

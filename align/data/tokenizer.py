@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.config.parts import Source
 from align.data.chat import DEFAULT_TEMPLATE, TURN_END, TURN_START
-from align.data.formats import DropRow, to_text
+from align.data.shapes import DropRow, text
 from align.data.sources import load_rows
 from align.errors import UserError
 
@@ -21,7 +21,7 @@ def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Pat
     """Plain text of every row, of any format. Rows without text are skipped."""
     for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs):
         try:
-            yield to_text(row)
+            yield text(row)
         except DropRow:
             continue
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data.formats import DropRow, Message
+from align.data.shapes import DropRow, Message
 from align.data.templates import REASONING, ChatTemplate, Variables, render
 
 Masked = tuple[list[int], list[int]]

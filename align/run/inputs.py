@@ -11,28 +11,31 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from align.config.data_files import list_files
 from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
 from align.config.section import Section
 from align.config.stage import find
+from align.errors import UserError
 from align.run.folder import MODEL
 
 SAMPLED_ABOVE = 64 * 2**20
 """Size in bytes above which a safetensors file is sampled."""
 BLOCK_BYTES = 2**16
 BLOCKS = 256
-DATA = (".jsonl", ".json", ".parquet")
 CHECKPOINT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
-"""Suffixes of the files that a stage reads in a data folder, and in a checkpoint."""
+"""Suffixes of the files that a stage reads in a checkpoint."""
+Files = dict[str, Path]
+"""Files of an input by their names within it; the name is "" if the input is a single file."""
 Digests = dict[str, str]
 """Hash of each file by its name within the input; the name is "" if the input is a single file."""
 
 
 def fingerprints(recipe: Recipe, name: str) -> dict[str, Digests]:
     """The hashes of every input of a stage that exists on this machine, by the input's path in the recipe."""
-    return {text: digests(path, suffixes) for text, path, suffixes in inputs(recipe, name) if path.exists()}
+    return {text: digests(files) for text, files in inputs(recipe, name).items() if files}
 
 
 def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str | None:
@@ -41,53 +44,76 @@ def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str 
     An input that no longer exists is not a change: a finished stage does not need it, and a stage that runs reports it
     as missing. Inputs that `before` lacks are not compared.
     """
-    for text, path, suffixes in inputs(recipe, name):
-        if text not in before or not path.exists():
+    for text, files in inputs(recipe, name).items():
+        if text not in before or not files:
             continue
-        now = digests(path, suffixes)
+        now = digests(files)
         for file in sorted({*now, *before[text]}):
             if now.get(file) != before[text].get(file):
                 return f"{text}/{file}" if file else text
     return None
 
 
-def inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-    """Inputs of a stage: (path in the recipe, path on this machine, suffixes of the files read in a folder)."""
+def inputs(recipe: Recipe, name: str) -> dict[str, Files]:
+    """The files of every input of a stage, by its path in the recipe. A missing input has no files."""
+    found: dict[str, Files] = {}
+    for text, files in _inputs(recipe, name):
+        found.setdefault(text, {}).update(files)  # two sources may be splits of one folder
+    return found
+
+
+def _inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Files]]:
     if name == BASE:
         match recipe.model:
             case ScratchModel(tokenizer=str(path)) | PretrainedModel(path=path) | HotStartModel(source=path):
-                yield path, _checkpoint(path), CHECKPOINT
+                yield path, _checkpoint(path)
             case ScratchModel():
-                yield from _files(recipe.model)
+                yield from _data(recipe.model)
         return
     stage = recipe.stages[name]
-    yield from _files(stage)
+    yield from _data(stage)
     for _, reference, _ in stage.checkpoints():
         if is_path(reference):
-            yield reference, _checkpoint(reference), CHECKPOINT
+            yield reference, _checkpoint(reference)
     for _, reward in find(stage, FunctionReward):
         if ":" in reward.path:
             file = reward.path.rpartition(":")[0]
-            yield file, local_path(file), ()
+            yield file, _single(local_path(file))
 
 
-def _files(section: Section) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+def _data(section: Section) -> Iterator[tuple[str, Files]]:
     for _, source in find(section, FileSource):
-        yield source.path, local_path(source.path), DATA
+        root = local_path(source.path)
+        try:
+            files = list_files(source.path, source.splits()).files
+        except UserError:  # reported when the stage reads its data
+            files = ()
+        yield source.path, _single(root) if root.is_file() else {_within(root, file): file for file in files}
 
 
-def _checkpoint(text: str) -> Path:
+def _within(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix() if root.is_dir() else str(file)
+
+
+def _single(path: Path) -> Files:
+    return {"": path} if path.exists() else {}
+
+
+def _checkpoint(text: str) -> Files:
     folder = local_path(text)
-    return folder / MODEL if (folder / MODEL / "config.json").is_file() else folder
+    if (folder / MODEL / "config.json").is_file():
+        folder = folder / MODEL
+    return checkpoint_files(folder) if folder.is_dir() else _single(folder)
 
 
-def digests(path: Path, suffixes: tuple[str, ...]) -> Digests:
-    """The hash of a file, or of each file with one of the suffixes that is directly in a folder."""
-    if not path.is_dir():
-        return {"": content_digest(path)}
-    return {
-        file.name: content_digest(file) for file in sorted(path.iterdir()) if file.suffix in suffixes and file.is_file()
-    }
+def checkpoint_files(folder: Path) -> Files:
+    """The files of a checkpoint."""
+    return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in CHECKPOINT and file.is_file()}
+
+
+def digests(files: Files) -> Digests:
+    """The hash of each file."""
+    return {name: content_digest(file) for name, file in files.items()}
 
 
 def content_digest(file: Path) -> str:

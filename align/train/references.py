@@ -29,7 +29,7 @@ from align.parallel.micro_batches import summed
 from align.parallel.sharding import world
 from align.run.context import StageContext
 from align.run.folder import replace_file
-from align.run.inputs import CHECKPOINT, digests
+from align.run.inputs import checkpoint_files, digests
 from align.train.checkpoint import load_policy
 from align.train.device import training_device
 from align.train.frozen import FrozenModel
@@ -63,7 +63,7 @@ def reference_logprobs(
     reference = _Lazy(parent, context.trained_dtype(stage.lora), context)
     key = {
         "version": VERSION,
-        "weights": from_rank_0("hash the reference", lambda: digests(parent, CHECKPOINT)),
+        "weights": from_rank_0("hash the reference", lambda: digests(checkpoint_files(parent))),
         "rows": data.report.fingerprint,
         "dtype": [context.trained_dtype(stage.lora), context.recipe.dtype],
     }

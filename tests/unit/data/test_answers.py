@@ -8,7 +8,7 @@ import pytest
 
 from align.data.answers import UNREADABLE, AnswerReader
 from align.data.chat import encode_prompt
-from align.data.formats import DropRow
+from align.data.shapes import DropRow
 from align.data.templates import ChatTemplate
 from align.data.turns import completion
 from tests.chat_templates import SHAPES, tokenizer_for

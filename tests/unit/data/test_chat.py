@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from align.data import chat
-from align.data.formats import DropRow
+from align.data.shapes import DropRow
 from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 

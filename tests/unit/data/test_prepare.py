@@ -9,7 +9,7 @@ import pytest
 
 from align.config.parts import Data, FileSource
 from align.data import prepare
-from align.data.formats import Message
+from align.data.shapes import Message
 from align.errors import UserError
 
 TURNS = 20
@@ -219,5 +219,5 @@ def test_prompts(tokenizer, jsonl):
 
 
 def test_wrong_format_is_reported_before_tokenising(tokenizer, jsonl):
-    with pytest.raises(UserError, match=r"rows.jsonl: the columns are text, .*`chosen` and `rejected`.*`columns: {cho"):
+    with pytest.raises(UserError, match=r"rows.jsonl: the columns are text, .* needs chosen and rej.*`columns: {cho"):
         prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), tokenizer, seed=0)

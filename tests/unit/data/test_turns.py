@@ -10,7 +10,7 @@ import pytest
 
 from align.config.parts import Data, FileSource
 from align.data import chat, prepare
-from align.data.formats import DropRow, to_messages
+from align.data.shapes import DropRow, to_messages
 from align.data.templates import ChatTemplate
 from tests.chat_templates import SHAPES, tokenizer_for
 
@@ -228,7 +228,7 @@ def test_rows_that_cannot_be_rendered_faithfully_are_dropped(tokenizers, name, t
 
 @pytest.mark.parametrize(
     ("arguments", "same"),
-    [('{"x": 1, "y": "z"}', True), ('{"x":1,"y":"z"}', True), ({"x": 1, "y": "z", "w": None}, True), ("{}", False)],
+    [('{"x": 1, "y": "z"}', True), ('{"x":1,"y":"z"}', True), ({"x": 1, "y": "z", "w": None}, False), ("{}", False)],
 )
 def test_arguments_of_tool_calls_may_be_objects_or_json_text(tokenizers, arguments, same):
     for name in ("qwen3", "llama3_2", "mistral", "hy3", "deepseekv3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 from .here import ANSWERS, Here, wrong
@@ -53,8 +54,106 @@ def _(here: Here) -> str:
 
 @wrong("unknown-data-format", "A data file of another format")
 def _(here: Here) -> str:
-    here.write("rows.csv", "a,b\n")
-    return here.run(data={"train": [{"kind": "file", "path": "rows.csv"}]})
+    here.write("rows.xlsx", "a,b\n")
+    return here.run(data={"train": [{"kind": "file", "path": "rows.xlsx"}]})
+
+
+@wrong("not-utf-8", "A message that is not UTF-8")
+def _(here: Here) -> str:
+    (here.folder / "rows.jsonl").write_bytes(json.dumps(ANSWERS[0]).encode().replace(b"It is", b"It\xe9s"))
+    return here.run()
+
+
+@wrong("half-character", "A message with half of a surrogate pair")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", json.dumps(ANSWERS[0]).replace("It is", "\\ud83d"))
+    return here.run()
+
+
+@wrong("same-key-twice", "A message with the same key twice")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", json.dumps(ANSWERS[0]).replace('"role"', '"content"'))
+    return here.run()
+
+
+@wrong("nested-too-deeply", "Messages that are nested too deeply")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", '{"messages": ' + "[" * 5000 + "]" * 5000 + "}")
+    return here.run()
+
+
+@wrong("array-without-end", "A JSON array without its end")
+def _(here: Here) -> str:
+    here.write("rows.json", json.dumps(ANSWERS)[:-1])
+    return here.run(data={"train": [{"path": "rows.json"}]})
+
+
+@wrong("element-cut-off", "A JSON array that ends inside a row")
+def _(here: Here) -> str:
+    here.write("rows.json", json.dumps(ANSWERS)[:-20])
+    return here.run(data={"train": [{"path": "rows.json"}]})
+
+
+@wrong("truncated-gzip", "A compressed file that is not complete")
+def _(here: Here) -> str:
+    data = gzip.compress(json.dumps(ANSWERS[0]).encode(), mtime=0)
+    (here.folder / "rows.jsonl.gz").write_bytes(data[:-12])
+    return here.run(data={"train": [{"path": "rows.jsonl.gz"}]})
+
+
+@wrong("not-parquet", "A Parquet file that is damaged", varies=r"(?<=\().+(?=\))")
+def _(here: Here) -> str:
+    here.write("rows.parquet", "PAR1" + "x" * 20)
+    return here.run(data={"train": [{"path": "rows.parquet"}]})
+
+
+@wrong("not-arrow", "An Arrow file that is damaged", varies=r"(?<=\().+(?=\))")
+def _(here: Here) -> str:
+    here.write("rows.arrow", "ARROW1" + "x" * 20)
+    return here.run(data={"train": [{"path": "rows.arrow"}]})
+
+
+@wrong("csv-values", "A line of a CSV file with too few values")
+def _(here: Here) -> str:
+    here.write("rows.csv", "prompt,completion\nWhat is 1?\n")
+    return here.run(data={"train": [{"path": "rows.csv"}]})
+
+
+@wrong("csv-quote", "A CSV file with a quotation mark that is not closed")
+def _(here: Here) -> str:
+    here.write("rows.csv", 'prompt,completion\n"What is 1?,It is 1.\n')
+    return here.run(data={"train": [{"path": "rows.csv"}]})
+
+
+@wrong("several-splits", "A folder with several splits")
+def _(here: Here) -> str:
+    for name in ("train", "test"):
+        here.write(f"rows/{name}.jsonl", json.dumps(ANSWERS[0]))
+    return here.run(data={"train": [{"path": "rows"}]})
+
+
+@wrong("unknown-split", "A split that the folder lacks")
+def _(here: Here) -> str:
+    for name in ("train", "test"):
+        here.write(f"rows/{name}.jsonl", json.dumps(ANSWERS[0]))
+    return here.run(data={"train": [{"path": "rows", "split": "validation"}]})
+
+
+@wrong("folder-without-data", "A folder without data files")
+def _(here: Here) -> str:
+    here.write("rows/README.md", "# Rows")
+    return here.run(data={"train": [{"path": "rows"}]})
+
+
+@wrong("used-and-ignored", "A column that `columns` uses and `ignore` excludes")
+def _(here: Here) -> str:
+    return here.run(data={"train": [{"path": "rows.jsonl", "columns": {"messages": "talk"}, "ignore": ["talk"]}]})
+
+
+@wrong("unknown-roles", "Messages of unknown roles only")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", json.dumps({"messages": [{"role": "Doctor", "content": "Hello."}]}))
+    return here.run()
 
 
 @wrong("data-set-offline", "A data set on an unreachable hub", varies=r"(?<=hub: ).+(?=\. Check)")

@@ -109,6 +109,7 @@ class Here:
         self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in ANSWERS))
 
     def write(self, name: str, text: str) -> None:
+        (self.folder / name).parent.mkdir(exist_ok=True)
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def recipe(self, *, model: Any = None, stages: Any = None, **stage: Any) -> None:

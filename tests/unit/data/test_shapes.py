@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from align.data import formats
-from align.data.formats import DropRow
+from align.data import shapes
+from align.data.shapes import DropRow
 from align.data.splits import is_held_out, prompt_key, split_by_prompt_hash
 
 U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
@@ -22,7 +22,7 @@ A2 = {"role": "assistant", "content": "other"}
     ],
 )
 def test_conversations(row, prompt, completion):
-    assert formats.to_conversation(row) == {"prompt": prompt, "completion": completion}
+    assert shapes.conversation(row) == {"prompt": prompt, "completion": completion}
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,16 @@ def test_conversations(row, prompt, completion):
     [
         ({"messages": [U]}, "no assistant turn"),
         ({"messages": []}, "empty conversation"),
-        ({"messages": None}, "empty columns"),
+        ({"messages": None}, "columns of no known shape"),
         ({"prompt": "u", "completion": "  "}, "empty assistant turn"),
         ({"prompt": " ", "completion": "a"}, "empty user turn"),
         ({"messages": [U, {"role": "assistant", "content": ""}]}, "empty assistant turn"),
-        ({"messages": [U, {"role": "assistant", "content": [{"type": "image"}]}]}, "a message has no text"),
+        ({"messages": [U, {"role": "assistant", "content": [{"type": "image"}]}]}, "part of type 'image'"),
     ],
 )
 def test_unusable_conversations(row, reason):
     with pytest.raises(DropRow, match=reason):
-        formats.to_conversation(row)
+        shapes.conversation(row)
 
 
 @pytest.mark.parametrize(
@@ -51,16 +51,16 @@ def test_unusable_conversations(row, reason):
     ],
 )
 def test_pairs(row):
-    assert formats.to_pair(row) == {"prompt": [U], "chosen": [A], "rejected": [A2]}
+    assert shapes.pair(row) == {"prompt": [U], "chosen": [A], "rejected": [A2]}
 
 
 def test_implicit_prompt_is_all_that_is_shared():
-    pair = formats.to_pair({"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, A2]})
+    pair = shapes.pair({"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, A2]})
     assert pair == {"prompt": [S, U, A, U], "chosen": [A], "rejected": [A2]}
 
 
 def test_implicit_prompt_of_strings_ends_at_a_word():
-    pair = formats.to_pair({"chosen": "Who? It is me.", "rejected": "Who? It isn't you."})
+    pair = shapes.pair({"chosen": "Who? It is me.", "rejected": "Who? It isn't you."})
     assert [pair[k][0]["content"] for k in ("prompt", "chosen", "rejected")] == [
         "Who? It",
         "is me.",
@@ -80,7 +80,7 @@ def test_implicit_prompt_of_strings_ends_at_a_word():
 )
 def test_unusable_pairs(row, reason):
     with pytest.raises(DropRow, match=reason):
-        formats.to_pair(row)
+        shapes.pair(row)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,18 @@ def test_unusable_pairs(row, reason):
     ],
 )
 def test_prompts(row, reference):
-    assert formats.to_prompt(row) == ([U], reference)
+    assert shapes.prompt(row) == ([U], reference)
 
 
 def test_prompt_must_end_with_the_user():
     with pytest.raises(DropRow, match="user's turn"):
-        formats.to_prompt({"prompt": [U, A]})
+        shapes.prompt({"prompt": [U, A]})
 
 
 def test_texts():
-    assert formats.to_text({"text": "t"}) == "t"
-    assert formats.to_text({"messages": [S, U, A]}) == "s\nu\na"
-    assert formats.to_text({"prompt": "u", "reference": "r"}) == "u\nr"
+    assert shapes.text({"text": "t"}) == "t"
+    assert shapes.text({"messages": [S, U, A]}) == "s\nu\na"
+    assert shapes.text({"prompt": "u", "reference": "r"}) == "u\nr"
 
 
 def test_split_follows_sha256_and_is_stable_when_rows_are_added():

@@ -1,0 +1,67 @@
+"""Apply the settings of a source to its rows: ignored and renamed columns, the format, other names of roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from align.data.rows import Row
+from align.data.shapes.base import Shape
+from align.data.shapes.recognise import TALKS, only_columns_of
+
+FORMATS: dict[str, Shape] = {
+    "messages": "messages",
+    "sharegpt": "messages",
+    "alpaca": "alpaca",
+    "prompt_completion": "prompt_completion",
+    "preference": "preference",
+    "unpaired": "unpaired",
+    "prompt": "prompt",
+    "text": "text",
+    "token_ids": "token_ids",
+}
+"""Shape of each value of the key `format`."""
+_MESSAGES = ("prompt", "completion", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The settings of a source. A call returns the row as its shape is recognised.
+
+    columns  {standard name: name in the file}
+    format   a value of `FORMATS`; columns of other shapes are removed
+    roles    {name in the file: role}
+    ignore   columns that are removed
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    format: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+
+    def __call__(self, row: Row) -> Row:
+        if self.ignore:
+            row = {column: value for column, value in row.items() if column not in self.ignore}
+        if self.columns:
+            row = self._renamed(row)
+        if self.format == "sharegpt" and row.get("conversations") is not None:
+            row.pop("messages", None)
+        if self.format is not None:
+            row = only_columns_of(row, FORMATS[self.format])
+        if self.roles:
+            row = {column: self._with_roles(value) if column in _READ else value for column, value in row.items()}
+        return row
+
+    def _renamed(self, row: Row) -> Row:
+        moved = {old: new for new, old in self.columns.items() if old in row}
+        kept = {column: value for column, value in row.items() if column not in moved and column not in moved.values()}
+        return {**kept, **{new: row[old] for old, new in moved.items()}}
+
+    def _with_roles(self, value: object) -> object:
+        if isinstance(value, Mapping):
+            changed = {key: self.roles.get(str(value[key]), value[key]) for key in ("role", "from") if key in value}
+            return {**value, **changed}
+        return [self._with_roles(item) for item in value] if isinstance(value, list) else value
+
+
+_READ = frozenset({*TALKS, *_MESSAGES})

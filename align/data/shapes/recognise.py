@@ -1,0 +1,144 @@
+"""Recognise a row's shape by its columns and their values.
+
+A column whose value is None counts as absent, so that each row of a file may have a shape of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from align.data.rows import Row
+from align.data.shapes.base import DropRow, Shape
+from align.data.shapes.messages import MESSAGE_KEYS
+from align.data.shapes.variables import TEMPLATE_COLUMNS
+from align.errors import UserError
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+"""All shapes, most specific first: a row has the first one whose columns are present."""
+TALKS = ("messages", "conversations", "conversation")
+"""Names of the column with a list of messages; the first one that is present is read."""
+LABELS = ("label", "kto_tag")
+"""Names of the column that tells desirable completions from others."""
+_ALPACA = ("instruction", "input", "history")
+_TALK = "messages (or conversations)"
+NEEDS: dict[Shape, str] = {
+    "preference": "chosen and rejected",
+    "unpaired": f"label (or kto_tag) and {_TALK}, or label, prompt and completion",
+    "prompt_completion": "prompt and completion",
+    "messages": _TALK,
+    "prompt": "prompt",
+    "alpaca": "instruction and output",
+    "text": "text",
+    "token_ids": "input_ids",
+}
+"""The columns of each shape, in words."""
+READS: dict[Shape, frozenset[str]] = {
+    "preference": frozenset(
+        {"prompt", "chosen", "rejected", "output", "system", "chosen_finished", "rejected_finished", *TALKS, *_ALPACA}
+    ),
+    "unpaired": frozenset({"prompt", "completion", "output", "system", *TALKS, *LABELS, *_ALPACA}),
+    "prompt_completion": frozenset({"prompt", "completion", "system", "reference"}),
+    "messages": frozenset({"system", "reference", *TALKS}),
+    "prompt": frozenset({"prompt", "system", "reference"}),
+    "alpaca": frozenset({"output", "system", "reference", *_ALPACA}),
+    "text": frozenset({"text"}),
+    "token_ids": frozenset({"input_ids", "labels", "attention_mask", "assistant_masks", "completion_mask"}),
+}
+"""All columns that each shape reads, beside the template's."""
+STANDARD_COLUMNS = frozenset(column for columns in READS.values() for column in columns) | set(TEMPLATE_COLUMNS)
+_SYNONYMS = {
+    "prompt": ("question", "query", "instruction", "problem", "input"),
+    "completion": ("response", "answer", "output", "solution"),
+    "messages": ("dialog", "dialogue", "chat", "turns"),
+    "chosen": ("preferred", "response_chosen", "answer_chosen"),
+    "rejected": ("dispreferred", "response_rejected", "answer_rejected"),
+    "text": ("content", "document", "body"),
+}
+"""Other names that people give to a column; the advice of an error uses them."""
+
+
+def shape_of(row: Mapping[str, Any], accepted: Sequence[Shape] = SHAPES) -> Shape | None:
+    """The most specific accepted shape of a row, if any. Where `messages` is accepted, `alpaca` is too."""
+    given = {column for column, value in row.items() if value is not None}
+    for shape in SHAPES:
+        wanted = shape in accepted or (shape == "alpaca" and "messages" in accepted)
+        if wanted and _fits(shape, given, row):
+            return shape
+    return None
+
+
+def _fits(shape: Shape, given: set[str], row: Mapping[str, Any]) -> bool:
+    match shape:
+        case "preference":
+            return given >= {"chosen", "rejected"} or (given >= {"instruction", "output"} and _two(row["output"]))
+        case "unpaired":
+            talks = given.intersection(TALKS) or given >= {"prompt", "completion"} or given >= {"instruction", "output"}
+            return bool(given.intersection(LABELS) and talks)
+        case "prompt_completion":
+            return given >= {"prompt", "completion"}
+        case "messages":
+            return bool(given.intersection(TALKS))
+        case "alpaca":
+            return given >= {"instruction", "output"} and not _two(row["output"])
+        case "token_ids":
+            return "input_ids" in given
+        case _:
+            return shape in given
+
+
+def _two(output: Any) -> bool:
+    return isinstance(output, list) and len(output) == 2
+
+
+def require_shape(row: Mapping[str, Any], accepted: Sequence[Shape] = SHAPES) -> Shape:
+    """Like `shape_of`, but raises `DropRow` if no shape fits."""
+    shape = shape_of(row, accepted)
+    if shape is None:
+        columns = ", ".join(sorted(c for c, value in row.items() if value is not None)) or "none"
+        raise DropRow(f"columns of no known shape ({columns})")
+    return shape
+
+
+def no_shape(columns: Iterable[str], accepted: Sequence[Shape], where: str) -> UserError:
+    """The error for a source of which no row has an accepted shape."""
+    present = sorted(columns)
+    needed = ", or ".join(NEEDS[shape] for shape in accepted)
+    return UserError(
+        f"{where}: the columns are {', '.join(present) or '(none)'}, but this stage needs {needed}. "
+        f"Rename them in the recipe, for example `columns: {{{_renaming(present, accepted)}}}`."
+    )
+
+
+def _renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str:
+    """An example of `columns` with names that the file has, if a shape can be guessed from them."""
+    for shape in accepted:
+        needed = NEEDS[shape].split(" (")[0].split(", or ")[0].split(" and ")
+        found = {new: _similar(new, present) for new in needed}
+        if all(found.values()):
+            return ", ".join(f"{new}: {old}" for new, old in found.items() if new != old)
+    new = NEEDS[accepted[0]].split(" (")[0].split(" and ")[0]
+    return f"{new}: {present[0] if present else 'name'}"
+
+
+def _similar(new: str, present: Sequence[str]) -> str | None:
+    return next((old for old in (new, *_SYNONYMS.get(new, ())) if old in present), None)
+
+
+def unused_columns(row: Mapping[str, Any], shape: Shape) -> set[str]:
+    """Columns with a value that the shape does not read, and keys of messages as `messages[].key`."""
+    read = READS[shape] | set(TEMPLATE_COLUMNS)
+    unused = {column for column, value in row.items() if value is not None and column not in read}
+    for column in ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected"):
+        value = row.get(column)
+        if column in read and isinstance(value, list):
+            keys = {key for item in value if isinstance(item, Mapping) for key, v in item.items() if v is not None}
+            unused |= {f"{column}[].{key}" for key in keys - MESSAGE_KEYS}
+    talks = [column for column in TALKS if row.get(column) is not None]
+    return unused | set(talks[1:] if "messages" in read else ())
+
+
+def only_columns_of(row: Row, shape: Shape) -> Row:
+    """The row without the columns that would give it another shape."""
+    others = STANDARD_COLUMNS - READS[shape] - set(TEMPLATE_COLUMNS)
+    return {column: value for column, value in row.items() if column not in others}
