@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
+from align.data.masks import Answer, Masked, masked_answer, masked_rows, tokenise
 from align.data.shapes import DropRow, Message
 from align.data.templates import ChatTemplate, Variables, render, require_template
-from align.data.turns import HEADER, NO_END, SHARED_TOKEN, completion, marked_tokens, training_rows
+from align.data.turns import HEADER, NO_END, SHARED_TOKEN, RowText, completion_text, training_texts
 from align.errors import UserError
 
+S = TypeVar("S")
+T = TypeVar("T")
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 _CHATML = (
@@ -69,46 +73,134 @@ PROBES: tuple[list[Message], ...] = (
 """Conversations on which templates are compared and checked."""
 
 
-# --- rendering --------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------
+
+
+class Conversation(NamedTuple):
+    """A conversation to train on.
+
+    variables: keyword arguments for the chat template.
+    first: index of the first message that may be in the loss.
+    """
+
+    messages: Sequence[Message]
+    variables: Variables | None = None
+    first: int = 0
 
 
 class ConversationEncoder:
-    """Encodes the conversations of a data set with a tokenizer's chat template."""
+    """Encodes the conversations of a data set with a tokenizer's chat template.
+
+    No text of a conversation becomes a control token. `escaped` counts the conversations in which one would have.
+
+    The methods `*_of` encode many conversations with one call of the tokenizer; a `DropRow` among the results is the
+    reason why that conversation cannot be used. The others encode one, and raise it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.template = ChatTemplate(tokenizer)
-        # These templates have markers and render every turn the same in each context.
-        self._own = tokenizer.chat_template in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer)))
+        self.template = ChatTemplate.of(tokenizer)
+        self.escaped = 0
+        # These templates render each turn the same in every context, and mark what is generated.
+        self._keeps_turns = tokenizer.chat_template in (DEFAULT_TEMPLATE, chatml_template(_default_system(tokenizer)))
 
-    def rows(
-        self, messages: Sequence[Message], variables: Variables | None = None, *, first: int = 0
-    ) -> list[tuple[list[int], list[int]]]:
+    def rows(self, messages: Sequence[Message], variables: Variables | None = None, *, first: int = 0) -> list[Masked]:
         """Rows (input_ids [T], mask [T]) that train the assistant turns from message `first` on.
 
-        See `align.data.turns.training_rows`.
+        See `align.data.turns.training_texts`.
         """
-        if not self._own or first > 0:
-            return training_rows(self.template, messages, variables, first=first)
-        self.template.require_rendered(messages, variables)
-        return [marked_tokens(self.template, messages, variables)]
+        return _only(self.rows_of([Conversation(messages, variables, first)]))
+
+    def rows_of(self, conversations: Sequence[Conversation]) -> list[list[Masked] | DropRow]:
+        """Rows of each conversation; see `rows`."""
+
+        def texts(conversation: Conversation) -> list[RowText]:
+            messages, variables = self._hidden(conversation.messages, conversation.variables)
+            first, keeps_turns = conversation.first, self._keeps_turns
+            return training_texts(self.template, messages, variables, first=first, keeps_turns=keeps_turns)
+
+        planned = [_tried(texts, conversation) for conversation in conversations]
+        tokens = iter(tokenise(self.template, [row.text for rows in _used(planned) for row in rows]))
+        return [
+            rows if isinstance(rows, DropRow) else _tried(partial(masked_rows, rows), [next(tokens) for _ in rows])
+            for rows in planned
+        ]
 
     def answer(
         self, prompt: Sequence[Message], answer: Sequence[Message], variables: Variables | None = None
-    ) -> tuple[list[int], list[int]]:
-        """(prompt ids [P], answer ids [N] through the end-of-turn token)."""
-        return completion(self.template, prompt, answer, variables)
+    ) -> Answer:
+        """Ids of the prompt, and ids and mask of the answer through its last end-of-turn token."""
+        return _only(self.answers_of([(prompt, answer, variables)]))
+
+    def answers_of(
+        self, pairs: Sequence[tuple[Sequence[Message], Sequence[Message], Variables | None]]
+    ) -> list[Answer | DropRow]:
+        """The answer of each (prompt, answer, template variables); see `answer`."""
+
+        def text(pair: tuple[Sequence[Message], Sequence[Message], Variables | None]) -> tuple[RowText, int]:
+            prompt, answer, variables = pair
+            messages, variables = self._hidden([*prompt, *answer], variables)
+            return completion_text(self.template, messages[: len(prompt)], messages[len(prompt) :], variables)
+
+        planned = [_tried(text, pair) for pair in pairs]
+        tokens = iter(tokenise(self.template, [row.text for row, _ in _used(planned)]))
+        return [
+            found if isinstance(found, DropRow) else _tried(partial(masked_answer, *found), next(tokens))
+            for found in planned
+        ]
 
     def prompt(self, messages: Sequence[Message], variables: Variables | None = None) -> list[int]:
         """Ids [P] of the prompt and the header of the assistant's turn."""
-        self.template.require_rendered(messages, variables)
-        return self.template.ids(messages, variables, prompt=True)
+        return _only(self.prompts_of([Conversation(messages, variables)]))
+
+    def prompts_of(self, conversations: Sequence[Conversation]) -> list[list[int] | DropRow]:
+        """Ids of each prompt; see `prompt`."""
+        return self._whole(conversations, prompt=True)
+
+    def whole_of(self, conversations: Sequence[Conversation]) -> list[list[int] | DropRow]:
+        """Ids [T] of each whole conversation."""
+        return self._whole(conversations, prompt=False)
+
+    def _whole(self, conversations: Sequence[Conversation], *, prompt: bool) -> list[list[int] | DropRow]:
+        def text(conversation: Conversation) -> str:
+            messages, variables = self._hidden(conversation.messages, conversation.variables)
+            self.template.require_rendered(messages, variables)
+            return self.template.render(messages, variables, prompt=prompt)
+
+        planned = [_tried(text, conversation) for conversation in conversations]
+        tokens = iter(tokenise(self.template, list(_used(planned))))
+        return [found if isinstance(found, DropRow) else next(tokens).ids for found in planned]
+
+    def _hidden(
+        self, messages: Sequence[Message], variables: Variables | None
+    ) -> tuple[Sequence[Message], Variables | None]:
+        messages, variables, escaped = self.template.hide(messages, variables)
+        self.escaped += escaped
+        return messages, variables
+
+
+def _tried(function: Callable[[S], T], argument: S) -> T | DropRow:
+    try:
+        return function(argument)
+    except DropRow as reason:
+        return reason
+
+
+def _used(results: Iterable[T | DropRow]) -> Iterator[T]:
+    return (result for result in results if not isinstance(result, DropRow))
+
+
+def _only(results: list[T | DropRow]) -> T:
+    (result,) = results
+    if isinstance(result, DropRow):
+        raise result
+    return result
 
 
 def encode_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], variables: Variables | None = None
 ) -> list[int]:
-    """Ids [T] of a whole conversation."""
-    return ChatTemplate(tokenizer).ids(messages, variables)
+    """Ids [T] of a whole conversation. None of its texts becomes a control token."""
+    return ChatTemplate.of(tokenizer).ids(messages, variables)
 
 
 def encode_prompt(
@@ -116,20 +208,23 @@ def encode_prompt(
 ) -> list[int]:
     """Ids [T] of the prompt and the header of the assistant's turn. A string is one user turn.
 
+    None of the texts becomes a control token.
+
     variables: keyword arguments for the template.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return ChatTemplate(tokenizer).ids(messages, variables, prompt=True)
+    return ChatTemplate.of(tokenizer).ids(messages, variables, prompt=True)
 
 
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase, *, end: int | None) -> list[int]:
     """Ids [T] of an assistant's answer, without the header that `encode_prompt` appends to the prompt.
 
-    The answer is tokenised apart from the prompt, as a sampled completion is.
+    The answer is tokenised apart from the prompt, as a sampled completion is. Its text becomes no control token.
 
     end: token that ends the turn; None for a truncated turn.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    template = ChatTemplate.of(tokenizer)
+    ids = template.tokens(template.control.hide_answer(text))
     return ids if end is None else [*ids, end]
 
 
@@ -155,14 +250,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     an answer and a turn with tool calls."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template:
-        ends = ChatTemplate(tokenizer).ends
+        ends = ChatTemplate.of(tokenizer).ends
         ids += [token for token in (ends.answer, ends.call) if token is not None]
     return list(dict.fromkeys(ids))
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an answer: the template's end-of-turn token, otherwise the end-of-sequence token, if any."""
-    if tokenizer.chat_template and (answer := ChatTemplate(tokenizer).ends.answer) is not None:
+    if tokenizer.chat_template and (answer := ChatTemplate.of(tokenizer).ends.answer) is not None:
         return answer
     return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
 
@@ -257,10 +352,12 @@ def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
     An assistant turn must begin with the header that generation gets, and end with a special token (otherwise the model
     never learns to stop). If the template has markers, they must include that token.
     """
-    template, rows, refusals = ChatTemplate(tokenizer), [], []
+    template, refusals = ChatTemplate.of(tokenizer), list[str]()
+    rows: list[Masked] = []
     for answer, later in ((_ASSISTANT, _MORE[1]), (_REASONED, _REASONED)):
         try:
-            rows = training_rows(template, [_USER, answer, _MORE[0], later])
+            texts = training_texts(template, [_USER, answer, _MORE[0], later])
+            rows = masked_rows(texts, tokenise(template, [row.text for row in texts]))
             break
         except DropRow as reason:
             refusals.append(str(reason))

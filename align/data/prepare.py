@@ -282,7 +282,7 @@ def _encode_pair(
     pair, variables = shapes.pair(row), shapes.template_variables(row)
     prompt, sides = list[int](), []
     for side, answer in (("chosen", pair["chosen"]), ("rejected", pair["rejected"])):
-        prompt, ids = encoder.answer(pair["prompt"], answer, variables)
+        prompt, ids, _ = encoder.answer(pair["prompt"], answer, variables)
         # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
         if row.get(f"{side}_finished") is False and ids and ids[-1] in encoder.template.end_ids:
             ids = ids[:-1]

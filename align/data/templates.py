@@ -6,16 +6,20 @@ Ids are lists of length T, the tokens of one rendered conversation.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from align.data.shapes import DropRow, Message
+from align.data.control import TAGS, ControlTokens, alternatives
+from align.data.shapes import REASONING, DropRow, Message
 from align.errors import UserError
 
+T = TypeVar("T")
 Variables = Mapping[str, Any]
 """Keyword arguments for a chat template; see `align.data.shapes.template_variables`."""
 
@@ -41,6 +45,8 @@ _TOOLS = [
         },
     }
 ]
+_HEADER_LENGTH = 200
+"""Longest header of an assistant's turn in characters. A longer one is tokenised apart, which is slow."""
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 """Errors that a template raises for a conversation that it does not support."""
 
@@ -72,35 +78,37 @@ def render(
     *,
     template: str | None = None,
     prompt: bool = False,
-    **options: Any,
-) -> Any:
+) -> str:
     """Text of a conversation. Raises `UserError` without a template, `DropRow` if it refuses the conversation.
 
     variables: keyword arguments for the template.
     template: a chat template to use instead of the tokenizer's.
     prompt: append the header of the assistant's turn.
-    options: further arguments of `apply_chat_template`, for results other than text.
     """
     if template is None:
         require_template(tokenizer)
-    options = {"tokenize": False, "chat_template": template, "add_generation_prompt": prompt, **options}
-    options.update(variables or {})
+    options = {"tokenize": False, "chat_template": template, "add_generation_prompt": prompt, **(variables or {})}
+    return _attempt(lambda shown: str(tokenizer.apply_chat_template(shown, **options)), messages)
+
+
+def _attempt(rendering: Callable[[list[Message]], T], messages: Sequence[Message]) -> T:
     try:
         try:
-            return tokenizer.apply_chat_template([_for_template(m) for m in messages], **options)
+            return rendering([_for_template(m) for m in messages])
         except TypeError:
             if not any(message.get("tool_calls") for message in messages):
                 raise
             # DeepSeek-V3's template joins the arguments to a text, so they must be JSON text.
-            return tokenizer.apply_chat_template([_for_template(m, parse=False) for m in messages], **options)
+            return rendering([_for_template(m, parse=False) for m in messages])
     except _FAILURES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DropRow(f"refused by the chat template: {reason}") from error
 
 
 def _for_template(message: Message, *, parse: bool = True) -> Message:
-    """The message as templates expect it: parsed arguments of tool calls, and the reasoning under each of its names."""
-    message = dict(message)
+    """The message as templates expect it: parsed arguments of tool calls, the reasoning under each of its names, and no
+    weight in the loss."""
+    message = {key: value for key, value in message.items() if key != "train"}
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
     if reasoning is not None:
         message = {**dict.fromkeys(REASONING, reasoning), **message}
@@ -112,8 +120,29 @@ def _for_template(message: Message, *, parse: bool = True) -> Message:
     return message
 
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message with the assistant's reasoning. Templates read different ones, so each gets the value."""
+def _unescaped(message: Message) -> Message:
+    """The message with arguments of tool calls as JSON text without escapes, which may spell a control token's name."""
+    calls = message.get("tool_calls")
+    if not calls or not any("\\u" in call["function"]["arguments"] for call in calls):
+        return message
+    plain = [
+        {**call, "function": {**call["function"], "arguments": _without_escapes(call["function"]["arguments"])}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": plain}
+
+
+def _without_escapes(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), ensure_ascii=False)
+    except ValueError:
+        raise DropRow("the arguments of a tool call are not valid JSON") from None
+
+
+@lru_cache(maxsize=8)
+def _template(tokenizer: PreTrainedTokenizerBase, state: str) -> ChatTemplate:
+    """The template of a tokenizer in this state."""
+    return ChatTemplate(tokenizer)
 
 
 class ChatTemplate:
@@ -123,6 +152,13 @@ class ChatTemplate:
         require_template(tokenizer)
         self.tokenizer = tokenizer
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self._headers: dict[str, list[int]] = {}
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The template of the tokenizer; the object of an earlier call unless the tokenizer has changed since."""
+        require_template(tokenizer)
+        return _template(tokenizer, json.dumps([tokenizer.chat_template, len(tokenizer), tokenizer.all_special_ids]))
 
     @property
     def text(self) -> str:
@@ -135,19 +171,86 @@ class ChatTemplate:
         """True if the template marks the assistant's text with `{% generation %}`."""
         return "endgeneration" in self.text
 
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The special tokens, and the other added tokens with which the template structures a conversation."""
+        return ControlTokens(self.tokenizer, [i for i in self._structure if self._names[i] not in TAGS])
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _structure(self) -> list[int]:
+        """The added tokens of conversations without tools."""
+        texts = [self._probe(_USER, _ANSWER, _USER), self._probe({"role": "system", "content": _SENTINEL}, _USER)]
+        texts.append(self._probe(_USER, prompt=True))
+        found = {i for text in texts for i in self.tokens(text)} | set(self.end_ids)
+        return sorted(found.intersection(self._names))
+
+    def hide(
+        self, messages: Sequence[Message], variables: Variables | None = None
+    ) -> tuple[Sequence[Message], Variables | None, bool]:
+        """See `ControlTokens.hide`."""
+        return self.control.hide([_unescaped(message) for message in messages], variables)
+
+    def render(self, messages: Sequence[Message], variables: Variables | None = None, *, prompt: bool = False) -> str:
+        """Text of a conversation whose control tokens' names are hidden; see `render`."""
+        return str(render(self.tokenizer, messages, variables, prompt=prompt))
+
+    def render_marked(
+        self, messages: Sequence[Message], variables: Variables | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Text of a conversation, and (first, last + 1) character of each `{% generation %}` block."""
+        options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **(variables or {})}
+        template = self.tokenizer.get_chat_template(None, options.get("tools"))
+
+        def rendering(shown: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+            # transformers annotates the result as one string; it is (texts, marked characters of each).
+            found: Any = render_jinja_template(
+                [shown], chat_template=template, return_assistant_tokens_mask=True, **options
+            )
+            return found[0][0], found[1][0]
+
+        return _attempt(rendering, messages)
+
     def ids(
         self, messages: Sequence[Message], variables: Variables | None = None, *, prompt: bool = False
     ) -> list[int]:
-        """Ids [T] of a conversation; with `prompt`, followed by the header of the assistant's turn."""
-        return self.tokens(str(render(self.tokenizer, messages, variables, prompt=prompt)))
+        """Ids [T] of a conversation; with `prompt`, followed by the header of the assistant's turn.
+
+        No text of the conversation becomes a control token.
+        """
+        messages, variables, _ = self.hide(messages, variables)
+        return self.tokens(self.render(messages, variables, prompt=prompt))
 
     def tokens(self, text: str) -> list[int]:
-        """Ids [T] of a rendered text."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Ids [T] of a rendered text, which may have hidden names of control tokens."""
+        if ControlTokens.has_hidden(text):
+            return list(self.control.encode(text).ids)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _probe(self, *messages: Message, **variables: Any) -> str:
+    def header_tokens(self, text: str) -> list[int]:
+        """Like `tokens`, for a short text that recurs."""
+        if text not in self._headers:
+            if len(self._headers) > 1000:
+                self._headers.clear()
+            self._headers[text] = self.tokens(text)
+        return self._headers[text]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids, with control tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def last_token_before(self, text: str, stop: int) -> int:
+        """Index of the character at which the last added token before `stop` begins; -1 if none is near."""
+        return max(
+            (text.rfind(self._names[i], max(0, stop - _HEADER_LENGTH), stop) for i in self._structure), default=-1
+        )
+
+    def _probe(self, *messages: Message, prompt: bool = False, **variables: Any) -> str:
         try:
-            return str(render(self.tokenizer, messages, variables))
+            return render(self.tokenizer, messages, variables, prompt=prompt)
         except DropRow:
             return ""
 
@@ -178,6 +281,15 @@ class ChatTemplate:
         found = [token for token in (self.ends.answer, self.ends.call) if token is not None]
         eos = self.tokenizer.eos_token_id
         return found or ([] if eos is None else [int(eos)])
+
+    @cached_property
+    def end_pattern(self) -> re.Pattern[str]:
+        """Matches the tokens that end an assistant turn in a rendered text."""
+        return alternatives(self.name(token) for token in self.end_ids)
+
+    def name(self, token: int) -> str:
+        """The text that becomes this control token."""
+        return self._names[token]
 
     def end_after(self, message: Message) -> int | None:
         """The token that ends this assistant turn."""

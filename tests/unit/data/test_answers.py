@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from align.data.answers import UNREADABLE, AnswerReader
-from align.data.chat import encode_prompt
+from align.data.chat import ConversationEncoder, encode_prompt
 from align.data.shapes import DropRow
-from align.data.templates import ChatTemplate
-from align.data.turns import completion
 from tests.chat_templates import SHAPES, tokenizer_for
 
 USER = {"role": "user", "content": "a"}
@@ -66,7 +64,7 @@ def test_reasoning_and_content_are_separated(
 def test_the_template_writes_the_message_as_it_was_sampled(tokenizers: dict[str, Any], name: str, sampled: str) -> None:
     tokenizer = tokenizers[name]
     ids = ids_of(tokenizer, sampled)
-    prompt, answer = completion(ChatTemplate(tokenizer), [USER], [AnswerReader(tokenizer).message(ids)])
+    prompt, answer, _ = ConversationEncoder(tokenizer).answer([USER], [AnswerReader(tokenizer).message(ids)])
     assert prompt == encode_prompt(tokenizer, [USER])
     if sampled == "bc<|return|>":  # the model wrote no channel; the template adds it
         ids = ids_of(tokenizer, FINAL) + ids

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from align.config.stages import SampleStage
+from align.data.chat import ConversationEncoder
 from align.data.prepare import PromptRow
-from align.data.templates import ChatTemplate
-from align.data.turns import completion
 from align.recipes.sample import _pairs
 from align.rollout.base import Completion
 from tests.chat_templates import SHAPES, tokenizer_for
@@ -45,5 +44,5 @@ def test_channels_stay_apart_in_the_rejected_answer() -> None:
     first, last = (pair["rejected"] for pair in pairs)
     assert first == [{"role": "assistant", "content": "bc", "reasoning_content": "one"}]
     assert last == [{"role": "assistant", "content": "bc"}]
-    _, trained = completion(ChatTemplate(tokenizer), [user], first)
+    trained = ConversationEncoder(tokenizer).answer([user], first).ids
     assert tokenizer.decode(trained) == f"{ANALYSIS}one{NEXT}{FINAL}bc<|return|>"
