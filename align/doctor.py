@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from align.launch.nvidia import NvidiaMachine, count_pci_gpus, describe_gpus, describe_links, read_machine
+from align.reward.sandbox.confine import missing_wall
+from align.reward.sandbox.sandbox import Sandbox, walls
 
 NEEDED = {
     "torch": "pip install 'torch>=2.13,<2.15'",
@@ -73,6 +75,7 @@ def examine() -> dict[str, Any]:
     uses["rollouts"] = (
         "vLLM, in process" if packages["vllm"]["version"] else "Hugging Face generate (rollout.engine: huggingface)"
     )
+    uses["sandbox"] = describe_sandbox()
     found = [*problems(machine, build, hidden), *package_problems(build)]
     return {
         "packages": packages,
@@ -83,6 +86,12 @@ def examine() -> dict[str, Any]:
         "warnings": cautions(machine, shared_memory()),
         "verdict": verdict(machine, build, hidden, found),
     }
+
+
+def describe_sandbox() -> str:
+    """The walls around programs that a model writes, or the reason why there are none."""
+    reason = missing_wall()
+    return f"none for programs of a model ({reason})" if reason else walls(Sandbox())
 
 
 def read_torch() -> TorchBuild:

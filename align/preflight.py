@@ -14,13 +14,14 @@ from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel
 from align.config.paths import local_path
 from align.config.presets import DEFAULT_FAMILY, unknown_keys
 from align.config.recipe import BASE, Recipe, is_path
-from align.config.rewards import FunctionReward
+from align.config.rewards import CodeReward, FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
 from align.data.shapes import variables_problem
 from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
+from align.reward.code import build_sandbox
 from align.reward.functions import find_reward_function
 from align.rollout.refusals import REMEDY, Engine, refusal
 from align.run.folder import MODEL
@@ -94,6 +95,11 @@ def _of_stage(name: str, stage: Stage) -> Iterator[str]:
     for field, reward in find(stage, FunctionReward):
         try:
             find_reward_function(reward.path)
+        except UserError as error:
+            yield f"stages.{name}.{field}: {error}"
+    for field, code in find(stage, CodeReward):
+        try:
+            build_sandbox(code)
         except UserError as error:
             yield f"stages.{name}.{field}: {error}"
 

@@ -97,6 +97,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Regular expression", rewards.RegexReward),
             ("Tagged sections", rewards.FormatReward),
             ("Length", rewards.LengthReward),
+            ("Program", rewards.CodeReward),
         ],
     ),
 ]

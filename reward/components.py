@@ -22,6 +22,7 @@ from align.data.answers import AnswerReader
 from align.data.chat import tokenizer_fingerprint
 from align.data.prepare import PromptRow
 from align.errors import UserError
+from align.reward.code import build_sandbox, read_tests, score_all
 from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
 from align.reward.process import FunctionProcess, Scored, UserFunction
 from align.reward.remote import RewardClient
@@ -75,7 +76,7 @@ def build_component(
     """The component of a reward section of any kind except `model`.
 
     process: runs users' functions and patterns; the caller closes it. tokenizer: the policy's.
-    Raises UserError if the function cannot be imported or the server cannot be reached.
+    Raises UserError if the function cannot be imported, the server cannot be reached, or there is no sandbox.
     """
     match reward:
         case config.RemoteReward():
@@ -84,6 +85,8 @@ def build_component(
             return _function(reward, process)
         case config.RegexReward():
             return _regex(reward, process)
+        case config.CodeReward():
+            return _code(reward)
     return _verifier(reward)
 
 
@@ -110,7 +113,7 @@ def has_column(reward: config.RewardBase, row: PromptRow) -> bool:
 
 
 def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[PromptRow]) -> None:
-    """Raise UserError if a reward compares with a column that is empty in a row."""
+    """Raise UserError if a reward compares with a column that is empty in a row, or has tests of no known form."""
     for reward in rewards:
         for row in prompts:
             if not has_column(reward, row):
@@ -120,6 +123,8 @@ def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[Prom
                     f"{', '.join(sorted(found))}. Set the reward's `column` to one of these, or rename a column with "
                     "the source's `columns`."
                 )
+            if isinstance(reward, config.CodeReward):
+                read_tests(reward, columns(row))
 
 
 def require_finite_scores(source: str, scores: Sequence[float | None], samples: Samples, fix: str) -> None:
@@ -154,6 +159,11 @@ def _regex(reward: config.RegexReward, process: FunctionProcess) -> Component:
         return process.score(function, samples.prompts, samples.texts, rows)
 
     return component
+
+
+def _code(reward: config.CodeReward) -> Component:
+    box = build_sandbox(reward)
+    return lambda samples: score_all(reward, box, samples.texts, samples.rows)
 
 
 def _function(reward: config.FunctionReward, process: FunctionProcess) -> Component:

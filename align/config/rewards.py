@@ -186,8 +186,42 @@ class LengthReward(RewardBase):
         return self
 
 
+class CodeReward(RewardBase):
+    """1 if the program in the completion passes the row's tests, otherwise 0. Programs run in a sandbox."""
+
+    kind: Literal["code"]
+    """Selects the run of programs."""
+    column: str = "test"
+    """Column with the tests: HumanEval's `check` function, assert statements (MBPP's `test_list`), or inputs and
+    outputs of a whole program."""
+    entry_point: str = "entry_point"
+    """Column with the name of the function under test. HumanEval's form needs it."""
+    prefix: str = "prompt"
+    """Column with the beginning of the program. It is used if it defines the function under test."""
+    score: Literal["all", "share"] = "all"
+    """all: 1 if every test passes, otherwise 0. share: share of the tests that pass."""
+    timeout_s: Seconds = 20.0
+    """Seconds after which a run is killed. Programs that calculate are stopped earlier, by `cpu_s`."""
+    cpu_s: Annotated[int, Field(ge=1, le=3600)] = 5
+    """Limit on a program's processor time in seconds."""
+    memory_mb: Annotated[int, Field(ge=64, le=1 << 20)] = 512
+    """Limit on a program's memory in MiB."""
+    workers: Annotated[Positive | None, RUNTIME] = None
+    """Number of programs that run at a time. Default: one per core."""
+    unsafe: bool = False
+    """true: run programs with this user's rights on machines without a sandbox; the limits stay."""
+
+
 Reward = Annotated[
-    ModelReward | RemoteReward | FunctionReward | MathReward | ExactReward | RegexReward | FormatReward | LengthReward,
+    ModelReward
+    | RemoteReward
+    | FunctionReward
+    | MathReward
+    | ExactReward
+    | RegexReward
+    | FormatReward
+    | LengthReward
+    | CodeReward,
     Field(discriminator="kind"),
 ]
 

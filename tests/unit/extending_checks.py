@@ -64,10 +64,10 @@ def check_policy_loss_and_estimator() -> None:
 def check_verifier() -> None:
     from align.reward.verifiers import VERIFIERS, Sample
 
-    (reward,) = TypeAdapter(Rewards).validate_python([{"kind": "json", "keys": ["answer"]}])
-    texts = ['{"answer": 4}', '{"result": 4}', "[4]", "4}"]
+    (reward,) = TypeAdapter(Rewards).validate_python([{"kind": "keywords", "words": ["Water", "ice"]}])
+    texts = ["Ice is water.", "Water boils.", "steam"]
     scores = [VERIFIERS[type(reward)](reward, Sample(text, {}, 5)) for text in texts]
-    assert scores == [1.0, 0.0, 0.0, 0.0]
+    assert scores == [1.0, 0.5, 0.0]
 
 
 def check_task() -> None:

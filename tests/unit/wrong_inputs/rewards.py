@@ -6,11 +6,15 @@ import socket
 import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from align.config.rewards import CodeReward
+from align.reward.code import read_tests
 from align.reward.process import FunctionProcess, UserFunction
 from align.reward.remote import RewardClient
+from align.reward.sandbox import sandbox
 from align.reward.server import BadRequest, PromptCompletion, RewardServer, Scoring
 from align.rl.complete import require_finite_results
 from align.rl.update import OVERFLOWS, require_finite_gradients, require_finite_losses
@@ -130,6 +134,39 @@ def _(here: Here) -> None:
 @wrong("reward-column", "A column that the rows do not have")
 def _(here: Here) -> str:
     return run(here, {"kind": "math"})
+
+
+def read_code_tests(cell: Any, **row: Any) -> None:
+    read_tests(CodeReward(kind="code"), {"test": cell, **row})
+
+
+@wrong("reward-code-form", "Tests of a program in an unknown form")
+def _(here: Here) -> None:
+    read_code_tests({"cases": [1, 2]})
+
+
+@wrong("reward-code-entry-point", "HumanEval's `check` without the function's name")
+def _(here: Here) -> None:
+    read_code_tests("def check(candidate):\n    assert candidate(1) == 2\n")
+
+
+@wrong("reward-code-json", "Tests of a program that start like JSON")
+def _(here: Here) -> None:
+    read_code_tests('{"inputs": ["1"]')
+
+
+@wrong("reward-code-no-sandbox", "Programs of a model on a machine that cannot confine them, in `align check`")
+def _(here: Here) -> str:
+    with patch.object(sandbox, "missing_wall", lambda: "darwin has neither Landlock nor seccomp"):
+        return check(here, {"kind": "code"})
+
+
+@wrong("reward-code-launcher", "A sandbox whose process cannot start")
+def _(here: Here) -> None:
+    with patch.object(
+        sandbox, "BOOT", "import sys; sys.exit('OSError: landlock_restrict_self: Operation not permitted')"
+    ):
+        sandbox.Sandbox(bubblewrap="").run_program("print(1)")
 
 
 @wrong("reward-server-down", "A reward server is down", varies=PORT)
