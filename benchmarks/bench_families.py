@@ -2,6 +2,7 @@
 
     python benchmarks/bench_families.py              all families, about 40 minutes on two cores
     python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
+    python benchmarks/bench_families.py --chain      every stage from SFT to evaluation instead, a minute each
 
 Largest differences in float32 (random weights, three layers, hidden size 64; other weights differ by 1 to 4 nats):
 log-probabilities of packed rows, gradients relative to the largest of each parameter, hidden states under replay of
@@ -17,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,42 @@ def measure(model_type: str) -> dict[str, Any]:
     return results
 
 
+def chain(model_type: str, tied: bool) -> dict[str, Any]:
+    """Seconds of all stages and the largest difference of a log-probability between sampler and trainer."""
+    from tests.families.chain import check_chain
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found: dict[str, Any] = check_chain(model_type, Path(folder), tie_word_embeddings=tied)
+        except AssertionError as error:
+            print(error, flush=True)
+            found = {"fails": str(error).strip().splitlines()[-1][:200]}
+    return {**found, "seconds": round(time.monotonic() - started)}
+
+
+def run_chains(model_types: list[str]) -> None:
+    """Run the chain of each family, and of Llama also with tied embeddings. Families with a result are left out."""
+    file = RESULTS / "families_chain.json"
+    found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
+    for model_type in model_types:
+        own = bool(FAMILIES[model_type].get("tie_word_embeddings"))
+        for tied in (False, True) if model_type == "llama" else (own,):
+            name = f"{model_type}, tied" if tied else model_type
+            if name not in found or "fails" in found[name]:
+                found[name] = chain(model_type, tied)
+                print(name, found[name], flush=True)
+                write("families_chain", {"families": found}, option="--chain", show=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--chain", action="store_true", help="run every stage from SFT to evaluation instead")
     options = parser.parse_args()
+    if options.chain:
+        run_chains(options.model_types)
+        return
     file = RESULTS / "families.json"
     found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
     with ThreadPoolExecutor(WORKERS) as pool:

@@ -49,6 +49,14 @@ def families(results: dict[str, Any]) -> str:
     return table([*header, "vLLM", "vLLM after three updates"], rows)
 
 
+def families_chain(results: dict[str, Any]) -> str:
+    rows = [
+        [name, found.get("fails", ""), *(_measure(found.get(stage, "")) for stage in ("ppo", "grpo")), str(found["seconds"])]
+        for name, found in results["families"].items()
+    ]
+    return table(["family", "fails", "PPO", "GRPO", "seconds"], rows)
+
+
 def launches(results: dict[str, Any]) -> str:
     def cell(dtype: str, name: str, kind: str) -> str:
         counts = (results[when][dtype].get(name, {}).get(kind) for when in ("before", "now"))
@@ -266,6 +274,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
     "families": families,
+    "families_chain": families_chain,
     "launches": launches,
     "loss_head": loss_head,
     "decoding": decoding,
