@@ -2,12 +2,13 @@
 curves, which do not need an idle machine.
 
 Both start from the same weights and see the same prompts, reward and settings. The sides alternate, each in its own
-process and environment. TRL computes with transformers' `hunyuan_v1_moe`, which has align's sizes and parameters if
-cross-layer attention is off, with one difference: for top-1 routing it gives the expert the weight 1 instead of its
-probability. TRL's fastest `experts_implementation` is determined first, in separate runs.
+process and environment. In the cases of a mixture of experts, TRL computes with transformers' `hunyuan_v1_moe`, which
+has align's sizes and parameters if cross-layer attention is off, with one difference: for top-1 routing it gives the
+expert the weight 1 instead of its probability. TRL's fastest `experts_implementation` is determined first, in separate
+runs. In the case of a dense model, both sides read the same checkpoint with transformers' Llama class.
 
 `make bench-trl` creates TRL's environment (requirements/bench-trl.lock, in .venv-trl) and runs everything, in about two
-hours; `python benchmarks/bench_ppo.py [--curves] [--cases a,b] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
+hours; `python benchmarks/bench_ppo.py [--curves] [--cases 'a;b'] [--repeats N] [--seeds N] [--trl PYTHON]` runs a part.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ SIZES = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,  # a tied, untrained model repeats its last token
 }
+DENSE_SIZES = {  # the proportions of SmolLM2-135M, at half its width and a fifth of its layers
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
 OURS_ONLY = {"use_cla": False, "num_shared_expert": 1, "rope_inv_freq_dtype": "float32", "router_aux_loss_coef": 0.0}
 SETTINGS = {
     "prompt_length": 32,
@@ -49,7 +59,15 @@ SETTINGS = {
     "seed": 0,
 }
 PHASES = [f"time/{phase}" for phase in ("generate", "score", "logprobs", "update", "sync")]
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
+    "dense Llama, variable lengths": {
+        "vocab_size": 64,
+        "stops": True,
+        "max_new_tokens": 256,
+        "dense": True,
+        "target": 3.0,
+        "curves": {"rounds": 12, "learning_rate": 1e-4},
+    },
     "variable lengths": {
         "vocab_size": 64,
         "stops": True,
@@ -72,31 +90,11 @@ CASES = {
 
 def prepare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the model (with a configuration per library), tokenizer and prompts; return the case with their paths."""
-    import torch
-
-    from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-
     vocab_size = case["vocab_size"]
     stop_id = vocab_size - 1 if case["stops"] else None
-    torch.manual_seed(0)
-    model = HunYuanForCausalLM(HunYuanConfig(vocab_size=vocab_size, eos_token_id=stop_id, **SIZES, **OURS_ONLY))
-    ours, theirs = folder / "align_model", folder / "trl_model"
-    model.save_pretrained(ours)
     tokenizer = words_tokenizer(vocab_size, case["stops"])
-    tokenizer.save_pretrained(ours)
-    tokenizer.save_pretrained(theirs)
-    (theirs / "model.safetensors").symlink_to(ours / "model.safetensors")
-    config = {
-        "model_type": "hunyuan_v1_moe",
-        "architectures": ["HunYuanMoEV1ForCausalLM"],
-        "vocab_size": vocab_size,
-        "head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"],
-        "eos_token_id": stop_id,
-        "bos_token_id": None,
-        "pad_token_id": None,
-        **SIZES,
-    }
-    (theirs / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save = save_llama if case.get("dense") else save_mixtures
+    ours, theirs = save(folder, tokenizer, {"vocab_size": vocab_size, "eos_token_id": stop_id})
     draw = random.Random(0)
     words = vocab_size - (1 if case["stops"] else 0)
     lines = [
@@ -111,6 +109,43 @@ def prepare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "trl_model": str(theirs),
         "prompts": str(folder / "prompts.jsonl"),
     }
+
+
+def save_llama(folder: Path, tokenizer: Any, tokens: dict[str, Any]) -> tuple[Path, Path]:
+    """Save a random Llama model that both sides read."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**DENSE_SIZES, **tokens, bos_token_id=None)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model", folder / "model"
+
+
+def save_mixtures(folder: Path, tokenizer: Any, tokens: dict[str, Any]) -> tuple[Path, Path]:
+    """Save a random HunYuan model for align, and its weights with the configuration of transformers' class for TRL."""
+    import torch
+
+    from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+
+    torch.manual_seed(0)
+    model = HunYuanForCausalLM(HunYuanConfig(**tokens, **SIZES, **OURS_ONLY))
+    ours, theirs = folder / "align_model", folder / "trl_model"
+    model.save_pretrained(ours)
+    tokenizer.save_pretrained(ours)
+    tokenizer.save_pretrained(theirs)
+    (theirs / "model.safetensors").symlink_to(ours / "model.safetensors")
+    config = {
+        "model_type": "hunyuan_v1_moe",
+        "architectures": ["HunYuanMoEV1ForCausalLM"],
+        "head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"],
+        "bos_token_id": None,
+        "pad_token_id": None,
+        **SIZES,
+        **tokens,
+    }
+    (theirs / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return ours, theirs
 
 
 def words_tokenizer(vocab_size: int, stops: bool) -> Any:
@@ -276,7 +311,7 @@ def phases(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     speeds, failures = {}, {}
-    for implementation in options.implementations.split(","):
+    for implementation in () if case.get("dense") else options.implementations.split(","):
         try:
             trial = run_side("trl", {**case, "experts_implementation": implementation}, options.trl)
         except RuntimeError as error:  # batched_mm, which copies expert weights for every token, may run out of memory
@@ -285,7 +320,8 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
             continue
         speeds[implementation] = round(episodes_per_second(case, trial), 3)
         say(f"{name}: TRL {implementation} {speeds[implementation]} episodes/s")
-    case = {**case, "experts_implementation": max(speeds, key=speeds.__getitem__)}
+    if speeds:
+        case = {**case, "experts_implementation": max(speeds, key=speeds.__getitem__)}
     results: dict[str, list[dict[str, Any]]] = {"align": [], "trl": []}
     for repeat in range(options.repeats):
         for side in ("align", "trl") if repeat % 2 == 0 else ("trl", "align"):
@@ -298,8 +334,8 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
     ratios = [t["seconds"] / a["seconds"] for a, t in zip(results["align"], results["trl"], strict=True)]
     summary: dict[str, Any] = {
         **{key: value for key, value in CASES[name].items() if key != "curves"},
-        "TRL by experts_implementation, episodes/s": speeds,
-        "TRL by experts_implementation, failures": failures,
+        **({"TRL by experts_implementation, episodes/s": speeds} if speeds else {}),
+        **({"TRL by experts_implementation, failures": failures} if speeds else {}),
         "align / TRL, episodes/s": round(statistics.median(ratios), 3),
         "align / TRL, each pair of runs": [round(r, 3) for r in ratios],
     }
@@ -318,7 +354,9 @@ def measure(name: str, case: dict[str, Any], options: argparse.Namespace) -> dic
 
 def learning(name: str, case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Mean score of each PPO iteration, for several seeds, and its mean over each quarter of the iterations."""
-    case = {**case, "experts_implementation": options.implementations.split(",")[0], **case["curves"]}
+    if not case.get("dense"):
+        case = {**case, "experts_implementation": options.implementations.split(",")[0]}
+    case = {**case, **case["curves"]}
     curves: dict[str, list[list[float]]] = {"align": [], "trl": []}
     for seed in range(options.seeds):
         for side, found in curves.items():
@@ -347,7 +385,7 @@ def say(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--align", nargs=2, metavar=("CASE", "RESULT"), help=argparse.SUPPRESS)
-    parser.add_argument("--cases", default=",".join(CASES), help="some of: " + ", ".join(CASES))
+    parser.add_argument("--cases", default=";".join(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument(
         "--implementations", default=",".join(IMPLEMENTATIONS), help="TRL's `experts_implementation`s to choose from"
     )
@@ -367,15 +405,17 @@ def main() -> None:
         )
     from harness import write
 
-    results: dict[str, Any] = {"model": {**SIZES, **OURS_ONLY}, "settings": SETTINGS}
-    for name in options.cases.split(","):
+    kind = "ppo_curves_vs_trl" if options.curves else "ppo_vs_trl"
+    settings = {
+        kind: {"model": {**SIZES, **OURS_ONLY}, "settings": SETTINGS},
+        f"{kind}_dense": {"model": DENSE_SIZES, "settings": SETTINGS},
+    }
+    for name in options.cases.split(";"):
         with tempfile.TemporaryDirectory() as folder:
             case = {**prepare(CASES[name], Path(folder)), "threads": options.threads}
-            results[name] = (learning if options.curves else measure)(name, case, options)
-        if options.curves:  # after each case, since each takes long
-            write("ppo_curves_vs_trl", results, option="--curves")
-        else:
-            write("ppo_vs_trl", results)
+            file = f"{kind}_dense" if case.get("dense") else kind
+            settings[file][name] = (learning if options.curves else measure)(name, case, options)
+        write(file, settings[file], option="--curves" if options.curves else "")  # after each case: each takes long
 
 
 if __name__ == "__main__":

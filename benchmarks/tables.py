@@ -51,7 +51,12 @@ def families(results: dict[str, Any]) -> str:
 
 def families_chain(results: dict[str, Any]) -> str:
     rows = [
-        [name, found.get("fails", ""), *(_measure(found.get(stage, "")) for stage in ("ppo", "grpo")), str(found["seconds"])]
+        [
+            name,
+            found.get("fails", ""),
+            *(_measure(found.get(stage, "")) for stage in ("ppo", "grpo")),
+            str(found["seconds"]),
+        ]
         for name, found in results["families"].items()
     ]
     return table(["family", "fails", "PPO", "GRPO", "seconds"], rows)
@@ -148,8 +153,8 @@ def ppo_vs_trl(results: dict[str, Any]) -> str:
     for name, found in cases.items():
         pairs = ", ".join(f"{pair:.2f}" for pair in found["align / TRL, each pair of runs"])
         ratio = f"{found['align / TRL, episodes/s']:.2f} (pairs of runs: {pairs}; target {found['target']})"
-        trials = found["TRL by experts_implementation, episodes/s"]
-        trl = "TRL 1.12, " + max(trials, key=trials.__getitem__)
+        trials = found.get("TRL by experts_implementation, episodes/s")
+        trl = f"TRL 1.12, {max(trials, key=trials.__getitem__)}" if trials else "TRL 1.12"
         for side, label in (("align", "align"), ("trl", trl)):
             measured = found[side]
             cells = [f"{measured['episodes_per_second']:.2f}", ratio if side == "align" else ""]
@@ -282,6 +287,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokenizer": tokenizer,
     "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
+    "ppo_vs_trl_dense": ppo_vs_trl,
     "ppo_curves_vs_trl": ppo_curves_vs_trl,
     "rollout": rollout,
     "expert_parallel": expert_parallel,

@@ -114,7 +114,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     policy, reference = (AutoModelForCausalLM.from_pretrained(case["trl_model"], dtype="float32") for _ in range(2))
     critic = AutoModelForSequenceClassification.from_pretrained(case["trl_model"], num_labels=1, dtype="float32")
     nn.init.zeros_(critic.score.weight)
-    for model in (policy, reference, critic):
+    for model in (policy, reference, critic) if "experts_implementation" in case else ():
         model.set_experts_implementation(case["experts_implementation"])
     policy.generation_config.pad_token_id = stop_id
     prompts = [json.loads(line)["prompt"] for line in Path(case["prompts"]).read_text().splitlines()]
