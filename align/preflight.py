@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from align.config.data_files import list_files
+from align.config.families import TABLE
 from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.paths import local_path
-from align.config.presets import DEFAULT_FAMILY, unknown_keys
+from align.config.presets import DEFAULT_FAMILY, GROWN, unknown_keys
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import CodeReward, FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
@@ -25,7 +26,7 @@ from align.reward.code import build_sandbox
 from align.reward.functions import find_reward_function
 from align.rollout.refusals import REMEDY, Engine, refusal
 from align.run.folder import MODEL
-from align.run.refusals import config_problem, path_problem, role_problem
+from align.run.refusals import config_problem, path_problem, role_problem, zero_3_problem
 
 
 def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
@@ -47,11 +48,13 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
             found.append(problem)
         for name in stages:
             if name != BASE:
-                found += _of_experts(recipe, name, recipe.parallel, files)
+                found += _of_sharding(recipe, name, recipe.parallel, files)
     return list(dict.fromkeys(found))
 
 
 def _of_model(model: Model) -> Iterator[str]:
+    if isinstance(model, ScratchModel) and (problem := _of_config(model.sizes())):
+        yield f"model.model_type: {problem}"
     match model:
         case ScratchModel(tokenizer=str(path)):
             yield from _folder("model.tokenizer", path)
@@ -65,8 +68,10 @@ def _of_model(model: Model) -> Iterator[str]:
                 family = config.get("model_type", DEFAULT_FAMILY)
                 yield from (f"{problem}." for problem in unknown_keys(changes, family))
             yield from _of_template(path, model.chat_template_kwargs)
-        case HotStartModel(source=path):
+        case HotStartModel(source=path, config=changes):
             yield from _folder("model.source", path)
+            if changes and (config := _config_in(path)) is not None and config.get("model_type") in GROWN:
+                yield from (f"{problem}." for problem in unknown_keys(changes, GROWN[config["model_type"]]))
             yield from _of_template(path, model.chat_template_kwargs)
 
 
@@ -111,13 +116,23 @@ def _of_kind(where: str, path: str, accepted: Collection[str] = (LANGUAGE_MODEL,
     """
     config = _config_in(path)
     try:
-        problem = path_problem(local_path(path)) if config is None else config_problem(config)
+        problem = path_problem(local_path(path)) if config is None else _of_config(config)
     except UserError:
         return
     if problem is None and config is not None:
         problem = role_problem(config, accepted)
     if problem is not None:
         yield f"{where}: {path}: {problem}"
+
+
+def _of_config(config: Mapping[str, Any]) -> str | None:
+    """Reason why a model with these values in config.json cannot be used. Loads torch only for an unknown family."""
+    kind, problem = config.get("model_type", DEFAULT_FAMILY), config_problem(config)
+    if problem or kind == DEFAULT_FAMILY or kind in TABLE:
+        return problem
+    from align.models.family import model_types  # also families of own code
+
+    return config_problem(config, model_types())
 
 
 def _of_engine(recipe: Recipe, name: str) -> Iterator[str]:
@@ -157,8 +172,8 @@ def _of_machines(parallel: Parallel) -> Iterator[str]:
             yield str(error)
 
 
-def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> Iterator[str]:
-    """Models of a training stage whose experts cannot be sharded evenly over the processes."""
+def _of_sharding(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> Iterator[str]:
+    """Models of a training stage that ZeRO-3 cannot shard, or whose experts cannot be sharded evenly."""
     from align.plan.shape import expert_counts
 
     stage = recipe.stages[name]
@@ -172,7 +187,11 @@ def _of_experts(recipe: Recipe, name: str, parallel: Parallel, files: bool) -> I
             owner, config = "the recipe's model", _config_of(recipe.model, files)
         else:
             config = _config_in(reference) if files else None
-        for experts in expert_counts(config) if config is not None else ():
+        if config is None:
+            continue
+        if parallel.zero_stage == 3 and (problem := zero_3_problem(config.get("model_type"))):
+            yield problem
+        for experts in expert_counts(config):
             if problem := parallel.expert_group_problem(experts, owner):
                 yield problem
 

@@ -18,7 +18,8 @@ import tiktoken
 from harness import compare, medians, ratio, write
 
 from align.data.python_docs import python_docs_rows
-from align.models.hunyuan.tokenization import PATTERN, SPECIAL_TOKENS, convert_tokenizer, read_ranks
+from align.data.tiktoken_file import read_ranks
+from align.models.hunyuan.tokenization import PATTERN, SPECIAL_TOKENS, convert_tokenizer
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
 

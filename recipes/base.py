@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.parts import EMBEDDED, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
-from align.config.presets import DEFAULT_FAMILY, unknown_keys
+from align.config.presets import DEFAULT_FAMILY, GROWN, unknown_keys
 from align.data.chat import prepare_chat_template, set_system_prompt
 from align.data.template_defaults import set_template_defaults
 from align.data.tokenizer import corpus, train_tokenizer
@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.models.family import family_of
 from align.models.hot_start import convert_hot_start, embedded_source
 from align.parallel.group import from_rank_0
+from align.run.checkpoint import read_config
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.run.refusals import path_problem
@@ -38,10 +39,13 @@ def _make(context: StageContext) -> StageResult:
     if isinstance(model, ScratchModel):
         replace_folder(target, lambda folder: _from_scratch(model, context.recipe.seed, folder))
     elif isinstance(model, HotStartModel):
+        source = EMBEDDED if model.source == EMBEDDED else str(local_path(model.source))
+        if source != EMBEDDED:
+            _require_known_keys(model.config, GROWN.get(read_config(Path(source)).get("model_type", "")))
         remove_folder(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         convert_hot_start(
-            str(local_path(model.source)),
+            source,
             target,
             experts=model.experts,
             top_k=model.top_k,
@@ -129,11 +133,14 @@ def _find_pretrained(model: PretrainedModel) -> Path:
                 f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here; "
                 "check the spelling, or download the checkpoint and set its folder."
             ) from None
-    config = check_checkpoint(source)
-    problems = unknown_keys(model.config, config.get("model_type", DEFAULT_FAMILY)) if model.config else None
-    if problems:
-        raise UserError(".\n".join(problems) + ".")
+    _require_known_keys(model.config, check_checkpoint(source).get("model_type", DEFAULT_FAMILY))
     return source
+
+
+def _require_known_keys(changes: dict[str, Any], model_type: str | None) -> None:
+    """Raise `UserError` for keys that the family's configuration does not have. None: not a known family."""
+    if changes and model_type is not None and (problems := unknown_keys(changes, model_type)):
+        raise UserError(".\n".join(problems) + ".")
 
 
 def _link_pretrained(source: Path, folder: Path, model: PretrainedModel) -> None:

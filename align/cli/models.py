@@ -153,9 +153,12 @@ def _language_model(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
+    from align.data.tiktoken_file import read_ranks
+
     if not options.source.is_file():
         raise UserError(f"{options.source}: no such file; pass the path of the released hy.tiktoken.")
     _require_folder(options.target, "a folder for the tokenizer")
+    read_ranks(options.source)  # refuses a wrong file before torch is loaded
     from align.models.hunyuan.tokenization import convert_tokenizer
 
     tokenizer = convert_tokenizer(options.source, options.target)

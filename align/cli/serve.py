@@ -110,11 +110,15 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _serve_reward(options: argparse.Namespace) -> None:
-    from align.run.checkpoint import require_checkpoint
+    from align.config.stage import REWARD_MODEL
+    from align.run.checkpoint import read_config, require_checkpoint
+    from align.run.refusals import role_problem
 
     if options.micro_batch_tokens < 1:
         raise UserError(f"--micro-batch-tokens {options.micro_batch_tokens}: must be at least 1.")
-    require_checkpoint(options.checkpoint)
+    folder = require_checkpoint(options.checkpoint)
+    if problem := role_problem(read_config(folder), (REWARD_MODEL,)):
+        raise UserError(f"{folder}: {problem}")
     from align.reward.serve import serve_reward
 
     serve_reward(
@@ -130,13 +134,14 @@ def _serve_reward(options: argparse.Namespace) -> None:
 def _serve_rollout(options: argparse.Namespace) -> None:
     from align.config import load_recipe
     from align.config.paths import local_path
+    from align.rollout.serve_stage import serving_stage
     from align.run.checkpoint import require_checkpoint
 
     target = local_path(options.target)
     if target.is_dir():
         require_checkpoint(target)
     else:
-        load_recipe(target)
+        serving_stage(load_recipe(target), str(target), options.stage)
     from align.rollout.serve import serve, serve_settings
 
     names = [

@@ -86,6 +86,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 hunyuan-large is the published instruct model, and hy3 the published Hy3. The others are smaller models of HunYuan's
 architecture."""
 
+GROWN = {"llama": DEFAULT_FAMILY, "qwen3": "qwen3_moe"}
+"""{`model_type` of a dense model: that of the mixture of experts into which a hot start converts it}."""
+
 CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.config.parallel import Parallel
-from align.config.parts import HotStartModel, Model, ScratchModel
+from align.config.parts import EMBEDDED, HotStartModel, Model, ScratchModel
 from align.config.presets import unknown_keys
 from align.config.section import Section
 from align.config.stage import LANGUAGE_MODEL
@@ -51,8 +51,8 @@ class Recipe(Section):
         problems = list[str]()
         if isinstance(self.model, ScratchModel):
             problems = self.model.problems()
-        elif isinstance(self.model, HotStartModel):
-            problems = unknown_keys(self.model.config)
+        elif isinstance(self.model, HotStartModel) and self.model.source == EMBEDDED:
+            problems = unknown_keys(self.model.config)  # of another source, its config.json decides the family
         if problems:
             raise ValueError(".\n".join(problems))
         return self

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from align.models.adopted.table import TABLE
+from align.config.families import TABLE
 from align.models.family import Family, register, register_lazily
 from align.models.hunyuan.family import HUNYUAN
 

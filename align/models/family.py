@@ -1,7 +1,7 @@
 """Model families: the contract between one architecture and the rest of the library.
 
 A family of its own code is a folder beside this file that defines one `Family`, and a `register` line in
-`align/models/__init__.py`. A family that transformers implements is one line in `align/models/adopted/table.py`.
+`align/models/__init__.py`. A family that transformers implements is one line in `align/config/families.py`.
 Stages look the family up by the checkpoint's `model_type` with `family_of`; they do not depend on an architecture.
 
 Shapes: B rows, T tokens, N completion tokens, D hidden, k experts per token.

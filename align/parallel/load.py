@@ -29,6 +29,7 @@ from align.models.weight_files import StoredTensor, stored_tensors, weight_files
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, shard_experts
 from align.parallel.sharding import expert_shard, full_shape, world
+from align.run.refusals import zero_3_problem
 
 
 class LocalPartitioning(zero.Init):
@@ -62,11 +63,8 @@ def load_sharded(
         layer by layer, and keeps its shard, so the values equal those of an unsharded model.
     head_only: everything except the score head is frozen; the head may be frozen too.
     """
-    if parallel.zero_stage == 3 and "conv" in (getattr(config, "layer_types", None) or ()):
-        raise UserError(
-            f"parallel.zero_stage 3: transformers reads the convolutions of '{config.model_type}' models outside their "
-            "modules, so their weights cannot be sharded. Set parallel.zero_stage to 2."
-        )
+    if parallel.zero_stage == 3 and (problem := zero_3_problem(config.model_type)):
+        raise UserError(problem)
     stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).names(config).place)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)

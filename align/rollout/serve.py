@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from align.config import load_recipe
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.rollout.serve_stage import serving_stage
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
 from align.rollout.vllm_options import check_model, engine_options, has_gpu, model_options, prepare_vllm
@@ -53,12 +54,7 @@ def serve_settings(target: str, stage: str | None, run_dir: Path | None, overrid
         dtype, seed = "float32", 0
     else:
         recipe = load_recipe(target)
-        sampling = [name for name, part in recipe.stages.items() if part.generates_with is not None]
-        if stage is None:
-            stage = next((name for name in sampling if recipe.stages[name].trains), None)
-        if stage not in sampling:
-            has = f"--stage with one of: {', '.join(sampling)}" if sampling else "a recipe that has one"
-            raise UserError(f"{target}: --stage must name a stage that generates completions. Pass {has}.")
+        stage = serving_stage(recipe, target, stage)
         part: Any = recipe.stages[stage]
         context = StageContext(recipe, stage, run_dir or Path("runs") / recipe.name)
         checkpoint, settings = context.checkpoint(part.generates_with), part.rollout.model_dump()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.config.families import TABLE
 from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL
 
 ENCODERS = frozenset(
@@ -79,6 +80,16 @@ def quantized_problem(config: Mapping[str, Any]) -> str | None:
     return (
         f"its weights are quantized ({_method(quantized)}), and quantized weights cannot be trained. Use the "
         "checkpoint in bfloat16, or save a dequantized copy of this one with transformers."
+    )
+
+
+def zero_3_problem(model_type: str | None) -> str | None:
+    """Reason why ZeRO-3 cannot shard the models of a family, with what to do, if any."""
+    if model_type not in TABLE or not TABLE[model_type].convolutions:
+        return None
+    return (
+        f"parallel.zero_stage 3: transformers reads the convolutions of '{model_type}' models outside their modules, "
+        "so their weights cannot be sharded. Set parallel.zero_stage to 2."
     )
 
 

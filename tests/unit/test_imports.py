@@ -24,7 +24,11 @@ for name in packages:
     ("packages", "inside", "allowed"),
     [
         ("align.config align.errors align.run align.launch align.plan", "align.config align.run align.launch", ""),
-        ("align.data align.data.shapes align.data.files align.data.splits align.preflight", "", ""),
+        (
+            "align.data align.data.shapes align.data.files align.data.splits align.data.tiktoken_file align.preflight",
+            "",
+            "",
+        ),
         ("align.losses", "align.losses", "torch"),
     ],
 )

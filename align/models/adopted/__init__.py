@@ -1,1 +1,1 @@
-"""Model families that transformers implements, adopted by align: one line per `model_type` in `table.py`."""
+"""Model families that transformers implements, adopted by align; `align/config/families.py` lists them."""

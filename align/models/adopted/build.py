@@ -16,10 +16,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from align.config.families import TABLE
 from align.models.adopted.model import AdoptedTrunk, policy_class, scorer_class
 from align.models.adopted.names import AdoptedNames
 from align.models.adopted.routing import ReportingRouter
-from align.models.adopted.table import TABLE
 from align.models.experts import Experts
 from align.models.family import DENSE, Family, LoraTargets, RoutedLayer
 

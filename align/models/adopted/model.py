@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast
 
+from align.config.families import Facts
 from align.losses.linear_head import LogitTransform
 from align.models.adopted import attention
 from align.models.adopted.attention import CountedPacking
 from align.models.adopted.experts import AdoptedExperts
 from align.models.adopted.routing import CURRENT, ReportingRouter, RoutingPass
-from align.models.adopted.table import Facts
 from align.models.heads import ScoreHead, TokenHead, last_positions
 from align.models.packing import Packing
 from align.models.routing import RouterReport, Routing, choices_of_layers, report_routing

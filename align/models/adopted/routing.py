@@ -44,7 +44,11 @@ class ReportingRouter(nn.Module):
     num_experts: int
     scores_by_sigmoid: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Beside a model in bfloat16, a router that LoRA trains in full has float32 weights.
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(next(self.parameters()).dtype)
+        args = (hidden, *args)
         current = CURRENT.get()
         if current is None:
             return super().forward(*args, **kwargs)

@@ -6,15 +6,13 @@ the last rank. The vocabulary file is Tencent's and not part of this project.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from align.errors import UserError
+from align.data.tiktoken_file import read_ranks
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,32 +55,6 @@ def convert_tokenizer(source: Path, target: Path) -> PreTrainedTokenizerFast:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(target)
     return tokenizer
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Rank of each token, from lines of `base64 rank`. Raises `UserError` with the number of an invalid line."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: it cannot be read ({error.strerror}); pass the released hy.tiktoken file.") from None
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            token, rank = line.split()
-            piece = base64.b64decode(token, validate=True)
-            if int(rank) != len(ranks) or piece in ranks:
-                raise ValueError
-        except (ValueError, binascii.Error):
-            raise UserError(
-                f"{path}: line {number} must be the base64 of a new token and the rank {len(ranks)}; pass the released "
-                "hy.tiktoken file, unchanged."
-            ) from None
-        ranks[piece] = len(ranks)
-    if not ranks:
-        raise UserError(f"{path}: the file is empty; pass the released hy.tiktoken file.")
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{path}: it has no token for the byte {missing[0]}; pass the released hy.tiktoken file.")
-    return ranks
 
 
 def build_tokenizer(ranks: dict[bytes, int], special_tokens: list[str] = SPECIAL_TOKENS) -> Tokenizer:

@@ -16,13 +16,13 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from align.data.tiktoken_file import read_ranks
 from align.errors import UserError
 from align.models.hunyuan.tokenization import (
     PATTERN,
     SPECIAL_TOKENS,
     build_tokenizer,
     convert_tokenizer,
-    read_ranks,
 )
 
 # Not in this repository, because Tencent owns the vocabulary. golden.json: texts, ids and chats by the released code.

@@ -51,6 +51,12 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("other-architecture-in-check", "A checkpoint of another architecture, in `align check`")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "gpt2", "n_embd": 32}))
+    return here.check()
+
+
 @wrong("remote-code", "A checkpoint that needs its own Python code")
 def _(here: Here) -> str:
     code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
@@ -257,6 +263,17 @@ def _(here: Here) -> str:
     return here.check(model={"kind": "scratch", "model_type": "quen3", "tokenizer": "./model"})
 
 
+@wrong("scratch-family-not-trained-in-check", "A `model_type` that align does not train, in `align check`")
+def _(here: Here) -> str:
+    return here.check(model={"kind": "scratch", "model_type": "gpt2", "tokenizer": "./model"})
+
+
+@wrong("hot-start-key-of-qwen3-moe", "A hot start of a Qwen3 model with a key that its mixture of experts lacks")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "qwen3", "hidden_size": 32}))
+    return here.check(model={"kind": "hot_start", "source": "./model", "config": {"moe_topk": 2}})
+
+
 @wrong("scratch-family-not-trained", "A `model_type` of transformers that align does not train")
 def _(here: Here) -> str:
     return here.run(model={"kind": "scratch", "model_type": "gpt2", "tokenizer": "./model"})
@@ -321,6 +338,13 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     save_qwen3("dense")
     return here.align("convert", "hot-start", "dense", "grown", "--top-k", "2", "--expert-width", "8")
+
+
+@wrong("zero-3-convolutions-in-check", "ZeRO-3 with a model whose convolutions cannot be sharded, in `align check`")
+def _(here: Here) -> str:
+    here.write("model/config.json", json.dumps({"model_type": "lfm2", "hidden_size": 32}))
+    here.recipe()
+    return here.align("check", "recipe.yaml", "parallel.processes=2", "parallel.zero_stage=3")
 
 
 @wrong("zero-3-convolutions", "ZeRO-3 with a model whose convolutions cannot be sharded")

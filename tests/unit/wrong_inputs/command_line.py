@@ -106,6 +106,11 @@ def _(here: Here) -> str:
     return here.align("chat", "model", "--max-new-tokens", "0")
 
 
+@wrong("serve-reward-of-a-language-model", "A reward server of a language model")
+def _(here: Here) -> str:
+    return here.align("serve-reward", "model")
+
+
 @wrong("chat-with-damaged-variables", "Template variables of a chat that are not a JSON object")
 def _(here: Here) -> str:
     return here.align("chat", "model", "--chat-template-kwargs", "enable_thinking=false")

@@ -168,6 +168,12 @@ def _(here: Here) -> str:
     return here.align("serve-rollout", "recipe.yaml")
 
 
+@wrong("serve-rollout-unknown-stage", "`serve-rollout --stage` with a stage that the recipe lacks")
+def _(here: Here) -> str:
+    here.recipe(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=64)})
+    return here.align("serve-rollout", "recipe.yaml", "--stage", "nope")
+
+
 @wrong("weights-beside-the-model", "Adapter weights in the model's folder")
 def _(here: Here) -> None:
     Path("model/adapter_model.safetensors").touch()

@@ -1,4 +1,7 @@
-"""The adopted families, by `model_type`, with the facts that transformers' classes do not state."""
+"""The families that align adopts from transformers, by `model_type`, with the facts that their classes do not state.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ class Facts:
     sigmoid: experts are scored by a sigmoid per expert instead of a softmax over the experts.
     mixes_neighbours: layers other than attention mix neighbouring tokens (short convolutions), or attention is limited
         to chunks. Packed rows are then computed as a padded batch.
+    convolutions: layers read the weights of convolutions outside the modules that own them, so ZeRO-3 cannot shard
+        them.
     """
 
     sigmoid: bool = False
     mixes_neighbours: bool = False
+    convolutions: bool = False
 
 
 SIGMOID = Facts(sigmoid=True)
@@ -41,7 +47,7 @@ TABLE: dict[str, Facts] = {
     "ernie4_5": Facts(),
     "cohere2": Facts(),
     "apertus": Facts(),
-    "lfm2": Facts(mixes_neighbours=True),
+    "lfm2": Facts(mixes_neighbours=True, convolutions=True),
     "hunyuan_v1_dense": Facts(),
     "qwen2_moe": Facts(),
     "qwen3_moe": Facts(),
@@ -63,6 +69,6 @@ TABLE: dict[str, Facts] = {
     "minimax_m2": SIGMOID,
     "hy_v3": SIGMOID,
     "deepseek_v3": SIGMOID,
-    "lfm2_moe": Facts(sigmoid=True, mixes_neighbours=True),
+    "lfm2_moe": Facts(sigmoid=True, mixes_neighbours=True, convolutions=True),
     "llama4_text": Facts(sigmoid=True, mixes_neighbours=True),
 }
