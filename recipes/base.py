@@ -39,13 +39,13 @@ def _make(context: StageContext) -> StageResult:
     if isinstance(model, ScratchModel):
         replace_folder(target, lambda folder: _from_scratch(model, context.recipe.seed, folder))
     elif isinstance(model, HotStartModel):
-        source = EMBEDDED if model.source == EMBEDDED else str(local_path(model.source))
-        if source != EMBEDDED:
-            _require_known_keys(model.config, GROWN.get(read_config(Path(source)).get("model_type", "")))
+        dense = EMBEDDED if model.source == EMBEDDED else str(local_path(model.source))
+        if dense != EMBEDDED:
+            _require_known_keys(model.config, GROWN.get(read_config(Path(dense)).get("model_type", "")))
         remove_folder(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         convert_hot_start(
-            source,
+            dense,
             target,
             experts=model.experts,
             top_k=model.top_k,
