@@ -50,6 +50,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
         "Data",
         [
             ("Data of a stage", parts.Data),
+            ("Mixture of sources", parts.Mixture),
             ("Every source", parts.SourceBase),
             ("Rows of any shape", parts.RowSource),
             ("File", parts.FileSource),

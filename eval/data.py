@@ -30,9 +30,9 @@ class EvaluationData:
     report: row counts of `prompts`; those of each task are under the key `tasks`.
     """
 
-    prompts: list[PromptRow]
+    prompts: Sequence[PromptRow]
     pairs: Pairs
-    tasks: list[tuple[Task, list[PromptRow]]]
+    tasks: list[tuple[Task, Sequence[PromptRow]]]
     report: dict[str, Any]
 
 
@@ -40,7 +40,7 @@ def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrained
     """Read all rows. Raises `UserError` if a metric's column is empty in every row of its task."""
     rollout = stage.rollout
 
-    def read(sources: Sequence[Source], max_new_tokens: int) -> tuple[list[PromptRow], DataReport]:
+    def read(sources: Sequence[Source], max_new_tokens: int) -> tuple[Sequence[PromptRow], DataReport]:
         return prepare_prompts(
             sources,
             tokenizer,
@@ -49,7 +49,7 @@ def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrained
             stage_dirs=context.stage_dirs,
         )
 
-    prompts: list[PromptRow] = []
+    prompts: Sequence[PromptRow] = []
     report: dict[str, Any] = {}
     if stage.prompts:
         prompts, counts = read(stage.prompts, rollout.max_new_tokens)

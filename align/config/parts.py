@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from align.config.presets import DEFAULT_FAMILY, PRESETS, unknown_keys
-from align.config.section import Fraction, Positive, Section
+from align.config.section import RUNTIME, Fraction, Positive, Section
 
 # --- model -----------------------------------------------------------------------------------------------
 
@@ -134,6 +134,9 @@ class SourceBase(Section):
     concatenated. Otherwise rows are drawn in proportion to the weights until one source is exhausted."""
     limit: Positive | None = None
     """Maximum number of rows, chosen by a shuffle with the run's seed. Default: all rows."""
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Passes over the rows of this source in one pass over the mixture. Each pass has another order. With 0.5, half of
+    the rows are used; with 2, each row occurs twice."""
 
 
 DataFormat = Literal[
@@ -237,11 +240,29 @@ ScratchTokenizer.model_rebuild()
 ScratchModel.model_rebuild()
 
 
+class Mixture(Section):
+    """How several sources become one sequence of rows.
+
+    Without weights and temperature the sources are concatenated and shuffled: each row occurs `epochs` times. Otherwise
+    each row is drawn from a random source, in proportion to its weight."""
+
+    temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Draw a source in proportion to its weight times (its rows)^(1 / temperature). With 1, in proportion to its rows;
+    larger values raise the share of small sources. Default: in proportion to its weight alone."""
+    stop: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = "first_exhausted"
+    """End of a mixture with weights. first_exhausted: with the last row of the source that ends first; rows of the
+    others are left over. all_exhausted: with the last row of the source that ends last; shorter sources start again, so
+    their rows repeat. all_exhausted_without_replacement: like it, but a source that has ended is not drawn again, so
+    each row occurs once."""
+
+
 class Data(Section):
     """Training and held-out data of a stage."""
 
     train: list[Source] = Field(min_length=1)
-    """Training sources, mixed by their weights."""
+    """Training sources, mixed as `mixture` says."""
+    mixture: Mixture = Mixture()
+    """How the training sources are mixed."""
     held_out: list[Source] = Field(default_factory=list)
     """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -249,6 +270,11 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Maximum tokens per row, including the prompt. Longer SFT rows are truncated and longer pairs dropped; both are
     counted in the manifest. Pretraining documents are concatenated and split into rows of this length."""
+    cache: Annotated[str | None, RUNTIME] = None
+    """Folder of the tokenised rows, which all runs share. Default: the environment variable ALIGN_CACHE, otherwise
+    `~/.cache/align`. Rows that no run has used for 30 days are removed."""
+    workers: Annotated[Positive | None, RUNTIME] = None
+    """Maximum number of processes that tokenise. Default: one per core of the machine."""
 
 
 # --- optimisation ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -17,10 +18,20 @@ def prompt_key(prompt: Any) -> str:
     return json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
 
 
+def key_hash(key: str) -> int:
+    """64-bit hash of a key."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def held_out_below(fraction: float) -> int:
+    """A row is held out if the hash of its key is below this number."""
+    return math.ceil(fraction * 2**64)
+
+
 def is_held_out(key: str, fraction: float) -> bool:
     """True for about `fraction` of all keys. The result depends only on the key and the fraction."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return key_hash(key) < held_out_below(fraction)
 
 
 def split_by_prompt_hash(rows: Iterable[T], fraction: float, key: Callable[[T], str]) -> tuple[list[T], list[T]]:

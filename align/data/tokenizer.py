@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from align.config.parts import Source
 from align.data.chat import DEFAULT_TEMPLATE, TURN_END, TURN_START
+from align.data.mixture import load_rows
 from align.data.shapes import DropRow, text
-from align.data.sources import load_rows
 from align.errors import UserError
 
 PAD = "<|pad|>"

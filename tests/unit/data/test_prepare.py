@@ -169,9 +169,9 @@ def test_trl_accepts_the_rows_and_tokenises_the_same(tokenizer, jsonl):
     assert contents(kept, *columns) == contents(ours, *columns)
 
     ours = prepare.prepare_dpo_pairs(settings, tokenizer, seed=0).train
-    again = DPOTrainer._prepare_dataset(None, ours, tokenizer, trl_arguments(), "train")
-    assert contents(again, "prompt_ids") == contents(ours, "prompt_ids")
-    assert contents(ours, *columns) == trimmed(again, *columns)
+    theirs = DPOTrainer._prepare_dataset(None, raw, tokenizer, trl_arguments(), "train")
+    assert contents(theirs, "prompt_ids") == contents(ours, "prompt_ids")
+    assert contents(ours, *columns) == trimmed(theirs, *columns)
     assert len(ours) == 4
 
 

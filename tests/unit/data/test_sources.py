@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from align.config.parts import FileSource, HubSource, StageSource
-from align.data.sources import load_rows
+from align.data.mixture import load_rows
 from align.errors import UserError
 
 

@@ -13,7 +13,7 @@ from align.cli import runs
 from align.config import load_recipe
 from align.config.paths import local_path
 from align.config.recipe import BASE
-from align.data.sources import load_rows
+from align.data.mixture import load_rows
 from align.errors import UserError
 from align.launch.processes import read_hostfile
 from align.parallel.deepspeed_config import deepspeed_config

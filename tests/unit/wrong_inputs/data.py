@@ -20,6 +20,12 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("cache-not-writable", "A cache folder that cannot be written")
+def _(here: Here) -> str:
+    here.write("cache", "")
+    return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "cache": "cache"})
+
+
 @wrong("missing-column", "Columns with other names")
 def _(here: Here) -> str:
     here.write("rows.jsonl", '{"question": "a", "answer": "b"}\n')

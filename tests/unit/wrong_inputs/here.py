@@ -176,6 +176,7 @@ def working_folder(folder: Path, model: Path, tokenizer: Any) -> Iterator[Here]:
         for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "TRL_EXPERIMENTAL_SILENCE"):
             monkeypatch.setenv(name, "1")
         monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        monkeypatch.setenv("ALIGN_CACHE", str(folder / "tokenised"))
         yield Here(folder, tokenizer, monkeypatch)
 
 

@@ -1,0 +1,112 @@
+"""Counts of rows and tokens of a stage's data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from align.data.store.tokenised import TokenisedRows
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of rows and tokens.
+
+    rows_read      all rows of the sources, in the order and with the repetitions of the mixture
+    rows_train     rows in the training split; for pretraining, documents
+    rows_held_out  rows in the held-out split; for pretraining, documents
+    dropped        {reason: rows dropped}, over both splits
+    truncated      rows truncated to the maximum length, over both splits
+    split          conversations that became several rows, because the chat template renders earlier turns differently
+                   once others follow; over both splits
+    tokens         tokens of the training rows; prompts of reward-model pairs count twice
+    loss_tokens    training tokens in the loss, without each row's first token; for pairs, the tokens of both answers
+    fingerprint    SHA-256 over hashes of the ids and labels of all rows in order, training rows first
+    sources        per training source: its name, and its training rows and tokens
+    unused_columns {column: rows that have it} of columns that the stage does not read
+    """
+
+    rows_read: int
+    rows_train: int
+    rows_held_out: int
+    dropped: dict[str, int]
+    truncated: int
+    tokens: int
+    loss_tokens: int
+    fingerprint: str
+    split: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    unused_columns: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        if self.loss_tokens:
+            parts = [f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"]
+        else:
+            parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
+        if self.rows_held_out:
+            parts.append(f"{self.rows_held_out:,} held out")
+        if self.split:
+            parts.append(f"{self.split:,} conversations trained as several rows")
+        if self.truncated:
+            parts.append(f"{self.truncated:,} truncated")
+        parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.unused_columns:
+            parts.append(f"columns not used: {', '.join(sorted(self.unused_columns))}")
+        if len(self.sources) > 1 and self.tokens:
+            shares = (f"{source['name']} {source['tokens'] / self.tokens:.1%}" for source in self.sources)
+            parts.append(f"tokens from {', '.join(shares)}")
+        return f"{self.rows_read:,} rows read: " + ", ".join(parts)
+
+
+def make_report(
+    read: Sequence[TokenisedRows], train: TokenisedRows, held_out: TokenisedRows | None, *, all_columns: bool = False
+) -> DataReport:
+    """The report of a training and a held-out split.
+
+    read: the rows before the split, and those of the held-out sources.
+    all_columns: every column is used, as in prompts, whose rows reach the reward functions.
+    """
+    splits = [train] if held_out is None else [train, held_out]
+    digest = hashlib.sha256()
+    for rows in splits:
+        digest.update(rows.tokens["digest"].tobytes())
+    dropped = sum((rows.dropped() for rows in read), Counter[str]())
+    return DataReport(
+        rows_read=sum(len(rows.order) for rows in read),
+        rows_train=len(train.tokens),
+        rows_held_out=0 if held_out is None else len(held_out.tokens),
+        dropped=dict(sorted(dropped.items())),
+        truncated=sum(int(rows.tokens["truncated"].sum()) for rows in splits),
+        tokens=int(train.tokens["tokens"].sum()),
+        loss_tokens=int(train.tokens["loss"].sum()),
+        fingerprint=digest.hexdigest(),
+        split=sum(int(rows.tokens["split"].sum()) for rows in splits),
+        sources=_by_source(train),
+        unused_columns={} if all_columns else _unused(read),
+    )
+
+
+def _by_source(train: TokenisedRows) -> list[dict[str, Any]]:
+    rows = np.bincount(train.sources(), minlength=len(train.names))
+    tokens = np.bincount(train.sources(), train.tokens["tokens"], minlength=len(train.names))
+    return [
+        {"name": name, "rows": int(count), "tokens": int(total)}
+        for name, count, total in zip(train.names, rows, tokens, strict=True)
+    ]
+
+
+def _unused(read: Sequence[TokenisedRows]) -> dict[str, int]:
+    columns: Counter[str] = Counter()
+    for entry in {entry.folder: entry for rows in read for entry in rows.entries}.values():
+        columns.update(entry.unused)
+    return dict(sorted(columns.items()))

@@ -1,0 +1,85 @@
+"""The rows of a source as the store reads them: groups of chunks in file order, and what determines the rows."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from align.config.data_files import list_files
+from align.config.parts import FileSource, HubSource, PythonDocsSource, Source, StageSource
+from align.data.encode import ACCEPTED, Kind
+from align.data.files import Chunk
+from align.data.rows import Row
+from align.data.sources import adapter_of, describe_source, load_hub, source_chunks, stage_file
+from align.data.store.cache import content_hash
+
+CHUNKS = 8
+"""Chunks of a shard. A chunk of a text file has about a megabyte."""
+
+
+@dataclass(frozen=True)
+class ChunkGroup:
+    """Consecutive chunks of a source, which become one shard."""
+
+    chunks: tuple[Chunk, ...]
+
+    def rows(self) -> list[Row]:
+        """The rows, parsed. Raises `UserError` with file and line for a row that cannot be read."""
+        return [row for chunk in self.chunks for row in chunk.rows()]
+
+    def where(self, index: int) -> str:
+        """File and line of row `index` of the group."""
+        for chunk in self.chunks:
+            count = len(chunk.rows())
+            if index < count:
+                return chunk.where(index)
+            index -= count
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    name      short name for messages
+    identity  everything that determines the rows, as JSON: content hashes and settings of the source
+    open      yields the groups of chunks from the start; raises `UserError` for a source that cannot be used
+    """
+
+    name: str
+    identity: Any
+    open: Callable[[], Iterator[ChunkGroup]]
+
+    def check(self) -> None:
+        """Raise `UserError` unless the source has rows that the stage can use."""
+        next(self.open())
+
+
+def open_source(source: Source, kind: Kind, stage_dirs: Mapping[str, Path], cache: Path) -> Reading:
+    """How the source is read. Raises `UserError` for a source that does not exist."""
+
+    def groups() -> Iterator[ChunkGroup]:
+        found = source_chunks(source, stage_dirs=stage_dirs, accepted=ACCEPTED[kind])
+        while group := tuple(islice(found, CHUNKS)):
+            yield ChunkGroup(group)
+
+    identity = [_content(source, stage_dirs, cache), asdict(adapter_of(source))]
+    return Reading(describe_source(source), identity, groups)
+
+
+def _content(source: Source, stage_dirs: Mapping[str, Path], cache: Path) -> Any:
+    match source:
+        case FileSource():
+            files = list_files(source.path, source.splits()).files
+        case StageSource():
+            files = (stage_file(source, stage_dirs),)
+        case PythonDocsSource():
+            return ["python_docs", platform.python_version(), source.view, source.split, source.max_answer_chars]
+        case HubSource():
+            rows: Any = load_hub(source.model_copy(update={"streaming": False}))
+            return ["hub", rows._fingerprint]
+    return [[file.name, content_hash(file, cache)] for file in files]

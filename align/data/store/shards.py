@@ -1,0 +1,145 @@
+"""A shard: the token rows of one chunk as an Arrow file, and counts per row beside it.
+
+00042.arrow        token rows; lists of int32, or JSON text
+00042.rows.npy     one `ROW` per row of the chunk
+00042.tokens.npy   one `TOKENS` per token row
+00042.json         sizes of the three files, reasons and columns; written last, so a shard without it is incomplete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from align.data.encode import ACCEPTED, COLUMNS, Encoded, Encoder, Kind, is_ids
+from align.data.shapes import DropRow, shape_of, unused_columns
+from align.data.splits import key_hash
+from align.data.store.cache import read_json, write_atomically, writing
+from align.data.store.reading import ChunkGroup
+
+ROW = np.dtype([("count", "i4"), ("reason", "i2"), ("key", "u8")])
+"""count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row."""
+TOKENS = np.dtype([("tokens", "i4"), ("loss", "i4"), ("truncated", "?"), ("split", "?"), ("digest", "u8")])
+"""tokens, loss: counts of tokens. digest: hash of the ids and labels."""
+USED, UNREAD = -1, -2
+"""`ROW.reason` of a row that became token rows, and of one that `limit` left out."""
+SUFFIXES = (".arrow", ".rows.npy", ".tokens.npy")
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Encodes chunks and writes their shards into the folder of an entry."""
+
+    folder: Path
+    kind: Kind
+    encoder: Encoder
+
+    def write(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> None:
+        """Write shard `number`. selected: indices of the rows of the chunk to encode; None for all."""
+        rows = chunk.rows()
+        chosen = None if selected is None else set(selected.tolist())
+        columns, unused = Counter[str](), Counter[str]()
+        reasons: dict[str, int] = {}
+        table, encoded = np.zeros(len(rows), ROW), list[Encoded]()
+        for index, row in enumerate(rows):
+            if chosen is not None and index not in chosen:
+                table[index] = (0, UNREAD, 0)
+                continue
+            columns.update(name for name, value in row.items() if value is not None)
+            if (shape := shape_of(row, ACCEPTED[self.kind])) is not None:
+                unused.update(unused_columns(row, shape))
+            try:
+                made = self.encoder(row)
+            except DropRow as reason:
+                table[index] = (0, reasons.setdefault(str(reason), len(reasons)), 0)
+            else:
+                table[index] = (len(made), USED, key_hash(made[0].key))
+                encoded += made
+        self._save(number, table, encoded, {"reasons": list(reasons), "columns": columns, "unused": unused})
+
+    def _save(self, number: int, rows: np.ndarray, encoded: list[Encoded], facts: Mapping[str, Any]) -> None:
+        tokens = np.array([(e.tokens, e.loss_tokens, e.truncated, e.split, _digest(e)) for e in encoded], TOKENS)
+        contents = {".arrow": _arrow(self.kind, encoded), ".rows.npy": _npy(rows), ".tokens.npy": _npy(tokens)}
+        stem = self.folder / f"{number:05d}"
+        with writing(self.folder):
+            for suffix, content in contents.items():
+                write_atomically(stem.with_name(stem.name + suffix), content)
+            sizes = {suffix: len(content) for suffix, content in contents.items()}
+            marker = json.dumps({"sizes": sizes, "rows": len(rows), "token_rows": len(encoded), **facts})
+            write_atomically(stem.with_name(stem.name + ".json"), marker.encode())
+
+
+def _digest(encoded: Encoded) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(encoded.columns):
+        if is_ids(name):
+            ids = array("i", encoded.columns[name])
+            digest.update(f"{name}{len(ids)}:".encode() + ids.tobytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _arrow(kind: Kind, encoded: list[Encoded]) -> bytes:
+    arrays = {}
+    for name in COLUMNS[kind]:
+        values = [row.columns[name] for row in encoded]
+        arrays[name] = _lists(values) if is_ids(name) else pa.array(values, pa.large_string())
+    sink = pa.BufferOutputStream()
+    table = pa.table(arrays)
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _lists(values: list[list[int]]) -> pa.Array:
+    """Lists of int32, which take half the memory of Arrow's default, int64."""
+    flat, ends = array("i"), [0]
+    for value in values:
+        flat.extend(value)
+        ends.append(len(flat))
+    items = pa.array(np.frombuffer(flat, np.int32) if flat else np.zeros(0, np.int32))
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), items)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def shard_facts(folder: Path, number: int) -> dict[str, Any] | None:
+    """Content of a shard's JSON file; None if the shard is missing, incomplete or damaged."""
+    stem = folder / f"{number:05d}"
+    facts = read_json(stem.with_name(stem.name + ".json"))
+    if not isinstance(facts, dict):
+        return None
+    try:
+        if any(stem.with_name(stem.name + s).stat().st_size != facts["sizes"][s] for s in SUFFIXES):
+            return None
+        read_tokens(folder, number)
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+    return facts
+
+
+def read_tokens(folder: Path, number: int) -> pa.Table:
+    """The token rows of a shard, memory-mapped. Raises `pa.ArrowException` or `OSError` for a damaged file."""
+    return pa.ipc.open_file(pa.memory_map(str(folder / f"{number:05d}.arrow"))).read_all()
+
+
+def read_counts(folder: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ROW per row, TOKENS per token row) of a shard."""
+    stem = f"{number:05d}"
+    return np.load(folder / f"{stem}.rows.npy"), np.load(folder / f"{stem}.tokens.npy")

@@ -1,0 +1,132 @@
+"""The token rows of a mixture: entries of the cache and the order of their rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.table import InMemoryTable
+from transformers import PreTrainedTokenizerBase
+
+from align.config.parts import Mixture, Source
+from align.data.encode import Encoding
+from align.data.splits import held_out_below
+from align.data.store.build import EntryPlan, build_entry, row_counts
+from align.data.store.entry import Entry
+from align.data.store.order import Order, chosen_rows, mixed_order
+from align.data.store.reading import open_source
+from align.data.store.shards import TOKENS
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where and by what rows are tokenised. workers: maximum number of processes; None for one per core."""
+
+    cache: Path
+    encoding: Encoding
+    tokenizer: PreTrainedTokenizerBase
+    workers: int | None = None
+
+    def plan(self, sources: Sequence[Source], stage_dirs: Mapping[str, Path], seed: int) -> list[EntryPlan]:
+        """The entries of the sources. Raises `UserError` for a source that does not exist or has other columns."""
+        plans = []
+        for source in sources:
+            reading = open_source(source, self.encoding.kind, stage_dirs, self.cache)
+            selected = None
+            if source.limit is not None:
+                selected = chosen_rows(sum(row_counts(reading, self.cache)), source.limit, seed)
+            plan = EntryPlan.of(reading, self.encoding, self.tokenizer, self.cache, selected)
+            if not plan.is_built():
+                reading.check()
+            plans.append(plan)
+        return plans
+
+    def mix(self, plans: Sequence[EntryPlan], sources: Sequence[Source], mixture: Mixture, seed: int) -> TokenisedRows:
+        """Tokenise what is missing and put the rows of all sources in order."""
+        entries = [build_entry(plan, self.workers) for plan in plans]
+        order = mixed_order([len(entry.rows) for entry in entries], sources, mixture, seed)
+        return TokenisedRows([plan.reading.name for plan in plans], entries, order)
+
+
+@dataclass(frozen=True)
+class TokenisedRows:
+    """Rows of several sources in one order, with their token rows."""
+
+    names: list[str]
+    entries: list[Entry]
+    order: Order
+
+    def _gather(self, column: str) -> np.ndarray:
+        """A column of `ROW` for every row, in order."""
+        found = np.zeros(len(self.order), self.entries[0].rows.dtype[column])
+        for number, entry in enumerate(self.entries):
+            own = self.order.source == number
+            found[own] = entry.rows[column][self.order.row[own]]
+        return found
+
+    def split(self, fraction: float) -> tuple[TokenisedRows, TokenisedRows]:
+        """(training rows, held-out rows), chosen by the hash of the prompt. A held-out row occurs once."""
+        held = self._gather("key") < np.uint64(held_out_below(fraction))
+        train, held_out = self.order[~held], self.order[held].first_occurrences()
+        return TokenisedRows(self.names, self.entries, train), TokenisedRows(self.names, self.entries, held_out)
+
+    def dropped(self) -> Counter[str]:
+        """{reason: dropped rows}."""
+        reasons: Counter[str] = Counter()
+        codes = self._gather("reason")
+        for number, entry in enumerate(self.entries):
+            own = codes[(self.order.source == number) & (codes >= 0)]
+            for code, count in zip(*np.unique(own, return_counts=True), strict=True):
+                reasons[entry.reasons[code]] += int(count)
+        return reasons
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """Numbers of the token rows in order, counted through all entries."""
+        starts = np.cumsum([0, *(len(entry.tokens) for entry in self.entries)])
+        first = np.zeros(len(self.order), np.int64)
+        for number, entry in enumerate(self.entries):
+            own = self.order.source == number
+            first[own] = starts[number] + entry.first()[self.order.row[own]]
+        counts = self._gather("count").astype(np.int64)
+        before = np.cumsum(counts) - counts
+        return np.repeat(first - before, counts) + np.arange(counts.sum())
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """One `TOKENS` per token row, in order."""
+        every = np.concatenate([np.zeros(0, TOKENS), *(entry.tokens for entry in self.entries)])
+        return np.asarray(every[self.indices])
+
+    def sources(self) -> np.ndarray:
+        """Number of each token row's source."""
+        ends = np.cumsum([len(entry.tokens) for entry in self.entries])
+        return np.searchsorted(ends, self.indices, side="right")
+
+    def table(self) -> pa.Table:
+        """The token rows of all entries, memory-mapped; `indices` gives their order."""
+        return pa.concat_tables(entry.table() for entry in self.entries)
+
+    def dataset(self) -> datasets.Dataset:
+        """The token rows in order, memory-mapped."""
+        order = pa.table({"indices": pa.array(self.indices, pa.uint64())})
+        fingerprint = hashlib.sha256(self.tokens["digest"].tobytes()).hexdigest()[:16]
+        return datasets.Dataset(
+            InMemoryTable(self.table()), indices_table=InMemoryTable(order), fingerprint=fingerprint
+        )
+
+
+def row_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """Length of the list in each row of a column; reads no token."""
+    lengths = pc.list_value_length(dataset.data.column(column)).to_numpy()
+    if dataset._indices is None:
+        return np.asarray(lengths)
+    return np.asarray(lengths[dataset._indices.column(0).to_numpy()])
