@@ -33,6 +33,8 @@ _WORDS = {
     "evaluation": "test",
 }
 _SHARD = re.compile(r"(?P<split>\w+?)-\d{4,5}-of-\d{4,5}")
+_PLAIN = {"data", "part", "shard", "chunk", "file"}
+"""Beginnings of shards' names that name no split."""
 _WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -152,7 +154,8 @@ def split_of(path: Path) -> str | None:
     `data/train_sft-00000-of-00001.parquet` is of the split `train_sft`. Otherwise a word of the file's name or of its
     folders decides: `dev.jsonl` and `validation/a.jsonl` are of the split `validation`.
     """
-    if shard := _SHARD.match(path.name):
+    shard = _SHARD.match(path.name)
+    if shard and shard["split"] not in _PLAIN:
         return _WORDS.get(shard["split"].lower(), shard["split"])
     for part in reversed(path.parts):
         for word in _WORD.findall(part.partition(".")[0]):

@@ -12,6 +12,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,7 @@ def utf8_blocks(file: Path) -> Iterator[bytes]:
     """Yield the text of a file as UTF-8, in blocks of at most about `CHUNK_BYTES`.
 
     A block may end inside a character. Bytes that are not UTF-8 are passed on unless the file has the mark of another
-    encoding. Raises `UserError` for damaged compressed data.
+    encoding. Raises `UserError` for damaged compressed data, with the last line that could be read.
     """
     raw, decoder = _raw_blocks(file), None
     first = next(raw, b"")
@@ -48,13 +49,14 @@ def utf8_blocks(file: Path) -> Iterator[bytes]:
         yield first
         yield from raw
         return
-    try:
-        yield decoder.decode(first).encode()
-        for block in raw:
-            yield decoder.decode(block).encode()
-        yield decoder.decode(b"", final=True).encode()
-    except UnicodeError:
-        raise UserError(f"{file}: neither UTF-8 nor valid UTF-16. Save the file as UTF-8.") from None
+    line = 1
+    for block in chain([first], raw, [b""]):
+        try:
+            text = decoder.decode(block, final=not block)
+            line += text.count("\n")
+            yield text.encode()
+        except UnicodeError:
+            raise UserError(f"{file} line {line}: not valid UTF-16 or UTF-32. Save the file as UTF-8.") from None
 
 
 def _raw_blocks(file: Path) -> Iterator[bytes]:
@@ -88,16 +90,15 @@ def _decompressed(raw: IO[bytes], kind: str) -> Any:
 
 
 def _decompressed_blocks(file: Path, stream: Any) -> Iterator[bytes]:
-    read = 0
+    line = 1
     while True:
         try:
             block = stream.read(CHUNK_BYTES)
         except _DAMAGED:
             raise UserError(
-                f"{file}: the compressed data is damaged or truncated after {read:,} bytes of text. "
-                "Copy the file again."
+                f"{file} line {line}: the compressed data is damaged or truncated. Copy the file again."
             ) from None
         if not block:
             return
-        read += len(block)
+        line += block.count(b"\n")
         yield block

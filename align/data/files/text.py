@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from align.data.files.blocks import utf8_blocks
-from align.data.files.chunk import CHUNK_BYTES, MAX_ROW_BYTES, Chunk, RecordChunk, TextChunk
+from align.data.files.chunk import CHUNK_BYTES, MAX_ROW_BYTES, ROW_BYTES, Chunk, RecordChunk, TextChunk
 from align.data.files.values import skip_space, value_end
 from align.errors import UserError
 
@@ -57,7 +57,7 @@ def _chunks(file: Path, pieces: Iterator[Piece]) -> Iterator[Chunk]:
             texts, lines, size = [], [], 0
         texts.append(text)
         lines.append(line)
-        size += len(text)
+        size += len(text) + ROW_BYTES
     if texts:
         yield TextChunk(str(file), tuple(texts), tuple(lines))
 
@@ -170,7 +170,8 @@ def csv_chunks(file: Path, *, tabs: bool) -> Iterator[Chunk]:
         except StopIteration:
             break
         except csv.Error as error:
-            raise UserError(f"{file} line {reader.line_num}: not valid CSV ({error}). Correct the line.") from None
+            problem = str(error).partition(" - ")[0]
+            raise UserError(f"{file} line {reader.line_num}: not valid CSV ({problem}). Correct the line.") from None
         begun, line = line, reader.line_num + 1
         if not record:
             continue
@@ -184,7 +185,7 @@ def csv_chunks(file: Path, *, tabs: bool) -> Iterator[Chunk]:
             )
         records.append(tuple(record))
         numbers.append(begun)
-        size += sum(map(len, record))
+        size += sum(map(len, record)) + ROW_BYTES
         if size > CHUNK_BYTES:
             yield RecordChunk(str(file), columns, tuple(records), tuple(numbers))
             records, numbers, size = [], [], 0

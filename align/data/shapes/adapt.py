@@ -45,7 +45,7 @@ class Adapter:
         if self.columns:
             row = self._renamed(row)
         if self.format == "sharegpt" and row.get("conversations") is not None:
-            row.pop("messages", None)
+            row = {column: value for column, value in row.items() if column != "messages"}
         if self.format is not None:
             row = only_columns_of(row, FORMATS[self.format])
         if self.roles:

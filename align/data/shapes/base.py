@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Literal, TypedDict
 
 Message = dict[str, Any]
@@ -88,6 +89,8 @@ def as_text(value: Any, what: str) -> str:
         return value
     if isinstance(value, bool | int | float):
         return json_text(value, what)
+    if isinstance(value, Decimal):
+        return str(value)
     raise DropRow(f"{what} is {kind_of(value)}, not text")
 
 

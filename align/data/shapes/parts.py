@@ -28,7 +28,7 @@ def alpaca_turns(row: Mapping[str, Any]) -> list[Message]:
     if isinstance(history, str):
         history = parsed_json(history, "history") if history.strip() else []
     turns: list[Message] = []
-    for exchange in history or []:
+    for exchange in history if isinstance(history, list) else [history] * (history is not None):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise DropRow("history is not a list of pairs of an instruction and an answer")
         turns += [*to_messages(exchange[0], "user"), *to_messages(exchange[1], "assistant")]
