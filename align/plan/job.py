@@ -120,7 +120,7 @@ class Job:
     gradient_checkpointing: as in the recipe.
     rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
-    needs_reference: the loss needs a forward pass of the reference (DPO).
+    needs_reference: the loss needs a forward pass of the reference (DPO), once per row.
     parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size) of the recipe's other training stages.
     """
@@ -208,9 +208,8 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
     trained: Trained = "adapters" if stage.lora else "all"
     scorer = stage.makes == REWARD_MODEL
     shape = shapes(stage.init_from)
+    # DPO's reference is no longer in memory when the policy is loaded.
     members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
-    if stage.needs_reference and not stage.lora:
-        members.append(Member("reference", shape, "nothing"))
     return Job(
         name=name,
         kind=stage.kind,

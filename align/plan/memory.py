@@ -108,11 +108,10 @@ def _sum(*parts: Bytes) -> Bytes:
 
 
 def weight_width(job: Job, setting: Setting, member: Member) -> int:
-    """Bytes per weight of a model. Without DeepSpeed, fully trained models and DPO's reference have fp32 weights."""
+    """Bytes per weight of a model. Without DeepSpeed, fully trained models have fp32 weights."""
     if job.dtype == "float32":
         return 4
-    in_full = member.trained == "all" or (member.role == "reference" and job.rollouts is None)
-    return 4 if in_full and not setting.deepspeed else 2
+    return 4 if member.trained == "all" and not setting.deepspeed else 2
 
 
 def value_width(job: Job) -> int:

@@ -106,6 +106,59 @@ def test_attention_dropout_acts_in_training_and_keeps_the_mean() -> None:
     assert drawn[8:].mean().item() == pytest.approx(1.0, abs=0.15)
 
 
+SHARED = {
+    "pairs": ([9, 7, 4, 12, 6, 6], [0, 5, 0, 3, 0, 0]),
+    "all but one": ([5, 5], [0, 4]),
+    "the whole first sequence": ([3, 8], [0, 3]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("changes", [{}, {"use_cla": False, "num_key_value_heads": 4}], ids=["shared", "own keys"])
+def test_a_shared_start_equals_two_whole_sequences(case: str, changes: dict) -> None:
+    """Hidden states of both sequences and gradients, where a token in two sequences has the sum of two gradients."""
+    lengths, shared = SHARED[case]
+    model, sequences = build(**changes), tokens_of(lengths)
+    for number, common in enumerate(shared):
+        sequences[number][:common] = sequences[number - 1][:common]
+    row = torch.cat([ids[common:] for ids, common in zip(sequences, shared, strict=True)])
+    packing = Packing(lengths, shared=shared)
+    states = model.model(input_ids=row[None], packing=packing, use_cache=False).last_hidden_state[0]
+    indices = [packing.token_at(torch.tensor(number), torch.arange(length)) for number, length in enumerate(lengths)]
+    found = states[torch.cat(indices)]
+    alone = torch.cat([model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in sequences])
+    assert_near(found, alone)
+    assert torch.equal(row[torch.cat(indices)], torch.cat(sequences))
+    assert packing.last_S.tolist() == [index[-1].item() for index in indices]
+    expected, own = gradients(model, alone), gradients(model, found)
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
+    for name, gradient in expected.items():
+        assert (own[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+def test_a_shared_token_counts_twice_in_the_routers_report() -> None:
+    """The report of two whole sequences equals that of the same sequences with a shared start."""
+    model, (first, second) = build(), tokens_of([9, 7])
+    second[:5] = first[:5]
+    options = {"use_cache": False, "output_router_logits": True}
+    whole = model.model(input_ids=torch.cat([first, second])[None], packing=Packing([9, 7]), **options).router
+    packing = Packing([9, 7], shared=[0, 5])
+    assert packing.counts_N.tolist() == [2.0] * 5 + [1.0] * 6
+    report = model.model(input_ids=torch.cat([first, second[5:]])[None], packing=packing, **options).router
+    for name in ("balance_loss", "z_loss", "entropy"):
+        torch.testing.assert_close(getattr(report, name), getattr(whole, name), rtol=1e-5, atol=0)
+    for found, expected in zip(report.load, whole.load, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shared"), [([4], [2]), ([4, 3], [0, 3]), ([2, 5], [0, 3]), ([4, 4, 4], [0, 2, 2]), ([4, 4], [0, -1])]
+)
+def test_impossible_shared_starts_are_refused(lengths: list[int], shared: list[int]) -> None:
+    with pytest.raises(ValueError, match="sequence"):
+        Packing(lengths, shared=shared)
+
+
 @pytest.mark.parametrize("lengths", [[], [3, 0]])
 def test_a_sequence_without_tokens_is_refused(lengths) -> None:
     with pytest.raises(ValueError, match="without tokens"):
