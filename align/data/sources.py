@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.data_files import list_files
 from align.config.parts import FileSource, HubSource, PythonDocsSource, RowSource, Source, StageSource
-from align.data.files import Chunk, ObjectChunk, chunks
+from align.data.files import Chunk, ObjectChunk, chunks, file_chunks
 from align.data.files.arrow import arrow_chunk
 from align.data.python_docs import python_docs_rows
 from align.data.rows import Row
@@ -22,6 +23,9 @@ from align.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+
+LOOKED_AT = 20
+"""Files of a source whose first rows are checked."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,24 @@ def source_chunks(
     """Yield the rows of a source in the order in which it has them.
 
     accepted: shapes that the stage can use. Raises `UserError` if the source is unreadable or has no rows, if `columns`
-    refers to a column that no row of the first chunk has, or if none of these rows has an accepted shape.
+    refers to a column that the source lacks, or if no row has an accepted shape. Both are judged by the first rows of
+    its first `LOOKED_AT` files.
     """
     adapter = adapter_of(source)
     found = _unchecked_chunks(source, stage_dirs or {})
     first = next(found, None)
     if first is None:
         raise UserError(f"{describe_source(source)}: the source has no rows. Set another source.")
-    _check(first, adapter, accepted, describe_source(source))
+    _check(chain([first], _first_chunks(source)), adapter, accepted, describe_source(source))
     for chunk in chain([first], found):
         yield SourceChunk(chunk, adapter) if adapter != Adapter() else chunk
+
+
+def _first_chunks(source: Source) -> Iterator[Chunk]:
+    """The first chunk of each further file that is looked at."""
+    if isinstance(source, FileSource):
+        for file in list_files(source.path, source.splits()).files[1:LOOKED_AT]:
+            yield from islice(file_chunks(file), 1)
 
 
 def adapter_of(source: Source) -> Adapter:
@@ -72,17 +84,25 @@ def adapter_of(source: Source) -> Adapter:
     return Adapter()
 
 
-def _check(first: Chunk, adapter: Adapter, accepted: Sequence[Shape] | None, name: str) -> None:
-    raw = first.rows()
-    columns = {column for row in raw for column in row}
-    if missing := sorted(set(adapter.columns.values()) - columns):
+def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[Shape] | None, name: str) -> None:
+    before: set[str] = set()
+    after: set[str] = set()
+    missing, usable = set(adapter.columns.values()), accepted is None
+    for chunk in first_chunks:
+        for row in chunk.rows():
+            before.update(row)
+            adapted = adapter(row)
+            after.update(adapted)
+            usable = usable or shape_of(adapted, accepted or ()) is not None
+        missing -= before
+        if usable and not missing:
+            return
+    if missing:
         raise UserError(
-            f"{name}: `columns` refers to {', '.join(missing)}, but the source's columns are "
-            f"{', '.join(sorted(columns))}. Correct `columns`."
+            f"{name}: `columns` refers to {', '.join(sorted(missing))}, but the source's columns are "
+            f"{', '.join(sorted(before))}. Correct `columns`."
         )
-    rows = [adapter(row) for row in raw]
-    if accepted is not None and all(shape_of(row, accepted) is None for row in rows):
-        raise no_shape({column for row in rows for column in row}, accepted, name)
+    raise no_shape(after, accepted or (), name)
 
 
 def _unchecked_chunks(source: Source, stage_dirs: Mapping[str, Path]) -> Iterator[Chunk]:

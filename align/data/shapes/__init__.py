@@ -10,11 +10,12 @@ from align.data.shapes.base import Conversation, DropRow, Message, Pair, Shape, 
 from align.data.shapes.canonical import IGNORED, conversation, plain, prompt, text, token_ids, unpaired
 from align.data.shapes.messages import REASONING, to_messages
 from align.data.shapes.pairs import pair
-from align.data.shapes.recognise import SHAPES, no_shape, require_shape, shape_of, unused_columns
+from align.data.shapes.recognise import READS, SHAPES, no_shape, require_shape, shape_of, unused_columns
 from align.data.shapes.variables import RESERVED, TEMPLATE_COLUMNS, template_variables, variables_problem
 
 __all__ = [
     "IGNORED",
+    "READS",
     "REASONING",
     "RESERVED",
     "SHAPES",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from align.data.rows import Row
@@ -49,7 +51,7 @@ class Adapter:
         if self.format is not None:
             row = only_columns_of(row, FORMATS[self.format])
         if self.roles:
-            row = {column: self._with_roles(value) if column in _READ else value for column, value in row.items()}
+            row = {**row, **{column: self._with_roles(_parsed(row, column)) for column in _READ.intersection(row)}}
         return row
 
     def _renamed(self, row: Row) -> Row:
@@ -65,3 +67,12 @@ class Adapter:
 
 
 _READ = frozenset({*TALKS, *_MESSAGES})
+
+
+def _parsed(row: Row, column: str) -> object:
+    """The value of a column; messages that are JSON text, as in a CSV file, as a list."""
+    value = row[column]
+    if column in TALKS and isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value

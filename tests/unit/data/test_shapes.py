@@ -480,6 +480,11 @@ def test_a_column_that_cannot_be_read_stops_only_its_users():
             {"messages": [{"role": "Doctor", "content": "a"}], "note": {"role": "Doctor"}},
             {"messages": [A], "note": {"role": "Doctor"}},
         ),
+        (
+            {"roles": {"Doctor": "assistant"}},
+            {"messages": '[{"role": "Doctor", "content": "a"}]', "prompt": "[1]", "chosen": {"from": "Doctor"}},
+            {"messages": [A], "prompt": "[1]", "chosen": {"from": "assistant"}},
+        ),
     ],
 )
 def test_settings_of_a_source(settings, row, expected):

@@ -10,6 +10,7 @@ import pytest
 
 from align.config.parts import FileSource, HubSource, StageSource
 from align.data.mixture import load_rows
+from align.data.sources import source_chunks
 from align.errors import UserError
 
 
@@ -160,3 +161,13 @@ def test_the_order_is_that_of_datasets(jsonl, weights):
     else:
         expected = datasets.concatenate_datasets(parts).shuffle(seed=5)
     assert texts(load_rows(sources, seed=5)) == expected["text"][:]
+
+
+def test_a_column_may_appear_in_a_later_file(tmp_path, jsonl):
+    for name, row in (("a", {"meta": 1}), ("b", {"q": "u", "answer": "a"}), ("c", {"q": "v", "answer": "b"})):
+        jsonl([row], f"{name}.jsonl")
+    source = FileSource(path=str(tmp_path), columns={"prompt": "q", "completion": "answer"})
+    rows = [row for chunk in source_chunks(source, accepted=("prompt_completion",)) for row in chunk.rows()]
+    assert rows == [{"meta": 1}, {"prompt": "u", "completion": "a"}, {"prompt": "v", "completion": "b"}]
+    with pytest.raises(UserError, match="`columns` refers to r, but the source's columns are answer, meta, q"):
+        next(source_chunks(source.model_copy(update={"columns": {"prompt": "r"}})))

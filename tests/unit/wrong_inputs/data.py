@@ -170,3 +170,34 @@ def _(here: Here) -> str:
 @wrong("nothing-held-out", "Too few rows for a held-out split")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "held_out_fraction": 0.001})
+
+
+@wrong("convert-to-another-suffix", "`align data convert` to a file that is not .jsonl")
+def _(here: Here) -> str:
+    return here.align("data", "convert", "rows.jsonl", "out.json")
+
+
+@wrong("convert-to-existing-file", "`align data convert` to a file that exists")
+def _(here: Here) -> str:
+    return here.align("data", "convert", "rows.jsonl", "rows.jsonl")
+
+
+@wrong("convert-to-missing-folder", "`align data convert` to a folder that does not exist")
+def _(here: Here) -> str:
+    return here.align("data", "convert", "rows.jsonl", "missing/out.jsonl")
+
+
+@wrong("convert-columns", "`align data convert` with columns that are not pairs")
+def _(here: Here) -> str:
+    return here.align("data", "convert", "rows.jsonl", "out.jsonl", "--columns", "prompt")
+
+
+@wrong("convert-format", "`align data convert` with an unknown format")
+def _(here: Here) -> str:
+    return here.align("data", "convert", "rows.jsonl", "out.jsonl", "--format", "chatml")
+
+
+@wrong("convert-nothing", "`align data convert` of a file whose rows have no known shape")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", '{"question": "a", "answer": "b"}\n')
+    return here.align("data", "convert", "rows.jsonl", "out.jsonl")
