@@ -24,6 +24,7 @@ from align.models.adopted import attention
 from align.models.adopted.attention import CountedPacking
 from align.models.adopted.experts import AdoptedExperts
 from align.models.adopted.routing import CURRENT, ReportingRouter, RoutingPass
+from align.models.adopted.vllm_fields import vllm_fields
 from align.models.heads import ScoreHead, TokenHead, last_positions
 from align.models.packing import Packing
 from align.models.routing import RouterReport, Routing, choices_of_layers, report_routing
@@ -151,6 +152,8 @@ def adapt(model: Any, facts: Facts) -> None:
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if getattr(config, name, None) is None:
             setattr(config, name, 0.0)
+    for name, value in vllm_fields(config).items():
+        setattr(config, name, value)  # saved with the model, so that vLLM reads a checkpoint as transformers does
     router = _router_class(trunk)
     for module in list(trunk.modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):

@@ -11,8 +11,8 @@ GROUP_OF_ALL = {"n_group": 1, "topk_group": 1}
 def vllm_fields(config: Any) -> dict[str, Any]:
     """The fields of this configuration's family that `config` does not set; empty for most families.
 
-    The values state what transformers' class computes. They override the configuration that vLLM reads; checkpoints are
-    written without them.
+    The values state what transformers' class computes. Models that align builds have them in their configuration, so
+    saved checkpoints do too; for other checkpoints they override the configuration that vLLM reads.
     """
     fields = FIELDS.get(config.model_type)
     found = fields(config) if fields is not None else {}

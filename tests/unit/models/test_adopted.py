@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from align.config.parts import Lora
 from align.errors import UserError
 from align.models.adopted.routing import Replay, read_routing
+from align.models.adopted.vllm_fields import FIELDS, vllm_fields
 from align.models.family import family, family_of, model_types, routed_layers
 from align.models.packing import Packing
 from align.models.routing import report_routing
 from align.models.weights import check_weights
+from align.train.checkpoint import load_policy
 from tests.families import checks
 from tests.tiny_families import FAMILIES, save_tiny, tiny_config, tiny_model
 
@@ -128,6 +132,39 @@ def test_activation_checkpointing_in_evaluation_mode_changes_no_gradient() -> No
         (logprobs.sum() + output.router.balance_loss).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("model_type", FIELDS)
+def test_saved_checkpoints_have_the_fields_that_vllm_reads(model_type: str, tmp_path: Path) -> None:
+    config = tiny_config(model_type)
+    for name in FIELDS[model_type](config):
+        if getattr(config, name, None) is not None:
+            delattr(config, name)
+    expected = vllm_fields(config)
+    assert expected
+    known = family(model_type)
+    with torch.device("meta"):
+        known.policy(config).config.save_pretrained(tmp_path)
+    assert expected.items() <= json.loads((tmp_path / "config.json").read_text()).items()
+    loaded = known.config.from_pretrained(tmp_path)
+    assert vllm_fields(loaded) == {}
+    assert loaded.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "hunyuan_v1_moe"])
+def test_a_router_trained_in_float32_beside_a_model_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path)
+    ids = torch.arange(3, 30)[None]
+    policy = load_policy(tmp_path, "bfloat16", lora=Lora(rank=2))
+    trained = [weight for name, weight in policy.named_parameters() if "modules_to_save" in name]
+    assert trained
+    assert all(weight.dtype == torch.float32 for weight in trained)
+    found = policy(input_ids=ids).logits
+    found.float().sum().backward()
+    assert all(weight.grad is not None for weight in trained)
+    expected = load_policy(tmp_path, "bfloat16")(input_ids=ids).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_padding_does_not_count_in_the_router_report() -> None:
