@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
         "stops": True,
         "max_new_tokens": 256,
         "dense": True,
+        "rounds": 2,
         "target": 3.0,
         "curves": {"rounds": 12, "learning_rate": 1e-4},
     },
