@@ -97,9 +97,9 @@ def policy_output(policy: AnyModel, batch: Experience, temperature: float, *, re
         routed_experts = packed.packed(batch.routed_experts)[None]
     outputs = packed.forward(model.model, output_router_logits=True, routed_experts=routed_experts)
     hidden = packed.predicting(outputs.last_hidden_state)
-    logprobs, entropy, _ = model.lm_head(hidden, packed.completion_tokens(), temperature)
+    scores = model.lm_head(hidden, packed.completion_tokens(), temperature)
     routed_experts = None if outputs.routed_experts is None else packed.padded(outputs.routed_experts, fill=-1)
-    logprobs, entropy = (packed.completions(values.float()) for values in (logprobs, entropy))
+    logprobs, entropy = (packed.completions(values.float()) for values in (scores.logprobs_N, scores.entropy_N))
     return PolicyOutput(logprobs, entropy, outputs.router, routed_experts)
 
 
