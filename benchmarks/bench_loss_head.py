@@ -41,7 +41,7 @@ def chunked_cross_entropy(hidden, weight, targets, _):
 
 
 def chunked_logprobs(hidden, weight, targets, factors):
-    logprobs, entropy, _ = linear_logprobs(hidden, weight, targets)
+    logprobs, entropy, *_ = linear_logprobs(hidden, weight, targets)
     return (logprobs * factors).sum() + 0 * entropy.sum()
 
 

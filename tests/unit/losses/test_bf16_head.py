@@ -65,7 +65,7 @@ def test_the_head_in_bf16_is_exact_up_to_the_rounding_of_its_operands(probabilit
     trained = (torch.float32 if autocast else torch.bfloat16,)
     ours, weight = (x.to(*trained).requires_grad_() for x in (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logprobs, entropy, _ = linear_logprobs(ours, weight, tokens, temperature)
+        logprobs, entropy, *_ = linear_logprobs(ours, weight, tokens, temperature)
     (logprobs * factors).sum().backward()
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert ours.grad.dtype == weight.grad.dtype == trained[0]
@@ -152,7 +152,7 @@ def test_a_gpu_computes_the_same_head() -> None:
     found = []
     for device in ("cpu", "cuda"):
         h, w = (x.to(device).requires_grad_() for x in (hidden, weight))
-        logprobs, entropy, _ = linear_logprobs(h, w, tokens.to(device), 0.7)
+        logprobs, entropy, *_ = linear_logprobs(h, w, tokens.to(device), 0.7)
         logprobs.sum().backward()
         found.append([x.cpu().float() for x in (logprobs, entropy, h.grad, w.grad)])
     for cpu, gpu in zip(*found, strict=True):

@@ -73,7 +73,7 @@ def test_the_most_probable_token_is_recognised(inputs) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_entropy_and_gradients(inputs, temperature) -> None:
     hidden, weight, tokens = inputs
-    logprobs, entropy, _ = linear_logprobs(hidden, weight, tokens, temperature)
+    logprobs, entropy, *_ = linear_logprobs(hidden, weight, tokens, temperature)
     every = ((hidden @ weight.T).double() / temperature).log_softmax(-1)
     plain = every.gather(1, tokens[:, None])[:, 0]
     assert_close_in_float32(logprobs.double(), plain, every)
@@ -113,7 +113,7 @@ def test_bfloat16_agrees_with_float32_within_its_precision(inputs) -> None:
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
-    logprobs, entropy, _ = linear_logprobs(hidden, weight, torch.tensor([0, 0]))
+    logprobs, entropy, *_ = linear_logprobs(hidden, weight, torch.tensor([0, 0]))
     assert logprobs[0].item() == 0
     assert logprobs[1].item() == pytest.approx(-2e4)
     assert torch.isfinite(entropy).all()
@@ -121,5 +121,5 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_no_tokens_at_all() -> None:
-    logprobs, entropy, _ = linear_logprobs(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.long))
+    logprobs, entropy, *_ = linear_logprobs(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropy.shape == (0,)
