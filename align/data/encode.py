@@ -1,4 +1,4 @@
-"""Encode a row as token rows, one function per kind of trainer. Nothing here reads or writes files.
+"""Encode rows as token rows, for each kind of trainer. Nothing here reads or writes files.
 
 Columns, which have TRL's names; each value is a list of token ids:
 
@@ -15,14 +15,16 @@ reads its score at the same token in training and in PPO.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.data import shapes
-from align.data.chat import ConversationEncoder, check_template, encode_messages
+from align.data.chat import Conversation as Chat
+from align.data.chat import ConversationEncoder, check_template
 from align.data.rows import Row
 from align.data.shapes import Conversation, DropRow, Pair, Shape, Unreadable
 from align.data.splits import prompt_key
@@ -53,6 +55,9 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 }
 """Columns of the token rows. Those that `is_ids` names are lists of int32, the others JSON text."""
 
+BATCH = 256
+"""Rows that are tokenised in one call."""
+
 
 def is_ids(column: str) -> bool:
     """True for a column of token ids or labels."""
@@ -74,6 +79,7 @@ class Encoding:
 class Encoded:
     """One token row and its counts.
 
+    columns: int32 arrays [T] of ids and labels, or JSON text.
     loss_tokens: tokens in the loss, without the row's first token; for pairs, the tokens of both answers.
     key: prompt or text of the row; its hash decides the split.
     split: True on the first row of a conversation that became several.
@@ -91,82 +97,175 @@ class Encoded:
         return sum(len(ids) for name, ids in self.columns.items() if name.endswith("ids"))
 
 
-Encoder: TypeAlias = Callable[[Row], list[Encoded]]
-"""Returns the token rows of a row. Raises `DropRow` for a row that cannot be used."""
+Result = list[Encoded] | DropRow
+"""The token rows of a row, or the reason why it cannot be used."""
+S = TypeVar("S")
+T = TypeVar("T")
 
 
-def build_encoder(encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The encoder of a kind of trainer. Raises `UserError` if the tokenizer cannot be used for it."""
-    length = encoding.max_length
-    match encoding.kind:
-        case "text":
-            return _text_encoder(tokenizer)
-        case "sft":
-            return _masked_encoder(tokenizer, length)
-        case "sft_all_tokens":
-            return _all_tokens_encoder(tokenizer, length)
-        case "reward_pairs":
-            return _reward_pair_encoder(tokenizer, length)
-        case "dpo_pairs":
-            return _dpo_pair_encoder(tokenizer, length)
-        case "prompts":
-            return _prompt_encoder(tokenizer, length)
+class RowEncoder:
+    """Encodes rows for a kind of trainer. Raises `UserError` if the tokenizer cannot be used for it.
 
+    escaped: number of rows so far with a text that would have become a control token.
+    """
 
-# --- texts and conversations ------------------------------------------------------------------------------
+    def __init__(self, encoding: Encoding, tokenizer: PreTrainedTokenizerBase):
+        self.encoding, self.tokenizer = encoding, tokenizer
+        if encoding.kind == "sft":
+            check_template(tokenizer)
+        if encoding.kind == "text" and tokenizer.eos_token_id is None:
+            raise _no_eos("which pretraining puts after each document")
+        self._chat = ConversationEncoder(tokenizer) if tokenizer.chat_template else None
+        self._methods: dict[Kind, Callable[[Sequence[Row]], list[Result]]] = {
+            "text": self._whole,
+            "sft": self._masked,
+            "sft_all_tokens": self._whole,
+            "reward_pairs": self._pairs,
+            "dpo_pairs": self._pairs,
+            "prompts": self._prompts,
+        }
 
+    @property
+    def chat(self) -> ConversationEncoder:
+        """The encoder of conversations. Raises `UserError` if the tokenizer has no chat template."""
+        if self._chat is None:
+            self._chat = ConversationEncoder(self.tokenizer)
+        return self._chat
 
-def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    if tokenizer.eos_token_id is None:
-        raise _no_eos("which pretraining puts after each document")
+    @property
+    def escaped(self) -> int:
+        return 0 if self._chat is None else self._chat.escaped
 
-    def encode(row: Row) -> list[Encoded]:
-        if row.get("text") is None:
-            conversation, variables = shapes.conversation(row), shapes.template_variables(row)
-            messages = conversation["prompt"] + conversation["completion"]
-            ids, key = encode_messages(tokenizer, messages, variables), conversation_key(conversation)
+    def __call__(self, rows: Sequence[Row]) -> list[Result]:
+        """The token rows of each row."""
+        encode = self._methods[self.encoding.kind]
+        return [result for start in range(0, len(rows), BATCH) for result in encode(rows[start : start + BATCH])]
+
+    # --- conversations and texts --------------------------------------------------------------------------
+
+    def _masked(self, rows: Sequence[Row]) -> list[Result]:
+        planned = [_tried(_conversation, row) for row in rows]
+        encoded = iter(self.chat.rows_of([found.chat for found in _used(planned)]))
+
+        def cut(plan: _Plan) -> list[Encoded]:
+            masked = _used_or_raised(next(encoded))
+            pairs = [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in masked]
+            labelled = [(ids, np.where(mask, ids, np.int32(IGNORED))) for ids, mask in pairs]
+            return _cut(labelled, plan.key, self.encoding.max_length)
+
+        return [plan if isinstance(plan, DropRow) else _tried(cut, plan) for plan in planned]
+
+    def _whole(self, rows: Sequence[Row]) -> list[Result]:
+        """Every token in the loss: texts, and whole conversations."""
+        planned = [_tried(_text_or_conversation, row) for row in rows]
+        texts = [plan.key for plan in _used(planned) if not plan.chat.messages]
+        chats = [plan.chat for plan in _used(planned) if plan.chat.messages]
+        text_ids = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+        chat_ids = iter(self.chat.whole_of(chats) if chats else [])
+
+        def finish(plan: _Plan) -> list[Encoded]:
+            is_text, end = not plan.chat.messages, self.tokenizer.eos_token_id
+            ids = list(next(text_ids) if is_text else _used_or_raised(next(chat_ids)))
+            if self.encoding.kind == "text" or is_text:
+                if end is None:
+                    raise _no_eos("which ends each text")
+                ids += [end] if ids[-1:] != [end] else []
+            tokens = np.array(ids, np.int32)
+            if self.encoding.kind == "text":
+                return [Encoded({"input_ids": tokens}, len(tokens), key=plan.key)]
+            return _cut([(tokens, tokens)], plan.key, self.encoding.max_length)
+
+        return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
+
+    # --- pairs and prompts --------------------------------------------------------------------------------
+
+    def _pairs(self, rows: Sequence[Row]) -> list[Result]:
+        planned = [_tried(_pair, row) for row in rows]
+        texts = [
+            (pair["prompt"], answer, variables)
+            for pair, variables in _used(planned)
+            for answer in (pair["chosen"], pair["rejected"])
+        ]
+        answers = iter(self.chat.answers_of(texts))
+
+        def finish(row: Row) -> list[Encoded]:
+            sides = {"chosen": next(answers), "rejected": next(answers)}
+            prompt, ids = list[int](), []
+            for side, answer in sides.items():
+                prompt, own, _ = _used_or_raised(answer)
+                # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the
+                # template's.
+                if row.get(f"{side}_finished") is False and own and own[-1] in self.chat.template.end_ids:
+                    own = own[:-1]
+                ids.append(own)
+            return [self._pair_row(prompt, *ids)]
+
+        results = [
+            plan if isinstance(plan, DropRow) else _tried(finish, row) for row, plan in zip(rows, planned, strict=True)
+        ]
+        for plan, result in zip(planned, results, strict=True):
+            if not isinstance(plan, DropRow) and not isinstance(result, DropRow):
+                result[0].key = prompt_key(plan[0]["prompt"])
+        return results
+
+    def _pair_row(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> Encoded:
+        if len(prompt) + max(len(chosen), len(rejected)) > self.encoding.max_length:
+            raise DropRow("longer than max_length")
+        if chosen == rejected:
+            raise DropRow("chosen equals rejected")
+        if self.encoding.kind == "dpo_pairs":
+            columns = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         else:
-            key = shapes.text(row)
-            ids = list(tokenizer(key)["input_ids"])
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        return [Encoded({"input_ids": ids}, len(ids), key=key)]
+            columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        arrays = {name: np.array(ids, np.int32) for name, ids in columns.items()}
+        return Encoded(arrays, len(chosen) + len(rejected))
 
-    return encode
+    def _prompts(self, rows: Sequence[Row]) -> list[Result]:
+        planned = [_tried(_prompt, row) for row in rows]
+        encoded = iter(self.chat.prompts_of([found.chat for found in _used(planned)]))
 
+        def finish(plan: _Plan) -> list[Encoded]:
+            ids = _used_or_raised(next(encoded))
+            if len(ids) > self.encoding.max_length:
+                raise DropRow("longer than max_prompt_length")
+            columns = {"input_ids": np.array(ids, np.int32)}
+            return [Encoded(columns | {name: as_json(value) for name, value in plan.texts.items()}, 0)]
 
-def _masked_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    check_template(tokenizer)
-    encoder = ConversationEncoder(tokenizer)
-
-    def encode(row: Row) -> list[Encoded]:
-        conversation, variables = shapes.conversation(row), shapes.template_variables(row)
-        messages, key = conversation["prompt"] + conversation["completion"], conversation_key(conversation)
-        masked = encoder.rows(messages, variables, first=len(conversation["prompt"]))
-        rows = [(ids, [i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)]) for ids, mask in masked]
-        return _cut(rows, key, max_length)
-
-    return encode
+        return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
 
 
-def _all_tokens_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    def encode(row: Row) -> list[Encoded]:
-        if row.get("text") is not None:
-            key = shapes.text(row)
-            ids = list(tokenizer(key)["input_ids"])
-            if tokenizer.eos_token_id is None:
-                raise _no_eos("which ends each text")
-            ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
-            return _cut([(ids, ids)], key, max_length)
-        conversation, variables = shapes.conversation(row), shapes.template_variables(row)
-        messages, key = conversation["prompt"] + conversation["completion"], conversation_key(conversation)
-        ids = encode_messages(tokenizer, messages, variables)
-        return _cut([(ids, ids)], key, max_length)
+@dataclass(frozen=True)
+class _Plan:
+    """A row before tokenisation. Without messages, the row is the text `key`."""
 
-    return encode
+    key: str
+    chat: Chat
+    texts: dict[str, Any] = field(default_factory=dict)
 
 
-def _cut(rows: list[tuple[list[int], list[int]]], key: str, max_length: int) -> list[Encoded]:
+def _conversation(row: Row) -> _Plan:
+    conversation, variables = shapes.conversation(row), shapes.template_variables(row)
+    messages = conversation["prompt"] + conversation["completion"]
+    return _Plan(conversation_key(conversation), Chat(messages, variables, len(conversation["prompt"])))
+
+
+def _text_or_conversation(row: Row) -> _Plan:
+    return _conversation(row) if row.get("text") is None else _Plan(shapes.text(row), Chat([]))
+
+
+def _pair(row: Row) -> tuple[Pair, dict[str, Any]]:
+    return shapes.pair(row), shapes.template_variables(row)
+
+
+def _prompt(row: Row) -> _Plan:
+    messages, reference = shapes.prompt(row)
+    variables = shapes.template_variables(row)
+    read = {column: value for column, value in row.items() if not isinstance(value, Unreadable)}
+    texts = {"messages": messages, "reference": reference, "row": read, "variables": variables}
+    return _Plan("", Chat(messages, variables), texts)
+
+
+def _cut(rows: list[tuple[np.ndarray, np.ndarray]], key: str, max_length: int) -> list[Encoded]:
     """The rows (input_ids [T], labels [T]) of one conversation, truncated. Rows without a token in the loss are left
     out; raises `DropRow` if all are."""
     if not any(_loss_tokens(labels) for _, labels in rows):
@@ -183,8 +282,8 @@ def _cut(rows: list[tuple[list[int], list[int]]], key: str, max_length: int) -> 
     return encoded
 
 
-def _loss_tokens(labels: Sequence[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])
+def _loss_tokens(labels: np.ndarray) -> int:
+    return int(np.count_nonzero(labels[1:] != IGNORED))
 
 
 def conversation_key(conversation: Conversation) -> str:
@@ -196,73 +295,27 @@ def conversation_key(conversation: Conversation) -> str:
     return prompt_key(turns[:last])
 
 
+def as_json(value: Any) -> str:
+    """JSON text of a value of a row. Values without a JSON type (dates, bytes of a Parquet file) become strings."""
+    return json.dumps(value, default=str)
+
+
 def _no_eos(use: str) -> UserError:
     return UserError(f"The tokenizer has no end-of-sequence token, {use}. Set eos_token in tokenizer_config.json.")
 
 
-# --- pairs ------------------------------------------------------------------------------------------------
+def _tried(function: Callable[[S], T], argument: S) -> T | DropRow:
+    try:
+        return function(argument)
+    except DropRow as reason:
+        return reason
 
 
-def _reward_pair_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    encoder = ConversationEncoder(tokenizer)
-
-    def encode(row: Row) -> list[Encoded]:
-        pair, prompt, chosen, rejected = _encode_pair(encoder, row, max_length)
-        columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
-        return [Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
-
-    return encode
+def _used(results: Iterable[T | DropRow]) -> Iterator[T]:
+    return (result for result in results if not isinstance(result, DropRow))
 
 
-def _dpo_pair_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    encoder = ConversationEncoder(tokenizer)
-
-    def encode(row: Row) -> list[Encoded]:
-        pair, prompt, chosen, rejected = _encode_pair(encoder, row, max_length)
-        columns = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        return [Encoded(columns, len(chosen) + len(rejected), key=prompt_key(pair["prompt"]))]
-
-    return encode
-
-
-def _encode_pair(
-    encoder: ConversationEncoder, row: Row, max_length: int
-) -> tuple[Pair, list[int], list[int], list[int]]:
-    """(messages by column, prompt ids, chosen ids, rejected ids); chosen and rejected ids exclude the prompt."""
-    pair, variables = shapes.pair(row), shapes.template_variables(row)
-    prompt, sides = list[int](), []
-    for side, answer in (("chosen", pair["chosen"]), ("rejected", pair["rejected"])):
-        prompt, ids, _ = encoder.answer(pair["prompt"], answer, variables)
-        # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
-        if row.get(f"{side}_finished") is False and ids and ids[-1] in encoder.template.end_ids:
-            ids = ids[:-1]
-        sides.append(ids)
-    if len(prompt) + max(map(len, sides)) > max_length:
-        raise DropRow("longer than max_length")
-    if sides[0] == sides[1]:
-        raise DropRow("chosen equals rejected")
-    return pair, prompt, sides[0], sides[1]
-
-
-# --- prompts ----------------------------------------------------------------------------------------------
-
-
-def _prompt_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    encoder = ConversationEncoder(tokenizer)
-
-    def encode(row: Row) -> list[Encoded]:
-        messages, reference = shapes.prompt(row)
-        variables = shapes.template_variables(row)
-        ids = encoder.prompt(messages, variables)
-        if len(ids) > max_length:
-            raise DropRow("longer than max_prompt_length")
-        read = {column: value for column, value in row.items() if not isinstance(value, Unreadable)}
-        texts = {"messages": messages, "reference": reference, "row": read, "variables": variables}
-        return [Encoded({"input_ids": ids} | {name: as_json(value) for name, value in texts.items()}, 0)]
-
-    return encode
-
-
-def as_json(value: Any) -> str:
-    """JSON text of a value of a row. Values without a JSON type (dates, bytes of a Parquet file) become strings."""
-    return json.dumps(value, default=str)
+def _used_or_raised(result: T | DropRow) -> T:
+    if isinstance(result, DropRow):
+        raise result
+    return result

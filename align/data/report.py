@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from align.data.store.entry import Entry
 from align.data.store.tokenised import TokenisedRows
 
 
@@ -28,6 +29,7 @@ class DataReport:
     loss_tokens    training tokens in the loss, without each row's first token; for pairs, the tokens of both answers
     fingerprint    SHA-256 over hashes of the ids and labels of all rows in order, training rows first
     sources        per training source: its name, and its training rows and tokens
+    escaped        rows of the files with a text that would have become a control token
     unused_columns {column: rows that have it} of columns that the stage does not read
     """
 
@@ -41,6 +43,7 @@ class DataReport:
     fingerprint: str
     split: int = 0
     sources: list[dict[str, Any]] = field(default_factory=list)
+    escaped: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class DataReport:
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")
         parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.escaped:
+            parts.append(f"{self.escaped:,} with the name of a control token in a text")
         if self.unused_columns:
             parts.append(f"columns not used: {', '.join(sorted(self.unused_columns))}")
         if len(self.sources) > 1 and self.tokens:
@@ -92,6 +97,7 @@ def make_report(
         fingerprint=digest.hexdigest(),
         split=sum(int(rows.tokens["split"].sum()) for rows in splits),
         sources=_by_source(train),
+        escaped=sum(entry.escaped for entry in _entries(read)),
         unused_columns={} if all_columns else _unused(read),
     )
 
@@ -105,8 +111,12 @@ def _by_source(train: TokenisedRows) -> list[dict[str, Any]]:
     ]
 
 
+def _entries(read: Sequence[TokenisedRows]) -> list[Entry]:
+    return list({entry.folder: entry for rows in read for entry in rows.entries}.values())
+
+
 def _unused(read: Sequence[TokenisedRows]) -> dict[str, int]:
     columns: Counter[str] = Counter()
-    for entry in {entry.folder: entry for rows in read for entry in rows.entries}.values():
+    for entry in _entries(read):
         columns.update(entry.unused)
     return dict(sorted(columns.items()))

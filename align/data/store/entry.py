@@ -27,6 +27,7 @@ class Entry:
     reasons  reasons of the dropped rows; `rows["reason"]` indexes them
     columns  {column: rows that have it}
     unused   {column: rows that have it} of the columns that the stage does not read
+    escaped  rows with a text that would have become a control token
     shards   number of shards
     """
 
@@ -36,6 +37,7 @@ class Entry:
     reasons: list[str]
     columns: dict[str, int]
     unused: dict[str, int]
+    escaped: int
     shards: int
 
     def first(self) -> np.ndarray:
@@ -62,14 +64,14 @@ def open_entry(folder: Path) -> Entry | None:
         return None
     if (len(rows), len(tokens)) != (seal["rows"], seal["token_rows"]):
         return None
-    return Entry(folder, rows, tokens, seal["reasons"], seal["columns"], seal["unused"], shards)
+    return Entry(folder, rows, tokens, seal["reasons"], seal["columns"], seal["unused"], seal["escaped"], shards)
 
 
 def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
     """Join the counts of the shards and mark the entry as complete. origin: what determined it, for people to read."""
     reasons: dict[str, int] = {}
     columns, unused = Counter[str](), Counter[str]()
-    sizes, all_rows, all_tokens = [], [np.zeros(0, ROW)], [np.zeros(0, TOKENS)]
+    escaped, sizes, all_rows, all_tokens = 0, [], [np.zeros(0, ROW)], [np.zeros(0, TOKENS)]
     for number in range(shards):
         facts = shard_facts(folder, number)
         assert facts is not None, f"{folder} lost shard {number} while it was built"
@@ -79,6 +81,7 @@ def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
         rows["reason"] = np.array([*numbers, UNREAD, USED], "i2")[rows["reason"]]
         columns.update(facts["columns"])
         unused.update(facts["unused"])
+        escaped += facts["escaped"]
         sizes.append(facts["sizes"])
         all_rows.append(rows)
         all_tokens.append(tokens)
@@ -96,5 +99,6 @@ def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
             "reasons": list(reasons),
             "columns": columns,
             "unused": unused,
+            "escaped": escaped,
         }
         write_atomically(folder / SEAL, json.dumps(seal, indent=1).encode())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from align.data.encode import ACCEPTED, COLUMNS, Encoded, Encoder, Kind, is_ids
+from align.data.encode import ACCEPTED, COLUMNS, Encoded, Kind, RowEncoder, is_ids
 from align.data.shapes import DropRow, shape_of, unused_columns
 from align.data.splits import key_hash
 from align.data.store.cache import read_json, write_atomically, writing
@@ -42,30 +41,27 @@ class ShardWriter:
 
     folder: Path
     kind: Kind
-    encoder: Encoder
+    encoder: RowEncoder
 
     def write(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> None:
         """Write shard `number`. selected: indices of the rows of the chunk to encode; None for all."""
         rows = chunk.rows()
-        chosen = None if selected is None else set(selected.tolist())
-        columns, unused = Counter[str](), Counter[str]()
-        reasons: dict[str, int] = {}
-        table, encoded = np.zeros(len(rows), ROW), list[Encoded]()
-        for index, row in enumerate(rows):
-            if chosen is not None and index not in chosen:
-                table[index] = (0, UNREAD, 0)
-                continue
+        used = range(len(rows)) if selected is None else selected.tolist()
+        columns, unused, reasons = Counter[str](), Counter[str](), dict[str, int]()
+        table, encoded, escaped = np.zeros(len(rows), ROW), list[Encoded](), self.encoder.escaped
+        table["reason"] = UNREAD
+        for index, result in zip(used, self.encoder([rows[index] for index in used]), strict=True):
+            row = rows[index]
             columns.update(name for name, value in row.items() if value is not None)
             if (shape := shape_of(row, ACCEPTED[self.kind])) is not None:
                 unused.update(unused_columns(row, shape))
-            try:
-                made = self.encoder(row)
-            except DropRow as reason:
-                table[index] = (0, reasons.setdefault(str(reason), len(reasons)), 0)
+            if isinstance(result, DropRow):
+                table[index] = (0, reasons.setdefault(str(result), len(reasons)), 0)
             else:
-                table[index] = (len(made), USED, key_hash(made[0].key))
-                encoded += made
-        self._save(number, table, encoded, {"reasons": list(reasons), "columns": columns, "unused": unused})
+                table[index] = (len(result), USED, key_hash(result[0].key))
+                encoded += result
+        facts = {"reasons": list(reasons), "columns": columns, "unused": unused}
+        self._save(number, table, encoded, {**facts, "escaped": self.encoder.escaped - escaped})
 
     def _save(self, number: int, rows: np.ndarray, encoded: list[Encoded], facts: Mapping[str, Any]) -> None:
         tokens = np.array([(e.tokens, e.loss_tokens, e.truncated, e.split, _digest(e)) for e in encoded], TOKENS)
@@ -83,7 +79,7 @@ def _digest(encoded: Encoded) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(encoded.columns):
         if is_ids(name):
-            ids = array("i", encoded.columns[name])
+            ids = encoded.columns[name]
             digest.update(f"{name}{len(ids)}:".encode() + ids.tobytes())
     return int.from_bytes(digest.digest(), "big")
 
@@ -100,13 +96,10 @@ def _arrow(kind: Kind, encoded: list[Encoded]) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _lists(values: list[list[int]]) -> pa.Array:
+def _lists(values: list[np.ndarray]) -> pa.Array:
     """Lists of int32, which take half the memory of Arrow's default, int64."""
-    flat, ends = array("i"), [0]
-    for value in values:
-        flat.extend(value)
-        ends.append(len(flat))
-    items = pa.array(np.frombuffer(flat, np.int32) if flat else np.zeros(0, np.int32))
+    ends = np.cumsum([0, *map(len, values)])
+    items = pa.array(np.concatenate([np.zeros(0, np.int32), *values]))
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), items)
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.data.encode import Encoding, build_encoder
+from align.data.encode import Encoding, RowEncoder
 from align.data.store.reading import ChunkGroup
 from align.data.store.shards import ShardWriter
 from align.errors import UserError
@@ -36,7 +36,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
 
     def writer(self) -> ShardWriter:
-        return ShardWriter(self.folder, self.encoding.kind, build_encoder(self.encoding, self.tokenizer))
+        return ShardWriter(self.folder, self.encoding.kind, RowEncoder(self.encoding, self.tokenizer))
 
 
 class Worker:
