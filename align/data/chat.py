@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 
 from align.data.masks import Answer, Masked, masked_answer, masked_rows, tokenise
 from align.data.shapes import DropRow, Message
@@ -294,6 +293,8 @@ def prepare_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
                 return True
     if template_problem(tokenizer) is None:
         return False
+    from trl.chat_template_utils import get_training_chat_template  # loads torch, which a tokenising process lacks
+
     try:
         known = get_training_chat_template(tokenizer)
     except Exception:  # TRL does not know this template, or the template cannot render TRL's probes
