@@ -20,10 +20,9 @@ except those that begin with `time/`, `speed/`, `memory/` or `rollout/`.
 """
 TRAINING = """`eval_KEY` is the same metric on held-out rows: once before the first step and once after the last.
 
-`loss` and `grad_norm` are those of the whole optimizer step. They depend on the micro-batch size only through the
-router's balance loss, which is computed per micro-batch. All other metrics are means over the micro-batches of all
-ranks. Those that are not means over rows (token accuracy, smallest and largest score, mean logits, router metrics) vary
-slightly with the micro-batch size.
+All values are those of the whole optimizer step on all ranks. They do not depend on how its rows are split into forward
+passes, except for the router's balance loss, the load of the busiest expert, and what expert capacity changes. These
+are computed per pass, then averaged with the passes' tokens as weights.
 """
 ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers, without padding.
 """

@@ -86,10 +86,10 @@ TRAINING = (
         "min_reward",
         "Smallest score",
         "",
-        "Reward model: smallest score of a micro-batch, averaged over micro-batches.",
+        "Reward model: smallest score of chosen and rejected completions.",
     ),
     MetricInfo(
-        "max_reward", "Largest score", "", "Reward model: largest score of a micro-batch, averaged over micro-batches."
+        "max_reward", "Largest score", "", "Reward model: largest score of chosen and rejected completions."
     ),
     MetricInfo(
         "rewards/accuracies",
