@@ -7,19 +7,25 @@ from align.data.prepare import prepare_text
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save
-from align.train.objectives import CrossEntropy
+from align.train.objectives import CrossEntropy, SeparateDocuments
 from align.train.trainer import PackedTrainer
 
 
 def run(stage: PretrainStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_text(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    data = prepare_text(
+        stage.data,
+        tokenizer,
+        attend_across=stage.attend_across,
+        seed=context.seed,
+        stage_dirs=context.stage_dirs,
+    )
     context.say(f"  data: {data.report.summary()}")
     trainer = PackedTrainer(
         stage=stage,
         context=context,
-        objective=CrossEntropy(),
+        objective=CrossEntropy() if stage.attend_across else SeparateDocuments(),
         model=load_policy(parent, context.trained_dtype(stage.lora), context.recipe.parallel, stage.lora),
         data=data,
         processing_class=tokenizer,

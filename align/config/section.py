@@ -6,6 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Annotated, Any, Self
 
@@ -15,6 +16,13 @@ from pydantic_core import to_jsonable_python
 
 class RuntimeSetting:
     """Marks a setting that does not affect a stage's result; it may change when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class EarlierDefault:
+    """Marks a setting that earlier versions did not have, if they behaved unlike its default. value: as they did."""
+
+    value: Any
 
 
 RUNTIME = RuntimeSetting()
@@ -57,12 +65,14 @@ def result_settings(part: Section, values: dict[str, Any]) -> dict[str, Any]:
     values  the section's values as JSON, from the current recipe or from an earlier run's manifest
 
     A setting missing from `values` did not exist in the version that wrote them. Such a setting gets its
-    default, with which that version agrees. Renamed settings get their current names.
+    default, with which that version agrees, or its `EarlierDefault`. Renamed settings get their current names.
     """
     kept, fields = {}, type(part).model_fields
     values = dict((key, value) if key in fields else renamed(key, value) for key, value in values.items())
     unknown = [name for name, field in fields.items() if name not in values and not field.is_required()]
     defaults = to_jsonable_python({name: fields[name].get_default(call_default_factory=True) for name in unknown})
+    marked = [(name, mark) for name in unknown for mark in fields[name].metadata if isinstance(mark, EarlierDefault)]
+    defaults |= {name: mark.value for name, mark in marked}
     for name, value in {**defaults, **values}.items():
         field, inner = fields.get(name), getattr(part, name, None)
         if field is not None and any(isinstance(mark, RuntimeSetting) for mark in field.metadata):

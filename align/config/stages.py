@@ -11,7 +11,7 @@ from align.config.evaluation import Tasks
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
-from align.config.section import RUNTIME, Fraction, Positive
+from align.config.section import RUNTIME, EarlierDefault, Fraction, Positive
 from align.config.stage import (
     LANGUAGE_MODEL,
     PAIRS,
@@ -82,6 +82,9 @@ class PretrainStage(TrainingStage):
 
     kind: Literal["pretrain"]
     """Selects next-token prediction."""
+    attend_across: Annotated[bool, EarlierDefault(True)] = False
+    """Let a token see the documents before its own in the same row, and continue their positions. false: each document
+    is a sequence of its own."""
 
 
 class SftStage(TrainingStage):
@@ -134,7 +137,7 @@ class RewardModelStage(TrainingStage):
     """Weight of a penalty that keeps scores centred on zero: (chosen score + rejected score)^2 per pair."""
 
 
-TrlLossType = Literal[
+LossType = Literal[
     "sigmoid",
     "sigmoid_norm",
     "hinge",
@@ -149,11 +152,6 @@ TrlLossType = Literal[
     "discopop",
     "aot",
     "aot_unpaired",
-]
-"""Preference losses that TRL's trainer computes."""
-
-LossType = Literal[
-    TrlLossType,
     "simpo",
 ]
 """The keys of `align.losses.preference.PREFERENCE_LOSSES`."""

@@ -41,26 +41,34 @@ class Prepared:
 
 
 def prepare_text(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attend_across: bool = True,
+    seed: int,
+    stage_dirs: StageDirs = None,
 ) -> Prepared:
     """Concatenate documents and split them into rows of `max_length` tokens (input_ids = labels), for pretraining.
 
     Each document ends with the end-of-sequence token. Conversations are rendered with the chat template. Only the last
     row of a split may be shorter; it is dropped if it has a single token, which leaves no token to predict. No row
-    counts as truncated.
+    counts as truncated. The column `documents` has the number of tokens of each document in the row.
+
+    attend_across: a document's first token is predicted from the document before it, unless it begins a row.
     """
     store = Store(cache_folder(data.cache), Encoding("text"), tokenizer, data.workers)
     train, held_out, report = _split_rows(data, store, seed, stage_dirs or {})
+    made = blocks(train, data.max_length, store.cache)
+    made_held_out = None if held_out is None else blocks(held_out, data.max_length, store.cache)
     lengths = block_lengths(report.tokens, data.max_length)
+    pieces = len(made.data.column("documents").combine_chunks().flatten())
     report = replace(
         report,
         tokens=sum(lengths),
-        loss_tokens=sum(lengths) - len(lengths),  # a row's first token is not in the loss
+        loss_tokens=sum(lengths) - (len(lengths) if attend_across else pieces),  # nothing predicts a first token
         fingerprint=hashlib.sha256(f"{report.fingerprint} {data.max_length}".encode()).hexdigest(),
     )
-    splits = [split and blocks(split, data.max_length, store.cache) for split in (train, held_out)]
-    assert splits[0] is not None
-    return Prepared(splits[0], splits[1], report)
+    return Prepared(made, made_held_out, report)
 
 
 def prepare_sft(

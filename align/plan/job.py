@@ -121,6 +121,7 @@ class Job:
     rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
     needs_reference: the loss needs a forward pass of the reference (DPO), once per row.
+    by_tokens: the recipe sets `micro_batch_tokens`, not `micro_batch_size`.
     parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size) of the recipe's other training stages.
     """
@@ -138,6 +139,7 @@ class Job:
     rollouts: RolloutWork | None = None
     ema: bool = False
     needs_reference: bool = False
+    by_tokens: bool = False
     parallel: Parallel | None = None
     other_stages: tuple[tuple[str, int], ...] = ()
 
@@ -220,6 +222,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         length=stage.data.max_length,
         sequences=stage.sequences_per_row,
         needs_reference=stage.needs_reference,
+        by_tokens=stage.micro_batch_tokens is not None,
         gradient_checkpointing=stage.gradient_checkpointing,
     )
 
@@ -246,6 +249,7 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         dtype=dtype,
         batch=stage.mini_batch_size,
         micro_batch=micro,
+        by_tokens=True,
         length=length,
         updates=stage.epochs * stage.batch_size // stage.mini_batch_size,
         gradient_checkpointing=stage.gradient_checkpointing,

@@ -93,8 +93,9 @@ def overrides(plan: Plan) -> list[str]:
     if setting.gradient_checkpointing != plan.job.gradient_checkpointing:
         found.append(f"{stage}.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}")
     if setting.micro_batch != rows_per_pass(plan.job, setting.gpus):
-        if plan.job.rollouts is not None:
-            found.append(f"{stage}.micro_batch_tokens={setting.micro_batch * plan.job.length}")
+        if plan.job.by_tokens:
+            tokens = setting.micro_batch * plan.job.sequences * plan.job.length
+            found.append(f"{stage}.micro_batch_tokens={tokens}")
         else:
             found.append(f"{stage}.micro_batch_size={setting.micro_batch}")
     if plan.job.rollouts is not None and setting.rollout_sleep != plan.job.rollouts.sleeps:

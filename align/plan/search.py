@@ -266,6 +266,8 @@ def _shorter(whole: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Re
     while length >= 128:
         job = replace(whole, length=length)
         also: tuple[str, ...] = (f"{stage}.data.max_length={length}",)
+        if job.by_tokens:
+            also += (f"{stage}.micro_batch_tokens={setting.micro_batch * job.sequences * length}",)
         if job.rollouts is not None:
             completion = job.rollouts.max_new_tokens * length // whole.length
             job = replace(job, rollouts=replace(job.rollouts, max_new_tokens=max(1, completion)))

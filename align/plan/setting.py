@@ -121,9 +121,6 @@ def unusable(job: Job, setting: Setting) -> str | None:
             if not layer.experts and ep > 1 and not member.shape.experts:
                 return f"expert_parallel_size {ep}: {member.shape.name} has no experts"
     # PPO's ranks may have unequal numbers of rows.
-    if job.rollouts is None and job.batch % (setting.micro_batch * gpus):
-        return (
-            f"batch {job.batch} is not divisible by {counted(gpus, 'GPU')} x "
-            f"{counted(setting.micro_batch, 'pair' if job.sequences > 1 else 'row')} per micro-batch"
-        )
+    if job.rollouts is None and job.batch % gpus:
+        return f"batch {job.batch} is not divisible by {counted(gpus, 'GPU')}"
     return None

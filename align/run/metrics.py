@@ -88,9 +88,7 @@ TRAINING = (
         "",
         "Reward model: smallest score of chosen and rejected completions.",
     ),
-    MetricInfo(
-        "max_reward", "Largest score", "", "Reward model: largest score of chosen and rejected completions."
-    ),
+    MetricInfo("max_reward", "Largest score", "", "Reward model: largest score of chosen and rejected completions."),
     MetricInfo(
         "rewards/accuracies",
         "Accuracy of the implicit reward",

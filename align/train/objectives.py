@@ -71,9 +71,21 @@ class CrossEntropy:
         policy = unwrap(model)
         output = packed.forward(policy.model, output_router_logits=torch.is_grad_enabled())
         hidden = packed.predicting(output.last_hidden_state)
-        loss, scores = policy.lm_head(hidden, packed.predicted_N, count=totals.loss_tokens)
+        loss, scores = policy.lm_head(hidden, packed.predicted_N, count=max(1, totals.loss_tokens))
         means = {"entropy": scores.entropy_N, "mean_token_accuracy": scores.top1_N.float()}
         return Measured(loss, output.router, {name: (value.sum(), len(value)) for name, value in means.items()})
+
+
+class SeparateDocuments(CrossEntropy):
+    """The same for rows of several documents, each a sequence of its own: no token sees another document, and nothing
+    predicts a document's first token."""
+
+    columns: tuple[str, ...] = ("input_ids", "documents")
+
+    def example(self, row: dict[str, Any], number: int) -> Example:
+        parts = torch.tensor(row["input_ids"]).split(row["documents"])
+        parts = tuple(part for part in parts if len(part) > 1) or parts  # one token alone has no loss
+        return Example(parts, tuple(torch.arange(len(part)) > 0 for part in parts))
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.config.paths import local_path
 from align.config.stages import TrainingStage
 from align.data.prepare import Prepared
+from align.data.store.cache import cache_folder, writing
 from align.models.forward import unwrap
 from align.models.lora.adapters import AnyModel
 from align.parallel.group import from_rank_0
@@ -37,8 +36,6 @@ from align.train.objectives import Objective
 from align.train.passes import PackedPass, parts_of_rank
 from align.train.trainer import Examples, row_order
 
-VARIABLE, DEFAULT = "ALIGN_CACHE", "~/.cache/align"
-"""Environment variable with the folder of the cache, and the folder without it."""
 VERSION = 1
 """Part of the key; to be raised when the computation changes."""
 WINDOW = 1024
@@ -119,8 +116,8 @@ def _completed(
 ) -> np.ndarray:
     """The values of a split, from the cache as far as it has them."""
     digest = hashlib.sha256(json.dumps({**key, "split": split}, sort_keys=True).encode()).hexdigest()
-    folder = local_path(os.environ.get(VARIABLE) or DEFAULT) / "references"
-    path, examples = folder / f"{digest}.npy", Examples(rows, objective)
+    path = cache_folder(stage.data.cache).parent / "references" / f"{digest}.npy"
+    examples = Examples(rows, objective)
     values: np.ndarray = from_rank_0("read the reference's log-probabilities", lambda: _read(path, len(rows)))
     missing = [row for row in wanted if np.isnan(values[row]).any()]
     if not missing:
@@ -151,13 +148,13 @@ def _read(path: Path, rows: int) -> np.ndarray:
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-
     def write(target: Path) -> None:
         with open(target, "wb") as file:
             np.save(file, values)
 
-    replace_file(path, write)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
 
 
 def _rows_read(stage: TrainingStage, rows: Any, seed: int) -> Sequence[int]:

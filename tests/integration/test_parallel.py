@@ -112,7 +112,7 @@ def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, se
 
 @pytest.fixture(scope="module")
 def pass_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with one and several passes per step, and on two ranks, without balance loss, since it depends on the split."""
+    """Runs with one and several passes per step, and on two ranks, without balance loss: it depends on the split."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     content["model"]["config"] |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
     content["stages"] = {

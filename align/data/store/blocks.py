@@ -1,4 +1,7 @@
-"""Documents concatenated and split into rows of equal length, for pretraining; written once and memory-mapped."""
+"""Documents concatenated and split into rows of equal length, for pretraining; written once and memory-mapped.
+
+A row has the documents' tokens and the number of tokens of each document, or part of one, in the row.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from align.data.store.tokenised import TokenisedRows
 _BATCH = 1024
 """Documents or rows that are in memory at a time."""
 _FILE = "blocks.arrow"
+_VERSION = 2
+"""Part of the key; to be raised when the files change."""
 
 
 def block_lengths(tokens: int, length: int) -> list[int]:
@@ -26,9 +31,9 @@ def block_lengths(tokens: int, length: int) -> list[int]:
 
 
 def blocks(documents: TokenisedRows, length: int, cache: Path) -> datasets.Dataset:
-    """Rows of `length` tokens (input_ids = labels) of the concatenated documents."""
+    """Rows of `length` tokens (input_ids = labels) of the concatenated documents, with the column `documents`."""
     digests = hashlib.sha256(documents.tokens["digest"].tobytes()).hexdigest()
-    key = hashed(["blocks", digests, length])[:32]
+    key = hashed(["blocks", _VERSION, digests, length])[:32]
     folder = cache / "entries" / key
     with ExitStack() as stack, writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,28 +43,41 @@ def blocks(documents: TokenisedRows, length: int, cache: Path) -> datasets.Datas
             _write(folder / _FILE, documents, length)
     table = pa.ipc.open_file(pa.memory_map(str(folder / _FILE))).read_all()
     ids = table.column("input_ids")
-    return datasets.Dataset(InMemoryTable(pa.table({"input_ids": ids, "labels": ids})), fingerprint=key[:16])
+    columns = {"input_ids": ids, "labels": ids, "documents": table.column("documents")}
+    return datasets.Dataset(InMemoryTable(pa.table(columns)), fingerprint=key[:16])
 
 
 def _write(path: Path, documents: TokenisedRows, length: int) -> None:
-    schema = pa.schema({"input_ids": pa.list_(pa.int32())})
+    schema = pa.schema({"input_ids": pa.list_(pa.int32()), "documents": pa.list_(pa.int32())})
     column = documents.table().column("input_ids")
-    rest = np.zeros(0, np.int32)
+    rest, begins = np.zeros(0, np.int32), np.zeros(0, bool)  # begins: True at a document's first token
     temporary = path.with_name(path.name + ".new")
     with pa.ipc.new_file(str(temporary), schema) as writer:
         for start in range(0, len(documents.indices), _BATCH):
-            taken = column.take(pa.array(documents.indices[start : start + _BATCH]))
-            rest = np.concatenate([rest, *(chunk.flatten().to_numpy() for chunk in taken.chunks)])
+            for chunk in column.take(pa.array(documents.indices[start : start + _BATCH])).chunks:
+                tokens, sizes = chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy()
+                first = np.zeros(len(tokens), bool)
+                first[np.cumsum(sizes[sizes > 0]) - sizes[sizes > 0]] = True
+                rest, begins = np.concatenate([rest, tokens]), np.concatenate([begins, first])
             whole = len(rest) // length * length
-            _append(writer, rest[:whole], [length] * (whole // length))
-            rest = rest[whole:]
+            _append(writer, rest[:whole], begins[:whole], [length] * (whole // length))
+            rest, begins = rest[whole:], begins[whole:]
         if len(rest) > 1:
-            _append(writer, rest, [len(rest)])
+            _append(writer, rest, begins, [len(rest)])
     temporary.replace(path)
 
 
-def _append(writer: pa.RecordBatchFileWriter, tokens: np.ndarray, lengths: list[int]) -> None:
-    if lengths:
-        ends = pa.array(np.cumsum([0, *lengths]), pa.int32())
-        lists = pa.ListArray.from_arrays(ends, pa.array(tokens, pa.int32()))
-        writer.write_batch(pa.record_batch([lists], names=["input_ids"]))
+def _append(writer: pa.RecordBatchFileWriter, tokens: np.ndarray, begins: np.ndarray, lengths: list[int]) -> None:
+    if not lengths:
+        return
+    ends = np.cumsum([0, *lengths])
+    begins = begins.copy()
+    begins[ends[:-1]] = True  # a row begins with a document or with the rest of one
+    starts = np.flatnonzero(begins)
+    pieces = np.diff([*starts, len(tokens)])
+    rows = (_lists(tokens, ends), _lists(pieces, np.searchsorted(starts, ends)))
+    writer.write_batch(pa.record_batch(list(rows), names=["input_ids", "documents"]))
+
+
+def _lists(values: np.ndarray, ends: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))

@@ -36,6 +36,26 @@ def test_text_is_packed_without_losing_a_token(tokenizer, jsonl):
     assert (report.rows_read, report.rows_train, report.tokens, report.loss_tokens) == (3, 3, 12, 10)
 
 
+def test_a_packed_row_knows_its_documents(tokenizer, jsonl):
+    """Documents of 4, 6, 2 and 9 tokens in some order, cut after each eighth; each piece ends with an end token, or is
+    continued in the next row."""
+    texts = ["abc", "defgh", "i", "jklmnopq"]
+    settings = data(jsonl([{"text": t} for t in texts]), max_length=8)
+    made = prepare.prepare_text(settings, tokenizer, attend_across=False, seed=0)
+    end, pieces = tokenizer.eos_token_id, []
+    for number, row in enumerate(made.train):
+        ids = row["input_ids"]
+        for length in row["documents"]:
+            pieces.append(ids[:length])
+            ids = ids[length:]
+        assert ids == []
+        assert all(piece.index(end) == len(piece) - 1 for piece in pieces[:-1] if end in piece), number
+    assert sum(map(len, pieces)) == 21
+    assert sum(piece[-1] == end for piece in pieces) == 4
+    assert len(pieces) == 4 + 2  # two documents are cut at the ends of rows of 8, 8 and 5 tokens
+    assert made.report.loss_tokens == 21 - len(pieces)
+
+
 def test_sft_labels_by_hand(tokenizer, jsonl):
     path = jsonl([{"messages": talk("a", "bc")}])
     made = prepare.prepare_sft(data(path), tokenizer, assistant_only_loss=True, seed=0)

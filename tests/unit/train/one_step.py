@@ -52,7 +52,8 @@ def text(start: int, words: int) -> str:
 
 def rows(kind: str) -> list[dict[str, Any]]:
     if kind == "pretrain":
-        return [{"text": text(0, 33)}]  # packed into four rows of 8 tokens and one of 3
+        # Packed into four rows of 8 tokens and a shorter one.
+        return [{"text": text(3 * n, words)} for n, words in enumerate((9, 3, 14, 5))]
     if kind == "sft":
         turns = [(text(n, 2), text(n + 3, length)) for n, length in enumerate(LENGTHS)]
         pairs = [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in turns]

@@ -66,6 +66,21 @@ def test_sft(stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: py
     assert first_loss(trainer) == pytest.approx(mean(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("attend_across", [True, False])
+def test_pretraining(attend_across: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is minus the mean log-probability of all tokens given those before them in the row or the document."""
+    settings = {"attend_across": attend_across, "micro_batch_tokens": 16}
+    trainer = build("pretrain", model, tmp_path, monkeypatch, **settings)
+    plain = HunYuanForCausalLM.from_pretrained(model)
+    pieces = []
+    for row in trainer.train_dataset:
+        ids = torch.tensor(row["input_ids"])
+        pieces += [ids] if attend_across else ids.split(row["documents"])
+    losses = [-logprob for piece in pieces for logprob in logprobs(plain, piece.tolist())]
+    assert len(pieces) == 5 if attend_across else len(pieces) > 7
+    assert first_loss(trainer) == pytest.approx(mean(losses), rel=1e-6)
+
+
 @CASES
 def test_reward_model(stage: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is -log sigmoid(chosen - rejected) + center_coef * (chosen + rejected)^2 on last-token scores."""
