@@ -87,12 +87,17 @@ HY3 = """{{ '<|startoftext|>' }}
 
 
 class Shape(NamedTuple):
-    """A template with its special tokens. tokens: those beside bos and eos."""
+    """A template with its special tokens.
+
+    tokens: special tokens beside bos and eos.
+    tags: added tokens that are not special.
+    """
 
     template: str
     eos: str
     bos: str | None = None
     tokens: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 def shipped(name: str) -> str:
@@ -133,13 +138,52 @@ SHAPES = {
 }
 
 
-def tokenizer_for(shape: Shape) -> Any:
-    """A tokenizer of bytes with the shape's special tokens: one token per ASCII character."""
-    tokenizer = train_tokenizer(["a"], 259)
+_COHERE_TOKENS = tuple(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "USER", "CHATBOT", "SYSTEM"))
+_GEMMA4_TOKENS = (
+    *("<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"),
+    *("<tool_response|>", "<|channel>", "<channel|>", "<|think|>", '<|"|>', "<|image|>", "<|audio|>", "<|video|>"),
+)
+_LFM_TOKENS = (*_CHATML_TOKENS, *(f"<|tool_{name}|>" for name in ("list_start", "list_end", "call_start", "call_end")))
+_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_QWEN3 = {"eos": "<|im_end|>", "tokens": (*_CHATML_TOKENS, "<|endoftext|>"), "tags": _TAGS}
+MORE_SHAPES = {
+    "cohere": Shape(shipped("cohere"), "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", _COHERE_TOKENS),
+    "cohere2": Shape(
+        shipped("cohere2"),
+        "<|END_OF_TURN_TOKEN|>",
+        "<BOS_TOKEN>",
+        (*_COHERE_TOKENS, "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ),
+    "gemma4": Shape(shipped("gemma4"), "<eos>", "<bos>", _GEMMA4_TOKENS),
+    "gemma4_v5": Shape(shipped("gemma4_v5"), "<eos>", "<bos>", _GEMMA4_TOKENS),
+    "lfm2": Shape(shipped("lfm2"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS),
+    "lfm2_v2": Shape(shipped("lfm2_v2"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS),
+    "lfm2_2_5": Shape(shipped("lfm2_2_5"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS, _TAGS[:2]),
+    "llama3_1": Shape(
+        shipped("llama3_1"),
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>"),
+    ),
+    "phi3_5": Shape(shipped("phi3_5"), "<|endoftext|>", "<s>", ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")),
+    **{name: Shape(shipped(name), **_QWEN3) for name in ("qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink")},
+    **{name: Shape(shipped(name), **_QWEN3) for name in ("qwen3_6", "qwen3_8")},
+    **{name: Shape(shipped(name), **_QWEN3) for name in ("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")},
+}
+"""Further templates that TRL ships."""
+
+
+def tokenizer_for(shape: Shape, base: Any = None) -> Any:
+    """A tokenizer with the shape's special tokens; by default, one of bytes: one token per ASCII character.
+
+    base: a tokenizer that gets the tokens instead.
+    """
+    tokenizer = train_tokenizer(["a"], 259) if base is None else base
     others = [AddedToken(token, special=True) for token in shape.tokens]
     tokenizer.add_special_tokens({"eos_token": shape.eos, "extra_special_tokens": others})
     if shape.bos is not None:
         tokenizer.add_special_tokens({"bos_token": shape.bos})
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in shape.tags])
     tokenizer.chat_template = shape.template
     tokenizer.name_or_path = "model"
     return tokenizer

@@ -381,7 +381,7 @@ def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _explained(reason: str) -> str:
     """The problem of a template that cannot be used for any conversation of two turns, by the reason for the first."""
-    if reason in (HEADER, SHARED_TOKEN):
+    if reason.startswith(HEADER) or reason == SHARED_TOKEN:
         return (
             "the chat template renders a prompt differently when an answer follows, so prompts would differ between "
             "training and generation. Use a template whose generation prompt is the beginning of an assistant turn."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +38,7 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self._names = [str(t) for i, t in added.items() if (t.special or i in others) and str(t)]
         self._number = {name: n for n, name in enumerate(self._names)}
-        self._starts = tuple(sorted({name[:2] for name in self._names}))
+        self._starts = tuple(sorted({name[0] for name in self._names}))
         self._all = alternatives(self._names)
         self._foreign = alternatives(name for name in self._names if name not in TAGS)
 
@@ -68,7 +68,8 @@ class ControlTokens:
         for text in _texts(value):
             if not text.isascii() and _NOT_TEXT.search(text):
                 raise DropRow("a text has a Unicode noncharacter or half of a surrogate pair")
-            found = found or (any(start in text for start in self._starts) and names.search(text) is not None)
+            # The search for one character is many times faster than that for the names.
+            found = found or (any(map(text.__contains__, self._starts)) and names.search(text) is not None)
         return found
 
     def _hide(self, value: Any, names: re.Pattern[str]) -> Any:
@@ -125,17 +126,20 @@ class ControlTokens:
         return renamed
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
     """All strings in a value, keys of objects too."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
+        return [value]
+    if isinstance(value, Mapping):
+        parts = [*value, *value.values()]
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+        parts = list(value)
+    else:
+        return []
+    texts: list[str] = []
+    for part in parts:
+        texts += [part] if isinstance(part, str) else _texts(part)
+    return texts
 
 
 def alternatives(names: Iterable[str]) -> re.Pattern[str]:

@@ -119,16 +119,19 @@ def masked_rows(rows: Sequence[RowText], tokens: Sequence[Tokens]) -> list[Maske
 
 
 def _apart(encoded: Tokens, row: RowText, turn: Turn) -> Masked:
-    if row.marked is not None:
-        raise DropRow(SHARED_TOKEN)
     prompt, answer = _split(encoded.template, row.text[: turn.end], turn.start)
-    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+    mask = [1] * len(answer.ids)
+    if row.marked is not None:
+        spans = [(max(0, start - turn.start), min(stop, turn.end) - turn.start) for start, stop in row.marked]
+        inside = {t for span in spans for t in answer.inside(*span)}
+        mask = [int(t in inside) for t in range(len(answer.ids))]
+    return prompt + answer.ids, [0] * len(prompt) + mask
 
 
-def _split(template: ChatTemplate, text: str, start: int) -> tuple[list[int], list[int]]:
-    """(ids of the first `start` characters, ids of the others). Raises `DropRow` if they spell another text."""
-    prompt, answer = template.tokens(text[:start]), template.tokens(text[start:])
-    if template.decode(prompt + answer) != template.decode(template.tokens(text)):
+def _split(template: ChatTemplate, text: str, start: int) -> tuple[list[int], Tokens]:
+    """(ids of the first `start` characters, tokens of the others). Raises `DropRow` if they spell another text."""
+    prompt, (answer,) = template.tokens(text[:start]), tokenise(template, [text[start:]])
+    if template.decode(prompt + answer.ids) != template.decode(template.tokens(text)):
         raise DropRow(SHARED_TOKEN)
     return prompt, answer
 
@@ -140,7 +143,7 @@ def masked_answer(row: RowText, start: int, encoded: Tokens) -> Answer:
         if len(row.turns) != 1 or row.turns[0].start != start:
             raise DropRow(SHARED_TOKEN)
         prompt, answer = _split(encoded.template, row.text, start)
-        return Answer(prompt, answer, [1] * len(answer))
+        return Answer(prompt, answer.ids, [1] * len(answer.ids))
     mask = [0] * len(encoded.ids)
     for turn in row.turns:
         begin, end = encoded.before(turn.start), encoded.before(turn.end)

@@ -266,9 +266,23 @@ class ChatTemplate:
             answer = self._first_of_next_turn(answered, _USER, _ANSWER, _USER)
             call = self._first_of_next_turn(called, _USER, _CALL, _TOOL_RESULT) if self.renders_calls else None
             return TurnEnds(answer, call, implied=answer is not None)
+        end = self._last_before_next_turn(answered) or tail[0]
         call_tail = self._specials(called.rpartition(_SENTINEL)[2]) if self.renders_calls else []
-        call = None if not call_tail else tail[0] if tail[0] in call_tail else call_tail[-1]
-        return TurnEnds(tail[0], call)
+        call = None if not call_tail else end if end in call_tail else call_tail[-1]
+        return TurnEnds(end, call)
+
+    def _last_before_next_turn(self, answered: str) -> int | None:
+        """The last of the special tokens directly after an answer, if any, that another turn may follow.
+
+        Cohere's template ends the response with one token and the turn with another.
+        """
+        longer = self._probe(_USER, _ANSWER, _USER)
+        end = None
+        for one, other in zip(*(self.tokens(text.rpartition(_SENTINEL)[2]) for text in (answered, longer))):
+            if one != other or one not in self.special:
+                break
+            end = one
+        return end
 
     def _first_of_next_turn(self, before: str, *messages: Message) -> int | None:
         longer = self._probe(*messages)
@@ -289,7 +303,7 @@ class ChatTemplate:
 
     def name(self, token: int) -> str:
         """The text that becomes this control token."""
-        return self._names[token]
+        return self._names.get(token) or self.decode([token])
 
     def end_after(self, message: Message) -> int | None:
         """The token that ends this assistant turn."""
@@ -302,27 +316,45 @@ class ChatTemplate:
         return _NAME in called and _SENTINEL in called
 
     @cached_property
-    def _renders_results(self) -> bool:
+    def renders_content_beside_calls(self) -> bool:
+        """False if the template ignores or refuses the content of a message with tool calls."""
+        return _RESULT in self._probe(_USER, {**_CALL, "content": _RESULT})
+
+    @cached_property
+    def renders_reasoning_beside_calls(self) -> bool:
+        """False if the template ignores or refuses the reasoning of a message with tool calls."""
+        return _RESULT in self._probe(_USER, {**_CALL, "reasoning_content": _RESULT})
+
+    @cached_property
+    def renders_results(self) -> bool:
+        """False if the template ignores or refuses tool results."""
         return _RESULT in self._probe(_USER, _CALL, _TOOL_RESULT)
 
     @cached_property
-    def _renders_tools(self) -> bool:
+    def renders_tools(self) -> bool:
+        """False if the template ignores or refuses the schemas of tools."""
         return _NAME in self._probe(_USER, tools=_TOOLS)
 
     @cached_property
-    def _renders_reasoning(self) -> bool:
+    def renders_reasoning(self) -> bool:
+        """False if the template ignores or refuses reasoning_content."""
         return _SENTINEL in self._probe(_USER, {"role": "assistant", "content": "4", "reasoning_content": _SENTINEL})
 
     def require_rendered(self, messages: Sequence[Message], variables: Variables | None = None) -> None:
         """Raise `DropRow` if the template would silently leave out a part of the conversation."""
         if any(message.get("tool_calls") for message in messages) and not self.renders_calls:
             raise DropRow("the chat template does not render tool calls")
-        if any(message["role"] == "tool" for message in messages) and not self._renders_results:
+        calling = [message for message in messages if message.get("tool_calls")]
+        if any(message["content"].strip() for message in calling) and not self.renders_content_beside_calls:
+            raise DropRow("the chat template does not render content beside tool calls")
+        if any(message["role"] == "tool" for message in messages) and not self.renders_results:
             raise DropRow("the chat template does not render tool results")
-        if any(message.get(name) for message in messages for name in REASONING) and not self._renders_reasoning:
+        if any(message.get(name) for message in messages for name in REASONING) and not self.renders_reasoning:
             raise DropRow("the chat template does not render reasoning_content")
+        if any(m.get(name) for m in calling for name in REASONING) and not self.renders_reasoning_beside_calls:
+            raise DropRow("the chat template does not render reasoning_content beside tool calls")
         for name in variables or ():
-            if name == "tools" and not self._renders_tools:
+            if name == "tools" and not self.renders_tools:
                 raise DropRow("the chat template does not render tools")
             if name not in self.text:
                 raise DropRow(f"the chat template does not read {name}")

@@ -93,14 +93,30 @@ def _generated_alone(
     """The text that the template writes for `message` after the prompt of `before`.
 
     gpt-oss's template removes the reasoning before a tool call once an answer follows the tool's result, although the
-    answer is generated with it. So the turn is read from the conversation without earlier reasoning.
+    answer is generated with it. So the turn is read from the conversation without earlier reasoning, which may also be
+    the content of a message with tool calls.
     """
-    before = [{key: value for key, value in m.items() if key not in REASONING} for m in before]
-    prompt = template.render(before, variables, prompt=True)
-    text = template.render([*before, message], variables)
+    bare = [{key: value for key, value in m.items() if key not in REASONING} for m in before]
+    bare = [{**m, "content": ""} if m.get("tool_calls") else m for m in bare]
+    prompt = template.render(bare, variables, prompt=True)
+    text = template.render([*bare, message], variables)
     if not text.startswith(prompt):
-        raise DropRow(HEADER)
+        raise DropRow(HEADER + _fitting_mode(template, before, message, variables))
     return text.removeprefix(prompt)
+
+
+def _fitting_mode(
+    template: ChatTemplate, before: Sequence[Message], message: Message, variables: Variables | None
+) -> str:
+    """Advice for an answer without reasoning in the thinking mode, or with one in the other mode."""
+    if "enable_thinking" not in template.text:
+        return ""
+    for mode in (False, True):
+        changed = {**(variables or {}), "enable_thinking": mode}
+        prompt = template.render(before, changed, prompt=True)
+        if template.render([*before, message], changed).startswith(prompt):
+            return f"; set enable_thinking to {str(mode).lower()} in chat_template_kwargs for this answer"
+    return ""
 
 
 def trained(message: Message) -> bool:

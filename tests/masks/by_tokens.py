@@ -19,20 +19,35 @@ class Refused(Exception):
     """Raised where a turn cannot be trained."""
 
 
-def render(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any], *, prompt: bool = False) -> str:
-    shown = []
+def shown(messages: Sequence[Message], *, parse: bool = True) -> list[dict[str, Any]]:
+    """Messages as templates expect them."""
+    result = []
     for message in messages:
-        message = dict(message)
+        message = {key: value for key, value in message.items() if key != "train"}
         reasoning = next((message[name] for name in REASONING if message.get(name)), None)
         if reasoning is not None:
             message = {**dict.fromkeys(REASONING, reasoning), **message}
-        if message.get("tool_calls"):
+        if parse and message.get("tool_calls"):
             message["tool_calls"] = [
                 {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
                 for call in message["tool_calls"]
             ]
-        shown.append(message)
-    return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt, **variables)
+        result.append(message)
+    return result
+
+
+def render(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any], *, prompt: bool = False) -> str:
+    options = {"tokenize": False, "add_generation_prompt": prompt, **variables}
+    try:
+        return tokenizer.apply_chat_template(shown(messages), **options)
+    except TypeError:  # DeepSeek-V3's template reads the arguments as text
+        return tokenizer.apply_chat_template(shown(messages, parse=False), **options)
+
+
+def without_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages without reasoning; gpt-oss writes the content of a message with tool calls as reasoning too."""
+    bare = [{key: value for key, value in message.items() if key not in REASONING} for message in messages]
+    return [{**message, "content": ""} if message.get("tool_calls") else message for message in bare]
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:
@@ -47,7 +62,7 @@ def turn(
     head = tokens(tokenizer, render(tokenizer, before, variables, prompt=True))
     ids = tokens(tokenizer, render(tokenizer, messages[: number + 1], variables))
     if ids[: len(head)] != head:
-        bare = [{key: value for key, value in m.items() if key not in REASONING} for m in before]
+        bare = without_reasoning(before)
         bare_head = tokens(tokenizer, render(tokenizer, bare, variables, prompt=True))
         bare_ids = tokens(tokenizer, render(tokenizer, [*bare, messages[number]], variables))
         if bare_ids[: len(bare_head)] != bare_head:
@@ -68,7 +83,9 @@ def rows(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, An
     ends: {"ids": tokens that end a turn, "answer" and "call": those after an answer and after tool calls, "implied":
         True if only the next turn writes them}.
     """
-    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", 1)]
+    if not numbers:
+        return []
     turns = [turn(tokenizer, messages, number, variables, ends) for number in numbers]
 
     def begins(one: tuple[int, int, list[int]], ids: list[int]) -> bool:
