@@ -1,0 +1,76 @@
+"""Word n-grams as 64-bit hashes, by which texts are compared.
+
+Units are words in lower case, and single characters of scripts that are written without spaces. Punctuation and white
+space separate units. Texts of which more than half of the units are such characters are compared by n-grams of six
+units, other texts by n-grams of three.
+
+The hashes are equal in every process and on every machine.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+import zlib
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import regex
+
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_UNIT = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
+_IS_UNSPACED = regex.compile(_UNSPACED)
+WORDS, CHARACTERS = 3, 6
+"""Units of an n-gram of words and of one of characters."""
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+def units(text: str) -> list[str]:
+    """Words and single characters of a text, normalised by NFKC and case folding."""
+    found: list[str] = _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
+    return found
+
+
+def gram_size(text_units: list[str]) -> int:
+    """Units per n-gram by which a text with these units is compared."""
+    unspaced = sum(len(unit) == 1 and _IS_UNSPACED.match(unit) is not None for unit in text_units)
+    return CHARACTERS if 2 * unspaced > len(text_units) else WORDS
+
+
+def gram_hashes(text_units: list[str], size: int) -> Hashes:
+    """Sorted hashes [G] of the distinct n-grams of `size` units; empty if there are fewer units."""
+    return np.unique(ordered_hashes(text_units, size))
+
+
+def ordered_hashes(text_units: list[str], size: int) -> Hashes:
+    """Hashes [U - size + 1] of the n-grams of `size` units, in order."""
+    ids = np.fromiter((_unit_hash(unit) for unit in text_units), np.uint64, len(text_units))
+    count = len(ids) - size + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    mixed = np.zeros(count, np.uint64)
+    for offset in range(size):  # uint64 arithmetic wraps around
+        mixed = _scrambled((mixed ^ ids[offset : offset + count]) * _FACTOR)
+    return mixed
+
+
+def _scrambled(values: Hashes) -> Hashes:
+    """A bijection that spreads every input bit over the output (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@lru_cache(maxsize=1 << 17)
+def _unit_hash(unit: str) -> int:
+    data = unit.encode("utf-8", "surrogatepass")
+    return zlib.crc32(data) | zlib.adler32(data) << 32
+
+
+def text_hash(text: str) -> int:
+    """64-bit hash of the units of a text; 0 for a text without any."""
+    found = units(text)
+    return int(ordered_hashes(found, len(found))[0]) if found else 0

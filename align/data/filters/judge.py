@@ -1,0 +1,107 @@
+"""Judge a row's texts by the filters of a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
+
+from align.config.filters import (
+    ContaminationFilter,
+    DuplicateFilter,
+    Filter,
+    GarbledFilter,
+    JsonFilter,
+    KeywordFilter,
+    LanguageFilter,
+    LengthFilter,
+    MarkdownFilter,
+    PersonalFilter,
+    RefusalFilter,
+    RepetitionFilter,
+    RowFilter,
+    TruncatedFilter,
+)
+from align.data.filters import quality
+from align.data.filters.contamination import ItemIndex
+from align.data.filters.language import language_of, with_members
+from align.data.filters.personal import personal_data
+from align.data.filters.texts import Texts
+
+Judge = Callable[[Texts], str | None]
+"""Reason to drop a row with these texts, if any."""
+
+
+def build_judge(filters: Sequence[Filter], items: Mapping[str, Sequence[str]]) -> Judge:
+    """The first reason among all filters but `duplicates`, in the order of the recipe.
+
+    items: {name: texts} of the evaluation sets that `contamination` names.
+    """
+    judges = [_judge(settings, items) for settings in filters if not isinstance(settings, DuplicateFilter)]
+    return lambda texts: next((reason for judge in judges if (reason := judge(texts)) is not None), None)
+
+
+def _judge(settings: RowFilter, items: Mapping[str, Sequence[str]]) -> Judge:
+    match settings:
+        case LengthFilter():
+            return lambda texts: _length(texts.part(settings.part), settings)
+        case LanguageFilter():
+            kept = with_members(settings.keep)
+            return lambda texts: _language(texts.part(settings.part), kept)
+        case RepetitionFilter():
+            return _any_answer(
+                lambda answer: quality.repeated_share(answer) > settings.max_share, "an answer repeats itself"
+            )
+        case GarbledFilter():
+            return lambda texts: "garbled text" if quality.garbled(texts.part("all")) else None
+        case TruncatedFilter():
+            return _any_answer(quality.truncated, "an answer is truncated")
+        case MarkdownFilter():
+            return _any_answer(quality.broken_markdown, "broken Markdown in an answer")
+        case JsonFilter():
+            return _any_answer(quality.broken_json, "broken JSON in an answer")
+        case RefusalFilter():
+            return _any_answer(quality.refuses, "an answer is a refusal")
+        case PersonalFilter():
+            return lambda texts: _personal(texts.part(settings.part), settings)
+        case KeywordFilter():
+            patterns = [re.compile(pattern, re.IGNORECASE) for pattern in settings.patterns]
+            return lambda texts: _keyword(texts.part(settings.part), patterns)
+        case ContaminationFilter():
+            indices = {name: ItemIndex(items[name]) for name in settings.against}
+            return lambda texts: _contaminated(texts, indices, settings.threshold)
+        case _:
+            assert_never(settings)
+
+
+def _any_answer(fault: Callable[[str], bool], reason: str) -> Judge:
+    return lambda texts: reason if any(map(fault, texts.answers)) else None
+
+
+def _length(text: str, settings: LengthFilter) -> str | None:
+    if len(text) < settings.min_chars:
+        return f"{settings.part} shorter than {settings.min_chars} characters"
+    if settings.max_chars is not None and len(text) > settings.max_chars:
+        return f"{settings.part} longer than {settings.max_chars} characters"
+    return None
+
+
+def _language(text: str, kept: frozenset[str]) -> str | None:
+    language = language_of(text)
+    return None if language is None or language in kept else f"language {language}"
+
+
+def _personal(text: str, settings: PersonalFilter) -> str | None:
+    kind = personal_data(text, settings.find)
+    return None if kind is None else f"personal data: {kind}"
+
+
+def _keyword(text: str, patterns: Sequence[re.Pattern[str]]) -> str | None:
+    found = next((pattern.pattern for pattern in patterns if pattern.search(text)), None)
+    return None if found is None else f"keyword {found}"
+
+
+def _contaminated(texts: Texts, indices: Mapping[str, ItemIndex], threshold: float) -> str | None:
+    text = texts.part("all")
+    found = next((name for name, index in indices.items() if index.best_match(text, threshold)), None)
+    return None if found is None else f"contains an item of {found}"
