@@ -143,13 +143,25 @@ class DuplicateFilter(Section):
     and Japanese characters: 6-grams) with an earlier row. Default: only equal texts."""
 
 
+class EvaluationSet(Section):
+    """An evaluation set whose items must not be trained on."""
+
+    name: str
+    """Name in the data report, for example `gsm8k`."""
+    path: str
+    """File or folder in any format of a `file` source."""
+    column: str | None = None
+    """Column with the text of an item. Default: the prompt of a row that has one, otherwise its column `question`,
+    `problem`, `query`, `turns` or `text`."""
+
+
 class ContaminationFilter(Section):
     """Drop training rows that contain an item of an evaluation set."""
 
     kind: Literal["contamination"]
     """Selects contamination."""
-    against: dict[str, str] = Field(min_length=1)
-    """Evaluation sets as {name: path}. A path is a file or folder that a `file` source could read."""
+    against: list[EvaluationSet] = Field(min_length=1)
+    """The evaluation sets."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.35
     """Share of an item's word 3-grams (of Chinese and Japanese characters: 6-grams) that a training row must have to be
     dropped. Items of fewer than eight n-grams count only if the row has all of them."""

@@ -68,7 +68,7 @@ def _judge(settings: RowFilter, items: Mapping[str, Sequence[str]]) -> Judge:
             patterns = [re.compile(pattern, re.IGNORECASE) for pattern in settings.patterns]
             return lambda texts: _keyword(texts.part(settings.part), patterns)
         case ContaminationFilter():
-            indices = {name: ItemIndex(items[name]) for name in settings.against}
+            indices = {target.name: ItemIndex(items[target.name]) for target in settings.against}
             return lambda texts: _contaminated(texts, indices, settings.threshold)
         case _:
             assert_never(settings)
