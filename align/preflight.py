@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from align.config.data_files import list_files
 from align.config.families import TABLE
+from align.config.filters import EvaluationSet, LanguageFilter
 from align.config.parallel import Parallel
 from align.config.parts import FileSource, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.paths import local_path
@@ -18,6 +20,7 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import CodeReward, FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
+from align.data.filters.language import with_members
 from align.data.shapes import variables_problem
 from align.errors import UserError
 from align.eval.task import resolve_task
@@ -92,6 +95,10 @@ def _of_template(path: str, variables: Mapping[str, Any]) -> Iterator[str]:
 def _of_stage(name: str, stage: Stage) -> Iterator[str]:
     for field, source in find(stage, FileSource):
         yield from _file(f"stages.{name}.{field}", source)
+    for field, target in find(stage, EvaluationSet):
+        yield from _data(f"stages.{name}.{field}", partial(list_files, target.path))
+    for field, settings in find(stage, LanguageFilter):
+        yield from _data(f"stages.{name}.{field}", partial(with_members, settings.keep))
     for field, reference, accepted in stage.checkpoints():
         if is_path(reference):
             problem = f"'{reference}' has no config.json; set it to the folder of a checkpoint."
@@ -221,8 +228,12 @@ def _config_in(path: str) -> dict[str, Any] | None:
 
 
 def _file(where: str, source: FileSource) -> Iterator[str]:
+    return _data(where, lambda: list_files(source.path, source.splits()))
+
+
+def _data(where: str, check: Callable[[], object]) -> Iterator[str]:
     try:
-        list_files(source.path, source.splits())
+        check()
     except UserError as error:
         yield f"{where}: {error}"
 

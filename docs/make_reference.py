@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import evaluation, parallel, parts, ppo, rewards, rollout, stage, stages
+from align.config import evaluation, filters, parallel, parts, ppo, rewards, rollout, stage, stages
 from align.config.recipe import Recipe
 from align.config.section import RuntimeSetting
 
@@ -57,6 +57,24 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Hub data set", parts.HubSource),
             ("Python's documentation", parts.PythonDocsSource),
             ("Rows of a stage", parts.StageSource),
+        ],
+    ),
+    (
+        "Filters",
+        [
+            ("Length of a text", filters.LengthFilter),
+            ("Language", filters.LanguageFilter),
+            ("Repetition", filters.RepetitionFilter),
+            ("Garbled text", filters.GarbledFilter),
+            ("Truncated answers", filters.TruncatedFilter),
+            ("Broken Markdown", filters.MarkdownFilter),
+            ("Broken JSON", filters.JsonFilter),
+            ("Refusals", filters.RefusalFilter),
+            ("Personal data", filters.PersonalFilter),
+            ("Regular expressions", filters.KeywordFilter),
+            ("Duplicates", filters.DuplicateFilter),
+            ("Contamination", filters.ContaminationFilter),
+            ("Evaluation set", filters.EvaluationSet),
         ],
     ),
     ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora)]),
@@ -123,6 +141,7 @@ TITLES = {model: title for _, group in SECTIONS for title, model in group}
 UNIONS = {
     get_args(parts.Model)[0]: "[one of the models](#models)",
     get_args(parts.Source)[0]: "[Source](#every-source)",
+    get_args(filters.Filter)[0]: "[one of the filters](#filters)",
     get_args(stages.Stage)[0]: "[one of the stages](#stages)",
     get_args(rewards.Reward)[0]: "[Reward](#every-reward)",
 }

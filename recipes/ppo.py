@@ -44,6 +44,7 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             max_prompt_length=stage.max_prompt_length,
             seed=context.seed,
             stage_dirs=context.stage_dirs,
+            filters=stage.filters,
         ),
     )
     context.say(f"  data: {report.summary()}")

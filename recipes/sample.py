@@ -36,7 +36,12 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
     max_prompt_length = rollout.max_model_length - rollout.max_new_tokens
     splits = {
         split: prepare_prompts(
-            sources, tokenizer, max_prompt_length=max_prompt_length, seed=context.seed, stage_dirs=context.stage_dirs
+            sources,
+            tokenizer,
+            max_prompt_length=max_prompt_length,
+            seed=context.seed,
+            stage_dirs=context.stage_dirs,
+            filters=stage.filters if split == "train" else (),
         )
         for split, sources in (("train", stage.train), ("held_out", stage.held_out))
         if sources

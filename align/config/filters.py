@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.config.section import Fraction, Positive, Section
 
@@ -183,3 +183,12 @@ RowFilter = (
 """Filters that judge a row by itself."""
 
 Filter = Annotated[RowFilter | DuplicateFilter, Field(discriminator="kind")]
+
+
+def _compared_once(filters: list[Filter]) -> list[Filter]:
+    if sum(isinstance(settings, DuplicateFilter) for settings in filters) > 1:
+        raise ValueError("has two filters of the kind duplicates, but rows are compared once; remove one of them")
+    return filters
+
+
+Filters = Annotated[list[Filter], AfterValidator(_compared_once)]

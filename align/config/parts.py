@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from align.config.filters import Filters
 from align.config.presets import DEFAULT_FAMILY, PRESETS, unknown_keys
 from align.config.section import RUNTIME, Fraction, Positive, Section
 
@@ -267,6 +268,8 @@ class Data(Section):
     """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of the training rows to hold out, chosen by a hash of the prompt. Ignored if `held_out` is set."""
+    filters: Filters = Field(default_factory=list)
+    """Filters of the training rows, applied in order. Rows of `held_out` sources are not filtered."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Maximum tokens per row, including the prompt. Longer SFT rows are truncated and longer pairs dropped; both are
     counted in the manifest. Pretraining documents are concatenated and split into rows of this length."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.evaluation import Tasks
+from align.config.filters import Filters
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
@@ -108,6 +109,8 @@ class SampleStage(StageWithParent):
     `chosen`) make no pair."""
     held_out: list[Source] = Field(default_factory=list)
     """Sources of prompts for the held-out pairs."""
+    filters: Filters = Field(default_factory=list)
+    """Filters of the training prompts, applied in order. They judge prompts, not reference answers."""
     neighbours: Fraction = 0.5
     """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
     rollout: Rollout = Rollout()

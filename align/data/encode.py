@@ -22,9 +22,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from align.config.filters import Filter
 from align.data import shapes
 from align.data.chat import Conversation as Chat
 from align.data.chat import ConversationEncoder, check_template
+from align.data.filters.items import evaluation_items
+from align.data.filters.judge import build_judge
+from align.data.filters.texts import texts_of
 from align.data.rows import Row
 from align.data.shapes import Conversation, DropRow, Pair, Shape, Unreadable
 from align.data.splits import prompt_key
@@ -69,10 +73,12 @@ class Encoding:
     """Settings that determine how a row is encoded, besides the tokenizer.
 
     max_length: maximum tokens of a row, including the prompt; of the prompt for `prompts`; unused for `text`.
+    filters: drop rows for what their texts are.
     """
 
     kind: Kind
     max_length: int = 0
+    filters: tuple[Filter, ...] = ()
 
 
 @dataclass
@@ -116,6 +122,7 @@ class RowEncoder:
         if encoding.kind == "text" and tokenizer.eos_token_id is None:
             raise _no_eos("which pretraining puts after each document")
         self._chat = ConversationEncoder(tokenizer) if tokenizer.chat_template else None
+        self._judge = build_judge(encoding.filters, evaluation_items(encoding.filters)) if encoding.filters else None
         self._methods: dict[Kind, Callable[[Sequence[Row]], list[Result]]] = {
             "text": self._whole,
             "sft": self._masked,
@@ -138,8 +145,20 @@ class RowEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """The token rows of each row."""
+        judged = [None if self._judge is None else self._refusal(row) for row in rows]
+        kept = [row for row, refusal in zip(rows, judged, strict=True) if refusal is None]
         encode = self._methods[self.encoding.kind]
-        return [result for start in range(0, len(rows), BATCH) for result in encode(rows[start : start + BATCH])]
+        encoded = (result for start in range(0, len(kept), BATCH) for result in encode(kept[start : start + BATCH]))
+        return [next(encoded) if refusal is None else refusal for refusal in judged]
+
+    def _refusal(self, row: Row) -> DropRow | None:
+        """The reason of a filter, or the reason why the row has no texts, if any."""
+        assert self._judge is not None
+        try:
+            reason = self._judge(texts_of(row, ACCEPTED[self.encoding.kind]))
+        except DropRow as unusable:
+            return unusable
+        return None if reason is None else DropRow(f"filter: {reason}")
 
     # --- conversations and texts --------------------------------------------------------------------------
 

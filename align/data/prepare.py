@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from align.config.filters import Filter
 from align.config.parts import Data, Mixture, Source
 from align.data.chat import check_template
 from align.data.encode import Encoding, Kind
@@ -56,10 +57,10 @@ def prepare_text(
 
     attend_across: a document's first token is predicted from the document before it, unless it begins a row.
     """
-    store = Store(cache_folder(data.cache), Encoding("text"), tokenizer, data.workers)
-    train, held_out, report = _split_rows(data, store, seed, stage_dirs or {})
-    made = blocks(train, data.max_length, store.cache)
-    made_held_out = None if held_out is None else blocks(held_out, data.max_length, store.cache)
+    train, held_out, report = _split_rows(data, Encoding("text"), tokenizer, seed, stage_dirs or {})
+    cache = cache_folder(data.cache)
+    made = blocks(train, data.max_length, cache)
+    made_held_out = None if held_out is None else blocks(held_out, data.max_length, cache)
     lengths = block_lengths(report.tokens, data.max_length)
     pieces = len(made.data.column("documents").combine_chunks().flatten())
     report = replace(
@@ -118,13 +119,14 @@ def prepare_prompts(
     max_prompt_length: int,
     seed: int,
     stage_dirs: StageDirs = None,
+    filters: Sequence[Filter] = (),
     cache: str | None = None,
 ) -> tuple[Sequence[PromptRow], DataReport]:
     """(prompts in the order of the shuffled mixture, report). Prompts over `max_prompt_length` tokens are dropped.
 
-    cache: as `data.cache`. Raises `UserError` if no prompt remains.
+    filters: drop prompts. cache: as `data.cache`. Raises `UserError` if no prompt remains.
     """
-    store = Store(cache_folder(cache), Encoding("prompts", max_prompt_length), tokenizer)
+    store = Store(cache_folder(cache), Encoding("prompts", max_prompt_length, tuple(filters)), tokenizer)
     rows = store.mix(store.plan(sources, stage_dirs or {}, seed), sources, Mixture(), seed)
     _require_rows(rows, sources, "max_prompt_length or rollout.max_model_length")
     return PromptRows(rows), make_report([rows], rows, None, all_columns=True)
@@ -134,22 +136,23 @@ def prepare_prompts(
 
 
 def _prepare(data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: StageDirs) -> Prepared:
-    store = Store(cache_folder(data.cache), Encoding(kind, data.max_length), tokenizer, data.workers)
-    train, held_out, report = _split_rows(data, store, seed, stage_dirs or {})
+    train, held_out, report = _split_rows(data, Encoding(kind, data.max_length), tokenizer, seed, stage_dirs or {})
     return Prepared(train.dataset(), None if held_out is None else held_out.dataset(), report)
 
 
 def _split_rows(
-    data: Data, store: Store, seed: int, stage_dirs: Mapping[str, Path]
+    data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
 ) -> tuple[TokenisedRows, TokenisedRows | None, DataReport]:
     """(training rows, held-out rows if any, report). Raises `UserError` if a split would be empty."""
+    unfiltered = Store(cache_folder(data.cache), encoding, tokenizer, data.workers)
+    store = replace(unfiltered, encoding=replace(encoding, filters=tuple(data.filters)))
     plans = store.plan(data.train, stage_dirs, seed)
     # Held-out sources are opened before the slow encoding, so that an error in them is reported early.
-    others = store.plan(data.held_out, stage_dirs, seed)
+    others = unfiltered.plan(data.held_out, stage_dirs, seed)
     rows = store.mix(plans, data.train, data.mixture, seed)
     _require_rows(rows, data.train, "data.max_length")
     if others:
-        held_out = store.mix(others, data.held_out, Mixture(), seed)
+        held_out = unfiltered.mix(others, data.held_out, Mixture(), seed)
         _require_rows(held_out, data.held_out, "data.max_length")
         return rows, held_out, make_report([rows, held_out], rows, held_out)
     if data.held_out_fraction == 0:

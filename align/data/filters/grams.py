@@ -70,6 +70,12 @@ def _unit_hash(unit: str) -> int:
     return zlib.crc32(data) | zlib.adler32(data) << 32
 
 
+def text_grams(text: str) -> Hashes:
+    """Sorted hashes [G] of the distinct n-grams of a text."""
+    found = units(text)
+    return gram_hashes(found, gram_size(found))
+
+
 def text_hash(text: str) -> int:
     """64-bit hash of the units of a text; 0 for a text without any."""
     found = units(text)

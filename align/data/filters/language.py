@@ -31,6 +31,6 @@ def with_members(languages: Collection[str]) -> frozenset[str]:
     known = {label for label, _ in py3langid.rank("")}
     if unknown := sorted(set(languages) - known):
         raise UserError(
-            f"filters.language.keep: py3langid does not identify '{unknown[0]}'. Use ISO 639 codes: en, zh, de."
+            f"keep: py3langid does not identify the language '{unknown[0]}'. Use ISO 639 codes: en, zh, de."
         )
     return frozenset(languages).union(*(_MEMBERS.get(language, ()) for language in languages))

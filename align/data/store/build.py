@@ -25,7 +25,17 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from align.data.encode import Encoding
-from align.data.store.cache import hashed, locked, mark_used, read_json, remove_unused, write_atomically, writing
+from align.data.filters.items import evaluation_files
+from align.data.store.cache import (
+    content_hash,
+    hashed,
+    locked,
+    mark_used,
+    read_json,
+    remove_unused,
+    write_atomically,
+    writing,
+)
 from align.data.store.entry import SEAL, Entry, open_entry, seal_entry
 from align.data.store.fingerprint import code_fingerprint, tokenizer_state
 from align.data.store.reading import ChunkGroup, Reading
@@ -65,6 +75,8 @@ class EntryPlan:
         origin = {
             "contents": reading.identity,
             "encoding": [encoding.kind, encoding.max_length],
+            "filters": [settings.model_dump(mode="json") for settings in encoding.filters],
+            "evaluation_sets": [content_hash(file, cache) for file in evaluation_files(encoding.filters)],
             "selected": None if selected is None else hashed(selected.tolist()),
             "tokenizer": tokenizer_state(tokenizer),
             "code": code_fingerprint(),

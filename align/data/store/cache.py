@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from align.config.paths import local_path
 from align.errors import UserError
@@ -58,6 +61,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write an array under another name and rename it."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    write_atomically(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> Any:

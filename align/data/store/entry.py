@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from align.data.store.cache import read_json, write_atomically, writing
-from align.data.store.shards import ROW, TOKENS, UNREAD, USED, read_counts, read_tokens, shard_facts
+from align.data.store.shards import ROW, TOKENS, UNREAD, USED, read_counts, read_grams, read_tokens, shard_facts
 
 SEAL = "entry.json"
 _ROWS, _TOKENS = "rows.npy", "tokens.npy"
@@ -29,6 +29,7 @@ class Entry:
     unused   {column: rows that have it} of the columns that the stage does not read
     escaped  rows with a text that would have become a control token
     shards   number of shards
+    starts   index of each row's first token row; None if every row has those that were encoded
     """
 
     folder: Path
@@ -39,11 +40,28 @@ class Entry:
     unused: dict[str, int]
     escaped: int
     shards: int
+    starts: np.ndarray | None = None
 
     def first(self) -> np.ndarray:
         """Index of each row's first token row."""
+        if self.starts is not None:
+            return self.starts
         counts = self.rows["count"].astype(np.int64)
         return np.cumsum(counts) - counts
+
+    def without(self, dropped: np.ndarray, reason: str) -> Entry:
+        """The entry without the token rows of some rows. dropped: numbers of these rows."""
+        rows = np.array(self.rows)
+        rows["count"][dropped], rows["reason"][dropped] = 0, len(self.reasons)
+        return replace(self, rows=rows, reasons=[*self.reasons, reason], starts=self.first())
+
+    def grams(self) -> list[np.ndarray]:
+        """The n-grams of each row, memory-mapped; see `align.data.filters.duplicates`."""
+        found: list[np.ndarray] = []
+        for number in range(self.shards):
+            own = read_counts(self.folder, number)[0]["grams"]
+            found += np.split(read_grams(self.folder, number), np.cumsum(own)[:-1]) if len(own) else []
+        return found
 
     def table(self) -> pa.Table:
         """All token rows, memory-mapped."""

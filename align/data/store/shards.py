@@ -3,6 +3,7 @@
 00042.arrow        token rows; lists of int32, or JSON text
 00042.rows.npy     one `ROW` per row of the chunk
 00042.tokens.npy   one `TOKENS` per token row
+00042.grams.npy    n-grams of the rows, one after another; only with a filter of near duplicates
 00042.json         sizes of the three files, reasons and columns; written last, so a shard without it is incomplete
 """
 
@@ -20,19 +21,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from align.config.filters import DuplicateFilter
 from align.data.encode import ACCEPTED, COLUMNS, Encoded, Kind, RowEncoder, is_ids
+from align.data.filters.grams import Hashes, text_grams, text_hash
+from align.data.filters.texts import texts_of
+from align.data.rows import Row
 from align.data.shapes import DropRow, shape_of, unused_columns
 from align.data.splits import key_hash
 from align.data.store.cache import read_json, write_atomically, writing
 from align.data.store.reading import ChunkGroup
 
-ROW = np.dtype([("count", "i4"), ("reason", "i2"), ("key", "u8")])
-"""count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row."""
+ROW = np.dtype([("count", "i4"), ("reason", "i2"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
+"""count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row.
+text: hash of the text by which duplicates are found, 0 without such a filter. grams: its n-grams in grams.npy."""
 TOKENS = np.dtype([("tokens", "i4"), ("loss", "i4"), ("truncated", "?"), ("split", "?"), ("digest", "u8")])
 """tokens, loss: counts of tokens. digest: hash of the ids and labels."""
 USED, UNREAD = -1, -2
 """`ROW.reason` of a row that became token rows, and of one that `limit` left out."""
 SUFFIXES = (".arrow", ".rows.npy", ".tokens.npy")
+GRAMS = ".grams.npy"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class ShardWriter:
     folder: Path
     kind: Kind
     encoder: RowEncoder
+    duplicates: DuplicateFilter | None = None
 
     def write(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> None:
         """Write shard `number`. selected: indices of the rows of the chunk to encode; None for all."""
@@ -50,22 +58,37 @@ class ShardWriter:
         columns, unused, reasons = Counter[str](), Counter[str](), dict[str, int]()
         table, encoded, escaped = np.zeros(len(rows), ROW), list[Encoded](), self.encoder.escaped
         table["reason"] = UNREAD
+        grams = [np.zeros(0, np.uint64)]
         for index, result in zip(used, self.encoder([rows[index] for index in used]), strict=True):
             row = rows[index]
             columns.update(name for name, value in row.items() if value is not None)
             if (shape := shape_of(row, ACCEPTED[self.kind])) is not None:
                 unused.update(unused_columns(row, shape))
             if isinstance(result, DropRow):
-                table[index] = (0, reasons.setdefault(str(result), len(reasons)), 0)
+                table[index]["reason"] = reasons.setdefault(str(result), len(reasons))
             else:
-                table[index] = (len(result), USED, key_hash(result[0].key))
+                text, own = self._compared(row)
+                grams.append(own)
+                table[index] = (len(result), USED, key_hash(result[0].key), text, len(own))
                 encoded += result
         facts = {"reasons": list(reasons), "columns": columns, "unused": unused}
-        self._save(number, table, encoded, {**facts, "escaped": self.encoder.escaped - escaped})
+        facts |= {"escaped": self.encoder.escaped - escaped}
+        self._save(number, table, encoded, np.concatenate(grams), facts)
 
-    def _save(self, number: int, rows: np.ndarray, encoded: list[Encoded], facts: Mapping[str, Any]) -> None:
+    def _compared(self, row: Row) -> tuple[int, Hashes]:
+        """(hash of the row's text, its n-grams), as far as duplicates are found by them."""
+        if self.duplicates is None:
+            return 0, np.zeros(0, np.uint64)
+        text = texts_of(row, ACCEPTED[self.kind]).part(self.duplicates.part)
+        return text_hash(text), text_grams(text) if self.duplicates.near is not None else np.zeros(0, np.uint64)
+
+    def _save(
+        self, number: int, rows: np.ndarray, encoded: list[Encoded], grams: Hashes, facts: Mapping[str, Any]
+    ) -> None:
         tokens = np.array([(e.tokens, e.loss_tokens, e.truncated, e.split, _digest(e)) for e in encoded], TOKENS)
         contents = {".arrow": _arrow(self.kind, encoded), ".rows.npy": _npy(rows), ".tokens.npy": _npy(tokens)}
+        if self.duplicates is not None and self.duplicates.near is not None:
+            contents[GRAMS] = _npy(grams)
         stem = self.folder / f"{number:05d}"
         with writing(self.folder):
             for suffix, content in contents.items():
@@ -119,7 +142,8 @@ def shard_facts(folder: Path, number: int) -> dict[str, Any] | None:
     if not isinstance(facts, dict):
         return None
     try:
-        if any(stem.with_name(stem.name + s).stat().st_size != facts["sizes"][s] for s in SUFFIXES):
+        sizes = {suffix: facts["sizes"][suffix] for suffix in {*SUFFIXES, *facts["sizes"]}}
+        if any(stem.with_name(stem.name + suffix).stat().st_size != size for suffix, size in sizes.items()):
             return None
         read_tokens(folder, number)
     except (OSError, KeyError, pa.ArrowException):
@@ -136,3 +160,9 @@ def read_counts(folder: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
     """(ROW per row, TOKENS per token row) of a shard."""
     stem = f"{number:05d}"
     return np.load(folder / f"{stem}.rows.npy"), np.load(folder / f"{stem}.tokens.npy")
+
+
+def read_grams(folder: Path, number: int) -> np.ndarray:
+    """The n-grams of a shard's rows, memory-mapped; `ROW.grams` says how many each row has."""
+    grams: np.ndarray = np.load(folder / f"{number:05d}{GRAMS}", mmap_mode="r")
+    return grams

@@ -16,10 +16,12 @@ import pyarrow.compute as pc
 from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
+from align.config.filters import DuplicateFilter
 from align.config.parts import Mixture, Source
 from align.data.encode import Encoding
 from align.data.splits import held_out_below
 from align.data.store.build import EntryPlan, build_entry, row_counts
+from align.data.store.duplicates import without_duplicates
 from align.data.store.entry import Entry
 from align.data.store.order import Order, chosen_rows, mixed_order
 from align.data.store.reading import open_source
@@ -52,6 +54,9 @@ class Store:
     def mix(self, plans: Sequence[EntryPlan], sources: Sequence[Source], mixture: Mixture, seed: int) -> TokenisedRows:
         """Tokenise what is missing and put the rows of all sources in order."""
         entries = [build_entry(plan, self.workers) for plan in plans]
+        for settings in self.encoding.filters:
+            if isinstance(settings, DuplicateFilter):
+                entries = without_duplicates(entries, settings, self.cache)
         order = mixed_order([len(entry.rows) for entry in entries], sources, mixture, seed)
         return TokenisedRows([plan.reading.name for plan in plans], entries, order)
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from align.config.filters import DuplicateFilter
 from align.data.encode import Encoding, RowEncoder
 from align.data.store.reading import ChunkGroup
 from align.data.store.shards import ShardWriter
@@ -36,7 +37,9 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
 
     def writer(self) -> ShardWriter:
-        return ShardWriter(self.folder, self.encoding.kind, RowEncoder(self.encoding, self.tokenizer))
+        encoding = self.encoding
+        duplicates = next((f for f in encoding.filters if isinstance(f, DuplicateFilter)), None)
+        return ShardWriter(self.folder, encoding.kind, RowEncoder(encoding, self.tokenizer), duplicates)
 
 
 class Worker:

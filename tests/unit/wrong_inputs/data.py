@@ -201,3 +201,45 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     here.write("rows.jsonl", '{"question": "a", "answer": "b"}\n')
     return here.align("data", "convert", "rows.jsonl", "out.jsonl")
+
+
+def _filtered(*filters: dict[str, object]) -> dict[str, object]:
+    return {"train": [{"kind": "file", "path": "rows.jsonl"}], "filters": list(filters)}
+
+
+@wrong("filter-language", "A language that cannot be identified")
+def _(here: Here) -> str:
+    return here.check(data=_filtered({"kind": "language", "keep": ["en", "qq"]}))
+
+
+@wrong("filter-pattern", "A keyword that is not a regular expression")
+def _(here: Here) -> str:
+    return here.check(data=_filtered({"kind": "keywords", "patterns": ["("]}))
+
+
+@wrong("filter-length", "A filter of length that drops every row")
+def _(here: Here) -> str:
+    return here.check(data=_filtered({"kind": "length", "min_chars": 20, "max_chars": 10}))
+
+
+@wrong("filter-duplicates-twice", "Two filters of duplicates")
+def _(here: Here) -> str:
+    return here.check(data=_filtered({"kind": "duplicates"}, {"kind": "duplicates", "near": 0.5}))
+
+
+@wrong("filter-kind", "A filter that does not exist")
+def _(here: Here) -> str:
+    return here.check(data=_filtered({"kind": "duplicate"}))
+
+
+@wrong("evaluation-set-missing", "A missing evaluation set")
+def _(here: Here) -> str:
+    target = {"name": "gsm8k", "path": "test.jsonl"}
+    return here.check(data=_filtered({"kind": "contamination", "against": [target]}))
+
+
+@wrong("evaluation-set-without-items", "An evaluation set whose column is not known")
+def _(here: Here) -> str:
+    here.write("test.jsonl", '{"task": "Add 2 and 2."}\n')
+    target = {"name": "sums", "path": "test.jsonl"}
+    return here.run(data=_filtered({"kind": "contamination", "against": [target]}))
