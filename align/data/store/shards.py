@@ -71,8 +71,8 @@ class ShardWriter:
                 grams.append(own)
                 table[index] = (len(result), USED, key_hash(result[0].key), text, len(own))
                 encoded += result
-        facts = {"reasons": list(reasons), "columns": columns, "unused": unused}
-        facts |= {"escaped": self.encoder.escaped - escaped}
+        count = self.encoder.escaped - escaped
+        facts = {"reasons": list(reasons), "columns": columns, "unused": unused, "escaped": count}
         self._save(number, table, encoded, np.concatenate(grams), facts)
 
     def _compared(self, row: Row) -> tuple[int, Hashes]:
