@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align.models.family import family_of
-from align.models.lora.adapters import is_lora_weight
+from align.models.lora.adapters import is_lora_weight, save_adapter
 from align.models.lora.experts import delta, peft_shape
 from align.models.lora.merge import plain_buffers, plain_parameters
 from align.parallel.sharding import full_shape, shard_values, shards, world
@@ -64,7 +64,7 @@ def save_sharded_adapter(model: Any, folder: Path) -> None:
                 tensors[first] if first != name else peft_shape(name, gather(parameter, torch.float32, rank))
             )
     if rank == 0:
-        model.save_pretrained(folder, state_dict=tensors)
+        save_adapter(model, folder, state_dict=tensors)
 
 
 def gather(parameter: Any, dtype: torch.dtype, rank: int) -> Tensor:

@@ -22,7 +22,7 @@ from align.config.parts import Lora
 from align.config.presets import DEFAULT_FAMILY
 from align.errors import UserError
 from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
-from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name
+from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name, save_adapter
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
 from align.parallel.sharding import full_shape, local_values, world
@@ -242,7 +242,7 @@ def save_model(
         _save_sharded(model, tokenizer, stage_dir, getattr(torch, dtype))
         return
     if hasattr(model, "peft_config"):
-        replace_folder(stage_dir / "adapter", lambda folder: model.save_pretrained(folder))
+        replace_folder(stage_dir / "adapter", lambda folder: save_adapter(model, folder))
     merged = merge_lora(model)
     for parameter in merged.parameters():  # buffers, such as routers' correction biases, keep their precision
         parameter.data = parameter.data.to(getattr(torch, dtype))

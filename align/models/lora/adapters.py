@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from align.config.parts import Lora
@@ -44,6 +45,8 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     """
     from peft import get_peft_model
 
+    from align.models.lora.experts import apply_by_row
+
     # Some families keep a router's correction bias as a parameter that never trains.
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     tied = lora.train_embeddings and is_tied(model)
@@ -51,6 +54,7 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
         # join_embeddings ties the copies.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
+    apply_by_row(wrapped)
     if lora.train_embeddings:
         join_embeddings(wrapped.get_base_model(), tied=tied)
     for name, parameter in wrapped.named_parameters():
@@ -133,6 +137,14 @@ def without_reference_adapter(model: AnyModel) -> Iterator[None]:
         yield
     finally:
         del model.add_adapter, model.get_parameter
+
+
+def save_adapter(model: AnyModel, folder: Path, **options: Any) -> None:
+    """Write the adapter to `folder` as PEFT does, with settings that stock PEFT applies to the same layers."""
+    from align.models.lora.targets import make_portable
+
+    model.save_pretrained(folder, **options)
+    make_portable(folder, model.config.model_type)
 
 
 def merge_lora(model: AnyModel) -> AnyModel:

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
-from align.models.experts import ExpertRows, in_autocast_dtype, sorted_product
+from align.models.experts import ExpertRows, Experts, in_autocast_dtype, sorted_product
 
 
 class Factor(nn.Module):
@@ -27,15 +27,57 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight_EOI)
 
     def forward(self, rows_NI: Tensor, division: ExpertRows) -> Tensor:
-        rows_NI, weight_EOI = in_autocast_dtype(rows_NI, self.weight)
+        rows_NI, weight_EOI = in_autocast_dtype(rows_NI.to(self.weight.dtype), self.weight)
         return sorted_product(rows_NI, weight_EOI, division)
 
 
-class ExpertAdapter(ParamWrapper):
-    """Adapter on one stack of an `Experts` module. The module adds `correction` to the stack's product.
+class _ByRow(ParamWrapper):
+    """Adapter on one stack of an `Experts` module. The module adds `correction` to the stack's product."""
 
-    It replaces an adapter that PEFT created for all experts of the layer. It keeps PEFT's names and switches, and
-    copies the factors of this rank's experts. `peft_shape` converts factors to the shapes that PEFT saves.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif not self.merged and any(name in self.lora_A for name in self.active_adapters):
+            kwargs[self.parameter_name] = self.correction
+        outputs: Tensor = self.base_layer(*args, **kwargs)
+        return outputs
+
+    def correction(self, rows_NI: Tensor, division: ExpertRows) -> Tensor:
+        """Sum over the active adapters of s B_e A_e x for each row, [N, O]."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        outputs = [self.product(name, rows_NI, division) * self.scaling[name] for name in active]
+        total: Tensor = sum(outputs[1:], outputs[0])
+        return total.to(rows_NI.dtype)
+
+    def product(self, name: str, rows_NI: Tensor, division: ExpertRows) -> Tensor:
+        """B_e A_e x of one adapter, [N, O]."""
+        raise NotImplementedError
+
+
+class RowAdapter(_ByRow):
+    """PEFT's adapter with PEFT's factors, A [E r, I] and B [O, r E], applied by row.
+
+    PEFT adds, loads, saves, merges and switches it as its own.
+    """
+
+    def product(self, name: str, rows_NI: Tensor, division: ExpertRows) -> Tensor:
+        a_EI, b_OE = self.lora_A[name].weight, self.lora_B[name].weight
+        rows_NI, a_EI, b_OE = in_autocast_dtype(rows_NI.to(a_EI.dtype), a_EI, b_OE)
+        a_ErI = a_EI.unflatten(0, (self.num_experts, -1))
+        # Grouped products refuse the strides of the permuted view.
+        b_EOr = b_OE.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1).contiguous()
+        return sorted_product(sorted_product(rows_NI, a_ErI, division), b_EOr, division)
+
+
+RowAdapter.__name__ = ParamWrapper.__name__  # PEFT finds the wrapper of a second adapter by this name
+
+
+class ExpertAdapter(_ByRow):
+    """Adapter with the factors of this rank's experts, A [E, r, I] and B [E, O, r].
+
+    It replaces an adapter that PEFT created for all experts of the layer, and keeps PEFT's names and switches.
+    `peft_shape` converts factors to the shapes that PEFT saves.
     """
 
     def __init__(self, made: ParamWrapper):
@@ -54,24 +96,23 @@ class ExpertAdapter(ParamWrapper):
         yield from self.lora_A.parameters()
         yield from self.lora_B.parameters()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.disable_adapters:
-            kwargs[self.parameter_name] = self.correction
-        outputs: Tensor = self.base_layer(*args, **kwargs)
+    def product(self, name: str, rows_NI: Tensor, division: ExpertRows) -> Tensor:
+        outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, division), division)
         return outputs
 
-    def correction(self, rows_NI: Tensor, division: ExpertRows) -> Tensor:
-        """s B_e A_e x for each row, [N, O]."""
-        (name,) = self.active_adapters
-        outputs: Tensor = self.lora_B[name](self.lora_A[name](rows_NI, division), division) * self.scaling[name]
-        return outputs
+
+def apply_by_row(model: nn.Module) -> None:
+    """Let every PEFT adapter on a stack of `Experts` compute by row; its parameters are unchanged."""
+    for module in model.modules():
+        if type(module) is ParamWrapper and isinstance(module.get_base_layer(), Experts):
+            module.__class__ = RowAdapter
 
 
 def adapt_by_row(model: nn.Module) -> None:
-    """Replace every PEFT adapter on a stack by an `ExpertAdapter`."""
+    """Replace every PEFT adapter on a stack by an `ExpertAdapter`, which holds the factors of this rank's experts."""
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
-            if type(child) is ParamWrapper:
+            if type(child) in (ParamWrapper, RowAdapter):
                 setattr(parent, key, ExpertAdapter(child))
 
 

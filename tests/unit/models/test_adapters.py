@@ -55,7 +55,7 @@ def test_a_plain_model_is_left_alone() -> None:
 def test_factors_of_experts_are_written_as_peft_reads_them() -> None:
     """PEFT computes the expected delta. Its factors are unchanged after conversion to our shapes and back."""
     model = HunYuanForCausalLM(HunYuanConfig(**SIZES | {"intermediate_size": 6}, num_key_value_heads=1, num_experts=3))
-    wrappers = [m for m in add_lora(model, Lora(rank=2), task="CAUSAL_LM").modules() if type(m) is ParamWrapper]
+    wrappers = [m for m in add_lora(model, Lora(rank=2), task="CAUSAL_LM").modules() if isinstance(m, ParamWrapper)]
     assert len(wrappers) == 2  # gate and up projections are one stacked parameter
     for wrapper in wrappers:
         written = [factor["default"].weight for factor in (wrapper.lora_A, wrapper.lora_B)]
@@ -100,7 +100,7 @@ def test_trained_embeddings_stay_tied_and_are_merged_and_published(tmp_path, kin
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         torch.testing.assert_close(model(ids).logits.float(), plain(ids).logits.float(), **near)
         hidden = model.get_base_model().model(input_ids=ids).last_hidden_state
-        logprobs, _ = model.get_output_embeddings()(hidden[0, :-1], ids[0, 1:], 1.0)
+        logprobs = model.get_output_embeddings()(hidden[0, :-1], ids[0, 1:], 1.0).logprobs_N
         expected = model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     assert hidden.dtype == dtype
     torch.testing.assert_close(logprobs, expected, **near)
