@@ -65,15 +65,6 @@ def feed_forward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> float
     return run.tokens * shape.activations.layer(layer, run).feed_forward
 
 
-def merged_experts(layer: LayerShape, run: Pass) -> int:
-    """Bytes of a layer's expert weights with the adapters added, which PEFT saves for the backward pass.
-
-    Zero without LoRA on experts. Counted under DeepSpeed too, although `align.models.lora.experts` does not build these
-    weights there.
-    """
-    return layer.experts * run.bytes_per_value if run.lora is not None and run.lora.experts else 0
-
-
 def checkpoint_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
     """Bytes that a layer saves under activation checkpointing: its input, router values, and kept keys and values."""
     kept = shape.hidden_size + shape.keeps_kv * layer.cache

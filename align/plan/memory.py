@@ -243,11 +243,11 @@ class _Rank:
         The larger stack of expert matrices (gate and up) has two thirds of the expert parameters. Under autocast its
         gradient exists in both bf16 and fp32. If gradients are sharded, the gradient of a stack larger than the bucket
         stays until it is reduced; a smaller one is copied into the bucket and flattened once more for the
-        reduce-scatter. LoRA on experts needs the gradients of the merged matrices and of the adapters' product.
+        reduce-scatter. Under LoRA the experts have no gradients.
         """
         local, width = self.local_experts(layer), self.value_bytes
         if member.lora is not None:
-            return 2 * local * width * member.lora.experts
+            return 0.0
         stack = 2 / 3 * local
         if not self.sharded_gradients:
             cast = width * stack if width < self.weight_bytes(member) else 0
@@ -291,22 +291,19 @@ class _Rank:
         checkpointed = setting.gradient_checkpointing
         keep = activations.checkpoint_bytes if checkpointed else activations.layer_bytes
         saved = sum(count * keep(shape, layer, run) for layer, count in shape.kinds)
-        merged = 0.0 if checkpointed else sum(count * self.merged(member, layer) for layer, count in shape.kinds)
         accumulated = self.kept_gradients(member) if setting.accumulation(self.job) > 1 else 0.0
         loss, head_gradient = self.head(member, run)
         forward: Bytes = {
             "activations": saved + self.outside_bytes(member, run),
-            "merged experts": merged,
             "cast weights": self.cast_weights(member),
             gradients: accumulated,
         }
         at_loss = {**forward, **self.gathered(member, again=True, arriving=False), "loss head": loss}
         last, first = shape.layers[-1], shape.layers[0]
         at_last = self.backward(member, last, saved, 0 if sharded else head_gradient, accumulated)
-        at_last |= {"merged experts": merged or self.merged(member, last), "cast weights": self.cast_weights(member)}
+        at_last["cast weights"] = self.cast_weights(member)
         done = self.kept_gradients(member) - (0 if sharded else self.layer_gradients(member, first))
         at_first = self.backward(member, first, keep(shape, first, run), done, accumulated)
-        at_first["merged experts"] = self.merged(member, first)
         return {
             FORWARD: {**forward, **self.gathered(member)},
             LOSS: at_loss,
@@ -370,9 +367,6 @@ class _Rank:
         """Activations saved outside the layers, with token ids and masks."""
         small = 8 + 8 + (run.length if run.padded else 0)
         return run.tokens * (member.shape.activations.outside(run) + small)
-
-    def merged(self, member: Member, layer: LayerShape) -> float:
-        return activations.merged_experts(layer, self.run(member)) / self.setting.expert_parallel_size
 
     def cast_weights(self, member: Member) -> float:
         """bf16 copies of fp32 weights, which autocast keeps until the backward pass has used them."""

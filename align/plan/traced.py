@@ -246,7 +246,7 @@ def _model(
     if lora is not None:
         model.requires_grad_(False)
         if lora.attention or lora.shared_mlp:
-            # Adapters on experts are counted by `align.plan.activations.merged_experts`.
+            # Adapters on experts save little: they compute by row, like the linear layers.
             add_lora(model, lora.model_copy(update={"experts": False}), task="CAUSAL_LM", in_float32=adapter_bytes == 4)
     return model
 

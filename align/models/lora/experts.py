@@ -1,8 +1,9 @@
 """LoRA on stacked experts, applied to the rows of each expert instead of to its weights.
 
 PEFT adds B_e A_e to the whole stack before every forward pass, which needs a copy and a gradient as large as the stack.
-Here W_e x + s B_e (A_e x) is computed for the rows x of expert e. The experts may be rank-local. The factors may be
-sharded by ZeRO-3, because each factor's weight is read only in the forward pass of its own module.
+Here W_e x + s B_e (A_e x) is computed for the rows x of expert e. In one process the factors remain those of PEFT
+(`RowAdapter`). Under DeepSpeed the experts may be rank-local and the factors sharded by ZeRO-3, because each factor's
+weight is read only in the forward pass of its own module (`ExpertAdapter`).
 
 Shapes: N rows sorted by expert, E experts on this rank, I inputs, O outputs, r LoRA rank.
 """
@@ -62,7 +63,8 @@ class RowAdapter(_ByRow):
     """
 
     def product(self, name: str, rows_NI: Tensor, division: ExpertRows) -> Tensor:
-        a_EI, b_OE = self.lora_A[name].weight, self.lora_B[name].weight
+        a_EI: Any = self.lora_A[name].weight
+        b_OE: Any = self.lora_B[name].weight
         rows_NI, a_EI, b_OE = in_autocast_dtype(rows_NI.to(a_EI.dtype), a_EI, b_OE)
         a_ErI = a_EI.unflatten(0, (self.num_experts, -1))
         # Grouped products refuse the strides of the permuted view.
@@ -112,7 +114,7 @@ def adapt_by_row(model: nn.Module) -> None:
     """Replace every PEFT adapter on a stack by an `ExpertAdapter`, which holds the factors of this rank's experts."""
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
-            if type(child) in (ParamWrapper, RowAdapter):
+            if isinstance(child, ParamWrapper) and not isinstance(child, ExpertAdapter):
                 setattr(parent, key, ExpertAdapter(child))
 
 
