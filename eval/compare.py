@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from align.eval.statistics import paired_bootstrap_difference, summarize
+from align.eval.statistics.intervals import difference_interval
+from align.eval.statistics.significance import holm, minimum_detectable_effect, paired_test
+from align.eval.statistics.summary import summarize
 from align.run.metrics import EVALUATION, with_unit
 
 BETTER = {"scores": 1, "f1": 1, "preference": 1, "kl": 0, "lengths": 0, "eos": 0}
 """Metrics of the stage's own prompts and pairs. 1: higher is better; 0: neither direction is better in general."""
+
+TASK_PREFIX = "task/"
 
 COUNTS = ("mean", "standard_error", "n", "unscored", "not_finite", "unanswered")
 """Statistics of a task's metric that the report shows."""
@@ -76,6 +80,7 @@ def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, 
                 "differences": differences,
             }
         )
+    _correct_for_tasks(columns)
     return {
         "models": names,
         "checkpoints": {name: models[name].get("checkpoint") for name in names},
@@ -101,7 +106,7 @@ def _columns(results: dict[str, Any], reference: str | None) -> Iterator[Column]
         labels = {label: None for result in of_task["models"].values() for label in result["metrics"]}
         for label in labels:
             values = {name: result["metrics"][label]["values"] for name, result in of_task["models"].items()}
-            yield Column(f"task/{task}/{label}", f"{task}: {label}", 1, values)
+            yield Column(f"{TASK_PREFIX}{task}/{label}", f"{task}: {label}", 1, values)
 
 
 def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +164,11 @@ def _accuracy_only(model: dict[str, Any]) -> dict[str, Any] | None:
 
 def _difference(
     a: list[float | None], b: list[float | None], resamples: int, seed: int
-) -> dict[str, float | int | None] | None:
-    """Mean difference and its interval over the prompts that have a value for both models; None if there are none.
+) -> dict[str, float | int | str | None] | None:
+    """Mean difference over the prompts that have a value for both models; None if there are none.
 
-    The mean and the ends of the interval are None if a value is not finite.
+    It has an interval, the p-value of a paired test, and the minimum detectable effect. They and the mean are None if a
+    value is not finite.
     """
     if len(a) != len(b):
         return None
@@ -170,11 +176,33 @@ def _difference(
     both = np.array([x is not None and y is not None for x, y in zip(a, b, strict=True)])
     if not both.any():
         return None
-    n = int(both.sum())
-    if not_finite := int((~np.isfinite(left[both] - right[both])).sum()):
-        return {"mean": None, "low": None, "high": None, "n": n, "not_finite": not_finite}
-    interval = paired_bootstrap_difference(left[both], right[both], resamples=resamples, seed=seed)
-    return {**{key: None if np.isnan(value) else value for key, value in interval._asdict().items()}, "n": n}
+    left, right, n = left[both], right[both], int(both.sum())
+    if not_finite := int((~np.isfinite(left - right)).sum()):
+        unknown = dict.fromkeys(("mean", "low", "high", "p_value", "detectable"))
+        return {**unknown, "n": n, "not_finite": not_finite}
+    interval = difference_interval(left, right, resamples=resamples, seed=seed)
+    test = paired_test(left, right, seed=seed)
+    found = {
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "p_value": test.p_value,
+        "detectable": minimum_detectable_effect(left, right),
+    }
+    known = {key: None if np.isnan(value) else value for key, value in found.items()}
+    return {**known, "n": n, "interval": interval.method, "test": test.method}
+
+
+def _correct_for_tasks(columns: list[dict[str, Any]]) -> None:
+    """Replace the p-values of each pair of models on the tasks' metrics by Holm's, adjusted for their number."""
+    by_pair: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for column in columns:
+        for difference in column["differences"] if column["key"].startswith(TASK_PREFIX) else []:
+            if difference["p_value"] is not None:
+                by_pair.setdefault((difference["model"], difference["against"]), []).append(difference)
+    for differences in by_pair.values():
+        for difference, adjusted in zip(differences, holm([d["p_value"] for d in differences]), strict=True):
+            difference["p_value"] = adjusted
 
 
 def _array(values: list[float | None]) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.evaluation import F1Metric, Metric
 from align.config.rewards import FunctionReward, MathReward
 from align.errors import UserError
-from align.eval.statistics import summarize
+from align.eval.statistics.summary import summarize
 from align.eval.task import MetricResult
 from align.reward.components import Component, Samples, build_component, compared_column, has_column
 from align.reward.process import FunctionProcess

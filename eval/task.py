@@ -41,10 +41,11 @@ class MetricResult:
     values: one value per prompt; None if the completion was not scored.
     mean: mean of the scored values; None if there are none or if a value is not finite.
     standard_error: standard error of the mean; None for fewer than two values or if a value is not finite.
-    low, high: ends of the 95 % bootstrap interval; None in the same cases.
+    low, high: ends of the 95 % confidence interval; None if they are unknown.
     n: number of scored prompts.
     unscored: prompts excluded from the mean, because they have no reference or a function failed.
     not_finite: scored values that are NaN or infinite.
+    method: how the interval was computed; empty if there is none.
     unanswered: completions of a `math` metric without a final answer; they count as 0.
     """
 
@@ -57,6 +58,7 @@ class MetricResult:
     n: int
     unscored: int
     not_finite: int
+    method: str = ""
     unanswered: int = 0
 
 

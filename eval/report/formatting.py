@@ -48,6 +48,14 @@ def interval(cell: dict[str, Any] | None) -> str:
     return f"[{number(cell['low'])}, {number(cell['high'])}]"
 
 
+def certainty(cell: dict[str, Any]) -> str:
+    """The p-value of a difference, and the smallest difference that its test detects in four of five cases."""
+    if cell.get("p_value") is None:
+        return ""
+    detects = "" if cell.get("detectable") is None else f", detects {number(cell['detectable'])}"
+    return f" p {number(cell['p_value'])}{detects}"
+
+
 def mark(cell: dict[str, Any]) -> str:
     """Sign of a difference: ▲ if its interval is above zero, ▼ if below, ≈ if it includes zero, ? without interval."""
     if cell.get("low") is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from align.eval.report.formatting import NOTHING, duration, flat, interval, mark, mean, number, plain
+from align.eval.report.formatting import NOTHING, certainty, duration, flat, interval, mark, mean, number, plain
 from align.eval.report.markdown import (
     TASK_HEAD,
     caveat,
@@ -163,7 +163,7 @@ def _difference(metric: dict[str, Any], model: str, against: str) -> str:
     sign = mark(cell)
     tone = {"▲": "up", "▼": "down"}.get(sign, "") if metric["better"] else ""
     shown = f"{sign} {mean(cell, signed=True)}"
-    return f'<span class="nowrap {tone}">{shown}</span><small>{interval(cell)}</small>'
+    return f'<span class="nowrap {tone}">{shown}</span><small>{interval(cell)}{certainty(cell)}</small>'
 
 
 def _training(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
