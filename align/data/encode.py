@@ -4,7 +4,8 @@ Columns, which have TRL's names; each value is a list of token ids:
 
     pretrain, sft   input_ids, labels (-100: not in the loss).
     reward_model    chosen_ids, rejected_ids, both with the prompt.
-    dpo             prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt.
+    dpo             prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt. chosen_labels and
+                    rejected_labels are -100 on tokens of user and tool messages inside an answer.
 
 TRL's ids differ from ours only in what the template puts after the end of a turn (a line break in ChatML).
 
@@ -54,7 +55,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "sft": ("input_ids", "labels"),
     "sft_all_tokens": ("input_ids", "labels"),
     "reward_pairs": ("chosen_ids", "rejected_ids"),
-    "dpo_pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "dpo_pairs": ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_labels", "rejected_labels"),
     "prompts": ("input_ids", "messages", "reference", "row", "variables"),
 }
 """Columns of the token rows. Those that `is_ids` names are lists of int32, the others JSON text."""
@@ -65,7 +66,7 @@ BATCH = 256
 
 def is_ids(column: str) -> bool:
     """True for a column of token ids or labels."""
-    return column == "labels" or column.endswith("ids")
+    return column.endswith(("labels", "ids"))
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Encoded:
         return sum(len(ids) for name, ids in self.columns.items() if name.endswith("ids"))
 
 
+_Masked = tuple[np.ndarray, np.ndarray]
+"""(ids [N], mask [N]) of an answer; the mask is False on tokens of user and tool messages."""
 Result = list[Encoded] | DropRow
 """The token rows of a row, or the reason why it cannot be used."""
 S = TypeVar("S")
@@ -209,15 +212,15 @@ class RowEncoder:
 
         def finish(row: Row) -> list[Encoded]:
             sides = {"chosen": next(answers), "rejected": next(answers)}
-            prompt, ids = list[int](), []
+            prompt, found = list[int](), []
             for side, answer in sides.items():
-                prompt, own, _ = _used_or_raised(answer)
+                prompt, own, mask = _used_or_raised(answer)
                 # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the
                 # template's.
                 if row.get(f"{side}_finished") is False and own and own[-1] in self.chat.template.end_ids:
-                    own = own[:-1]
-                ids.append(own)
-            return [self._pair_row(prompt, *ids)]
+                    own, mask = own[:-1], mask[:-1]
+                found.append((np.array(own, np.int32), np.array(mask, bool)))
+            return [self._pair_row(prompt, *found)]
 
         results = [
             plan if isinstance(plan, DropRow) else _tried(finish, row) for row, plan in zip(rows, planned, strict=True)
@@ -227,17 +230,22 @@ class RowEncoder:
                 result[0].key = prompt_key(plan[0]["prompt"])
         return results
 
-    def _pair_row(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> Encoded:
-        if len(prompt) + max(len(chosen), len(rejected)) > self.encoding.max_length:
+    def _pair_row(self, prompt: list[int], chosen: _Masked, rejected: _Masked) -> Encoded:
+        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = chosen, rejected
+        if len(prompt) + max(len(chosen_ids), len(rejected_ids)) > self.encoding.max_length:
             raise DropRow("longer than max_length")
-        if chosen == rejected:
+        if np.array_equal(chosen_ids, rejected_ids):
             raise DropRow("chosen equals rejected")
-        if self.encoding.kind == "dpo_pairs":
-            columns = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-        else:
-            columns = {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
-        arrays = {name: np.array(ids, np.int32) for name, ids in columns.items()}
-        return Encoded(arrays, len(chosen) + len(rejected))
+        before = np.array(prompt, np.int32)
+        if self.encoding.kind == "reward_pairs":
+            columns = {"chosen_ids": np.append(before, chosen_ids), "rejected_ids": np.append(before, rejected_ids)}
+            return Encoded(columns, len(chosen_ids) + len(rejected_ids))
+        if not (chosen_mask.any() and rejected_mask.any()):
+            raise DropRow("nothing to train on")
+        columns = {"prompt_ids": before, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+        columns["chosen_labels"] = np.where(chosen_mask, chosen_ids, np.int32(IGNORED))
+        columns["rejected_labels"] = np.where(rejected_mask, rejected_ids, np.int32(IGNORED))
+        return Encoded(columns, int(chosen_mask.sum() + rejected_mask.sum()))
 
     def _prompts(self, rows: Sequence[Row]) -> list[Result]:
         planned = [_tried(_prompt, row) for row in rows]

@@ -129,12 +129,12 @@ class Preference:
     stage: DpoStage
     references: np.ndarray | None = None
     shares: bool = True
-    columns: tuple[str, ...] = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns: tuple[str, ...] = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_labels", "rejected_labels")
     uses_dropout: bool = False
 
     def example(self, row: dict[str, Any], number: int) -> Example:
         values = () if self.references is None else tuple(self.references[number].tolist())
-        return pair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], shares=self.shares, values=values)
+        return pair(row, shares=self.shares, values=values)
 
     def measure(self, model: AnyModel, packed: PackedPass, totals: Totals) -> Measured:
         stage, policy = self.stage, unwrap(model)
@@ -164,13 +164,12 @@ class Preference:
         return Measured(loss, output.router, means)
 
 
-def pair(
-    prompt: list[int], chosen: list[int], rejected: list[int], *, shares: bool, values: tuple[float, ...] = ()
-) -> Example:
-    """A prompt's two completions; the loss needs the log-probabilities of the completions' tokens."""
-    ids = tuple(torch.tensor(prompt + completion) for completion in (chosen, rejected))
-    masks = tuple(torch.arange(len(sequence)) >= len(prompt) for sequence in ids)
-    return Example(ids, masks, common_start(*ids) if shares else 0, values)
+def pair(row: dict[str, Any], *, shares: bool, values: tuple[float, ...] = ()) -> Example:
+    """A prompt's two completions; the loss needs the log-probabilities of the completions' tokens with a label."""
+    prompt, sides = row["prompt_ids"], ("chosen", "rejected")
+    ids = [torch.tensor(prompt + row[f"{side}_ids"]) for side in sides]
+    masks = [torch.tensor([IGNORED] * len(prompt) + row[f"{side}_labels"]) != IGNORED for side in sides]
+    return Example(tuple(ids), tuple(masks), common_start(*ids) if shares else 0, values)
 
 
 def by_side(values_S: Tensor, name: str) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def _chunks(file: Path, pieces: Iterator[Piece]) -> Iterator[Chunk]:
             texts, lines, size = [], [], 0
         texts.append(text)
         lines.append(line)
-        size += len(text) + ROW_BYTES
+        size += len(text)
     if texts:
         yield TextChunk(str(file), tuple(texts), tuple(lines))
 

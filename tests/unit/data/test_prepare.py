@@ -138,6 +138,20 @@ def test_a_truncated_completion_has_no_end_of_turn(tokenizer, jsonl):
     assert tokenizer.decode(made["rejected_ids"]) == "cut of<|im_end|>"
 
 
+def test_user_turns_inside_an_answer_have_no_label(tokenizer, jsonl):
+    chosen, rejected = talk("c", "A2"), talk("other", "B2")
+    row = {"prompt": "a", "chosen": [*talk("x", "A1")[1:], *chosen]} | {"rejected": [*talk("x", "B")[1:], *rejected]}
+    made = prepare.prepare_dpo_pairs(data(jsonl([row]), max_length=200), tokenizer, seed=0)
+    (pair,) = made.train
+    for side, answers in (("chosen", ["A1", "A2"]), ("rejected", ["B", "B2"])):
+        ids, labels = pair[f"{side}_ids"], pair[f"{side}_labels"]
+        assert [label for label in labels if label != -100] == tokenizer(
+            "".join(f"{answer}<|im_end|>" for answer in answers)
+        )["input_ids"]
+        assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    assert made.report.loss_tokens == len("A1A2BB2") + 4
+
+
 def trl_arguments(**options) -> SimpleNamespace:
     defaults = {
         "dataset_num_proc": None,

@@ -50,6 +50,7 @@ def rows() -> list[dict[str, list[int]]]:
         labels = [-100] * len(prompt) + [-100 if number % 5 == 2 else token for number, token in enumerate(chosen)]
         made.append({"input_ids": prompt + chosen, "labels": labels, "prompt_ids": prompt})
         made[-1] |= {"chosen_ids": chosen, "rejected_ids": rejected}
+        made[-1] |= {"chosen_labels": chosen, "rejected_labels": rejected}
     return made
 
 
@@ -136,6 +137,20 @@ def test_packed_passes_have_the_loss_and_gradient_of_padded_batches(
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm().item() < 2e-6 * whole, name
+
+
+def test_only_labelled_tokens_of_an_answer_count() -> None:
+    """Witness: log-probabilities by the model, summed by hand over the tokens with a label."""
+    model, row = model_of("llama", scorer=False), rows()[3]
+    sums = []
+    for side in ("chosen", "rejected"):
+        row[f"{side}_labels"] = [-100 if n in (1, 4, 5) else token for n, token in enumerate(row[f"{side}_ids"])]
+        ends = [n for n in range(17) if n not in (1, 4, 5)]
+        ids, start = row[f"{side}_ids"], row["prompt_ids"]
+        sums.append(sum(sequence_logprob(model, start + ids[:n], ids[n : n + 1]) for n in ends))
+    stage = DpoStage.model_validate({"kind": "dpo", "data": {"train": [{"path": "x.jsonl"}]}, "beta": 0.3})
+    loss, _ = ours(Preference(stage, np.zeros((1, 2))), model, [row], 1000)
+    assert loss == pytest.approx(np.log1p(np.exp(-0.3 * (sums[0] - sums[1]))), rel=1e-5)
 
 
 def test_tokens_that_both_sides_share_are_computed_once() -> None:
