@@ -157,11 +157,17 @@ class RowSource(SourceBase):
     `human` and `gpt` need no entry."""
     ignore: list[str] = Field(default_factory=list)
     """Columns to ignore, for example `[tools]` for a chat template that does not render tools."""
+    system_prompt: str | None = None
+    """System prompt of the conversations, pairs and prompts of this source that have none."""
+    replace_system_prompt: bool = False
+    """Replace the system prompts of the data by `system_prompt` too. With `system_prompt: ""` they are removed."""
     streaming: bool = False
     """Read rows lazily instead of loading all of them first."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> RowSource:
+        if self.replace_system_prompt and self.system_prompt is None:
+            raise ValueError('replace_system_prompt needs system_prompt; set it, to "" to remove the system prompts')
         if ignored := sorted(set(self.columns.values()).intersection(self.ignore)):
             raise ValueError(f"columns uses {', '.join(ignored)}, which ignore excludes; remove it from one of them")
         return self

@@ -13,6 +13,22 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class SystemPrompt:
+    """The system prompt that a recipe sets for a source; see `RowSource.system_prompt`."""
+
+    text: str
+    replace: bool = False
+
+
+class RowWithSystem(dict[str, Any]):
+    """A row of a source with a system prompt of the recipe. It has no further columns."""
+
+    def __init__(self, row: Mapping[str, Any], system: SystemPrompt):
+        super().__init__(row)
+        self.system = system
+
+
+@dataclass(frozen=True)
 class Unreadable:
     """The value of a column that cannot be read. It stops a run only if the column is used.
 

@@ -16,7 +16,7 @@ from align.config.parts import FileSource, HubSource, PythonDocsSource, RowSourc
 from align.data.files import Chunk, ObjectChunk, chunks, file_chunks
 from align.data.files.arrow import arrow_chunk
 from align.data.python_docs import python_docs_rows
-from align.data.rows import Row
+from align.data.rows import Row, SystemPrompt
 from align.data.shapes import Shape, no_shape, shape_of
 from align.data.shapes.adapt import Adapter
 from align.errors import UserError
@@ -80,7 +80,9 @@ def _first_chunks(source: Source) -> Iterator[Chunk]:
 def adapter_of(source: Source) -> Adapter:
     """What the settings of a source change in its rows."""
     if isinstance(source, RowSource):
-        return Adapter(source.columns, source.format, source.roles, tuple(source.ignore))
+        text, replace = source.system_prompt, source.replace_system_prompt
+        system = None if text is None else SystemPrompt(text, replace)
+        return Adapter(source.columns, source.format, source.roles, tuple(source.ignore), system)
     return Adapter()
 
 

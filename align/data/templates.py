@@ -340,10 +340,18 @@ class ChatTemplate:
         """False if the template ignores or refuses reasoning_content."""
         return _SENTINEL in self._probe(_USER, {"role": "assistant", "content": "4", "reasoning_content": _SENTINEL})
 
+    @cached_property
+    def ignores_system(self) -> bool:
+        """True if the template renders a conversation without its system prompt."""
+        text = self._probe({"role": "system", "content": _RESULT}, _USER)
+        return text != "" and _RESULT not in text
+
     def require_rendered(self, messages: Sequence[Message], variables: Variables | None = None) -> None:
         """Raise `DropRow` if the template would silently leave out a part of the conversation."""
         if any(message.get("tool_calls") for message in messages) and not self.renders_calls:
             raise DropRow("the chat template does not render tool calls")
+        if self.ignores_system and any(m["role"] == "system" and m["content"].strip() for m in messages):
+            raise DropRow("the chat template does not render system prompts")
         calling = [message for message in messages if message.get("tool_calls")]
         if any(message["content"].strip() for message in calling) and not self.renders_content_beside_calls:
             raise DropRow("the chat template does not render content beside tool calls")

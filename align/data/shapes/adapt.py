@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from align.data.rows import Row
+from align.data.rows import Row, RowWithSystem, SystemPrompt
 from align.data.shapes.base import Shape
 from align.data.shapes.recognise import TALKS, only_columns_of
 
@@ -34,12 +34,14 @@ class Adapter:
     format   a value of `FORMATS`; columns of other shapes are removed
     roles    {name in the file: role}
     ignore   columns that are removed
+    system   system prompt of the recipe
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     format: str | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    system: SystemPrompt | None = None
 
     def __call__(self, row: Row) -> Row:
         if self.ignore:
@@ -52,7 +54,7 @@ class Adapter:
             row = only_columns_of(row, FORMATS[self.format])
         if self.roles:
             row = {**row, **{column: self._with_roles(_parsed(row, column)) for column in _READ.intersection(row)}}
-        return row
+        return row if self.system is None else RowWithSystem(row, self.system)
 
     def _renamed(self, row: Row) -> Row:
         moved = {old: new for new, old in self.columns.items() if old in row}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from align.data.rows import value_of
+from align.data.rows import RowWithSystem, value_of
 from align.data.shapes.base import DropRow, Message, as_text, kind_of, parsed_json
 from align.data.shapes.messages import to_messages
 from align.data.shapes.recognise import TALKS
@@ -40,7 +40,18 @@ def alpaca_turns(row: Mapping[str, Any]) -> list[Message]:
 
 
 def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages after the column `system`, if it has text."""
+    """The messages after the column `system`, if it has text, and with the system prompt of the recipe, if any."""
+    messages = _with_column(row, messages)
+    if not isinstance(row, RowWithSystem):
+        return messages
+    if row.system.replace:
+        messages = [message for message in messages if message["role"] != "system"]
+    elif any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": row.system.text}, *messages] if row.system.text else messages
+
+
+def _with_column(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     given = value_of(row, "system")
     text = "" if given is None else as_text(given, "system")
     if not text.strip():

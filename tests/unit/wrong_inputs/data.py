@@ -156,6 +156,11 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"path": "rows.jsonl", "columns": {"messages": "talk"}, "ignore": ["talk"]}]})
 
 
+@wrong("replaced-by-no-system-prompt", "`replace_system_prompt` without `system_prompt`")
+def _(here: Here) -> str:
+    return here.run(data={"train": [{"path": "rows.jsonl", "replace_system_prompt": True}]})
+
+
 @wrong("unknown-roles", "Messages of unknown roles only")
 def _(here: Here) -> str:
     here.write("rows.jsonl", json.dumps({"messages": [{"role": "Doctor", "content": "Hello."}]}))
