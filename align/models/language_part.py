@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from align.errors import UserError
 from align.models.family import family, model_types
@@ -19,7 +20,11 @@ from align.models.weights import check_weights
 from align.run.folder import replace_folder, write_json
 
 PREFIXES = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
+PREFIXES |= {name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.")}
 """Prefixes of a language model's tensors in a multimodal checkpoint, and what they are in the language model's own."""
+FOR_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""{`model_type` of a language model inside a multimodal one: the family that computes the same for text}. Qwen-VL's
+rotary embeddings have three positions per token, which are equal for text."""
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Suffixes of the tokenizer's files."""
 LEFT_OUT = ("config.json", "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json")
@@ -32,13 +37,32 @@ def convert_language_model(source: Path, target: Path, config: Mapping[str, Any]
 
     config: the checkpoint's config.json.
     """
-    text = config.get("text_config")
-    kind = text.get("model_type") if isinstance(text, Mapping) else None
-    if not isinstance(text, Mapping) or kind not in model_types():
+    text = _text_config(config)
+    kind = text.get("model_type") if text is not None else None
+    if text is None or kind not in model_types():
         part = f"its language model is of the model_type '{kind}'" if kind else "config.json has no text_config"
         raise UserError(f"{source}: {part}, which align does not know; docs/families.md lists the model types.")
-    replace_folder(target, partial(_write, source, dict(text)))
+    replace_folder(target, partial(_write, source, text))
     return target
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values of the language model's own config.json; None if there is no language model."""
+    text = config.get("text_config")
+    if text is None and f"{config.get('model_type')}_text" in FOR_TEXT:
+        # Published Qwen2-VL checkpoints have the keys of the language model beside vision_config.
+        text = CONFIG_MAPPING[config["model_type"]](**config).text_config.to_dict()
+    if not isinstance(text, Mapping):
+        return None
+    kind = text.get("model_type")
+    if kind not in FOR_TEXT:
+        return dict(text)
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    rope = {key: value for key, value in rope.items() if not key.startswith("mrope") and key != "type"}
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    plain = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_theta")}
+    rope |= {"rope_type": "default"} | ({} if theta is None else {"rope_theta": theta})
+    return {**plain, "model_type": FOR_TEXT[kind], "rope_parameters": rope}
 
 
 def _write(source: Path, text: dict[str, Any], folder: Path) -> None:

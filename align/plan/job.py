@@ -73,7 +73,7 @@ class Member:
             return self.shape.experts, self.parameters - self.shape.experts
         if self.trained == "adapters":
             assert self.lora is not None
-            inside, outside = self.shape.adapters(self.lora)
+            inside, outside = self.shape.adapters(self.lora, scorer=self.scorer)
             return inside, outside + self.shape.hidden_size * self.scorer
         return 0, self.shape.hidden_size if self.trained == "head" else 0
 

@@ -164,12 +164,19 @@ class ModelShape:
         matrices = sum(count * (layer.active - layer.norms) for layer, count in self.kinds)
         return 2 * (matrices + (self.hidden_size if scorer else self.logits))
 
-    def adapters(self, lora: Lora) -> tuple[int, int]:
-        """(trained parameters in routed experts, all other trained parameters, including those of the router)."""
+    def embeddings(self, *, scorer: bool) -> int:
+        """Parameters of the input embeddings and, unless the model is a scorer, of the head."""
+        return self.embedding + (0 if scorer else self.head)
+
+    def adapters(self, lora: Lora, *, scorer: bool = False) -> tuple[int, int]:
+        """(trained parameters in routed experts, all other trained parameters, including those of the router).
+
+        The score head of a scorer is not counted.
+        """
         inside, outside = 0, 0
         for layer, count in self.kinds:
             linears = layer.linears
             outside += count * lora.rank * (linears.attention * lora.attention + linears.mlp * lora.shared_mlp)
             outside += count * layer.router * lora.train_router
             inside += count * lora.rank * linears.experts * lora.experts
-        return inside, outside + (self.embedding + self.head) * lora.train_embeddings
+        return inside, outside + self.embeddings(scorer=scorer) * lora.train_embeddings

@@ -155,6 +155,16 @@ def test_adapter_parameters_equal_pefts(model_type: str, lora: Lora) -> None:
     assert inside + outside == sum(trained.values())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_trained_embeddings_of_a_scorer_are_those_of_the_input(model_type: str) -> None:
+    config, lora = tiny_config(model_type, num_labels=1), Lora(rank=2, train_embeddings=True)
+    with torch.device("meta"):
+        model = family_of(config).scorer(config)
+    add_lora(model, lora, task="SEQ_CLS")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(shape(model_type).adapters(lora, scorer=True)) + config.hidden_size == trained
+
+
 # --- activations -----------------------------------------------------------------------------------------------
 
 

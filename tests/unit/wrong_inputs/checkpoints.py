@@ -122,8 +122,8 @@ def _(here: Here) -> str:
 
 @wrong("language-model-unknown", "Extracting a language model of an unknown type")
 def _(here: Here) -> str:
-    parts = {"text_config": {"model_type": "qwen2_5_vl_text"}, "vision_config": {}}
-    here.write("model/config.json", json.dumps({"model_type": "qwen2_5_vl", **parts}))
+    parts = {"text_config": {"model_type": "qwen3_vl_moe_text"}, "vision_config": {}}
+    here.write("model/config.json", json.dumps({"model_type": "qwen3_vl_moe", **parts}))
     return here.align("convert", "language-model", "model", "out")
 
 
