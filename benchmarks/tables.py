@@ -50,16 +50,11 @@ def families(results: dict[str, Any]) -> str:
 
 
 def families_chain(results: dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            found.get("fails", ""),
-            *(_measure(found.get(stage, "")) for stage in ("ppo", "grpo")),
-            str(found["seconds"]),
-        ]
-        for name, found in results["families"].items()
-    ]
-    return table(["family", "fails", "PPO", "GRPO", "seconds"], rows)
+    rows = []
+    for name, found in results["families"].items():
+        cells = [found["fails"], ""] if "fails" in found else [_measure(found[stage]) for stage in ("ppo", "grpo")]
+        rows.append([f"`{name}`", *cells, str(found["seconds"])])
+    return table(["family", "PPO", "GRPO", "seconds"], rows)
 
 
 def launches(results: dict[str, Any]) -> str:

@@ -29,7 +29,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def save(kind: str, folder: Path, shard: str = "1GB") -> Any:
-    text = {**SHARED, **FAMILIES[KINDS[kind]["model_type"]], **KINDS[kind], "vocab_size": 259}
+    text = {
+        **SHARED,
+        **FAMILIES[KINDS[kind]["model_type"]],
+        **KINDS[kind],
+        "vocab_size": 272,
+    }  # Qwen2 adds tokens to a tokenizer
     text = {name: value for name, value in text.items() if value is not None}
     vision = VISION | {"image_size": 28, "patch_size": 14} | ({"head_dim": 8} if kind == "mistral3" else {})
     if "vl" in kind:
@@ -46,9 +51,7 @@ def save(kind: str, folder: Path, shard: str = "1GB") -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("kind", "shard"), [(kind, "100KB" if kind == "mistral3" else "1GB") for kind in KINDS]
-)
+@pytest.mark.parametrize(("kind", "shard"), [(kind, "100KB" if kind == "mistral3" else "1GB") for kind in KINDS])
 def test_logits_of_text_are_those_of_the_whole_model(tmp_path, kind, shard, capsys):
     whole = save(kind, tmp_path / "whole", shard)
     cli.main(["convert", "language-model", str(tmp_path / "whole"), str(tmp_path / "text")])
