@@ -65,6 +65,8 @@ def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrained
         context.say(f"  task {task.name}: {counts.summary()}")
     pairs: Pairs = []
     if stage.preferences:
-        data = Data(train=stage.preferences, max_length=rollout.max_model_length)
-        pairs = list(prepare_dpo_pairs(data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs).train)
+        # Held-out sources are tokenised first even if they stream.
+        data = Data(train=stage.preferences, held_out=stage.preferences, max_length=rollout.max_model_length)
+        held_out = prepare_dpo_pairs(data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs).held_out
+        pairs = list(held_out or ())
     return EvaluationData(prompts, pairs, tasks, report)

@@ -162,7 +162,8 @@ class RowSource(SourceBase):
     replace_system_prompt: bool = False
     """Replace the system prompts of the data by `system_prompt` too. With `system_prompt: ""` they are removed."""
     streaming: bool = False
-    """Read rows lazily instead of loading all of them first."""
+    """Read the training rows while training runs, instead of tokenising all of them first. Rows are shuffled within
+    blocks of 10,000; needs `max_steps`. Prompts and held-out sources are tokenised first all the same."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> RowSource:
@@ -284,6 +285,11 @@ class Data(Section):
     `~/.cache/align`. Rows that no run has used for 30 days are removed."""
     workers: Annotated[Positive | None, RUNTIME] = None
     """Maximum number of processes that tokenise. Default: one per core of the machine."""
+
+    @property
+    def streams(self) -> bool:
+        """True if a training source streams; then all of them do."""
+        return any(isinstance(source, RowSource) and source.streaming for source in self.train)
 
 
 # --- optimisation ----------------------------------------------------------------------------------------

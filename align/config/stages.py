@@ -57,6 +57,22 @@ class TrainingStage(StageWithParent):
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
     """Recompute activations in the backward pass, which saves memory and takes longer."""
 
+    @model_validator(mode="after")
+    def _can_stream(self) -> TrainingStage:
+        if self.data.streams:
+            if self.max_steps is None:
+                raise ValueError("data.train streams, so its number of rows is not known; set max_steps")
+            if self.group_by_length:
+                raise ValueError("group_by_length needs the lengths of all rows; remove it, or remove streaming")
+            if self.data.mixture.temperature is not None:
+                raise ValueError("data.mixture.temperature needs the number of rows; set weights, or remove streaming")
+            if self.needs_reference:
+                raise ValueError(
+                    "the reference's log-probabilities of all pairs are computed before training; remove streaming "
+                    "(the rows are tokenised on disk, not in memory)"
+                )
+        return self
+
     @property
     def needs_reference(self) -> bool:
         """True if the loss needs a forward pass of the frozen parent (under LoRA: of the policy without adapters)."""

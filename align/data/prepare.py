@@ -25,7 +25,9 @@ from align.data.report import DataReport, make_report
 from align.data.sources import describe_source
 from align.data.store.blocks import block_lengths, blocks
 from align.data.store.cache import cache_folder
+from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import Store, TokenisedRows
+from align.data.streaming import open_stream
 from align.errors import UserError
 
 __all__ = ["DataReport", "Prepared", "PromptRow", "PromptRows"]
@@ -34,9 +36,12 @@ StageDirs = Mapping[str, Path] | None
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows for a trainer. held_out is None if the recipe holds out no rows."""
+    """Tokenised rows for a trainer. held_out is None if the recipe holds out no rows.
 
-    train: datasets.Dataset
+    train: `StreamedRows` if a training source streams.
+    """
+
+    train: datasets.Dataset | StreamedRows
     held_out: datasets.Dataset | None
     report: DataReport
 
@@ -57,7 +62,10 @@ def prepare_text(
 
     attend_across: a document's first token is predicted from the document before it, unless it begins a row.
     """
-    train, held_out, report = _split_rows(data, Encoding("text"), tokenizer, seed, stage_dirs or {})
+    encoding = Encoding("text")
+    if data.streams:
+        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {})
+    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {})
     cache = cache_folder(data.cache)
     made = blocks(train, data.max_length, cache)
     made_held_out = None if held_out is None else blocks(held_out, data.max_length, cache)
@@ -136,8 +144,24 @@ def prepare_prompts(
 
 
 def _prepare(data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: StageDirs) -> Prepared:
-    train, held_out, report = _split_rows(data, Encoding(kind, data.max_length), tokenizer, seed, stage_dirs or {})
+    encoding = Encoding(kind, data.max_length)
+    if data.streams:
+        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {})
+    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {})
     return Prepared(train.dataset(), None if held_out is None else held_out.dataset(), report)
+
+
+def _streamed(
+    data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
+) -> Prepared:
+    train, held_out, report = open_stream(data, encoding, tokenizer, seed, stage_dirs)
+    if data.held_out:
+        store = Store(cache_folder(data.cache), encoding, tokenizer, data.workers)
+        rows = store.mix(store.plan(data.held_out, stage_dirs, seed), data.held_out, Mixture(), seed)
+        _require_rows(rows, data.held_out, "data.max_length")
+        held_out = blocks(rows, data.max_length, store.cache) if encoding.kind == "text" else rows.dataset()
+        report = replace(report, rows_held_out=len(rows.tokens))
+    return Prepared(train, held_out, report)
 
 
 def _split_rows(

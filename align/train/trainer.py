@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
@@ -25,6 +26,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
 from align.data.prepare import Prepared
+from align.data.store.stream import StreamedRows
+from align.data.store.tokenised import list_lengths
 from align.data.transfer import to_device, to_host
 from align.models.lora.adapters import AnyModel
 from align.models.weights import read_weights
@@ -332,7 +335,7 @@ class Sums:
 class Examples(torch.utils.data.Dataset):
     """The rows of a data set as examples."""
 
-    def __init__(self, rows: Dataset, objective: Objective):
+    def __init__(self, rows: Dataset | StreamedRows, objective: Objective):
         self.rows, self.objective = rows.select_columns(list(objective.columns)), objective
 
     def __len__(self) -> int:
@@ -374,11 +377,33 @@ class Steps(Sampler):
             yield order[start : start + self.batch_size]
 
 
-def row_order(stage: TrainingStage, rows: Dataset, seed: int) -> Any:
-    """Sampler of the rows' numbers in random order; an epoch's order depends only on the seed and the epoch."""
+def row_order(stage: TrainingStage, rows: Dataset | StreamedRows, seed: int) -> Any:
+    """Sampler of the rows' numbers in random order; an epoch's order depends only on the seed and the epoch.
+
+    A stream is shuffled already, so its rows are read in their order.
+    """
+    if isinstance(rows, StreamedRows):
+        assert stage.max_steps is not None
+        return InOrder(stage.max_steps * stage.batch_size)
     if stage.group_by_length:
         return LengthGroups(row_lengths(rows), stage.batch_size, seed)
     return SeedableRandomSampler(rows, data_seed=seed)
+
+
+class InOrder(Sampler):
+    """Sampler of row numbers in ascending order."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ignore the epoch: the rows of a stage that streams are one epoch."""
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rows))
 
 
 class LengthGroups(Sampler):
@@ -403,5 +428,6 @@ class LengthGroups(Sampler):
 
 def row_lengths(dataset: Dataset) -> list[int]:
     """Tokens per row; for a pair, the tokens of its longer side, which for DPO exclude the prompt."""
-    ids = {name: dataset[name] for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names}
-    return [max(len(side) for side in row) for row in zip(*ids.values(), strict=True)]
+    names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
+    lengths: list[int] = np.max([list_lengths(dataset, name) for name in names], axis=0).tolist()
+    return lengths

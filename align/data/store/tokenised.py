@@ -129,7 +129,7 @@ class TokenisedRows:
         )
 
 
-def row_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+def list_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """Length of the list in each row of a column; reads no token."""
     lengths = pc.list_value_length(dataset.data.column(column)).to_numpy()
     if dataset._indices is None:

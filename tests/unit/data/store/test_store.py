@@ -22,7 +22,7 @@ from align.data import prepare
 from align.data.chat import chatml_template
 from align.data.store import build, cache
 from align.data.store.entry import open_entry
-from align.data.store.tokenised import row_lengths
+from align.data.store.tokenised import list_lengths
 from align.errors import UserError
 
 from .conftest import conversations, ids, tokenised
@@ -212,10 +212,10 @@ def test_lengths_without_reading_tokens(tmp_path, jsonl, tokenizer, small_chunks
     path = jsonl([row for n in range(1, 25) for row in conversations(1, "a" * n)])
     made = tokenised(path, tmp_path, tokenizer).train
     expected = [len(row["input_ids"]) for row in made]
-    assert row_lengths(made, "input_ids").tolist() == expected
+    assert list_lengths(made, "input_ids").tolist() == expected
     assert len(set(expected)) == 24
     plain = datasets.Dataset.from_dict({"input_ids": [[1], [1, 2]]})
-    assert row_lengths(plain, "input_ids").tolist() == [1, 2]
+    assert list_lengths(plain, "input_ids").tolist() == [1, 2]
 
 
 def test_prompts_are_parsed_when_they_are_read_and_can_be_sent(tmp_path, jsonl, tokenizer, small_chunks):

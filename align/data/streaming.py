@@ -1,0 +1,117 @@
+"""Prepare a stage whose sources stream: nothing is tokenised before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.config.data_files import list_files
+from align.config.parts import Data, FileSource, HubSource, Source
+from align.data.encode import ACCEPTED, COLUMNS, Encoding, RowEncoder
+from align.data.report import DataReport
+from align.data.rows import Row
+from align.data.sources import describe_source, source_chunks
+from align.data.store.cache import cache_folder, hashed
+from align.data.store.fingerprint import code_fingerprint, tokenizer_state
+from align.data.store.order import mixture_shares
+from align.data.store.stream import Stream, StreamedRows, StreamSource, lazy_rows, mixed_rows
+from align.errors import UserError
+
+HELD_OUT_FROM = 20_000
+"""Rows of the mixture among which `held_out_fraction` finds the rows that are evaluated."""
+
+
+@dataclass(frozen=True)
+class StreamedReport(DataReport):
+    """The counts of a stream up to the row that was read last."""
+
+    stream: Stream | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        now = self._now()
+        return {field.name: getattr(now, field.name) for field in fields(DataReport)}
+
+    def summary(self) -> str:
+        return "the rows stream; they are tokenised and counted while they are read"
+
+    def _now(self) -> DataReport:
+        assert self.stream is not None
+        counts, dropped = self.stream.state.counts, self.stream.state.dropped
+        return replace(
+            self,
+            rows_read=counts["read"],
+            rows_train=counts["rows"],
+            dropped=dict(sorted(dropped.items())),
+            truncated=counts["truncated"],
+            tokens=counts["tokens"],
+            loss_tokens=counts["loss_tokens"],
+            split=counts["split"],
+        )
+
+
+def open_stream(
+    data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
+) -> tuple[StreamedRows, datasets.Dataset | None, DataReport]:
+    """(training rows, held-out rows if a fraction is held out, report). Raises `UserError` for unreadable sources."""
+    kind = encoding.kind
+    sources = [_source(source, encoding, stage_dirs) for source in data.train]
+    for source in data.train:  # an error at the start of a source is raised here
+        next(source_chunks(source, stage_dirs=stage_dirs, accepted=ACCEPTED[kind]))
+    shares = mixture_shares([1] * len(sources), data.train, data.mixture)
+    key = {
+        "contents": [_identity(source) for source in data.train],
+        "sources": [source.model_dump(mode="json") for source in data.train],
+        "settings": [data.mixture.stop, seed, data.held_out_fraction, data.max_length, asdict(encoding)],
+        "tokenizer": tokenizer_state(tokenizer),
+        "code": code_fingerprint(),
+    }
+    passes: Callable[[int], Iterator[Callable[[], Row]]] = partial(mixed_rows, sources, shares, data.mixture.stop, seed)
+    stream = Stream(
+        passes,
+        RowEncoder(encoding, tokenizer),
+        name=", ".join(map(describe_source, data.train)),
+        marks=cache_folder(data.cache) / "streams" / f"{hashed(key)[:32]}.jsonl",
+        held_out_fraction=0.0 if data.held_out else data.held_out_fraction,
+        block_length=data.max_length if kind == "text" else None,
+    )
+    columns = ("input_ids", "labels") if kind == "text" else COLUMNS[kind]
+    held_out = None
+    if data.held_out_fraction and not data.held_out:
+        held_out = _held_out(stream.held_out(HELD_OUT_FROM), columns, data)
+    nothing = DataReport(0, 0, 0 if held_out is None else len(held_out), {}, 0, 0, 0, "")
+    return StreamedRows(stream, columns), held_out, StreamedReport(**vars(nothing), stream=stream)
+
+
+def _held_out(rows: list[dict[str, np.ndarray]], columns: tuple[str, ...], data: Data) -> datasets.Dataset:
+    if not rows:
+        raise UserError(
+            f"held_out_fraction {data.held_out_fraction} of the first {HELD_OUT_FROM:,} rows leaves no held-out row. "
+            "Raise it, or set `held_out` to sources."
+        )
+    if "labels" in columns and "labels" not in rows[0]:  # documents become blocks
+        tokens = np.concatenate([row["input_ids"] for row in rows])
+        blocks = [tokens[start : start + data.max_length] for start in range(0, len(tokens), data.max_length)]
+        rows = [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+
+
+def _source(source: Source, encoding: Encoding, stage_dirs: Mapping[str, Path]) -> StreamSource:
+    def rows() -> Iterator[Callable[[], Row]]:
+        return lazy_rows(source_chunks(source, stage_dirs=stage_dirs, accepted=ACCEPTED[encoding.kind]))
+
+    return StreamSource(source, rows)
+
+
+def _identity(source: Source) -> Any:
+    """What tells a changed source, without reading it."""
+    if isinstance(source, FileSource):
+        found = [(file.name, file.stat()) for file in list_files(source.path, source.splits()).files]
+        return [[name, status.st_size, status.st_mtime_ns, status.st_ino] for name, status in found]
+    return [source.id, source.name, source.split] if isinstance(source, HubSource) else source.kind
