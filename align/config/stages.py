@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.evaluation import Tasks
-from align.config.filters import Filters
+from align.config.filters import DuplicateFilter, Filters
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
@@ -64,6 +64,8 @@ class TrainingStage(StageWithParent):
                 raise ValueError("data.train streams, so its number of rows is not known; set max_steps")
             if self.group_by_length:
                 raise ValueError("group_by_length needs the lengths of all rows; remove it, or remove streaming")
+            if any(isinstance(settings, DuplicateFilter) for settings in self.data.filters):
+                raise ValueError("the filter 'duplicates' compares all rows; remove it, or remove streaming")
             if self.data.mixture.temperature is not None:
                 raise ValueError("data.mixture.temperature needs the number of rows; set weights, or remove streaming")
             if self.needs_reference:

@@ -154,7 +154,8 @@ def _prepare(data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: i
 def _streamed(
     data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
 ) -> Prepared:
-    train, held_out, report = open_stream(data, encoding, tokenizer, seed, stage_dirs)
+    filtered = replace(encoding, filters=tuple(data.filters))
+    train, held_out, report = open_stream(data, filtered, tokenizer, seed, stage_dirs)
     if data.held_out:
         store = Store(cache_folder(data.cache), encoding, tokenizer, data.workers)
         rows = store.mix(store.plan(data.held_out, stage_dirs, seed), data.held_out, Mixture(), seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def open_stream(
     key = {
         "contents": [_identity(source) for source in data.train],
         "sources": [source.model_dump(mode="json") for source in data.train],
-        "settings": [data.mixture.stop, seed, data.held_out_fraction, data.max_length, asdict(encoding)],
+        "settings": [data.mixture.stop, seed, data.held_out_fraction, data.max_length, encoding.kind],
+        "filters": [settings.model_dump(mode="json") for settings in encoding.filters],
         "tokenizer": tokenizer_state(tokenizer),
         "code": code_fingerprint(),
     }
@@ -81,7 +82,7 @@ def open_stream(
         held_out_fraction=0.0 if data.held_out else data.held_out_fraction,
         block_length=data.max_length if kind == "text" else None,
     )
-    columns = ("input_ids", "labels") if kind == "text" else COLUMNS[kind]
+    columns = ("input_ids", "labels", "documents") if kind == "text" else COLUMNS[kind]
     held_out = None
     if data.held_out_fraction and not data.held_out:
         held_out = _held_out(stream.held_out(HELD_OUT_FROM), columns, data)
@@ -95,10 +96,6 @@ def _held_out(rows: list[dict[str, np.ndarray]], columns: tuple[str, ...], data:
             f"held_out_fraction {data.held_out_fraction} of the first {HELD_OUT_FROM:,} rows leaves no held-out row. "
             "Raise it, or set `held_out` to sources."
         )
-    if "labels" in columns and "labels" not in rows[0]:  # documents become blocks
-        tokens = np.concatenate([row["input_ids"] for row in rows])
-        blocks = [tokens[start : start + data.max_length] for start in range(0, len(tokens), data.max_length)]
-        rows = [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
 

@@ -49,7 +49,7 @@ class State:
 
     rows: token rows so far. number: pass over the mixture. batches: batches drawn in this pass.
     counts: read, truncated, tokens, loss_tokens, split and held_out rows so far. dropped: {reason: rows} so far.
-    rest: tokens of documents that do not fill a block yet; empty unless rows are blocks.
+    rest: tokens that do not fill a block yet. documents: number of tokens of each document among them.
     """
 
     rows: int = 0
@@ -58,9 +58,10 @@ class State:
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     rest: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
 
     def copy(self) -> State:
-        return State(self.rows, self.number, self.batches, Counter(self.counts), Counter(self.dropped), list(self.rest))
+        return State.from_json(json.loads(json.dumps(self.to_json())))
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "counts": dict(self.counts), "dropped": dict(self.dropped)}
@@ -177,14 +178,13 @@ class Stream:
 
     def held_out(self, source_rows: int) -> list[dict[str, np.ndarray]]:
         """The held-out token rows among the first `source_rows` rows of the mixture."""
-        found: list[dict[str, np.ndarray]] = []
+        found: list[Encoded] = []
         rows = self._passes(0)
         for _ in range(0, source_rows, BATCH):
-            batch = [row() for _, row in zip(range(BATCH), rows)]
-            for result in self._encoder(batch):
+            for result in self._encoder([row() for _, row in zip(range(BATCH), rows)]):
                 if not isinstance(result, DropRow):
-                    found += [row.columns for row in result if key_hash(row.key) < self._held_below]
-        return found
+                    found += [row for row in result if key_hash(row.key) < self._held_below]
+        return list(self._blocks(State(), found))
 
     def _token_rows(self, state: State) -> Iterator[dict[str, np.ndarray]]:
         self.state, marked = state, state.rows
@@ -226,12 +226,15 @@ class Stream:
             yield from (row.columns for row in used)
             return
         length = self._block_length
-        tokens = np.concatenate([np.array(state.rest, np.int32), *(row.columns["input_ids"] for row in used)])
+        documents = [row.columns["input_ids"] for row in used]
+        tokens = np.concatenate([np.array(state.rest, np.int32), *documents])
+        ends = np.cumsum([*state.documents, *map(len, documents)])
         whole = len(tokens) // length * length
-        state.rest = tokens[whole:].tolist()
+        state.rest, state.documents = tokens[whole:].tolist(), _pieces(ends, whole, len(tokens))
         for start in range(0, whole, length):
             block = tokens[start : start + length]
-            yield {"input_ids": block, "labels": block}
+            pieces = np.array(_pieces(ends, start, start + length), np.int32)
+            yield {"input_ids": block, "labels": block, "documents": pieces}
 
     def _mark(self, state: State) -> None:
         """Keep the position, in memory and in the cache folder. One rank of each machine writes."""
@@ -249,6 +252,13 @@ class Stream:
         return UserError(
             f"{self._name}: all rows of the stream were dropped ({reasons or 'no rows'}). Correct the rows."
         )
+
+
+def _pieces(ends: np.ndarray, start: int, stop: int) -> list[int]:
+    """Lengths of the documents, or parts of them, between two places of a sequence in which documents end at `ends`."""
+    inner = ends[(ends > start) & (ends < stop)]
+    lengths: list[int] = np.diff([start, *inner, stop]).tolist() if stop > start else []
+    return lengths
 
 
 def _read_marks(file: Path) -> list[State]:

@@ -248,3 +248,42 @@ def _(here: Here) -> str:
     here.write("test.jsonl", '{"task": "Add 2 and 2."}\n')
     target = {"name": "sums", "path": "test.jsonl"}
     return here.run(data=_filtered({"kind": "contamination", "against": [target]}))
+
+
+STREAM = {"kind": "file", "path": "rows.jsonl", "streaming": True}
+
+
+@wrong("stream-without-steps", "Streaming without `max_steps`")
+def _(here: Here) -> str:
+    return here.check(data={"train": [STREAM]}, max_steps=None)
+
+
+@wrong("stream-in-length-groups", "Streaming with `group_by_length`")
+def _(here: Here) -> str:
+    return here.check(data={"train": [STREAM]}, max_steps=2, group_by_length=True)
+
+
+@wrong("stream-with-temperature", "Streaming with the temperature of a mixture")
+def _(here: Here) -> str:
+    return here.check(data={"train": [STREAM], "mixture": {"temperature": 2.0}}, max_steps=2)
+
+
+@wrong("stream-without-duplicates", "Streaming with the filter `duplicates`")
+def _(here: Here) -> str:
+    return here.check(data={"train": [STREAM], "filters": [{"kind": "duplicates"}]}, max_steps=2)
+
+
+@wrong("stream-with-reference", "Streaming of pairs for a loss with a reference")
+def _(here: Here) -> str:
+    return here.check(kind="dpo", data={"train": [STREAM]}, max_steps=2)
+
+
+@wrong("stream-without-rows", "A stream of which every row is dropped")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')
+    return here.run(data={"train": [STREAM]}, max_steps=2)
+
+
+@wrong("stream-without-held-out-rows", "Streaming with too small a `held_out_fraction`")
+def _(here: Here) -> str:
+    return here.run(data={"train": [STREAM], "held_out_fraction": 0.0001}, max_steps=2)
