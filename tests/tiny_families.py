@@ -80,6 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"use_bias": False},
     "cohere2": {**TWO_HEADS, **WINDOWS, "tie_word_embeddings": True, "sliding_window": 512},
     "apertus": TWO_HEADS,
+    "arcee": {},
     "lfm2": {
         **TWO_HEADS,
         "block_ff_dim": 128,

@@ -47,6 +47,7 @@ TABLE: dict[str, Facts] = {
     "ernie4_5": Facts(),
     "cohere2": Facts(),
     "apertus": Facts(),
+    "arcee": Facts(),
     "lfm2": Facts(mixes_neighbours=True, convolutions=True),
     "hunyuan_v1_dense": Facts(),
     "qwen2_moe": Facts(),
