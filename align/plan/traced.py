@@ -256,8 +256,9 @@ def _as_under_autocast(model: Any, narrow: torch.dtype) -> None:
 
     Autocast casts the matrices and the inputs of products. It has no effect on the meta device.
     """
-    for parameter in model.parameters():
-        if parameter.ndim < 2 or parameter is model.get_input_embeddings().weight:
+    for name, parameter in model.named_parameters():
+        # The experts' biases [E, .] are added outside the products.
+        if parameter.ndim < 2 or name.endswith("_bias") or parameter is model.get_input_embeddings().weight:
             parameter.data = parameter.data.float()
 
     def rows_in_narrow(_: nn.Module, arguments: tuple) -> tuple:

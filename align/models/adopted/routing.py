@@ -46,7 +46,8 @@ class ReportingRouter(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Beside a model in bfloat16, a router that LoRA trains in full has float32 weights.
-        if not torch.is_autocast_enabled(hidden.device.type):
+        device = hidden.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             hidden = hidden.to(next(self.parameters()).dtype)
         args = (hidden, *args)
         current = CURRENT.get()

@@ -193,8 +193,10 @@ def saved_bytes(model_type: str, layers: int, dtype: torch.dtype, *, padded: boo
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3"])
-def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "error"), [("llama", 0.02), ("qwen3_moe", 0.02), ("deepseek_v3", 0.02), ("gpt_oss", 0.05)]
+)
+def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: str, error: float) -> None:
     """Trained fp32 weights in a bf16 recipe without DeepSpeed. Autograd also saves bf16 copies of the matrices."""
     saved = []
     for layers in (4, 2):
@@ -204,7 +206,7 @@ def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: 
     copies = sum(2 * (layer.parameters - layer.norms) for layer in found.layers[2:])
     run = Pass(ROWS * LENGTH, LENGTH, False, 2, 4, looped=True)
     planned = sum(layer_bytes(found, layer, run) for layer in found.layers[2:])
-    assert planned + copies == pytest.approx(saved[0] - saved[1], rel=0.02)
+    assert planned + copies == pytest.approx(saved[0] - saved[1], rel=error)
 
 
 ROWS, LENGTH = 3, 160  # longer than the sequences for which attention on a CPU has code of its own
