@@ -41,9 +41,9 @@ IGNORED = -100
 Kind = Literal["text", "sft", "sft_all_tokens", "reward_pairs", "dpo_pairs", "prompts"]
 
 ACCEPTED: dict[Kind, tuple[Shape, ...]] = {
-    "text": ("text", "messages", "prompt_completion"),
-    "sft": ("messages", "prompt_completion"),
-    "sft_all_tokens": ("messages", "prompt_completion", "text"),
+    "text": ("text", "messages", "prompt_completion", "token_ids"),
+    "sft": ("messages", "prompt_completion", "token_ids"),
+    "sft_all_tokens": ("messages", "prompt_completion", "text", "token_ids"),
     "reward_pairs": ("preference",),
     "dpo_pairs": ("preference",),
     "prompts": ("prompt", "prompt_completion", "preference", "messages"),
@@ -148,11 +148,33 @@ class RowEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """The token rows of each row."""
-        judged = [None if self._judge is None else self._refusal(row) for row in rows]
-        kept = [row for row, refusal in zip(rows, judged, strict=True) if refusal is None]
+        settled = [self._settled(row) for row in rows]
+        kept = [row for row, result in zip(rows, settled, strict=True) if result is None]
         encode = self._methods[self.encoding.kind]
         encoded = (result for start in range(0, len(kept), BATCH) for result in encode(kept[start : start + BATCH]))
-        return [next(encoded) if refusal is None else refusal for refusal in judged]
+        return [next(encoded) if result is None else result for result in settled]
+
+    def _settled(self, row: Row) -> Result | None:
+        """The result of a row that needs no tokenisation, if any: one that a filter refuses, or token ids."""
+        if self._judge is not None and (refusal := self._refusal(row)) is not None:
+            return refusal
+        if shapes.shape_of(row, ACCEPTED[self.encoding.kind]) == "token_ids":
+            return _tried(self._token_ids, row)
+        return None
+
+    def _token_ids(self, row: Row) -> list[Encoded]:
+        found = shapes.token_ids(row)
+        if max(found["input_ids"]) >= len(self.tokenizer):
+            raise DropRow("input_ids has an id that the tokenizer lacks")
+        ids, labels = (np.array(values, np.int32) for values in (found["input_ids"], found["labels"]))
+        # The first token in the loss ends what decides the split, as a prompt does.
+        start = next((n for n, label in enumerate(found["labels"]) if n and label != IGNORED), len(ids))
+        key = as_json(found["input_ids"][:start] if IGNORED in found["labels"] else found["input_ids"])
+        if self.encoding.kind == "text":
+            if ids[-1] != self.tokenizer.eos_token_id:
+                ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
+            return [Encoded({"input_ids": ids}, len(ids), key=key)]
+        return _cut([(ids, labels)], key, self.encoding.max_length)
 
     def _refusal(self, row: Row) -> DropRow | None:
         """The reason of a filter, or the reason why the row has no texts, if any."""

@@ -138,6 +138,27 @@ def test_a_truncated_completion_has_no_end_of_turn(tokenizer, jsonl):
     assert tokenizer.decode(made["rejected_ids"]) == "cut of<|im_end|>"
 
 
+def test_token_ids_are_trained_as_they_are(tokenizer, jsonl):
+    talks = prepare.prepare_sft(
+        data(jsonl([{"messages": talk("a", "bc")}])), tokenizer, assistant_only_loss=True, seed=0
+    )
+    (made,) = talks.train
+    mask = [int(label != -100) for label in made["labels"]]
+    rows = [
+        {"input_ids": made["input_ids"], "labels": made["labels"]},
+        {"input_ids": [0, *made["input_ids"]], "attention_mask": [0] + [1] * len(mask), "assistant_masks": [0, *mask]},
+        {"input_ids": [1, len(tokenizer)]},
+        {"input_ids": [1, 2**70]},
+    ]
+    found = prepare.prepare_sft(data(jsonl(rows)), tokenizer, assistant_only_loss=True, seed=0)
+    assert [row["labels"] for row in found.train] == [made["labels"]] * 2
+    assert [row["input_ids"] for row in found.train] == [made["input_ids"]] * 2
+    assert found.report.dropped == {"input_ids has an id that the tokenizer lacks": 2}
+    text = prepare.prepare_text(data(jsonl([{"input_ids": [5, 6]}, {"text": "ab"}])), tokenizer, seed=0)
+    expected = [5, 6, tokenizer.eos_token_id, *tokenizer("ab")["input_ids"], tokenizer.eos_token_id]
+    assert sorted(token for row in text.train for token in row["input_ids"]) == sorted(expected)
+
+
 def test_user_turns_inside_an_answer_have_no_label(tokenizer, jsonl):
     chosen, rejected = talk("c", "A2"), talk("other", "B2")
     row = {"prompt": "a", "chosen": [*talk("x", "A1")[1:], *chosen]} | {"rejected": [*talk("x", "B")[1:], *rejected]}
