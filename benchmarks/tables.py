@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md")
+GUIDES = ("families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "training.md")
 PAGES = [ROOT / "docs" / name for name in GUIDES]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -140,6 +140,25 @@ def tokenizer(results: dict[str, Any]) -> str:
             speeds = found["megabytes_per_second"]
             rows.append([f"{label}, {results['megabytes']} MB", f"{speeds['align']:.2f}", f"{speeds['tiktoken']:.2f}"])
     return table(["one thread", "align, MB/s", "tiktoken, MB/s"], rows)
+
+
+def trainers(results: dict[str, Any]) -> str:
+    rows = []
+    for case, found in results.items():
+        if not isinstance(found, dict) or "tokens_per_second" not in found:
+            continue
+        speeds, ratios = found["tokens_per_second"], found.get("align / TRL", {})
+        for side, speed in speeds.items():
+            rows.append(
+                [
+                    case if side == "align" else "",
+                    side,
+                    f"{speed:,}",
+                    f"{ratios[side]:.2f}" if side in ratios else "",
+                    f"{found['peak_mib'][side]:,.0f} MiB" if "peak_mib" in found else "–",
+                ]
+            )
+    return table(["model, trainer, rows", "", "tokens/s", "align / TRL", "peak memory"], rows)
 
 
 def ppo_vs_trl(results: dict[str, Any]) -> str:
@@ -280,6 +299,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoding": decoding,
     "loading": loading,
     "tokenizer": tokenizer,
+    "trainers": trainers,
     "parallel_equality": parallel_equality,
     "ppo_vs_trl": ppo_vs_trl,
     "ppo_vs_trl_dense": ppo_vs_trl,
