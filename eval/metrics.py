@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.config.evaluation import F1Metric, Metric
-from align.config.rewards import FunctionReward, MathReward
+from align.config.rewards import ChoiceReward, FunctionReward, MathReward
 from align.errors import UserError
 from align.eval.statistics.summary import summarize
 from align.eval.task import MetricResult
@@ -68,8 +68,8 @@ def measure(
 ) -> tuple[MetricResult, str]:
     """(result of a metric on a task's completions, reason of one failure or "").
 
-    A completion without a final answer counts as 0 for a `math` metric. Rows without the column that the metric
-    compares with, and completions on which a function failed, are unscored.
+    A completion without a final answer counts as 0 for a `math` or `choice` metric. Rows without the column
+    that the metric compares with, and completions on which a function failed, are unscored.
     """
     places = [i for i, row in enumerate(samples.prompt_rows) if has_column(metric, row)]
     scorable = Samples(
@@ -79,7 +79,7 @@ def measure(
     unanswered = 0
     values: list[float | None] = [None] * len(samples)
     for place, score in zip(places, scored.scores, strict=True):
-        if score is None and isinstance(metric, MathReward):
+        if score is None and isinstance(metric, MathReward | ChoiceReward):
             unanswered += 1
             score = 0.0
         values[place] = score

@@ -24,8 +24,11 @@ from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.reward.code import build_sandbox, read_tests, score_all
 from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
+from align.reward.json_schema import check_schema
+from align.reward.overlap import require_library
 from align.reward.process import FunctionProcess, Scored, UserFunction
 from align.reward.remote import RewardClient
+from align.reward.symbolic import require_math_verify
 from align.reward.text import Row, is_missing
 from align.reward.verifiers import VERIFIERS, Sample
 from align.rollout.base import Completion
@@ -87,6 +90,12 @@ def build_component(
             return _regex(reward, process)
         case config.CodeReward():
             return _code(reward)
+        case config.JsonReward():
+            return _json(reward, process)
+        case config.MathReward(symbolic=True):
+            return _symbolic(reward, process)
+        case config.OverlapReward():
+            require_library(reward.measure)
     return _verifier(reward)
 
 
@@ -157,6 +166,39 @@ def _regex(reward: config.RegexReward, process: FunctionProcess) -> Component:
         expected = [None if reward.column is None else row[reward.column] for row in samples.rows]
         rows = [{"pattern": reward.pattern, "expected": value} for value in expected]
         return process.score(function, samples.prompts, samples.texts, rows)
+
+    return component
+
+
+def _json(reward: config.JsonReward, process: FunctionProcess) -> Component:
+    if reward.json_schema is not None:
+        check_schema(reward.json_schema)
+    function = UserFunction(reward.label, "", "json_row", batched=False, timeout_s=reward.timeout_s, tolerant=True)
+    process.load(function)
+
+    def component(samples: Samples) -> Scored:
+        schemas = [reward.json_schema if reward.column is None else row[reward.column] for row in samples.rows]
+        return process.score(function, samples.prompts, samples.texts, [{"schema": schema} for schema in schemas])
+
+    return component
+
+
+def _symbolic(reward: config.MathReward, process: FunctionProcess) -> Component:
+    """Compare by algebra, in a process with a time limit, the answers that are not equal as numbers or text."""
+    require_math_verify()
+    function = UserFunction(reward.label, "", "symbolic_row", batched=False, timeout_s=reward.timeout_s, tolerant=True)
+    process.load(function)
+    plain = _verifier(reward)
+
+    def component(samples: Samples) -> Scored:
+        scores = plain(samples).scores
+        places = [i for i, score in enumerate(scores) if score == 0.0]
+        rows = [{"format": reward.format, "expected": samples.rows[i][reward.column]} for i in places]
+        texts = [samples.texts[i] for i in places]
+        found = process.score(function, [samples.prompts[i] for i in places], texts, rows) if places else Scored([])
+        for place, score in zip(places, found.scores, strict=True):
+            scores[place] = score
+        return Scored(scores, found.problem)
 
     return component
 

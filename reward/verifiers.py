@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from align.config import rewards as config
+from align.reward.choice import choice_score
+from align.reward.json_schema import json_row, json_score
 from align.reward.math_answer import AnswerFormat, expected_answer, final_answer, same_answer
+from align.reward.overlap import overlap_score
+from align.reward.symbolic import symbolic_row
 from align.reward.text import Row, accepted_values, spellings
+
+__all__ = ["json_row", "regex_row", "symbolic_row"]
+"""Functions that `components` runs in the process of users' functions, which looks for them here."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,23 @@ def verify_format(reward: config.FormatReward, sample: Sample) -> float:
 @verifier(config.LengthReward)
 def verify_length(reward: config.LengthReward, sample: Sample) -> float:
     return length_score(sample.tokens, min_tokens=reward.min_tokens, max_tokens=reward.max_tokens, buffer=reward.buffer)
+
+
+@verifier(config.ChoiceReward)
+def verify_choice(reward: config.ChoiceReward, sample: Sample) -> float | None:
+    return choice_score(sample.text, sample.row[reward.column], reward.letters)
+
+
+@verifier(config.JsonReward)
+def verify_json(reward: config.JsonReward, sample: Sample) -> float:
+    """Score without a time limit; `components` runs `json_row` instead, in a process that can be killed."""
+    return json_score(sample.text, reward.json_schema if reward.column is None else sample.row[reward.column])
+
+
+@verifier(config.OverlapReward)
+def verify_overlap(reward: config.OverlapReward, sample: Sample) -> float:
+    references = [spellings(value)[0] for value in accepted_values(sample.row[reward.column])]
+    return overlap_score(reward.measure, sample.text, references)
 
 
 # --- scores --------------------------------------------------------------------------------------------------

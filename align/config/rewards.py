@@ -6,7 +6,7 @@ The score of a completion is the sum over its rewards of `weight * clip(normalis
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
@@ -113,6 +113,52 @@ class MathReward(RewardBase):
     format: Literal["any", "boxed", "hash"] = "any"
     r"""Position of the answer in the completion. boxed: in the last `\boxed{}`. hash: after the last `####`. any: after
     the last of these marks and of "the answer is", "Answer:" and "A:"; without a mark, the last number."""
+
+    symbolic: bool = False
+    """true: also accept an answer that is equal by algebra, for example `2(x+1)` for `2x+2`, by math-verify."""
+    timeout_s: Seconds = 10.0
+    """Timeout of one comparison by algebra in seconds. A completion that takes longer is counted as a failure."""
+
+
+class ChoiceReward(RewardBase):
+    """1 if the completion chooses the row's letter (multiple choice), otherwise 0."""
+
+    kind: Literal["choice"]
+    """Selects the comparison of chosen letters."""
+    column: str = "answer"
+    """Column with the letter, or with the number of the choice, counted from 0."""
+    letters: Annotated[str, Field(pattern=r"^[A-Z]{2,26}$")] = "ABCDEFGHIJ"
+    """Letters of the choices in order."""
+
+
+class JsonReward(RewardBase):
+    """1 if the completion is JSON, alone or in a fenced block, that satisfies a JSON Schema, otherwise 0."""
+
+    kind: Literal["json"]
+    """Selects the check of JSON."""
+    json_schema: dict[str, Any] | None = None
+    """The schema of every row. Default: the row's `column`, otherwise every JSON is accepted."""
+    column: str | None = None
+    """Column with the row's schema, as a mapping or as JSON text."""
+    timeout_s: Seconds = 10.0
+    """Timeout per completion in seconds, because a pattern in a schema may backtrack for ever."""
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> JsonReward:
+        if self.json_schema is not None and self.column is not None:
+            raise ValueError("json_schema and column both give a schema; remove one of them")
+        return self
+
+
+class OverlapReward(RewardBase):
+    """Overlap with the row's reference text, from 0 to 1."""
+
+    kind: Literal["overlap"]
+    """Selects the overlap with a text."""
+    measure: Literal["rouge_l", "bleu", "chrf"]
+    """rouge_l: ROUGE-L by rouge-score. bleu, chrf: of one sentence by sacrebleu."""
+    column: str = "reference"
+    """Column with the reference text, or with a list of texts."""
 
 
 class ExactReward(RewardBase):
@@ -221,6 +267,9 @@ Reward = Annotated[
     | RegexReward
     | FormatReward
     | LengthReward
+    | ChoiceReward
+    | JsonReward
+    | OverlapReward
     | CodeReward,
     Field(discriminator="kind"),
 ]

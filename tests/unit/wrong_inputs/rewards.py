@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from align.config.rewards import CodeReward
 from align.reward.code import read_tests
+from align.reward.json_schema import check_schema
 from align.reward.process import FunctionProcess, UserFunction
 from align.reward.remote import RewardClient
 from align.reward.sandbox import sandbox
 from align.reward.server import BadRequest, PromptCompletion, RewardServer, Scoring
+from align.reward.symbolic import require_math_verify
 from align.rl.complete import require_finite_results
 from align.rl.update import OVERFLOWS, require_finite_gradients, require_finite_losses
 
@@ -134,6 +137,22 @@ def _(here: Here) -> None:
 @wrong("reward-column", "A column that the rows do not have")
 def _(here: Here) -> str:
     return run(here, {"kind": "math"})
+
+
+@wrong("reward-json-two-schemas", "Two schemas for JSON")
+def _(here: Here) -> str:
+    return check(here, {"kind": "json", "json_schema": {"type": "object"}, "column": "schema"})
+
+
+@wrong("reward-json-schema", "A schema that is not valid")
+def _(here: Here) -> None:
+    check_schema({"type": "objekt"})
+
+
+@wrong("reward-library", "A verifier whose library is not installed")
+def _(here: Here) -> None:
+    with patch.dict(sys.modules, {"math_verify": None}):
+        require_math_verify()
 
 
 def read_code_tests(cell: Any, **row: Any) -> None:
