@@ -77,7 +77,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Evaluation set", filters.EvaluationSet),
         ],
     ),
-    ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora)]),
+    ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora), ("Group of adapters", parts.GroupLora)]),
     ("Several processes", [("Parallel", parallel.Parallel), ("Offload", parallel.Offload)]),
     (
         "Stages",

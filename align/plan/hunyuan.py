@@ -152,5 +152,6 @@ def _adapters(layer: LayerShape, run: Pass) -> int:
     """Bytes per token that adapters on attention and MLP save: the `rank` outputs of each A matrix."""
     if run.lora is None:
         return 0
-    pairs = (2 + 2 * bool(layer.cache)) * run.lora.attention + 3 * run.lora.shared_mlp * bool(layer.mlp_width)
-    return pairs * run.lora.rank * run.bytes_per_value
+    attention = (2 + 2 * bool(layer.cache)) * run.lora.attention * run.lora.rank_of("attention")
+    mlp = 3 * bool(layer.mlp_width) * run.lora.shared_mlp * run.lora.rank_of("shared_expert")
+    return (attention + mlp) * run.bytes_per_value

@@ -174,9 +174,10 @@ class ModelShape:
         The score head of a scorer is not counted.
         """
         inside, outside = 0, 0
-        for layer, count in self.kinds:
+        attention, mlp, experts = (lora.rank_of(group) for group in ("attention", "shared_expert", "routed_experts"))
+        for layer in (layer for number, layer in enumerate(self.layers) if lora.adapts(number)):
             linears = layer.linears
-            outside += count * lora.rank * (linears.attention * lora.attention + linears.mlp * lora.shared_mlp)
-            outside += count * layer.router * lora.train_router
-            inside += count * lora.rank * linears.experts * lora.experts
+            outside += attention * linears.attention * lora.attention + mlp * linears.mlp * lora.shared_mlp
+            outside += layer.router * lora.train_router
+            inside += experts * linears.experts * lora.experts
         return inside, outside + self.embeddings(scorer=scorer) * lora.train_embeddings

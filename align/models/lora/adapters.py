@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.config.parts import Lora
+from align.config.parts import Lora, LoraGroup
+from align.errors import UserError
 from align.models.experts import Experts
 from align.models.family import family_of
 
@@ -20,21 +21,45 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
     """PEFT's configuration for a model; task is CAUSAL_LM or SEQ_CLS (which also trains the score head)."""
     from peft import LoraConfig
 
+    layers = model.config.num_hidden_layers
+    if unknown := [number for number in lora.layers or () if number >= layers]:
+        raise UserError(
+            f"lora.layers: {unknown[0]} is not a layer of the model, which has {layers}; the first layer is 0."
+        )
     targets = family_of(model.config).lora(model.config)
     linear = [*(targets.attention if lora.attention else ()), *(targets.mlp if lora.shared_mlp else ())]
     has_experts = any(isinstance(module, Experts) for module in model.modules())
-    saved = [*targets.router] if has_experts and lora.train_router else []
+    # PEFT ignores layers_to_transform for parameters and for modules_to_save, so these are named layer by layer.
+    saved = _in_layers(targets.router, lora, model) if has_experts and lora.train_router else []
     saved += embedding_names(model) if lora.train_embeddings else []
+    groups: dict[LoraGroup, tuple[str, ...]] = {
+        "attention": targets.attention,
+        "shared_expert": targets.mlp,
+        "routed_experts": targets.experts,
+    }
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a float
+        rank_pattern={name: lora.rank_of(group) for group in lora.groups for name in groups[group]},
+        alpha_pattern={name: lora.alpha_of(group) for group in lora.groups for name in groups[group]},
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         bias="none",
         task_type=task,
         target_modules=linear,
-        target_parameters=[*targets.experts] if has_experts and lora.experts else None,
+        layers_to_transform=lora.layers,
+        target_parameters=_in_layers(targets.experts, lora, model) if has_experts and lora.experts else None,
         modules_to_save=(saved + (["score"] if task == "SEQ_CLS" else [])) or None,
     )
+
+
+def _in_layers(suffixes: tuple[str, ...], lora: Lora, model: AnyModel) -> list[str]:
+    """The suffixes, or with `lora.layers` those of the layers' names that exist."""
+    if lora.layers is None:
+        return [*suffixes]
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    wanted = [f"layers.{number}.{suffix}" for number in lora.layers for suffix in suffixes]
+    return [name for name in wanted if any(other.endswith(f".{name}") for other in names)]
 
 
 def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:

@@ -207,3 +207,28 @@ def test_float32_factors_work_on_a_bfloat16_base(tmp_path: Path, autocast: bool)
     assert (found - expected).abs().mean() < 0.1 * (found - logprobs(plain)).abs().mean()
     found.sum().backward()
     assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
+
+
+def test_ranks_alphas_and_layers_of_groups_reach_linear_layers_and_stacks(tmp_path: Path) -> None:
+    """PEFT by itself ignores `layers_to_transform` for stacks and for modules that are trained in full."""
+    groups = {"attention": {"rank": 2}, "routed_experts": {"rank": 3, "alpha": 12.0}}
+    lora = Lora.model_validate({"rank": 4, "alpha": 8.0, "rslora": True, "layers": [1], "groups": groups})
+    model = add_lora(base("hunyuan", tmp_path / "base"), lora, task="CAUSAL_LM")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".layers.1." in name for name in trained)
+    assert any("experts" in name for name in trained)
+    assert any("mlp.gate." in name for name in trained)
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    scaling = {name.rpartition(".")[2]: module.scaling["default"] for name, module in layers}
+    assert scaling["q_proj"] == pytest.approx(8 / 2**0.5)
+    assert scaling["up_proj"] == pytest.approx(8 / 4**0.5)
+    assert scaling["experts"] == pytest.approx(12 / 3**0.5)
+
+
+def test_targets_set_the_keys_of_earlier_recipes() -> None:
+    chosen = Lora.model_validate({"targets": ["attention", "router"]})
+    keys = ("attention", "shared_mlp", "experts", "train_router", "train_embeddings")
+    assert [getattr(chosen, key) for key in keys] == [True, False, False, True, False]
+    assert Lora.model_validate(chosen.model_dump()) == chosen
+    assert Lora.model_validate({"targets": ["all-linear"]}).experts

@@ -74,6 +74,8 @@ def test_operations_equal_those_of_show_model(name: str) -> None:
         Lora(rank=4, experts=False, train_router=False),
         Lora(rank=4, attention=False, shared_mlp=False),
         Lora(rank=2, attention=False, experts=False),
+        Lora(rank=4, groups={"attention": {"rank": 3}, "routed_experts": {"rank": 2}}),  # type: ignore[dict-item]
+        Lora(rank=4, layers=[0, 2]),
     ],
 )
 def test_adapter_parameters_equal_pefts(lora: Lora) -> None:

@@ -372,3 +372,23 @@ def _(here: Here) -> str:
 @wrong("added-tokens-frozen", "Added tokens whose embeddings LoRA does not train")
 def _(here: Here) -> str:
     return here.check(model={"kind": "pretrained", "path": "model", "add_tokens": ["<|tool|>"]}, lora={"rank": 2})
+
+
+@wrong("lora-targets-contradict", "`lora.targets` beside a key that it replaces")
+def _(here: Here) -> str:
+    return here.check(lora={"targets": ["attention"], "experts": True})
+
+
+@wrong("lora-targets-unknown", "A group in `lora.targets` that does not exist")
+def _(here: Here) -> str:
+    return here.check(lora={"targets": ["lm_head"]})
+
+
+@wrong("lora-group-without-adapters", "A rank for a group without adapters")
+def _(here: Here) -> str:
+    return here.check(lora={"targets": ["attention"], "groups": {"routed_experts": {"rank": 4}}})
+
+
+@wrong("lora-layer", "Adapters on a layer that the model does not have")
+def _(here: Here) -> str:
+    return here.run(lora={"targets": ["attention"], "layers": [0, 2]})
