@@ -9,7 +9,7 @@ from typing import Any, assert_never
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.config.parts import EMBEDDED, HotStartModel, PretrainedModel, ScratchModel
+from align.config.parts import EMBEDDED, HotStartModel, Model, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.presets import DEFAULT_FAMILY, GROWN, unknown_keys
 from align.data.chat import prepare_chat_template, set_system_prompt
@@ -18,13 +18,14 @@ from align.data.tokenizer import corpus, train_tokenizer
 from align.errors import UserError
 from align.models.family import family_of
 from align.models.hot_start import convert_hot_start, embedded_source
+from align.models.vocabulary import added_token_ids
 from align.parallel.group import from_rank_0
 from align.run.checkpoint import read_config
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
 from align.run.refusals import path_problem
 from align.train.checkpoint import check_checkpoint, checked_config, count_stored_parameters
-from align.train.vocabulary import add_tokens
+from align.train.vocabulary import add_tokens, set_pad_token
 
 TEMPLATE_KWARGS = "model.chat_template_kwargs"
 
@@ -65,7 +66,25 @@ def _make(context: StageContext) -> StageResult:
     return StageResult(parameters=parameters)
 
 
-def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
+def base_tokenizer(model: Model, seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that the base model will have, made without the model."""
+    if isinstance(model, ScratchModel):
+        tokenizer = _scratch_tokenizer(model, seed)
+    else:
+        if isinstance(model, PretrainedModel):
+            source = _find_pretrained(model)
+        else:
+            source = embedded_source() if model.source == EMBEDDED else local_path(model.source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if isinstance(model, PretrainedModel):
+            added_token_ids(tokenizer, model.add_tokens)
+        _set_template(tokenizer, model)
+    set_pad_token(tokenizer)
+    prepare_chat_template(tokenizer)
+    return tokenizer
+
+
+def _scratch_tokenizer(settings: ScratchModel, seed: int) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase
     if isinstance(settings.tokenizer, str):
         try:
@@ -78,13 +97,18 @@ def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
     else:
         texts = corpus(settings.tokenizer.data, seed=seed)
         tokenizer = train_tokenizer(texts, settings.tokenizer.vocab_size)
+    set_template_defaults(tokenizer, settings.chat_template_kwargs, TEMPLATE_KWARGS)
+    return tokenizer
+
+
+def _from_scratch(settings: ScratchModel, seed: int, folder: Path) -> None:
+    tokenizer = _scratch_tokenizer(settings, seed)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
     values = {**settings.sizes(), **tokens, **settings.config}
     config = checked_config(values, "model.config", "change it")
     torch.manual_seed(seed)
     family_of(config).policy(config).save_pretrained(folder)
-    set_template_defaults(tokenizer, settings.chat_template_kwargs, TEMPLATE_KWARGS)
     tokenizer.save_pretrained(folder)
 
 
@@ -93,15 +117,19 @@ def _change_template(folder: Path, model: PretrainedModel | HotStartModel) -> No
     if model.system_prompt is None and not model.chat_template_kwargs:
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    _set_template(tokenizer, model)
+    for file in folder.iterdir():
+        if file.is_symlink() and file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            file.unlink()  # a link to the original checkpoint's file
+    tokenizer.save_pretrained(folder)
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, model: PretrainedModel | HotStartModel) -> None:
     if model.system_prompt is not None:
         set_system_prompt(tokenizer, model.system_prompt)
     if model.chat_template_kwargs:
         prepare_chat_template(tokenizer)  # it recognises templates by their text, which the variables change
         set_template_defaults(tokenizer, model.chat_template_kwargs, TEMPLATE_KWARGS)
-    for file in folder.iterdir():
-        if file.is_symlink() and file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            file.unlink()  # a link to the original checkpoint's file
-    tokenizer.save_pretrained(folder)
 
 
 def _change_config(folder: Path, changes: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Commands on data files: `data convert`."""
+"""Commands on data: `data show`, `data stats`, `data convert`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,32 @@ from align.errors import UserError
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the commands to the parser."""
-    data = commands.add_parser("data", help="convert data files", description="Convert data files.")
+    data = commands.add_parser(
+        "data", help="look at a stage's data, convert files", description="Look at a stage's data, convert files."
+    )
     kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    show = kinds.add_parser(
+        "show",
+        help="print rows as the model sees them",
+        description="Print what a stage would train on: a report, and the first rows with the tokens in the loss "
+        "marked. Rows are tokenised as in a run, into the same cache.",
+    )
+    show.add_argument("--rows", type=int, default=3, metavar="N", help="number of rows to print (default: 3)")
+    show.add_argument("--row", type=int, metavar="I", help="print row I, counted from 0 in the order of training")
+    show.add_argument("--ids", action="store_true", help="also print the token ids")
+    stats = kinds.add_parser(
+        "stats",
+        help="count a stage's rows and tokens",
+        description="Print the report of `align data show` without rows.",
+    )
+    stats.set_defaults(rows=0, row=None, ids=False)
+    for command in (show, stats):
+        command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+        command.add_argument("stage", help="the stage whose data to print")
+        command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
+        command.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(command=_show)
     convert = kinds.add_parser(
         "convert",
         help="write rows of any shape as JSON Lines in canonical form",
@@ -31,6 +56,26 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     convert.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
     convert.set_defaults(command=_convert)
+
+
+def _show(options: argparse.Namespace) -> None:
+    for option in ("rows", "row"):
+        if (getattr(options, option) or 0) < 0:
+            raise UserError(f"--{option} {getattr(options, option)}: must not be negative. Correct the option.")
+    from align.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from align.cli.data_text import print_preview
+    from align.recipes.preview import preview
+
+    found = preview(recipe, options.stage, options.run_dir or Path("runs") / recipe.name)
+    start, count = (0, options.rows) if options.row is None else (options.row, 1)
+    rows = found.rows(start, count) if count else []
+    if options.json:
+        shown = [{side.name: side.to_dict() for side in row} if len(row) > 1 else row[0].to_dict() for row in rows]
+        print(json.dumps({"rows": shown, "report": found.to_dict()}, ensure_ascii=False, indent=1))
+        return
+    print_preview(found, rows, start, ids=options.ids)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -12,12 +12,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from align.config.filters import Filter
 from align.config.parts import Data, Mixture, Source
+from align.config.stages import DpoStage, PretrainStage, RewardModelStage, SftStage, TrainingStage
 from align.data.chat import check_template
 from align.data.encode import Encoding, Kind
 from align.data.prompts import PromptRow, PromptRows
@@ -36,14 +38,43 @@ StageDirs = Mapping[str, Path] | None
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows for a trainer. held_out is None if the recipe holds out no rows.
+    """Tokenised rows for a trainer.
+
+    held_out: None if the recipe holds out no rows.
 
     train: `StreamedRows` if a training source streams.
+    rows: the training rows before pretraining cuts them, with their sources; None for a stream.
     """
 
     train: datasets.Dataset | StreamedRows
     held_out: datasets.Dataset | None
     report: DataReport
+    rows: TokenisedRows | None = None
+
+
+class Options(TypedDict):
+    """Arguments that all functions below share."""
+
+    seed: int
+    stage_dirs: StageDirs
+
+
+def prepare_stage(
+    stage: TrainingStage, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+) -> Prepared:
+    """The data of a training stage."""
+    options: Options = {"seed": seed, "stage_dirs": stage_dirs}
+    match stage:
+        case PretrainStage():
+            return prepare_text(stage.data, tokenizer, attend_across=stage.attend_across, **options)
+        case SftStage():
+            return prepare_sft(stage.data, tokenizer, assistant_only_loss=stage.assistant_only_loss, **options)
+        case RewardModelStage():
+            return prepare_reward_pairs(stage.data, tokenizer, **options)
+        case DpoStage():
+            return prepare_dpo_pairs(stage.data, tokenizer, **options)
+        case _:
+            raise TypeError(f"no rows are prepared for a {type(stage).__name__}")
 
 
 def prepare_text(
@@ -77,7 +108,7 @@ def prepare_text(
         loss_tokens=sum(lengths) - (len(lengths) if attend_across else pieces),  # nothing predicts a first token
         fingerprint=hashlib.sha256(f"{report.fingerprint} {data.max_length}".encode()).hexdigest(),
     )
-    return Prepared(made, made_held_out, report)
+    return Prepared(made, made_held_out, report, train)
 
 
 def prepare_sft(
@@ -129,7 +160,7 @@ def prepare_prompts(
     stage_dirs: StageDirs = None,
     filters: Sequence[Filter] = (),
     cache: str | None = None,
-) -> tuple[Sequence[PromptRow], DataReport]:
+) -> tuple[PromptRows, DataReport]:
     """(prompts in the order of the shuffled mixture, report). Prompts over `max_prompt_length` tokens are dropped.
 
     filters: drop prompts. cache: as `data.cache`. Raises `UserError` if no prompt remains.
@@ -148,7 +179,7 @@ def _prepare(data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: i
     if data.streams:
         return _streamed(data, encoding, tokenizer, seed, stage_dirs or {})
     train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {})
-    return Prepared(train.dataset(), None if held_out is None else held_out.dataset(), report)
+    return Prepared(train.dataset(), None if held_out is None else held_out.dataset(), report, train)
 
 
 def _streamed(

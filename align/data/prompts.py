@@ -36,7 +36,7 @@ class PromptRows(Sequence[PromptRow]):
     """Prompts in order, parsed one at a time from the memory-mapped store. A pickle holds the prompts themselves."""
 
     def __init__(self, rows: TokenisedRows):
-        self._table, self._order = rows.table(), rows.indices
+        self.rows, self._table, self._order = rows, rows.table(), rows.indices
         self._offsets = np.cumsum([0, *(chunk.num_rows for chunk in self._table.to_batches())])
         self._batches: list[pa.RecordBatch] = self._table.to_batches()
         # A column that one source or row has and another lacks is None there.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from align.data.store.build import EntryPlan, build_entry, row_counts
 from align.data.store.duplicates import without_duplicates
 from align.data.store.entry import Entry
 from align.data.store.order import Order, chosen_rows, mixed_order
-from align.data.store.reading import open_source
+from align.data.store.reading import Reading, open_source
 from align.data.store.shards import TOKENS
 
 
@@ -58,16 +58,21 @@ class Store:
             if isinstance(settings, DuplicateFilter):
                 entries = without_duplicates(entries, settings, self.cache)
         order = mixed_order([len(entry.rows) for entry in entries], sources, mixture, seed)
-        return TokenisedRows([plan.reading.name for plan in plans], entries, order)
+        return TokenisedRows([plan.reading for plan in plans], entries, order)
 
 
 @dataclass(frozen=True)
 class TokenisedRows:
     """Rows of several sources in one order, with their token rows."""
 
-    names: list[str]
+    readings: list[Reading]
     entries: list[Entry]
     order: Order
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources."""
+        return [reading.name for reading in self.readings]
 
     def _gather(self, column: str) -> np.ndarray:
         """A column of `ROW` for every row, in order."""
@@ -81,7 +86,7 @@ class TokenisedRows:
         """(training rows, held-out rows), chosen by the hash of the prompt. A held-out row occurs once."""
         held = self._gather("key") < np.uint64(held_out_below(fraction))
         train, held_out = self.order[~held], self.order[held].first_occurrences()
-        return TokenisedRows(self.names, self.entries, train), TokenisedRows(self.names, self.entries, held_out)
+        return replace(self, order=train), replace(self, order=held_out)
 
     def dropped(self) -> Counter[str]:
         """{reason: dropped rows}."""

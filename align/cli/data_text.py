@@ -1,0 +1,88 @@
+"""Print the data of a stage: colours on a terminal, brackets around the tokens in the loss in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from align.cli.terminal import color
+from align.data.show import LengthBias, Segment, Side, bar
+from align.recipes.preview import Lengths, Preview
+
+WIDTH = 12
+"""Columns of the names of the report's lines."""
+OPEN, CLOSE = "\u27e6", "\u27e7"
+"""Brackets around tokens in the loss: letters that texts rarely have."""
+GREEN, GREY = 32, 90
+
+
+def print_preview(found: Preview, rows: Sequence[Sequence[Side]], start: int, *, ids: bool) -> None:
+    """Print the report and some rows. start: number of the first of them."""
+    for line in report_lines(found):
+        print(line)
+    for number, row in enumerate(rows, start=start):
+        print(f"\n{color(f'row {number}', 36)}")
+        for side in row:
+            if len(row) > 1:
+                print(color(f"{side.name} ({len(side.ids)} tokens)", GREY))
+            print(marked(side.segments, colored=sys.stdout.isatty()))
+            if ids:
+                print(color(" ".join(map(str, side.ids)), GREY))
+
+
+def marked(segments: Sequence[Segment], *, colored: bool) -> str:
+    """The text of a row, with the tokens in the loss in green or in brackets."""
+    parts = []
+    for text, in_loss in segments:
+        parts.append(text if not in_loss else color(text, GREEN) if colored else f"{OPEN}{text}{CLOSE}")
+    return "".join(parts)
+
+
+def report_lines(found: Preview) -> list[str]:
+    """The report, one fact per line."""
+    lines = []
+    if (report := found.report) is None:
+        lines.append(_line("rows", "not counted: the source streams"))
+    else:
+        held = f", {report.rows_held_out:,} held out" if report.rows_held_out else ""
+        lines.append(_line("rows", f"{report.rows_read:,} read, {report.rows_train:,} to train on{held}"))
+        share = f", {report.loss_tokens / report.tokens:.0%} of them in the loss" if report.loss_tokens else ""
+        lines.append(_line("tokens", f"{report.tokens:,}{share}"))
+        lines += [_line("truncated", f"{report.truncated:,} rows")] if report.truncated else []
+        lines += [_line("split", f"{report.split:,} conversations became several rows")] if report.split else []
+        for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+            lines.append(_line("dropped", f"{count:,}: {reason}"))
+            if (example := (found.examples or {}).get(reason)) is not None:
+                lines.append(_line("", f"{example[0]}: {example[1]}"))
+        if report.unused_columns:
+            columns = ", ".join(f"{name} ({count:,} rows)" for name, count in report.unused_columns.items())
+            lines.append(_line("not used", f"columns {columns}"))
+        if len(report.sources) > 1:
+            lines += [
+                _line("source", f"{s['name']}: {s['rows']:,} rows, {s['tokens']:,} tokens") for s in report.sources
+            ]
+    lines += _length_lines(found.lengths) if found.lengths else []
+    lines += [_line("answers", _bias_text(found.bias))] if found.bias else []
+    lines += [_line("steps", f"{found.steps:,} optimizer steps")] if found.steps else []
+    return lines
+
+
+def _length_lines(lengths: Lengths) -> list[str]:
+    lines = [_line("lengths", f"mean {lengths.mean:,.0f}, longest {lengths.longest:,} tokens")]
+    most = max(count for *_, count in lengths.bins)
+    for low, high, count in lengths.bins:
+        lines.append(_line("", f"{low:>7,} to {high:<7,} {count:>9,} {bar(count / most)}"))
+    if lengths.duplicates:
+        lines.append(_line("duplicates", f"{lengths.duplicates:,} rows equal an earlier row"))
+    return lines
+
+
+def _bias_text(bias: LengthBias) -> str:
+    return (
+        f"chosen longer in {bias.chosen_longer:.0%} of the pairs, rejected in {bias.rejected_longer:.0%}; mean "
+        f"{bias.chosen_tokens:,.0f} and {bias.rejected_tokens:,.0f} tokens"
+    )
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{WIDTH}}{text}".rstrip()

@@ -1,0 +1,192 @@
+"""What a stage would train on: its rows as the model sees them, and what was dropped and why. Trains nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.config.ppo import PpoStage
+from align.config.recipe import BASE, Recipe, is_path
+from align.config.stage import StageWithParent
+from align.config.stages import SampleStage, TrainingStage
+from align.data.prepare import prepare_prompts, prepare_stage
+from align.data.report import DataReport
+from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
+from align.data.store.examples import dropped_examples
+from align.data.store.tokenised import TokenisedRows, row_lengths
+from align.errors import UserError
+from align.recipes.base import base_tokenizer
+from align.run.context import StageContext
+from align.run.folder import MODEL
+from align.train.checkpoint import load_tokenizer
+
+EXAMPLE = 200
+"""Characters of an example of a dropped row."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per row of the training split; of a pair, those of its longer sequence with the prompt.
+
+    duplicates  rows whose tokens equal those of an earlier row
+    """
+
+    mean: float
+    longest: int
+    bins: list[LengthBin]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The data of a stage. What is None is not known of a source that streams, or does not apply to the stage.
+
+    read      returns training rows `start` to `start + count` as sequences of tokens
+    total     training rows
+    report    counts of rows and tokens
+    examples  {reason: (file and line, the dropped row as JSON text)}
+    bias      lengths of the answers of pairs
+    steps     optimizer steps of the stage
+    """
+
+    read: Callable[[int, int], list[list[Side]]]
+    total: int | None = None
+    report: DataReport | None = None
+    examples: Mapping[str, tuple[str, str]] | None = None
+    lengths: Lengths | None = None
+    bias: LengthBias | None = None
+    steps: int | None = None
+
+    def rows(self, start: int, count: int) -> list[list[Side]]:
+        """`count` rows from row `start` on. Raises `UserError` if there is no such row."""
+        if self.total is not None and start >= self.total:
+            raise UserError(f"--row {start}: the stage has {self.total:,} rows. Choose a smaller number.")
+        return self.read(start, count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the rows, as JSON types."""
+        examples = {reason: {"where": where, "row": row} for reason, (where, row) in (self.examples or {}).items()}
+        return {
+            **(self.report.to_dict() if self.report else {}),
+            "examples": examples,
+            "lengths": self.lengths and asdict(self.lengths),
+            "length_bias": self.bias and asdict(self.bias),
+            "steps": self.steps,
+        }
+
+
+def preview(recipe: Recipe, name: str, run_dir: Path) -> Preview:
+    """The data of stage `name`. Raises `UserError` if the stage has none, or its data or tokenizer cannot be read."""
+    if name not in recipe.stages:
+        raise UserError(f"the recipe has no stage '{name}'. Use one of {', '.join(recipe.stages)}.")
+    stage, context = recipe.stages[name], StageContext(recipe, name, run_dir)
+    if isinstance(stage, TrainingStage):
+        return _of_training(stage, context)
+    if isinstance(stage, PpoStage | SampleStage):
+        return _of_prompts(stage, context)
+    raise UserError(f"stage '{name}': a stage of the kind '{stage.kind}' trains on no rows. Choose another stage.")
+
+
+def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage's parent. If no ancestor has been run, the one that the base model will have."""
+    reference = stage.init_from
+    while not is_path(reference) and not (context.run_dir / reference / MODEL / "config.json").is_file():
+        if reference == BASE:
+            return base_tokenizer(context.recipe.model, context.recipe.seed)
+        parent = context.recipe.stages[reference]
+        assert isinstance(parent, StageWithParent), "a report has no checkpoint"
+        reference = parent.init_from
+    return load_tokenizer(context.checkpoint(reference))
+
+
+def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
+    tokenizer = stage_tokenizer(stage, context)
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    if data.rows is None:
+        streamed = iter(data.train)
+        return Preview(lambda start, count: [_sides(row, tokenizer) for row in islice(streamed, start, start + count)])
+    steps = stage.max_steps or math.ceil(stage.epochs * math.ceil(len(data.train) / stage.batch_size))
+    lengths, bias = _sizes(data.train, data.rows)
+    return Preview(
+        read=lambda start, count: [_sides(data.train[i], tokenizer) for i in _range(start, count, len(data.train))],
+        total=len(data.train),
+        report=data.report,
+        examples=_examples(data.rows),
+        lengths=_lengths(lengths, data.rows),
+        bias=bias,
+        steps=steps,
+    )
+
+
+def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview:
+    if isinstance(stage, PpoStage):
+        sources, longest = stage.prompts, stage.max_prompt_length
+    else:
+        sources, longest = stage.train, stage.rollout.max_model_length - stage.rollout.max_new_tokens
+    tokenizer = stage_tokenizer(stage, context)
+    prompts, report = prepare_prompts(
+        sources,
+        tokenizer,
+        max_prompt_length=longest,
+        seed=context.seed,
+        stage_dirs=context.stage_dirs,
+        filters=stage.filters,
+    )
+    return Preview(
+        read=lambda start, count: [
+            _sides({"input_ids": list(prompts[i].ids)}, tokenizer) for i in _range(start, count, len(prompts))
+        ],
+        total=len(prompts),
+        report=report,
+        examples=_examples(prompts.rows),
+        lengths=_lengths(prompts.rows.tokens["tokens"], prompts.rows),
+    )
+
+
+def _sides(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[Side]:
+    return sides_of(row, lambda ids: str(tokenizer.decode(list(ids))))
+
+
+def _range(start: int, count: int, total: int) -> range:
+    return range(start, min(start + count, total))
+
+
+def _sizes(rows: datasets.Dataset, tokenised: TokenisedRows) -> tuple[np.ndarray, LengthBias | None]:
+    """(tokens per row; of a pair, those of its longer sequence, lengths of the answers of pairs)."""
+    if "chosen_ids" not in rows.column_names:
+        return row_lengths(rows, "input_ids"), None
+    chosen, rejected = row_lengths(rows, "chosen_ids"), row_lengths(rows, "rejected_ids")
+    if "prompt_ids" in rows.column_names:
+        prompt = row_lengths(rows, "prompt_ids")
+    else:  # both sequences begin with it
+        prompt = (tokenised.tokens["tokens"] - tokenised.tokens["loss"]) // 2
+        chosen, rejected = chosen - prompt, rejected - prompt
+    return prompt + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
+
+
+def _lengths(lengths: np.ndarray, rows: TokenisedRows) -> Lengths:
+    digests = rows.tokens["digest"]
+    return Lengths(
+        mean=float(lengths.mean()),
+        longest=int(lengths.max()),
+        bins=histogram(lengths.tolist()),
+        duplicates=len(digests) - len(np.unique(digests)),
+    )
+
+
+def _examples(rows: TokenisedRows) -> dict[str, tuple[str, str]]:
+    return {reason: (found.where, _short(found.row)) for reason, found in dropped_examples(rows).items()}
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= EXAMPLE else f"{text[:EXAMPLE]}..."
