@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from align.data.prepare import prepare_prompts, prepare_stage
 from align.data.report import DataReport
 from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
-from align.data.store.tokenised import TokenisedRows, row_lengths
+from align.data.store.tokenised import TokenisedRows, list_lengths
 from align.errors import UserError
 from align.recipes.base import base_tokenizer
 from align.run.context import StageContext
@@ -112,12 +111,20 @@ def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
     tokenizer = stage_tokenizer(stage, context)
     data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     if data.rows is None:
-        streamed = iter(data.train)
-        return Preview(lambda start, count: [_sides(row, tokenizer) for row in islice(streamed, start, start + count)])
+        stream = data.train
+        return Preview(
+            read=lambda start, count: [_sides(stream[i], tokenizer) for i in range(start, start + count)],
+            steps=stage.max_steps,
+        )
+    assert isinstance(data.train, datasets.Dataset)
     steps = stage.max_steps or math.ceil(stage.epochs * math.ceil(len(data.train) / stage.batch_size))
-    lengths, bias = _sizes(data.train, data.rows)
+    rows, prompts = data.train, _prompt_tokens(data.train, data.rows)
+    lengths, bias = _sizes(rows, prompts)
     return Preview(
-        read=lambda start, count: [_sides(data.train[i], tokenizer) for i in _range(start, count, len(data.train))],
+        read=lambda start, count: [
+            _sides(rows[i], tokenizer, None if prompts is None else int(prompts[i]))
+            for i in _range(start, count, len(rows))
+        ],
         total=len(data.train),
         report=data.report,
         examples=_examples(data.rows),
@@ -152,25 +159,34 @@ def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview
     )
 
 
-def _sides(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[Side]:
-    return sides_of(row, lambda ids: str(tokenizer.decode(list(ids))))
+def _sides(
+    row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None
+) -> list[Side]:
+    return sides_of(row, lambda ids: str(tokenizer.decode(list(ids))), prompt_tokens)
 
 
 def _range(start: int, count: int, total: int) -> range:
     return range(start, min(start + count, total))
 
 
-def _sizes(rows: datasets.Dataset, tokenised: TokenisedRows) -> tuple[np.ndarray, LengthBias | None]:
-    """(tokens per row; of a pair, those of its longer sequence, lengths of the answers of pairs)."""
-    if "chosen_ids" not in rows.column_names:
-        return row_lengths(rows, "input_ids"), None
-    chosen, rejected = row_lengths(rows, "chosen_ids"), row_lengths(rows, "rejected_ids")
+def _prompt_tokens(rows: datasets.Dataset, tokenised: TokenisedRows) -> np.ndarray | None:
+    """Tokens of the prompt of each pair; None for rows that are no pairs."""
     if "prompt_ids" in rows.column_names:
-        prompt = row_lengths(rows, "prompt_ids")
-    else:  # both sequences begin with it
-        prompt = (tokenised.tokens["tokens"] - tokenised.tokens["loss"]) // 2
-        chosen, rejected = chosen - prompt, rejected - prompt
-    return prompt + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
+        return list_lengths(rows, "prompt_ids")
+    if "chosen_ids" not in rows.column_names:
+        return None
+    counts = tokenised.tokens  # of both sequences, which begin with the prompt, and of both answers
+    return (counts["tokens"] - counts["loss"]) // 2
+
+
+def _sizes(rows: datasets.Dataset, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBias | None]:
+    """(tokens per row; of a pair, those of its longer sequence; lengths of the answers of pairs)."""
+    if prompts is None:
+        return list_lengths(rows, "input_ids"), None
+    chosen, rejected = list_lengths(rows, "chosen_ids"), list_lengths(rows, "rejected_ids")
+    if "prompt_ids" not in rows.column_names:
+        chosen, rejected = chosen - prompts, rejected - prompts
+    return prompts + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
 
 
 def _lengths(lengths: np.ndarray, rows: TokenisedRows) -> Lengths:

@@ -41,7 +41,6 @@ class Prepared:
     """Tokenised rows for a trainer.
 
     held_out: None if the recipe holds out no rows.
-
     train: `StreamedRows` if a training source streams.
     rows: the training rows before pretraining cuts them, with their sources; None for a stream.
     """

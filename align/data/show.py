@@ -42,11 +42,11 @@ class Side:
         return {"text": text, "input_ids": self.ids, "labels": self.labels}
 
 
-def sides_of(columns: Columns, decode: Decode) -> list[Side]:
-    """The sequences of a row.
+def sides_of(columns: Columns, decode: Decode, prompt_tokens: int | None = None) -> list[Side]:
+    """The sequences of a row; of a pair its prompt, and each answer through its end of turn.
 
-    A pair has its prompt, and each answer through its end of turn. The prompt of a reward model's pair is the common
-    beginning of both sequences, because its columns do not tell it apart.
+    prompt_tokens: tokens of the prompt with which both sequences of a reward model's pair begin. Default: their common
+        beginning, which may include the beginning of both answers.
     """
     if "chosen_ids" not in columns:
         labels = columns.get("labels", [NOT_IN_LOSS] * len(columns["input_ids"]))
@@ -55,6 +55,7 @@ def sides_of(columns: Columns, decode: Decode) -> list[Side]:
     prompt = list(columns.get("prompt_ids", ()))
     if "prompt_ids" not in columns:
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+        shared = shared if prompt_tokens is None else prompt_tokens
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     return [
         _side("prompt", prompt, [NOT_IN_LOSS] * len(prompt), decode),

@@ -44,7 +44,7 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
             "sample": {"kind": "sample", "init_from": "sft", "train": [{"path": "pairs.jsonl"}]},
         },
     }
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return tmp_path
 
 
