@@ -176,7 +176,7 @@ def _prompt_tokens(rows: datasets.Dataset, tokenised: TokenisedRows) -> np.ndarr
     if "chosen_ids" not in rows.column_names:
         return None
     counts = tokenised.tokens  # of both sequences, which begin with the prompt, and of both answers
-    return (counts["tokens"] - counts["loss"]) // 2
+    return np.asarray((counts["tokens"] - counts["loss"]) // 2)
 
 
 def _sizes(rows: datasets.Dataset, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBias | None]:
