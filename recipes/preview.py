@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from align.data.prepare import prepare_prompts, prepare_stage
 from align.data.report import DataReport
 from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
+from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import TokenisedRows, list_lengths
 from align.errors import UserError
 from align.recipes.base import base_tokenizer
@@ -110,13 +110,12 @@ def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrained
 def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
     tokenizer = stage_tokenizer(stage, context)
     data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
-    if data.rows is None:
+    if data.rows is None or isinstance(data.train, StreamedRows):
         stream = data.train
         return Preview(
             read=lambda start, count: [_sides(stream[i], tokenizer) for i in range(start, start + count)],
             steps=stage.max_steps,
         )
-    assert isinstance(data.train, datasets.Dataset)
     steps = stage.max_steps or math.ceil(stage.epochs * math.ceil(len(data.train) / stage.batch_size))
     rows, prompts = data.train, _prompt_tokens(data.train, data.rows)
     lengths, bias = _sizes(rows, prompts)
@@ -169,7 +168,7 @@ def _range(start: int, count: int, total: int) -> range:
     return range(start, min(start + count, total))
 
 
-def _prompt_tokens(rows: datasets.Dataset, tokenised: TokenisedRows) -> np.ndarray | None:
+def _prompt_tokens(rows: Any, tokenised: TokenisedRows) -> np.ndarray | None:
     """Tokens of the prompt of each pair; None for rows that are no pairs."""
     if "prompt_ids" in rows.column_names:
         return list_lengths(rows, "prompt_ids")
@@ -179,7 +178,7 @@ def _prompt_tokens(rows: datasets.Dataset, tokenised: TokenisedRows) -> np.ndarr
     return np.asarray((counts["tokens"] - counts["loss"]) // 2)
 
 
-def _sizes(rows: datasets.Dataset, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBias | None]:
+def _sizes(rows: Any, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBias | None]:
     """(tokens per row; of a pair, those of its longer sequence; lengths of the answers of pairs)."""
     if prompts is None:
         return list_lengths(rows, "input_ids"), None
