@@ -37,6 +37,10 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def __hash__(self) -> int:
+        """Hash of the values. pydantic's own fails for values that are lists or dicts."""
+        return hash((type(self), self.model_dump_json()))
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy with other values, which are not validated. Raises `TypeError` for a key that the section lacks."""
         if unknown := set(update or ()) - set(type(self).model_fields):

@@ -44,7 +44,7 @@ def test_overrides_without_a_recipe_are_refused(capsys) -> None:
         ("stages.sft.max_length=8", "did you mean 'data.max_length'?"),
         ("stages.ppo.learning_rate=1e-4", "did you mean 'critic.learning_rate' or 'optimizer.learning_rate'?"),
         ("stages.ppo.estimator_kind=grpo", "known keys are advantage_estimator, batch_size"),
-        ("stages.dpo.lora.r=8", "known keys are alpha, attention, dropout, experts, rank"),
+        ("stages.dpo.lora.r=8", "known keys are alpha, attention, dropout, experts, groups, layers, rank"),
     ],
 )
 def test_an_unknown_key_gets_a_suggestion(change: str, hint: str) -> None:
