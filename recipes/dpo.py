@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from align.config.stages import DpoStage
-from align.data.prepare import prepare_dpo_pairs
+from align.data.prepare import prepare_stage
 from align.models.family import load_config
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
@@ -18,7 +18,7 @@ from align.train.trainer import PackedTrainer
 def run(stage: DpoStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_dpo_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     objective = held_out = Preference(stage, shares=can_share(load_config(parent)))
     if stage.needs_reference:

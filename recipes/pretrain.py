@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from align.config.stages import PretrainStage
-from align.data.prepare import prepare_text
+from align.data.prepare import prepare_stage
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save
@@ -14,13 +14,7 @@ from align.train.trainer import PackedTrainer
 def run(stage: PretrainStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_text(
-        stage.data,
-        tokenizer,
-        attend_across=stage.attend_across,
-        seed=context.seed,
-        stage_dirs=context.stage_dirs,
-    )
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     trainer = PackedTrainer(
         stage=stage,

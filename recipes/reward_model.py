@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from align.config.stages import RewardModelStage
-from align.data.prepare import prepare_reward_pairs
+from align.data.prepare import prepare_stage
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_scorer, load_tokenizer
 from align.train.fit import train_and_save
@@ -16,7 +16,7 @@ from align.train.trainer import PackedTrainer
 def run(stage: RewardModelStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_reward_pairs(stage.data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the new head is random
     model = load_scorer(parent, context.trained_dtype(stage.lora), parallel=context.recipe.parallel, lora=stage.lora)
