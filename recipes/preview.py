@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.ppo import PpoStage
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.stage import StageWithParent
-from align.config.stages import SampleStage, TrainingStage
+from align.config.stages import SampleStage, Stage, TrainingStage
 from align.data.prepare import prepare_prompts, prepare_stage
 from align.data.report import DataReport
 from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
@@ -93,6 +93,11 @@ def preview(recipe: Recipe, name: str, run_dir: Path) -> Preview:
     if isinstance(stage, PpoStage | SampleStage):
         return _of_prompts(stage, context)
     raise UserError(f"stage '{name}': a stage of the kind '{stage.kind}' trains on no rows. Choose another stage.")
+
+
+def has_rows(stage: Stage) -> bool:
+    """True if `preview` has something to show of the stage."""
+    return isinstance(stage, TrainingStage | PpoStage | SampleStage)
 
 
 def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrainedTokenizerBase:

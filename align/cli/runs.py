@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from align.cli.terminal import say, status
@@ -49,6 +50,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--without-files",
         action="store_true",
         help="do not check that data, rewards and checkpoints exist on this machine",
+    )
+    check.add_argument(
+        "--data",
+        action="store_true",
+        help="also tokenise the data of every stage and print its counts (see `align data show`); loads torch",
     )
     check.set_defaults(command=_check)
     for command in (run, check):
@@ -125,6 +131,9 @@ def _check(options: argparse.Namespace) -> None:
     else:
         for path, problem in problems.items():
             print(problem if problem else f"{path}: ok", file=sys.stderr if problem else sys.stdout)
+            if options.data and not problem:
+                for line in _data_lines(path, overrides):
+                    print(line, flush=True)
     if any(problems.values()):
         sys.exit(2)
 
@@ -145,6 +154,29 @@ def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> s
         return str(error)
     found = problems(recipe, [BASE, *recipe.stages], files=not options.without_files)
     return "\n".join(f"{path}: {problem}" for problem in found) or None
+
+
+def _data_lines(path: str, overrides: list[str]) -> Iterator[str]:
+    """One line of counts per stage that trains on rows. Raises `UserError` for data that cannot be used."""
+    from align.config import load_recipe
+    from align.config.parts import StageSource
+    from align.config.stage import find
+
+    recipe = load_recipe(path, overrides)
+    from align.recipes.preview import has_rows, preview
+
+    run_dir = Path("runs") / recipe.name
+    for name, stage in recipe.stages.items():
+        made = [source.stage for _, source in find(stage, StageSource)]
+        waiting = [parent for parent in made if not (run_dir / parent / "data" / "train.jsonl").is_file()]
+        if not has_rows(stage):
+            continue
+        if waiting:
+            yield f"  {name}: its rows are made by stage '{waiting[0]}', which has not been run"
+        elif (report := preview(recipe, name, run_dir).report) is None:
+            yield f"  {name}: the rows stream, so they are not counted"
+        else:
+            yield f"  {name}: {report.summary()}"
 
 
 def _show(options: argparse.Namespace) -> None:

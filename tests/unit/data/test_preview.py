@@ -39,9 +39,9 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
         "model": {"kind": "scratch", "preset": "tiny", "tokenizer": "tokenizer"},
         "stages": {
             "sft": {"kind": "sft", "batch_size": 2, "data": {"train": [{"path": "chats.jsonl"}]}},
+            "sample": {"kind": "sample", "init_from": "sft", "train": [{"path": "pairs.jsonl"}]},
             "rm": {"kind": "reward_model", "init_from": "sft", "data": {"train": [{"path": "pairs.jsonl"}]}},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": {"train": [{"path": "pairs.jsonl"}]}},
-            "sample": {"kind": "sample", "init_from": "sft", "train": [{"path": "pairs.jsonl"}]},
         },
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -110,7 +110,7 @@ def test_prompts_are_shown_up_to_the_header_of_the_answer(folder: Path, capsys: 
     [
         (["sft", "--row", "7"], "--row 7: the stage has 7 rows. Choose a smaller number."),
         (["sft", "--rows", "-1"], "--rows -1: must not be negative. Correct the option."),
-        (["dpoo"], "the recipe has no stage 'dpoo'. Use one of sft, rm, dpo, sample."),
+        (["dpoo"], "the recipe has no stage 'dpoo'. Use one of sft, sample, rm, dpo."),
     ],
 )
 def test_wrong_arguments(folder: Path, capsys: Any, arguments: list[str], message: str) -> None:
@@ -118,3 +118,14 @@ def test_wrong_arguments(folder: Path, capsys: Any, arguments: list[str], messag
         main(["data", "show", "recipe.yaml", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_counts_the_rows_of_every_stage(folder: Path, capsys: Any) -> None:
+    main(["check", "recipe.yaml", "--data"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "recipe.yaml: ok"
+    assert [line.partition(":")[0].strip() for line in lines[1:]] == ["sft", "sample", "rm", "dpo"]
+    assert lines[1].startswith("  sft: 8 rows read: 7 training rows (")
+    assert "1 dropped: no assistant turn" in lines[1]
+    main(["check", "recipe.yaml", "--data", "stages.dpo.data.train=[{kind: stage, stage: sample}]"])
+    assert "  dpo: its rows are made by stage 'sample', which has not been run" in capsys.readouterr().out
