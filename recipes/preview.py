@@ -17,7 +17,7 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.stage import StageWithParent
 from align.config.stages import SampleStage, Stage, TrainingStage
 from align.data.prepare import prepare_prompts, prepare_stage
-from align.data.report import DataReport
+from align.data.report import REASONS, DataReport
 from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
 from align.data.store.stream import StreamedRows
@@ -204,7 +204,7 @@ def _lengths(lengths: np.ndarray, rows: TokenisedRows) -> Lengths:
 
 
 def _examples(rows: TokenisedRows) -> dict[str, tuple[str, str]]:
-    return {reason: (found.where, _short(found.row)) for reason, found in dropped_examples(rows).items()}
+    return {reason: (found.where, _short(found.row)) for reason, found in dropped_examples(rows, REASONS).items()}
 
 
 def _short(row: Mapping[str, Any]) -> str:

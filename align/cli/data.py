@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,10 @@ def _show(options: argparse.Namespace) -> None:
     from align.cli.data_text import print_preview
     from align.recipes.preview import preview
 
-    found = preview(recipe, options.stage, options.run_dir or Path("runs") / recipe.name)
     start, count = (0, options.rows) if options.row is None else (options.row, 1)
-    rows = found.rows(start, count) if count else []
+    with redirect_stdout(sys.stderr):  # what libraries print must not mix with the output
+        found = preview(recipe, options.stage, options.run_dir or Path("runs") / recipe.name)
+        rows = found.rows(start, count) if count else []
     if options.json:
         shown = [{side.name: side.to_dict() for side in row} if len(row) > 1 else row[0].to_dict() for row in rows]
         print(json.dumps({"rows": shown, "report": found.to_dict()}, ensure_ascii=False, indent=1))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from align.cli.terminal import color
+from align.data.report import REASONS
 from align.data.show import LengthBias, Segment, Side, bar
 from align.recipes.preview import Lengths, Preview
 
@@ -50,10 +52,13 @@ def report_lines(found: Preview) -> list[str]:
         lines.append(_line("tokens", f"{report.tokens:,}{share}"))
         lines += [_line("truncated", f"{report.truncated:,} rows")] if report.truncated else []
         lines += [_line("split", f"{report.split:,} conversations became several rows")] if report.split else []
-        for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        common = Counter(report.dropped).most_common(REASONS)
+        for reason, count in common:
             lines.append(_line("dropped", f"{count:,}: {reason}"))
             if (example := (found.examples or {}).get(reason)) is not None:
                 lines.append(_line("", f"{example[0]}: {example[1]}"))
+        if others := sum(report.dropped.values()) - sum(count for _, count in common):
+            lines.append(_line("dropped", f"{others:,}: {len(report.dropped) - REASONS:,} other reasons"))
         if report.unused_columns:
             columns = ", ".join(f"{name} ({count:,} rows)" for name, count in report.unused_columns.items())
             lines.append(_line("not used", f"columns {columns}"))

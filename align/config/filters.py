@@ -137,7 +137,8 @@ class DuplicateFilter(Section):
     kind: Literal["duplicates"]
     """Selects duplicates."""
     part: Part = "all"
-    """Text to compare: `prompt`, `answer` or `all`. Letter case, punctuation and spacing are ignored."""
+    """Text to compare: `prompt`, `answer` or `all`. Letter case, punctuation and spacing are ignored; symbols and the
+    operators before a digit are not."""
     near: Annotated[float, Field(gt=0, le=1)] | None = None
     """Also drop near duplicates: rows that share at least this fraction of the longer row's word 3-grams (of Chinese
     and Japanese characters: 6-grams) with an earlier row. Default: only equal texts."""
@@ -164,7 +165,8 @@ class ContaminationFilter(Section):
     """The evaluation sets."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.35
     """Share of an item's word 3-grams (of Chinese and Japanese characters: 6-grams) that a training row must have to be
-    dropped. Items of fewer than eight n-grams count only if the row has all of them."""
+    dropped. Items of fewer than eight n-grams count only if the row has all of them. Items without an n-gram, of one
+    or two words, are never found."""
 
 
 RowFilter = (
@@ -191,4 +193,16 @@ def _compared_once(filters: list[Filter]) -> list[Filter]:
     return filters
 
 
+def _judge_prompts(filters: list[Filter]) -> list[Filter]:
+    for settings in filters:
+        part = getattr(settings, "part", None if settings.kind in ("garbled", "contamination") else "answer")
+        if part != "answer":
+            continue
+        advice = "set its part to prompt" if hasattr(settings, "part") else "remove it"
+        raise ValueError(f"has the filter '{settings.kind}' of answers, but the rows are prompts; {advice}")
+    return filters
+
+
 Filters = Annotated[list[Filter], AfterValidator(_compared_once)]
+PromptFilters = Annotated[Filters, AfterValidator(_judge_prompts)]
+"""Filters of prompts, which have no answer to judge."""

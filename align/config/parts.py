@@ -134,7 +134,8 @@ class SourceBase(Section):
     """Relative share of this source in the mixture. If no source of a list sets a weight, the sources are
     concatenated. Otherwise rows are drawn in proportion to the weights until one source is exhausted."""
     limit: Positive | None = None
-    """Maximum number of rows, chosen by a shuffle with the run's seed. Default: all rows."""
+    """Maximum number of rows, chosen by a shuffle with the run's seed; of a source that streams, the first rows.
+    Default: all rows."""
     epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Passes over the rows of this source in one pass over the mixture. Each pass has another order. With 0.5, half of
     the rows are used; with 2, each row occurs twice."""
@@ -163,7 +164,8 @@ class RowSource(SourceBase):
     """Replace the system prompts of the data by `system_prompt` too. With `system_prompt: ""` they are removed."""
     streaming: bool = False
     """Read the training rows while training runs, instead of tokenising all of them first. Rows are shuffled within
-    blocks of 10,000; needs `max_steps`. Prompts and held-out sources are tokenised first all the same."""
+    blocks of 10,000; needs `max_steps`. If one source of a list streams, all do.
+    Prompts and held-out sources are tokenised first all the same."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> RowSource:

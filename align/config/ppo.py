@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.filters import Filters
+from align.config.filters import PromptFilters
 from align.config.parts import Lora, Optimizer, Source
 from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
@@ -101,7 +101,7 @@ class PpoStage(StageWithParent):
     prompts: list[Source] = Field(min_length=1)
     """Sources of prompts: the column `prompt` (a string, or a conversation that ends with a user turn), or the prompts
     of conversations and preference pairs."""
-    filters: Filters = Field(default_factory=list)
+    filters: PromptFilters = Field(default_factory=list)
     """Filters of the prompts, applied in order. They judge prompts, not reference answers."""
     max_prompt_length: Positive = 256
     """Maximum tokens per prompt. Longer prompts are dropped and counted in the manifest."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.evaluation import Tasks
-from align.config.filters import DuplicateFilter, Filters
+from align.config.filters import DuplicateFilter, PromptFilters
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
@@ -127,7 +127,7 @@ class SampleStage(StageWithParent):
     `chosen`) make no pair."""
     held_out: list[Source] = Field(default_factory=list)
     """Sources of prompts for the held-out pairs."""
-    filters: Filters = Field(default_factory=list)
+    filters: PromptFilters = Field(default_factory=list)
     """Filters of the training prompts, applied in order. They judge prompts, not reference answers."""
     neighbours: Fraction = 0.5
     """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""

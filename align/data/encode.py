@@ -155,12 +155,11 @@ class RowEncoder:
         return [next(encoded) if result is None else result for result in settled]
 
     def _settled(self, row: Row) -> Result | None:
-        """The result of a row that needs no tokenisation, if any: one that a filter refuses, or token ids."""
-        if self._judge is not None and (refusal := self._refusal(row)) is not None:
-            return refusal
+        """The result of a row that needs no tokenisation, if any: token ids, which have no texts that a filter could
+        judge, or a row that a filter refuses."""
         if shapes.shape_of(row, ACCEPTED[self.encoding.kind]) == "token_ids":
             return _tried(self._token_ids, row)
-        return None
+        return None if self._judge is None else self._refusal(row)
 
     def _token_ids(self, row: Row) -> list[Encoded]:
         found = shapes.token_ids(row)

@@ -23,7 +23,7 @@ from align.config.stages import DpoStage, PretrainStage, RewardModelStage, SftSt
 from align.data.chat import check_template
 from align.data.encode import Encoding, Kind
 from align.data.prompts import PromptRow, PromptRows
-from align.data.report import DataReport, make_report
+from align.data.report import REASONS, DataReport, make_report
 from align.data.sources import describe_source
 from align.data.store.blocks import block_lengths, blocks
 from align.data.store.cache import cache_folder
@@ -226,6 +226,6 @@ def _require_rows(rows: TokenisedRows, sources: Sequence[Source], setting: str) 
         return
     names = ", ".join(describe_source(source) for source in sources)
     dropped = rows.dropped().most_common()
-    reasons = ", ".join(f"{reason}: {count} row{'s' * (count > 1)}" for reason, count in dropped)
+    reasons = ", ".join(f"{reason}: {count} row{'s' * (count > 1)}" for reason, count in dropped[:REASONS])
     advice = f"; raise {setting}" if any("max_" in reason for reason, _ in dropped) else ""
     raise UserError(f"{names}: all {len(rows.order)} rows were dropped ({reasons}){advice}.")

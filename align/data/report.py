@@ -13,6 +13,11 @@ import numpy as np
 from align.data.store.entry import Entry
 from align.data.store.tokenised import TokenisedRows
 
+HELD_OUT_ONCE = "repeats a held-out row"
+"""Reason of the further passes over a row that is held out."""
+REASONS = 20
+"""Most frequent reasons that are printed; names of roles or columns may give each row a reason of its own."""
+
 
 @dataclass(frozen=True)
 class DataReport:
@@ -21,7 +26,7 @@ class DataReport:
     rows_read      all rows of the sources, in the order and with the repetitions of the mixture
     rows_train     rows in the training split; for pretraining, documents
     rows_held_out  rows in the held-out split; for pretraining, documents
-    dropped        {reason: rows dropped}, over both splits
+    dropped        {reason: rows dropped}, over both splits; includes further passes over held-out rows
     truncated      rows truncated to the maximum length, over both splits
     split          conversations that became several rows, because the chat template renders earlier turns differently
                    once others follow; over both splits
@@ -62,7 +67,10 @@ class DataReport:
             parts.append(f"{self.split:,} conversations trained as several rows")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")
-        parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+        common = Counter(self.dropped).most_common(REASONS)
+        parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(common)]
+        if others := sum(self.dropped.values()) - sum(count for _, count in common):
+            parts.append(f"{others:,} dropped for {len(self.dropped) - REASONS:,} other reasons")
         if self.escaped:
             parts.append(f"{self.escaped:,} with the name of a control token in a text")
         if self.unused_columns:
@@ -86,6 +94,8 @@ def make_report(
     for rows in splits:
         digest.update(rows.tokens["digest"].tobytes())
     dropped = sum((rows.dropped() for rows in read), Counter[str]())
+    if repeated := sum(rows.used() for rows in read) - sum(rows.used() for rows in splits):
+        dropped[HELD_OUT_ONCE] += repeated
     return DataReport(
         rows_read=sum(len(rows.order) for rows in read),
         rows_train=len(train.tokens),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.config.data_files import list_files
-from align.config.parts import Data, FileSource, HubSource, Source
+from align.config.parts import Data, FileSource, HubSource, Source, StageSource
 from align.data.encode import ACCEPTED, COLUMNS, Encoding, RowEncoder
+from align.data.filters.items import evaluation_files
 from align.data.report import DataReport
 from align.data.rows import Row
-from align.data.sources import describe_source, source_chunks
+from align.data.sources import describe_source, source_chunks, stage_file
 from align.data.store.cache import cache_folder, hashed
 from align.data.store.fingerprint import code_fingerprint, tokenizer_state
 from align.data.store.order import mixture_shares
@@ -30,16 +31,21 @@ HELD_OUT_FROM = 20_000
 
 @dataclass(frozen=True)
 class StreamedReport(DataReport):
-    """The counts of a stream up to the row that was read last."""
+    """The counts of a stream up to the row that was read last.
+
+    in_turn: several sources are read one after another.
+    """
 
     stream: Stream | None = None
+    in_turn: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         now = self._now()
         return {field.name: getattr(now, field.name) for field in fields(DataReport)}
 
     def summary(self) -> str:
-        return "the rows stream; they are tokenised and counted while they are read"
+        order = "; the sources are read one after another, as none has a weight" if self.in_turn else ""
+        return f"the rows stream; they are tokenised and counted while they are read{order}"
 
     def _now(self) -> DataReport:
         assert self.stream is not None
@@ -66,10 +72,11 @@ def open_stream(
         next(source_chunks(source, stage_dirs=stage_dirs, accepted=ACCEPTED[kind]))
     shares = mixture_shares([1] * len(sources), data.train, data.mixture)
     key = {
-        "contents": [_identity(source) for source in data.train],
+        "contents": [_identity(source, stage_dirs) for source in data.train],
         "sources": [source.model_dump(mode="json") for source in data.train],
         "settings": [data.mixture.stop, seed, data.held_out_fraction, data.max_length, encoding.kind],
         "filters": [settings.model_dump(mode="json") for settings in encoding.filters],
+        "evaluation_sets": _status(evaluation_files(encoding.filters)),
         "tokenizer": tokenizer_state(tokenizer),
         "code": code_fingerprint(),
     }
@@ -87,7 +94,11 @@ def open_stream(
     if data.held_out_fraction and not data.held_out:
         held_out = _held_out(stream.held_out(HELD_OUT_FROM), columns, data)
     nothing = DataReport(0, 0, 0 if held_out is None else len(held_out), {}, 0, 0, 0, "")
-    return StreamedRows(stream, columns), held_out, StreamedReport(**vars(nothing), stream=stream)
+    return (
+        StreamedRows(stream, columns),
+        held_out,
+        StreamedReport(**vars(nothing), stream=stream, in_turn=shares is None and len(sources) > 1),
+    )
 
 
 def _held_out(rows: list[dict[str, np.ndarray]], columns: tuple[str, ...], data: Data) -> datasets.Dataset:
@@ -106,9 +117,18 @@ def _source(source: Source, encoding: Encoding, stage_dirs: Mapping[str, Path]) 
     return StreamSource(source, rows)
 
 
-def _identity(source: Source) -> Any:
+def _identity(source: Source, stage_dirs: Mapping[str, Path]) -> Any:
     """What tells a changed source, without reading it."""
-    if isinstance(source, FileSource):
-        found = [(file.name, file.stat()) for file in list_files(source.path, source.splits()).files]
-        return [[name, status.st_size, status.st_mtime_ns, status.st_ino] for name, status in found]
-    return [source.id, source.name, source.split] if isinstance(source, HubSource) else source.kind
+    match source:
+        case FileSource():
+            return _status(list_files(source.path, source.splits()).files)
+        case StageSource():
+            return _status([stage_file(source, stage_dirs)])
+        case HubSource():
+            return [source.id, source.name, source.split]
+    return source.kind
+
+
+def _status(files: Sequence[Path]) -> list[list[str | int]]:
+    found = [(file.name, file.stat()) for file in files]
+    return [[name, status.st_size, status.st_mtime_ns, status.st_ino] for name, status in found]

@@ -22,6 +22,8 @@ Hashes: TypeAlias = npt.NDArray[np.uint64]
 
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _UNIT = regex.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})[\p{{L}}\p{{M}}\p{{N}}])+")
+_COMPARED = regex.compile(rf"{_UNIT.pattern}|(?!`)\p{{S}}|[-*/%](?=\s?\d)")
+"""A unit, a symbol, or an operator before a digit: `2 + 2` is not `2 * 2`, and `a < b` is not `a > b`."""
 _IS_UNSPACED = regex.compile(_UNSPACED)
 WORDS, CHARACTERS = 3, 6
 """Units of an n-gram of words and of one of characters."""
@@ -30,7 +32,11 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 def units(text: str) -> list[str]:
     """Words and single characters of a text, normalised by NFKC and case folding."""
-    found: list[str] = _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _found(_UNIT, text)
+
+
+def _found(pattern: regex.Pattern[str], text: str) -> list[str]:
+    found: list[str] = pattern.findall(unicodedata.normalize("NFKC", text).casefold())
     return found
 
 
@@ -77,6 +83,6 @@ def text_grams(text: str) -> Hashes:
 
 
 def text_hash(text: str) -> int:
-    """64-bit hash of the units of a text; 0 for a text without any."""
-    found = units(text)
+    """64-bit hash of the units, symbols and operators of a text; 0 for a text without any."""
+    found = _found(_COMPARED, text)
     return int(ordered_hashes(found, len(found))[0]) if found else 0

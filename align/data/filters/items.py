@@ -22,7 +22,14 @@ def evaluation_files(filters: Sequence[Filter]) -> list[Path]:
 
 def evaluation_items(filters: Sequence[Filter]) -> dict[str, list[str]]:
     """{name: texts of the items} of all evaluation sets. Raises `UserError` if a set has no items."""
-    return {target.name: list(_items(target)) for target in _targets(filters)}
+    found = {target.name: list(_items(target)) for target in _targets(filters)}
+    for target in _targets(filters):
+        if not found[target.name]:
+            raise UserError(
+                f"{target.path}: no row has a text, so '{target.name}' has no items. Set `column` of the "
+                "evaluation set."
+            )
+    return found
 
 
 def _targets(filters: Sequence[Filter]) -> list[EvaluationSet]:

@@ -163,6 +163,8 @@ def token_ids(row: Mapping[str, Any]) -> TokenIds:
     if any(label not in (token, IGNORED) for token, label in zip(ids, labels)):
         raise DropRow("labels has an id that is neither -100 nor that of input_ids")
     kept = [number for number, real in enumerate(present) if real]
+    if not kept:
+        raise DropRow("input_ids has only padding")
     return {"input_ids": [ids[n] for n in kept], "labels": [labels[n] for n in kept]}
 
 

@@ -48,7 +48,7 @@ def to_messages(value: Any, role: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, bool | int | float):
-        value = as_text(value, f"a {role} turn")
+        value = as_text(value, f"{_article(role)} {role} turn")
     if isinstance(value, str):
         if not value.strip():
             raise DropRow(f"empty {role} turn")
@@ -96,7 +96,7 @@ def _message(item: Any) -> Message:
     else:
         calls = _calls_of(given)
     if calls and role != "assistant":
-        raise DropRow(f"a {role} message has tool calls")
+        raise DropRow(f"{_article(role)} {role} message has tool calls")
     if content is None:
         if not calls and role != "tool":
             raise DropRow("a message has no text")
@@ -221,3 +221,7 @@ def _weight(value: Any, key: str) -> float:
     if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
         raise DropRow(f"{key} of a message is not a truth value or a number of at least 0")
     return float(value)
+
+
+def _article(role: str) -> str:
+    return "an" if role == "assistant" else "a"

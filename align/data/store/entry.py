@@ -96,7 +96,7 @@ def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
         rows, tokens = read_counts(folder, number)
         # The shard's own numbers of its reasons become those of the entry.
         numbers = [reasons.setdefault(reason, len(reasons)) for reason in facts["reasons"]]
-        rows["reason"] = np.array([*numbers, UNREAD, USED], "i2")[rows["reason"]]
+        rows["reason"] = np.array([*numbers, UNREAD, USED], "i4")[rows["reason"]]
         columns.update(facts["columns"])
         unused.update(facts["unused"])
         escaped += facts["escaped"]

@@ -30,13 +30,15 @@ def read_row(reading: Reading, entry: Entry, number: int) -> SourceRow:
     raise IndexError(number)
 
 
-def dropped_examples(rows: TokenisedRows) -> dict[str, SourceRow]:
-    """{reason: the first row that was dropped for it}."""
+def dropped_examples(rows: TokenisedRows, most: int) -> dict[str, SourceRow]:
+    """{reason: the first row that was dropped for it}, for the `most` most frequent reasons."""
     found: dict[str, SourceRow] = {}
+    common = dict(rows.dropped().most_common(most))
     for reading, entry in zip(rows.readings, rows.entries, strict=True):
         codes = np.asarray(entry.rows["reason"])
         for code, reason in enumerate(entry.reasons):
-            places = np.flatnonzero(codes == code)
-            if len(places) and reason not in found:
+            if reason not in common or reason in found:
+                continue
+            if len(places := np.flatnonzero(codes == code)):
                 found[reason] = read_row(reading, entry, int(places[0]))
     return found

@@ -77,7 +77,7 @@ def mixture_shares(sizes: Sequence[int], sources: Sequence[Source], mixture: Mix
 def _source_order(start: int, size: int, source: Source, seed: int) -> datasets.Dataset:
     """The rows of one source, numbered from `start`: shuffled, limited, and repeated `epochs` times."""
     rows = size if source.limit is None else min(source.limit, size)
-    whole, rest = divmod(round(source.epochs * rows), rows)
+    whole, rest = divmod(max(1, round(source.epochs * rows)), rows)
     passes = [rows] * whole + [rest] * (rest > 0)
     kept = _shuffled(size, seed, start)
     if source.limit is not None:

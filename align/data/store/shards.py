@@ -31,7 +31,7 @@ from align.data.splits import key_hash
 from align.data.store.cache import read_json, write_atomically, writing
 from align.data.store.reading import ChunkGroup
 
-ROW = np.dtype([("count", "i4"), ("reason", "i2"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
+ROW = np.dtype([("count", "i4"), ("reason", "i4"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
 """count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row.
 text: hash of the text by which duplicates are found, 0 without such a filter. grams: its n-grams in grams.npy."""
 TOKENS = np.dtype([("tokens", "i4"), ("loss", "i4"), ("truncated", "?"), ("split", "?"), ("digest", "u8")])

@@ -97,8 +97,9 @@ class StreamSource:
             yield from self._first_rows()
         if rest:
             count = sum(1 for _ in self._first_rows())
+            count = round(rest * count) if whole else max(1, round(rest * count))
             for index, row in enumerate(self._first_rows()):
-                if index >= round(rest * count):
+                if index >= count:
                     break
                 yield row
 

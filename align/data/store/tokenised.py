@@ -98,6 +98,10 @@ class TokenisedRows:
                 reasons[entry.reasons[code]] += int(count)
         return reasons
 
+    def used(self) -> int:
+        """Rows that became token rows."""
+        return int(np.count_nonzero(self._gather("count")))
+
     @cached_property
     def indices(self) -> np.ndarray:
         """Numbers of the token rows in order, counted through all entries."""

@@ -129,3 +129,16 @@ def test_check_counts_the_rows_of_every_stage(folder: Path, capsys: Any) -> None
     assert "1 dropped: no assistant turn" in lines[1]
     main(["check", "recipe.yaml", "--data", "stages.dpo.data.train=[{kind: stage, stage: sample}]"])
     assert "  dpo: its rows are made by stage 'sample', which has not been run" in capsys.readouterr().out
+
+
+def test_what_libraries_print_is_not_in_the_json(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    from align.recipes import preview
+
+    prepare = preview.prepare_stage
+
+    def noisy(*args: Any, **options: Any) -> Any:
+        print("[WARNING] a library")
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(preview, "prepare_stage", noisy)
+    assert json.loads(_shown(capsys, "stats", "recipe.yaml", "sft", "--json"))["rows"] == []

@@ -232,6 +232,12 @@ def _(here: Here) -> str:
     return here.check(data=_filtered({"kind": "duplicates"}, {"kind": "duplicates", "near": 0.5}))
 
 
+@wrong("filter-answers-of-prompts", "A filter of answers on prompts")
+def _(here: Here) -> str:
+    prompts = {"train": [{"kind": "file", "path": "rows.jsonl"}], "filters": [{"kind": "length", "max_chars": 9}]}
+    return here.check(stages={"pairs": {"kind": "sample", **prompts}})
+
+
 @wrong("filter-kind", "A filter that does not exist")
 def _(here: Here) -> str:
     return here.check(data=_filtered({"kind": "duplicate"}))
@@ -248,6 +254,12 @@ def _(here: Here) -> str:
     here.write("test.jsonl", '{"task": "Add 2 and 2."}\n')
     target = {"name": "sums", "path": "test.jsonl"}
     return here.run(data=_filtered({"kind": "contamination", "against": [target]}))
+
+
+@wrong("evaluation-set-of-nulls", "An evaluation set without a text")
+def _(here: Here) -> str:
+    here.write("test.jsonl", '{"question": null}\n')
+    return here.run(data=_filtered({"kind": "contamination", "against": [{"name": "sums", "path": "test.jsonl"}]}))
 
 
 STREAM = {"kind": "file", "path": "rows.jsonl", "streaming": True}

@@ -114,5 +114,14 @@ def test_order_and_every_unit_matter() -> None:
     assert text_hash("") == text_hash("?!") == 0
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("2 + 2", "2 * 2"), ("4 / 2", "4 - 2"), ("a < b?", "a > b?"), ("Nice 😀", "Nice 😢"), ("-5", "5")],
+)
+def test_symbols_and_operators_tell_texts_apart(first: str, second: str) -> None:
+    assert text_hash(first) != text_hash(second)
+    assert units(first) == units(second)  # n-grams are of words
+
+
 def test_equal_rows_names_the_first() -> None:
     assert equal_rows([5, 0, 7, 5, 0, 7, 5]) == [None, None, None, 0, None, 2, 0]

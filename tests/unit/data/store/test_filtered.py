@@ -14,6 +14,7 @@ from align.config.filters import (
     EvaluationSet,
     Filter,
     GarbledFilter,
+    LengthFilter,
     RefusalFilter,
 )
 from align.config.parts import Data, FileSource
@@ -108,3 +109,15 @@ def test_both_answers_of_a_pair_are_judged(tokenizer: Any, tmp_path: Path) -> No
     filters: list[Filter] = [RefusalFilter(kind="refusal")]
     data = Data(train=[FileSource(path=str(path))], filters=filters, cache=str(tmp_path / "cache"))
     assert prepare_reward_pairs(data, tokenizer, seed=0).report.dropped == {"filter: an answer is a refusal": 1}
+
+
+def test_no_filter_drops_token_ids(tokenizer: Any, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": [5, 6], "attention_mask": [0, 0]},
+        {"prompt": "a", "completion": "b"},
+    ]
+    path = write(tmp_path / "ids.jsonl", rows)
+    data = prepared(path, tokenizer, [LengthFilter(kind="length", min_chars=5)], tmp_path)
+    assert data.report.dropped == {"filter: answer shorter than 5 characters": 1, "input_ids has only padding": 1}
+    assert [row["input_ids"] for row in data.train] == [[5, 6, 7]]

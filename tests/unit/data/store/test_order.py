@@ -47,7 +47,7 @@ def test_limit_keeps_the_rows_that_the_order_has():
     assert chosen_rows(7, 7, seed=3) is None
 
 
-@pytest.mark.parametrize(("epochs", "rows"), [(0.5, 5), (1, 10), (2, 20), (2.3, 23)])
+@pytest.mark.parametrize(("epochs", "rows"), [(0.01, 1), (0.5, 5), (1, 10), (2, 20), (2.3, 23)])
 def test_epochs_repeat_a_source(epochs, rows):
     order = mixed_order([10, 4], [FileSource(path="a", epochs=epochs), FileSource(path="b")], Mixture(), 0)
     counts = Counter(zip(order.source.tolist(), order.row.tolist()))

@@ -276,3 +276,22 @@ def test_held_out_hash_and_origin_are_for_people_too(tmp_path, jsonl, tokenizer)
     assert origin["source"] == path
     assert origin["encoding"] == ["sft", 1024]
     assert np.unique(open_entry(seal.parent).rows["key"]).size == 5
+
+
+def test_each_row_may_have_a_reason_of_its_own(tmp_path, jsonl, tokenizer):
+    """Names of characters as roles: more reasons than a 16-bit index can tell apart."""
+    rows = [{"messages": [{"role": f"Elf {n}", "content": "Hi"}]} for n in range(33_000)]
+    made = tokenised(jsonl([*rows, *conversations(3)]), tmp_path, tokenizer)
+    assert len(made.report.dropped) == 33_000
+    assert set(made.report.dropped.values()) == {1}
+    assert "32,980 dropped for 32,980 other reasons" in made.report.summary()
+
+
+def test_passes_over_a_held_out_row_are_counted(tmp_path, jsonl, tokenizer):
+    """held_out_fraction holds a row out once, however often its source is read."""
+    path = jsonl([*conversations(40), {"messages": [{"role": "user", "content": "Hi"}]}])
+    data = Data(train=[FileSource(path=path, epochs=3)], held_out_fraction=0.25, cache=str(tmp_path))
+    made = prepare.prepare_sft(data, tokenizer, assistant_only_loss=True, seed=0)
+    report, held_out = made.report, len(made.held_out)
+    assert report.dropped == {"no assistant turn": 3, "repeats a held-out row": 2 * held_out}
+    assert report.rows_read == 3 * 41 == len(made.train) + held_out + sum(report.dropped.values())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from align.config.filters import ContaminationFilter, EvaluationSet
 from align.config.parts import Data, FileSource, Mixture
 from align.data import prepare
 from align.data.store import stream
@@ -140,9 +141,33 @@ def test_limit_epochs_and_the_end_of_a_mixture(tmp_path, jsonl, tokenizer):
     limited = FileSource(path=a, streaming=True, limit=6)
     assert counts(limited, FileSource(path=b, epochs=2), rows=26) == {"yes": 6, "no": 20}
     assert counts(limited, FileSource(path=b, epochs=0.5), rows=11) == {"yes": 6, "no": 5}
+    assert counts(FileSource(path=b, streaming=True, epochs=0.01), rows=3) == {"no": 3}  # three passes over one row
     even = [FileSource(path=a, streaming=True, weight=1), FileSource(path=b, weight=1)]
     once = counts(*even, rows=40, mixture=Mixture(stop="all_exhausted_without_replacement"))
     assert once == {"yes": 30, "no": 10}
+
+
+def test_sources_without_weights_are_read_in_turn_and_the_report_says_so(tmp_path, jsonl, tokenizer):
+    sources = [
+        FileSource(path=jsonl(conversations(8, name), f"{name}.jsonl"), streaming=True) for name in ("first", "second")
+    ]
+    made = streamed(tmp_path, tokenizer, *sources)
+    assert [answer.split()[0] for answer in answers(read(made, 0, 16), tokenizer)] == ["first"] * 8 + ["second"] * 8
+    assert "one after another" in made.report.summary()
+    assert "one after another" not in streamed(tmp_path, tokenizer, sources[0]).report.summary()
+
+
+def test_marks_of_another_evaluation_set_are_not_read(tmp_path, jsonl, tokenizer):
+    """A mark counts the rows that the filter has left before it."""
+    text = "the quick brown fox jumps over the lazy dog near the quiet river"
+    rows = [{"prompt": f"{text} {n}", "completion": "yes"} for n in range(20)] + conversations(40)
+    source = FileSource(path=jsonl(rows), streaming=True)
+    target = EvaluationSet(name="foxes", path=jsonl([{"question": "another text that no row contains"}], "test.jsonl"))
+    filters = [ContaminationFilter(kind="contamination", against=[target])]
+    read(streamed(tmp_path / "cache", tokenizer, source, filters=filters), 0, 30)
+    jsonl([{"question": text}], "test.jsonl")
+    resumed = read(streamed(tmp_path / "cache", tokenizer, source, filters=filters), 25, 35)
+    assert resumed == read(streamed(tmp_path / "empty", tokenizer, source, filters=filters), 0, 35)[25:]
 
 
 def test_a_stream_without_a_row(tmp_path, jsonl, tokenizer):
