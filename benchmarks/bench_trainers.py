@@ -125,7 +125,7 @@ def prepared(stage: Any, tokenizer: Any, kind: str, *, fixed: bool) -> Any:
     else:
         function = prepare.prepare_reward_pairs if kind == "reward_model" else prepare.prepare_dpo_pairs
         data = function(stage.data, tokenizer, seed=0)
-    columns = [name for name in data.train.column_names if name.endswith("ids") or name == "labels"]
+    columns = [name for name in data.train.column_names if name.endswith(("ids", "labels"))]
     rows = data.train.select_columns(columns)
     if fixed:
         rows = rows.map(lambda row: to_fixed(row, kind))
@@ -138,7 +138,7 @@ def to_fixed(row: dict[str, list[int]], kind: str) -> dict[str, list[int]]:
 
     if kind == "dpo":
         prompt = stretch(row["prompt_ids"], FIXED // 4)
-        sides = {name: stretch(row[name], FIXED - len(prompt)) for name in ("chosen_ids", "rejected_ids")}
+        sides = {name: stretch(row[name], FIXED - len(prompt)) for name in row if name != "prompt_ids"}
         return {"prompt_ids": prompt, **sides}
     return {name: stretch(values, FIXED) for name, values in row.items()}
 
@@ -256,7 +256,7 @@ class Case:
         }
         rows = self.data.train
         if grouped:  # transformers reads the lengths from this column
-            lengths = [sum(len(ids) for name, ids in row.items() if name != "labels") for row in rows]
+            lengths = [sum(len(ids) for name, ids in row.items() if name.endswith("ids")) for row in rows]
             rows = rows.add_column("length", lengths)
         shared = {"train_dataset": rows, "processing_class": self.tokenizer}
         if self.kind == "sft":
