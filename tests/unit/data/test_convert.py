@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,8 @@ import yaml
 
 from align import cli
 from align.config.data_files import COMPRESSED, SUFFIXES
-from align.config.parts import FileSource
+from align.config.filters import Filter
+from align.config.parts import Data, FileSource
 from align.data import shapes
 from align.data.convert import canonical
 from align.data.shapes.adapt import FORMATS
@@ -80,14 +81,20 @@ def test_reasons(row: str, reason: str) -> None:
 
 
 def test_settings_of_the_page() -> None:
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    for source in yaml.safe_load(recipe)["data"]["train"]:
-        FileSource.model_validate(source)
+    recipes = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    assert {key for recipe in recipes for key in recipe["data"]} == {"train", "mixture", "filters"}
+    for recipe in recipes:
+        Data.model_validate(recipe["data"])
     keys = {key for row in table("## Settings of a source") for key in re.findall(r"`(\w+)`", row[0])}
     assert keys <= set(FileSource.model_fields)
 
 
 # --- the command ------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_every_filter() -> None:
+    kinds = {kind for row in table("## Filters") for kind in re.findall(r"`(\w+)`", row[0])}
+    assert kinds == {get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Filter)[0])}
 
 
 def test_a_folder_of_several_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
