@@ -81,6 +81,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {**TWO_HEADS, **WINDOWS, "tie_word_embeddings": True, "sliding_window": 512},
     "apertus": TWO_HEADS,
     "arcee": {},
+    "starcoder2": TWO_HEADS,
     "lfm2": {
         **TWO_HEADS,
         "block_ff_dim": 128,
@@ -114,6 +115,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_bias": False,
     },
     "dots1": {**ROUTED, "routed_scaling_factor": 2.0},
+    "solar_open": {**MOE, **GROUPS, "n_routed_experts": 8, "n_shared_experts": 1, "routed_scaling_factor": 2.0},
     "flex_olmo": {**TWO_KEY_HEADS, **TOP_2, "intermediate_size": 64, "num_experts": 8},
     "mellum": {**MOE, "num_experts": 8},
     "glm4_moe": ROUTED,

@@ -129,7 +129,7 @@ def check_weighting(model_type: str) -> float | None:
             scores = found.scores_TE.softmax(-1).gather(1, found.chosen_Tk)
             ratios = found.weights_Tk / found.weights_Tk[:, :1], scores / scores[:, :1]
             worst = max(worst, (ratios[0] / ratios[1] - 1).abs().max().item())
-    assert worst < 1e-4, worst
+    assert worst < 1e-4, f"{worst}; experts are weighed by other scores than those reported: is Facts.sigmoid right?"
     return worst if routing.routings else None
 
 

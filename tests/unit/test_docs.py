@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.config import load_recipe
+from align.config.families import TABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,13 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [("README.md", "[{} families](docs/families.md)"), ("CHANGELOG.md", "* {} families of")]
+)
+def test_the_number_of_adopted_families_is_theirs(page: str, words: str) -> None:
+    assert words.format(len(TABLE)) in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:

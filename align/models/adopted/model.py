@@ -202,6 +202,8 @@ def policy_class(causal: type[PreTrainedModel], facts: Facts) -> type[PreTrained
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         causal.__init__(self, config, *args, **kwargs)
+        if not hasattr(self, PREFIX):
+            raise NotImplementedError(f"{causal.__name__} cannot be adopted: its trunk is not its attribute '{PREFIX}'")
         adapt(self, facts)
         self.lm_head.__class__ = TokenHead
         self.lm_head.transform = logit_transform(config)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from align.config.families import TABLE, Facts
 from align.config.parts import Lora
 from align.errors import UserError
+from align.models.adopted.build import adopt
 from align.models.adopted.routing import Replay, read_routing
 from align.models.adopted.vllm_fields import FIELDS, vllm_fields
 from align.models.family import family, family_of, model_types, routed_layers
@@ -73,6 +76,13 @@ def test_adapters_by_row_equal_merged_ones(model_type: str) -> None:
 
 def test_every_adopted_family_has_a_tiny_model() -> None:
     assert set(model_types()) - set(FAMILIES) <= {"hunyuan", "toy"}
+
+
+def test_a_family_whose_trunk_has_another_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLE, "gpt_neox", Facts())
+    kind: Any = adopt("gpt_neox")
+    with pytest.raises(NotImplementedError, match="GPTNeoXForCausalLM cannot be adopted"), torch.device("meta"):
+        kind.policy(kind.config(hidden_size=64, num_attention_heads=2, num_hidden_layers=1))
 
 
 def test_the_router_report_of_a_sigmoid_router_is_that_of_its_scores() -> None:
