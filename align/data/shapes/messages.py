@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from align.data.shapes.base import DropRow, Message, as_text, json_text, kind_of, parsed_json, shown
@@ -47,14 +48,16 @@ def to_messages(value: Any, role: str) -> list[Message]:
     """
     if isinstance(value, Mapping):
         value = [value]
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | Decimal):
         value = as_text(value, f"{_article(role)} {role} turn")
     if isinstance(value, str):
         if not value.strip():
             raise DropRow(f"empty {role} turn")
         return hh_turns(value) if is_transcript(value) else [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
+    if not value:
         raise DropRow("empty conversation")
+    if not isinstance(value, list):
+        raise DropRow(f"{_article(role)} {role} turn is {kind_of(value)}, not text or messages")
     return [_message(item) for item in value]
 
 

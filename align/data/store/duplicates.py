@@ -30,15 +30,23 @@ def without_duplicates(entries: Sequence[Entry], settings: DuplicateFilter, cach
 
 def _earlier_rows(entries: Sequence[Entry], settings: DuplicateFilter, cache: Path) -> np.ndarray:
     """For each row of all entries the number of the row that it repeats, otherwise -1."""
-    folder = cache / "duplicates"
+    folder, rows = cache / "duplicates", sum(len(entry.rows) for entry in entries)
     file = folder / f"{hashed([[entry.folder.name for entry in entries], settings.near])}.npy"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(file):
-            if not file.is_file():
-                write_array(file, _compare(entries, settings.near))
-    found: np.ndarray = np.load(file, mmap_mode="r")
+            if (found := _read(file, rows)) is None:
+                write_array(file, found := _compare(entries, settings.near))
     return found
+
+
+def _read(file: Path, rows: int) -> np.ndarray | None:
+    """The array of a file; None if it is missing or damaged."""
+    try:
+        found: np.ndarray = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if len(found) == rows else None
 
 
 def _compare(entries: Sequence[Entry], near: float | None) -> np.ndarray:

@@ -71,7 +71,7 @@ class Entry:
 def open_entry(folder: Path) -> Entry | None:
     """The entry; None if it is missing, incomplete or damaged."""
     seal = read_json(folder / SEAL)
-    if not isinstance(seal, dict):
+    if not isinstance(seal, dict) or "shards" not in seal:
         return None
     shards = len(seal["shards"])
     if [(facts or {}).get("sizes") for facts in (shard_facts(folder, n) for n in range(shards))] != seal["shards"]:

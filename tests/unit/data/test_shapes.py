@@ -49,6 +49,7 @@ def test_conversations(row, prompt, completion):
     [
         ({"messages": [U]}, "no assistant turn"),
         ({"messages": []}, "empty conversation"),
+        ({"prompt": b"Hi", "completion": "a"}, "a user turn is a bytes, not text or messages"),
         ({"messages": None}, "columns of no known shape"),
         ({"prompt": "u", "completion": "  "}, "empty assistant turn"),
         ({"prompt": " ", "completion": "a"}, "empty user turn"),

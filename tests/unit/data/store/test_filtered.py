@@ -121,3 +121,12 @@ def test_no_filter_drops_token_ids(tokenizer: Any, tmp_path: Path) -> None:
     data = prepared(path, tokenizer, [LengthFilter(kind="length", min_chars=5)], tmp_path)
     assert data.report.dropped == {"filter: answer shorter than 5 characters": 1, "input_ids has only padding": 1}
     assert [row["input_ids"] for row in data.train] == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize("content", [b"", b"half of it"])
+def test_a_damaged_comparison_is_made_again(rows: Path, tokenizer: Any, tmp_path: Path, content: bytes) -> None:
+    settings: list[Filter] = [DuplicateFilter(kind="duplicates")]
+    before = prepared(rows, tokenizer, settings, tmp_path)
+    (file,) = (tmp_path / "cache").rglob("duplicates/*.npy")
+    file.write_bytes(content)
+    assert prepared(rows, tokenizer, settings, tmp_path).report == before.report

@@ -157,6 +157,14 @@ def test_sources_without_weights_are_read_in_turn_and_the_report_says_so(tmp_pat
     assert "one after another" not in streamed(tmp_path, tokenizer, sources[0]).report.summary()
 
 
+def test_marks_after_damage_are_not_read(tmp_path, jsonl, tokenizer):
+    source = FileSource(path=jsonl(conversations(40)), streaming=True)
+    whole = read(streamed(tmp_path, tokenizer, source), 0, 60)
+    (file,) = tmp_path.rglob("streams/*.jsonl")
+    file.write_bytes(file.read_bytes() + b"\xff\x00\n")
+    assert read(streamed(tmp_path, tokenizer, source), 50, 60) == whole[50:]
+
+
 def test_marks_of_another_evaluation_set_are_not_read(tmp_path, jsonl, tokenizer):
     """A mark counts the rows that the filter has left before it."""
     text = "the quick brown fox jumps over the lazy dog near the quiet river"
