@@ -276,7 +276,8 @@ class Data(Section):
     held_out: list[Source] = Field(default_factory=list)
     """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Fraction of the training rows to hold out, chosen by a hash of the prompt. Ignored if `held_out` is set."""
+    """Fraction of the training rows to hold out, chosen by a hash of the prompt with its system prompt: rows with the
+    same prompt are in the same split. Ignored if `held_out` is set."""
     filters: Filters = Field(default_factory=list)
     """Filters of the training rows, applied in order. Rows of `held_out` sources are not filtered."""
     max_length: Annotated[int, Field(ge=8)] = 1024

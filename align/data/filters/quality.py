@@ -12,7 +12,9 @@ import numpy as np
 
 from align.data.filters.grams import CHARACTERS, gram_size, ordered_hashes, units
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$")
+_FENCE = re.compile(r"^\s*(`{3,}|~{3,})(.*)$")
+_BULLET = re.compile(r"^\s*(?:[-*+]|\d{1,3}[.)])\s+(?=```|~~~)")
+"""Mark of a list item that begins with a code fence."""
 _TABLE_RULE = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?\s*$")
 _CELL = re.compile(r"(?<!\\)\|")
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)\]）】」』*_]*\s")
@@ -25,12 +27,14 @@ _HELP = (
     "participate|complete"
 )
 _REFUSALS = (
-    # I'm sorry, but I can't ...; I am afraid I am unable ...
-    rf"(?:i['’]?m |i am )?(?:very |really |truly )?(?:sorry|afraid)\b[^.!?\n]{{0,60}}?{_CANNOT}",
+    # I'm sorry, but I can't ...; I am afraid I am unable ...; but not: I'm sorry to hear that you can't ...
+    rf"(?:i['’]?m |i am )?(?:very |really |truly )?(?:sorry|afraid)\b(?! (?:to hear|that you|you|your)\b)"
+    rf"[^.!?\n]{{0,60}}?{_CANNOT}",
+    rf"(?:i['’]?m |i am )?(?:very |really |truly )?sorry\b[^.!?\n]{{0,80}}?\bi(?: am|['’]m)? {_CANNOT}",
     rf"i (?:apologi[sz]e|regret)\b[^.!?\n]{{0,60}}?{_CANNOT}",
     # I cannot help ...; Unfortunately, I am not able to provide ...
     r"(?:i (?:simply )?|unfortunately,? i )(?:can(?:no|['’])?t|won['’]t|will not|am (?:unable|not able) to|"
-    rf"must decline to) (?:\w+ ){{0,2}}?(?:{_HELP})\b",
+    rf"must decline to) (?:\w+ ){{0,2}}?(?:{_HELP})\b(?! but\b)",
     # As an AI language model, I do not ...
     rf"as an? (?:ai|artificial|large|language)\b[^.!?\n]{{0,80}}?(?:{_CANNOT}|\b(?:don['’]t|do not)\b)",
     "(?:很?抱歉|对不起|非常抱歉|不好意思)[^。！？\n]{0,30}?(?:不能|无法|没法|没有办法|不可以|拒绝)",
@@ -69,7 +73,7 @@ def broken_markdown(answer: str) -> bool:
     """An unclosed code fence, or a table in which a row has another number of cells than its header."""
     fence, width, previous = "", 0, ""
     for line in answer.splitlines():
-        mark = _FENCE.match(line)
+        mark = _FENCE.match(line if fence else _BULLET.sub("", line))
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2].strip():
                 fence = ""
