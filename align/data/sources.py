@@ -18,7 +18,8 @@ from align.data.files.arrow import arrow_chunk
 from align.data.python_docs import python_docs_rows
 from align.data.rows import Row, SystemPrompt
 from align.data.shapes import Shape, no_shape, shape_of
-from align.data.shapes.adapt import Adapter
+from align.data.shapes.adapt import FORMATS, Adapter
+from align.data.shapes.recognise import NEEDS
 from align.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,12 +91,14 @@ def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[S
     before: set[str] = set()
     after: set[str] = set()
     missing, usable = set(adapter.columns.values()), accepted is None
+    of_format = adapter.format is None
     for chunk in first_chunks:
         for row in chunk.rows():
             before.update(row)
             adapted = adapter(row)
             after.update(adapted)
             usable = usable or shape_of(adapted, accepted or ()) is not None
+            of_format = of_format or shape_of(adapted) is not None
         missing -= before
         if usable and not missing:
             return
@@ -103,6 +106,12 @@ def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[S
         raise UserError(
             f"{name}: `columns` refers to {', '.join(sorted(missing))}, but the source's columns are "
             f"{', '.join(sorted(before))}. Correct `columns`."
+        )
+    if not of_format:  # all columns of the rows belong to other shapes
+        needed = NEEDS[FORMATS[str(adapter.format)]]
+        raise UserError(
+            f"{name}: `format: {adapter.format}` needs {needed}, but the columns are {', '.join(sorted(before))}. "
+            "Correct `format`, or rename the columns with `columns`."
         )
     raise no_shape(after, accepted or (), name)
 

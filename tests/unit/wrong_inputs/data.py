@@ -37,6 +37,11 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl", "columns": {"messages": "talk"}}]})
 
 
+@wrong("format-of-other-columns", "`format` of a shape that the rows do not have")
+def _(here: Here) -> str:
+    return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl", "format": "alpaca"}]})
+
+
 @wrong("empty-data", "A file without rows")
 def _(here: Here) -> str:
     here.write("rows.jsonl", "\n")
