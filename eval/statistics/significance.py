@@ -90,10 +90,13 @@ def minimum_detectable_effect(
 ) -> float:
     """Smallest true difference that a test at this level finds with this power, from the spread of the differences.
 
-    NaN for a single pair. With the defaults it is 2.80 standard errors.
+    NaN for a single pair, and if all differences are equal, because their spread is then unknown. With the defaults it
+    is 2.80 standard errors.
     """
     left, right = paired(a, b)
     differences = left - right
     error = standard_error(differences) if clusters is None else cluster_standard_error(differences, clusters)
+    if error == 0:
+        return float("nan")
     normal = NormalDist()
     return (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * error

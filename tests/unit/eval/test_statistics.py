@@ -245,6 +245,12 @@ def test_minimum_detectable_effect_is_found_with_its_power() -> None:
     assert 0.77 <= found.mean() <= 0.83
 
 
+def test_no_effect_is_detectable_where_no_pair_differs() -> None:
+    """The spread of the differences is unknown, not zero: no difference of size 0 is found."""
+    assert math.isnan(minimum_detectable_effect([1, 0, 1, 1], [1, 0, 1, 1]))
+    assert math.isnan(minimum_detectable_effect([2.5, 1.5, 0.5], [2, 1, 0]))
+
+
 # --- ratings and passes --------------------------------------------------------------------------------------
 
 WINS = np.array([[0, 7, 9, 10], [3, 0, 6, 8], [1, 4, 0, 5], [0, 2, 5, 0]], float)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from align.reward.sandbox.sandbox import TIMEOUT, TOO_MUCH, Limits, ProgramRun, Sandbox
 
+HOME = os.path.expanduser("~")
 TRY = """
 def attempt(name, action):
     try:
@@ -126,10 +127,10 @@ def programs(folder: Path, port: int, abstract: str) -> dict[str, tuple[str, Cal
             + "".join(
                 f"attempt({path!r}, lambda: open({path!r}, 'rb').read(9))\n"
                 for path in ("/etc/passwd", "/etc/hostname", "/proc/1/environ", "/proc/self/environ", "/proc/self/mem",
-                             "/root/.bashrc", str(folder / "ours"), __file__)
+                             os.path.join(HOME, ".bashrc"), str(folder / "ours"), __file__)
                 if os.path.exists(path)
             )
-            + "attempt('list', lambda: os.listdir('/'))\nattempt('home', lambda: os.listdir('/root'))\n",
+            + f"attempt('list', lambda: os.listdir('/'))\nattempt('home', lambda: os.listdir({HOME!r}))\n",
             stopped("PermissionError 13", "FileNotFoundError 2"),
         ),
         "delete and change files": (
