@@ -1,4 +1,4 @@
-"""What a stage would train on: its rows as the model sees them, and what was dropped and why. Trains nothing."""
+"""Preview of a stage's data: its rows as the model sees them, and why others were dropped. Trains nothing."""
 
 from __future__ import annotations
 

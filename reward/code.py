@@ -32,7 +32,7 @@ from align.reward.verifiers import Sample, verifier
 
 _FENCE = re.compile(r"^ *```[^\n`]*\n(.*?)(?:^ *```|\Z)", re.DOTALL | re.MULTILINE)
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What ends a function's body that continues a prompt (Chen et al. 2021, arXiv 2107.03374)."""
+"""Texts that end a function's body that continues a prompt (Chen et al. 2021, arXiv 2107.03374)."""
 _CHECK = re.compile(r"^def check\(", re.MULTILINE)
 
 

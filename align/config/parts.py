@@ -251,7 +251,7 @@ ScratchModel.model_rebuild()
 
 
 class Mixture(Section):
-    """How several sources become one sequence of rows.
+    """Mixture of several sources in one sequence of rows.
 
     Without weights and temperature the sources are concatenated and shuffled: each row occurs `epochs` times. Otherwise
     each row is drawn from a random source, in proportion to its weight."""
@@ -272,7 +272,7 @@ class Data(Section):
     train: list[Source] = Field(min_length=1)
     """Training sources, mixed as `mixture` says."""
     mixture: Mixture = Mixture()
-    """How the training sources are mixed."""
+    """Mixture of the training sources."""
     held_out: list[Source] = Field(default_factory=list)
     """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -346,8 +346,9 @@ class Lora(Section):
     """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
 
     targets: list[LoraTarget] | None = Field(default=None, min_length=1)
-    """What to train, instead of the keys from `attention` to `train_embeddings`: groups that get adapters (`all-linear`
-    is attention, shared_expert and routed_experts) and parameters that are trained in full (`router`, `embeddings`)."""
+    """Parts to train, instead of the keys from `attention` to `train_embeddings`: groups that get adapters
+    (`all-linear` is attention, shared_expert and routed_experts) and parameters that are trained in full (`router`,
+    `embeddings`)."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0

@@ -30,7 +30,7 @@ UNREADABLE = "the chat template writes no answer with the special tokens of the 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the template writes an answer after the prompt.
+    """Form in which the template writes an answer after the prompt.
 
     before: text before the reasoning, or before the content of an answer without reasoning.
     between: text between the reasoning and the content; None for an answer without reasoning.
@@ -124,7 +124,7 @@ class AnswerReader:
         return [Layout(before, between), plain] if found else [plain]
 
     def _written(self, message: Message) -> str:
-        """What the template writes for an assistant message after the prompt; "" if it refuses the message."""
+        """Text that the template writes for an assistant message after the prompt; "" if it refuses the message."""
         try:
             prompt = str(render(self.tokenizer, [_USER], prompt=True))
             text = str(render(self.tokenizer, [_USER, message]))

@@ -79,7 +79,7 @@ def _first_chunks(source: Source) -> Iterator[Chunk]:
 
 
 def adapter_of(source: Source) -> Adapter:
-    """What the settings of a source change in its rows."""
+    """Changes that the settings of a source make to its rows."""
     if isinstance(source, RowSource):
         text, replace = source.system_prompt, source.replace_system_prompt
         system = None if text is None else SystemPrompt(text, replace)

@@ -118,7 +118,7 @@ def _source(source: Source, encoding: Encoding, stage_dirs: Mapping[str, Path]) 
 
 
 def _identity(source: Source, stage_dirs: Mapping[str, Path]) -> Any:
-    """What tells a changed source, without reading it."""
+    """Values that differ for a changed source; the source is not read."""
     match source:
         case FileSource():
             return _status(list_files(source.path, source.splits()).files)

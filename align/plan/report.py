@@ -175,7 +175,7 @@ def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy
 
 
 def _idle_lines(job: Job, setting: Setting) -> list[str]:
-    """How to give every rank a micro-batch; empty if no rank is idle."""
+    """Advice that gives every rank a micro-batch; empty if no rank is idle."""
     if not setting.idle(job):
         return []
     stage, gpus, count = f"stages.{job.name}", setting.gpus, -(-job.batch // setting.micro_batch)

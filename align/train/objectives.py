@@ -1,4 +1,4 @@
-"""What the trainers minimise: rows of the data as sequences of tokens, and the loss of a pass.
+"""Losses of the trainers: rows of the data as sequences of tokens, and the loss of a pass.
 
 Shapes: N tokens with a loss, S sequences, B rows; a pair has two sequences, chosen and rejected.
 """

@@ -33,7 +33,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/", "LANG": "C.UTF-8", "PYTHONH
 KEPT_ERRORS = 4096
 """Bytes kept of the end of standard error."""
 INSIDE = "/sandbox"
-"""Where bubblewrap shows this package."""
+"""Path of this package inside bubblewrap."""
 
 
 @dataclass(frozen=True)

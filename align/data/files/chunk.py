@@ -11,7 +11,7 @@ from align.data.rows import Row, Unreadable
 CHUNK_BYTES = 1 << 20
 """Approximate size of a chunk. A single larger row is a chunk of its own."""
 ROW_BYTES = 64
-"""What a record of a CSV file adds to its chunk beside its text."""
+"""Bytes that a record of a CSV file adds to its chunk beside its text."""
 MAX_ROW_BYTES = 64 << 20
 """Size of the largest row that is read, which bounds the memory of a reader."""
 

@@ -51,7 +51,7 @@ Task = tuple[int, ChunkGroup, np.ndarray | None]
 
 @dataclass(frozen=True)
 class EntryPlan:
-    """What determines an entry, and the folder that it gets.
+    """Everything that determines an entry, and the folder that it gets.
 
     selected: sorted numbers of the rows to encode; None for all rows.
     origin: what the name of the folder is the hash of, for people to read.

@@ -43,7 +43,7 @@ class ChunkGroup:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is read.
+    """Access to the rows of a source.
 
     name      short name for messages
     identity  everything that determines the rows, as JSON: content hashes and settings of the source
@@ -60,7 +60,7 @@ class Reading:
 
 
 def open_source(source: Source, kind: Kind, stage_dirs: Mapping[str, Path], cache: Path) -> Reading:
-    """How the source is read. Raises `UserError` for a source that does not exist."""
+    """Access to the rows of the source. Raises `UserError` for a source that does not exist."""
 
     def groups() -> Iterator[ChunkGroup]:
         found = source_chunks(source, stage_dirs=stage_dirs, accepted=ACCEPTED[kind])

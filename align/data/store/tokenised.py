@@ -30,7 +30,7 @@ from align.data.store.shards import TOKENS
 
 @dataclass(frozen=True)
 class Store:
-    """Where and by what rows are tokenised. workers: maximum number of processes; None for one per core."""
+    """Cache folder, encoding and tokenizer of rows. workers: maximum number of processes; None for one per core."""
 
     cache: Path
     encoding: Encoding

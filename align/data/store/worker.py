@@ -30,7 +30,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all shards of an entry."""
+    """Settings that all shards of an entry share."""
 
     folder: Path
     encoding: Encoding

@@ -55,7 +55,7 @@ class Approximation(NamedTuple):
 
 @dataclass
 class GroupError:
-    """What an approximation by rank leaves of the matrices of one group.
+    """Error of an approximation of the matrices of one group, by rank.
 
     square: Sum of squares of all values.
     left: Sum of squares that a rank leaves, by rank.

@@ -119,7 +119,7 @@ def adapt_by_row(model: nn.Module) -> None:
 
 
 def delta(adapter: Any, name: str, a: Tensor, b: Tensor) -> Tensor:
-    """What the adapter `name` adds to the full weight, computed from its full factors `a` and `b`."""
+    """Sum that the adapter `name` adds to the full weight, computed from its full factors `a` and `b`."""
     if isinstance(adapter, ExpertAdapter):
         product = torch.bmm(b, a)
         if adapter.get_base_layer().is_transposed:

@@ -196,7 +196,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def changes(adapter: Adapter, base: Skeleton) -> dict[str, Change]:
-    """What the adapter changes, by the name of the parameter or published tensor; `UserError` if it does not fit the
+    """Changes by the adapter, by the name of the parameter or published tensor; `UserError` if it does not fit the
     base."""
     factors: dict[str, dict[str, StoredTensor]] = {}
     found: dict[str, Change] = {}
