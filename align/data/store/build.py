@@ -103,7 +103,7 @@ def build_entry(plan: EntryPlan, workers: int | None = None) -> Entry:
     folder = plan.folder
     if (entry := open_entry(folder)) is None:
         with ExitStack() as stack:
-            with writing(folder):
+            with writing(plan.cache):
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder))
             if (entry := open_entry(folder)) is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align import pipeline
+from align.train import references
 from align.train.device import one_of_several_gpus
 from tests.unit.train.one_step import build, checkpoint, prepare
 
@@ -30,6 +31,8 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trl_accepts_several_visible_gpus(kind: str, model: Path, tmp_path: Path, monkeypatch, four_gpus) -> None:
     """TRL's trainers refuse nn.DataParallel, which transformers would use on four GPUs."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    # The log-probabilities of DPO's reference are computed before the trainer exists, here on the CPU.
+    monkeypatch.setattr(references, "training_device", lambda: torch.device("cpu"))
     trainer = build(kind, model, tmp_path, monkeypatch)
     assert (trainer.args.n_gpu, trainer.args.device) == (1, torch.device("cuda", 0))
     assert trainer._wrap_model(trainer.model) is trainer.model
