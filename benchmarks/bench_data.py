@@ -40,7 +40,7 @@ def conversations() -> list[tuple[str, str]]:
     found = []
     for name, (question, answer) in COLUMNS.items():
         file = SHARED / name
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        for line in file.read_text(encoding="utf-8").strip("\n").split("\n") if file.is_file() else ():
             row = json.loads(line)
             if isinstance(row[question], str) and isinstance(row[answer], str) and row[answer].strip():
                 found.append((row[question], row[answer]))

@@ -71,7 +71,7 @@ def conversations(file: str | None, rows: int) -> list[tuple[str, str]]:
         rows_read = python_docs_rows("conversation", "train", 2000)
         found = [(row["messages"][0]["content"], row["messages"][-1]["content"]) for row in rows_read]
         return found[:: max(1, len(found) // rows)][:rows]
-    lines = Path(file).read_text(encoding="utf-8").splitlines()[:rows]
+    lines = Path(file).read_text(encoding="utf-8").strip("\n").split("\n")[:rows]
     return [(row["instruction"] + row.get("input", ""), row["output"]) for row in map(json.loads, lines)]
 
 
@@ -86,7 +86,7 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
         for (prompt, chosen), (_, other) in zip(found, others, strict=True)
     ]
     if options.pairs is not None:
-        lines = Path(options.pairs).read_text(encoding="utf-8").splitlines()[: options.rows]
+        lines = Path(options.pairs).read_text(encoding="utf-8").strip("\n").split("\n")[: options.rows]
         pairs = [{key: json.loads(line)[key] for key in ("prompt", "chosen", "rejected")} for line in lines]
     turns = [
         {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}

@@ -28,7 +28,7 @@ def used_s() -> float:
 
 
 def run_solutions(path: Path) -> None:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip("\n").split("\n")]
     reward, box = CodeReward(kind="code"), Sandbox()
     start, before = time.perf_counter(), used_s()
     failed = []

@@ -146,7 +146,7 @@ class MetricsWriter:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines before the first incomplete one, which a killed process may leave. Empty if there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
