@@ -230,6 +230,8 @@ LIMITS: dict[type, Callable[[Any], str]] = {
 def limits(annotation: Any, metadata: list[Any]) -> str:
     """The allowed range of a setting, or of the entries of a list."""
     found = [LIMITS[type(limit)](limit) for limit in flat(metadata) if type(limit) in LIMITS]
+    if annotation is str and found:
+        found = ["not empty"]
     found += [f"`{limit.pattern}`" for limit in flat(metadata) if getattr(limit, "pattern", None)]
     if get_origin(annotation) is Annotated:
         first, *more = get_args(annotation)

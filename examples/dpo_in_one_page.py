@@ -19,6 +19,7 @@ from torch import Tensor
 
 from align.config.parts import Data, FileSource
 from align.data.prepare import prepare_dpo_pairs
+from align.errors import UserError
 from align.losses.logprobs import token_logprobs
 from align.losses.preference import dpo_loss
 from align.train.checkpoint import load_policy, load_tokenizer
@@ -82,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

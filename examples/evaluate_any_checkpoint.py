@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from align.config.recipe import Recipe
+from align.errors import UserError
 from align.pipeline import run
 
 
@@ -60,4 +61,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

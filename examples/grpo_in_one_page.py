@@ -22,6 +22,7 @@ from align.config.rollout import Rollout
 from align.data.chat import stop_token_ids
 from align.data.experience import Experience, build_experience
 from align.data.prepare import prepare_prompts
+from align.errors import UserError
 from align.losses.advantages import grpo
 from align.losses.kl import kl_loss
 from align.losses.ppo import policy_loss
@@ -106,4 +107,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

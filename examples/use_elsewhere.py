@@ -22,6 +22,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import align.models  # noqa: F401  (registers the model with transformers)
+from align.errors import UserError
 
 
 def main() -> None:
@@ -42,4 +43,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

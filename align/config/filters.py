@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from align.config.section import Fraction, Positive, Section
+from align.config.section import Fraction, Location, Positive, Section
 
 Part = Literal["prompt", "answer", "all"]
 """prompt: every turn that is not the assistant's. answer: every assistant turn, the text of a `text` row, or both
@@ -149,7 +149,7 @@ class EvaluationSet(Section):
 
     name: str
     """Name in the data report, for example `gsm8k`."""
-    path: str
+    path: Location
     """File or folder in any format of a `file` source."""
     column: str | None = None
     """Column with the text of an item. Default: the prompt of a row that has one, otherwise its column `question`,

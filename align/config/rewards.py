@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.section import RUNTIME, Positive, Section
+from align.config.section import RUNTIME, Location, Positive, Section
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -86,7 +86,7 @@ class FunctionReward(RewardBase):
 
     kind: Literal["function"]
     """Selects a Python function."""
-    path: str
+    path: Location
     """The function as `file.py:function`, or the built-in function `reference_f1`."""
     batched: bool = True
     """true: `f(prompts, completions, rows) -> list of numbers`, called once per iteration. false: `f(prompt,

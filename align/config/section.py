@@ -5,12 +5,13 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_jsonable_python
 
 
@@ -28,6 +29,25 @@ class EarlierDefault:
 RUNTIME = RuntimeSetting()
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Location = Annotated[str, Field(min_length=1)]
+"""A file, a folder, or a name that a library resolves."""
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without a NaN or an infinity at any depth, which pydantic lets through in values of any type."""
+    parts = list(values.items())
+    for path, value in parts:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} is {value}; set a finite number")
+        if isinstance(value, dict):
+            parts += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            parts += [(f"{path}[{number}]", item) for number, item in enumerate(value)]
+    return values
+
+
+FiniteValues = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Settings of a library, or of a model's config.json, without NaN and infinities."""
 
 
 class Section(BaseModel):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from align.config.evaluation import Tasks
 from align.config.filters import DuplicateFilter, PromptFilters
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rollout import Rollout
-from align.config.section import RUNTIME, EarlierDefault, Fraction, Positive
+from align.config.section import RUNTIME, EarlierDefault, FiniteValues, Fraction, Positive
 from align.config.stage import (
     LANGUAGE_MODEL,
     PAIRS,
@@ -243,6 +243,13 @@ class DpoStage(TrainingStage):
         return self
 
 
+def _named_once(models: list[str]) -> list[str]:
+    for model in models:
+        if models.count(model) > 1:
+            raise ValueError(f"'{model}' is listed {models.count(model)} times; list each model once")
+    return models
+
+
 class EvaluateStage(StageBase):
     """Compare checkpoints on held-out prompts and tasks, and write the report."""
 
@@ -250,7 +257,7 @@ class EvaluateStage(StageBase):
 
     kind: Literal["evaluate"]
     """Selects the comparison of checkpoints."""
-    models: list[str] = Field(min_length=1)
+    models: Annotated[list[str], Field(min_length=1), AfterValidator(_named_once)]
     """Stages (or `base`, or checkpoint folders) to compare; the first is the baseline."""
     prompts: list[Source] = Field(default_factory=list)
     """Held-out prompts for the reward model's score, the KL to the reference, completion lengths and, for rows with a
@@ -267,7 +274,7 @@ class EvaluateStage(StageBase):
     """Reference model of the KL, which is estimated on each model's own samples. Default: the first of `models`."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples for the 95 % confidence intervals."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: FiniteValues = Field(default_factory=dict)
     """Values for the chat template's own variables in this stage, for example `{reasoning_effort: high}`. They replace
     `model.chat_template_kwargs`."""
     samples: Annotated[int, Field(ge=0)] = 8

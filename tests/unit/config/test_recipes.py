@@ -143,11 +143,17 @@ def test_whole_numbers(minimal: Path, text: str, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1.5", 1.5), ("01.5", 1.5), ("2.", 2.0), ("1_0.5", 10.5), ("-1.5E+1", -15), ("-.inf", -math.inf)],
+    [("1.5", 1.5), ("01.5", 1.5), ("2.", 2.0), ("1_0.5", 10.5), ("-1.5E+1", -15)],
 )
 def test_numbers(minimal: Path, text: str, number: float) -> None:
     found = load_recipe(minimal, [f"model.config={{rope_theta: {text}}}"]).model.config["rope_theta"]
     assert (found, type(found)) == (number, float)
+
+
+@pytest.mark.parametrize(("text", "shown"), [("-.inf", "-inf"), (".nan", "nan"), ("{a: [1, {b: .inf}]}", "inf")])
+def test_numbers_of_a_configuration_are_finite(minimal: Path, text: str, shown: str) -> None:
+    with pytest.raises(UserError, match=f"is {shown}; set a finite number"):
+        load_recipe(minimal, [f"model.config={{rope_theta: {text}}}"])
 
 
 def test_an_override_of_an_aliased_section_changes_one_place(minimal: Path) -> None:

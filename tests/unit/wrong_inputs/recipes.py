@@ -392,3 +392,21 @@ def _(here: Here) -> str:
 @wrong("lora-layer", "Adapters on a layer that the model does not have")
 def _(here: Here) -> str:
     return here.run(lora={"targets": ["attention"], "layers": [0, 2]})
+
+
+@wrong("empty-path", "An empty path")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"kind": "file", "path": ""}]})
+
+
+@wrong("model-listed-twice", "The same model twice in an evaluation")
+def _(here: Here) -> str:
+    return here.check(
+        stages={"evaluate": {"kind": "evaluate", "models": ["base", "base"], "tasks": [{"name": "gsm8k"}]}}
+    )
+
+
+@wrong("model-config-not-finite", "A value of a model's configuration that is not a number")
+def _(here: Here) -> str:
+    config = {"rope_scaling": {"factor": float("inf")}}
+    return here.check(model={"kind": "pretrained", "path": "model", "config": config})
