@@ -96,5 +96,6 @@ def _shuffled(rows: int, seed: int, start: int = 0) -> datasets.Dataset:
 
 
 def _numbers(rows: datasets.Dataset) -> np.ndarray:
-    found: np.ndarray = rows.with_format("arrow")[:]["row"].to_numpy()
-    return found
+    # Through `rows[:]`, a million rows take 500 MB.
+    found: np.ndarray = rows.data.column("row").to_numpy()
+    return found if rows._indices is None else found[rows._indices.column(0).to_numpy()]
