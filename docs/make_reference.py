@@ -119,6 +119,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Chosen letter", rewards.ChoiceReward),
             ("JSON", rewards.JsonReward),
             ("Overlap with a text", rewards.OverlapReward),
+            ("Verifiable instructions", rewards.InstructionsReward),
             ("Program", rewards.CodeReward),
         ],
     ),

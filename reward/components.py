@@ -24,6 +24,7 @@ from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.reward.code import build_sandbox, read_tests, score_all
 from align.reward.functions import BUILT_IN, REFERENCE, find_reward_function
+from align.reward.instructions import check_arguments, read_instructions, undecided, verdicts
 from align.reward.json_schema import check_schema
 from align.reward.overlap import require_library
 from align.reward.process import FunctionProcess, Scored, UserFunction
@@ -94,6 +95,8 @@ def build_component(
             return _json(reward, process)
         case config.MathReward(symbolic=True):
             return _symbolic(reward, process)
+        case config.InstructionsReward():
+            return _instructions(reward)
         case config.OverlapReward():
             require_library(reward.measure)
     return _verifier(reward)
@@ -122,7 +125,7 @@ def has_column(reward: config.RewardBase, row: PromptRow) -> bool:
 
 
 def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[PromptRow]) -> None:
-    """Raise UserError if a reward compares with a column that is empty in a row, or has tests of no known form."""
+    """Raise UserError if a reward compares with a column that is empty in a row, or cannot use what is in it."""
     for reward in rewards:
         for row in prompts:
             if not has_column(reward, row):
@@ -134,6 +137,9 @@ def require_columns(rewards: Sequence[config.RewardBase], prompts: Sequence[Prom
                 )
             if isinstance(reward, config.CodeReward):
                 read_tests(reward, columns(row))
+            if isinstance(reward, config.InstructionsReward):
+                for instruction in read_instructions(columns(row), reward.column, reward.arguments):
+                    check_arguments(instruction)
 
 
 def require_finite_scores(source: str, scores: Sequence[float | None], samples: Samples, fix: str) -> None:
@@ -199,6 +205,20 @@ def _symbolic(reward: config.MathReward, process: FunctionProcess) -> Component:
         for place, score in zip(places, found.scores, strict=True):
             scores[place] = score
         return Scored(scores, found.problem)
+
+    return component
+
+
+def _instructions(reward: config.InstructionsReward) -> Component:
+    score = _verifier(reward)
+
+    def component(samples: Samples) -> Scored:
+        scores = score(samples).scores
+        index = next((i for i, value in enumerate(scores) if value is None), None)
+        if index is None:
+            return Scored(scores)
+        instructions = read_instructions(samples.rows[index], reward.column, reward.arguments)
+        return Scored(scores, undecided(verdicts(samples.texts[index], instructions)))
 
     return component
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from align.config import rewards as config
 from align.reward.choice import choice_score
+from align.reward.instructions import instruction_score, read_instructions, verdicts
 from align.reward.json_schema import json_row, json_score
 from align.reward.math_answer import AnswerFormat, expected_answer, final_answer, same_answer
 from align.reward.overlap import overlap_score
@@ -95,6 +96,12 @@ def verify_json(reward: config.JsonReward, sample: Sample) -> float:
 def verify_overlap(reward: config.OverlapReward, sample: Sample) -> float:
     references = [spellings(value)[0] for value in accepted_values(sample.row[reward.column])]
     return overlap_score(reward.measure, sample.text, references)
+
+
+@verifier(config.InstructionsReward)
+def verify_instructions(reward: config.InstructionsReward, sample: Sample) -> float | None:
+    found = verdicts(sample.text, read_instructions(sample.row, reward.column, reward.arguments))
+    return instruction_score(found, loose=reward.reading == "loose", share=reward.score == "share")
 
 
 # --- scores --------------------------------------------------------------------------------------------------

@@ -232,6 +232,22 @@ class LengthReward(RewardBase):
         return self
 
 
+class InstructionsReward(RewardBase):
+    """1 if the completion follows the row's verifiable instructions (IFEval), otherwise 0."""
+
+    kind: Literal["ifeval"]
+    """Selects the check of verifiable instructions."""
+    column: str = "instruction_id_list"
+    """Column with the list of the instructions' types, for example `[punctuation:no_comma]`."""
+    arguments: str = "kwargs"
+    """Column with the list of each instruction's arguments."""
+    reading: Literal["strict", "loose"] = "strict"
+    """strict: check the completion as it is. loose: an instruction is also followed if the completion follows it
+    without its first line, its last line or its asterisks."""
+    score: Literal["all", "share"] = "all"
+    """all: 1 if every instruction is followed, otherwise 0. share: share of the instructions that are followed."""
+
+
 class CodeReward(RewardBase):
     """1 if the program in the completion passes the row's tests, otherwise 0. Programs run in a sandbox."""
 
@@ -270,6 +286,7 @@ Reward = Annotated[
     | ChoiceReward
     | JsonReward
     | OverlapReward
+    | InstructionsReward
     | CodeReward,
     Field(discriminator="kind"),
 ]

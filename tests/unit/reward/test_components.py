@@ -58,6 +58,7 @@ def test_every_reward_section_is_a_verifier_or_one_of_the_three_other_kinds() ->
         ({"kind": "json"}, [0, 0, 0]),  # a number in JSON does not end with a point
         ({"kind": "overlap", "measure": "rouge_l"}, [2 / 3, 0, 0]),  # 2 shared of 4 and 2 words
         ({"kind": "math", "symbolic": True}, [1, 0, None]),
+        ({"kind": "ifeval"}, [None, 1, 0]),  # an unknown type; no comma; not quoted
         ({"kind": "code", "column": "test_list"}, [0, 0, 0]),  # none is a program with a function `f`
         ({"kind": "length", "min_tokens": 8, "max_tokens": 20}, [1, 0, 1]),
         ({"kind": "function", "path": "reference_f1"}, [2 / 3, 0, 0]),  # 2 shared words of 4 and 2
@@ -69,8 +70,12 @@ def test_a_metric_scores_texts_against_rows(tokenizer, settings: dict[str, Any],
     if settings["kind"] == "math":
         rows[1]["answer"] = 5
     rows = [row | {"test_list": ["assert f()"], "letter": "B"} for row in rows]
+    for row, name in zip(rows, ["keywords:rhymes", "punctuation:no_comma", "startend:quotation"], strict=True):
+        row |= {"instruction_id_list": [name], "kwargs": [{}]}
     with FunctionProcess() as process:
         scored = build_component(section(**settings), process, tokenizer)(samples(tokenizer, texts, rows))
+    if settings["kind"] == "ifeval":
+        assert scored.problem == "undecided: 'keywords:rhymes' (unknown)"
     assert scored.scores == pytest.approx(expected) if None not in expected else scored.scores == expected
 
 

@@ -13,6 +13,7 @@ import torch
 
 from align.config.rewards import CodeReward
 from align.reward.code import read_tests
+from align.reward.instructions import check_arguments, read_instructions
 from align.reward.json_schema import check_schema
 from align.reward.process import FunctionProcess, UserFunction
 from align.reward.remote import RewardClient
@@ -153,6 +154,36 @@ def _(here: Here) -> None:
 def _(here: Here) -> None:
     with patch.dict(sys.modules, {"math_verify": None}):
         require_math_verify()
+
+
+def check_instructions(names: list[str], given: Any) -> None:
+    for instruction in read_instructions({"names": names, "kwargs": given}, "names", "kwargs"):
+        check_arguments(instruction)
+
+
+@wrong("reward-instruction-unknown", "A type of instruction without a check")
+def _(here: Here) -> None:
+    check_instructions(["keywords:rhymes"], [{}])
+
+
+@wrong("reward-instruction-argument", "An instruction without one of its arguments")
+def _(here: Here) -> None:
+    check_instructions(["keywords:existence"], [{"keyword": "peace"}])
+
+
+@wrong("reward-instruction-language", "An instruction to answer in an unknown language")
+def _(here: Here) -> None:
+    check_instructions(["language:response_language"], [{"language": "klingon"}])
+
+
+@wrong("reward-instruction-lists", "Other numbers of instructions and arguments")
+def _(here: Here) -> None:
+    check_instructions(["punctuation:no_comma", "startend:quotation"], [{}])
+
+
+@wrong("reward-instruction-json", "Arguments of instructions that are not JSON")
+def _(here: Here) -> None:
+    check_instructions(["punctuation:no_comma"], "[{")
 
 
 def read_code_tests(cell: Any, **row: Any) -> None:
