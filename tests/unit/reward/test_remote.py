@@ -15,7 +15,7 @@ import pytest
 from align.config.rewards import RemoteReward
 from align.data.prepare import PromptRow
 from align.errors import UserError
-from align.reward import remote
+from align.reward import json_http
 from align.reward.components import Samples, build_component
 from align.reward.process import FunctionProcess
 from align.reward.remote import RewardClient
@@ -28,7 +28,7 @@ REQUEST = {"prompts": ["p", "q"], "completions": ["a", "bb"], "finished": [True,
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(json_http, "FIRST_PAUSE_S", 0.05)
 
 
 @contextmanager

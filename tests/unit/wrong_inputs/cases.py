@@ -9,6 +9,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     data,
     evaluation,
     generation,
+    judging,
     planning,
     recipes,
     rewards,
