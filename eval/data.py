@@ -12,7 +12,7 @@ from align.config.parts import Data, Source
 from align.config.stages import EvaluateStage
 from align.data.prepare import DataReport, PromptRow, prepare_dpo_pairs, prepare_prompts
 from align.eval.metrics import require_scorable
-from align.eval.task import Task, resolve_task
+from align.eval.task import PromptTask, resolve_task
 from align.reward.components import Samples
 from align.run.context import StageContext
 
@@ -32,7 +32,7 @@ class EvaluationData:
 
     prompts: Sequence[PromptRow]
     pairs: Pairs
-    tasks: list[tuple[Task, Sequence[PromptRow]]]
+    tasks: list[tuple[PromptTask, Sequence[PromptRow]]]
     report: dict[str, Any]
 
 

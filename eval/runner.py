@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.eval.data import EvaluationData
 from align.eval.held_out import Accuracy, HeldOutResult
 from align.eval.metrics import build_metric, measure, reference_texts
-from align.eval.task import MetricResult, Task, TaskResult
+from align.eval.task import MetricResult, PromptTask, TaskResult
 from align.parallel.group import from_rank_0
 from align.reward.components import Component, Samples, columns
 from align.reward.functions import REFERENCE
@@ -30,7 +30,11 @@ class TaskScorer:
     """Metrics of all tasks. Rank 0 runs verifiers and users' functions; construction and `score` are collective."""
 
     def __init__(
-        self, tasks: Sequence[Task], stage: EvaluateStage, context: StageContext, tokenizer: PreTrainedTokenizerBase
+        self,
+        tasks: Sequence[PromptTask],
+        stage: EvaluateStage,
+        context: StageContext,
+        tokenizer: PreTrainedTokenizerBase,
     ):
         self.stage, self.context, self.tokenizer = stage, context, tokenizer
         self._components: dict[str, dict[str, Component]] = {}
@@ -44,7 +48,7 @@ class TaskScorer:
 
         from_rank_0("evaluate: load metrics", build)
 
-    def score(self, task: Task, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> TaskResult:
+    def score(self, task: PromptTask, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> TaskResult:
         """Result of one model, on every rank. Raises `UserError` if a function fails on every completion."""
 
         def score() -> TaskResult:
@@ -58,7 +62,7 @@ class TaskScorer:
 
         return from_rank_0(f"evaluate: score {task.name}", score)
 
-    def _measure(self, task: Task, metric: Metric, samples: Samples) -> MetricResult:
+    def _measure(self, task: PromptTask, metric: Metric, samples: Samples) -> MetricResult:
         result, problem = measure(
             metric,
             self._components[task.name][metric.label],
@@ -107,7 +111,7 @@ class Results:
         for prompt, text in zip(self.content["prompts"], texts, strict=True):
             prompt["completions"][model] = text
 
-    def add_task(self, model: str, task: Task, result: TaskResult, texts: Sequence[str]) -> None:
+    def add_task(self, model: str, task: PromptTask, result: TaskResult, texts: Sequence[str]) -> None:
         """Add a model's results on a task, and its completions."""
         found = self.content["tasks"][task.name]
         found["models"][model] = asdict(result)

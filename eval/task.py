@@ -1,23 +1,139 @@
 """Tasks of an evaluation and their typed results.
 
-A task is prompts, sampling settings and metrics. A built-in task is one file in `align/eval/tasks`. A recipe defines
-its own tasks, or overrides parts of a built-in one, in `tasks` of an evaluate stage.
+A `Task` makes requests of its documents and scores the model's answers. `align eval` runs any task.
+
+A `PromptTask` is prompts, sampling settings and metrics. A built-in one is one file in `align/eval/tasks`. A recipe
+defines its own, or overrides parts of a built-in one, in `tasks` of an evaluate stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from align.config.evaluation import EvaluationTask, Metric
 from align.config.parts import Source
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.eval.records import Record
+from align.rollout.requests import Pair, Request
+
+if TYPE_CHECKING:
+    from align.eval.encoder import Encoder
+
+
+class Item(NamedTuple):
+    """One request of a document.
+
+    document: id of the document.
+    request: a completion or a target, or the reason why the request cannot be made.
+    number: which request it is within the document, for example of the choice.
+    part: number of the window, if a text is scored in several.
+    """
+
+    document: str
+    request: Request | Pair | str
+    number: int = 0
+    part: int = 0
 
 
 @dataclass(frozen=True)
-class Task:
+class Verdict:
+    """Scores of one document and sample.
+
+    document: id of the document.
+    sample: number of the sample.
+    values: score by metric; None if the document was not scored.
+    reason: why a value is None; "" if none is.
+    shown: what a reader of the report sees: prompt, answer, target and the like, as text.
+    """
+
+    document: str
+    sample: int
+    values: Mapping[str, float | None]
+    reason: str = ""
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorpusValue:
+    """A metric that is not a mean over documents, for example BLEU or perplexity.
+
+    value: of all documents. low, high: ends of the 95 % interval; None if unknown. method: how it was computed.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a task.
+
+    verdicts: one per document and sample.
+    corpus: metrics that are not means of the verdicts' values.
+    """
+
+    verdicts: Sequence[Verdict]
+    corpus: Mapping[str, CorpusValue] = field(default_factory=dict)
+
+
+class Task(Protocol):
     """A benchmark.
+
+    name: name in commands, records and results.
+    version: changes when the numbers are no longer comparable.
+    text: everything that affects the meaning of a request besides its token ids, for the records' keys; the name and
+        version are enough for most tasks.
+    better: by metric, 1 if higher is better, -1 if lower is, 0 if neither.
+    """
+
+    name: str
+    version: str
+    text: str
+    better: Mapping[str, int]
+
+    def documents(self) -> Sequence[str]:
+        """Ids of all documents, each once."""
+        ...
+
+    def requests(self, documents: Sequence[str], encoder: Encoder) -> Iterable[Item]:
+        """The requests of some documents, in order. `encoder` makes token ids, and raises `Unscorable`."""
+        ...
+
+    def score(self, records: Sequence[Record]) -> Scores:
+        """Scores of the documents from their records alone; a document with an unscored record has no values."""
+        ...
+
+
+@runtime_checkable
+class FollowUp(Protocol):
+    """A task whose later requests depend on earlier answers, for example the second turn of a conversation."""
+
+    def follow_up(self, records: Sequence[Record], encoder: Encoder) -> Iterable[Item]:
+        """The requests that these records allow and that have no record yet; none if the task is complete."""
+        ...
+
+
+def by_sample(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:
+    """The records of each (document, sample), in the order of the requests."""
+    found: dict[tuple[str, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: (record.place.number, record.place.part)):
+        found.setdefault((record.document, record.place.sample), []).append(record)
+    return found
+
+
+def unscored(records: Sequence[Record]) -> str:
+    """Reason why the document of these records cannot be scored; "" if it can."""
+    return next((record.reason for record in records if record.status == "unscored"), "")
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """A task of an evaluate stage.
 
     name: name in results and report.
     prompts: sources of held-out prompts, with the columns that the metrics read.
@@ -78,7 +194,7 @@ class TaskResult:
     metrics: dict[str, MetricResult]
 
 
-def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
+def resolve_task(settings: EvaluationTask, rollout: Rollout) -> PromptTask:
     """Build the task that an entry of `tasks` in a recipe describes.
 
     Omitted settings come from the built-in task of the same name. If there is none, temperature and max_new_tokens
@@ -106,4 +222,4 @@ def resolve_task(settings: EvaluationTask, rollout: Rollout) -> Task:
             f"rollout.max_model_length {rollout.max_model_length}; raise rollout.max_model_length, or set "
             "max_new_tokens of the task."
         )
-    return Task(settings.name, prompts, metrics, max_new_tokens, temperature)
+    return PromptTask(settings.name, prompts, metrics, max_new_tokens, temperature)

@@ -9,11 +9,11 @@ import pkgutil
 from functools import cache
 from importlib import import_module
 
-from align.eval.task import Task
+from align.eval.task import PromptTask
 
 
 @cache
-def built_in_tasks() -> dict[str, Task]:
+def built_in_tasks() -> dict[str, PromptTask]:
     """The `TASK` of every module in this folder, by its name."""
     modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return {module.TASK.name: module.TASK for module in modules}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from align.config.parts import HubSource
 from align.config.rewards import MathReward
-from align.eval.task import Task
+from align.eval.task import PromptTask
 
-TASK = Task(
+TASK = PromptTask(
     name="gsm8k",
     prompts=(HubSource(kind="hub", id="openai/gsm8k", name="main", split="test", columns={"prompt": "question"}),),
     metrics=(MathReward(kind="math", column="answer"),),
