@@ -23,27 +23,37 @@ class Encoder:
     """Encodes for one tokenizer and one maximum length, and counts what is not as it seems.
 
     truncate: cut a prompt that is too long at its beginning. Otherwise the document is not scored.
+    temperature, max_new_tokens: replace those of every request, if not None.
     unstable_seams: pairs, by task, whose context has other tokens alone than before the continuation.
     truncated: prompts, by task, that were cut at their beginning.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, truncate: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        truncate: bool = False,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ):
         self.tokenizer, self.max_length, self.truncate = tokenizer, max_length, truncate
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.stop_token_ids = tuple(stop_token_ids(tokenizer))
         self.unstable_seams: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
 
     # --- text ------------------------------------------------------------------------------------------------
 
-    def text(self, text: str) -> list[int]:
-        """Token ids of a plain text, or of a rendered chat.
+    def text(self, text: str, *, rendered: bool = False) -> list[int]:
+        """Token ids of a text. Raises `Unscorable` if they begin with BOS twice.
 
-        The tokenizer adds its special tokens, such as BOS, unless the text begins with BOS. Raises `Unscorable` if the
-        text begins with BOS twice.
+        The tokenizer adds its special tokens, such as BOS, unless the text begins with BOS.
+        rendered: a chat template has written the text and all its special tokens, so none is added.
         """
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and text.startswith(str(bos))
-        ids = self._tokens(text, special=not has_bos)
+        ids = self._tokens(text, special=not (has_bos or rendered))
         self._require_one_bos(ids)
         return ids
 
@@ -72,13 +82,16 @@ class Encoder:
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
+        rendered: bool = False,
     ) -> Request:
         """A request for one completion of `prompt`, which ends at the tokens that end a turn and at `stop`.
 
         A stop string that is a special token becomes a stop token, because completions are decoded without special
         tokens. The seed is set by the runner. Raises `Unscorable` if prompt and completion exceed `max_length`.
         """
-        ids = self.text(prompt) if isinstance(prompt, str) else list(prompt)
+        max_new_tokens = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        temperature = temperature if self.temperature is None else self.temperature
+        ids = self.text(prompt, rendered=rendered) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise Unscorable("the prompt is empty")
         ids = self._fit(ids, self.max_length - max_new_tokens, task, f"{max_new_tokens} new tokens")
@@ -89,7 +102,7 @@ class Encoder:
             tuple(ids), max_new_tokens, temperature, top_p, tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(stop_ids))
         )
 
-    def pair(self, context: str, continuation: str, *, task: str) -> Pair:
+    def pair(self, context: str, continuation: str, *, task: str, rendered: bool = False) -> Pair:
         """The tokens of `continuation` after those of `context`, encoded together as they would be read.
 
         White space at the end of the context belongs to the continuation. An empty context is BOS, or else the
@@ -98,7 +111,8 @@ class Encoder:
         stripped = context.rstrip()
         context, continuation = stripped, context[len(stripped) :] + continuation
         if context:
-            whole, prefix = self.text(context + continuation), self.text(context)
+            whole = self.text(context + continuation, rendered=rendered)
+            prefix = self.text(context, rendered=rendered)
             if whole[: len(prefix)] != prefix:
                 self.unstable_seams[task] += 1
             target, prefix = whole[len(prefix) :], whole[: len(prefix)]

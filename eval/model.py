@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from align.rollout.requests import Generation, Pair, Request, Scored
@@ -33,6 +34,10 @@ class EvalModel(Protocol):
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
         """Compute the log-probability of each target after its prefix."""
+        ...
+
+    def load(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Replace the weights by those of another checkpoint; False if that needs a new engine."""
         ...
 
     def close(self) -> None:

@@ -42,6 +42,7 @@ class Record:
     task, version: the task's name and version.
     place: document, request, window and sample.
     status: `finished` or `cut` for a completion, `scored` for a target, `unscored` if the request was not made.
+    of: number of records that the document and sample need to be scored.
     key: hash of checkpoint, task, request and seed; see `request_key`. "" if the request was not made.
     prompt_hash: hash of the prompt's token ids.
     prompt_tokens: number of the prompt's tokens.
@@ -56,6 +57,7 @@ class Record:
     version: str
     place: Place
     status: Status
+    of: int = 1
     key: str = ""
     prompt_hash: str = ""
     prompt_tokens: int = 0
@@ -105,7 +107,7 @@ def answer(record: Record, request: Request | Pair, result: Generation | Scored)
 
 def moved(record: Record, other: Record) -> Record:
     """The answer of `record` at the place of `other`, which has the same key."""
-    place = {"task": other.task, "version": other.version, "place": other.place, "seconds": 0.0}
+    place = {"task": other.task, "version": other.version, "place": other.place, "of": other.of, "seconds": 0.0}
     return Record(**{**_fields(record), **place})
 
 

@@ -46,6 +46,7 @@ class Verdict:
     sample: number of the sample.
     values: score by metric; None if the document was not scored.
     reason: why a value is None; "" if none is.
+    unanswered: True if no answer was found in the completion, which then counts as wrong.
     shown: what a reader of the report sees: prompt, answer, target and the like, as text.
     """
 
@@ -53,6 +54,7 @@ class Verdict:
     sample: int
     values: Mapping[str, float | None]
     reason: str = ""
+    unanswered: bool = False
     shown: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -119,11 +121,11 @@ class FollowUp(Protocol):
 
 
 def by_sample(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:
-    """The records of each (document, sample), in the order of the requests."""
+    """The records of each (document, sample) that is complete, in the order of the requests."""
     found: dict[tuple[str, int], list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.place.number, record.place.part)):
         found.setdefault((record.document, record.place.sample), []).append(record)
-    return found
+    return {place: group for place, group in found.items() if len(group) >= max(record.of for record in group)}
 
 
 def unscored(records: Sequence[Record]) -> str:

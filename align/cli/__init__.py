@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from align import __version__
-from align.cli import adapter, data, machine, models, plan, runs, serve
+from align.cli import adapter, data, eval, machine, models, plan, runs, serve
 from align.cli.runs import process_overrides, run_command
 from align.cli.terminal import color
 from align.errors import UserError, signal_name
@@ -90,6 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (runs, plan, data, models, adapter, serve, machine):
+    for group in (runs, plan, data, models, adapter, eval, serve, machine):
         group.add(commands)
     return parser

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from align.rollout.vllm_options import (
 )
 from align.rollout.vllm_process import GROUPS, generation_threads, preserved_torch_state
 
+STREAMED_AT_A_TIME = 4
+"""Requests that `stream` keeps in vLLM, as a multiple of the sequences decoded at the same time."""
+
 
 class VllmEngine:
     """`RolloutEngine` on an in-process vLLM.
@@ -45,10 +49,13 @@ class VllmEngine:
     rollout: the recipe's section: lengths, cache size, sequences per batch.
     dtype: float32 or bfloat16; float32 is faster on a CPU without AVX-512.
     seed: seed of the engine. Completions do not depend on it, only on the seed of their sampling settings.
+    detokenizes: load the checkpoint's tokenizer into vLLM, which stop strings need; without it vLLM ignores them.
     """
 
-    def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
+    def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, detokenizes: bool = False):
         self.rollout = rollout
+        self.detokenizes = detokenizes
+        self._numbers = count()
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.last_generation: GenerationReport | None = None
         self.last_sync: SyncReport | None = None
@@ -60,7 +67,7 @@ class VllmEngine:
             self._has_gpu = has_gpu()
             GROUPS.enter()
             try:
-                self._llm: Any = _start(checkpoint, rollout, dtype, seed)
+                self._llm: Any = _start(checkpoint, rollout, dtype, seed, detokenizes)
             except BaseException:
                 GROUPS.leave()
                 raise
@@ -97,6 +104,38 @@ class VllmEngine:
             cached_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
         )
         return [completions[i : i + sampling.n] for i in range(0, len(completions), sampling.n)]
+
+    def stream(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield (index of the prompt, vLLM's output) as the requests finish.
+
+        parameters: vLLM's `SamplingParams` of each prompt. Requests that are not finished when the iterator is closed
+        are aborted.
+        """
+        from vllm.inputs import TokensPrompt
+
+        engine = self._llm.llm_engine
+        waiting = iter(range(len(prompts)))
+        running: dict[str, int] = {}
+        try:
+            while True:
+                finished = []
+                with preserved_torch_state(), generation_stance(has_gpu=self._has_gpu):
+                    torch.set_num_threads(generation_threads())
+                    for index in waiting:
+                        number = f"stream-{next(self._numbers)}"
+                        prompt = TokensPrompt(prompt_token_ids=list(prompts[index]))
+                        engine.add_request(number, prompt, parameters[index])
+                        running[number] = index
+                        if len(running) >= STREAMED_AT_A_TIME * self.rollout.max_sequences:
+                            break
+                    if not running:
+                        return
+                    finished = [output for output in engine.step() if output.finished]
+                for output in finished:
+                    yield running.pop(output.request_id), output
+        finally:
+            if running:
+                engine.abort_request(list(running))
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         self._complete = False
@@ -173,8 +212,10 @@ class VllmEngine:
         )
 
 
-def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int) -> Any:
+def _start(checkpoint: Path, rollout: Rollout, dtype: str, seed: int, detokenizes: bool) -> Any:
     from vllm import LLM
 
     options = engine_options(checkpoint, rollout, dtype=dtype, seed=seed, in_process=True)
+    if detokenizes:
+        options |= {"skip_tokenizer_init": False, "tokenizer": str(checkpoint)}
     return LLM(use_tqdm_on_load=False, **(options | model_options(checkpoint, dtype=dtype)))

@@ -8,6 +8,7 @@ blocks are hashed. A checkpoint of hundreds of gigabytes then takes seconds, but
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,11 @@ def _checkpoint(text: str) -> Files:
 def checkpoint_files(folder: Path) -> Files:
     """The files of a checkpoint."""
     return {file.name: file for file in sorted(folder.iterdir()) if file.suffix in CHECKPOINT and file.is_file()}
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """One hash of all files of a checkpoint."""
+    return hashlib.sha256(json.dumps(digests(checkpoint_files(folder))).encode()).hexdigest()
 
 
 def digests(files: Files) -> Digests:

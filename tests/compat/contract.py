@@ -21,6 +21,9 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("vllm:LLM.reset_prefix_cache", {}),
     ("vllm:LLM.sleep", {"level": 2}),
     ("vllm:LLM.wake_up", {}),
+    ("vllm.v1.engine.llm_engine:LLMEngine.add_request", {"request_id": "1", "prompt": 0, "params": 0}),
+    ("vllm.v1.engine.llm_engine:LLMEngine.step", {}),
+    ("vllm.v1.engine.llm_engine:LLMEngine.abort_request", {"request_ids": []}),
     ("vllm.v1.engine.core_client:InprocClient.shutdown", {}),
     (f"{TRANSFER}.base:WeightTransferEngine.__init__", {"config": 0, "vllm_config": 0, "device": 0, "model": 0}),
     (f"{TRANSFER}.base:WeightTransferEngine.start_weight_update", {}),
@@ -50,7 +53,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
 """(function or class, arguments that we pass); methods without `self`."""
 
 ATTRIBUTES: list[tuple[str, str]] = [
-    ("vllm.outputs:RequestOutput", "request_id prompt_token_ids outputs num_cached_tokens"),
+    ("vllm.outputs:RequestOutput", "request_id prompt_token_ids prompt_logprobs outputs finished num_cached_tokens"),
     ("vllm.outputs:CompletionOutput", "token_ids logprobs routed_experts finish_reason weight_versions"),
     ("vllm.config:VllmConfig", "cache_config model_config quant_config aux_output_config weight_transfer_config"),
     ("vllm.config:CacheConfig", "num_gpu_blocks block_size gpu_memory_utilization kv_cache_memory_bytes"),

@@ -28,7 +28,7 @@ def record(number: int = 0, **changes) -> Record:
 def test_records_are_read_back(tmp_path: Path) -> None:
     written = [record(0), record(1, status="cut", seconds=0.25)]
     written.append(
-        answer(Record("mc", "2", Place("d", 3, 1, 2), "unscored", "kk"), PAIR, Scored(-3.0, (-1.0, -2.0), True))
+        answer(Record("mc", "2", Place("d", 3, 1, 2), "unscored", key="kk"), PAIR, Scored(-3.0, (-1.0, -2.0), True))
     )
     written.append(Record("mc", "2", Place("e"), "unscored", reason="too long"))
     store = RecordStore(tmp_path / "new" / "records.jsonl")

@@ -1,0 +1,133 @@
+"""Commands on evaluations: `eval`, `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from align.cli.terminal import say, status
+from align.errors import UserError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the commands to the parser."""
+    command = commands.add_parser(
+        "eval",
+        help="evaluate checkpoints on tasks",
+        description="Evaluate checkpoints on tasks of lm-evaluation-harness and on your own, with intervals. Answers "
+        "are recorded as they come; --resume continues an interrupted evaluation.",
+    )
+    command.add_argument(
+        "checkpoints", nargs="+", metavar="CKPT", help="folder of a checkpoint or of a finished stage; or NAME=FOLDER"
+    )
+    command.add_argument(
+        "--tasks",
+        required=True,
+        metavar="TASKS",
+        help="names of harness tasks, suite:NAME (hunyuan-base, hunyuan-instruct, quick), or .yaml and .py files, "
+        "separated by commas",
+    )
+    command.add_argument("--data", type=Path, metavar="DIR", help="folder of data sets; data set X is read from DIR/X")
+    command.add_argument(
+        "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder to write (default: evaluation)"
+    )
+    command.add_argument("--resume", action="store_true", help="continue; recorded answers are not computed again")
+    command.add_argument("--rescore", action="store_true", help="score the recorded answers again, without a model")
+    command.add_argument(
+        "--backend", choices=("vllm", "hf"), default="vllm", help="engine: vLLM or transformers (default: vllm)"
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and completion (default: 4096)")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences at a time (default: 64)")
+    command.add_argument("--cache-gib", type=float, metavar="N", help="size of vLLM's cache in GiB")
+    command.add_argument(
+        "--limit", type=int, metavar="N", help="documents per task, drawn with the seed (default: all)"
+    )
+    command.add_argument("--samples", type=int, default=1, metavar="K", help="completions per request (default: 1)")
+    command.add_argument("--temperature", type=float, metavar="T", help="replaces the tasks' own")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="replaces the tasks' own")
+    command.add_argument("--seed", type=int, default=0, help="seed of the draw and of completions (default: 0)")
+    command.add_argument("--chat", action="store_true", help="render prompts with the chat template")
+    command.add_argument(
+        "--truncate", action="store_true", help="cut prompts that are too long at their beginning, and count them"
+    )
+    command.add_argument("--json", action="store_true", help="print results.json instead of a table")
+    command.set_defaults(command=_eval)
+
+    compare = commands.add_parser(
+        "compare",
+        help="compare two evaluations",
+        description="Compare the models of two evaluations document by document, with paired tests.",
+    )
+    compare.add_argument(
+        "first", type=Path, metavar="OUT_A", help="folder of an evaluation, or one model's folder in it"
+    )
+    compare.add_argument("second", type=Path, metavar="OUT_B", help="another; the differences are OUT_B minus OUT_A")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    compare.set_defaults(command=_compare)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from align.config.paths import local_path
+    from align.eval.evaluation import Options, evaluate
+
+    _require_positive(options)
+    tasks = [name for part in options.tasks.split(",") if (name := part.strip())]
+    named = [text.partition("=") for text in options.checkpoints]
+    paths = [local_path(path if equals else name) for name, equals, path in named]
+    all_named = all(equals for _, equals, _ in named)
+    if not all_named and any(equals for _, equals, _ in named):
+        raise UserError("checkpoints: some are NAME=FOLDER and some are not. Name all of them or none.")
+    names = [name for name, _, _ in named]
+    if all_named and len(set(names)) < len(names):
+        raise UserError("checkpoints: two have the same name. Give each its own.")
+    results = evaluate(
+        dict(zip(names, paths)) if all_named else paths,
+        tasks,
+        out=options.out,
+        resume=options.resume,
+        rescore=options.rescore,
+        options=Options(
+            data=options.data.absolute() if options.data else None,
+            backend=options.backend,
+            dtype=options.dtype,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            cache_gib=options.cache_gib,
+            limit=options.limit,
+            samples=options.samples,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            chat=options.chat,
+            truncate=options.truncate,
+        ),
+        say=(lambda line: None) if options.json else say,
+        status=(lambda line: None) if options.json else status,
+    )
+    if options.json:
+        print(json.dumps(results.content, indent=2, ensure_ascii=False))
+    else:
+        say("")
+        print(results.table())
+        print(f"\n{options.out / 'results.md'}")
+
+
+def _require_positive(options: argparse.Namespace) -> None:
+    for name in ("max_length", "batch_size", "limit", "samples", "max_new_tokens", "cache_gib"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0.")
+    if options.temperature is not None and options.temperature < 0:
+        raise UserError(f"--temperature {options.temperature}: must be 0 or above.")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from align.eval.pairing import compare_folders
+
+    comparison = compare_folders(options.first, options.second)
+    if options.json:
+        print(json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(comparison.table())

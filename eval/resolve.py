@@ -1,0 +1,177 @@
+"""Find the tasks that a command names, with all that is missing at once, before a model is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from align.config.suites import Suite, SuiteTask
+from align.errors import UserError
+from align.eval.harness_index import Group, HarnessIndex, Leaf, check_yaml, local_dataset
+from align.eval.task import Task
+
+SUITES = Path(__file__).parent / "suites"
+PREFIX = "suite:"
+HARNESS_KEYS = {"dataset_path", "output_type", "group", "include", "class", "doc_to_text"}
+"""A YAML file with one of these keys is a task of the harness."""
+
+
+@dataclass
+class Wanted:
+    """One task that was asked for.
+
+    entry: name or file, and settings. chat: render prompts with the chat template.
+    """
+
+    entry: SuiteTask
+    chat: bool
+
+
+@dataclass
+class Resolved:
+    """Tasks to run.
+
+    tasks: the tasks. groups: groups of the harness whose metrics are aggregated. notes: for the reader of the results.
+    """
+
+    tasks: list[Task] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def resolve(names: Sequence[str | Task], *, data: Path | None = None, chat: bool = False) -> Resolved:
+    """The tasks with these names: of the harness, `suite:NAME`, or files with tasks.
+
+    data: folder of data sets; a task's data set X is read from DATA/X.
+    Raises one `UserError` with all unknown names, or with all missing data sets.
+    """
+    found = Resolved()
+    wanted: list[Wanted] = []
+    for name in names:
+        if not isinstance(name, str):
+            found.tasks.append(name)
+        elif name.startswith(PREFIX):
+            suite = read_suite(name.removeprefix(PREFIX))
+            wanted += [Wanted(entry, chat or suite.chat) for entry in suite.tasks]
+            found.notes += suite.notes
+        else:
+            wanted.append(Wanted(SuiteTask(task=name, fixed_shots=False), chat))
+    harness: list[tuple[Wanted, Path | None]] = []
+    for one in wanted:
+        name = one.entry.task
+        if Path(name).suffix == ".py":
+            found.tasks += python_tasks(Path(name))
+        elif Path(name).suffix in (".yaml", ".yml"):
+            check_yaml(Path(name))
+            if not HARNESS_KEYS & _keys(Path(name)):
+                raise UserError(
+                    f"{name}: not a task of lm-evaluation-harness, because it has none of the keys "
+                    f"{', '.join(sorted(HARNESS_KEYS))}. Add dataset_path and output_type, or write the task in a .py "
+                    "file."
+                )
+            harness.append((one, Path(name)))
+        else:
+            harness.append((one, None))
+    if harness:
+        _resolve_harness(harness, data, found)
+    _require_distinct(found.tasks)
+    if not found.tasks:
+        raise UserError("no tasks are given. Pass --tasks with names, files or suite:NAME.")
+    return found
+
+
+def read_suite(name: str) -> Suite:
+    """A suite of `align/eval/suites`, or a file."""
+    file = Path(name) if Path(name).suffix in (".yaml", ".yml") else SUITES / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in SUITES.glob("*.yaml")))
+        raise UserError(f"suite:{name}: there is no such suite. Choose one of {known}, or pass a YAML file.")
+    check_yaml(file)
+    try:
+        return Suite.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {place}: {first['msg']}. Correct the suite.") from None
+
+
+def python_tasks(file: Path) -> list[Task]:
+    """The `TASK`, or the list `TASKS`, of a Python file."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file. Pass a Python file that defines TASK.")
+    spec = importlib.util.spec_from_file_location(f"align_task_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code
+        raise UserError(
+            f"{file}: it cannot be imported ({type(error).__name__}: {error}). Correct the file."
+        ) from error
+    tasks = getattr(module, "TASKS", None) or [task for task in [getattr(module, "TASK", None)] if task is not None]
+    if not tasks:
+        raise UserError(f"{file}: it defines neither TASK nor TASKS. Assign a task to TASK.")
+    return list(tasks)
+
+
+def _resolve_harness(harness: Sequence[tuple[Wanted, Path | None]], data: Path | None, found: Resolved) -> None:
+    from align.eval.harness import HarnessTask, load_leaf, silence
+
+    silence()
+    names = [one.entry.task for one, file in harness if file is None]
+    files = [file for _, file in harness if file is not None]
+    index = HarnessIndex(names, files)
+    if unknown := [name for name in names if not index.has(name)]:
+        raise UserError(
+            f"{', '.join(unknown)}: lm-evaluation-harness has no such task. `lm-eval ls tasks` lists its tasks."
+        )
+    chosen: list[tuple[Wanted, Leaf]] = []
+    for one, file in harness:
+        name = _name(file) if file is not None else one.entry.task
+        if not index.has(name):
+            raise UserError(f"{file}: the harness does not accept it as a task. Set `task` and `output_type`.")
+        found.groups += index.groups(name)
+        chosen += [(one, leaf) for leaf in index.leaves(name)]
+    missing = dict.fromkeys(problem for _, leaf in chosen if (problem := local_dataset(leaf.dataset, data)[1]))
+    if missing:
+        folders, downloads = zip(*missing)
+        raise UserError(
+            f"--data {data}: {len(missing)} data sets are missing: {', '.join(folders)}. Run "
+            f"{'; '.join(f'`{download}`' for download in downloads)}."
+        )
+    for one, leaf in chosen:
+        entry = one.entry
+        found.tasks.append(
+            HarnessTask(
+                leaf.name,
+                load_leaf(index, leaf, data),
+                shots=entry.shots,
+                fixed_shots=entry.fixed_shots,
+                chat=one.chat,
+                settings=entry.generation,
+            )
+        )
+
+
+def _keys(file: Path) -> set[str]:
+    return {line.split(":")[0].strip() for line in file.read_text(encoding="utf-8").splitlines() if ":" in line}
+
+
+def _name(file: Path) -> str:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key in ("task", "group") and value.strip():
+            return value.strip().strip("\"'")
+    return ""
+
+
+def _require_distinct(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--tasks: {twice[0]} is listed twice, alone or in a suite. Remove one of the two.")
