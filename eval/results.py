@@ -191,17 +191,24 @@ class Results:
         return cls(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
 
     def write(self) -> None:
-        """Write results.json and results.md."""
+        """Write results.json, results.md and report.html."""
+        from align.eval.report.evaluation import render_evaluation  # it imports this module
+
         write_json(self.folder / "results.json", self.content)
         write_text(self.folder / "results.md", self.markdown())
+        write_text(self.folder / "report.html", render_evaluation(self))
 
     @property
     def models(self) -> list[str]:
         return list(self.content["models"])
 
+    def all_verdicts(self, model: str) -> list[dict[str, Any]]:
+        """The scores of each task, document and sample."""
+        return read_jsonl(self.folder / model / "scores.jsonl")
+
     def verdicts(self, model: str, task: str) -> list[dict[str, Any]]:
-        """The scores of each document and sample."""
-        return [row for row in read_jsonl(self.folder / model / "scores.jsonl") if row["task"] == task]
+        """The scores of each document and sample of a task."""
+        return [row for row in self.all_verdicts(model) if row["task"] == task]
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """(task, metric, {model: metric's values}) in the order of the tasks; a group's rows come before its tasks'."""

@@ -71,8 +71,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from align.config.paths import local_path
     from align.eval.evaluation import Options, evaluate
+    from align.train.quiet import quieten
 
     _require_positive(options)
+    quieten()
     tasks = [name for part in options.tasks.split(",") if (name := part.strip())]
     named = [text.partition("=") for text in options.checkpoints]
     paths = [local_path(path if equals else name) for name, equals, path in named]
@@ -111,7 +113,7 @@ def _eval(options: argparse.Namespace) -> None:
     else:
         say("")
         print(results.table())
-        print(f"\n{options.out / 'results.md'}")
+        print(f"\n{options.out / 'report.html'}")
 
 
 def _require_positive(options: argparse.Namespace) -> None:

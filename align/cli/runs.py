@@ -74,7 +74,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.json, report.md and report.html in a run folder.",
+        description="Write report.json, report.md and report.html in a run folder, or results.md and report.html in "
+        "the folder of an evaluation.",
     )
     report.add_argument("run_dir", type=Path)
     report.add_argument("--json", action="store_true", help="also print report.json")
@@ -192,6 +193,13 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if (options.run_dir / "results.json").is_file() and not (options.run_dir / "recipe.json").is_file():
+        from align.eval.results import Results
+
+        results = Results.read(options.run_dir)
+        results.write()
+        print(json.dumps(results.content, indent=2) if options.json else options.run_dir / "report.html")
+        return
     if not (options.run_dir / "recipe.json").is_file():
         raise UserError(f"{options.run_dir}: it has no recipe.json; pass the folder that `align run` wrote.")
     from align.eval.report.write import write_report
