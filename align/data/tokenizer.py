@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.config.parts import Source
 from align.data.chat import DEFAULT_TEMPLATE, TURN_END, TURN_START
-from align.data.mixture import load_rows
+from align.data.mixture import mixture_rows
 from align.data.shapes import DropRow, text
 from align.errors import UserError
 
@@ -18,8 +18,8 @@ PAD = "<|pad|>"
 
 
 def corpus(sources: Sequence[Source], *, seed: int, stage_dirs: Mapping[str, Path] | None = None) -> Iterator[str]:
-    """Plain text of every row, of any format. Rows without text are skipped."""
-    for row in load_rows(sources, seed=seed, stage_dirs=stage_dirs):
+    """Plain text of the rows of a mixture, of any format, in bounded memory. Rows without text are skipped."""
+    for row in mixture_rows(sources, seed=seed, stage_dirs=stage_dirs):
         try:
             yield text(row)
         except DropRow:
@@ -33,9 +33,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     and decoding a text gives the same text. The same texts in the same order give the same vocabulary. Raises
     `UserError` if there is no text.
     """
-    texts = list(texts)
-    if not any(text.strip() for text in texts):
-        raise UserError("model.tokenizer.data: the sources have no text to train on; set other sources.")
+    has_text = False
+
+    def noted() -> Iterator[str]:
+        nonlocal has_text
+        for document in texts:
+            has_text = has_text or bool(document.strip())
+            yield document
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +50,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.train_from_iterator(noted(), trainer)
+    if not has_text:
+        raise UserError("model.tokenizer.data: the sources have no text to train on; set other sources.")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -9,7 +9,8 @@ import datasets
 import pytest
 
 from align.config.parts import FileSource, HubSource, StageSource
-from align.data.mixture import load_rows
+from align.data.files import text
+from align.data.mixture import mixture_rows
 from align.data.sources import source_chunks
 from align.errors import UserError
 
@@ -18,12 +19,23 @@ def texts(rows):
     return [row["text"] for row in rows]
 
 
-def test_jsonl_keeps_every_row_in_a_seeded_order(jsonl):
+def read(source, **options):
+    return [row for chunk in source_chunks(source, **options) for row in chunk.rows()]
+
+
+def mixed(*sources, seed=0):
+    return list(mixture_rows(sources, seed=seed))
+
+
+def test_a_limit_is_a_seeded_choice(jsonl):
     path = jsonl([{"text": str(n)} for n in range(50)])
-    one, again, other = (texts(load_rows([FileSource(path=path)], seed=seed)) for seed in (1, 1, 2))
+    assert texts(mixed(FileSource(path=path))) == [str(n) for n in range(50)]
+    one, again, other = (texts(mixed(FileSource(path=path, limit=7), seed=seed)) for seed in (1, 1, 2))
     assert one == again != other
-    assert sorted(one) == sorted(other) == sorted(map(str, range(50)))
-    assert texts(load_rows([FileSource(path=path, limit=7)], seed=1)) == one[:7]
+    assert one == sorted(one, key=int)
+    # Witness: the shuffle of `datasets`.
+    shuffled = datasets.Dataset.from_dict({"n": range(50)}).shuffle(seed=1)["n"][:7]
+    assert sorted(map(int, one)) == sorted(shuffled)
 
 
 def test_parquet_folder_and_renames(tmp_path, jsonl):
@@ -31,12 +43,12 @@ def test_parquet_folder_and_renames(tmp_path, jsonl):
         rows = {"question": [f"q{part}{n}" for n in range(3)], "answer": ["a"] * 3, "completion": ["old"] * 3}
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"part{part}.parquet")
     source = FileSource(path=str(tmp_path), columns={"prompt": "question", "completion": "answer"})
-    rows = load_rows([source], seed=0, accepted=("prompt_completion",))
+    rows = read(source, accepted=("prompt_completion",))
     assert {tuple(row) for row in rows} == {("prompt", "completion")}
     assert sorted(row["prompt"] for row in rows) == ["q00", "q01", "q02", "q10", "q11", "q12"]
     assert {row["completion"] for row in rows} == {"a"}
     jsonl([{"question": "q2", "answer": "b"}])
-    assert sorted(row["completion"] for row in load_rows([source], seed=0)) == ["a"] * 6 + ["b"]
+    assert sorted(row["completion"] for row in read(source)) == ["a"] * 6 + ["b"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +67,7 @@ def test_bad_lines(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        load_rows([FileSource(path=str(path))], seed=0)
+        mixed(FileSource(path=str(path)))
 
 
 def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
@@ -83,31 +95,36 @@ def test_other_unreadable_sources(tmp_path, jsonl, monkeypatch):
     ]
     for source, message in cases:
         with pytest.raises(UserError, match=message):
-            load_rows([source], seed=0, accepted=("messages", "prompt_completion"))
+            read(source, accepted=("messages", "prompt_completion"))
     with pytest.raises(UserError, match=r"does not exist; run that stage first"):
-        load_rows([StageSource(kind="stage", stage="s")], seed=0, stage_dirs={"s": tmp_path})
+        read(StageSource(kind="stage", stage="s"), stage_dirs={"s": tmp_path})
 
 
 def test_stage_rows(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "held_out.jsonl").write_text('{"text": "a"}\n')
     source = StageSource(kind="stage", stage="s", split="held_out")
-    assert texts(load_rows([source], seed=0, stage_dirs={"s": Path(tmp_path)})) == ["a"]
+    assert texts(mixture_rows([source], seed=0, stage_dirs={"s": Path(tmp_path)})) == ["a"]
 
 
-def test_sources_without_weights_are_concatenated_and_weights_set_shares(jsonl):
+def test_sources_without_weights_are_read_whole_and_weights_set_shares(jsonl):
     big = jsonl([{"text": f"big{n}"} for n in range(900)], "big.jsonl")
     small = jsonl([{"text": f"small{n}"} for n in range(300)], "small.jsonl")
-    joined = texts(load_rows([FileSource(path=big), FileSource(path=small)], seed=0))
-    assert len(joined) == len(set(joined)) == 1200
-    assert 15 < sum(t.startswith("small") for t in joined[:120]) < 45  # mixed, not one after the other
+    assert len(set(texts(mixed(FileSource(path=big), FileSource(path=small))))) == 1200
     weighted = [FileSource(path=big, weight=1), FileSource(path=small, weight=3)]
-    mixed = texts(load_rows(weighted, seed=0))
-    assert len(mixed) == len(set(mixed))
-    count = Counter(t.rstrip("0123456789") for t in mixed)
+    found = texts(mixed(*weighted))
+    assert len(found) == len(set(found))
+    count = Counter(t.rstrip("0123456789") for t in found)
     assert count["small"] == 300  # this source runs out first, which ends the mixture
     assert 70 < count["big"] < 135  # 100 expected
-    assert mixed == texts(load_rows(weighted, seed=0))
+    assert found == texts(mixed(*weighted))
+
+
+def test_epochs_repeat_rows(jsonl):
+    path = jsonl([{"text": str(n)} for n in range(10)])
+    assert Counter(texts(mixed(FileSource(path=path, epochs=2)))) == {str(n): 2 for n in range(10)}
+    half = Counter(texts(mixed(FileSource(path=path, epochs=1.5))))
+    assert sorted(half.values()) == [1] * 5 + [2] * 5
 
 
 def test_rows_keep_their_own_columns_and_types(jsonl):
@@ -119,8 +136,8 @@ def test_rows_keep_their_own_columns_and_types(jsonl):
         ],
         "a.jsonl",
     )
-    text = jsonl([{"text": "b", "id": 2**80}], "b.jsonl")
-    rows = load_rows([FileSource(path=talk), FileSource(path=text)], seed=0)
+    plain = jsonl([{"text": "b", "id": 2**80}], "b.jsonl")
+    rows = mixed(FileSource(path=talk), FileSource(path=plain))
     assert sorted(map(str, rows)) == sorted(
         [
             "{'messages': [{'role': 'user', 'content': 'a'}], 'meta': 1}",
@@ -131,24 +148,26 @@ def test_rows_keep_their_own_columns_and_types(jsonl):
     )
 
 
-def test_streaming(jsonl):
-    path = jsonl([{"text": str(n), "n": n if n % 2 else str(n)} for n in range(30)])
+def test_a_streaming_source_has_its_first_rows(jsonl):
+    path = jsonl([{"text": str(n)} for n in range(30)])
     source = FileSource(path=path, streaming=True, limit=10)
-    rows = load_rows([source], seed=3)
-    assert not isinstance(rows, list)
-    first = texts(rows)
-    assert len(set(first)) == 10
-    assert first == texts(rows) == texts(load_rows([source], seed=3))
-    assert all(row["n"] == (int(row["text"]) if int(row["text"]) % 2 else row["text"]) for row in rows)
-    both = load_rows([source, FileSource(path=path)], seed=3)
-    assert isinstance(both, list)
-    assert len(both) == 40
-    with pytest.raises(UserError, match="needs messages"):
-        load_rows([source], seed=3, accepted=("messages",))
+    assert texts(mixed(source)) == [str(n) for n in range(10)]
+    assert len(mixed(source, FileSource(path=path))) == 40
+    assert set(texts(mixed(source, FileSource(path=path, limit=3)))) >= {str(n) for n in range(10)}
+
+
+def test_rows_are_read_one_chunk_at_a_time(jsonl, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_BYTES", 200)
+    path = Path(jsonl([{"text": f"{n:03d}"} for n in range(100)]))
+    rows = mixture_rows([FileSource(path=str(path))], seed=0)
+    assert next(rows) == {"text": "000"}
+    with path.open("a") as file:  # what is appended now is read later
+        file.write('{"text": "last"}\n')
+    assert texts(rows)[-1] == "last"
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 3.0)])
-def test_the_order_is_that_of_datasets(jsonl, weights):
+def test_the_rows_are_those_of_datasets(jsonl, weights):
     """Witness: `datasets` shuffles and mixes the rows themselves."""
     tables = [datasets.Dataset.from_dict({"text": [f"{name}{n}" for n in range(40)]}) for name in "ab"]
     sources = [
@@ -159,15 +178,15 @@ def test_the_order_is_that_of_datasets(jsonl, weights):
     if weights:
         expected = datasets.interleave_datasets(parts, probabilities=[0.25, 0.75], seed=5)
     else:
-        expected = datasets.concatenate_datasets(parts).shuffle(seed=5)
-    assert texts(load_rows(sources, seed=5)) == expected["text"][:]
+        expected = datasets.concatenate_datasets(parts)
+    assert Counter(texts(mixed(*sources, seed=5))) == Counter(expected["text"][:])
 
 
 def test_a_column_may_appear_in_a_later_file(tmp_path, jsonl):
     for name, row in (("a", {"meta": 1}), ("b", {"q": "u", "answer": "a"}), ("c", {"q": "v", "answer": "b"})):
         jsonl([row], f"{name}.jsonl")
     source = FileSource(path=str(tmp_path), columns={"prompt": "q", "completion": "answer"})
-    rows = [row for chunk in source_chunks(source, accepted=("prompt_completion",)) for row in chunk.rows()]
+    rows = read(source, accepted=("prompt_completion",))
     assert rows == [{"meta": 1}, {"prompt": "u", "completion": "a"}, {"prompt": "v", "completion": "b"}]
     with pytest.raises(UserError, match="`columns` refers to r, but the source's columns are answer, meta, q"):
         next(source_chunks(source.model_copy(update={"columns": {"prompt": "r"}})))

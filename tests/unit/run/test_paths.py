@@ -13,7 +13,7 @@ from align.cli import runs
 from align.config import load_recipe
 from align.config.paths import local_path
 from align.config.recipe import BASE
-from align.data.mixture import load_rows
+from align.data.mixture import mixture_rows
 from align.errors import UserError
 from align.launch.processes import read_hostfile
 from align.parallel.deepspeed_config import deepspeed_config
@@ -57,7 +57,7 @@ def test_preflight_and_what_reads_the_file_agree(home: Path, tmp_path: Path) -> 
     assert problems(recipe, [BASE, *recipe.stages]) == []
     parallel, sft = recipe.parallel, recipe.stages["sft"]
     assert StageContext(recipe, "sft", tmp_path / "run").checkpoint("~/model") == home / "model"
-    assert len(load_rows(sft.data.train, seed=0)) == 1
+    assert len(list(mixture_rows(sft.data.train, seed=0))) == 1
     assert find_reward_function("~/mine.py:score") == (str(home / "mine.py"), "score")
     assert read_hostfile(Path(parallel.hostfile)) == {"localhost": 1}
     assert free_disk(parallel.offload.path) > 0
