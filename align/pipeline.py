@@ -38,6 +38,7 @@ def run(
     start: str | None = None,
     say: Callable[[str], None] = print,
     status: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Run the stages that are not finished. only: run `base` and this stage. start: run this stage and all later ones
     again."""
@@ -65,13 +66,13 @@ def run(
 
             group.join(recipe)
             if not group.is_main():
-                say = status = _silent
+                say = status = progress = _silent
             stages = group.from_rank_0("plan the run", plan)
         for name, keep, resumed in stages:
             if keep:
                 say(f"{name}: finished before, kept")
             else:
-                _run_stage(StageContext(recipe, name, run_dir, resume=resumed, say=say, status=status))
+                _run_stage(StageContext(recipe, name, run_dir, resumed, say, status, progress))
         if recipe.parallel is not None:
             group.leave()
     if any(stage.name != BASE and recipe.stages[stage.name].makes == REPORT for stage in stages):

@@ -228,7 +228,7 @@ def _config_in(path: str) -> dict[str, Any] | None:
 
 
 def _file(where: str, source: FileSource) -> Iterator[str]:
-    return _data(where, lambda: list_files(source.path, source.splits()))
+    return _data(where, source.files)
 
 
 def _data(where: str, check: Callable[[], object]) -> Iterator[str]:

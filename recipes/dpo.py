@@ -18,7 +18,7 @@ from align.train.trainer import PackedTrainer
 def run(stage: DpoStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=context.progress)
     context.say(f"  data: {data.report.summary()}")
     objective = held_out = Preference(stage, shares=can_share(load_config(parent)))
     if stage.needs_reference:

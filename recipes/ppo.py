@@ -36,16 +36,14 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
     beside_ranks = world()[1] > 1
     from_rank_0("placing the rollout engine", lambda: require_placement(stage.rollout, beside_ranks=beside_ranks))
     tokenizer = load_tokenizer(parent)
-    prompts, report = from_rank_0(
-        "preparing the prompts",
-        lambda: prepare_prompts(
-            stage.prompts,
-            tokenizer,
-            max_prompt_length=stage.max_prompt_length,
-            seed=context.seed,
-            stage_dirs=context.stage_dirs,
-            filters=stage.filters,
-        ),
+    prompts, report = prepare_prompts(
+        stage.prompts,
+        tokenizer,
+        max_prompt_length=stage.max_prompt_length,
+        seed=context.seed,
+        stage_dirs=context.stage_dirs,
+        filters=stage.filters,
+        show=context.progress,
     )
     context.say(f"  data: {report.summary()}")
     with ExitStack() as stack:

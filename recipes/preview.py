@@ -22,6 +22,7 @@ from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias,
 from align.data.store.examples import dropped_examples
 from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import TokenisedRows, list_lengths
+from align.data.streaming import StreamedReport
 from align.errors import UserError
 from align.recipes.base import base_tokenizer
 from align.run.context import StageContext
@@ -30,16 +31,20 @@ from align.train.checkpoint import load_tokenizer
 
 EXAMPLE = 200
 """Characters of an example of a dropped row."""
+STREAMED = 1000
+"""Token rows of a stream that are counted."""
 
 
 @dataclass(frozen=True)
 class Lengths:
     """Tokens per row of the training split; of a pair, those of its longer sequence with the prompt.
 
+    computed    mean tokens that a forward pass computes per row; of a pair, the prompt and both answers
     duplicates  rows whose tokens equal those of an earlier row
     """
 
     mean: float
+    computed: float
     longest: int
     bins: list[LengthBin]
     duplicates: int
@@ -49,21 +54,25 @@ class Lengths:
 class Preview:
     """The data of a stage. What is None is not known of a source that streams, or does not apply to the stage.
 
-    read      returns training rows `start` to `start + count` as sequences of tokens
-    total     training rows
-    report    counts of rows and tokens
-    examples  {reason: (file and line, the dropped row as JSON text)}
-    bias      lengths of the answers of pairs
-    steps     optimizer steps of the stage
+    read       returns training rows `start` to `start + count` as sequences of tokens
+    total      training rows
+    report     counts of rows and tokens; of a source that streams, of its first rows
+    streams    True if the rows stream
+    examples   {reason: (file and line, the dropped row as JSON text)}
+    bias       lengths of the answers of pairs
+    steps      optimizer steps of the stage, or iterations of PPO
+    step_name  "optimizer steps" or "PPO iterations"
     """
 
     read: Callable[[int, int], list[list[Side]]]
     total: int | None = None
     report: DataReport | None = None
+    streams: bool = False
     examples: Mapping[str, tuple[str, str]] | None = None
     lengths: Lengths | None = None
     bias: LengthBias | None = None
     steps: int | None = None
+    step_name: str = "optimizer steps"
 
     def rows(self, start: int, count: int) -> list[list[Side]]:
         """`count` rows from row `start` on. Raises `UserError` if there is no such row."""
@@ -80,14 +89,18 @@ class Preview:
             "lengths": self.lengths and asdict(self.lengths),
             "length_bias": self.bias and asdict(self.bias),
             "steps": self.steps,
+            "streams": self.streams,
         }
 
 
-def preview(recipe: Recipe, name: str, run_dir: Path) -> Preview:
-    """The data of stage `name`. Raises `UserError` if the stage has none, or its data or tokenizer cannot be read."""
+def preview(recipe: Recipe, name: str, run_dir: Path, show: Callable[[str], None] = lambda line: None) -> Preview:
+    """The data of stage `name`. show: shows how far the tokenisation is.
+
+    Raises `UserError` if the stage has none, or its data or tokenizer cannot be read.
+    """
     if name not in recipe.stages:
         raise UserError(f"the recipe has no stage '{name}'. Use one of {', '.join(recipe.stages)}.")
-    stage, context = recipe.stages[name], StageContext(recipe, name, run_dir)
+    stage, context = recipe.stages[name], StageContext(recipe, name, run_dir, progress=show)
     if isinstance(stage, TrainingStage):
         return _of_training(stage, context)
     if isinstance(stage, PpoStage | SampleStage):
@@ -114,16 +127,16 @@ def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrained
 
 def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
     tokenizer = stage_tokenizer(stage, context)
-    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
-    if data.rows is None or isinstance(data.train, StreamedRows):
-        stream = data.train
-        return Preview(
-            read=lambda start, count: [_sides(stream[i], tokenizer) for i in range(start, start + count)],
-            steps=stage.max_steps,
-        )
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=context.progress)
+    if isinstance(data.train, StreamedRows) and isinstance(data.report, StreamedReport):
+        return _of_stream(data.train, data.report, tokenizer, stage.max_steps)
+    assert data.rows is not None, "only a stream has no rows"
     steps = stage.max_steps or math.ceil(stage.epochs * math.ceil(len(data.train) / stage.batch_size))
     rows, prompts = data.train, _prompt_tokens(data.train, data.rows)
     lengths, bias = _sizes(rows, prompts)
+    computed = None
+    if bias is not None and prompts is not None:
+        computed = float(prompts.mean()) + bias.chosen_tokens + bias.rejected_tokens
     return Preview(
         read=lambda start, count: [
             _sides(rows[i], tokenizer, None if prompts is None else int(prompts[i]))
@@ -132,8 +145,26 @@ def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
         total=len(data.train),
         report=data.report,
         examples=_examples(data.rows),
-        lengths=_lengths(lengths, data.rows),
+        lengths=_lengths(lengths, data.rows, computed),
         bias=bias,
+        steps=steps,
+    )
+
+
+def _of_stream(
+    stream: StreamedRows, report: StreamedReport, tokenizer: PreTrainedTokenizerBase, steps: int | None
+) -> Preview:
+    """Counts of the first rows. The tokenised rows of the first pass are read, at most `STREAMED`."""
+    counted = report.now()
+    for number in range(STREAMED):
+        stream[number]
+        if report.passes:  # the source has fewer rows, and begins again
+            break
+        counted = report.now()
+    return Preview(
+        read=lambda start, count: [_sides(stream[i], tokenizer) for i in range(start, start + count)],
+        report=counted,
+        streams=True,
         steps=steps,
     )
 
@@ -151,6 +182,7 @@ def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview
         seed=context.seed,
         stage_dirs=context.stage_dirs,
         filters=stage.filters,
+        show=context.progress,
     )
     return Preview(
         read=lambda start, count: [
@@ -160,6 +192,8 @@ def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview
         report=report,
         examples=_examples(prompts.rows),
         lengths=_lengths(prompts.rows.tokens["tokens"], prompts.rows),
+        steps=stage.steps if isinstance(stage, PpoStage) else None,
+        step_name="PPO iterations",
     )
 
 
@@ -193,10 +227,12 @@ def _sizes(rows: Any, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBia
     return prompts + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
 
 
-def _lengths(lengths: np.ndarray, rows: TokenisedRows) -> Lengths:
-    digests = rows.tokens["digest"]
+def _lengths(lengths: np.ndarray, rows: TokenisedRows, computed: float | None = None) -> Lengths:
+    """computed: as `Lengths.computed`; default: the mean of `lengths`."""
+    digests, mean = rows.tokens["digest"], float(lengths.mean())
     return Lengths(
-        mean=float(lengths.mean()),
+        mean=mean,
+        computed=mean if computed is None else computed,
         longest=int(lengths.max()),
         bins=histogram(lengths.tolist()),
         duplicates=len(digests) - len(np.unique(digests)),

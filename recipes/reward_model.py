@@ -16,7 +16,7 @@ from align.train.trainer import PackedTrainer
 def run(stage: RewardModelStage, context: StageContext) -> StageResult:
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs)
+    data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=context.progress)
     context.say(f"  data: {data.report.summary()}")
     torch.manual_seed(context.seed)  # the new head is random
     model = load_scorer(parent, context.trained_dtype(stage.lora), parallel=context.recipe.parallel, lora=stage.lora)

@@ -42,6 +42,7 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
             seed=context.seed,
             stage_dirs=context.stage_dirs,
             filters=stage.filters if split == "train" else (),
+            show=context.progress,
         )
         for split, sources in (("train", stage.train), ("held_out", stage.held_out))
         if sources

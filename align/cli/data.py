@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("source", metavar="IN", help="a data file, a folder or a glob pattern")
     convert.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
     convert.add_argument("--split", nargs="+", default=[], help="splits to read, if the folder has several")
+    convert.add_argument("--name", help="configuration to read, if the README.md of the folder lists several")
     convert.add_argument("--format", help="shape of the rows, if they have the columns of several")
     convert.add_argument(
         "--columns", nargs="+", default=[], metavar="NEW=OLD", help="column names: standard name = name in the file"
@@ -68,17 +70,22 @@ def _show(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     from align.cli.data_text import print_preview
+    from align.cli.terminal import progress
+    from align.recipes.duration import estimate_time
     from align.recipes.preview import preview
 
     start, count = (0, options.rows) if options.row is None else (options.row, 1)
+    run_dir = options.run_dir or Path("runs") / recipe.name
     with redirect_stdout(sys.stderr):  # what libraries print must not mix with the output
-        found = preview(recipe, options.stage, options.run_dir or Path("runs") / recipe.name)
+        found = preview(recipe, options.stage, run_dir, progress)
         rows = found.rows(start, count) if count else []
+        time = estimate_time(recipe, options.stage, run_dir, found)
     if options.json:
         shown = [{side.name: side.to_dict() for side in row} if len(row) > 1 else row[0].to_dict() for row in rows]
-        print(json.dumps({"rows": shown, "report": found.to_dict()}, ensure_ascii=False, indent=1))
+        report = {**found.to_dict(), "time": asdict(time)}
+        print(json.dumps({"rows": shown, "report": report}, ensure_ascii=False, indent=1))
         return
-    print_preview(found, rows, start, ids=options.ids)
+    print_preview(found, time, rows, start, ids=options.ids)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -101,6 +108,7 @@ def _source(options: argparse.Namespace) -> Any:
     values = {
         "path": options.source,
         "split": options.split or None,
+        "name": options.name,
         "format": options.format,
         "columns": _pairs("--columns", options.columns),
         "roles": _pairs("--roles", options.roles),

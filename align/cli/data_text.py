@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from align.cli.terminal import color
 from align.data.report import REASONS
 from align.data.show import LengthBias, Segment, Side, bar
+from align.recipes.duration import Estimate
 from align.recipes.preview import Lengths, Preview
 
 WIDTH = 12
 """Columns of the names of the report's lines."""
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Brackets around tokens in the loss: letters that texts rarely have."""
+FILES = 10
+"""Names of files that are printed."""
 GREEN, GREY = 32, 90
+BOUNDS = {"earlier run": "about", "lower bound": "at least"}
+"""Words before the time, by the kind of the estimate."""
+UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-def print_preview(found: Preview, rows: Sequence[Sequence[Side]], start: int, *, ids: bool) -> None:
+def print_preview(found: Preview, time: Estimate, rows: Sequence[Sequence[Side]], start: int, *, ids: bool) -> None:
     """Print the report and some rows. start: number of the first of them."""
-    for line in report_lines(found):
+    for line in [*report_lines(found), *time_lines(time)]:
         print(line)
     for number, row in enumerate(rows, start=start):
         print(f"\n{color(f'row {number}', 36)}")
@@ -43,11 +49,10 @@ def marked(segments: Sequence[Segment], *, colored: bool) -> str:
 def report_lines(found: Preview) -> list[str]:
     """The report, one fact per line."""
     lines = []
-    if (report := found.report) is None:
-        lines.append(_line("rows", "not counted: the source streams"))
-    else:
+    if (report := found.report) is not None:
         held = f", {report.rows_held_out:,} held out" if report.rows_held_out else ""
-        lines.append(_line("rows", f"{report.rows_read:,} read, {report.rows_train:,} to train on{held}"))
+        first = "the first rows of a stream: " if found.streams else ""
+        lines.append(_line("rows", f"{first}{report.rows_read:,} read, {report.rows_train:,} to train on{held}"))
         share = f", {report.loss_tokens / report.tokens:.0%} of them in the loss" if report.loss_tokens else ""
         lines.append(_line("tokens", f"{report.tokens:,}{share}"))
         lines += [_line("truncated", f"{report.truncated:,} rows")] if report.truncated else []
@@ -62,14 +67,38 @@ def report_lines(found: Preview) -> list[str]:
         if report.unused_columns:
             columns = ", ".join(f"{name} ({count:,} rows)" for name, count in report.unused_columns.items())
             lines.append(_line("not used", f"columns {columns}"))
+        for source, files in report.unread_files.items():
+            more = ", ..." if len(files) > FILES else ""
+            lines.append(_line("not read", f"{len(files):,} files in {source}: {', '.join(files[:FILES])}{more}"))
+        for setting, count in report.unmatched.items():
+            lines.append(_line("unmatched", f"{setting}: none of {count:,} rows has it"))
+        for name, count in report.too_short.items():
+            lines.append(_line("too short", f"{count:,} items of {name} have too few words to be found"))
         if len(report.sources) > 1:
             lines += [
                 _line("source", f"{s['name']}: {s['rows']:,} rows, {s['tokens']:,} tokens") for s in report.sources
             ]
     lines += _length_lines(found.lengths) if found.lengths else []
     lines += [_line("answers", _bias_text(found.bias))] if found.bias else []
-    lines += [_line("steps", f"{found.steps:,} optimizer steps")] if found.steps else []
+    if found.steps:
+        lines.append(_line("steps", f"{found.steps:,} {found.step_name}"))
     return lines
+
+
+def time_lines(time: Estimate) -> list[str]:
+    """The estimate of the time, if the stage trains."""
+    if time.kind == "does not train":
+        return []
+    if time.seconds is None:
+        return [_line("time", f"unknown: {time.basis}")]
+    return [_line("time", f"{BOUNDS[time.kind]} {duration(time.seconds)}: {time.basis}")]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there is at least one and a half."""
+    size, unit = next((entry for entry in UNITS if seconds >= 1.5 * entry[0]), UNITS[-1])
+    number = seconds / size
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
 
 
 def _length_lines(lengths: Lengths) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.cli.terminal import say, status
+from align.cli.terminal import progress, say, status
 from align.errors import UserError
 from align.run import interrupt
 
@@ -98,7 +98,7 @@ def run_recipe(options: argparse.Namespace) -> None:
             processes.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
             return
     with interrupt.listening():
-        pipeline.run(recipe, run_dir, **which, say=say, status=status)
+        pipeline.run(recipe, run_dir, **which, say=say, status=status, progress=progress)
 
 
 def process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:
@@ -174,10 +174,10 @@ def _data_lines(path: str, overrides: list[str]) -> Iterator[str]:
             continue
         if waiting:
             yield f"  {name}: its rows are made by stage '{waiting[0]}', which has not been run"
-        elif (report := preview(recipe, name, run_dir).report) is None:
-            yield f"  {name}: the rows stream, so they are not counted"
         else:
-            yield f"  {name}: {report.summary()}"
+            found = preview(recipe, name, run_dir, progress)
+            assert found.report is not None
+            yield f"  {name}: {'first rows of a stream: ' if found.streams else ''}{found.report.summary()}"
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 
 ERASE = "\r\x1b[2K"
+LOG_EVERY = 10.0
+"""Seconds between two lines of progress in a log."""
+_logged = float("-inf")
+"""Time of the last of them."""
 
 
 def say(line: str) -> None:
@@ -24,6 +29,16 @@ def status(line: str) -> None:
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         print(f"{ERASE}{line[: width - 1]}", end="", flush=True)
+
+
+def progress(line: str) -> None:
+    """Show how far a long step is: as `status` on a terminal, in a log one line every `LOG_EVERY` seconds."""
+    global _logged
+    if sys.stdout.isatty():
+        status(line)
+    elif line and time.monotonic() - _logged >= LOG_EVERY:
+        _logged = time.monotonic()
+        print(line, flush=True)
 
 
 def color(text: str, code: int) -> str:

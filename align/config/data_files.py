@@ -6,10 +6,11 @@ import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.config.dataset_card import Configuration, choose, configurations, files_of
 from align.config.paths import local_path
 from align.errors import UserError
 
@@ -59,16 +60,26 @@ def suffix_of(path: Path) -> str:
     return Path(name).suffix
 
 
-def list_files(path: str | Path, splits: Sequence[str] = ()) -> Listing:
+def list_files(path: str | Path, splits: Sequence[str] = (), name: str | None = None) -> Listing:
     """The data files of a path, or of those of its splits that are named.
+
+    name: configuration of a data set whose README.md lists several; see `align.config.dataset_card`.
 
     Raises `UserError` if the path has no data file, and if it has several splits but none is named: test rows must not
     end up in the training data.
     """
     where, text = local_path(path), str(path)
+    configured = configurations(where) if where.is_dir() else []
+    if name is not None and not configured:
+        raise UserError(f"{where}: `name` is '{name}', but no README.md there lists configurations. Remove `name`.")
+    if configured:
+        chosen = choose(where, configured, name)
+        if chosen.splits:
+            return _of_card(where, chosen, splits)
+        where = where / chosen.folder
+    root = where
     if where.is_dir():
         files, others = _walk(where)
-        root = where
     elif where.is_file():
         return _one(where)
     elif any(mark in text for mark in "*?["):
@@ -164,10 +175,24 @@ def split_of(path: Path) -> str | None:
     return None
 
 
+def _of_card(where: Path, chosen: Configuration, wanted: Sequence[str]) -> Listing:
+    """The files that a data set's README.md names."""
+    found = files_of(where, chosen)
+    for file in found:
+        _one(file)
+    every, others = _walk(where)
+    return _chosen(where, found, [file for file in (*every, *others) if file not in found], wanted)
+
+
 def _of_splits(
     where: Path, root: Path, files: Sequence[Path], others: Sequence[Path], wanted: Sequence[str]
 ) -> Listing:
-    found = {file: split_of(file.relative_to(root)) for file in files}
+    return _chosen(where, {file: split_of(file.relative_to(root)) for file in files}, others, wanted)
+
+
+def _chosen(where: Path, found: Mapping[Path, str | None], others: Sequence[Path], wanted: Sequence[str]) -> Listing:
+    """The files of the wanted splits. found: {file: its split, if any}."""
+    files = list(found)
     names = sorted({name for name in found.values() if name is not None})
     if not wanted:
         if len(names) > 1:
@@ -176,7 +201,7 @@ def _of_splits(
                 f"`split: {'train' if 'train' in names else names[0]}`."
             )
         return Listing(tuple(files), tuple(others))
-    exact = [_WORDS.get(name.lower(), name) for name in wanted]
+    exact = [name if name in names else _WORDS.get(name.lower(), name) for name in wanted]
     for name, known in zip(wanted, exact):
         if known not in names:
             raise UserError(

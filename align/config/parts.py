@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from align.config.data_files import Listing, list_files
 from align.config.filters import Filters
 from align.config.presets import DEFAULT_FAMILY, PRESETS, unknown_keys
 from align.config.section import RUNTIME, FiniteValues, Fraction, Location, Positive, Section
@@ -187,10 +188,14 @@ class FileSource(RowSource):
     split: str | list[str] | None = None
     """The split to read, or several, of a folder with files such as train-00000-of-00002.parquet and test.jsonl.
     Required if the folder has several."""
+    name: str | None = None
+    """The configuration to read, of a folder whose README.md lists several under `configs`, as data sets of the Hugging
+    Face hub do."""
 
-    def splits(self) -> list[str]:
-        """The splits to read; none if the files have no splits."""
-        return [self.split] if isinstance(self.split, str) else list(self.split or ())
+    def files(self) -> Listing:
+        """The data files. Raises `UserError` for a path, configuration or split that does not exist."""
+        splits = [self.split] if isinstance(self.split, str) else list(self.split or ())
+        return list_files(self.path, splits, self.name)
 
 
 class HubSource(RowSource):
@@ -276,7 +281,7 @@ class Data(Section):
     held_out: list[Source] = Field(default_factory=list)
     """Sources that are only evaluated. Their metrics have the prefix `eval_`."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Fraction of the training rows to hold out, chosen by a hash of the prompt with its system prompt: rows with the
+    """Fraction of the training rows to hold out, chosen by a hash of the prompt without system prompts: rows with the
     same prompt are in the same split. Ignored if `held_out` is set."""
     filters: Filters = Field(default_factory=list)
     """Filters of the training rows, applied in order. Rows of `held_out` sources are not filtered."""

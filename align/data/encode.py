@@ -28,7 +28,7 @@ from align.data import shapes
 from align.data.chat import Conversation as Chat
 from align.data.chat import ConversationEncoder, check_template
 from align.data.filters.items import evaluation_items
-from align.data.filters.judge import build_judge
+from align.data.filters.judge import Judge
 from align.data.filters.texts import texts_of
 from align.data.rows import Row
 from align.data.shapes import Conversation, DropRow, Pair, Shape, Unreadable
@@ -125,7 +125,7 @@ class RowEncoder:
         if encoding.kind == "text" and tokenizer.eos_token_id is None:
             raise _no_eos("which pretraining puts after each document")
         self._chat = ConversationEncoder(tokenizer) if tokenizer.chat_template else None
-        self._judge = build_judge(encoding.filters, evaluation_items(encoding.filters)) if encoding.filters else None
+        self._judge = Judge(encoding.filters, evaluation_items(encoding.filters)) if encoding.filters else None
         self._methods: dict[Kind, Callable[[Sequence[Row]], list[Result]]] = {
             "text": self._whole,
             "sft": self._masked,
@@ -145,6 +145,11 @@ class RowEncoder:
     @property
     def escaped(self) -> int:
         return 0 if self._chat is None else self._chat.escaped
+
+    @property
+    def too_short(self) -> dict[str, int]:
+        """{evaluation set: items with too few words to be found by the filter of contamination}."""
+        return {} if self._judge is None else self._judge.too_short
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """The token rows of each row."""

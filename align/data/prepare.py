@@ -26,11 +26,12 @@ from align.data.prompts import PromptRow, PromptRows
 from align.data.report import REASONS, DataReport, make_report
 from align.data.sources import describe_source
 from align.data.store.blocks import block_lengths, blocks
-from align.data.store.cache import cache_folder
+from align.data.store.progress import Show, silent
 from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import Store, TokenisedRows
 from align.data.streaming import open_stream
 from align.errors import UserError
+from align.run.cache import cache_folder
 
 __all__ = ["DataReport", "Prepared", "PromptRow", "PromptRows"]
 StageDirs = Mapping[str, Path] | None
@@ -56,13 +57,19 @@ class Options(TypedDict):
 
     seed: int
     stage_dirs: StageDirs
+    show: Show
 
 
 def prepare_stage(
-    stage: TrainingStage, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+    stage: TrainingStage,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    stage_dirs: StageDirs = None,
+    show: Show = silent,
 ) -> Prepared:
-    """The data of a training stage."""
-    options: Options = {"seed": seed, "stage_dirs": stage_dirs}
+    """The data of a training stage. show: shows how far the tokenisation is."""
+    options: Options = {"seed": seed, "stage_dirs": stage_dirs, "show": show}
     match stage:
         case PretrainStage():
             return prepare_text(stage.data, tokenizer, attend_across=stage.attend_across, **options)
@@ -83,6 +90,7 @@ def prepare_text(
     attend_across: bool = True,
     seed: int,
     stage_dirs: StageDirs = None,
+    show: Show = silent,
 ) -> Prepared:
     """Concatenate documents and split them into rows of `max_length` tokens (input_ids = labels), for pretraining.
 
@@ -94,8 +102,8 @@ def prepare_text(
     """
     encoding = Encoding("text")
     if data.streams:
-        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {})
-    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {})
+        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {}, show)
+    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {}, show)
     cache = cache_folder(data.cache)
     made = blocks(train, data.max_length, cache)
     made_held_out = None if held_out is None else blocks(held_out, data.max_length, cache)
@@ -117,6 +125,7 @@ def prepare_sft(
     assistant_only_loss: bool,
     seed: int,
     stage_dirs: StageDirs = None,
+    show: Show = silent,
 ) -> Prepared:
     """Conversations as input_ids and labels, for SFTTrainer.
 
@@ -127,27 +136,27 @@ def prepare_sft(
     """
     if assistant_only_loss:
         check_template(tokenizer)
-    return _prepare(data, "sft" if assistant_only_loss else "sft_all_tokens", tokenizer, seed, stage_dirs)
+    return _prepare(data, "sft" if assistant_only_loss else "sft_all_tokens", tokenizer, seed, stage_dirs, show)
 
 
 def prepare_reward_pairs(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None, show: Show = silent
 ) -> Prepared:
     """Preference pairs as chosen_ids and rejected_ids, both with the prompt, for RewardTrainer.
 
     A pair is dropped if the prompt and one of the answers exceed `max_length`, or if both answers are equal.
     """
-    return _prepare(data, "reward_pairs", tokenizer, seed, stage_dirs)
+    return _prepare(data, "reward_pairs", tokenizer, seed, stage_dirs, show)
 
 
 def prepare_dpo_pairs(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None, show: Show = silent
 ) -> Prepared:
     """Preference pairs as prompt_ids, chosen_ids and rejected_ids, for DPOTrainer.
 
     Drops the same pairs as `prepare_reward_pairs`.
     """
-    return _prepare(data, "dpo_pairs", tokenizer, seed, stage_dirs)
+    return _prepare(data, "dpo_pairs", tokenizer, seed, stage_dirs, show)
 
 
 def prepare_prompts(
@@ -159,12 +168,13 @@ def prepare_prompts(
     stage_dirs: StageDirs = None,
     filters: Sequence[Filter] = (),
     cache: str | None = None,
+    show: Show = silent,
 ) -> tuple[PromptRows, DataReport]:
     """(prompts in the order of the shuffled mixture, report). Prompts over `max_prompt_length` tokens are dropped.
 
-    filters: drop prompts. cache: as `data.cache`. Raises `UserError` if no prompt remains.
+    filters: drop prompts. cache: as `data.cache`. show: as in `prepare_stage`. Raises `UserError` if no prompt remains.
     """
-    store = Store(cache_folder(cache), Encoding("prompts", max_prompt_length, tuple(filters)), tokenizer)
+    store = Store(cache_folder(cache), Encoding("prompts", max_prompt_length, tuple(filters)), tokenizer, show=show)
     rows = store.mix(store.plan(sources, stage_dirs or {}, seed), sources, Mixture(), seed)
     _require_rows(rows, sources, "max_prompt_length or rollout.max_model_length")
     return PromptRows(rows), make_report([rows], rows, None, all_columns=True)
@@ -173,21 +183,28 @@ def prepare_prompts(
 # --- shared -----------------------------------------------------------------------------------------------
 
 
-def _prepare(data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: StageDirs) -> Prepared:
+def _prepare(
+    data: Data, kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: StageDirs, show: Show
+) -> Prepared:
     encoding = Encoding(kind, data.max_length)
     if data.streams:
-        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {})
-    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {})
+        return _streamed(data, encoding, tokenizer, seed, stage_dirs or {}, show)
+    train, held_out, report = _split_rows(data, encoding, tokenizer, seed, stage_dirs or {}, show)
     return Prepared(train.dataset(), None if held_out is None else held_out.dataset(), report, train)
 
 
 def _streamed(
-    data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
+    data: Data,
+    encoding: Encoding,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    stage_dirs: Mapping[str, Path],
+    show: Show,
 ) -> Prepared:
     filtered = replace(encoding, filters=tuple(data.filters))
     train, held_out, report = open_stream(data, filtered, tokenizer, seed, stage_dirs)
     if data.held_out:
-        store = Store(cache_folder(data.cache), encoding, tokenizer, data.workers)
+        store = Store(cache_folder(data.cache), encoding, tokenizer, data.workers, show)
         rows = store.mix(store.plan(data.held_out, stage_dirs, seed), data.held_out, Mixture(), seed)
         _require_rows(rows, data.held_out, "data.max_length")
         held_out = blocks(rows, data.max_length, store.cache) if encoding.kind == "text" else rows.dataset()
@@ -196,10 +213,15 @@ def _streamed(
 
 
 def _split_rows(
-    data: Data, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, seed: int, stage_dirs: Mapping[str, Path]
+    data: Data,
+    encoding: Encoding,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    stage_dirs: Mapping[str, Path],
+    show: Show,
 ) -> tuple[TokenisedRows, TokenisedRows | None, DataReport]:
     """(training rows, held-out rows if any, report). Raises `UserError` if a split would be empty."""
-    unfiltered = Store(cache_folder(data.cache), encoding, tokenizer, data.workers)
+    unfiltered = Store(cache_folder(data.cache), encoding, tokenizer, data.workers, show)
     store = replace(unfiltered, encoding=replace(encoding, filters=tuple(data.filters)))
     plans = store.plan(data.train, stage_dirs, seed)
     # Held-out sources are opened before the slow encoding, so that an error in them is reported early.

@@ -33,7 +33,7 @@ class PromptRow:
 
 
 class PromptRows(Sequence[PromptRow]):
-    """Prompts in order, parsed one at a time from the memory-mapped store. A pickle holds the prompts themselves."""
+    """Prompts in order, parsed one at a time from the memory-mapped store."""
 
     def __init__(self, rows: TokenisedRows):
         self.rows, self._table, self._order = rows, rows.table(), rows.indices
@@ -53,9 +53,6 @@ class PromptRows(Sequence[PromptRow]):
         if isinstance(index, slice):
             return [self._read(number) for number in self._order[index]]
         return self._read(self._order[index])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self),)
 
     def _read(self, number: int) -> PromptRow:
         batch = int(np.searchsorted(self._offsets, number, side="right")) - 1

@@ -36,6 +36,9 @@ class DataReport:
     sources        per training source: its name, and its training rows and tokens
     escaped        rows of the files with a text that would have become a control token
     unused_columns {column: rows that have it} of columns that the stage does not read
+    unread_files   {source: files of its folder that are not read: of other formats, or of other splits}
+    unmatched      {setting of a source: rows in which no column or role has the name that it has}
+    too_short      {evaluation set: items with too few words to be found by the filter of contamination}
     """
 
     rows_read: int
@@ -50,6 +53,9 @@ class DataReport:
     sources: list[dict[str, Any]] = field(default_factory=list)
     escaped: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
+    unread_files: dict[str, list[str]] = field(default_factory=dict)
+    unmatched: dict[str, int] = field(default_factory=dict)
+    too_short: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -75,6 +81,9 @@ class DataReport:
             parts.append(f"{self.escaped:,} with the name of a control token in a text")
         if self.unused_columns:
             parts.append(f"columns not used: {', '.join(sorted(self.unused_columns))}")
+        parts += [f"{len(files):,} other files in {source}" for source, files in self.unread_files.items()]
+        parts += [f"{setting}: no row has it" for setting in self.unmatched]
+        parts += [f"{count:,} items of {name} are too short to be found" for name, count in self.too_short.items()]
         if len(self.sources) > 1 and self.tokens:
             shares = (f"{source['name']} {source['tokens'] / self.tokens:.1%}" for source in self.sources)
             parts.append(f"tokens from {', '.join(shares)}")
@@ -109,6 +118,9 @@ def make_report(
         sources=_by_source(train),
         escaped=sum(entry.escaped for entry in _entries(read)),
         unused_columns={} if all_columns else _unused(read),
+        unread_files={r.name: [file.name for file in r.others] for rows in read for r in rows.readings if r.others},
+        unmatched=_unmatched(read),
+        too_short={name: count for entry in _entries(read) for name, count in entry.too_short.items()},
     )
 
 
@@ -130,3 +142,13 @@ def _unused(read: Sequence[TokenisedRows]) -> dict[str, int]:
     for entry in _entries(read):
         columns.update(entry.unused)
     return dict(sorted(columns.items()))
+
+
+def _unmatched(read: Sequence[TokenisedRows]) -> dict[str, int]:
+    """{setting of a source: its rows}, for the settings that name a column or role which none of its rows has."""
+    found: dict[str, int] = {}
+    for rows in read:
+        for reading, entry in zip(rows.readings, rows.entries, strict=True):
+            missing = [name for name in reading.names if not entry.names.get(name)]
+            found |= {f"{name} ({reading.name})": len(entry.rows) for name in missing}
+    return found

@@ -5,13 +5,13 @@ A source is checked before a model is loaded, so that a bad line is reported ear
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config.data_files import list_files
 from align.config.parts import FileSource, HubSource, PythonDocsSource, RowSource, Source, StageSource
 from align.data.files import Chunk, ObjectChunk, chunks, file_chunks
 from align.data.files.arrow import arrow_chunk
@@ -48,6 +48,11 @@ class SourceChunk:
         """The rows with the standard names of columns and roles."""
         return [self.adapter(row) for row in self.chunk.rows()]
 
+    def rows_and_names(self) -> tuple[list[Row], Counter[str]]:
+        """(the rows, {`setting: name`: rows that have the column or role}); see `Adapter.names`."""
+        rows = self.chunk.rows()
+        return [self.adapter(row) for row in rows], Counter(name for row in rows for name in self.adapter.names_in(row))
+
 
 def source_chunks(
     source: Source,
@@ -74,7 +79,7 @@ def source_chunks(
 def _first_chunks(source: Source) -> Iterator[Chunk]:
     """The first chunk of each further file that is looked at."""
     if isinstance(source, FileSource):
-        for file in list_files(source.path, source.splits()).files[1:LOOKED_AT]:
+        for file in source.files().files[1:LOOKED_AT]:
             yield from islice(file_chunks(file), 1)
 
 
@@ -119,7 +124,7 @@ def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[S
 def _unchecked_chunks(source: Source, stage_dirs: Mapping[str, Path]) -> Iterator[Chunk]:
     match source:
         case FileSource():
-            return chunks(source.path, source.splits())
+            return (chunk for file in source.files().files for chunk in file_chunks(file))
         case HubSource():
             return _hub_chunks(source)
         case PythonDocsSource():

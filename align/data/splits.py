@@ -12,10 +12,14 @@ T = TypeVar("T")
 
 
 def prompt_key(prompt: Any) -> str:
-    """Canonical text of a prompt: the string itself, or the messages' roles and contents as JSON."""
+    """Canonical text of a prompt: the string itself, or the roles and contents of the messages as JSON.
+
+    System prompts are left out, unless there is nothing else: a question with and without one is in the same split.
+    """
     if isinstance(prompt, str):
         return prompt
-    return json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
+    turns = [m for m in prompt if m["role"] != "system"] or prompt
+    return json.dumps([[m["role"], m["content"]] for m in turns], ensure_ascii=False)
 
 
 def key_hash(key: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,17 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.config.data_files import list_files
 from align.config.parts import Data, FileSource, HubSource, Source, StageSource
 from align.data.encode import ACCEPTED, COLUMNS, Encoding, RowEncoder
 from align.data.filters.items import evaluation_files
 from align.data.report import DataReport
 from align.data.rows import Row
 from align.data.sources import describe_source, source_chunks, stage_file
-from align.data.store.cache import cache_folder, hashed
-from align.data.store.fingerprint import code_fingerprint, tokenizer_state
+from align.data.store.fingerprint import code_fingerprint, library_versions, tokenizer_state
 from align.data.store.order import mixture_shares
 from align.data.store.stream import Stream, StreamedRows, StreamSource, lazy_rows, mixed_rows
 from align.errors import UserError
+from align.run.cache import cache_folder, hashed
 
 HELD_OUT_FROM = 20_000
 """Rows of the mixture among which `held_out_fraction` finds the rows that are evaluated."""
@@ -40,18 +39,26 @@ class StreamedReport(DataReport):
     in_turn: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        now = self._now()
+        now = self.now()
         return {field.name: getattr(now, field.name) for field in fields(DataReport)}
 
     def summary(self) -> str:
         order = "; the sources are read one after another, as none has a weight" if self.in_turn else ""
         return f"the rows stream; they are tokenised and counted while they are read{order}"
 
-    def _now(self) -> DataReport:
+    @property
+    def passes(self) -> int:
+        """Whole passes over the mixture that have been read."""
+        assert self.stream is not None
+        return self.stream.state.number
+
+    def now(self) -> DataReport:
+        """The counts up to now, which do not change any more."""
         assert self.stream is not None
         counts, dropped = self.stream.state.counts, self.stream.state.dropped
-        return replace(
-            self,
+        return DataReport(
+            rows_held_out=self.rows_held_out,
+            fingerprint=self.fingerprint,
             rows_read=counts["read"],
             rows_train=counts["rows"],
             dropped=dict(sorted(dropped.items())),
@@ -78,7 +85,8 @@ def open_stream(
         "filters": [settings.model_dump(mode="json") for settings in encoding.filters],
         "evaluation_sets": _status(evaluation_files(encoding.filters)),
         "tokenizer": tokenizer_state(tokenizer),
-        "code": code_fingerprint(),
+        "code": code_fingerprint("stream.py", "order.py"),
+        "libraries": [*library_versions(), f"numpy {np.__version__}"],
     }
     passes: Callable[[int], Iterator[Callable[[], Row]]] = partial(mixed_rows, sources, shares, data.mixture.stop, seed)
     stream = Stream(
@@ -121,7 +129,7 @@ def _identity(source: Source, stage_dirs: Mapping[str, Path]) -> Any:
     """Values that differ for a changed source; the source is not read."""
     match source:
         case FileSource():
-            return _status(list_files(source.path, source.splits()).files)
+            return _status(source.files().files)
         case StageSource():
             return _status([stage_file(source, stage_dirs)])
         case HubSource():

@@ -21,21 +21,24 @@ class StageResult:
     metrics     final metrics, by name
     data        counts of rows read, used and dropped
     parameters  total, active and trainable parameters of the model, if the stage has one
+    training    steps and seconds of training since the stage was last started or resumed, evaluation included
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] | None = None
+    training: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class StageContext:
     """The recipe, the stage's name and folder, and functions that report progress.
 
-    name     the stage's name
-    resume   continue from the last checkpoint, if any
-    say      prints a line; does nothing on ranks other than 0
-    status   shows a line until the next one, on a terminal only
+    name      the stage's name
+    resume    continue from the last checkpoint, if any
+    say       prints a line; does nothing on ranks other than 0
+    status    shows a line until the next one, on a terminal only
+    progress  shows how far a long step is: as `status` on a terminal, in a log a line every few seconds
     """
 
     recipe: Recipe
@@ -44,6 +47,7 @@ class StageContext:
     resume: bool = False
     say: Callable[[str], None] = field(default=print)
     status: Callable[[str], None] = field(default=lambda line: None)
+    progress: Callable[[str], None] = field(default=lambda line: None)
 
     @property
     def seed(self) -> int:

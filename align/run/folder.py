@@ -1,7 +1,7 @@
 """The folder of a run: stages, manifests, metrics, and a lock that admits one process at a time.
 
     runs/<run>/recipe.json
-    runs/<run>/<stage>/{config.json, metrics.jsonl, checkpoints/, model/, manifest.json}
+    runs/<run>/<stage>/{config.json, rows.json, metrics.jsonl, checkpoints/, model/, manifest.json}
 
 Does not import torch. Files are written under a temporary name and renamed, so readers never see a partial file. Only
 metrics.jsonl and samples.jsonl are appended to, one line at a time.

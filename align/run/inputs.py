@@ -1,8 +1,9 @@
 """Fingerprints of the files that a stage reads: data, reward functions, and checkpoints given by path.
 
-A result is kept, and an interrupted stage resumed, only if these files are unchanged. Contents are hashed in full,
-except those of safetensors files larger than `SAMPLED_ABOVE`. Of these, only the size, the header and evenly spaced
-blocks are hashed. A checkpoint of hundreds of gigabytes then takes seconds, but a change between two blocks is missed.
+A result is kept, and an interrupted stage resumed, only if these files are unchanged. Contents are hashed in full; a
+large file is read again only if its size, times or inode have changed. Safetensors files larger than `SAMPLED_ABOVE`
+are an exception: only the size, the header and evenly spaced blocks are hashed. A checkpoint of hundreds of gigabytes
+then takes seconds, but a change between two blocks is missed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.config.data_files import list_files
 from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import FunctionReward
 from align.config.section import Section
 from align.config.stage import find
+from align.config.stages import TrainingStage
 from align.errors import UserError
+from align.run.cache import cache_folder, content_hash
 from align.run.folder import MODEL
 
 SAMPLED_ABOVE = 64 * 2**20
@@ -36,7 +38,8 @@ Digests = dict[str, str]
 
 def fingerprints(recipe: Recipe, name: str) -> dict[str, Digests]:
     """The hashes of every input of a stage that exists on this machine, by the input's path in the recipe."""
-    return {text: digests(files) for text, files in inputs(recipe, name).items() if files}
+    cache = _cache(recipe, name)
+    return {text: digests(files, cache) for text, files in inputs(recipe, name).items() if files}
 
 
 def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str | None:
@@ -45,10 +48,11 @@ def changed_input(recipe: Recipe, name: str, before: dict[str, Digests]) -> str 
     An input that no longer exists is not a change: a finished stage does not need it, and a stage that runs reports it
     as missing. Inputs that `before` lacks are not compared.
     """
+    cache = _cache(recipe, name)
     for text, files in inputs(recipe, name).items():
         if text not in before or not files:
             continue
-        now = digests(files)
+        now = digests(files, cache)
         for file in sorted({*now, *before[text]}):
             if now.get(file) != before[text].get(file):
                 return f"{text}/{file}" if file else text
@@ -86,7 +90,7 @@ def _data(section: Section) -> Iterator[tuple[str, Files]]:
     for _, source in find(section, FileSource):
         root = local_path(source.path)
         try:
-            files = list_files(source.path, source.splits()).files
+            files = source.files().files
         except UserError:  # reported when the stage reads its data
             files = ()
         yield source.path, _single(root) if root.is_file() else {_within(root, file): file for file in files}
@@ -114,20 +118,27 @@ def checkpoint_files(folder: Path) -> Files:
 
 def checkpoint_digest(folder: Path) -> str:
     """One hash of all files of a checkpoint."""
-    return hashlib.sha256(json.dumps(digests(checkpoint_files(folder))).encode()).hexdigest()
+    found = digests(checkpoint_files(folder), cache_folder(None))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def digests(files: Files) -> Digests:
-    """The hash of each file."""
-    return {name: content_digest(file) for name, file in files.items()}
+def digests(files: Files, cache: Path) -> Digests:
+    """The hash of each file. cache: folder that keeps the hashes of large files."""
+    return {name: content_digest(file, cache) for name, file in files.items()}
 
 
-def content_digest(file: Path) -> str:
+def _cache(recipe: Recipe, name: str) -> Path:
+    """The folder of a stage's tokenised rows, where the tokenisation keeps the hashes of the same files."""
+    stage = recipe.stages.get(name)
+    return cache_folder(stage.data.cache if isinstance(stage, TrainingStage) else None)
+
+
+def content_digest(file: Path, cache: Path) -> str:
     """SHA-256 of a file's content; of a large safetensors file, of its size, header and sampled blocks."""
     size = file.stat().st_size
+    if file.suffix != ".safetensors" or size <= SAMPLED_ABOVE:
+        return "sha256:" + content_hash(file, cache)
     with open(file, "rb") as content:
-        if file.suffix != ".safetensors" or size <= SAMPLED_ABOVE:
-            return "sha256:" + hashlib.file_digest(content, "sha256").hexdigest()
         found = hashlib.sha256(str(size).encode())
         header = int.from_bytes(content.read(8), "little")
         found.update(content.read(min(header, SAMPLED_ABOVE)))

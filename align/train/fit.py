@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from align.errors import UserError
 from align.parallel.group import from_rank_0, should_stop
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
-from align.run.folder import MetricsWriter
+from align.run.folder import MetricsWriter, write_json
 from align.train.checkpoint import count_parameters, save_model
 
 COMPLETE = "complete"
 """Empty file that is written into a checkpoint last; a checkpoint without this file is incomplete."""
 
+ROWS = "rows.json"
+"""File with the fingerprint of the rows that a stage trains on."""
 NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
 """A logged value whose name contains one of these strings is not written to metrics.jsonl."""
 
@@ -29,17 +33,20 @@ NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "nu
 def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> StageResult:
     """Train, save the model with its tokenizer, and return the results for the stage's manifest."""
     parameters = count_parameters(trainer.model)  # before adapters are merged
-    metrics = fit(trainer, context)
+    metrics, training = fit(trainer, context, report.fingerprint)
     save_model(trainer.model, trainer.processing_class, context.dir, context.recipe.dtype, context.recipe.parallel)
-    return StageResult(metrics, report.to_dict(), parameters)
+    return StageResult(metrics, report.to_dict(), parameters, training)
 
 
-def fit(trainer: Any, context: StageContext) -> dict[str, float]:
+def fit(trainer: Any, context: StageContext, rows: str) -> tuple[dict[str, float], dict[str, float]]:
     """Train from the start or from the last checkpoint.
 
-    Returns the metrics on the held-out rows after training; empty without held-out rows.
+    rows: fingerprint of the token rows.
+
+    Returns the metrics on the held-out rows after training (empty without held-out rows), and the steps and seconds of
+    training.
     """
-    checkpoint = from_rank_0("find the last checkpoint", lambda: find_checkpoint(context))
+    checkpoint = from_rank_0("find the last checkpoint", lambda: checkpoint_for(context, rows))
     step = checkpoint_step(checkpoint) if checkpoint else None
     writer = None
     if trainer.args.process_index == 0:
@@ -55,14 +62,16 @@ def fit(trainer: Any, context: StageContext) -> dict[str, float]:
             trainer.args.eval_on_start = True  # DeepSpeed cannot train with an engine created for evaluation
         else:
             trainer.evaluate()
+    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    training = {"steps": trainer.state.global_step - (step or 0), "seconds": round(time.perf_counter() - start, 2)}
     interrupt.stop_polling()
     if stop.requested:
         interrupt.stop()
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if writer is not None:
         writer.close()
-    return metrics_of(final)
+    return metrics_of(final), training
 
 
 def metrics_of(logs: dict[str, float] | None) -> dict[str, float]:
@@ -125,6 +134,24 @@ class Recorder(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def checkpoint_for(context: StageContext, rows: str) -> Path | None:
+    """The checkpoint to resume from, if any; the fingerprint of the rows is written beside the checkpoints.
+
+    Raises `UserError` if the interrupted run had other rows: another version of a library may encode the same data
+    differently, or hold out other rows.
+    """
+    checkpoint, file = find_checkpoint(context), context.dir / ROWS
+    before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if checkpoint and file.is_file() else rows
+    if before != rows:
+        raise UserError(
+            f"{context.dir}: the same data now gives other token rows than in the interrupted run, because align or a "
+            f"library has changed since; install the earlier versions, or start the stage again with "
+            f"--from {context.name}."
+        )
+    write_json(file, {"fingerprint": rows})
+    return checkpoint
 
 
 def find_checkpoint(context: StageContext) -> Path | None:

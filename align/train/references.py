@@ -20,12 +20,12 @@ from torch import Tensor
 
 from align.config.stages import TrainingStage
 from align.data.prepare import Prepared
-from align.data.store.cache import cache_folder, writing
 from align.models.forward import unwrap
 from align.models.lora.adapters import AnyModel
 from align.parallel.group import from_rank_0
 from align.parallel.micro_batches import summed
 from align.parallel.sharding import world
+from align.run.cache import cache_folder, writing
 from align.run.context import StageContext
 from align.run.folder import replace_file
 from align.run.inputs import checkpoint_files, digests
@@ -60,7 +60,9 @@ def reference_logprobs(
     reference = _Lazy(parent, context.trained_dtype(stage.lora), context)
     key = {
         "version": VERSION,
-        "weights": from_rank_0("hash the reference", lambda: digests(checkpoint_files(parent))),
+        "weights": from_rank_0(
+            "hash the reference", lambda: digests(checkpoint_files(parent), cache_folder(stage.data.cache))
+        ),
         "rows": data.report.fingerprint,
         "dtype": [context.trained_dtype(stage.lora), context.recipe.dtype],
     }

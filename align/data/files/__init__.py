@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from align.config.data_files import list_files, suffix_of
-from align.data.files.chunk import CHUNK_BYTES, MAX_ROW_BYTES, Chunk, ObjectChunk
+from align.data.files.chunk import CHUNK_BYTES, MAX_ROW_BYTES, Chunk, ObjectChunk, RecordChunk, TextChunk
 from align.data.files.text import csv_chunks, json_chunks
 from align.data.rows import Row, Unreadable
 
@@ -18,7 +18,9 @@ __all__ = [
     "MAX_ROW_BYTES",
     "Chunk",
     "ObjectChunk",
+    "RecordChunk",
     "Row",
+    "TextChunk",
     "Unreadable",
     "chunks",
     "file_chunks",

@@ -28,20 +28,28 @@ from align.data.filters.language import language_of, with_members
 from align.data.filters.personal import personal_data
 from align.data.filters.texts import Texts
 
-Judge = Callable[[Texts], str | None]
+Rule = Callable[[Texts], str | None]
 """Reason to drop a row with these texts, if any."""
 
 
-def build_judge(filters: Sequence[Filter], items: Mapping[str, Sequence[str]]) -> Judge:
+class Judge:
     """The first reason among all filters but `duplicates`, in the order of the recipe.
 
-    items: {name: texts} of the evaluation sets that `contamination` names.
+    items: {name: texts} of the evaluation sets that `contamination` names. `too_short` counts those of each set that
+    have too few words to be found.
     """
-    judges = [_judge(settings, items) for settings in filters if not isinstance(settings, DuplicateFilter)]
-    return lambda texts: next((reason for judge in judges if (reason := judge(texts)) is not None), None)
+
+    def __init__(self, filters: Sequence[Filter], items: Mapping[str, Sequence[str]]):
+        indices = {name: ItemIndex(texts) for name, texts in items.items()}
+        self.too_short = {name: index.too_short for name, index in indices.items() if index.too_short}
+        self._rules = [_rule(settings, indices) for settings in filters if not isinstance(settings, DuplicateFilter)]
+
+    def __call__(self, texts: Texts) -> str | None:
+        """The reason to drop a row with these texts, if any."""
+        return next((reason for rule in self._rules if (reason := rule(texts)) is not None), None)
 
 
-def _judge(settings: RowFilter, items: Mapping[str, Sequence[str]]) -> Judge:
+def _rule(settings: RowFilter, indices: Mapping[str, ItemIndex]) -> Rule:
     match settings:
         case LengthFilter():
             return lambda texts: _length(texts.part(settings.part), settings)
@@ -68,13 +76,13 @@ def _judge(settings: RowFilter, items: Mapping[str, Sequence[str]]) -> Judge:
             patterns = [re.compile(pattern, re.IGNORECASE) for pattern in settings.patterns]
             return lambda texts: _keyword(texts.part(settings.part), patterns)
         case ContaminationFilter():
-            indices = {target.name: ItemIndex(items[target.name]) for target in settings.against}
-            return lambda texts: _contaminated(texts, indices, settings.threshold)
+            against = {target.name: indices[target.name] for target in settings.against}
+            return lambda texts: _contaminated(texts, against, settings.threshold)
         case _:
             assert_never(settings)
 
 
-def _any_answer(fault: Callable[[str], bool], reason: str) -> Judge:
+def _any_answer(fault: Callable[[str], bool], reason: str) -> Rule:
     return lambda texts: reason if any(map(fault, texts.answers)) else None
 
 

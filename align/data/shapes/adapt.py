@@ -43,6 +43,21 @@ class Adapter:
     ignore: tuple[str, ...] = ()
     system: SystemPrompt | None = None
 
+    def names(self) -> list[str]:
+        """The settings that name a column or a role of the data, as `setting: name`."""
+        named = {"columns": self.columns.values(), "ignore": self.ignore, "roles": self.roles}
+        return [f"{setting}: {name}" for setting, names in named.items() for name in names]
+
+    def names_in(self, row: Row) -> set[str]:
+        """Those of `names` that this row has."""
+        found = {f"columns: {old}" for old in self.columns.values() if old in row}
+        found |= {f"ignore: {column}" for column in self.ignore if column in row}
+        if self.roles:
+            renamed = self._renamed(row)
+            columns = _READ.intersection(renamed)
+            found |= {f"roles: {name}" for column in columns for name in _roles(_parsed(renamed, column))}
+        return found.intersection(self.names())
+
     def __call__(self, row: Row) -> Row:
         if self.ignore:
             row = {column: value for column, value in row.items() if column not in self.ignore}
@@ -69,6 +84,13 @@ class Adapter:
 
 
 _READ = frozenset({*TALKS, *_MESSAGES})
+
+
+def _roles(value: object) -> set[str]:
+    """The roles of a message, or of a list of messages."""
+    if isinstance(value, Mapping):
+        return {str(value[key]) for key in ("role", "from") if key in value}
+    return {role for item in value for role in _roles(item)} if isinstance(value, list) else set()
 
 
 def _parsed(row: Row, column: str) -> object:

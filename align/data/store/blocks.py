@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
-from align.data.store.cache import hashed, locked, mark_used, writing
+from align.data.store.cache import mark_used
 from align.data.store.tokenised import TokenisedRows
+from align.run.cache import hashed, locked, writing
 
 _BATCH = 1024
 """Documents or rows that are in memory at a time."""

@@ -12,39 +12,28 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache as cached
-from importlib.metadata import version
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import tokenizers
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from align.data.encode import Encoding
 from align.data.filters.items import evaluation_files
-from align.data.store.cache import (
-    content_hash,
-    hashed,
-    locked,
-    mark_used,
-    read_json,
-    remove_unused,
-    write_atomically,
-    writing,
-)
+from align.data.store.cache import mark_used, remove_unused
 from align.data.store.entry import SEAL, Entry, open_entry, seal_entry
-from align.data.store.fingerprint import code_fingerprint, tokenizer_state
+from align.data.store.fingerprint import code_fingerprint, library_versions, tokenizer_state
+from align.data.store.progress import Progress, Show, silent, size_of, text_bytes
 from align.data.store.reading import ChunkGroup, Reading
 from align.data.store.shards import shard_facts
 from align.data.store.worker import Job, Worker
 from align.errors import UserError
+from align.run.cache import content_hash, hashed, locked, read_json, write_atomically, writing
 
 ALONE = 4
-"""Shards that this process encodes itself before it starts workers, which take seconds to start."""
+"""Most shards that this process encodes itself: workers take seconds to start."""
 Task = tuple[int, ChunkGroup, np.ndarray | None]
 """(shard number, chunk, rows of the chunk to encode or None for all)."""
 
@@ -80,7 +69,7 @@ class EntryPlan:
             "selected": None if selected is None else hashed(selected.tolist()),
             "tokenizer": tokenizer_state(tokenizer),
             "code": code_fingerprint(),
-            "libraries": _libraries(),
+            "libraries": library_versions(),
         }
         folder = cache / "entries" / hashed(origin)[:32]
         return cls(reading, Job(folder, encoding, tokenizer), selected, origin)
@@ -98,17 +87,23 @@ class EntryPlan:
         return open_entry(self.folder) is not None
 
 
-def build_entry(plan: EntryPlan, workers: int | None = None) -> Entry:
-    """The entry, built if it is missing. workers: maximum number of processes; default: one per core."""
+def build_entry(plan: EntryPlan, workers: int | None = None, show: Show = silent) -> Entry:
+    """The entry, built if it is missing.
+
+    workers: maximum number of processes; default: one per core.
+    show: shows how far the tokenisation is.
+    """
     folder = plan.folder
     if (entry := open_entry(folder)) is None:
         with ExitStack() as stack:
             with writing(plan.cache):
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(folder))
+                stack.enter_context(locked(folder, waiting=lambda: show(_waiting(plan))))
             if (entry := open_entry(folder)) is None:
                 remove_unused(folder.parent, keep=folder)
-                shards = _encode_missing(plan, workers or len(os.sched_getaffinity(0)))
+                progress = Progress(plan.reading.name, size_of(plan.reading.files), show)
+                stack.callback(progress.end)
+                shards = _encode_missing(plan, workers or len(os.sched_getaffinity(0)), progress)
                 seal_entry(folder, shards, {"source": plan.reading.name, **plan.origin})
                 entry = open_entry(folder)
     if entry is None:
@@ -117,9 +112,9 @@ def build_entry(plan: EntryPlan, workers: int | None = None) -> Entry:
     return entry
 
 
-@cached
-def _libraries() -> list[str]:
-    return [transformers.__version__, tokenizers.__version__, jinja2.__version__, version("trl")]
+def _waiting(plan: EntryPlan) -> str:
+    done = sum(1 for file in plan.folder.glob("*.json") if file.name != SEAL)
+    return f"  waiting for another process that tokenises {plan.reading.name}: {done} parts are done"
 
 
 def row_counts(reading: Reading, cache: Path) -> list[int]:
@@ -137,16 +132,20 @@ def row_counts(reading: Reading, cache: Path) -> list[int]:
 # --- encoding ---------------------------------------------------------------------------------------------
 
 
-def _encode_missing(plan: EntryPlan, processes: int) -> int:
+def _encode_missing(plan: EntryPlan, processes: int, progress: Progress) -> int:
     """Encode the shards that the entry lacks, and return the number of its shards."""
     total, job, selected = 0, plan.job, plan.selected
+    size = progress.size
+    if size is not None and size.unit == "rows" and selected is not None:
+        progress.size = replace(size, total=len(selected))
 
     def tasks() -> Iterator[Task]:
         nonlocal total
         starts = None if selected is None else np.cumsum([0, *row_counts(plan.reading, plan.cache)])
         for number, chunk in enumerate(plan.reading.open()):
             total = number + 1
-            if shard_facts(job.folder, number) is not None:
+            if (facts := shard_facts(job.folder, number)) is not None:
+                progress.keep(facts["encoded"], sum(map(text_bytes, chunk.chunks)))
                 continue
             if selected is None or starts is None:
                 yield number, chunk, None
@@ -154,29 +153,34 @@ def _encode_missing(plan: EntryPlan, processes: int) -> int:
                 first, last = np.searchsorted(selected, starts[number : number + 2])
                 yield number, chunk, selected[first:last] - starts[number]
 
-    waiting, writer = tasks(), None
-    for done, task in enumerate(waiting):
-        if done < ALONE or processes == 1:
-            writer = writer or job.writer()
-            writer.write(*task)
-        else:
-            _encode_in_workers(task, waiting, job, processes)
+    waiting = tasks()
+    first = list(islice(waiting, ALONE + 1))
+    if len(first) > ALONE and processes > 1:
+        _encode_in_workers(chain(first, waiting), job, processes, progress)
+    elif first:
+        writer = job.writer()
+        for task in chain(first, waiting):
+            _count(progress, task, writer.write(*task))
     return total
 
 
-def _encode_in_workers(first: Task, tasks: Iterator[Task], job: Job, processes: int) -> None:
-    """Encode `first` and all other tasks. Raises the `UserError` of the first shard that has one.
+def _count(progress: Progress, task: Task, rows: int) -> None:
+    _, chunk, _ = task
+    progress.add(rows, sum(map(text_bytes, chunk.chunks)))
+
+
+def _encode_in_workers(tasks: Iterator[Task], job: Job, processes: int, progress: Progress) -> None:
+    """Encode the shards in several processes. Raises the `UserError` of the first shard that has one.
 
     Shards are handed out in order, and all that were handed out are finished. So the error does not depend on which
     process is faster.
     """
     errors: dict[int, BaseException] = {}
     lock, pickled = threading.Lock(), pickle.dumps(job)
-    pending = [first]
 
     def take() -> Task | None:
         with lock:
-            return None if errors else pending.pop() if pending else next(tasks, None)
+            return None if errors else next(tasks, None)
 
     def drive() -> None:
         number = sys.maxsize  # of an error in reading the source, which is at the end of what was handed out
@@ -184,8 +188,9 @@ def _encode_in_workers(first: Task, tasks: Iterator[Task], job: Job, processes: 
         try:
             while (task := take()) is not None:
                 worker, number = worker or Worker(pickled), task[0]
-                if (message := worker.encode(*task)) is not None:
-                    raise UserError(message)
+                rows = worker.encode(*task)
+                with lock:
+                    _count(progress, task, rows)
                 number = sys.maxsize
         except BaseException as error:
             with lock:

@@ -12,8 +12,9 @@ import numpy as np
 
 from align.config.filters import DuplicateFilter
 from align.data.filters.duplicates import equal_rows, near_duplicates
-from align.data.store.cache import hashed, locked, write_array, writing
+from align.data.store.cache import write_array
 from align.data.store.entry import Entry
+from align.run.cache import hashed, locked, writing
 
 REASON = "filter: repeats an earlier row"
 

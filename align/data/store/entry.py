@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from align.data.store.cache import read_json, write_atomically, writing
 from align.data.store.shards import ROW, TOKENS, UNREAD, USED, read_counts, read_grams, read_tokens, shard_facts
+from align.run.cache import read_json, write_atomically, writing
 
 SEAL = "entry.json"
 _ROWS, _TOKENS = "rows.npy", "tokens.npy"
@@ -27,6 +27,8 @@ class Entry:
     reasons  reasons of the dropped rows; `rows["reason"]` indexes them
     columns  {column: rows that have it}
     unused   {column: rows that have it} of the columns that the stage does not read
+    names    {`setting: name`: rows with the column or role}, of the source's settings; see `Adapter.names`
+    too_short  {evaluation set: items with too few words to be found by the filter of contamination}
     escaped  rows with a text that would have become a control token
     shards   number of shards
     starts   index of each row's first token row; None if every row has those that were encoded
@@ -38,6 +40,8 @@ class Entry:
     reasons: list[str]
     columns: dict[str, int]
     unused: dict[str, int]
+    names: dict[str, int]
+    too_short: dict[str, int]
     escaped: int
     shards: int
     starts: np.ndarray | None = None
@@ -82,13 +86,15 @@ def open_entry(folder: Path) -> Entry | None:
         return None
     if (len(rows), len(tokens)) != (seal["rows"], seal["token_rows"]):
         return None
-    return Entry(folder, rows, tokens, seal["reasons"], seal["columns"], seal["unused"], seal["escaped"], shards)
+    counts = {name: seal[name] for name in ("reasons", "columns", "unused", "names", "too_short", "escaped")}
+    return Entry(folder, rows, tokens, **counts, shards=shards)
 
 
 def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
     """Join the counts of the shards and mark the entry as complete. origin: what determined it, for people to read."""
     reasons: dict[str, int] = {}
-    columns, unused = Counter[str](), Counter[str]()
+    columns, unused, names = Counter[str](), Counter[str](), Counter[str]()
+    too_short: dict[str, int] = {}
     escaped, sizes, all_rows, all_tokens = 0, [], [np.zeros(0, ROW)], [np.zeros(0, TOKENS)]
     for number in range(shards):
         facts = shard_facts(folder, number)
@@ -99,6 +105,8 @@ def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
         rows["reason"] = np.array([*numbers, UNREAD, USED], "i4")[rows["reason"]]
         columns.update(facts["columns"])
         unused.update(facts["unused"])
+        names.update(facts["names"])
+        too_short.update(facts["too_short"])
         escaped += facts["escaped"]
         sizes.append(facts["sizes"])
         all_rows.append(rows)
@@ -117,6 +125,8 @@ def seal_entry(folder: Path, shards: int, origin: dict[str, Any]) -> None:
             "reasons": list(reasons),
             "columns": columns,
             "unused": unused,
+            "names": names,
+            "too_short": too_short,
             "escaped": escaped,
         }
         write_atomically(folder / SEAL, json.dumps(seal, indent=1).encode())

@@ -7,12 +7,13 @@ import hashlib
 import json
 import pickle
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 import align.data
-from align.data.store.cache import hashed
+from align.run.cache import hashed
 
 _WITHOUT_EFFECT = ("store", "prepare.py", "experience.py", "transfer.py")
 """Modules of `align.data` that do not determine how a row is read and encoded."""
@@ -48,12 +49,18 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @cache
-def code_fingerprint() -> str:
-    """Hash of the source of the modules that read and encode rows."""
+def code_fingerprint(*more: str) -> str:
+    """Hash of the source of the modules that read and encode rows. more: further modules of the store."""
     root = Path(align.data.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
-        if name.parts[0] not in _WITHOUT_EFFECT or name.name in ("reading.py", "shards.py"):
+        if name.parts[0] not in _WITHOUT_EFFECT or name.name in ("reading.py", "shards.py", *more):
             digest.update(f"{name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def library_versions() -> list[str]:
+    """Versions of the libraries that render, tokenise and judge rows."""
+    return [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2", "trl", "py3langid", "regex")]

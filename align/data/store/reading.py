@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from align.config.data_files import list_files
+from align.config.data_files import Listing
 from align.config.parts import FileSource, HubSource, PythonDocsSource, Source, StageSource
 from align.data.encode import ACCEPTED, Kind
 from align.data.files import Chunk
 from align.data.rows import Row
-from align.data.sources import adapter_of, describe_source, load_hub, source_chunks, stage_file
-from align.data.store.cache import content_hash
+from align.data.sources import SourceChunk, adapter_of, describe_source, load_hub, source_chunks, stage_file
+from align.run.cache import content_hash
 
 CHUNKS = 8
 """Chunks of a shard. A chunk of a text file has about a megabyte."""
@@ -30,6 +31,18 @@ class ChunkGroup:
     def rows(self) -> list[Row]:
         """The rows, parsed. Raises `UserError` with file and line for a row that cannot be read."""
         return [row for chunk in self.chunks for row in chunk.rows()]
+
+    def rows_and_names(self) -> tuple[list[Row], Counter[str]]:
+        """(the rows, {`setting: name`: rows that have the column or role}); see `Adapter.names`."""
+        rows, names = list[Row](), Counter[str]()
+        for chunk in self.chunks:
+            if isinstance(chunk, SourceChunk):
+                more, found = chunk.rows_and_names()
+                rows += more
+                names.update(found)
+            else:
+                rows += chunk.rows()
+        return rows, names
 
     def where(self, index: int) -> str:
         """File and line of row `index` of the group."""
@@ -48,11 +61,17 @@ class Reading:
     name      short name for messages
     identity  everything that determines the rows, as JSON: content hashes and settings of the source
     open      yields the groups of chunks from the start; raises `UserError` for a source that cannot be used
+    files     its data files; none for a source without files
+    others    files beside them that are not read
+    names     settings that name a column or role of the data; see `Adapter.names`
     """
 
     name: str
     identity: Any
     open: Callable[[], Iterator[ChunkGroup]]
+    files: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise `UserError` unless the source has rows that the stage can use."""
@@ -67,16 +86,22 @@ def open_source(source: Source, kind: Kind, stage_dirs: Mapping[str, Path], cach
         while group := tuple(islice(found, CHUNKS)):
             yield ChunkGroup(group)
 
-    identity = [_content(source, stage_dirs, cache), asdict(adapter_of(source))]
-    return Reading(describe_source(source), identity, groups)
+    listing, adapter = _listing(source, stage_dirs), adapter_of(source)
+    identity = [_content(source, listing.files, cache), asdict(adapter)]
+    return Reading(describe_source(source), identity, groups, listing.files, listing.others, tuple(adapter.names()))
 
 
-def _content(source: Source, stage_dirs: Mapping[str, Path], cache: Path) -> Any:
+def _listing(source: Source, stage_dirs: Mapping[str, Path]) -> Listing:
     match source:
         case FileSource():
-            files = list_files(source.path, source.splits()).files
+            return source.files()
         case StageSource():
-            files = (stage_file(source, stage_dirs),)
+            return Listing((stage_file(source, stage_dirs),))
+    return Listing(())
+
+
+def _content(source: Source, files: Sequence[Path], cache: Path) -> Any:
+    match source:
         case PythonDocsSource():
             return ["python_docs", platform.python_version(), source.view, source.split, source.max_answer_chars]
         case HubSource():

@@ -28,8 +28,8 @@ from align.data.filters.texts import texts_of
 from align.data.rows import Row
 from align.data.shapes import DropRow, shape_of, unused_columns
 from align.data.splits import key_hash
-from align.data.store.cache import read_json, write_atomically, writing
 from align.data.store.reading import ChunkGroup
+from align.run.cache import read_json, write_atomically, writing
 
 ROW = np.dtype([("count", "i4"), ("reason", "i4"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
 """count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row.
@@ -51,9 +51,12 @@ class ShardWriter:
     encoder: RowEncoder
     duplicates: DuplicateFilter | None = None
 
-    def write(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> None:
-        """Write shard `number`. selected: indices of the rows of the chunk to encode; None for all."""
-        rows = chunk.rows()
+    def write(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> int:
+        """Write shard `number` and return the number of rows that were encoded.
+
+        selected: indices of the rows of the chunk to encode; None for all.
+        """
+        rows, names = chunk.rows_and_names()
         used = range(len(rows)) if selected is None else selected.tolist()
         columns, unused, reasons = Counter[str](), Counter[str](), dict[str, int]()
         table, encoded, escaped = np.zeros(len(rows), ROW), list[Encoded](), self.encoder.escaped
@@ -73,7 +76,9 @@ class ShardWriter:
                 encoded += result
         count = self.encoder.escaped - escaped
         facts = {"reasons": list(reasons), "columns": columns, "unused": unused, "escaped": count}
+        facts |= {"encoded": len(used), "names": names, "too_short": self.encoder.too_short}
         self._save(number, table, encoded, np.concatenate(grams), facts)
+        return len(used)
 
     def _compared(self, row: Row) -> tuple[int, Hashes]:
         """(hash of the row's text, its n-grams), as far as duplicates are found by them."""

@@ -30,8 +30,8 @@ from align.data.rows import Row
 from align.data.shapes import DropRow
 from align.data.sources import SourceChunk
 from align.data.splits import held_out_below, key_hash
-from align.data.store.cache import writing
 from align.errors import UserError
+from align.run.cache import writing
 
 SHUFFLE_BUFFER = 10_000
 """Rows of a source that are shuffled together."""

@@ -24,18 +24,24 @@ from align.data.store.build import EntryPlan, build_entry, row_counts
 from align.data.store.duplicates import without_duplicates
 from align.data.store.entry import Entry
 from align.data.store.order import Order, chosen_rows, mixed_order
+from align.data.store.progress import Show, silent
 from align.data.store.reading import Reading, open_source
 from align.data.store.shards import TOKENS
 
 
 @dataclass(frozen=True)
 class Store:
-    """Cache folder, encoding and tokenizer of rows. workers: maximum number of processes; None for one per core."""
+    """Cache folder, encoding and tokenizer of rows.
+
+    workers: maximum number of processes; None for one per core.
+    show: shows how far a tokenisation is.
+    """
 
     cache: Path
     encoding: Encoding
     tokenizer: PreTrainedTokenizerBase
     workers: int | None = None
+    show: Show = silent
 
     def plan(self, sources: Sequence[Source], stage_dirs: Mapping[str, Path], seed: int) -> list[EntryPlan]:
         """The entries of the sources. Raises `UserError` for a source that does not exist or has other columns."""
@@ -53,7 +59,7 @@ class Store:
 
     def mix(self, plans: Sequence[EntryPlan], sources: Sequence[Source], mixture: Mixture, seed: int) -> TokenisedRows:
         """Tokenise what is missing and put the rows of all sources in order."""
-        entries = [build_entry(plan, self.workers) for plan in plans]
+        entries = [build_entry(plan, self.workers, self.show) for plan in plans]
         for settings in self.encoding.filters:
             if isinstance(settings, DuplicateFilter):
                 entries = without_duplicates(entries, settings, self.cache)

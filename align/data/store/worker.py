@@ -1,7 +1,7 @@
 """Processes that encode chunks: `python -m align.data.store.worker`, which the builder of an entry starts.
 
 Messages are pickles on the standard input and output. The first is a `Job`; each later one is (shard number, chunk,
-selected rows), answered with None, or with the text of a `UserError`.
+selected rows), answered with the number of rows, or with the text of a `UserError`.
 
 The processes are not `multiprocessing` workers, which import the caller's main module again.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -56,18 +56,20 @@ class Worker:
         )
         self._send(job)
 
-    def encode(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> str | None:
-        """Encode a chunk and return the text of its `UserError`, if any."""
+    def encode(self, number: int, chunk: ChunkGroup, selected: np.ndarray | None) -> int:
+        """Encode a chunk and return the number of its rows. Raises its `UserError`, if any."""
         self._send(pickle.dumps((number, chunk, selected)))
         assert self.process.stdout is not None
         try:
-            answer: str | None = pickle.load(self.process.stdout)
+            answer: int | str = pickle.load(self.process.stdout)
         except (EOFError, pickle.UnpicklingError):
             code = self.process.wait()
-            return (
+            raise UserError(
                 f"data: a process that tokenises rows ended early (exit status {code}). If the machine is out of "
                 "memory, lower `data.workers`."
-            )
+            ) from None
+        if isinstance(answer, str):
+            raise UserError(answer)
         return answer
 
     def close(self) -> None:
@@ -97,9 +99,9 @@ def main(source: BinaryIO, sink: BinaryIO) -> None:
             number, chunk, selected = pickle.load(source)
         except EOFError:
             return
-        answer: Any = None
+        answer: int | str
         try:
-            writer.write(number, chunk, selected)
+            answer = writer.write(number, chunk, selected)
         except UserError as error:
             answer = str(error)
         pickle.dump(answer, sink)

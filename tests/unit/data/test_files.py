@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -301,3 +302,93 @@ def test_splits_are_never_mixed_silently(tmp_path: Path) -> None:
         read(tmp_path, "dev")
     found = list_files(tmp_path, ["test"])
     assert [len(found.files), len(found.others)] == [1, 2]
+
+
+# --- configurations that README.md names ------------------------------------------------------------------
+
+CARD = """---
+license: mit
+configs:
+- config_name: chat
+  data_files:
+  - split: train
+    path: chat/part-*.jsonl
+  - split: test
+    path: [chat/extra.jsonl]
+- config_name: code
+  data_files: "code/**/*.jsonl"
+- config_name: plain
+  data_dir: other
+---
+# A data set
+"""
+
+
+def _named(root: Path, *splits: str, name: str | None = None) -> list[str]:
+    return [str(file.relative_to(root)) for file in list_files(root, splits, name).files]
+
+
+def test_the_configurations_of_a_data_set_are_read_by_its_readme(tmp_path: Path) -> None:
+    _files(tmp_path, "chat/part-1.jsonl chat/part-2.jsonl chat/extra.jsonl code/a/b.jsonl other/test.jsonl")
+    (tmp_path / "README.md").write_text(CARD)
+    assert _named(tmp_path, "train", name="chat") == ["chat/part-1.jsonl", "chat/part-2.jsonl"]
+    assert _named(tmp_path, "test", name="chat") == ["chat/extra.jsonl"]  # the file's name says otherwise
+    assert _named(tmp_path, name="code") == ["code/a/b.jsonl"]
+    assert _named(tmp_path, "train", name="code") == ["code/a/b.jsonl"]  # files without a split are of `train`
+    assert _named(tmp_path, name="plain") == ["other/test.jsonl"]
+    assert len(list_files(tmp_path, ["test"], "chat").others) == 5
+    for arguments, message in (
+        (((), None), "it has the configurations chat, code, plain. Set `name` to one of them."),
+        (((), "chart"), "it has no configuration 'chart'; those it has are chat, code, plain. Correct `name`."),
+        (((), "chat"), "it has the splits test, train. Name those to read"),
+        ((("dev",), "chat"), "no files of the split 'dev'; its splits are test, train."),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            list_files(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("configs", "read"),
+    [
+        ("[{data_files: a.jsonl}]", ["a.jsonl"]),
+        ("[{config_name: x, data_files: [a.jsonl, b.jsonl]}]", ["a.jsonl", "b.jsonl"]),
+        ("[{config_name: x, data_files: {train: b.jsonl}}]", ["b.jsonl"]),
+        ("[{config_name: x, data_files: a.jsonl}, {config_name: default, data_files: b.jsonl}]", ["b.jsonl"]),
+        ("[{config_name: x, data_files: a.jsonl, default: true}, {config_name: y, data_files: b.jsonl}]", ["a.jsonl"]),
+        ("[{config_name: x, data_dir: d, data_files: '*.jsonl'}]", ["d/c.jsonl"]),
+    ],
+)
+def test_forms_of_configurations(tmp_path: Path, configs: str, read: list[str]) -> None:
+    _files(tmp_path, "a.jsonl b.jsonl d/c.jsonl")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    assert _named(tmp_path) == read
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("---\nconfigs: [\n---\n", "README.md: `configs` is not valid YAML"),
+        ("---\nconfigs: 3\n---\n", "`configs` is not a list of configurations"),
+        ("---\nconfigs: [{config_name: 3}]\n---\n", "a configuration whose name or folder is not text"),
+        (
+            "---\nconfigs: [{data_files: [{split: 3}]}]\n---\n",
+            "data files of 'default' that are not a split and its paths",
+        ),
+        ("---\nconfigs: [{data_files: gone.jsonl}]\n---\n", "no file matches 'gone.jsonl', which README.md names"),
+        ("---\nconfigs: [{data_files: notes.md}]\n---\n", "notes.md: none of the formats"),
+    ],
+)
+def test_damaged_configurations(tmp_path: Path, card: str, message: str) -> None:
+    _files(tmp_path, "a.jsonl notes.md")
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list_files(tmp_path)
+
+
+def test_a_readme_without_configurations_changes_nothing(tmp_path: Path) -> None:
+    _files(tmp_path, "a.jsonl")
+    for text in ("# Title", "---\nlicense: [\n---\n", "---\nlicense: mit\n---\n", "---\nno end"):
+        (tmp_path / "README.md").write_text(text)
+        assert _named(tmp_path) == ["a.jsonl"]
+    with pytest.raises(UserError, match=re.escape("`name` is 'x', but no README.md there lists configurations")):
+        list_files(tmp_path, name="x")

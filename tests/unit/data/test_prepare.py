@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -249,6 +250,22 @@ def test_held_out_by_fraction_and_by_source(tokenizer, jsonl):
     assert (made.report.rows_train, made.report.rows_held_out, made.report.rows_read) == (100, 3, 103)
     with pytest.raises(UserError, match="one split empty"):
         prepare.prepare_sft(data(jsonl(rows[:1]), held_out_fraction=0.3), tokenizer, **options)
+
+
+def test_a_question_with_and_without_system_prompt_is_in_one_split(tokenizer, jsonl):
+    plain = [{"prompt": f"q{n}", "completion": "a"} for n in range(60)]
+    talks = [{"messages": talk(f"q{n}", "b"), "system": f"s{n % 7}"} for n in range(60)]
+    made = prepare.prepare_sft(
+        data(jsonl(plain + talks), held_out_fraction=0.3), tokenizer, assistant_only_loss=True, seed=0
+    )
+
+    def questions(split):
+        return {re.search(r"user\n(q\d+)<", tokenizer.decode(row["input_ids"]))[1] for row in split}
+
+    held_out = questions(made.held_out)
+    assert len(held_out) >= 8
+    assert len(made.held_out) == 2 * len(held_out)
+    assert not held_out & questions(made.train)
 
 
 def test_fingerprint_follows_every_id(tokenizer, jsonl):

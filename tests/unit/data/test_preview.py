@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,63 @@ def test_what_libraries_print_is_not_in_the_json(folder: Path, capsys: Any, monk
 
     monkeypatch.setattr(preview, "prepare_stage", noisy)
     assert json.loads(_shown(capsys, "stats", "recipe.yaml", "sft", "--json"))["rows"] == []
+
+
+def test_names_that_never_occur_are_listed(folder: Path, capsys: Any) -> None:
+    source = "{path: chats.jsonl, ignore: [id, toolz], roles: {user: user, Docter: assistant}}"
+    settings = f"stages.sft.data.train=[{source}]"
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", settings)
+    assert "unmatched   ignore: toolz (chats.jsonl): none of 8 rows has it" in out
+    assert "unmatched   roles: Docter (chats.jsonl): none of 8 rows has it" in out
+    assert out.count("unmatched") == 2
+    main(["check", "recipe.yaml", "--data", settings])
+    assert "ignore: toolz (chats.jsonl): no row has it" in capsys.readouterr().out
+
+
+def test_roles_are_found_in_renamed_columns_and_json_text(folder: Path, capsys: Any) -> None:
+    talk = json.dumps([{"role": "Doctor", "content": "Breathe."}, {"role": "Patient", "content": "I do."}])
+    _write("talks.jsonl", [{"talk": talk}])
+    source = "{path: talks.jsonl, columns: {messages: talk}, roles: {Doctor: user, Patient: assistant, Nurse: user}}"
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", f"stages.sft.data.train=[{source}]")
+    assert "1 to train on" in out
+    assert out.count("unmatched") == 1
+    assert "roles: Nurse" in out
+
+
+def test_items_that_the_filter_cannot_find_are_counted(folder: Path, capsys: Any) -> None:
+    _write("bench.jsonl", [{"question": "Two words"}, {"question": "What is the name of the longest river?"}])
+    filters = "stages.sft.data.filters=[{kind: contamination, against: [{name: rivers, path: bench.jsonl}]}]"
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", filters)
+    assert "too short   1 items of rivers have too few words to be found" in out
+
+
+def test_a_stream_shows_the_counts_of_its_first_rows(folder: Path, capsys: Any) -> None:
+    overrides = ["stages.sft.data.train=[{path: chats.jsonl, streaming: true}]", "stages.sft.max_steps=5"]
+    report = json.loads(_shown(capsys, "stats", "recipe.yaml", "sft", *overrides, "--json"))["report"]
+    assert report["streams"] is True
+    assert (report["rows_read"], report["rows_train"]) == (8, 7)
+    assert report["dropped"] == {"no assistant turn": 1}
+    out = _shown(capsys, "show", "recipe.yaml", "sft", *overrides)
+    assert "rows        the first rows of a stream: 8 read, 7 to train on" in out
+    assert out.count("⟦") == 3
+
+
+def test_the_time_of_a_stage_is_estimated(folder: Path, capsys: Any) -> None:
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", "stages.sft.data.max_length=256")
+    assert re.search(r"^time        at least .* s: .* operations in the matrices of the model", out, re.MULTILINE)
+    time = json.loads(_shown(capsys, "stats", "recipe.yaml", "dpo", "stages.dpo.data.max_length=256", "--json"))[
+        "report"
+    ]["time"]
+    assert time["kind"] == "lower bound"
+    assert time["seconds"] > 0
+    assert "time  " not in _shown(capsys, "stats", "recipe.yaml", "sample")
+
+
+def test_files_that_are_not_read_are_named(folder: Path, capsys: Any) -> None:
+    Path("rows").mkdir()
+    Path("chats.jsonl").rename("rows/train.jsonl")
+    for name in ("test.jsonl", "notes.txt", "LICENSE"):
+        Path("rows", name).write_text("{}")
+    settings = "stages.sft.data.train=[{path: rows, split: train}]"
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", settings)
+    assert "not read    3 files in rows: LICENSE, notes.txt, test.jsonl" in out

@@ -557,3 +557,4 @@ def test_split_follows_sha256_and_is_stable_when_rows_are_added():
     assert set(held_out) <= set(more_held_out)
     assert set(train) <= set(more_train)
     assert prompt_key([U]) == prompt_key([{**U, "extra": 1}]) != prompt_key([A])
+    assert prompt_key([S, U]) == prompt_key([U]) != prompt_key([S])

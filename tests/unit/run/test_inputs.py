@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,9 @@ def test_a_file_that_is_removed_from_a_folder_is_a_change(recipe: Recipe) -> Non
 
 def test_a_small_file_is_hashed_whole(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert content_digest(tmp_path / "model.safetensors") == "sha256:" + hashlib.sha256(b"weights").hexdigest()
+    assert (
+        content_digest(tmp_path / "model.safetensors", tmp_path) == "sha256:" + hashlib.sha256(b"weights").hexdigest()
+    )
 
 
 def test_a_large_checkpoint_is_hashed_by_header_size_and_blocks(
@@ -93,7 +97,26 @@ def test_a_large_checkpoint_is_hashed_by_header_size_and_blocks(
         if change is not None:
             changed[change] ^= 1
         file.write_bytes(changed)
-        found.add(content_digest(file))
+        found.add(content_digest(file, tmp_path))
     file.write_bytes(content + b"\0")
-    found.add(content_digest(file))
+    found.add(content_digest(file, tmp_path))
     assert len(found) == 5
+
+
+def test_a_large_data_file_is_read_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    file = Path("rows/0.jsonl").resolve()
+    file.write_bytes(b"{}\n" * 2**19)
+    time.sleep(0.12)  # the hash of a file that has just been written is not kept
+    before = fingerprints(recipe, "sft")
+    assert before["rows"]["0.jsonl"] == "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+    opened: list[str] = []
+    really = builtins.open
+    monkeypatch.setattr(
+        builtins, "open", lambda name, *rest, **more: opened.append(str(name)) or really(name, *rest, **more)
+    )
+    assert fingerprints(recipe, "sft") == before
+    assert not [name for name in opened if name.endswith("0.jsonl")]
+    file.write_bytes(b"[]\n" * 2**19)
+    assert changed_input(recipe, "sft", before) == "rows/0.jsonl"
+    assert [name for name in opened if name.endswith("0.jsonl")]

@@ -17,7 +17,7 @@ from align.config.recipe import Recipe
 from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.recipes import dpo, pretrain, reward_model, sft
-from align.run.context import StageContext
+from align.run.context import StageContext, StageResult
 
 KINDS: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "dpo": dpo}
 SIZES = {
@@ -82,11 +82,12 @@ def prepare(kind: str, model: Path, folder: Path, **stage: Any) -> tuple[Any, Re
     return KINDS[kind], Recipe.model_validate(recipe)
 
 
-def run_stage(kind: str, model: Path, folder: Path, *, resume: bool = False, **stage: Any) -> None:
+def run_stage(kind: str, model: Path, folder: Path, *, resume: bool = False, **stage: Any) -> StageResult:
     """Run the stage in folder/run."""
     module, recipe = prepare(kind, model, folder, **stage)
     context = StageContext(recipe, "stage", folder / "run", resume=resume, say=lambda line: None)
-    module.run(recipe.stages["stage"], context)
+    result: StageResult = module.run(recipe.stages["stage"], context)
+    return result
 
 
 def build(

@@ -73,7 +73,10 @@ def test_a_run_with_a_request_to_stop_writes_a_checkpoint_and_resumes(
     assert (folder / "checkpoints" / "checkpoint-2" / fit.COMPLETE).is_file()
     assert not (folder / "model").exists()
     monkeypatch.setattr(fit, "should_stop", lambda: False)
-    run_stage("sft", model, tmp_path, resume=True, **settings)
+    training = run_stage("sft", model, tmp_path, resume=True, **settings).training
+    assert training is not None
+    assert training["steps"] == 2  # those after the checkpoint, which its seconds are for
+    assert training["seconds"] > 0
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [line["step"] for line in map(json.loads, lines) if "loss" in line] == [1, 2, 3, 4]
     assert (folder / "model" / "config.json").is_file()

@@ -177,6 +177,41 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "hub", "id": "nobody/nothing"}]})
 
 
+CONFIGS = "---\nconfigs:\n- {config_name: chat, data_files: a.jsonl}\n- {config_name: code, data_files: b.jsonl}\n---\n"
+
+
+def _with_configs(here: Here, card: str, **source: str) -> str:
+    here.write("rows/a.jsonl", json.dumps(ANSWERS[0]) + "\n")
+    here.write("rows/b.jsonl", json.dumps(ANSWERS[0]) + "\n")
+    here.write("rows/README.md", card)
+    return here.run(data={"train": [{"path": "rows", **source}]})
+
+
+@wrong("several-configurations", "A data set with several configurations")
+def _(here: Here) -> str:
+    return _with_configs(here, CONFIGS)
+
+
+@wrong("unknown-configuration", "A configuration that the data set lacks")
+def _(here: Here) -> str:
+    return _with_configs(here, CONFIGS, name="math")
+
+
+@wrong("no-configurations", "`name` for a folder without configurations")
+def _(here: Here) -> str:
+    return _with_configs(here, "# Rows\n", name="chat")
+
+
+@wrong("configured-file-missing", "A file that README.md names and that is missing")
+def _(here: Here) -> str:
+    return _with_configs(here, CONFIGS.replace("a.jsonl", "gone.jsonl"), name="chat")
+
+
+@wrong("damaged-configurations", "A README.md whose `configs` cannot be read")
+def _(here: Here) -> str:
+    return _with_configs(here, "---\nconfigs: {chat: a.jsonl}\n---\n")
+
+
 @wrong("nothing-held-out", "Too few rows for a held-out split")
 def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "held_out_fraction": 0.001})

@@ -100,6 +100,15 @@ def _(here: Here) -> str:
     return here.run("--resume")
 
 
+@wrong("interrupted-with-other-rows", "The same data gives other token rows than in the interrupted run")
+def _(here: Here) -> str:
+    record_of_sft(here, "config.json")
+    (here.folder / "run" / "sft" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    here.write("run/sft/checkpoints/checkpoint-1/complete", "")
+    here.write("run/sft/rows.json", json.dumps({"fingerprint": "of an earlier version"}))
+    return here.run("--resume")
+
+
 def record_of_sft(here: Here, name: str) -> None:
     """Write the record of a finished (manifest.json) or interrupted (config.json) SFT stage."""
     from align.config import load_recipe
