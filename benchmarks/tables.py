@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "training.md")
+GUIDES = ("data.md", "families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "training.md")
 PAGES = [ROOT / "docs" / name for name in GUIDES]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -285,6 +285,30 @@ def bf16_curves(results: dict[str, Any]) -> str:
     return table(["mean score of iteration", *map(str, range(1, steps + 1))], rows)
 
 
+def filters(results: dict[str, Any]) -> str:
+    titles = {"contamination": "filter `contamination`", "duplicates": "filter `duplicates`, `near: 0.5`"}
+    tables = []
+    for kind, title in titles.items():
+        found = results[kind]
+        shares = next(iter(found["methods"].values()))["recall"]
+        planted = found.get("planted") or found["copies"]
+        rows = [
+            [
+                title if name == "align" else name,
+                *(f"{recall:.0%}" for recall in measured["recall"].values()),
+                str(measured["flagged"]),
+                f"{measured['cpu_seconds']:.1f} s",
+            ]
+            for name, measured in found["methods"].items()
+        ]
+        header = [
+            f"{results['texts']}, {planted} rows planted",
+            *(f"found, {share} of words changed" for share in shares),
+        ]
+        tables.append(table([*header, f"flagged of {found['clean']:,} clean rows", "CPU time"], rows))
+    return "\n\n".join(tables)
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -307,6 +331,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "rollout": rollout,
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
+    "filters": filters,
     "bf16_head": bf16_head,
     "bf16_curves": bf16_curves,
 }

@@ -155,10 +155,17 @@ MORE_SHAPES = {
         (*_COHERE_TOKENS, "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     ),
     "gemma4": Shape(shipped("gemma4"), "<eos>", "<bos>", _GEMMA4_TOKENS),
+    **{
+        name: Shape(shipped(name), "<eos>", "<bos>", _GEMMA4_TOKENS) for name in ("gemma4_v2", "gemma4_v3", "gemma4_v4")
+    },
     "gemma4_v5": Shape(shipped("gemma4_v5"), "<eos>", "<bos>", _GEMMA4_TOKENS),
     "lfm2": Shape(shipped("lfm2"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS),
     "lfm2_v2": Shape(shipped("lfm2_v2"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS),
     "lfm2_2_5": Shape(shipped("lfm2_2_5"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS, _TAGS[:2]),
+    "lfm2_2_5_v2": Shape(shipped("lfm2_2_5_v2"), "<|im_end|>", "<|startoftext|>", _LFM_TOKENS, _TAGS[:2]),
+    "muse_glimmer": Shape(
+        shipped("muse_glimmer"), "<|eot|>", "<|begin_of_text|>", ("<|start|>", "<|message|>", "<|eom|>")
+    ),
     "llama3_1": Shape(
         shipped("llama3_1"),
         "<|eot_id|>",
@@ -169,6 +176,7 @@ MORE_SHAPES = {
     **{name: Shape(shipped(name), **_QWEN3) for name in ("qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink")},
     **{name: Shape(shipped(name), **_QWEN3) for name in ("qwen3_6", "qwen3_8")},
     **{name: Shape(shipped(name), **_QWEN3) for name in ("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")},
+    "nemotron_3_5_lightning": Shape(shipped("nemotron_3_5_lightning"), **_QWEN3),
 }
 """Further templates that TRL ships."""
 
