@@ -12,7 +12,15 @@ from typing import NamedTuple, assert_never
 from align.config.ppo import PpoStage
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.stage import REPORT
-from align.config.stages import DpoStage, EvaluateStage, PretrainStage, RewardModelStage, SampleStage, SftStage
+from align.config.stages import (
+    DpoStage,
+    EvaluateStage,
+    KtoStage,
+    PretrainStage,
+    RewardModelStage,
+    SampleStage,
+    SftStage,
+)
 from align.errors import UserError
 from align.preflight import problems
 from align.run import interrupt, manifest
@@ -194,6 +202,10 @@ def run_stage(context: StageContext) -> StageResult:
             from align.recipes import dpo
 
             return dpo.run(stage, context)
+        case KtoStage() as stage:
+            from align.recipes import kto
+
+            return kto.run(stage, context)
         case PpoStage() as stage:
             from align.recipes import ppo
 

@@ -310,7 +310,7 @@ def longest_row(recipe: Recipe, folder: Path) -> int:
     """Tokens of the longest row, which becomes the stage's limit."""
     from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_reward_pairs, prepare_sft
     from align.train.checkpoint import load_tokenizer
-    from align.train.trainer import row_lengths
+    from align.train.steps import row_lengths
 
     tokenizer = load_tokenizer(folder / "run" / BASE / "model")
     stage: Any = recipe.stages["measured"]

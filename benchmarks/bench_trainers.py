@@ -1,9 +1,12 @@
-"""SFT, reward model and DPO against TRL's trainers: tokens per second, peak memory and loss curves.
+"""SFT, reward model, DPO and KTO against TRL's trainers: tokens per second, peak memory and loss curves.
 
 Both sides train the same weights on the same tokenised rows, in the same order, with AdamW in float32. TRL trains
 transformers' own model class with its fastest `experts_implementation`, which is determined first; rows padded, and
-padded with length grouping. The sides alternate in one process, epoch by epoch. An epoch of DPO includes the
+padded with length grouping. The sides alternate in one process, epoch by epoch. An epoch of DPO and KTO includes the
 log-probabilities of the reference. Peak memory is measured in a process of its own per side.
+
+KTO trains on the pairs, as two labelled rows each. TRL estimates its KL per micro-batch and align per step, so TRL's
+micro-batch is the whole batch here. TRL has no length grouping for KTO.
 
 Rows are conversations of the installed Python's documentation, or of --sft FILE and --pairs FILE. "fixed lengths" has
 rows of one length, without padding on either side.
@@ -22,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from harness import PeakMemory, in_new_process, write
@@ -119,13 +122,13 @@ def model_folder(model_type: str, folder: Path, *, scorer: bool) -> Path:
 def prepared(stage: Any, tokenizer: Any, kind: str, *, fixed: bool) -> Any:
     """The tokenised rows; fixed: cut or repeated to `FIXED` tokens."""
     from align.data import prepare
+    from align.data.encode import is_ids
 
     if kind == "sft":
         data = prepare.prepare_sft(stage.data, tokenizer, assistant_only_loss=True, seed=0)
     else:
-        function = prepare.prepare_reward_pairs if kind == "reward_model" else prepare.prepare_dpo_pairs
-        data = function(stage.data, tokenizer, seed=0)
-    columns = [name for name in data.train.column_names if name.endswith(("ids", "labels"))]
+        data = prepare.prepare_stage(stage, tokenizer, seed=0)
+    columns = [name for name in data.train.column_names if is_ids(name)]
     rows = data.train.select_columns(columns)
     if fixed:
         rows = rows.map(lambda row: to_fixed(row, kind))
@@ -136,17 +139,19 @@ def to_fixed(row: dict[str, list[int]], kind: str) -> dict[str, list[int]]:
     def stretch(values: list[int], length: int) -> list[int]:
         return (values * (length // len(values) + 1))[:length]
 
-    if kind == "dpo":
+    if kind in ("dpo", "kto"):
         prompt = stretch(row["prompt_ids"], FIXED // 4)
-        sides = {name: stretch(row[name], FIXED - len(prompt)) for name in row if name != "prompt_ids"}
-        return {"prompt_ids": prompt, **sides}
+        sides = {name: stretch(row[name], FIXED - len(prompt)) for name in row if name not in ("prompt_ids", "label")}
+        return {**row, "prompt_ids": prompt, **sides}
     return {name: stretch(values, FIXED) for name, values in row.items()}
 
 
 def tokens_of(rows: Any, kind: str) -> int:
-    """Tokens of an epoch: of both sequences of a pair, with the prompt."""
+    """Tokens of an epoch: of both sequences of a pair, with the prompt; without mismatched completions."""
     if kind == "sft":
         return sum(map(len, rows["input_ids"]))
+    if kind == "kto":
+        return sum(map(len, rows["prompt_ids"])) + sum(map(len, rows["completion_ids"]))
     prompts = 2 * sum(map(len, rows["prompt_ids"])) if kind == "dpo" else 0
     return prompts + sum(map(len, rows["chosen_ids"])) + sum(map(len, rows["rejected_ids"]))
 
@@ -189,6 +194,7 @@ class Case:
         from dataclasses import replace
 
         from align.models.family import family
+        from align.train.kto import Kto, KtoTrainer, kto_objectives
         from align.train.objectives import BradleyTerry, CrossEntropy, Preference
         from align.train.references import reference_logprobs
         from align.train.trainer import PackedTrainer
@@ -198,9 +204,10 @@ class Case:
         objective: Any = {
             "sft": CrossEntropy(),
             "reward_model": BradleyTerry(0.0),
-            "dpo": Preference(self.stage) if self.kind == "dpo" else None,
+            "dpo": Preference(self.stage),
+            "kto": Kto(self.stage),
         }[self.kind]
-        trainer = PackedTrainer(
+        trainer = (KtoTrainer if self.kind == "kto" else PackedTrainer)(
             stage=self.stage,
             context=self.context,
             objective=objective,
@@ -210,11 +217,13 @@ class Case:
         )
 
         def epoch() -> list[float]:
-            if self.kind == "dpo":
-                with tempfile.TemporaryDirectory() as cache:  # without the log-probabilities of the epoch before
-                    os.environ["ALIGN_CACHE"] = cache
+            with tempfile.TemporaryDirectory() as cache:  # without the log-probabilities of the epoch before
+                os.environ["ALIGN_CACHE"] = cache
+                if self.kind == "dpo":
                     found = reference_logprobs(self.path, self.stage, self.context, self.data, objective)
-                trainer.objective = replace(objective, references=found.train)
+                    trainer.objective = replace(objective, references=found.train)
+                elif self.kind == "kto":
+                    trainer.objective, _ = kto_objectives(self.path, self.stage, self.context, self.data)
             return losses_of(trainer)
 
         return epoch
@@ -265,19 +274,40 @@ class Case:
         elif self.kind == "reward_model":
             model = load(AutoModelForSequenceClassification)
             trainer = trl.RewardTrainer(model, args=trl.RewardConfig(**arguments), **shared)
+        elif self.kind == "kto":
+            whole = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
+            config = trl.KTOConfig(**{**arguments, **whole, "train_sampling_strategy": "sequential"})
+            config.beta, shared["train_dataset"] = self.stage.beta, self.mismatched_rows()
+            model, reference = load(AutoModelForCausalLM), load(AutoModelForCausalLM)
+            trainer = tokenised(trl.KTOTrainer)(model, ref_model=reference, args=config, **shared)
         else:
             model, reference = load(AutoModelForCausalLM), load(AutoModelForCausalLM)
             config = trl.DPOConfig(**arguments, beta=self.stage.beta)
-            trainer = tokenised(trl)(model, ref_model=reference, args=config, **shared)
+            trainer = tokenised(trl.DPOTrainer)(model, ref_model=reference, args=config, **shared)
         if grouped:  # the trainers of pairs drop the column
             trainer._set_signature_columns_if_needed()
             trainer._signature_columns.append("length")
         return lambda: losses_of(trainer)
 
+    def mismatched_rows(self) -> Any:
+        """The rows in the order in which align trains on them, with the mismatched completions that it takes."""
+        from align.data.store.tokenised import list_hashes
+        from align.train.kto import donors
+        from align.train.steps import steps_of_run
 
-def tokenised(trl: ModuleType) -> Any:
-    """TRL's DPO trainer without its tokenisation, because the rows are token ids."""
-    return type("DPOTrainer", (trl.DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_, **__: dataset})
+        prompts, pairs = list_hashes(self.data.train, "prompt_ids"), list[tuple[int, int]]()
+        for step in steps_of_run(self.stage, self.data.train, self.context.seed):
+            pairs += zip(step, [step[donor] for donor in donors(prompts[step])], strict=True)
+        rows = self.data.train.select([row for row, _ in pairs])
+        completions = self.data.train["completion_ids"]
+        labels = [label == [1] for label in rows["label"]]
+        rows = rows.remove_columns(["completion_labels", "label"]).add_column("label", labels)
+        return rows.add_column("KL_completion_ids", [completions[donor] for _, donor in pairs])
+
+
+def tokenised(trainer: type) -> Any:
+    """TRL's trainer without its tokenisation, because the rows are token ids."""
+    return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, dataset, *_, **__: dataset})
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -324,7 +354,8 @@ def measure(case: Case, implementation: str | None, repeats: int) -> dict[str, A
     sides = {"align": case.align()}
     if case.model_type != "hunyuan":
         sides["TRL, padded"] = case.trl(implementation)
-        sides["TRL, grouped by length"] = case.trl(implementation, grouped=True)
+        if case.kind != "kto":
+            sides["TRL, grouped by length"] = case.trl(implementation, grouped=True)
     losses = {name: epoch() for name, epoch in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
@@ -364,7 +395,7 @@ def peak_mib(folder: Path, model_type: str, kind: str, side: str, implementation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--kinds", default="sft,reward_model,dpo")
+    parser.add_argument("--kinds", default="sft,reward_model,dpo,kto")
     parser.add_argument("--lengths", default=",".join(TARGETS))
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)

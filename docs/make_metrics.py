@@ -33,7 +33,7 @@ EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manife
 per prompt are in `results.json`.
 """
 SECTIONS: tuple[tuple[str, str, Sequence[MetricInfo]], ...] = (
-    ("Training stages (pretrain, sft, reward_model, dpo)", TRAINING, metrics.TRAINING),
+    ("Training stages (pretrain, sft, reward_model, dpo, kto)", TRAINING, metrics.TRAINING),
     ("Routers", ROUTERS, metrics.ROUTERS),
     ("PPO", PPO, metrics.PPO),
     ("Evaluation", EVALUATION, metrics.EVALUATION),

@@ -89,6 +89,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Preference pairs", stages.SampleStage),
             ("Reward model", stages.RewardModelStage),
             ("DPO", stages.DpoStage),
+            ("KTO", stages.KtoStage),
             ("PPO and its relatives", ppo.PpoStage),
             ("Evaluation", stages.EvaluateStage),
             ("Evaluation task", evaluation.EvaluationTask),

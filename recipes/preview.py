@@ -18,7 +18,7 @@ from align.config.stage import StageWithParent
 from align.config.stages import SampleStage, Stage, TrainingStage
 from align.data.prepare import prepare_prompts, prepare_stage
 from align.data.report import REASONS, DataReport
-from align.data.show import LengthBias, LengthBin, Side, histogram, length_bias, sides_of
+from align.data.show import LabelLengths, LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
 from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import TokenisedRows, list_lengths
@@ -60,6 +60,7 @@ class Preview:
     streams    True if the rows stream
     examples   {reason: (file and line, the dropped row as JSON text)}
     bias       lengths of the answers of pairs
+    labels     lengths of the completions of each label
     steps      optimizer steps of the stage, or iterations of PPO
     step_name  "optimizer steps" or "PPO iterations"
     """
@@ -71,6 +72,7 @@ class Preview:
     examples: Mapping[str, tuple[str, str]] | None = None
     lengths: Lengths | None = None
     bias: LengthBias | None = None
+    labels: LabelLengths | None = None
     steps: int | None = None
     step_name: str = "optimizer steps"
 
@@ -88,6 +90,7 @@ class Preview:
             "examples": examples,
             "lengths": self.lengths and asdict(self.lengths),
             "length_bias": self.bias and asdict(self.bias),
+            "label_lengths": self.labels and asdict(self.labels),
             "steps": self.steps,
             "streams": self.streams,
         }
@@ -147,6 +150,7 @@ def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
         examples=_examples(data.rows),
         lengths=_lengths(lengths, data.rows, computed),
         bias=bias,
+        labels=_label_lengths(rows, data.rows),
         steps=steps,
     )
 
@@ -208,7 +212,7 @@ def _range(start: int, count: int, total: int) -> range:
 
 
 def _prompt_tokens(rows: Any, tokenised: TokenisedRows) -> np.ndarray | None:
-    """Tokens of the prompt of each pair; None for rows that are no pairs."""
+    """Tokens of the prompt of each pair or labelled row; None for other rows."""
     if "prompt_ids" in rows.column_names:
         return list_lengths(rows, "prompt_ids")
     if "chosen_ids" not in rows.column_names:
@@ -221,10 +225,21 @@ def _sizes(rows: Any, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBia
     """(tokens per row; of a pair, those of its longer sequence; lengths of the answers of pairs)."""
     if prompts is None:
         return list_lengths(rows, "input_ids"), None
+    if "completion_ids" in rows.column_names:
+        return prompts + list_lengths(rows, "completion_ids"), None
     chosen, rejected = list_lengths(rows, "chosen_ids"), list_lengths(rows, "rejected_ids")
     if "prompt_ids" not in rows.column_names:
         chosen, rejected = chosen - prompts, rejected - prompts
     return prompts + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
+
+
+def _label_lengths(rows: Any, tokenised: TokenisedRows) -> LabelLengths | None:
+    labels = tokenised.labels()
+    if labels is None:
+        return None
+    lengths = list_lengths(rows, "completion_ids")
+    desirable, undesirable = (float(lengths[kind].mean()) if kind.any() else 0.0 for kind in (labels, ~labels))
+    return LabelLengths(desirable, undesirable)
 
 
 def _lengths(lengths: np.ndarray, rows: TokenisedRows, computed: float | None = None) -> Lengths:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from align.cli.terminal import color
 from align.data.report import REASONS
-from align.data.show import LengthBias, Segment, Side, bar
+from align.data.show import LabelLengths, LengthBias, Segment, Side, bar
 from align.recipes.duration import Estimate
 from align.recipes.preview import Lengths, Preview
 
@@ -55,8 +55,12 @@ def report_lines(found: Preview) -> list[str]:
         lines.append(_line("rows", f"{first}{report.rows_read:,} read, {report.rows_train:,} to train on{held}"))
         share = f", {report.loss_tokens / report.tokens:.0%} of them in the loss" if report.loss_tokens else ""
         lines.append(_line("tokens", f"{report.tokens:,}{share}"))
+        if report.labelled:
+            lines.append(_line("labels", f"{report.desirable:,} desirable, {report.undesirable:,} undesirable"))
+        lines += [_line("note", note) for note in report.notes]
         lines += [_line("truncated", f"{report.truncated:,} rows")] if report.truncated else []
-        lines += [_line("split", f"{report.split:,} conversations became several rows")] if report.split else []
+        what = "pairs became two rows each" if report.labelled else "conversations became several rows"
+        lines += [_line("split", f"{report.split:,} {what}")] if report.split else []
         common = Counter(report.dropped).most_common(REASONS)
         for reason, count in common:
             lines.append(_line("dropped", f"{count:,}: {reason}"))
@@ -80,6 +84,7 @@ def report_lines(found: Preview) -> list[str]:
             ]
     lines += _length_lines(found.lengths) if found.lengths else []
     lines += [_line("answers", _bias_text(found.bias))] if found.bias else []
+    lines += [_line("answers", _label_text(found.labels))] if found.labels else []
     if found.steps:
         lines.append(_line("steps", f"{found.steps:,} {found.step_name}"))
     return lines
@@ -116,6 +121,10 @@ def _bias_text(bias: LengthBias) -> str:
         f"chosen longer in {bias.chosen_longer:.0%} of the pairs, rejected in {bias.rejected_longer:.0%}; mean "
         f"{bias.chosen_tokens:,.0f} and {bias.rejected_tokens:,.0f} tokens"
     )
+
+
+def _label_text(lengths: LabelLengths) -> str:
+    return f"mean {lengths.desirable:,.0f} tokens if desirable, {lengths.undesirable:,.0f} if undesirable"
 
 
 def _line(name: str, text: str) -> str:

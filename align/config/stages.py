@@ -25,7 +25,7 @@ from align.config.stage import (
 
 
 class TrainingStage(StageWithParent):
-    """Settings of every stage that trains on rows: `pretrain`, `sft`, `reward_model` and `dpo`."""
+    """Settings of every stage that trains on rows: `pretrain`, `sft`, `reward_model`, `dpo` and `kto`."""
 
     makes = LANGUAGE_MODEL
     trains = True
@@ -70,7 +70,7 @@ class TrainingStage(StageWithParent):
                 raise ValueError("data.mixture.temperature needs the number of rows; set weights, or remove streaming")
             if self.needs_reference:
                 raise ValueError(
-                    "the reference's log-probabilities of all pairs are computed before training; remove streaming "
+                    "the reference's log-probabilities of all rows are computed before training; remove streaming "
                     "(the rows are tokenised on disk, not in memory)"
                 )
         return self
@@ -79,6 +79,11 @@ class TrainingStage(StageWithParent):
     def needs_reference(self) -> bool:
         """True if the loss needs a forward pass of the frozen parent (under LoRA: of the policy without adapters)."""
         return False
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes without a gradient per row and epoch, of the reference or the policy."""
+        return int(self.needs_reference)
 
     @property
     def needs_whole_batch(self) -> str | None:
@@ -243,6 +248,47 @@ class DpoStage(TrainingStage):
         return self
 
 
+class KtoStage(TrainingStage):
+    """Training on completions that are labelled desirable or undesirable (KTO), with the parent as reference."""
+
+    kind: Literal["kto"]
+    """Selects training on labelled completions."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """Loss of a completion, by TRL's names. `kto` compares its implicit reward with an estimate of the KL between
+    policy and reference, which takes two more forward passes per row; `apo_zero_unpaired` compares it with zero."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Factor of the implicit reward, `beta * log(policy / reference)`; larger values keep the policy nearer to
+    the reference."""
+    desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the losses of desirable completions. `align data stats` prints the weights that balance the data."""
+    undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the losses of undesirable completions."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def needs_kl(self) -> bool:
+        """True if the loss needs the estimate of the KL, from each prompt with the completion of another."""
+        return self.loss_type == "kto"
+
+    @property
+    def forward_passes(self) -> int:
+        return 3 if self.needs_kl else 1  # reference; policy and reference on the mismatched completions
+
+    @model_validator(mode="after")
+    def _can_compare(self) -> KtoStage:
+        if self.needs_kl and self.batch_size == 1:
+            raise ValueError(
+                "loss_type kto estimates the KL from the completions of other prompts in the batch; set batch_size to "
+                "2 or more, or loss_type to apo_zero_unpaired"
+            )
+        if not (self.desirable_weight or self.undesirable_weight):
+            raise ValueError("desirable_weight and undesirable_weight are both 0; set one of them above 0")
+        return self
+
+
 def _named_once(models: list[str]) -> list[str]:
     for model in models:
         if models.count(model) > 1:
@@ -314,6 +360,6 @@ class EvaluateStage(StageBase):
 
 
 Stage = Annotated[
-    PretrainStage | SftStage | SampleStage | RewardModelStage | DpoStage | PpoStage | EvaluateStage,
+    PretrainStage | SftStage | SampleStage | RewardModelStage | DpoStage | KtoStage | PpoStage | EvaluateStage,
     Field(discriminator="kind"),
 ]

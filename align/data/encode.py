@@ -6,6 +6,8 @@ Columns, which have TRL's names; each value is a list of token ids:
     reward_model    chosen_ids, rejected_ids, both with the prompt.
     dpo             prompt_ids, chosen_ids, rejected_ids; the latter two without the prompt. chosen_labels and
                     rejected_labels are -100 on tokens of user and tool messages inside an answer.
+    kto             prompt_ids, completion_ids and completion_labels, as for dpo; label, which is [1] for a desirable
+                    completion and [0] for an undesirable one. A preference pair becomes two rows.
 
 TRL's ids differ from ours only in what the template puts after the end of a turn (a line break in ChatML).
 
@@ -15,9 +17,8 @@ reads its score at the same token in training and in PPO.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,20 +26,30 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.filters import Filter
 from align.data import shapes
-from align.data.chat import Conversation as Chat
 from align.data.chat import ConversationEncoder, check_template
 from align.data.filters.items import evaluation_items
 from align.data.filters.judge import Judge
 from align.data.filters.texts import texts_of
+from align.data.masks import Answer
+from align.data.row_plans import (
+    Completions,
+    Plan,
+    as_json,
+    plan_completions,
+    plan_conversation,
+    plan_pair,
+    plan_prompt,
+    plan_text_or_conversation,
+)
 from align.data.rows import Row
-from align.data.shapes import Conversation, DropRow, Pair, Shape, Unreadable
+from align.data.shapes import DropRow, Shape
 from align.data.splits import prompt_key
 from align.errors import UserError
 
 IGNORED = -100
 """Label of tokens that are not in the loss."""
 
-Kind = Literal["text", "sft", "sft_all_tokens", "reward_pairs", "dpo_pairs", "prompts"]
+Kind = Literal["text", "sft", "sft_all_tokens", "reward_pairs", "dpo_pairs", "labelled", "prompts"]
 
 ACCEPTED: dict[Kind, tuple[Shape, ...]] = {
     "text": ("text", "messages", "prompt_completion", "token_ids"),
@@ -46,6 +57,7 @@ ACCEPTED: dict[Kind, tuple[Shape, ...]] = {
     "sft_all_tokens": ("messages", "prompt_completion", "text", "token_ids"),
     "reward_pairs": ("preference",),
     "dpo_pairs": ("preference",),
+    "labelled": ("unpaired", "preference"),
     "prompts": ("prompt", "prompt_completion", "preference", "messages"),
 }
 """Shapes that each kind of trainer accepts."""
@@ -56,6 +68,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "sft_all_tokens": ("input_ids", "labels"),
     "reward_pairs": ("chosen_ids", "rejected_ids"),
     "dpo_pairs": ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_labels", "rejected_labels"),
+    "labelled": ("prompt_ids", "completion_ids", "completion_labels", "label"),
     "prompts": ("input_ids", "messages", "reference", "row", "variables"),
 }
 """Columns of the token rows. Those that `is_ids` names are lists of int32, the others JSON text."""
@@ -65,8 +78,8 @@ BATCH = 256
 
 
 def is_ids(column: str) -> bool:
-    """True for a column of token ids or labels."""
-    return column.endswith(("labels", "ids"))
+    """True for a column of integers: token ids or labels."""
+    return column.endswith(("label", "labels", "ids"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Encoded:
     columns: int32 arrays [T] of ids and labels, or JSON text.
     loss_tokens: tokens in the loss, without the row's first token; for pairs, the tokens of both answers.
     key: prompt or text of the row; its hash decides the split.
-    split: True on the first row of a conversation that became several.
+    split: True on the first row of a conversation or pair that became several.
     """
 
     columns: dict[str, Any]
@@ -132,6 +145,7 @@ class RowEncoder:
             "sft_all_tokens": self._whole,
             "reward_pairs": self._pairs,
             "dpo_pairs": self._pairs,
+            "labelled": self._labelled,
             "prompts": self._prompts,
         }
 
@@ -192,10 +206,10 @@ class RowEncoder:
     # --- conversations and texts --------------------------------------------------------------------------
 
     def _masked(self, rows: Sequence[Row]) -> list[Result]:
-        planned = [_tried(_conversation, row) for row in rows]
+        planned = [_tried(plan_conversation, row) for row in rows]
         encoded = iter(self.chat.rows_of([found.chat for found in _used(planned)]))
 
-        def cut(plan: _Plan) -> list[Encoded]:
+        def cut(plan: Plan) -> list[Encoded]:
             masked = _used_or_raised(next(encoded))
             pairs = [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in masked]
             labelled = [(ids, np.where(mask, ids, np.int32(IGNORED))) for ids, mask in pairs]
@@ -205,13 +219,13 @@ class RowEncoder:
 
     def _whole(self, rows: Sequence[Row]) -> list[Result]:
         """Every token in the loss: texts, and whole conversations."""
-        planned = [_tried(_text_or_conversation, row) for row in rows]
+        planned = [_tried(plan_text_or_conversation, row) for row in rows]
         texts = [plan.key for plan in _used(planned) if not plan.chat.messages]
         chats = [plan.chat for plan in _used(planned) if plan.chat.messages]
         text_ids = iter(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         chat_ids = iter(self.chat.whole_of(chats) if chats else [])
 
-        def finish(plan: _Plan) -> list[Encoded]:
+        def finish(plan: Plan) -> list[Encoded]:
             is_text, end = not plan.chat.messages, self.tokenizer.eos_token_id
             ids = list(next(text_ids) if is_text else _used_or_raised(next(chat_ids)))
             if self.encoding.kind == "text" or is_text:
@@ -228,7 +242,7 @@ class RowEncoder:
     # --- pairs and prompts --------------------------------------------------------------------------------
 
     def _pairs(self, rows: Sequence[Row]) -> list[Result]:
-        planned = [_tried(_pair, row) for row in rows]
+        planned = [_tried(plan_pair, row) for row in rows]
         texts = [
             (pair["prompt"], answer, variables)
             for pair, variables in _used(planned)
@@ -240,12 +254,8 @@ class RowEncoder:
             sides = {"chosen": next(answers), "rejected": next(answers)}
             prompt, found = list[int](), []
             for side, answer in sides.items():
-                prompt, own, mask = _used_or_raised(answer)
-                # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the
-                # template's.
-                if row.get(f"{side}_finished") is False and own and own[-1] in self.chat.template.end_ids:
-                    own, mask = own[:-1], mask[:-1]
-                found.append((np.array(own, np.int32), np.array(mask, bool)))
+                prompt, masked = self._answer(answer, finished=row.get(f"{side}_finished"))
+                found.append(masked)
             return [self._pair_row(prompt, *found)]
 
         results = [
@@ -255,6 +265,14 @@ class RowEncoder:
             if not isinstance(plan, DropRow) and not isinstance(result, DropRow):
                 result[0].key = prompt_key(plan[0]["prompt"])
         return results
+
+    def _answer(self, answer: Answer | DropRow, finished: Any) -> tuple[list[int], _Masked]:
+        """Ids of the prompt, and the answer. finished: False for a sample that was truncated."""
+        prompt, own, mask = _used_or_raised(answer)
+        # A sample that was truncated at its length limit has no end-of-turn token in PPO. Remove the template's.
+        if finished is False and own and own[-1] in self.chat.template.end_ids:
+            own, mask = own[:-1], mask[:-1]
+        return prompt, (np.array(own, np.int32), np.array(mask, bool))
 
     def _pair_row(self, prompt: list[int], chosen: _Masked, rejected: _Masked) -> Encoded:
         (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = chosen, rejected
@@ -273,11 +291,39 @@ class RowEncoder:
         columns["rejected_labels"] = np.where(rejected_mask, rejected_ids, np.int32(IGNORED))
         return Encoded(columns, int(chosen_mask.sum() + rejected_mask.sum()))
 
+    def _labelled(self, rows: Sequence[Row]) -> list[Result]:
+        planned = [_tried(plan_completions, row) for row in rows]
+        texts = [
+            (plan.prompt, completion, plan.variables) for plan in _used(planned) for completion, *_ in plan.completions
+        ]
+        answers = iter(self.chat.answers_of(texts))
+
+        def finish(plan: Completions) -> list[Encoded]:
+            found = [(next(answers), label, finished) for _, label, finished in plan.completions]
+            encoded = [
+                self._labelled_row(*self._answer(answer, finished), label, prompt_key(plan.prompt))
+                for answer, label, finished in found
+            ]
+            encoded[0].split = len(encoded) > 1
+            return encoded
+
+        return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
+
+    def _labelled_row(self, prompt: list[int], completion: _Masked, label: bool, key: str) -> Encoded:
+        ids, mask = completion
+        if len(prompt) + len(ids) > self.encoding.max_length:
+            raise DropRow("longer than max_length")
+        if not mask.any():
+            raise DropRow("nothing to train on")
+        columns = {"prompt_ids": np.array(prompt, np.int32), "completion_ids": ids}
+        columns |= {"completion_labels": np.where(mask, ids, np.int32(IGNORED)), "label": np.array([label], np.int32)}
+        return Encoded(columns, int(mask.sum()), key=key)
+
     def _prompts(self, rows: Sequence[Row]) -> list[Result]:
-        planned = [_tried(_prompt, row) for row in rows]
+        planned = [_tried(plan_prompt, row) for row in rows]
         encoded = iter(self.chat.prompts_of([found.chat for found in _used(planned)]))
 
-        def finish(plan: _Plan) -> list[Encoded]:
+        def finish(plan: Plan) -> list[Encoded]:
             ids = _used_or_raised(next(encoded))
             if len(ids) > self.encoding.max_length:
                 raise DropRow("longer than max_prompt_length")
@@ -285,37 +331,6 @@ class RowEncoder:
             return [Encoded(columns | {name: as_json(value) for name, value in plan.texts.items()}, 0)]
 
         return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A row before tokenisation. Without messages, the row is the text `key`."""
-
-    key: str
-    chat: Chat
-    texts: dict[str, Any] = field(default_factory=dict)
-
-
-def _conversation(row: Row) -> _Plan:
-    conversation, variables = shapes.conversation(row), shapes.template_variables(row)
-    messages = conversation["prompt"] + conversation["completion"]
-    return _Plan(conversation_key(conversation), Chat(messages, variables, len(conversation["prompt"])))
-
-
-def _text_or_conversation(row: Row) -> _Plan:
-    return _conversation(row) if row.get("text") is None else _Plan(shapes.text(row), Chat([]))
-
-
-def _pair(row: Row) -> tuple[Pair, dict[str, Any]]:
-    return shapes.pair(row), shapes.template_variables(row)
-
-
-def _prompt(row: Row) -> _Plan:
-    messages, reference = shapes.prompt(row)
-    variables = shapes.template_variables(row)
-    read = {column: value for column, value in row.items() if not isinstance(value, Unreadable)}
-    texts = {"messages": messages, "reference": reference, "row": read, "variables": variables}
-    return _Plan("", Chat(messages, variables), texts)
 
 
 def _cut(rows: list[tuple[np.ndarray, np.ndarray]], key: str, max_length: int) -> list[Encoded]:
@@ -337,20 +352,6 @@ def _cut(rows: list[tuple[np.ndarray, np.ndarray]], key: str, max_length: int) -
 
 def _loss_tokens(labels: np.ndarray) -> int:
     return int(np.count_nonzero(labels[1:] != IGNORED))
-
-
-def conversation_key(conversation: Conversation) -> str:
-    """Key of a conversation's prompt: the column `prompt`, otherwise everything before the last assistant turn."""
-    if conversation["prompt"]:
-        return prompt_key(conversation["prompt"])
-    turns = conversation["completion"]
-    last = max(number for number, message in enumerate(turns) if message["role"] == "assistant")
-    return prompt_key(turns[:last])
-
-
-def as_json(value: Any) -> str:
-    """JSON text of a value of a row. Values without a JSON type (dates, bytes of a Parquet file) become strings."""
-    return json.dumps(value, default=str)
 
 
 def _no_eos(use: str) -> UserError:

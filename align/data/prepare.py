@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.filters import Filter
 from align.config.parts import Data, Mixture, Source
-from align.config.stages import DpoStage, PretrainStage, RewardModelStage, SftStage, TrainingStage
+from align.config.stages import DpoStage, KtoStage, PretrainStage, RewardModelStage, SftStage, TrainingStage
+from align.data.balance import require_both_labels, weight_note
 from align.data.chat import check_template
 from align.data.encode import Encoding, Kind
 from align.data.prompts import PromptRow, PromptRows
@@ -79,6 +80,8 @@ def prepare_stage(
             return prepare_reward_pairs(stage.data, tokenizer, **options)
         case DpoStage():
             return prepare_dpo_pairs(stage.data, tokenizer, **options)
+        case KtoStage():
+            return prepare_labelled(stage, tokenizer, **options)
         case _:
             raise TypeError(f"no rows are prepared for a {type(stage).__name__}")
 
@@ -157,6 +160,20 @@ def prepare_dpo_pairs(
     Drops the same pairs as `prepare_reward_pairs`.
     """
     return _prepare(data, "dpo_pairs", tokenizer, seed, stage_dirs, show)
+
+
+def prepare_labelled(
+    stage: KtoStage, tokenizer: PreTrainedTokenizerBase, *, seed: int, stage_dirs: StageDirs = None, show: Show = silent
+) -> Prepared:
+    """Labelled completions as prompt_ids, completion_ids and label, for KTO. A preference pair becomes two rows.
+
+    A row is dropped if prompt and completion exceed `max_length`, a pair if one of its answers does. Raises `UserError`
+    if all rows have one label.
+    """
+    data = _prepare(stage.data, "labelled", tokenizer, seed, stage_dirs, show)
+    require_both_labels(stage, data.report.desirable, data.report.undesirable)
+    note = weight_note(stage, data.report.desirable, data.report.undesirable)
+    return replace(data, report=replace(data.report, notes=(note,) if note else ()))
 
 
 def prepare_prompts(

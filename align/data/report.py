@@ -29,7 +29,7 @@ class DataReport:
     dropped        {reason: rows dropped}, over both splits; includes further passes over held-out rows
     truncated      rows truncated to the maximum length, over both splits
     split          conversations that became several rows, because the chat template renders earlier turns differently
-                   once others follow; over both splits
+                   once others follow; pairs that became two labelled rows; over both splits
     tokens         tokens of the training rows; prompts of reward-model pairs count twice
     loss_tokens    training tokens in the loss, without each row's first token; for pairs, the tokens of both answers
     fingerprint    SHA-256 over hashes of the ids and labels of all rows in order, training rows first
@@ -39,6 +39,9 @@ class DataReport:
     unread_files   {source: files of its folder that are not read: of other formats, or of other splits}
     unmatched      {setting of a source: rows in which no column or role has the name that it has}
     too_short      {evaluation set: items with too few words to be found by the filter of contamination}
+    desirable      desirable training rows, of rows with a label
+    undesirable    undesirable training rows, of rows with a label
+    notes          sentences about the training rows
     """
 
     rows_read: int
@@ -56,6 +59,14 @@ class DataReport:
     unread_files: dict[str, list[str]] = field(default_factory=dict)
     unmatched: dict[str, int] = field(default_factory=dict)
     too_short: dict[str, int] = field(default_factory=dict)
+    desirable: int = 0
+    undesirable: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """True if the rows have a label."""
+        return self.desirable + self.undesirable > 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -69,8 +80,11 @@ class DataReport:
             parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
         if self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
+        if self.labelled:
+            parts.append(f"{self.desirable:,} desirable and {self.undesirable:,} undesirable")
         if self.split:
-            parts.append(f"{self.split:,} conversations trained as several rows")
+            what = "pairs trained as two rows each" if self.labelled else "conversations trained as several rows"
+            parts.append(f"{self.split:,} {what}")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")
         common = Counter(self.dropped).most_common(REASONS)
@@ -87,7 +101,7 @@ class DataReport:
         if len(self.sources) > 1 and self.tokens:
             shares = (f"{source['name']} {source['tokens'] / self.tokens:.1%}" for source in self.sources)
             parts.append(f"tokens from {', '.join(shares)}")
-        return f"{self.rows_read:,} rows read: " + ", ".join(parts)
+        return "; ".join([f"{self.rows_read:,} rows read: " + ", ".join(parts), *self.notes])
 
 
 def make_report(
@@ -99,7 +113,7 @@ def make_report(
     all_columns: every column is used, as in prompts, whose rows reach the reward functions.
     """
     splits = [train] if held_out is None else [train, held_out]
-    digest = hashlib.sha256()
+    digest, labels = hashlib.sha256(), train.labels()
     for rows in splits:
         digest.update(rows.tokens["digest"].tobytes())
     dropped = sum((rows.dropped() for rows in read), Counter[str]())
@@ -121,6 +135,8 @@ def make_report(
         unread_files={r.name: [file.name for file in r.others] for rows in read for r in rows.readings if r.others},
         unmatched=_unmatched(read),
         too_short={name: count for entry in _entries(read) for name, count in entry.too_short.items()},
+        desirable=0 if labels is None else int(labels.sum()),
+        undesirable=0 if labels is None else int((~labels).sum()),
     )
 
 

@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 class Side:
     """One sequence of a row.
 
-    name      "text", "prompt", "chosen" or "rejected"
+    name      "text", "prompt", "chosen", "rejected", "desirable" or "undesirable"
     ids       token ids [T]
     labels    [T]: the id of a token in the loss, otherwise -100
     segments  its text
@@ -43,11 +43,17 @@ class Side:
 
 
 def sides_of(columns: Columns, decode: Decode, prompt_tokens: int | None = None) -> list[Side]:
-    """The sequences of a row; of a pair its prompt, and each answer through its end of turn.
+    """The sequences of a row; of a pair or a labelled row its prompt, and each answer through its end of turn.
 
     prompt_tokens: tokens of the prompt with which both sequences of a reward model's pair begin. Default: their common
         beginning, which may include the beginning of both answers.
     """
+    if "completion_ids" in columns:
+        name = "desirable" if columns["label"][0] else "undesirable"
+        return [
+            _side("prompt", columns["prompt_ids"], [NOT_IN_LOSS] * len(columns["prompt_ids"]), decode),
+            _side(name, columns["completion_ids"], columns["completion_labels"], decode),
+        ]
     if "chosen_ids" not in columns:
         labels = columns.get("labels", [NOT_IN_LOSS] * len(columns["input_ids"]))
         return [_side("text", columns["input_ids"], labels, decode)]
@@ -59,8 +65,8 @@ def sides_of(columns: Columns, decode: Decode, prompt_tokens: int | None = None)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     return [
         _side("prompt", prompt, [NOT_IN_LOSS] * len(prompt), decode),
-        _side("chosen", chosen, chosen, decode),
-        _side("rejected", rejected, rejected, decode),
+        _side("chosen", chosen, columns.get("chosen_labels", chosen), decode),
+        _side("rejected", rejected, columns.get("rejected_labels", rejected), decode),
     ]
 
 
@@ -91,6 +97,14 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[LengthBin]:
     for length in lengths:
         counts[max(0, length - 1) // width] += 1
     return [LengthBin(number * width + 1, (number + 1) * width, count) for number, count in enumerate(counts)]
+
+
+@dataclass(frozen=True)
+class LabelLengths:
+    """Mean tokens of a completion of each label; 0 if there is none."""
+
+    desirable: float
+    undesirable: float
 
 
 @dataclass(frozen=True)

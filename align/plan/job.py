@@ -120,7 +120,7 @@ class Job:
     gradient_checkpointing: as in the recipe.
     rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
-    needs_reference: the loss needs a forward pass of the reference (DPO), once per row.
+    forward_passes: forward passes without a gradient per row, as many as the loss needs (DPO: 1, of the reference).
     by_tokens: the recipe sets `micro_batch_tokens`, not `micro_batch_size`.
     parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size) of the recipe's other training stages.
@@ -138,7 +138,7 @@ class Job:
     gradient_checkpointing: bool = False
     rollouts: RolloutWork | None = None
     ema: bool = False
-    needs_reference: bool = False
+    forward_passes: int = 0
     by_tokens: bool = False
     parallel: Parallel | None = None
     other_stages: tuple[tuple[str, int], ...] = ()
@@ -188,7 +188,7 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
         raise UserError(
             f"recipe '{recipe.name}': no stage trains a model (kinds: "
             f"{', '.join(s.kind for s in recipe.stages.values())}); add a stage of kind pretrain, sft, reward_model, "
-            "dpo or ppo."
+            "dpo, kto or ppo."
         )
     for job in jobs:
         _check_length(job)
@@ -210,7 +210,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
     trained: Trained = "adapters" if stage.lora else "all"
     scorer = stage.makes == REWARD_MODEL
     shape = shapes(stage.init_from)
-    # DPO's reference is no longer in memory when the policy is loaded.
+    # The reference of DPO and KTO is no longer in memory when the policy is loaded.
     members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
     return Job(
         name=name,
@@ -221,7 +221,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
         micro_batch=max(1, stage.pass_tokens // stage.row_tokens),
         length=stage.data.max_length,
         sequences=stage.sequences_per_row,
-        needs_reference=stage.needs_reference,
+        forward_passes=stage.forward_passes,
         by_tokens=stage.micro_batch_tokens is not None,
         gradient_checkpointing=stage.gradient_checkpointing,
     )

@@ -39,13 +39,13 @@ class Work:
 
 
 def work(job: Job, setting: Setting) -> list[Work]:
-    """All passes of one rank per step. DPO's reference has the policy's sizes."""
+    """All passes of one rank per step. The reference of DPO and KTO has the policy's sizes."""
     passes = setting.accumulation(job)
     policy = job.members[0]
     by_role = {member.role: member for member in job.members}
     found = [Work(member, job.updates * passes, True) for member in job.learners if member.trained != "head"]
-    if job.needs_reference:
-        return [*found, Work(policy, passes, False)]
+    if job.forward_passes:
+        return [*found, Work(policy, job.forward_passes * passes, False)]
     if job.rollouts is not None:
         round_ = math.ceil(job.rollouts.completions / (setting.micro_batch * setting.gpus))
         others = [*job.members[1:], *([] if "reference" in by_role else [policy])]

@@ -67,6 +67,13 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
         *OPTIMIZER_CHARTS,
     ),
+    "kto": (
+        chart("loss", held_out=True),
+        chart("rewards/margins", held_out=True),
+        Chart("Implicit rewards", (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable"))),
+        chart("kto_kl", held_out=True),
+        *OPTIMIZER_CHARTS,
+    ),
     "ppo": (
         Chart("Score", (("score_mean", "mean"),), band="score_std"),
         Chart("KL of the policy to the reference", (("kl", "k1"), ("kl_k3", "k3"))),

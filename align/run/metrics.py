@@ -43,7 +43,8 @@ TRAINING = (
         "Loss",
         "",
         "Training loss of the optimizer step, router losses included. A mean over the "
-        "tokens that count in the loss or, for pairs, over the pairs. `eval_loss` excludes the router losses.",
+        "tokens that count in the loss; over the pairs (reward model, DPO); over the rows, each with the weight of its "
+        "label (KTO). `eval_loss` excludes the router losses.",
     ),
     MetricInfo(
         "grad_norm",
@@ -67,7 +68,7 @@ TRAINING = (
         "Token accuracy",
         SHARE,
         "Share of tokens that are the model's most probable token, over the tokens that count in the loss (DPO: over "
-        "the tokens of the chosen completions).",
+        "the tokens of the chosen completions; KTO: of the desirable ones).",
     ),
     MetricInfo(
         "accuracy",
@@ -99,40 +100,54 @@ TRAINING = (
         "rewards/margins",
         "Margin of the implicit reward",
         "",
-        "DPO: mean of the chosen completion's implicit reward minus the rejected one's.",
+        "DPO: mean of the chosen completion's implicit reward minus the rejected one's. KTO: mean over the desirable "
+        "completions minus mean over the undesirable ones; missing in a step that has only one kind.",
     ),
     MetricInfo(
         "rewards/chosen",
         "Implicit reward, chosen",
         "",
-        "DPO: mean implicit reward of the chosen completions, beta * log(policy / reference).",
+        "DPO: mean implicit reward of the chosen completions, beta * log(policy / reference). KTO: of the desirable "
+        "ones.",
     ),
     MetricInfo(
-        "rewards/rejected", "Implicit reward, rejected", "", "DPO: mean implicit reward of the rejected completions."
+        "rewards/rejected",
+        "Implicit reward, rejected",
+        "",
+        "DPO: mean implicit reward of the rejected completions. KTO: of the undesirable ones.",
     ),
     MetricInfo(
         "logps/chosen",
         "Log-probability, chosen",
         PER_COMPLETION,
-        "DPO: log-probability of the chosen completions, summed over a completion's tokens.",
+        "DPO: log-probability of the chosen completions, summed over a completion's tokens. KTO: of the desirable "
+        "ones.",
     ),
     MetricInfo(
         "logps/rejected",
         "Log-probability, rejected",
         PER_COMPLETION,
-        "DPO: log-probability of the rejected completions, summed over a completion's tokens.",
+        "DPO: log-probability of the rejected completions, summed over a completion's tokens. KTO: of the undesirable "
+        "ones.",
     ),
     MetricInfo(
         "logits/chosen",
         "Mean logit, chosen",
         "",
-        "DPO: logits of the chosen completions, a mean over tokens and vocabulary.",
+        "DPO: logits of the chosen completions, a mean over tokens and vocabulary. KTO: of the desirable ones.",
     ),
     MetricInfo(
         "logits/rejected",
         "Mean logit, rejected",
         "",
-        "DPO: logits of the rejected completions, a mean over tokens and vocabulary.",
+        "DPO: logits of the rejected completions, a mean over tokens and vocabulary. KTO: of the undesirable ones.",
+    ),
+    MetricInfo(
+        "kto_kl",
+        "KL to the reference, estimated by KTO",
+        PER_COMPLETION,
+        "KTO: mean of log(policy / reference) of the completions of other prompts of the step, summed over a "
+        "completion's tokens; 0 if the mean is negative or no prompt differs. TRL calls it `kl`.",
     ),
 )
 

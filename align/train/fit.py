@@ -122,7 +122,7 @@ class Recorder(TrainerCallback):
         loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
         self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
         if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
-            shown = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy")
+            shown = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy", "kto_kl")
             values = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
             self.context.say(f"  step {state.global_step}/{state.max_steps}  {values}")
 

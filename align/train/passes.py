@@ -58,12 +58,16 @@ class Totals(NamedTuple):
     tokens: number of tokens, padding excluded; a shared token counts in both sequences.
     loss_tokens: number of tokens with a loss.
     first_loss_tokens: those of each row's first sequence, for a pair the chosen one.
+    desirable: number of rows that are labelled desirable.
+    kl: KTO's estimate of the KL between policy and reference.
     """
 
     rows: int
     tokens: int
     loss_tokens: int
     first_loss_tokens: int
+    desirable: int = 0
+    kl: float = 0.0
 
 
 def totals_of(examples: Sequence[Example]) -> Totals:
@@ -162,7 +166,7 @@ class PackedPass:
     predicting_N, predicted_N: index of the token before each token with a loss, and the id of that token.
     sequence_N: number of its sequence.
     loss_tokens_S: number of tokens with a loss of each sequence, on the CPU.
-    values: the values of each example [examples, values per example], in float64.
+    values: the values of each example [examples, values per example], in float64; host_values: on the CPU.
     tokens: number of tokens, where a shared token counts in both sequences.
     """
 
@@ -185,7 +189,8 @@ class PackedPass:
             (row, predicting, predicted, sequence), device
         )
         self.tokens_1P = row[None]
-        self.values = to_device(torch.tensor([example.values for example in examples], dtype=torch.float64), device)
+        self.host_values = torch.tensor([example.values for example in examples], dtype=torch.float64)
+        self.values = to_device(self.host_values, device)
 
     def forward(self, trunk: Trunk, **options: Any) -> TrunkOutput:
         """Forward pass of the trunk; its hidden states are [1, P, D]."""

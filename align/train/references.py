@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ from align.train.checkpoint import load_policy
 from align.train.device import training_device
 from align.train.frozen import FrozenModel
 from align.train.objectives import Objective
-from align.train.passes import PackedPass, parts_of_rank
-from align.train.trainer import Examples, row_order
+from align.train.passes import Example, PackedPass, parts_of_rank
+from align.train.steps import Examples, row_order
 
 VERSION = 1
 """Part of the key; to be raised when the computation changes."""
@@ -42,9 +42,18 @@ WINDOW = 1024
 """Rows that are packed together; the cache is written after each window."""
 
 
+class ExampleRows(Protocol):
+    """Rows as examples, by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Example: ...
+
+
 @dataclass(frozen=True)
 class References:
-    """Log-probabilities of the chosen and rejected completions [rows, 2]; NaN for rows that the run does not read."""
+    """Log-probabilities of the completions of each row [rows, completions per row]; NaN for rows that the run does not
+    read. A pair has two, chosen and rejected."""
 
     train: np.ndarray
     held_out: np.ndarray | None
@@ -57,46 +66,78 @@ def reference_logprobs(
 
     objective: makes the rows' examples.
     """
-    reference = _Lazy(parent, context.trained_dtype(stage.lora), context)
-    key = {
-        "version": VERSION,
-        "weights": from_rank_0(
-            "hash the reference", lambda: digests(checkpoint_files(parent), cache_folder(stage.data.cache))
-        ),
-        "rows": data.report.fingerprint,
-        "dtype": [context.trained_dtype(stage.lora), context.recipe.dtype],
-    }
-    wanted = _rows_read(stage, data.train, context.seed)
-    train = _completed("train", data.train, wanted, key, stage, context, objective, reference)
-    held_out = None
-    if data.held_out is not None:
-        every = range(len(data.held_out))
-        held_out = _completed("held_out", data.held_out, every, key, stage, context, objective, reference)
-    return References(train, held_out)
+    return Reference(parent, stage, context, data).of_data(objective)
 
 
-class _Lazy:
-    """The reference, loaded when it is first needed. dtype: that of the policy, so that they are equal at first."""
+class Reference:
+    """The frozen checkpoint `parent` and the cache of its log-probabilities. It is loaded when it is first needed.
 
-    def __init__(self, parent: Path, dtype: str, context: StageContext):
-        self.parent, self.dtype, self.context = parent, dtype, context
+    Its precision is that of the policy, so that they are equal at first.
+    """
+
+    def __init__(self, parent: Path, stage: TrainingStage, context: StageContext, data: Prepared):
+        self.parent, self.stage, self.context, self.data = parent, stage, context, data
+        self.dtype = context.trained_dtype(stage.lora)
+        self.key = {
+            "version": VERSION,
+            "weights": from_rank_0(
+                "hash the reference", lambda: digests(checkpoint_files(parent), cache_folder(stage.data.cache))
+            ),
+            "rows": data.report.fingerprint,
+            "dtype": [self.dtype, context.recipe.dtype],
+        }
         self.model: FrozenModel | None = None
 
-    def logprobs(self, packed: PackedPass) -> Tensor:
+    def of_data(self, objective: Objective) -> References:
+        """Log-probabilities of the training and held-out rows; collective."""
+        train, held_out = self.data.train, self.data.held_out
+        wanted = _rows_read(self.stage, train, self.context.seed)
+        return References(
+            self.of("train", Examples(train, objective), wanted),
+            None if held_out is None else self.of("held_out", Examples(held_out, objective), range(len(held_out))),
+        )
+
+    def of(self, split: str, rows: ExampleRows, wanted: Sequence[int], **key: str) -> np.ndarray:
+        """Log-probabilities of rows [rows, sequences per row], from the cache as far as it has them; collective.
+
+        wanted: the rows that are computed. key: what determines the rows besides the data.
+        """
+        digest = hashlib.sha256(json.dumps({**self.key, "split": split, **key}, sort_keys=True).encode()).hexdigest()
+        path = cache_folder(self.stage.data.cache).parent / "references" / f"{digest}.npy"
+        shape, name = (len(rows), self.stage.sequences_per_row), split.replace("_", "-")
+        values: np.ndarray = from_rank_0("read the reference's log-probabilities", lambda: _read(path, shape))
+        missing = [row for row in wanted if np.isnan(values[row]).any()]
+        if not missing:
+            self.context.say(f"  reference: log-probabilities of {len(wanted):,} {name} rows from the cache")
+            return values
+        for start in range(0, len(missing), WINDOW):
+            window = missing[start : start + WINDOW]
+            values[window] = self._computed([rows[row] for row in window], shape[1])
+            self.context.status(f"  reference: {start + len(window):,} of {len(missing):,} {name} rows")
+            from_rank_0("write the reference's log-probabilities", lambda: _write(path, values))
+        return values
+
+    def _computed(self, examples: Sequence[Example], sequences: int) -> np.ndarray:
+        device, (rank, ranks) = training_device(), world()
+        found = torch.zeros(len(examples), sequences, dtype=torch.float64)
+        for part in parts_of_rank(examples, self.stage.pass_tokens, rank, ranks):
+            logprobs = self._logprobs(PackedPass([examples[item] for item in part.items], device))
+            if part.counts:
+                found[part.items] = logprobs.view(-1, sequences)
+        values: np.ndarray = summed(found, device).numpy()
+        return values
+
+    def _logprobs(self, packed: PackedPass) -> Tensor:
         """Log-probability of each sequence's tokens with a loss [S], in float64 on the CPU."""
-        recipe = self.context.recipe
+        recipe, device = self.context.recipe, training_device()
         if self.model is None:
             model = load_policy(self.parent, self.dtype, recipe.parallel, frozen=True).eval()
-            model = model if recipe.parallel else model.to(self.device)
+            model = model if recipe.parallel else model.to(device)
             self.model = FrozenModel(model, recipe.parallel, recipe.dtype)
         autocast = recipe.dtype == "bfloat16" and recipe.parallel is None
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             values: Tensor = self.model.run(sequence_logprobs, packed)
         return values.double().cpu()
-
-    @property
-    def device(self) -> torch.device:
-        return training_device()
 
 
 def sequence_logprobs(model: AnyModel, packed: PackedPass) -> Tensor:
@@ -106,47 +147,13 @@ def sequence_logprobs(model: AnyModel, packed: PackedPass) -> Tensor:
     return packed.by_sequence(policy.lm_head(hidden, packed.predicted_N).logprobs_N)
 
 
-def _completed(
-    split: str,
-    rows: Any,
-    wanted: Sequence[int],
-    key: dict[str, Any],
-    stage: TrainingStage,
-    context: StageContext,
-    objective: Objective,
-    reference: _Lazy,
-) -> np.ndarray:
-    """The values of a split, from the cache as far as it has them."""
-    digest = hashlib.sha256(json.dumps({**key, "split": split}, sort_keys=True).encode()).hexdigest()
-    path = cache_folder(stage.data.cache).parent / "references" / f"{digest}.npy"
-    examples = Examples(rows, objective)
-    values: np.ndarray = from_rank_0("read the reference's log-probabilities", lambda: _read(path, len(rows)))
-    missing = [row for row in wanted if np.isnan(values[row]).any()]
-    if not missing:
-        context.say(f"  reference: log-probabilities of {len(wanted):,} {split.replace('_', '-')} rows from the cache")
-        return values
-    rank, ranks = world()
-    for start in range(0, len(missing), WINDOW):
-        window = missing[start : start + WINDOW]
-        members = [examples[row] for row in window]
-        found = torch.zeros(len(window), 2, dtype=torch.float64)
-        for part in parts_of_rank(members, stage.pass_tokens, rank, ranks):
-            logprobs = reference.logprobs(PackedPass([members[i] for i in part.items], reference.device))
-            if part.counts:
-                found[part.items] = logprobs.view(-1, 2)
-        values[window] = summed(found, reference.device).numpy()
-        context.status(f"  reference: {start + len(window):,} of {len(missing):,} {split.replace('_', '-')} rows")
-        from_rank_0("write the reference's log-probabilities", lambda: _write(path, values))
-    return values
-
-
-def _read(path: Path, rows: int) -> np.ndarray:
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """The cached values; NaN where there are none."""
     try:
         values: np.ndarray = np.load(path)
     except (OSError, ValueError):
-        return np.full((rows, 2), np.nan)
-    return values
+        return np.full(shape, np.nan)
+    return values if values.shape == shape else np.full(shape, np.nan)
 
 
 def _write(path: Path, values: np.ndarray) -> None:

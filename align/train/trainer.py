@@ -1,4 +1,4 @@
-"""Training of `pretrain`, `sft`, `reward_model` and `dpo` stages: transformers' Trainer on packed passes.
+"""Training of `pretrain`, `sft`, `reward_model`, `dpo` and `kto` stages: transformers' Trainer on packed passes.
 
 transformers' Trainer runs the loop over epochs and optimizer steps, checkpoints and logging. An item of the data loader
 is a whole optimizer step. `training_step` splits it into passes (`align.train.passes`), and runs forward and backward
@@ -8,26 +8,20 @@ pass of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config.parallel import Parallel
 from align.config.stages import TrainingStage
 from align.data.prepare import Prepared
-from align.data.store.stream import StreamedRows
-from align.data.store.tokenised import list_lengths
 from align.data.transfer import to_device, to_host
 from align.models.lora.adapters import AnyModel
 from align.models.weights import read_weights
@@ -37,6 +31,7 @@ from align.train.device import train_on_one_gpu
 from align.train.objectives import Measured, Objective
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.passes import Example, PackedPass, Part, Totals, parts_of_rank, totals_of
+from align.train.steps import Examples, StepLoader, Steps, as_step, row_order
 from align.train.trackers import tracker_arguments
 
 TRAINING_STATE = "training_state"
@@ -153,7 +148,7 @@ class PackedTrainer(Trainer):
         """Accumulate the gradient of an optimizer step over its passes; returns the step's loss."""
         model.train()
         examples: list[Example] = inputs["examples"]
-        totals = totals_of(examples)
+        totals = self._totals(model, examples, self.objective)
         parts = self._parts(examples)
         measured = Sums()
         for number, part in enumerate(parts, start=1):
@@ -165,6 +160,10 @@ class PackedTrainer(Trainer):
             self.accelerator.backward(loss * self.args.world_size, **scale)
         loss, self._measured = measured.reduced(self.accelerator, self.args)
         return loss
+
+    def _totals(self, model: Any, examples: Sequence[Example], objective: Objective) -> Totals:
+        """Totals of a step, or of the held-out rows."""
+        return totals_of(examples)
 
     def _parts(self, examples: Sequence[Example]) -> list[Part]:
         """This rank's passes."""
@@ -183,11 +182,7 @@ class PackedTrainer(Trainer):
         """Forward pass; adds its results to `measured` and returns its share of the step's loss."""
         packed = PackedPass([examples[item] for item in part.items], self.args.device)
         weight = float(part.counts)
-        with self.accelerator.autocast():
-            if model is self.model:
-                result = objective.measure(model, packed, totals)
-            else:  # DeepSpeed's engine
-                result = model(objective.measure, packed, totals)
+        result: Measured = self._forward(model, objective.measure, packed, totals)
         loss, share = result.loss, packed.tokens / totals.tokens
         if result.router is not None:
             loss = loss + share * result.router.loss(self.model.config)
@@ -198,6 +193,13 @@ class PackedTrainer(Trainer):
         measured.add(result, loss, weight)
         return loss
 
+    def _forward(self, model: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, ...), a forward pass."""
+        with self.accelerator.autocast():
+            if model is self.model:
+                return function(model, *arguments)
+            return model(function, *arguments)  # DeepSpeed's engine
+
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss and metrics on the held-out rows, logged with the prefix `eval_`; router losses are not computed."""
@@ -207,7 +209,7 @@ class PackedTrainer(Trainer):
             self._held_out = list(
                 map(Examples(self.eval_dataset, objective).__getitem__, range(len(self.eval_dataset)))
             )
-        totals, measured = totals_of(self._held_out), Sums()
+        totals, measured = self._totals(model, self._held_out, objective), Sums()
         for start in range(0, len(self._held_out), WINDOW):
             window = self._held_out[start : start + WINDOW]
             for part in self._parts(window):
@@ -330,104 +332,3 @@ class Sums:
             for name, value in zip(self.largest, largest, strict=True)
         }
         return loss.float(), dict(zip(self.counts, means, strict=True)) | extremes
-
-
-class Examples(torch.utils.data.Dataset):
-    """The rows of a data set as examples."""
-
-    def __init__(self, rows: Dataset | StreamedRows, objective: Objective):
-        self.rows, self.objective = rows.select_columns(list(objective.columns)), objective
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Example:
-        return self.objective.example(self.rows[number], number)
-
-
-class StepLoader(DataLoader):
-    """Loader of an epoch's optimizer steps. transformers sets the epoch of a loader, not of its sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        assert isinstance(self.batch_sampler, Steps)
-        self.batch_sampler.set_epoch(epoch)
-
-
-def as_step(examples: list[Example]) -> dict[str, list[Example]]:
-    """An item of the loader; transformers requires a dictionary."""
-    return {"examples": examples}
-
-
-class Steps(Sampler):
-    """Batch sampler of an epoch's optimizer steps. The last one may have fewer rows."""
-
-    def __init__(self, rows: Any, batch_size: int):
-        """rows: sampler of row numbers."""
-        self.rows, self.batch_size = rows, batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.rows)
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
-
-
-def row_order(stage: TrainingStage, rows: Dataset | StreamedRows, seed: int) -> Any:
-    """Sampler of the rows' numbers in random order; an epoch's order depends only on the seed and the epoch.
-
-    A stream is shuffled already, so its rows are read in their order.
-    """
-    if isinstance(rows, StreamedRows):
-        assert stage.max_steps is not None
-        return InOrder(stage.max_steps * stage.batch_size)
-    if stage.group_by_length:
-        return LengthGroups(row_lengths(rows), stage.batch_size, seed)
-    return SeedableRandomSampler(rows, data_seed=seed)
-
-
-class InOrder(Sampler):
-    """Sampler of row numbers in ascending order."""
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def set_epoch(self, epoch: int) -> None:
-        """Ignore the epoch: the rows of a stage that streams are one epoch."""
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rows))
-
-
-class LengthGroups(Sampler):
-    """Sampler that puts rows of similar length into the same batch, in random order.
-
-    An epoch's order depends only on the seed and the epoch's number.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens per row; for a pair, the tokens of its longer side, which for DPO exclude the prompt."""
-    names = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
-    lengths: list[int] = np.max([list_lengths(dataset, name) for name in names], axis=0).tolist()
-    return lengths

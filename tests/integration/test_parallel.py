@@ -30,12 +30,12 @@ TRAINING = {
 }
 LORA_STEPS = 4
 LORA = {**TRAINING, "max_steps": LORA_STEPS, "lora": {"rank": 2, "alpha": 8.0}}
-TRAINED = ["sft", "reward_model", "dpo", "sft_lora", "reward_lora", "dpo_lora"]
+TRAINED = ["sft", "reward_model", "dpo", "kto", "sft_lora", "reward_lora", "dpo_lora"]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SFT, reward model, DPO and PPO, each with full weights and with LoRA.
+    """SFT, reward model, DPO and PPO, each with full weights and with LoRA, and KTO.
 
     The second epoch begins in step 4 or 5. An epoch's last step is smaller.
     """
@@ -69,6 +69,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # Starts from base, which is bit-equal in every run: this stage amplifies rounding differences to 1e-4.
             "reward_model": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **TRAINING},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
+            # 122 rows: the second epoch begins in step 6.
+            "kto": {"kind": "kto", "init_from": "sft", "data": data["pairs"], **TRAINING, "batch_size": 24},
             "ppo": {**ppo, "init_from": "sft"},
             "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA},
             "reward_lora": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **LORA},
@@ -117,7 +119,7 @@ def pass_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     content["model"]["config"] |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
     content["stages"] = {
         name: {**content["stages"][name], "init_from": "base", "micro_batch_tokens": 4000}
-        for name in ("sft", "reward_model", "dpo")
+        for name in ("sft", "reward_model", "dpo", "kto")
     }
     folder = tmp_path_factory.mktemp("pass_sizes")
     (folder / "pass_sizes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -127,7 +129,7 @@ def pass_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: folder / name for name in ("one", "many", "ranks")}
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "kto"])
 @pytest.mark.parametrize("other", ["many", "ranks"])
 def test_the_split_into_passes_does_not_change_a_step(pass_sizes, stage: str, other: str) -> None:
     assert difference(metrics(pass_sizes[other], stage), metrics(pass_sizes["one"], stage), ()) < 1e-5
@@ -146,7 +148,7 @@ def test_the_first_update_of_ppo_equals_that_of_one_process(single, several, sta
 def test_only_rank_0_prints(several) -> None:
     lines = several[1].splitlines()
     assert len([line for line in lines if line.startswith("sft: done")]) == 1
-    assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 3  # sft, reward_model and dpo
+    assert len([line for line in lines if f"step {STEPS}/{STEPS}" in line]) == 4  # sft, reward_model, dpo and kto
 
 
 @pytest.mark.parametrize("stage", [*TRAINED, "ppo", "ppo_lora"])

@@ -33,7 +33,7 @@ FENCES = {
     "vllm": ("align/models/hunyuan/vllm", "align/rollout/"),
     "deepspeed": ("align/parallel/",),
     "peft": ("align/models/lora",),
-    "datasets": ("align/data/", "align/train/trainer.py", "align/train/quiet.py"),
+    "datasets": ("align/data/", "align/train/steps.py", "align/train/quiet.py"),
     "trl": ("align/recipes/", "align/train/", "align/data/"),
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "vllm", "deepspeed", "accelerate"}

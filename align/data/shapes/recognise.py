@@ -54,6 +54,7 @@ _SYNONYMS = {
     "chosen": ("preferred", "response_chosen", "answer_chosen"),
     "rejected": ("dispreferred", "response_rejected", "answer_rejected"),
     "text": ("content", "document", "body"),
+    "label": ("desirable", "is_desirable", "thumbs_up", "feedback", "rating"),
 }
 """Other names that people give to a column; the advice of an error uses them."""
 
@@ -118,7 +119,7 @@ def _renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str:
         if all(found.values()):
             return ", ".join(f"{new}: {old}" for new, old in found.items() if new != old)
     new = NEEDS[accepted[0]].split(" (")[0].split(" and ")[0]
-    return f"{new}: {present[0] if present else 'name'}"
+    return f"{new}: {next((column for column in present if column not in STANDARD_COLUMNS), 'name')}"
 
 
 def _similar(new: str, present: Sequence[str]) -> str | None:

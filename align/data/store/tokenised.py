@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -126,6 +127,14 @@ class TokenisedRows:
         every = np.concatenate([np.zeros(0, TOKENS), *(entry.tokens for entry in self.entries)])
         return np.asarray(every[self.indices])
 
+    def labels(self) -> np.ndarray | None:
+        """True for each desirable token row, in order; None for rows without a label."""
+        table = self.table()
+        if "label" not in table.column_names:
+            return None
+        values = pc.list_flatten(table.column("label")).to_numpy()
+        return np.asarray(values[self.indices] == 1)
+
     def sources(self) -> np.ndarray:
         """Number of each token row's source."""
         ends = np.cumsum([len(entry.tokens) for entry in self.entries])
@@ -144,9 +153,24 @@ class TokenisedRows:
         )
 
 
+Rows = datasets.Dataset
+"""Token rows in order, memory-mapped."""
+
+
 def list_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """Length of the list in each row of a column; reads no token."""
     lengths = pc.list_value_length(dataset.data.column(column)).to_numpy()
     if dataset._indices is None:
         return np.asarray(lengths)
     return np.asarray(lengths[dataset._indices.column(0).to_numpy()])
+
+
+def list_hashes(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """64-bit hash of the list in each row of a column."""
+    found = []
+    for chunk in dataset.data.column(column).chunks:
+        values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        lists = (values[start:end].tobytes() for start, end in pairwise(ends))
+        found += [int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "big") for part in lists]
+    hashes = np.array(found, np.uint64)
+    return hashes if dataset._indices is None else np.asarray(hashes[dataset._indices.column(0).to_numpy()])

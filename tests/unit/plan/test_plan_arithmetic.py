@@ -9,6 +9,7 @@ import torch
 
 from align.config.parts import Lora
 from align.config.presets import PRESETS
+from align.config.recipe import Recipe
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
@@ -16,7 +17,7 @@ from align.plan import activations
 from align.plan.activations import Pass
 from align.plan.cost import model_cost
 from align.plan.hunyuan import DEFAULTS
-from align.plan.job import SMOLLM2_135M, Job, Member, RolloutWork
+from align.plan.job import SMOLLM2_135M, Job, Member, RolloutWork, jobs_of
 from align.plan.memory import Buffers, Memory, memory
 from align.plan.setting import Setting
 from align.plan.shape import shape_of
@@ -221,6 +222,16 @@ def test_a_step_takes_six_operations_per_parameter(large: ModelShape) -> None:
     assert operations(sft(large, batch=8), Setting(8, True, 3)) == pytest.approx(wanted, rel=0.01)
     recomputed = operations(sft(large, batch=8), Setting(8, True, 3, gradient_checkpointing=True))
     assert recomputed == pytest.approx(wanted * 4 / 3, rel=0.01)
+
+
+@pytest.mark.parametrize(("settings", "passes"), [({"loss_type": "apo_zero_unpaired"}, 4), ({}, 6)])
+def test_kto_computes_the_reference_and_mismatched_completions(settings: dict[str, str], passes: int) -> None:
+    """A trained pass costs three forward passes; the reference one more, the estimate of the KL two more."""
+    values = {"name": "t", "model": {"kind": "scratch", "preset": "tiny", "tokenizer": "x"}}
+    kto = {"kind": "kto", "data": {"train": [{"path": "x"}], "max_length": 64}, "micro_batch_size": 8, **settings}
+    (job,) = jobs_of(Recipe.model_validate({**values, "stages": {"kto": kto}}), None, None)
+    one_pass = operations(replace(job, forward_passes=0), Setting(1, False, 0, micro_batch=8)) / 3
+    assert operations(job, Setting(1, False, 0, micro_batch=8)) == pytest.approx(passes * one_pass)
 
 
 def test_a_sleeping_engine_takes_no_memory_between_rollouts(large: ModelShape) -> None:

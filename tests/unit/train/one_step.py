@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from align.config.recipe import Recipe
 from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
-from align.recipes import dpo, pretrain, reward_model, sft
+from align.recipes import dpo, kto, pretrain, reward_model, sft
 from align.run.context import StageContext, StageResult
 
-KINDS: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "dpo": dpo}
+KINDS: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 12,
@@ -58,6 +58,11 @@ def rows(kind: str) -> list[dict[str, Any]]:
         turns = [(text(n, 2), text(n + 3, length)) for n, length in enumerate(LENGTHS)]
         pairs = [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in turns]
         return [{"messages": list(pair)} for pair in pairs]
+    if kind == "kto":
+        return [
+            {"prompt": text(n, 2 + n % 3), "completion": text(n + 3, length), "label": n % 2 == 0}
+            for n, length in enumerate(LENGTHS)
+        ]
     return [
         {"prompt": text(n, 2), "chosen": text(n + 3, length), "rejected": text(n + 7, 13 - length)}
         for n, length in enumerate(LENGTHS)

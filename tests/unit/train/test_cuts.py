@@ -22,9 +22,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "reward_model": {"kind": "reward_model", "center_coef": 0.3},
     "dpo": {"kind": "dpo", "sft_coef": 0.5},
     "dpo with lora": {"kind": "dpo", "lora": {"rank": 2}, "sft_coef": 0.5},
+    "kto": {"kind": "kto", "undesirable_weight": 1.5},
+    "kto with lora": {"kind": "kto", "lora": {"rank": 2}},
     "simpo": {"kind": "dpo", "loss_type": "simpo", "sft_coef": 0.5},
 }
-RANKS = ("pretrain", "sft", "reward_model", "dpo", "simpo")
+RANKS = ("pretrain", "sft", "reward_model", "dpo", "kto", "simpo")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,16 @@ import random
 import pytest
 import torch
 
-from align.train.passes import Example, PackedPass, best_fit, common_start, parts_of_rank, split_into_passes, totals_of
+from align.train.passes import (
+    Example,
+    PackedPass,
+    Totals,
+    best_fit,
+    common_start,
+    parts_of_rank,
+    split_into_passes,
+    totals_of,
+)
 
 
 def example(*lengths: int, shared: int = 0) -> Example:
@@ -63,7 +72,7 @@ def test_a_pass_predicts_the_tokens_of_the_masks() -> None:
     assert packed.packing.last_S.tolist() == [4, 5, 7, 9]
     assert packed.by_sequence(torch.arange(1.0, 7.0)).tolist() == [3.0, 7.0, 5.0, 6.0]
     assert packed.loss_tokens_S.tolist() == [2, 2, 1, 1]
-    assert totals_of([first, second]) == (2, 13, 6, 3)
+    assert totals_of([first, second]) == Totals(2, 13, 6, 3)
 
 
 def test_the_common_start_leaves_a_token_to_the_second_sequence() -> None:

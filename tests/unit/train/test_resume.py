@@ -65,11 +65,12 @@ CASES = {
     "grouped": {"group_by_length": True},
     "dpo with lora": {"kind": "dpo", "lora": {"rank": 4}},
     "dpo": {"kind": "dpo"},
+    "kto": {"kind": "kto", "batch_size": 8},
     "reward model with lora": {"kind": "reward_model", "lora": {"rank": 4}},
 }
 
 
-LONG = {"grouped", "dpo with lora", "dpo", "reward model with lora"}
+LONG = {"grouped", "dpo with lora", "dpo", "kto", "reward model with lora"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in CASES])

@@ -325,6 +325,28 @@ def _(here: Here) -> str:
     return here.check(data={"train": [STREAM], "filters": [{"kind": "duplicates"}]}, max_steps=2)
 
 
+def label(here: Here, *labels: object) -> str:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": value} for n, value in enumerate(labels)]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    here.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return here.run(kind="kto")
+
+
+@wrong("one-label", "KTO rows that all have one label")
+def _(here: Here) -> str:
+    return label(here, True, 1, "true")
+
+
+@wrong("no-labels", "KTO rows without a label")
+def _(here: Here) -> str:
+    return label(here, None, None)
+
+
+@wrong("labels-of-another-type", "KTO rows with labels that are not true or false")
+def _(here: Here) -> str:
+    return label(here, "good", 5, [True], -1)
+
+
 @wrong("stream-with-reference", "Streaming of pairs for a loss with a reference")
 def _(here: Here) -> str:
     return here.check(kind="dpo", data={"train": [STREAM]}, max_steps=2)

@@ -238,6 +238,21 @@ def _(here: Here) -> str:
     return prefer(here, loss_type="aot", micro_batch_tokens=4096)
 
 
+def label(here: Here, **settings: Any) -> str:
+    kto = {"kind": "kto", "data": {"train": [{"kind": "file", "path": "labels.jsonl"}]}}
+    return here.check(stages={"kto": kto | settings})
+
+
+@wrong("kto-of-single-rows", "`kind: kto` with one row per step")
+def _(here: Here) -> str:
+    return label(here, batch_size=1)
+
+
+@wrong("kto-without-weights", "`kind: kto` with both weights 0")
+def _(here: Here) -> str:
+    return label(here, desirable_weight=0, undesirable_weight=0)
+
+
 @wrong("more-chosen-than-experts", "More experts per token than experts")
 def _(here: Here) -> str:
     return here.check(model={"kind": "hot_start", "experts": 2, "top_k": 3})
