@@ -302,3 +302,22 @@ def test_a_killed_run_leaves_usable_calls(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         judge(**({"url": "http://127.0.0.1:8000/v1"} | settings))
+
+
+def test_the_example_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "judges.md").read_text(encoding="utf-8")
+    program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+
+    def decide(text: str, request: dict[str, Any]) -> str:
+        if "<conversation>" in text:
+            return f"Grade: {9 if '13.' in text else 7}"
+        return f"Verdict: {'A' if 'prime' in text.split('</assistant_a>')[0].split('<assistant_a>')[1][30:] else 'B'}"
+
+    with server(decide) as (url, _):
+        exec(program.replace("http://127.0.0.1:8000/v1", url), {})
+    said = capsys.readouterr().out
+    assert "ours: mean grade 8.00" in said
+    assert "ours against theirs: win rate 1.00" in said

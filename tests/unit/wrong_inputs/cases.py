@@ -10,6 +10,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     evaluation,
     generation,
     judging,
+    long_context,
     planning,
     recipes,
     rewards,
