@@ -13,7 +13,7 @@ import numpy as np
 
 from align.errors import UserError
 from align.eval.encoder import Encoder, Unscorable
-from align.eval.harness_index import HarnessIndex, Leaf, local_dataset
+from align.eval.harness_index import LOADERS, HarnessIndex, Leaf, local_dataset
 from align.eval.records import Record
 from align.eval.task import CorpusValue, Item, Scores, Verdict, by_sample, unscored
 from align.rollout.requests import Request
@@ -264,7 +264,10 @@ class HarnessTask:
             return
         pool = list(self.task.fewshot_docs())
         if len(pool) <= self.shots:
-            raise UserError(f"task '{self.name}': it has {len(pool)} examples, but {self.shots} shots are wanted.")
+            raise UserError(
+                f"task '{self.name}': it has {len(pool)} documents to take examples from, too few for {self.shots} "
+                "shots. Set fewer shots."
+            )
         self.task.sampler = FirstNSampler(pool)
 
 
@@ -284,6 +287,8 @@ def load_leaf(index: HarnessIndex, leaf: Leaf, data: Path | None) -> Any:
     except Exception as error:  # the harness and the library for data sets raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         fix = "Check the folder" if data is not None else "Pass --data with a folder of data sets"
+        if leaf.dataset in LOADERS:
+            fix = "Check data_files in dataset_kwargs; a relative path is relative to the working directory"
         raise UserError(f"task '{leaf.name}': its data cannot be read from '{path}' ({reason}). {fix}.") from error
     (task,) = loaded["tasks"].values()
     return task

@@ -97,7 +97,8 @@ def read_suite(name: str) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {place}: {first['msg']}. Correct the suite.") from None
+        problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{file}: {place}: {problem}. Correct the suite.") from None
 
 
 def python_tasks(file: Path) -> list[Task]:

@@ -7,6 +7,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     checkpoints,
     command_line,
     data,
+    eval_command,
     evaluation,
     generation,
     judging,

@@ -28,7 +28,7 @@ def evaluate(here: Here, *arguments: str, task: str = "mine.yaml", **changes: An
     here.write("questions.jsonl", json.dumps({"question": "What is 2?", "answer": "2"}) + "\n")
     if not (here.folder / "mine.yaml").exists():
         here.write("mine.yaml", yaml.safe_dump(TASK | changes))
-    return here.align("eval", "model", "--tasks", task, *arguments)
+    return here.align("eval", "m=model", "--tasks", task, *arguments)
 
 
 def scored(here: Here, folder: str, model: str, task: str = "t") -> None:
@@ -142,8 +142,8 @@ def _(here: Here) -> str:
 
 @wrong("eval-out-has-records", "A folder that has records, without --resume")
 def _(here: Here) -> str:
-    (here.folder / "evaluation/model").mkdir(parents=True)
-    here.write("evaluation/model/records.jsonl", "")
+    (here.folder / "evaluation/m").mkdir(parents=True)
+    here.write("evaluation/m/records.jsonl", "")
     return evaluate(here)
 
 
@@ -154,8 +154,8 @@ def _(here: Here) -> str:
 
 @wrong("eval-damaged-records", "Records that cannot be read", r"(?<=align \().+(?=\))")
 def _(here: Here) -> str:
-    (here.folder / "evaluation/model").mkdir(parents=True)
-    here.write("evaluation/model/records.jsonl", '{"task": "mine"}\n')
+    (here.folder / "evaluation/m").mkdir(parents=True)
+    here.write("evaluation/m/records.jsonl", '{"task": "mine"}\n')
     return evaluate(here, "--resume")
 
 
