@@ -4,11 +4,12 @@
     python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
     python benchmarks/bench_families.py --chain      every stage from SFT to evaluation instead, a minute each
 
+A call without names goes on with the families that have no complete results of this commit. It fails if a family has
+neither a number nor a reason in some column.
+
 Largest differences in float32 (random weights, three layers, hidden size 64; other weights differ by 1 to 4 nats):
-log-probabilities of packed rows, gradients relative to the largest of each parameter, hidden states under replay of
-the routers' own choices, LoRA by row against merged, an export read by transformers; losses and weights after three
-steps on two ranks with ZeRO-3 and sharded experts (mixtures of experts); vLLM's log-probabilities at the start and
-after each of three updates.
+the checks of `python -m tests.families`; losses and weights after three steps on two ranks with sharded experts
+(mixtures of experts); vLLM's log-probabilities at the start and after each of three updates.
 """
 
 from __future__ import annotations
@@ -25,22 +26,31 @@ from typing import Any
 
 from harness import RESULTS, write
 
+from align.run.manifest import code_version
+
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
 """Families that are measured at the same time, each in its own processes."""
 sys.path.insert(0, str(ROOT))
 
+from tests.families.__main__ import CHECKS, OF_ROUTERS  # noqa: E402
 from tests.families.engine import in_own_process  # noqa: E402
 from tests.tiny_families import FAMILIES  # noqa: E402
 from tests.unit.parallel.started import run_ranks  # noqa: E402
+
+ENGINE = ("fresh", "updated")
+RANKS = ("sharded", "sharded lora")
+DENSE = dict.fromkeys((*OF_ROUTERS, *RANKS))
+"""Columns without a value for a family without experts."""
 
 
 def checks(model_type: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.families", "--one", model_type]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
-        return {"forward": f"fails: {done.stderr.strip().splitlines()[-1]}"}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        return dict.fromkeys(CHECKS, f"fails: {last_line(done.stderr)}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: f"fails: {value}" if isinstance(value, str) else value for name, value in found.items()}
 
 
 def ranks(model_type: str) -> dict[str, Any]:
@@ -48,28 +58,43 @@ def ranks(model_type: str) -> dict[str, Any]:
         try:
             run_ranks("family_ranks.py", 2, Path(folder), model_type)
         except AssertionError as error:
-            last = str(error).strip().splitlines()[-1].removeprefix("[rank0]: ")
+            last = last_line(str(error)).removeprefix("[rank0]: ")
             refused = last.startswith("align.errors.UserError: ")
-            return {"sharded": last.removeprefix("align.errors.UserError: ") if refused else f"fails: {last[:200]}"}
+            reason = last.removeprefix("align.errors.UserError: ") if refused else f"fails: {last[:200]}"
+            return dict.fromkeys(RANKS, reason)
         found = json.loads((Path(folder) / "rank-0.json").read_text())
     return {
         name: max(found[f"{model_type}, {case}"][part] for part in ("losses", "weights"))
-        for name, case in (("sharded", "full"), ("sharded lora", "lora"))
+        for name, case in zip(RANKS, ("full", "lora"), strict=True)
     }
 
 
 def engine(model_type: str) -> dict[str, Any]:
     found = in_own_process(model_type)
     if "error" in found:
-        return {"fresh": f"fails: {found['error']}"}
+        return dict.fromkeys(ENGINE, f"fails: {found['error']}")
     return {"fresh": found["fresh"], "updated": max(found["updated"]), "other experts recorded": found["routing"]}
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def measure(model_type: str) -> dict[str, Any]:
     results = {**checks(model_type), **engine(model_type)}
-    if results.get("replay") is not None:
-        results |= ranks(model_type)
-    return results
+    dense = all(results[name] is None for name in OF_ROUTERS)
+    return results | (dict.fromkeys(RANKS) if dense else ranks(model_type))
+
+
+def faults(results: dict[str, Any]) -> list[str]:
+    """Columns that failed or have no value."""
+    dense = results.keys() >= DENSE.keys() and all(results[name] is None for name in DENSE)
+    found = []
+    for name in (*CHECKS, *ENGINE, *RANKS):
+        value = results.get(name)
+        if (value is None and not (dense and name in DENSE)) or str(value).startswith("fails"):
+            found.append(name)
+    return found
 
 
 def chain(model_type: str, tied: bool) -> dict[str, Any]:
@@ -102,20 +127,26 @@ def run_chains(model_types: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_types", nargs="*", default=list(FAMILIES))
+    parser.add_argument("model_types", nargs="*", help="default: all")
     parser.add_argument("--chain", action="store_true", help="run every stage from SFT to evaluation instead")
     options = parser.parse_args()
     if options.chain:
-        run_chains(options.model_types)
+        run_chains(options.model_types or list(FAMILIES))
         return
-    file = RESULTS / "families.json"
+    file, version = RESULTS / "families.json", code_version()
     found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
+    wanted = options.model_types or [
+        name for name in FAMILIES if found.get(name, {}).get("commit") != version["commit"] or faults(found[name])
+    ]
     with ThreadPoolExecutor(WORKERS) as pool:
-        for model_type, results in zip(options.model_types, pool.map(measure, options.model_types), strict=True):
-            found[model_type] = results
+        for model_type, results in zip(wanted, pool.map(measure, wanted), strict=True):
+            found[model_type] = results | {"commit": version["commit"]}
             print(model_type, results, flush=True)
             ordered = {name: found[name] for name in FAMILIES if name in found}
-            write("families", {"families": ordered}, show=False)
+            write("families", {"families": ordered}, show=False, version=version)
+    failed = {name: columns for name in wanted if (columns := faults(found[name]))}
+    if failed:
+        sys.exit(f"without a number: {failed}")
 
 
 if __name__ == "__main__":

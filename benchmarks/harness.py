@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,24 @@ def in_new_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write(name: str, results: dict[str, Any], *, option: str = "", show: bool = True) -> None:
+def write(
+    name: str,
+    results: dict[str, Any],
+    *,
+    option: str = "",
+    show: bool = True,
+    version: Mapping[str, Any] | None = None,
+) -> None:
     """Write benchmarks/results/NAME.json with versions and hardware, and print the results if `show` is set.
 
     option: arguments with which the script makes these results.
+    version: result of `code_version` when the script started. Writing results makes the working tree dirty.
     """
     facts = {
         "benchmark": name,
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {option}".rstrip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **code_version(),
+        **(version or code_version()),
         "hardware": hardware(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or None,
         "packages": package_versions(),

@@ -169,6 +169,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Configuration values by `model_type`, beside those of `SHARED`; None removes a shared value."""
 
 
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "block_ff_dim",
+    "q_lora_rank",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """Configuration of three layers with hidden size 64; mixtures have eight experts, of which two per token."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -176,6 +190,18 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     values = deepcopy({**SHARED, **FAMILIES[model_type], **changes})  # some classes change the lists they are given
     kept = {name: value for name, value in values.items() if value is not None or name not in SHARED}
     return CONFIG_MAPPING[model_type](**kept)
+
+
+def wide_config(model_type: str) -> Any:
+    """The tiny configuration with widths and heads times four. Memory is then mostly that of matrices and rows.
+
+    On a CPU, attention stores its weights if it has dropout, or values of another size than keys; on a GPU it does not.
+    """
+    values = {**SHARED, **FAMILIES[model_type]}
+    changes = {name: 4 * values[name] for name in WIDTHS if values.get(name)}
+    if "v_head_dim" in values:
+        changes["v_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    return tiny_config(model_type, **changes, attention_dropout=0.0)
 
 
 def tiny_model(model_type: str, seed: int = 0, attention: str = "sdpa", **changes: Any) -> Any:

@@ -15,12 +15,14 @@ class Facts:
     sigmoid: experts are scored by a sigmoid per expert instead of a softmax over the experts.
     mixes_neighbours: layers other than attention mix neighbouring tokens (short convolutions), or attention is limited
         to chunks. Packed rows are then computed as a padded batch.
+    weighs_inputs: routing weights multiply the inputs of the experts, not their outputs.
     convolutions: layers read the weights of convolutions outside the modules that own them, so ZeRO-3 cannot shard
         them.
     """
 
     sigmoid: bool = False
     mixes_neighbours: bool = False
+    weighs_inputs: bool = False
     convolutions: bool = False
 
 
@@ -73,5 +75,5 @@ TABLE: dict[str, Facts] = {
     "hy_v3": SIGMOID,
     "deepseek_v3": SIGMOID,
     "lfm2_moe": Facts(sigmoid=True, mixes_neighbours=True, convolutions=True),
-    "llama4_text": Facts(sigmoid=True, mixes_neighbours=True),
+    "llama4_text": Facts(sigmoid=True, mixes_neighbours=True, weighs_inputs=True),
 }

@@ -20,10 +20,8 @@ Bytes = dict[str, float]
 FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
 FROZEN = "frozen forward"
 LAST_LAYER, FIRST_LAYER = "backward, last layer", "backward, first layer"
-TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
-"""TRL's loss computes logits in tiles of this many tokens and vocabulary entries."""
 CHUNK_BYTES = 96 * 2**20
-"""Bytes of logits that PPO's loss keeps at a time. Equals the constant of `align.losses.linear_head`, which is not
+"""Bytes of fp32 logits that a loss computes at a time. Equals the constant of `align.losses.linear_head`, which is not
 imported because that loads torch."""
 
 
@@ -411,14 +409,11 @@ class _Rank:
         shape = member.shape
         trained = member.trained == "all"
         gradient = 4 * shape.logits if trained else 0
-        hidden = run.tokens * shape.hidden_size * 4
-        if self.job.rollouts is not None:
-            rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))
-            return 2 * rows * shape.vocab_size * 4 + gradient + hidden, gradient
-        rows, columns = min(run.tokens, TILE_TOKENS), min(shape.vocab_size, TILE_COLUMNS)
-        scratch = (29 if run.bytes_per_value == 4 else 33) * rows * columns if self.on_cpu else 0
-        tile = rows * TILE_COLUMNS * run.bytes_per_value + scratch
-        return tile + gradient + hidden, gradient
+        hidden = 2 * run.tokens * shape.hidden_size * run.bytes_per_value  # those with a loss, and their gradient
+        rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))
+        # Logits and their exponentials in fp32; in bf16 also the gradient of the logits.
+        buffers = rows * shape.vocab_size * (8 if run.bytes_per_value == 4 else 8 + run.bytes_per_value)
+        return buffers + gradient + hidden, gradient
 
     def step(self, member: Member) -> Bytes:
         """Gradients in the optimizer step, with DeepSpeed's copies of them. AdamW is fused and has no temporaries."""

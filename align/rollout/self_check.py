@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.errors import UserError
+from align.rollout.vllm_fixes import PAST_LOADERS
 
 TOKENS = 48
 """Tokens that are compared, spread evenly over the completions."""
@@ -83,6 +84,6 @@ class SelfCheck:
         if not self.changed:
             return AT_START.get(self.config.model_type, ANOTHER_FUNCTION)
         kept = ["the output head"] if getattr(self.config, "tie_word_embeddings", False) else []
-        kept += ["attention sinks"] if self.config.model_type == "gpt_oss" else []
+        kept += ["attention sinks"] if self.config.model_type in PAST_LOADERS else []
         kept += ["experts"] if getattr(self.config, "num_experts_per_tok", None) else []
         return f"the engine kept old weights of {' or '.join(kept) or 'some layers'}"

@@ -6,14 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from align.config.presets import DEFAULT_FAMILY
 from align.losses.linear_head import linear_logprobs
-from align.models.hunyuan import HunYuanConfig
-from align.models.hunyuan.moe import MoeBlock
+from align.models.family import family
 from align.smoke.machine import Machine, synchronize
 from align.smoke.table import Check, fast
 
@@ -76,7 +76,10 @@ def dense_product(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object
 
 def grouped_products(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     """(forward and backward pass of an MoE block with top-2 routing and a shared expert, FLOPs of its products)."""
-    config = HunYuanConfig(
+    kind: Any = family(DEFAULT_FAMILY)
+    config = kind.config(
+        vocab_size=64,
+        num_hidden_layers=1,
         hidden_size=sizes.hidden,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -84,7 +87,8 @@ def grouped_products(sizes: Sizes, dtype: torch.dtype) -> tuple[Callable[[], obj
         moe_topk=2,
         intermediate_size=sizes.width,
     )
-    block = MoeBlock(config, 0).to(dtype)
+    policy: Any = kind.policy(config)
+    block = policy.model.layers[0].mlp.to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     hidden = torch.randn(1, sizes.tokens, sizes.hidden, dtype=dtype, requires_grad=True)

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from align.config.presets import DEFAULT_FAMILY
 from align.data.experience import Experience, build_experience
-from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.family import family
 
 PROMPTS, PROMPT, COMPLETION = 8, 24, 24
 """Number of prompts, tokens of the longest prompt, and tokens of a completion."""
 
 
-def small_policy(**changes: Any) -> HunYuanForCausalLM:
+def small_policy(**changes: Any) -> Any:
     """A random policy with two MoE layers. All GPU kernels support its head size and widths."""
     sizes: dict[str, Any] = {
         "vocab_size": 1024,
@@ -29,13 +30,13 @@ def small_policy(**changes: Any) -> HunYuanForCausalLM:
         "initializer_range": 0.05,
     }
     torch.manual_seed(0)
-    policy = HunYuanForCausalLM(HunYuanConfig(**(sizes | changes)))
-    policy.eval()
-    return policy
+    kind: Any = family(DEFAULT_FAMILY)
+    policy = kind.policy(kind.config(**(sizes | changes)))
+    return policy.eval()
 
 
 @torch.no_grad()
-def greedy_batch(policy: HunYuanForCausalLM) -> Experience:
+def greedy_batch(policy: Any) -> Experience:
     """A rollout batch of greedy completions, with prompts of different lengths."""
     random = torch.Generator().manual_seed(1)
     prompts, completions = [], []

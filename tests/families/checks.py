@@ -5,12 +5,15 @@ Each returns its largest error or raises `AssertionError`.
 
 from __future__ import annotations
 
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.config.families import TABLE
 from align.config.parts import Lora
 from align.models.adopted.routing import RoutingPass
 from align.models.experts import Experts
@@ -24,6 +27,24 @@ from tests.tiny_families import VOCABULARY, save_tiny, tiny_config, tiny_model
 LENGTHS = [5, 17, 30]
 """Tokens per sequence; the windows of the tiny families are 8."""
 PROBE = [("embeddings", "model.embed_tokens.weight"), ("norm", "model.norm.weight")]
+
+
+EXPERTS_KEY = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+"""Keys of configurations with the number of routed experts."""
+
+
+def has_experts(config: Any) -> bool:
+    """True for a mixture of experts, whatever align finds in its model."""
+    counts = [value for key, value in config.to_dict().items() if EXPERTS_KEY.fullmatch(key)]
+    return any(isinstance(count, int) and count > 1 for count in counts)
+
+
+def require_dense(model: Any) -> None:
+    """Raise `AssertionError` for a mixture of experts, whose routers align has not found."""
+    assert not has_experts(model.config), (
+        "align finds no routers in this mixture of experts, so it would train without balance loss, routing replay and "
+        "router metrics"
+    )
 
 
 def rows(seed: int = 1) -> list[Tensor]:
@@ -57,19 +78,90 @@ def packed_logprobs(model: Any, sequences: list[Tensor], **options: Any) -> tupl
 
 
 def check_forward(model_type: str) -> float:
-    """Packed log-probabilities equal those of transformers, sequence by sequence; other neighbours change nothing."""
+    """Packed log-probabilities equal those of transformers, sequence by sequence."""
     reference = tiny_model(model_type)
     model = adopted(model_type, reference)
     sequences = rows()
     with torch.no_grad():
         expected = torch.cat([token_logprobs(reference, ids) for ids in sequences])
         found, _ = packed_logprobs(model, sequences)
-        others, _ = packed_logprobs(model, [*rows(seed=2)[:2], sequences[2]])
-        alone, _ = packed_logprobs(model, sequences[2:])
-    last = LENGTHS[2] - 1
-    found = torch.cat((found, others[-last:], alone))
-    expected = torch.cat((expected, expected[-last:], expected[-last:]))
     error: float = (found - expected).abs().max().item()
+    assert error < 1e-5, error
+    return error
+
+
+def check_bfloat16(model_type: str, folder: Path) -> float:
+    """Mean error of packed log-probabilities in bf16, as a multiple of that of transformers' own model in bf16."""
+    from transformers import AutoModelForCausalLM
+
+    reference = save_tiny(model_type, folder)
+    attention = reference_attention(reference.config)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention)
+    ours: Any = family(model_type).policy.from_pretrained(folder, dtype=torch.bfloat16)
+    sequences = [ids for seed in range(4) for ids in rows(seed)]
+    with torch.no_grad():
+        exact, plain = (
+            torch.cat([token_logprobs(model, ids) for ids in sequences]) for model in (reference, theirs.eval())
+        )
+        found, _ = packed_logprobs(ours.eval(), sequences)
+    error: float = ((found.float() - exact).abs().mean() / (plain - exact).abs().mean()).item()
+    assert error < 1.5, error
+    return error
+
+
+def check_packing(model_type: str) -> float:
+    """Logits of a sequence do not depend on its neighbours in a packed row, and are those of the sequence alone."""
+    model = adopted(model_type, tiny_model(model_type))
+    sequences = rows()
+    last = LENGTHS[2]
+    with torch.no_grad():
+        packed = [packed_logits(model, [*first, sequences[2]])[-last:] for first in (sequences[:2], rows(seed=2)[:2])]
+        alone = packed_logits(model, sequences[2:])
+        padded = torch.cat((sequences[2], sequences[0]))[None]
+        mask = torch.ones_like(padded)
+        mask[:, last:] = 0
+        hidden = model.model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+        unpacked = model.lm_head(hidden)[0, :last]
+    error: float = max((logits - alone).abs().max().item() for logits in (*packed, unpacked))
+    assert error < 1e-5, error
+    return error
+
+
+def packed_logits(model: Any, sequences: list[Tensor]) -> Tensor:
+    """Logits [T, V] of the tokens of one packed row, without scale and soft cap."""
+    packing = Packing([len(ids) for ids in sequences])
+    hidden = model.model(input_ids=torch.cat(sequences)[None], packing=packing, use_cache=False).last_hidden_state
+    logits: Tensor = model.lm_head(hidden)[0]
+    return logits
+
+
+def check_scorer(model_type: str) -> float:
+    """Scores of a reward model's packed rows equal a linear head on transformers' own trunk, and those of transformers'
+    classifier, if the family has one, which loads the saved reward model."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    reference = tiny_model(model_type)
+    config = tiny_config(model_type, num_labels=1)
+    scorer: Any = family(model_type).scorer(config).eval()
+    trunk = {name: tensor for name, tensor in reference.state_dict().items() if name.startswith("model.")}
+    missing, unexpected = scorer.load_state_dict(trunk, strict=False)
+    assert (missing, unexpected) == (["score.weight"], [])
+    sequences = rows()
+    packing = Packing([len(ids) for ids in sequences])
+    with torch.no_grad():
+        hidden = scorer.model(input_ids=torch.cat(sequences)[None], packing=packing, use_cache=False).last_hidden_state
+        found = scorer.score(hidden[0, packing.last_S])[:, 0]
+        states = [reference.model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1] for ids in sequences]
+        expected = [torch.stack(states) @ scorer.score.weight[0]]
+        if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            with tempfile.TemporaryDirectory() as folder:
+                scorer.save_pretrained(folder)
+                plain: Any = AutoModelForSequenceClassification.from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation=reference_attention(config)
+                ).eval()
+            expected.append(torch.cat([plain(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]))
+    error: float = max((found - scores).abs().max().item() for scores in expected)
     assert error < 1e-5, error
     return error
 
@@ -103,6 +195,7 @@ def check_replay(model_type: str) -> float | None:
     with torch.no_grad():
         _, own = packed_logprobs(model, sequences, output_router_logits=True)
         if own.routed_experts is None:
+            require_dense(model)
             assert all(layer.experts == 1 for layer in layers)
             return None
         _, again = packed_logprobs(model, sequences, routed_experts=own.routed_experts)
@@ -125,12 +218,64 @@ def check_weighting(model_type: str) -> float | None:
     worst = 0.0
     with torch.no_grad():
         model.model(input_ids=rows()[2][None], use_cache=False, routing=routing)
+        if not routing.routings:
+            require_dense(model)
         for found in routing.routings.values():
             scores = found.scores_TE.softmax(-1).gather(1, found.chosen_Tk)
             ratios = found.weights_Tk / found.weights_Tk[:, :1], scores / scores[:, :1]
             worst = max(worst, (ratios[0] / ratios[1] - 1).abs().max().item())
     assert worst < 1e-4, f"{worst}; experts are weighed by other scores than those reported: is Facts.sigmoid right?"
     return worst if routing.routings else None
+
+
+def check_balance(model_type: str) -> float | None:
+    """The balance loss of a packed row and of a padded batch is the mean over layers of E sum(load_e p_e), computed
+    here from transformers' own routers, sequence by sequence; relative. None for a dense family."""
+    reference = tiny_model(model_type)
+    model = adopted(model_type, reference)
+    sequences = rows()
+    tokens = max(LENGTHS)
+    ids = torch.stack([torch.cat((one, one.new_zeros(tokens - len(one)))) for one in sequences])
+    mask = torch.stack([(torch.arange(tokens) < length).long() for length in LENGTHS])
+    with torch.no_grad():
+        packed = packed_logprobs(model, sequences, output_router_logits=True)[1].router
+        if packed is None:
+            require_dense(model)
+            return None
+        padded = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True).router
+        expected = balance_by_hand(reference, sequences, sigmoid=TABLE[model_type].sigmoid)
+    error: float = max(abs(float(report.balance_loss) / expected - 1) for report in (packed, padded))
+    assert error < 1e-5, error
+    return error
+
+
+def balance_by_hand(reference: Any, sequences: list[Tensor], *, sigmoid: bool) -> float:
+    """Mean over layers of E sum(load_e p_e) over all tokens, from the outputs of transformers' routers."""
+    router = reference.model._can_record_outputs["router_logits"].target_class
+    seen: dict[Any, list[Any]] = {module: [] for module in reference.modules() if isinstance(module, router)}
+    handles = [module.register_forward_hook(lambda module, _, output: seen[module].append(output)) for module in seen]
+    for ids in sequences:
+        reference.model(input_ids=ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    losses = []
+    for module, outputs in seen.items():
+        experts, chosen = module.num_experts, []
+        logits = torch.cat([next(part for part in output if is_logits(part, experts)) for output in outputs])
+        for output in outputs:
+            indices = next((part for part in output if not part.is_floating_point()), None)
+            # Llama 4's routers return scores, which are zero for the other experts.
+            chosen.append(output[0].nonzero()[:, 1] if indices is None else indices.flatten())
+        scores = logits.sigmoid() if sigmoid else logits.exp()
+        p = scores / scores.sum(1, keepdim=True)
+        load = torch.cat(chosen).bincount(minlength=experts) / torch.cat(chosen).numel()
+        losses.append(experts * float((load * p.mean(0)).sum()))
+    return sum(losses) / len(losses)
+
+
+def is_logits(part: Tensor, experts: int) -> bool:
+    """True for values of all experts that are not zero for most of them, as scores of chosen experts are."""
+    return part.is_floating_point() and part.shape[1] == experts and bool((part != 0).all())
 
 
 def check_names(model_type: str, folder: Path) -> int:
@@ -153,7 +298,7 @@ def check_names(model_type: str, folder: Path) -> int:
 
 
 def check_export(model_type: str, folder: Path) -> float:
-    """A saved policy and a saved scorer load in plain transformers with the same outputs."""
+    """A saved policy loads in plain transformers with the same log-probabilities."""
     from transformers import AutoModelForCausalLM
 
     save_tiny(model_type, folder / "source")

@@ -4,6 +4,7 @@ folders, and recipes load without torch."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,22 @@ def test_imports_go_down_and_fences_hold() -> None:
 )
 def test_a_planted_violation_is_seen(name: str, source: str) -> None:
     assert violations(name, source)
+
+
+FAMILYS_OWN = re.compile(r"from align\.models\.hunyuan\S* import .*HunYuan|model_type\s*[!=]=\s*[\"']")
+"""A class of one family, or a comparison with the name of one family."""
+
+
+def test_only_models_name_the_classes_of_a_family() -> None:
+    others = [(name, file.read_text()) for name, file in modules() if not name.startswith("align/models/")]
+    assert [name for name, source in others if FAMILYS_OWN.search(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source", ["    from align.models.hunyuan.modeling import A, HunYuanModel", 'if config.model_type == "gpt_oss":']
+)
+def test_a_family_named_elsewhere_is_seen(source: str) -> None:
+    assert FAMILYS_OWN.search(source)
 
 
 def test_recipes_validate_without_torch_in_a_second() -> None:

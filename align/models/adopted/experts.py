@@ -1,6 +1,6 @@
 """The routed experts of the adopted families as `align.models.experts.Experts`.
 
-Shapes: N rows sorted by expert, D hidden, E experts, F expert width, G = 2F.
+Shapes: T tokens, N rows sorted by expert, D hidden, E experts, k experts per token, F expert width, G = 2F.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from align.models.experts import Correction, ExpertRows, Experts, corrected, in_autocast_dtype
@@ -56,3 +56,34 @@ class AdoptedExperts(Experts):
         expert = torch.searchsorted(division.ends_E, row, right=True)
         found = bias_EO.index_select(0, expert.clamp_max(len(bias_EO) - 1))
         return found if division.complete else found * (row < division.ends_E[-1])[:, None]
+
+
+class TransposedExperts(AdoptedExperts):
+    """Mix-in before an experts' class without transformers' switches, whose stacks are [E, D, G] and [E, F, D]."""
+
+    is_transposed = True
+    has_bias = False
+    has_gate = True
+    _apply_gate = _default_apply_gate
+
+
+class InputWeighingMoe(nn.Module):
+    """Mix-in before the class of an MoE block that multiplies the experts' inputs, not their outputs, by the routing
+    weights (Llama 4). transformers' block computes every expert for every token, with zeros for experts that were not
+    chosen; here only the chosen ones compute.
+    """
+
+    router: nn.Module
+    experts: nn.Module
+    shared_expert: nn.Module
+    top_k: int
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(output [T, D], router logits [T, E])."""
+        hidden_TD = hidden.flatten(0, -2)
+        scores_TE, logits_TE = self.router(hidden_TD)
+        weights_Tk, experts_Tk = scores_TE.topk(self.top_k, dim=-1)
+        inputs_TkD = hidden_TD[:, None] * weights_Tk[..., None].to(hidden_TD.dtype)
+        alone = experts_Tk.reshape(-1, 1)
+        outputs = self.experts(inputs_TkD.flatten(0, 1), alone, torch.ones_like(alone, dtype=hidden_TD.dtype))
+        return self.shared_expert(hidden_TD) + outputs.unflatten(0, experts_Tk.shape).sum(1), logits_TE

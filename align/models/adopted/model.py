@@ -22,8 +22,8 @@ from align.config.families import Facts
 from align.losses.linear_head import LogitTransform
 from align.models.adopted import attention
 from align.models.adopted.attention import CountedPacking
-from align.models.adopted.experts import AdoptedExperts
-from align.models.adopted.routing import CURRENT, ReportingRouter, RoutingPass
+from align.models.adopted.experts import AdoptedExperts, InputWeighingMoe, TransposedExperts
+from align.models.adopted.routing import CURRENT, ReportingRouter, RoutingPass, ScoringRouter
 from align.models.adopted.vllm_fields import vllm_fields
 from align.models.heads import ScoreHead, TokenHead, last_positions
 from align.models.packing import Packing
@@ -156,10 +156,13 @@ def adapt(model: Any, facts: Facts) -> None:
         setattr(config, name, value)  # saved with the model, so that vLLM reads a checkpoint as transformers does
     router = _router_class(trunk)
     for module in list(trunk.modules()):
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if facts.weighs_inputs and hasattr(module, "experts") and hasattr(module, "router"):
+            module.__class__ = mixed(InputWeighingMoe, type(module))
+            module.experts.__class__ = mixed(TransposedExperts, type(module.experts))
+        elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             module.__class__ = mixed(AdoptedExperts, type(module))
         elif router is not None and isinstance(module, router):
-            module.__class__ = mixed(ReportingRouter, type(module))
+            module.__class__ = mixed(ScoringRouter if facts.weighs_inputs else ReportingRouter, type(module))
             module.scores_by_sigmoid = facts.sigmoid  # type: ignore[assignment]  # of ReportingRouter
     for number, layer in enumerate(trunk.layers):
         layer.__class__ = mixed(AdoptedLayer, type(layer))
@@ -170,10 +173,11 @@ def adapt(model: Any, facts: Facts) -> None:
 
 
 def _router_class(trunk: Any) -> type[nn.Module] | None:
-    """Class of the routers whose logits transformers records, if they also return their decisions."""
+    """Class of the routers whose logits transformers records, if they also return their decisions; a plain linear layer
+    does not."""
     recorder = (getattr(trunk, "_can_record_outputs", None) or {}).get("router_logits")
     target: type[nn.Module] | None = getattr(recorder, "target_class", None)
-    return target if target is not None and not issubclass(target, nn.Linear) else None
+    return None if target is nn.Linear else target
 
 
 _MIXED: dict[tuple[type, type], type] = {}

@@ -57,8 +57,25 @@ class ReportingRouter(nn.Module):
         wanted = routing.wanted(layer, self.top_k)
         with nullcontext() if wanted is None else Replay(wanted, self.num_experts):
             output = super().forward(*args, **kwargs)
-        routing.routings[layer] = read_routing(output, sigmoid=self.scores_by_sigmoid)
+        routing.routings[layer] = self.read(output)
         return output
+
+    def read(self, output: Sequence[Tensor]) -> Routing:
+        """The routing in the router's output."""
+        return read_routing(output, sigmoid=self.scores_by_sigmoid)
+
+
+class ScoringRouter(ReportingRouter):
+    """Mix-in before the class of a router that returns scores [T, E], zero for experts that were not chosen, and
+    logits [T, E]."""
+
+    def read(self, output: Sequence[Tensor]) -> Routing:
+        scores_TE, logits_TE = output
+        weights_Tk, chosen_Tk = scores_TE.topk(self.top_k, dim=-1)
+        weights_Tk = weights_Tk.float()
+        return Routing(
+            logits_TE.float(), chosen_Tk, chosen_Tk, weights_Tk, complete=True, sigmoid=self.scores_by_sigmoid
+        )
 
 
 def read_routing(output: Sequence[Tensor], *, sigmoid: bool) -> Routing:

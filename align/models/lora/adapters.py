@@ -78,6 +78,10 @@ def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True)
     with _without_old_names(), warnings.catch_warnings():
         # join_embeddings ties the copies.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        # The patterns name every layer of a group. PEFT warns about layers that `lora.layers` excludes, and about
+        # stacked parameters: it compares patterns with the names of modules only, but applies them to parameters too.
+        unmatched = "The following (rank|alpha)_pattern keys did not match any targeted module"
+        warnings.filterwarnings("ignore", message=unmatched, category=RuntimeWarning)
         wrapped = get_peft_model(model, lora_config(lora, model, task=task), autocast_adapter_dtype=in_float32)
     apply_by_row(wrapped)
     if lora.train_embeddings:

@@ -17,14 +17,14 @@ from align.config.families import TABLE, Facts
 from align.config.parts import Lora
 from align.errors import UserError
 from align.models.adopted.build import adopt
-from align.models.adopted.routing import Replay, read_routing
+from align.models.adopted.routing import Replay, RoutingPass, read_routing
 from align.models.adopted.vllm_fields import FIELDS, vllm_fields
 from align.models.family import family, family_of, model_types, routed_layers
 from align.models.packing import Packing
 from align.models.routing import report_routing
 from align.models.weights import check_weights
 from align.train.checkpoint import load_policy
-from tests.families import checks
+from tests.families import checks, planned
 from tests.tiny_families import FAMILIES, save_tiny, tiny_config, tiny_model
 
 SEAMS = {
@@ -36,7 +36,9 @@ SEAMS = {
     "qwen3_moe": "softmax router, one published matrix per expert",
     "deepseek_v3": "MLA, router with groups and a bias, shared expert",
     "gpt_oss": "sinks, transposed experts with biases",
+    "llama4_text": "routing weights on the inputs of experts, chunks",
 }
+DENSE = ["llama", "gemma2", "gemma3_text", "granite"]
 
 
 @pytest.mark.parametrize("model_type", SEAMS)
@@ -49,7 +51,40 @@ def test_gradients_are_those_of_transformers(model_type: str) -> None:
     checks.check_gradients(model_type)
 
 
-@pytest.mark.parametrize("model_type", [name for name in SEAMS if name not in ("llama", "gemma2", "granite")])
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_bfloat16_is_as_exact_as_that_of_transformers(model_type: str, tmp_path: Path) -> None:
+    checks.check_bfloat16(model_type, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_a_sequence_does_not_depend_on_its_neighbours(model_type: str) -> None:
+    checks.check_packing(model_type)
+
+
+@pytest.mark.parametrize("model_type", SEAMS)
+def test_scores_of_a_reward_model_are_those_of_a_head_on_transformers_trunk(model_type: str) -> None:
+    checks.check_scorer(model_type)
+
+
+@pytest.mark.parametrize("model_type", [*set(SEAMS) - set(DENSE)])
+def test_the_balance_loss_is_that_of_transformers_routers_without_padding(model_type: str) -> None:
+    assert checks.check_balance(model_type) is not None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "llama4_text"])
+def test_the_peak_memory_is_planned(model_type: str) -> None:
+    planned.check_plan(model_type)
+
+
+@pytest.mark.parametrize("check", [checks.check_replay, checks.check_weighting, checks.check_balance])
+def test_a_mixture_whose_routers_are_not_found_fails(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.models.adopted.model._router_class", lambda _: None)
+    with pytest.raises(AssertionError, match="align finds no routers in this mixture of experts"):
+        check("qwen3_moe")
+    assert check("llama") is None
+
+
+@pytest.mark.parametrize("model_type", [*set(SEAMS) - set(DENSE)])
 def test_replay_uses_the_experts_it_is_told(model_type: str) -> None:
     checks.check_replay(model_type)
 
@@ -69,9 +104,26 @@ def test_a_saved_model_loads_in_plain_transformers(model_type: str, tmp_path: Pa
     checks.check_export(model_type, tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "llama4_text"])
 def test_adapters_by_row_equal_merged_ones(model_type: str) -> None:
     checks.check_lora(model_type)
+
+
+def test_several_experts_whose_inputs_are_weighed() -> None:
+    """Llama 4's classes allow more than one expert per token; the weights are sigmoids of the chosen logits."""
+    reference = tiny_model("llama4_text", num_experts_per_tok=2)
+    model = checks.adopted("llama4_text", reference, num_experts_per_tok=2)
+    ids = checks.rows()[2][None]
+    routing = RoutingPass(None)
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        model.model(input_ids=ids, routing=routing)
+        torch.testing.assert_close(found, reference(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert set(routing.routings) == {0, 1, 2}
+    for layer in routing.routings.values():
+        expected = layer.logits_TE.topk(2)
+        assert torch.equal(layer.chosen_Tk, expected.indices)
+        torch.testing.assert_close(layer.weights_Tk, expected.values.sigmoid())
 
 
 def test_every_adopted_family_has_a_tiny_model() -> None:

@@ -29,6 +29,7 @@ from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.export import save_sharded_model
 from align.parallel.group import start_deepspeed
 from align.parallel.load import load_sharded
+from align.run.refusals import zero_3_problem
 from align.train.optimizer import build_optimizer
 from tests.tiny_families import VOCABULARY, save_tiny, tiny_config
 
@@ -74,7 +75,8 @@ def alone(folder: Path, model_type: str, lora: Lora | None) -> tuple[list[float]
 def sharded(folder: Path, out: Path, model_type: str, lora: Lora | None) -> list[float]:
     """Losses of the same steps on all ranks; rank 0 writes the export to `out`."""
     routed = any(layer.experts > 1 for layer in routed_layers(tiny_config(model_type)))
-    parallel = Parallel(processes=2, zero_stage=3, expert_parallel_size=2 if routed else 1)
+    zero_stage: Any = 2 if zero_3_problem(model_type) else 3
+    parallel = Parallel(processes=2, zero_stage=zero_stage, expert_parallel_size=2 if routed else 1)
     torch.manual_seed(1)
     config: Any = tiny_config(model_type)
     net = load_sharded(family(model_type).policy, config, folder, torch.float32, parallel, lora)
