@@ -13,6 +13,8 @@ from align.errors import UserError, missing_dependency
 INSTALL = "pip install 'align-moe[eval]'"
 LOADERS = {"json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset"}
 """Values of dataset_path that name a file format; the files are in dataset_kwargs."""
+GROUP_KEYS = {"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata"}
+"""Keys of a group that are not settings of its members."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,18 @@ class HarnessIndex:
             raise missing_dependency("lm_eval", "a task of lm-evaluation-harness", INSTALL) from error
         for file in files:
             check_yaml(file)
-        folders = [str(folder) for folder in _folders(names)]
-        self.manager = TaskManager(include_path=[*folders, *{str(f.parent) for f in files}], include_defaults=False)
-        self._entries: dict[str, Any] = self.manager.task_index
+        own = sorted({str(file.parent) for file in files})
+        wanted, folders = set(names), set(_folders(sorted(names)))
+        while True:
+            paths = [*sorted(map(str, folders)), *own]
+            self.manager = TaskManager(include_path=paths, include_defaults=False)
+            self._entries: dict[str, Any] = self.manager.task_index
+            # A group may list tasks of other folders.
+            absent = {member for name in wanted for member in self._absent(name)}
+            found = set(_folders(sorted(absent))) - folders if absent else set()
+            if not found:
+                break
+            wanted, folders = wanted | absent, folders | found
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -77,6 +88,18 @@ class HarnessIndex:
                 found += self.groups(child)
         return found
 
+    def _absent(self, name: str) -> Iterator[str]:
+        """Names of tasks that `name`, or a group in it, lists and that are not indexed."""
+        if name not in self._entries:
+            return
+        members = self._config(name).get("task")
+        for member in members if isinstance(members, list) else []:
+            listed = member if isinstance(member, str) else member.get("group", member.get("task"))
+            if isinstance(listed, str) and listed not in self._entries:
+                yield listed
+            elif isinstance(listed, str):
+                yield from self._absent(listed)
+
     def _config(self, name: str) -> dict[str, Any]:
         return dict(self._entries[name].cfg or {})
 
@@ -86,14 +109,14 @@ class HarnessIndex:
             for member in sorted(entry.tags):
                 yield from self._unfold(member, settings)
         elif isinstance(config.get("task"), list):
-            yield from self._members(config["task"], settings)
+            yield from self._members(config["task"], {**_for_members(config), **settings})
         else:
             merged = {**config, **settings}
             yield Leaf(name, {**settings, "task": name}, merged.get("dataset_path"))
 
     def _members(self, members: list[str | dict[str, Any]], settings: dict[str, Any]) -> Iterator[Leaf]:
         for member in members:
-            changes = {} if isinstance(member, str) else {k: v for k, v in member.items() if k not in ("task", "group")}
+            changes = {} if isinstance(member, str) else _for_members(member)
             name = member if isinstance(member, str) else member.get("group", member.get("task"))
             if isinstance(name, str) and name in self._entries:
                 yield from self._unfold(name, {**settings, **changes})
@@ -101,6 +124,11 @@ class HarnessIndex:
                 yield from self._members(member["task"], {**settings, **changes})
             else:
                 raise UserError(f"task '{name}': the harness has no such task, but a group lists it. Choose another.")
+
+
+def _for_members(group: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a group that its members inherit."""
+    return {key: value for key, value in group.items() if key not in GROUP_KEYS}
 
 
 def check_yaml(file: Path) -> None:
@@ -121,10 +149,10 @@ def check_yaml(file: Path) -> None:
         raise UserError(f"{file}{place}: not valid YAML ({error.problem}). Correct the file.") from None
 
 
-def local_dataset(path: str | None, data: Path | None) -> tuple[str | None, tuple[str, str] | None]:
+def local_dataset(path: str | None, data: Path | None) -> tuple[str | None, str | None]:
     """(dataset_path to load, what is missing) of a task's dataset_path: with `data`, the folder DATA/dataset_path.
 
-    What is missing is the folder and the command that downloads it. Without `data`, the path is kept, and the library
+    What is missing is given as the command that downloads it. Without `data`, the path is kept, and the library
     for data sets looks in its own cache. The path of a task that makes its own data is None.
     """
     if path is None or path in LOADERS or Path(path).is_absolute() or data is None:
@@ -132,11 +160,11 @@ def local_dataset(path: str | None, data: Path | None) -> tuple[str | None, tupl
     folder = data / path
     if folder.is_dir():
         return str(folder), None
-    return None, (str(folder), f"hf download --repo-type dataset {path} --local-dir {folder}")
+    return None, f"hf download --repo-type dataset {path} --local-dir {folder}"
 
 
 def _folders(names: Sequence[str]) -> list[Path]:
-    """Folders of the harness whose files define these names."""
+    """Folders of the harness whose files define these names, or list them as members of a group or tag."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent

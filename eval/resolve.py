@@ -141,11 +141,8 @@ def _resolve_harness(harness: Sequence[tuple[Wanted, Path | None]], data: Path |
         chosen += [(one, leaf) for leaf in index.leaves(name)]
     missing = dict.fromkeys(problem for _, leaf in chosen if (problem := local_dataset(leaf.dataset, data)[1]))
     if missing:
-        folders, downloads = zip(*missing)
-        raise UserError(
-            f"--data {data}: {len(missing)} data sets are missing: {', '.join(folders)}. Run "
-            f"{'; '.join(f'`{download}`' for download in downloads)}."
-        )
+        commands = "; ".join(f"`{command}`" for command in missing)
+        raise UserError(f"--data {data}: {len(missing)} data sets are missing. Run {commands}.")
     for one, leaf in chosen:
         entry = one.entry
         found.tasks.append(
