@@ -38,13 +38,15 @@ def write_tasks(folder: Path, documents: int) -> None:
     rows = []
     for _ in range(documents + 8):
         a, b, name, thing = draw.randint(2, 60), draw.randint(2, 60), draw.choice(names), draw.choice(things)
-        choices = [f" {a + b + shift} {thing} in the box" for shift in (0, 1, 10, -2)]
+        sums = [a + b, a + b + 1, a + b + 10, a + b - 2]
+        draw.shuffle(sums)
         rows.append(
             {
                 "question": f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
                 "solution": f"{name} had {a} {thing}. With {b} more, {name} has {a} + {b} = {a + b}.",
                 "answer": str(a + b),
-                "choices": choices,
+                "choices": [f" {number} {thing} in the box" for number in sums],
+                "gold": sums.index(a + b),
                 "text": " ".join(
                     draw.choice([*names, *things, "and", "then", "has", "gives", "to"]) for _ in range(600)
                 ),
@@ -93,7 +95,7 @@ def write_tasks(folder: Path, documents: int) -> None:
             + "".join(f"{c}.{{{{choices[{i}]}}}}\n" for i, c in enumerate("ABCD"))
             + "Answer:",
             "doc_to_choice": ["A", "B", "C", "D"],
-            "doc_to_target": 0,
+            "doc_to_target": "gold",
             "metric_list": [{"metric": "acc", **mean}],
         },
         "words": {
@@ -101,7 +103,7 @@ def write_tasks(folder: Path, documents: int) -> None:
             "output_type": "multiple_choice",
             "doc_to_text": "Question: {{question}}\nAnswer:",
             "doc_to_choice": "{{choices}}",
-            "doc_to_target": 0,
+            "doc_to_target": "gold",
             "target_delimiter": "",
             "metric_list": [{"metric": "acc_norm", **mean}],
         },
