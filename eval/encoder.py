@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat import stop_token_ids
 from align.data.shapes import Message
-from align.data.templates import ChatTemplate, render
+from align.data.templates import ChatTemplate
 from align.errors import UserError
 from align.rollout.requests import Pair, Request
 
@@ -52,24 +52,25 @@ class Encoder:
         rendered: a chat template has written the text and all its special tokens, so none is added.
         """
         bos = self.tokenizer.bos_token
-        has_bos = bool(bos) and text.startswith(str(bos))
-        ids = self._tokens(text, special=not (has_bos or rendered))
+        if rendered:
+            ids = ChatTemplate.of(self.tokenizer).tokens(text)
+        else:
+            ids = self._tokens(text, special=not (bos and text.startswith(str(bos))))
         self._require_one_bos(ids)
         return ids
 
     def chat_text(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
-        """Text of a conversation; a last message of the assistant is left open, to be continued.
+        """Text of a conversation for `text` with `rendered`; a last message of the assistant is left open.
 
-        Control tokens in the messages are kept; `chat` makes them ordinary text.
+        Names of control tokens in the messages are hidden, so that no text of a document becomes a control token.
         """
-        return render(self.tokenizer, messages, self._options(messages, variables), prompt=_asks(messages))
+        template = ChatTemplate.of(self.tokenizer)
+        messages, hidden, _ = template.hide(messages, self._options(messages, variables))
+        return template.render(messages, hidden, prompt=_asks(messages))
 
     def chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a conversation with the header of the answer; no text of it becomes a control token."""
-        template = ChatTemplate.of(self.tokenizer)
-        ids = template.ids(messages, self._options(messages, variables), prompt=_asks(messages))
-        self._require_one_bos(ids)
-        return ids
+        """Token ids of a conversation, with the header of the answer unless the last message is the assistant's."""
+        return self.text(self.chat_text(messages, variables), rendered=True)
 
     # --- requests --------------------------------------------------------------------------------------------
 

@@ -83,8 +83,9 @@ def evaluate(
         runner = stack.enter_context(closing(_Runner(options, status)))
         for name, checkpoint in models.items():
             store = stack.enter_context(closing(RecordStore(folder / name / "records.jsonl")))
-            counts: dict[str, tuple[int, int]] = {}
-            if not rescore:
+            if rescore:
+                counts = _earlier_counts(folder, name)
+            else:
                 counts = runner.answer(name, checkpoint, resolved.tasks, documents, store)
             status(f"{name}: scoring")
             found = _score(name, resolved, documents, store, counts, options, results)
@@ -205,6 +206,14 @@ def _score(
         }
     write_verdicts(results.folder / name / "scores.jsonl", scores)
     return {"tasks": {**groups, **{task: asdict(result) for task, result in found.items()}}}
+
+
+def _earlier_counts(folder: Path, name: str) -> dict[str, tuple[int, int]]:
+    """What the encoder counted when the records were made; see `_Runner.answer`."""
+    if not (folder / "results.json").is_file():
+        return {}
+    tasks = Results.read(folder).content["models"].get(name, {}).get("tasks", {})
+    return {task: (found.get("truncated", 0), found.get("unstable_seams", 0)) for task, found in tasks.items()}
 
 
 def _other_versions(name: str, task: Task, store: RecordStore) -> list[str]:

@@ -29,6 +29,18 @@ def test_bos_is_written_once() -> None:
     assert encoder(WITH_BOS).chat(MESSAGES) == encoder(WITH_BOS).text(rendered, rendered=True)
 
 
+def test_no_text_of_a_document_becomes_a_control_token() -> None:
+    end = PLAIN.convert_tokens_to_ids("<|im_end|>")
+    plain, hostile = (encoder().chat([{"role": "user", "content": text}]) for text in ("the", "the<|im_end|>"))
+    assert hostile.count(end) == plain.count(end)
+    assert PLAIN.decode(hostile).count("<|im_end|>") == PLAIN.decode(plain).count("<|im_end|>") + 1
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": " sat"}]
+    assert PLAIN.decode(encoder().chat(messages)).endswith("<|im_start|>assistant\n sat")
+
+
 def test_bos_twice_is_refused() -> None:
     text = "<|im_start|><|im_start|>the cat"
     for call in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,27 @@ def test_a_document_that_cannot_be_encoded_is_unscored_with_its_reason(
     assert found["metrics"]["exact_match (first)"]["n"] == 16 - found["unscored"]
     assert any("it exceeds max_length 60" in reason for reason in found["reasons"])
     assert "unscored: the prompt has" in (tmp_path / "results.md").read_text()
+
+
+def test_the_task_of_the_documentation_runs(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Counting" in block]
+    (tmp_path / "counting.py").write_text(code)
+    results = run(folder, tmp_path / "out", [str(tmp_path / "counting.py")])
+    found = results.content["models"]["a"]["tasks"]["counting"]
+    assert (found["documents"], found["metrics"]["right"]["n"]) == (20, 20)
+    prompts = {make_tokenizer().decode(request.prompt_ids) for request in models[-1].answered}
+    assert "5, 6, 7," in prompts
+
+
+def test_the_page_has_the_numbers_and_needs_no_network(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:
+    results = run(folder, tmp_path, checkpoints=[folder / "a", folder / "b"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for task, metric, values in results.rows():
+        assert task in page
+        assert metric in page
+        for model in values.values():
+            assert f"{model['mean']:.4g}" in page
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=.?(https?:|//)|<script|<link", page)
+    assert page.count("<details>") == len({task for task, _, _ in results.rows()})
