@@ -44,6 +44,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"] * (1 + n % 4)} for n, pair in enumerate(pairs)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = [{**row, "label": n % 3 > 0} for n, row in enumerate(rows)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     ppo = {
         "kind": "ppo",
         "prompts": [{"kind": "file", "path": str(folder / "pairs.jsonl")}],
@@ -59,7 +61,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     data = {
         name: {"train": [{"kind": "file", "path": str(folder / f"{name}.jsonl")}], "max_length": 96}
-        for name in ("rows", "pairs")
+        for name in ("rows", "pairs", "labels")
     }
     content = {
         "name": "parallel",
@@ -69,8 +71,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # Starts from base, which is bit-equal in every run: this stage amplifies rounding differences to 1e-4.
             "reward_model": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **TRAINING},
             "dpo": {"kind": "dpo", "init_from": "sft", "data": data["pairs"], "sft_coef": 0.1, **TRAINING},
-            # 122 rows: the second epoch begins in step 6.
-            "kto": {"kind": "kto", "init_from": "sft", "data": data["pairs"], **TRAINING, "batch_size": 24},
+            # The rows are alike, so that their mismatched completions become likelier too: the estimate exceeds 0.
+            "kto": {"kind": "kto", "init_from": "sft", "data": data["labels"], "undesirable_weight": 0.2, **TRAINING},
             "ppo": {**ppo, "init_from": "sft"},
             "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA},
             "reward_lora": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **LORA},
@@ -110,6 +112,12 @@ def several(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 @pytest.mark.parametrize("stage", TRAINED)
 def test_two_ranks_with_half_of_the_experts_each_train_as_one_process(single, several, stage: str) -> None:
     assert difference(metrics(several[0], stage), metrics(single, stage)) < 1e-5
+
+
+def test_two_ranks_estimate_the_kl_of_kto_as_one_process(single, several) -> None:
+    ours, theirs = ([line["kto_kl"] for line in metrics(folder, "kto")] for folder in (several[0], single))
+    assert max(theirs) > 1
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from align.recipes import kto
 from align.run.context import StageContext
 from align.train import references
 from align.train.kto import Completion, donors, mismatch
-from tests.unit.train.one_step import build, checkpoint, gradient_of, train_one_step
+from tests.unit.train.one_step import build, checkpoint, gradient_of, mean_gradient_of_ranks, train_one_step
 from tests.unit.train.test_first_steps import logprobs, mean
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -189,6 +189,27 @@ def test_equal_policies_have_the_loss_of_sigmoid_of_zero(
     """Three desirable rows with weight 1 and two undesirable ones with weight 3: (3 / 2 + 2 * 3 / 2) / 5."""
     trainer = build("kto", model, tmp_path, monkeypatch, undesirable_weight=3.0)
     assert train_one_step(trainer).logs["loss"] == pytest.approx(0.9, rel=1e-6)
+
+
+def test_the_estimate_does_not_depend_on_passes_or_ranks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rows in one pass, in five, and in five on two ranks, one of which repeats a row that does not count."""
+    trainers = []
+    for number, tokens in enumerate((1000, 1, 1, 1)):
+        folder = tmp_path / str(number)
+        trainers.append(build("kto", model, folder, monkeypatch, beta=0.7, micro_batch_tokens=tokens))
+        changed(trainers[-1])
+    single, split = map(gradient_of, trainers[:2])
+    estimates = [trainer._measured["kto_kl"].item() for trainer in trainers[:2]]
+    several = mean_gradient_of_ranks(trainers[2:])
+    estimates += [trainer._measured["kto_kl"].item() for trainer in trainers[2:]]
+    assert estimates == pytest.approx([estimates[0]] * 4, rel=1e-5)
+    assert estimates[0] > 0.5
+    largest = max(gradient.abs().max().item() for gradient in single.values())
+    for other in (split, several):
+        for name, gradient in single.items():
+            assert (other[name] - gradient).abs().max().item() < 2e-6 * largest, name
 
 
 # --- TRL --------------------------------------------------------------------------------------------------
