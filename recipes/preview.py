@@ -18,10 +18,10 @@ from align.config.stage import StageWithParent
 from align.config.stages import SampleStage, Stage, TrainingStage
 from align.data.prepare import prepare_prompts, prepare_stage
 from align.data.report import REASONS, DataReport
-from align.data.show import LabelLengths, LengthBias, LengthBin, Side, histogram, length_bias, sides_of
+from align.data.show import Labels, LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
 from align.data.store.stream import StreamedRows
-from align.data.store.tokenised import TokenisedRows, list_lengths
+from align.data.store.tokenised import TokenisedRows, list_hashes, list_lengths
 from align.data.streaming import StreamedReport
 from align.errors import UserError
 from align.recipes.base import base_tokenizer
@@ -60,7 +60,7 @@ class Preview:
     streams    True if the rows stream
     examples   {reason: (file and line, the dropped row as JSON text)}
     bias       lengths of the answers of pairs
-    labels     lengths of the completions of each label
+    labels     completions of each label
     steps      optimizer steps of the stage, or iterations of PPO
     step_name  "optimizer steps" or "PPO iterations"
     """
@@ -72,7 +72,7 @@ class Preview:
     examples: Mapping[str, tuple[str, str]] | None = None
     lengths: Lengths | None = None
     bias: LengthBias | None = None
-    labels: LabelLengths | None = None
+    labels: Labels | None = None
     steps: int | None = None
     step_name: str = "optimizer steps"
 
@@ -90,7 +90,7 @@ class Preview:
             "examples": examples,
             "lengths": self.lengths and asdict(self.lengths),
             "length_bias": self.bias and asdict(self.bias),
-            "label_lengths": self.labels and asdict(self.labels),
+            "labels": self.labels and asdict(self.labels),
             "steps": self.steps,
             "streams": self.streams,
         }
@@ -150,7 +150,7 @@ def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
         examples=_examples(data.rows),
         lengths=_lengths(lengths, data.rows, computed),
         bias=bias,
-        labels=_label_lengths(rows, data.rows),
+        labels=_labels(rows, data.rows),
         steps=steps,
     )
 
@@ -233,13 +233,17 @@ def _sizes(rows: Any, prompts: np.ndarray | None) -> tuple[np.ndarray, LengthBia
     return prompts + np.maximum(chosen, rejected), length_bias(zip(chosen.tolist(), rejected.tolist()))
 
 
-def _label_lengths(rows: Any, tokenised: TokenisedRows) -> LabelLengths | None:
+def _labels(rows: Any, tokenised: TokenisedRows) -> Labels | None:
     labels = tokenised.labels()
     if labels is None:
         return None
     lengths = list_lengths(rows, "completion_ids")
     desirable, undesirable = (float(lengths[kind].mean()) if kind.any() else 0.0 for kind in (labels, ~labels))
-    return LabelLengths(desirable, undesirable)
+    texts = np.stack([list_hashes(rows, name) for name in ("prompt_ids", "completion_ids")], 1)
+    _, text = np.unique(texts, axis=0, return_inverse=True)
+    text = text.reshape(-1)
+    both = np.isin(text, text[labels]) & np.isin(text, text[~labels])
+    return Labels(desirable, undesirable, int(both.sum()))
 
 
 def _lengths(lengths: np.ndarray, rows: TokenisedRows, computed: float | None = None) -> Lengths:

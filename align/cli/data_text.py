@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from align.cli.terminal import color
 from align.data.report import REASONS
-from align.data.show import LabelLengths, LengthBias, Segment, Side, bar
+from align.data.show import Labels, LengthBias, Segment, Side, bar
 from align.recipes.duration import Estimate
 from align.recipes.preview import Lengths, Preview
 
@@ -84,7 +84,7 @@ def report_lines(found: Preview) -> list[str]:
             ]
     lines += _length_lines(found.lengths) if found.lengths else []
     lines += [_line("answers", _bias_text(found.bias))] if found.bias else []
-    lines += [_line("answers", _label_text(found.labels))] if found.labels else []
+    lines += _label_lines(found.labels) if found.labels else []
     if found.steps:
         lines.append(_line("steps", f"{found.steps:,} {found.step_name}"))
     return lines
@@ -123,8 +123,12 @@ def _bias_text(bias: LengthBias) -> str:
     )
 
 
-def _label_text(lengths: LabelLengths) -> str:
-    return f"mean {lengths.desirable:,.0f} tokens if desirable, {lengths.undesirable:,.0f} if undesirable"
+def _label_lines(labels: Labels) -> list[str]:
+    good, bad = labels.desirable_tokens, labels.undesirable_tokens
+    lines = [_line("answers", f"mean {good:,.0f} tokens if desirable, {bad:,.0f} if undesirable")]
+    if labels.contradictory:
+        lines.append(_line("", f"{labels.contradictory:,} rows occur with both labels"))
+    return lines
 
 
 def _line(name: str, text: str) -> str:

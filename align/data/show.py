@@ -100,11 +100,17 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[LengthBin]:
 
 
 @dataclass(frozen=True)
-class LabelLengths:
-    """Mean tokens of a completion of each label; 0 if there is none."""
+class Labels:
+    """Completions of each label.
 
-    desirable: float
-    undesirable: float
+    desirable_tokens    mean tokens of a desirable completion; 0 if there is none
+    undesirable_tokens  mean tokens of an undesirable completion; 0 if there is none
+    contradictory       rows whose prompt and completion occur with the other label too
+    """
+
+    desirable_tokens: float
+    undesirable_tokens: float
+    contradictory: int
 
 
 @dataclass(frozen=True)

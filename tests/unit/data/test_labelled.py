@@ -176,7 +176,8 @@ def test_rows_are_shown_with_their_labels(recipe: str, capsys: Any, tokenizer: A
     found = json.loads(capsys.readouterr().out)
     report = found["report"]
     assert (report["desirable"], report["undesirable"]) == (3, 1)
-    assert report["label_lengths"] == {"desirable": pytest.approx(10 / 3), "undesirable": 4.0}
+    tokens = {"desirable_tokens": pytest.approx(10 / 3), "undesirable_tokens": 4.0}
+    assert report["labels"] == {**tokens, "contradictory": 0}
     sides = [next(side for side in row if side != "prompt") for row in found["rows"]]
     assert sorted(sides) == ["desirable"] * 3 + ["undesirable"]
     for row in found["rows"]:
@@ -185,6 +186,15 @@ def test_rows_are_shown_with_their_labels(recipe: str, capsys: Any, tokenizer: A
         assert tokenizer.decode(side["input_ids"]) == side["text"]
     lengths = [len(row["prompt"]["input_ids"]) + len(row[s]["input_ids"]) for row, s in zip(found["rows"], sides)]
     assert report["lengths"]["mean"] == pytest.approx(sum(lengths) / 4)
+
+
+def test_rows_with_both_labels_are_counted(recipe: str, capsys: Any) -> None:
+    """Three rows have one prompt and completion; the fourth shares only the prompt, the fifth only the completion."""
+    found = [("a", "b", True), ("a", "b", False), ("a", "b", True), ("a", "c", True), ("d", "b", False)]
+    rows = [{"prompt": prompt, "completion": text, "label": label} for prompt, text, label in found]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    main(["data", "stats", recipe, "kto"])
+    assert "            3 rows occur with both labels\n" in capsys.readouterr().out
 
 
 def test_check_prints_the_labels(recipe: str, capsys: Any) -> None:

@@ -40,6 +40,23 @@ def test_a_pair_has_its_prompt_once() -> None:
     assert [side.ids for side in shorter] == [[0, 1], [2], []]
 
 
+def test_user_turns_inside_an_answer_are_not_in_the_loss() -> None:
+    rows = {"prompt_ids": [0], "chosen_ids": [2, 3, 9], "chosen_labels": [2, -100, 9], "rejected_ids": [4]}
+    _, chosen, rejected = sides_of({**rows, "rejected_labels": [4]}, decode)
+    assert chosen.segments == [("c", True), ("d", False), ("j", True)]
+    assert rejected.segments == [("e", True)]
+
+
+def test_a_labelled_row_has_the_name_of_its_label() -> None:
+    row = {"prompt_ids": [0, 1], "completion_ids": [2, 3], "completion_labels": [-100, 3]}
+    for label, name in ((1, "desirable"), (0, "undesirable")):
+        sides = sides_of({**row, "label": [label]}, decode)
+        assert [(side.name, side.segments) for side in sides] == [
+            ("prompt", [("ab", False)]),
+            (name, [("c", False), ("d", True)]),
+        ]
+
+
 def test_the_histogram_covers_every_row() -> None:
     assert histogram([1, 8, 9, 16, 17, 64], bins=8) == [
         LengthBin(1, 8, 2),
