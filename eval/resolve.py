@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from align.config.suites import Suite, SuiteTask
 from align.errors import UserError
 from align.eval.harness_index import Group, HarnessIndex, Leaf, check_yaml, local_dataset
+from align.eval.own_task import YamlTask, built_in_file, missing_data
 from align.eval.task import Task
 
 SUITES = Path(__file__).parent / "suites"
@@ -62,23 +63,27 @@ def resolve(names: Sequence[str | Task], *, data: Path | None = None, chat: bool
         else:
             wanted.append(Wanted(SuiteTask(task=name, fixed_shots=False), chat))
     harness: list[tuple[Wanted, Path | None]] = []
+    own: list[YamlTask] = []
     for one in wanted:
         name = one.entry.task
         if Path(name).suffix == ".py":
             found.tasks += python_tasks(Path(name))
         elif Path(name).suffix in (".yaml", ".yml"):
             check_yaml(Path(name))
-            if not HARNESS_KEYS & _keys(Path(name)):
-                raise UserError(
-                    f"{name}: not a task of lm-evaluation-harness, because it has none of the keys "
-                    f"{', '.join(sorted(HARNESS_KEYS))}. Add dataset_path and output_type, or write the task in a .py "
-                    "file."
-                )
-            harness.append((one, Path(name)))
+            if HARNESS_KEYS & _keys(Path(name)):
+                harness.append((one, Path(name)))
+            else:
+                own.append(YamlTask(Path(name), data=data, chat=one.chat, shots=one.entry.shots))
+        elif file := built_in_file(name):
+            own.append(YamlTask(file, data=data, chat=one.chat, shots=one.entry.shots))
         else:
             harness.append((one, None))
+    found.tasks += own
+    missing = missing_data(own)
     if harness:
-        _resolve_harness(harness, data, found)
+        _resolve_harness(harness, data, found, missing)
+    elif missing:
+        raise _missing(missing, data)
     _require_distinct(found.tasks)
     if not found.tasks:
         raise UserError("no tasks are given. Pass --tasks with names, files or suite:NAME.")
@@ -121,7 +126,13 @@ def python_tasks(file: Path) -> list[Task]:
     return list(tasks)
 
 
-def _resolve_harness(harness: Sequence[tuple[Wanted, Path | None]], data: Path | None, found: Resolved) -> None:
+def _resolve_harness(
+    harness: Sequence[tuple[Wanted, Path | None]],
+    data: Path | None,
+    found: Resolved,
+    missing: dict[str, None],
+) -> None:
+    """Add the harness's tasks. missing: data sets that other tasks lack, for one message with the harness's."""
     from align.eval.harness import HarnessTask, load_leaf, silence
 
     silence()
@@ -139,10 +150,9 @@ def _resolve_harness(harness: Sequence[tuple[Wanted, Path | None]], data: Path |
             raise UserError(f"{file}: the harness does not accept it as a task. Set `task` and `output_type`.")
         found.groups += index.groups(name)
         chosen += [(one, leaf) for leaf in index.leaves(name)]
-    missing = dict.fromkeys(problem for _, leaf in chosen if (problem := local_dataset(leaf.dataset, data)[1]))
+    missing |= dict.fromkeys(problem for _, leaf in chosen if (problem := local_dataset(leaf.dataset, data)[1]))
     if missing:
-        commands = "; ".join(f"`{command}`" for command in missing)
-        raise UserError(f"--data {data}: {len(missing)} data sets are missing. Run {commands}.")
+        raise _missing(missing, data)
     for one, leaf in chosen:
         entry = one.entry
         found.tasks.append(
@@ -155,6 +165,11 @@ def _resolve_harness(harness: Sequence[tuple[Wanted, Path | None]], data: Path |
                 settings=entry.generation,
             )
         )
+
+
+def _missing(missing: Iterable[str], data: Path | None) -> UserError:
+    commands = [f"`{command}`" for command in missing]
+    return UserError(f"--data {data}: {len(commands)} data sets are missing. Run {'; '.join(commands)}.")
 
 
 def _keys(file: Path) -> set[str]:

@@ -41,12 +41,14 @@ class Samples:
 
     prompt_rows: prompt and data row of each completion.
     completions: token ids as sampled.
-    tokenizer: the policy's.
+    tokenizer: the policy's; None if `decoded` is given.
+    decoded: texts of the completions if they are known.
     """
 
     prompt_rows: Sequence[PromptRow]
     completions: Sequence[Completion]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
+    decoded: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -54,6 +56,9 @@ class Samples:
     @cached_property
     def texts(self) -> list[str]:
         """Content of each completion; see `AnswerReader.text`."""
+        if self.decoded is not None:
+            return list(self.decoded)
+        assert self.tokenizer is not None
         reader = AnswerReader(self.tokenizer)
         return [reader.text(c.token_ids) for c in self.completions]
 
@@ -75,15 +80,16 @@ class Component(Protocol):
 
 
 def build_component(
-    reward: config.RewardBase, process: FunctionProcess, tokenizer: PreTrainedTokenizerBase
+    reward: config.RewardBase, process: FunctionProcess, tokenizer: PreTrainedTokenizerBase | None
 ) -> Component:
     """The component of a reward section of any kind except `model`.
 
-    process: runs users' functions and patterns; the caller closes it. tokenizer: the policy's.
+    process: runs users' functions and patterns; the caller closes it. tokenizer: the policy's; only `remote` needs it.
     Raises UserError if the function cannot be imported, the server cannot be reached, or there is no sandbox.
     """
     match reward:
         case config.RemoteReward():
+            assert tokenizer is not None
             return _remote(reward, tokenizer)
         case config.FunctionReward():
             return _function(reward, process)

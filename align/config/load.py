@@ -174,7 +174,7 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises `UserError` with one line per problem.
     """
     path = resolve_recipe_path(recipe)
-    values = _read_yaml(path)
+    values = read_yaml(path, "a recipe; write a mapping with the keys name, model and stages")
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -184,11 +184,12 @@ def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, wanted: str) -> dict[str, Any]:
+    """The mapping of a YAML file. Raises `UserError` if it is not one. wanted: what it should be, and the fix."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not valid UTF-8; save the recipe as UTF-8 text.") from None
+        raise UserError(f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8 text.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from None
     try:
@@ -202,7 +203,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise UserError(f"{path}: {where}not valid YAML ({reason}); correct it.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a recipe; write a mapping with the keys name, model and stages.")
+        raise UserError(f"{path}: not {wanted}.")
     return values
 
 

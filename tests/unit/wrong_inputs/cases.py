@@ -12,6 +12,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     generation,
     judging,
     long_context,
+    own_tasks,
     planning,
     recipes,
     rewards,
