@@ -75,13 +75,13 @@ class DataReport:
     def summary(self) -> str:
         """One line for the terminal."""
         if self.loss_tokens:
-            parts = [f"{self.rows_train:,} training rows ({self.tokens:,} tokens, {self.loss_tokens:,} in the loss)"]
+            labels = f"{self.desirable:,} desirable, {self.undesirable:,} undesirable; " if self.labelled else ""
+            tokens = f"{self.tokens:,} tokens, {self.loss_tokens:,} in the loss"
+            parts = [f"{self.rows_train:,} training rows ({labels}{tokens})"]
         else:
             parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
         if self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
-        if self.labelled:
-            parts.append(f"{self.desirable:,} desirable and {self.undesirable:,} undesirable")
         if self.split:
             what = "pairs trained as two rows each" if self.labelled else "conversations trained as several rows"
             parts.append(f"{self.split:,} {what}")

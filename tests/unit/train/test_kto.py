@@ -302,7 +302,7 @@ def test_the_reference_is_computed_once(model: Path, tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(again.objective.mismatched.logprobs_M, first.objective.mismatched.logprobs_M)
     build("kto", model, tmp_path / "more", monkeypatch, batch_size=4, max_steps=4)
     assert len(loads) == 2
-    assert 5 not in computed[len(before) :][:1] or len(computed) == len(before) + 1
+    assert len(computed) == len(before) + 1
 
 
 def test_every_step_of_two_epochs_has_its_values(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
