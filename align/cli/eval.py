@@ -23,11 +23,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--tasks",
-        required=True,
         metavar="TASKS",
         help="names of harness tasks, suite:NAME (hunyuan-base, hunyuan-instruct, quick), or .yaml and .py files, "
         "separated by commas",
     )
+    command.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="instead of --tasks: preference pairs, to evaluate reward models by accuracy, bias and calibration",
+    )
+    command.add_argument("--subset", metavar="COLUMN", help="column of the pairs' subsets")
     command.add_argument("--data", type=Path, metavar="DIR", help="folder of data sets; data set X is read from DIR/X")
     command.add_argument(
         "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder to write (default: evaluation)"
@@ -75,7 +80,6 @@ def _eval(options: argparse.Namespace) -> None:
 
     _require_positive(options)
     quieten()
-    tasks = [name for part in options.tasks.split(",") if (name := part.strip())]
     named = [text.partition("=") for text in options.checkpoints]
     paths = [local_path(path if equals else name) for name, equals, path in named]
     all_named = all(equals for _, equals, _ in named)
@@ -84,8 +88,15 @@ def _eval(options: argparse.Namespace) -> None:
     names = [name for name, _, _ in named]
     if all_named and len(set(names)) < len(names):
         raise UserError("checkpoints: two have the same name. Give each its own.")
+    checkpoints = dict(zip(names, paths)) if all_named else paths
+    if (options.tasks is None) == (options.pairs is None):
+        raise UserError("align eval: it needs either --tasks or --pairs. Pass one of the two.")
+    if options.pairs is not None:
+        _pairs(options, checkpoints)
+        return
+    tasks = [name for part in options.tasks.split(",") if (name := part.strip())]
     results = evaluate(
-        dict(zip(names, paths)) if all_named else paths,
+        checkpoints,
         tasks,
         out=options.out,
         resume=options.resume,
@@ -114,6 +125,27 @@ def _eval(options: argparse.Namespace) -> None:
         say("")
         print(results.table())
         print(f"\n{options.out / 'report.html'}")
+
+
+def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path]) -> None:
+    from align.config.parts import FileSource
+    from align.eval.evaluation import named_checkpoints
+    from align.eval.opening import default_dtype
+    from align.eval.reward_model.score import evaluate_pairs
+
+    found = evaluate_pairs(
+        named_checkpoints(checkpoints, read=True),
+        FileSource(path=options.pairs),
+        out=options.out,
+        dtype=options.dtype or default_dtype(),
+        subset=options.subset,
+        limit=options.limit,
+        seed=options.seed,
+        status=(lambda line: None) if options.json else status,
+    )
+    if not options.json:
+        say("")
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(found["lines"]))
 
 
 def _require_positive(options: argparse.Namespace) -> None:

@@ -216,3 +216,26 @@ def _(here: Here) -> str:
     scored(here, "a", "m")
     scored(here, "b", "m", task="u")
     return here.align("compare", "a", "b")
+
+
+@wrong("eval-tasks-or-pairs", "`align eval` without tasks and without pairs")
+def _(here: Here) -> str:
+    return here.align("eval", "model")
+
+
+@wrong("eval-pairs-none", "`align eval --pairs` with a file without usable pairs")
+def _(here: Here) -> str:
+    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    return here.align("eval", "model", "--pairs", "mine.jsonl")
+
+
+@wrong("eval-pairs-subset", "`align eval --subset` with a column that no pair has")
+def _(here: Here) -> str:
+    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return here.align("eval", "model", "--pairs", "mine.jsonl", "--subset", "kind")
+
+
+@wrong("eval-pairs-language-model", "`align eval --pairs` with a model without a scalar head")
+def _(here: Here) -> str:
+    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return here.align("eval", "model", "--pairs", "mine.jsonl")

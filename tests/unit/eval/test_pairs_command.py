@@ -1,0 +1,96 @@
+"""`align eval RM --pairs FILE`: scores equal those of transformers' own forward pass; files and output agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from align.cli import main
+from align.config.parts import FileSource
+from align.data.tokenizer import train_tokenizer
+from align.eval.reward_model.score import read_preferences, score_preferences
+from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
+from align.reward.model import ModelScorer
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 2,
+    "num_labels": 1,
+    "max_position_embeddings": 96,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two reward models, and pairs of two subsets: one too long for the models, and one that is not a pair."""
+    folder = tmp_path_factory.mktemp("pairs")
+    tokenizer = train_tokenizer(["the cat sat on the mat and ran to the house"] * 20, 300)
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = HunYuanForSequenceClassification(HunYuanConfig(vocab_size=len(tokenizer), **SIZES))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"where is cat {n}?", "chosen": f"on mat {n}", "rejected": "the house " * (n % 3 + 1)}
+        for n in range(12)
+    ]
+    for number, row in enumerate(rows):
+        row |= {"kind": "even" if number % 2 == 0 else "odd", "chosen_first": number < 6}
+    rows.append({"prompt": "why?", "chosen": "the cat sat on the mat " * 30, "rejected": "no", "kind": "odd"})
+    rows.append({"prompt": "why?", "chosen": "same", "rejected": "same", "kind": "odd"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@torch.no_grad()
+def test_scores_are_those_of_transformers(folder: Path) -> None:
+    pairs, dropped = read_preferences(FileSource(path=str(folder / "pairs.jsonl")), subset="kind")
+    assert (len(pairs), dropped) == (13, {"chosen equals rejected": 1})
+    scorer = ModelScorer(folder / "one", "float32", 256)
+    found = score_preferences(scorer, pairs)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "one", dtype=torch.float32).eval()
+    for pair, scored in zip(pairs[:12], found[:12], strict=True):
+        for (messages, text), score in zip(pair.sides, (scored.chosen, scored.rejected), strict=True):
+            rendered = scorer.tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": text}], tokenize=False
+            )
+            ids = scorer.tokenizer(rendered.rstrip("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+            assert score == pytest.approx(model(ids).logits.item(), abs=1e-5)
+    assert (found[12].chosen, found[12].margin) == (None, None)  # longer than the model's context
+    assert found[0].subset == "even"
+    assert (found[0].chosen_first, found[6].chosen_first, found[12].chosen_first) == (True, False, None)
+
+
+def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    models = [str(folder / name) for name in ("one", "two")]
+    main(["eval", *models, "--pairs", str(folder / "pairs.jsonl"), "--subset", "kind", "--out", str(out)])
+    said = capsys.readouterr().out
+    content = json.loads((out / "pairs.json").read_text())
+    assert content["lines"] == said.strip().split("\n")[-len(content["lines"]) :]
+    assert (content["pairs"], content["dropped"]) == (13, {"chosen equals rejected": 1})
+    one = content["models"]["one"]
+    rows = [json.loads(line) for line in (out / "one" / "pairs.jsonl").read_text().splitlines()]
+    right = [float(row["chosen"] > row["rejected"]) for row in rows if row["chosen"] is not None]
+    assert one["accuracy"]["mean"] == pytest.approx(sum(right) / 12)
+    assert (one["accuracy"]["n"], one["accuracy"]["unscored"]) == (12, 1)
+    assert list(one["subsets"]) == ["even", "odd"]
+    assert one["position_bias"]["n"] == 12
+    assert list(content["agreement"]) == ["one two"]
+    assert "one and two prefer the same completion in" in (out / "pairs.md").read_text()
+
+
+def test_a_limit_draws_pairs(folder: Path) -> None:
+    source = FileSource(path=str(folder / "pairs.jsonl"))
+    drawn = [{pair.row for pair in read_preferences(source, limit=5, seed=seed)[0]} for seed in (0, 0, 1)]
+    assert [len(rows) for rows in drawn] == [5, 5, 5]
+    assert drawn[0] == drawn[1] != drawn[2]
