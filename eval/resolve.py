@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from align.config.suites import Suite, SuiteTask
 from align.errors import UserError
 from align.eval.harness_index import Group, HarnessIndex, Leaf, check_yaml, local_dataset
+from align.eval.long_context.task import LongContextTask
 from align.eval.own_task import YamlTask, built_in_file, missing_data
 from align.eval.task import Task
 
@@ -72,6 +74,8 @@ def resolve(names: Sequence[str | Task], *, data: Path | None = None, chat: bool
             check_yaml(Path(name))
             if HARNESS_KEYS & _keys(Path(name)):
                 harness.append((one, Path(name)))
+            elif re.search(r"^kind: *long_context *$", Path(name).read_text(encoding="utf-8"), re.MULTILINE):
+                found.tasks.append(LongContextTask.read(Path(name), chat=one.chat))
             else:
                 own.append(YamlTask(Path(name), data=data, chat=one.chat, shots=one.entry.shots))
         elif file := built_in_file(name):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.config.evaluation import TASK_NAME
 from align.config.section import Positive, Section
 
 LongTask = Literal[
@@ -19,6 +20,11 @@ WITH_DEPTH = ("single", "multi_key")
 
 class LongContext(Section):
     """A grid of tests of exact length."""
+
+    kind: Literal["long_context"] = "long_context"
+    """Tells a file with this grid from other tasks."""
+    name: Annotated[str, Field(pattern=TASK_NAME)] = "long_context"
+    """Name in results and report."""
 
     tasks: list[LongTask] = Field(default=["single"], min_length=1)
     """single: find the value of one key. multi_key: with other keys beside it. multi_value: all values of one key.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,7 @@ from align.config.section import Positive, Section
 from align.errors import UserError
 
 Verifier = Annotated[F1Metric | Reward, Field(discriminator="kind")]
+T = TypeVar("T", bound=Section)
 DATA = "DATA/"
 """Beginning of a path in the folder of `--data`."""
 
@@ -105,9 +106,14 @@ class OwnTask(Section):
 
 def read_own_task(file: Path) -> OwnTask:
     """The task of a YAML file. Raises `UserError` with file and line for the first thing that is wrong."""
-    values = read_yaml(file, "a task; write a mapping with the keys name, data and prompt")
+    return read_task(file, OwnTask, "a task; write a mapping with the keys name, data and prompt")
+
+
+def read_task(file: Path, kind: type[T], wanted: str) -> T:
+    """The section of a YAML file. wanted: what the file should be, and the fix."""
+    values = read_yaml(file, wanted)
     try:
-        return OwnTask.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
     # A key with a typing error is named before the key that is missing for that reason.

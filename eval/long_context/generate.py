@@ -15,6 +15,8 @@ from align.eval.long_context.texts import codes, haystack, keys, made_up
 
 NEAR = 60
 """Words among which the end of a sentence is looked for, so that a needle does not divide a sentence."""
+ENGLISH = ("variable_tracking", "common_words", "frequent_words")
+WITHOUT_TEXT = ("common_words", "frequent_words")
 COMMON, FREQUENT = 10, 3
 """Number of words asked for in `common_words` and `frequent_words`, as in RULER."""
 FEWEST = 64
@@ -57,63 +59,100 @@ class _Test:
     largest: int
 
 
-def samples(settings: LongContext, count: Count) -> Iterator[LongSample]:
-    """All samples of the grid, in a fixed order.
+@dataclass(frozen=True)
+class Spot:
+    """One sample of the grid before it is generated. See `LongSample`."""
 
-    count: tokens of a request with this user message. Raises UserError if a length is too short for a task.
-    """
-    texts: dict[Language, list[str]] = {}
+    task: LongTask
+    language: Language
+    length: int
+    depth: float | None
+    number: int
+
+    @property
+    def id(self) -> str:
+        depth = [] if self.depth is None else [f"{self.depth:g}"]
+        return "-".join(map(str, (self.task, self.language, self.length, *depth, self.number)))
+
+
+def spots(settings: LongContext) -> list[Spot]:
+    """All samples of the grid, in a fixed order."""
+    found = []
     for task in settings.tasks:
-        english = task in ("variable_tracking", "common_words", "frequent_words")
-        languages: list[Language] = ["en"] if english else settings.languages
-        for language in languages:
-            if task in ("common_words", "frequent_words"):
-                words = []
-            else:
-                words = texts[language] = texts.get(language) or haystack(language, settings)
-            for length in settings.lengths:
-                for depth in settings.depths if task in WITH_DEPTH else [None]:
-                    for number in range(settings.samples):
-                        yield _sample(settings, count, task, language, length, depth, number, words)
+        languages: list[Language] = ["en"] if task in ENGLISH else settings.languages
+        depths: list[float | None] = [*settings.depths] if task in WITH_DEPTH else [None]
+        found += [
+            Spot(task, language, length, depth, number)
+            for language in languages
+            for length in settings.lengths
+            for depth in depths
+            for number in range(settings.samples)
+        ]
+    return found
 
 
-def _sample(
-    settings: LongContext,
-    count: Count,
-    task: LongTask,
-    language: Language,
-    length: int,
-    depth: float | None,
-    number: int,
-    words: Sequence[str],
-) -> LongSample:
-    name = "-".join(str(part) for part in (task, language, length, *([] if depth is None else [f"{depth:g}"]), number))
-    draw = random.Random(f"{settings.seed} {name}")
-    if words:
-        start = draw.randrange(len(words))
-        words = [*words[start:], *words[:start]]
-    match task:
-        case "variable_tracking":
-            test = _variables(draw, words, settings)
-        case "common_words":
-            test = _common_words(draw, length)
-        case "frequent_words":
-            test = _frequent_words(draw, length)
-        case _:
-            test = _needles(draw, task, language, words, depth, settings)
-    try:
-        prompt, tokens = fit(test.build, count, length - settings.max_new_tokens, largest=test.largest)
-    except ValueError as error:
-        raise UserError(
-            f"long context '{task}': length {length} is too short ({error}, and max_new_tokens is "
-            f"{settings.max_new_tokens}). Raise lengths, or lower max_new_tokens."
-        ) from None
-    if words and tokens < length - settings.max_new_tokens - LONGEST_FILLER:
-        raise UserError(
-            f"long context '{task}': the haystack for {language} fills {tokens} tokens of length {length}. Set "
-            "haystacks to a longer text, or lower lengths."
+class Generator:
+    """Generates samples; a haystack is read once."""
+
+    def __init__(self, settings: LongContext):
+        self.settings = settings
+        self._texts: dict[Language, list[str]] = {}
+
+    def expected(self, spot: Spot) -> tuple[str, ...]:
+        """Texts that the answer to a sample must contain; needs neither haystack nor tokenizer."""
+        return _test(self.settings, spot, []).expected
+
+    def opening(self, spot: Spot) -> str:
+        """Beginning of the answer; see `LongSample`."""
+        return _test(self.settings, spot, []).opening
+
+    def sample(self, spot: Spot, count: Count) -> LongSample:
+        """The sample. count: tokens of a request with this user message.
+
+        Raises UserError if its length is too short for the task, or the haystack for the length.
+        """
+        settings, words = self.settings, list[str]()
+        if spot.task not in WITHOUT_TEXT:
+            if spot.language not in self._texts:
+                self._texts[spot.language] = haystack(spot.language, settings)
+            words = self._texts[spot.language]
+            start = random.Random(f"{settings.seed} {spot.id} start").randrange(len(words))
+            words = [*words[start:], *words[:start]]
+        test, target = _test(settings, spot, words), spot.length - settings.max_new_tokens
+        try:
+            prompt, tokens = fit(test.build, count, target, largest=test.largest)
+        except ValueError as error:
+            raise UserError(
+                f"long context '{spot.task}': length {spot.length} is too short ({error}, and max_new_tokens is "
+                f"{settings.max_new_tokens}). Raise lengths, or lower max_new_tokens."
+            ) from None
+        if words and tokens < target - LONGEST_FILLER:
+            raise UserError(
+                f"long context '{spot.task}': the haystack for {spot.language} fills {tokens} tokens of length "
+                f"{spot.length}. Set haystacks to a longer text, or lower lengths."
+            )
+        return LongSample(
+            spot.id, spot.task, spot.length, spot.depth, spot.language, prompt, test.opening, test.expected, tokens
         )
-    return LongSample(name, task, length, depth, language, prompt, test.opening, test.expected, tokens)
+
+
+def samples(settings: LongContext, count: Count) -> Iterator[LongSample]:
+    """All samples of the grid, in a fixed order. See `Generator.sample`."""
+    generator = Generator(settings)
+    return (generator.sample(spot, count) for spot in spots(settings))
+
+
+def _test(settings: LongContext, spot: Spot, words: Sequence[str]) -> _Test:
+    draw = random.Random(f"{settings.seed} {spot.id}")
+    match spot.task:
+        case "variable_tracking":
+            return _variables(draw, words, settings)
+        case "common_words":
+            return _common_words(draw, spot.length)
+        case "frequent_words":
+            return _frequent_words(draw, spot.length)
+        case _:
+            return _needles(draw, spot.task, spot.language, words, spot.depth, settings)
 
 
 # --- needles ---------------------------------------------------------------------------------------------------

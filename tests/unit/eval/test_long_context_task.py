@@ -1,0 +1,79 @@
+"""The long-context grid as a task: exact requests, scores from records alone, and cells as metrics."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.eval.answering import Sampling, plan
+from align.eval.encoder import Encoder
+from align.eval.long_context.task import LongContextTask
+from align.eval.records import Record, answer
+from align.eval.resolve import resolve
+from align.rollout.requests import Generation, Request
+from tests.chat_templates import SHAPES, tokenizer_for
+from tests.unit.eval.local_tasks import make_tokenizer
+
+GRID = """kind: long_context
+name: needles
+tasks: [multi_key, common_words]
+lengths: [1500, 9000]
+depths: [0, 50]
+samples: 2
+max_new_tokens: 32
+haystacks: {en: text.txt}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. It ran to the house by the sea. " * 60)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    return tmp_path / "grid.yaml"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_grid_runs_as_a_task(file: Path, chat: bool) -> None:
+    (task,) = resolve([str(file)], chat=chat).tasks
+    assert isinstance(task, LongContextTask)
+    assert len(task.documents()) == 2 * 2 * 2 + 2 * 2
+    tokenizer = tokenizer_for(SHAPES["chatml"], make_tokenizer())
+    records: list[Record] = []
+    for one in plan(task, task.documents(), Encoder(tokenizer, 4096), Sampling(), "checkpoint"):
+        if not isinstance(one.request, Request):
+            assert one.record.reason == "length 9000 exceeds max_length 4096"
+            records.append(one.record)
+            continue
+        assert len(one.request.prompt_ids) + one.request.max_new_tokens == 1500
+        text = tokenizer.decode(one.request.prompt_ids)
+        assert text.startswith("<|im_start|>user") is chat
+        assert bool(re.search(r"(is|are)$", text)) is not chat
+        key = re.findall(r"code of ([a-z-]+) in the text", text)
+        found = re.findall(rf"code of {key[0]} is (\d+)", text)[0] if key else "none of them"
+        forgets = "-50-" in one.record.document
+        records.append(answer(one.record, one.request, Generation((1,), "0" if forgets else found, True)))
+    scores = LongContextTask.read(file, chat=chat).score(records)  # another object: nothing is kept but the records
+    values = {verdict.document: verdict.values["found"] for verdict in scores.verdicts}
+    assert values == {
+        document: None if "-9000-" in document else float(document.startswith("multi_key-en-1500-0-"))
+        for document in task.documents()
+    }
+    assert {name: cell.value for name, cell in scores.corpus.items()} == {
+        "multi_key (en), 1500 tokens, depth 0 %": 1.0,
+        "multi_key (en), 1500 tokens, depth 50 %": 0.0,
+        "common_words (en), 1500 tokens": 0.0,
+    }
+    assert set(scores.corpus) <= set(task.better)
+
+
+def test_another_grid_has_another_version(file: Path) -> None:
+    versions = [LongContextTask.read(file).version, LongContextTask.read(file, chat=True).version]
+    file.write_text(GRID + "seed: 1\n")
+    versions.append(LongContextTask.read(file).version)
+    assert len(set(versions)) == 3
+    file.write_text(GRID.replace("depths: [0, 50]", "depths: [0, 101]"))
+    with pytest.raises(UserError, match=rf"{file}, line 5: depths\.1: "):
+        LongContextTask.read(file)
