@@ -18,7 +18,7 @@ from align.data.rows import Row
 from align.data.sources import SourceChunk, adapter_of, describe_source, load_hub, source_chunks, stage_file
 from align.run.cache import content_hash
 
-CHUNKS = 8
+CHUNKS = 4
 """Chunks of a shard. A chunk of a text file has about a megabyte."""
 
 
