@@ -81,21 +81,24 @@ def compare_folders(first: Path, second: Path) -> Comparison:
     folders = [_model_folder(path) for path in (first, second)]
     left, right = (_values(folder) for folder in folders)
     found = Comparison(*_names(folders))
-    versions = [_versions(folder) for folder in folders]
+    results = [_results(folder) for folder in folders]
     for key in [*left, *(key for key in right if key not in left)]:
         task, metric = key
         if key not in left or key not in right:
             found.notes.append(f"{task}, {metric}: only {found.first if key in left else found.second} has it")
             continue
-        if versions[0].get(task) != versions[1].get(task):
-            found.notes.append(
-                f"{task}: the versions differ ({versions[0].get(task)}; {versions[1].get(task)}), so it is not compared"
-            )
+        versions = [of_model[task]["version"] if task in of_model else None for of_model in results]
+        if versions[0] != versions[1]:
+            found.notes.append(f"{task}: the versions differ ({versions[0]}; {versions[1]}), so it is not compared")
             continue
         if (difference := _difference(task, metric, left[key], right[key])) is None:
             found.notes.append(f"{task}, {metric}: no document is scored in both")
         else:
             found.differences.append(difference)
+    for task in results[0]:
+        metrics = [name for name in results[0][task]["metrics"] if (task, name) not in left]
+        if metrics and task in results[1]:
+            found.notes.append(f"{task}, {', '.join(metrics)}: not a mean over documents, so it is not compared")
     if not found.differences:
         raise UserError(f"{first}, {second}: they share no scored document of a task. Evaluate the same tasks.")
     for difference, adjusted in zip(found.differences, holm([d.p_value for d in found.differences])):
@@ -170,12 +173,14 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _versions(folder: Path) -> dict[str, str]:
+def _results(folder: Path) -> dict[str, Any]:
+    """The model's tasks in results.json; empty if there is none."""
     path = folder.parent / "results.json"
     if not path.is_file():
         return {}
-    tasks = json.loads(path.read_text(encoding="utf-8"))["models"].get(folder.name, {}).get("tasks", {})
-    return {task: result["version"] for task, result in tasks.items()}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tasks: dict[str, Any] = content["models"].get(folder.name, {}).get("tasks", {})
+    return tasks
 
 
 def _known(value: float) -> float | None:

@@ -63,6 +63,8 @@ def _expand_paths(options: argparse.Namespace) -> None:
 
 def _stopped_line(options: argparse.Namespace, code: int) -> str:
     line = f"stopped by {signal_name(code - 128)}"
+    if options.command is eval.run_evaluation:
+        return f"{line}; the answers so far are recorded: continue with --resume"
     if options.command is not runs.run_recipe:
         return line
     again = argparse.Namespace(**{**vars(options), "start": None, "resume": True})

@@ -58,7 +58,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--truncate", action="store_true", help="cut prompts that are too long at their beginning, and count them"
     )
     command.add_argument("--json", action="store_true", help="print results.json instead of a table")
-    command.set_defaults(command=_eval)
+    command.set_defaults(command=run_evaluation)
 
     compare = commands.add_parser(
         "compare",
@@ -73,7 +73,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     compare.set_defaults(command=_compare)
 
 
-def _eval(options: argparse.Namespace) -> None:
+def run_evaluation(options: argparse.Namespace) -> None:
     from align.config.paths import local_path
     from align.eval.evaluation import Options, evaluate
     from align.train.quiet import quieten

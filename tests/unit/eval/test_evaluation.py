@@ -193,6 +193,21 @@ def test_comparison_is_paired_by_document(folder: Path, tmp_path: Path, models: 
     assert found.low < found.mean < found.high
 
 
+def test_what_is_not_compared_is_named(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:
+    for name, tasks in (("one", ("al_target", "al_choice")), ("two", ("al_target", "al_letters"))):
+        run(folder, tmp_path / name, [str(folder / "tasks" / f"{task}.yaml") for task in tasks])
+    found = compare_folders(tmp_path / "one", tmp_path / "two")
+    assert [d.metric for d in found.differences] == ["acc"]
+    said = "\n".join(found.notes)
+    assert "al_target, perplexity: not a mean over documents" in said
+    assert "al_choice, acc: only one/a has it" in said
+    assert "al_letters, acc: only two/a has it" in said
+    path = tmp_path / "two" / "results.json"
+    path.write_text(path.read_text().replace('"version": "1.0, 0 shots"', '"version": "2.0, 0 shots"'))
+    with pytest.raises(UserError, match="share no scored document"):
+        compare_folders(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_document_that_cannot_be_encoded_is_unscored_with_its_reason(
     folder: Path, tmp_path: Path, models: list[StandIn]
 ) -> None:
