@@ -201,6 +201,7 @@ def _score(
         }
         groups[group.name] = {
             "version": leaves[0].version,
+            "members": group.leaves,
             **total,
             "metrics": {k: asdict(m) for k, m in metrics.items()},
         }

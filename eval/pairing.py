@@ -79,9 +79,9 @@ class Comparison:
 def compare_folders(first: Path, second: Path) -> Comparison:
     """Compare the model of `second` with the model of `first`. Raises `UserError` if they share no metric."""
     folders = [_model_folder(path) for path in (first, second)]
-    left, right = (_values(folder) for folder in folders)
-    found = Comparison(*_names(folders))
     results = [_results(folder) for folder in folders]
+    left, right = (_values(folder, of_model) for folder, of_model in zip(folders, results))
+    found = Comparison(*_names(folders))
     for key in [*left, *(key for key in right if key not in left)]:
         task, metric = key
         if key not in left or key not in right:
@@ -160,12 +160,22 @@ def _names(folders: list[Path]) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _values(folder: Path) -> Values:
+def _values(folder: Path, results: dict[str, Any]) -> Values:
+    """The values of tasks, then those of groups over all documents of their tasks."""
     samples: dict[tuple[str, str], dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for row in read_jsonl(folder / "scores.jsonl"):
         for metric, value in row["values"].items():
             samples[row["task"], metric][row["document"]].append(value)
-    return {key: {d: _mean(found) for d, found in documents.items()} for key, documents in samples.items()}
+    values = {key: {d: _mean(found) for d, found in documents.items()} for key, documents in samples.items()}
+    pooled: Values = {}
+    for group, result in results.items():
+        for metric in result["metrics"] if "members" in result else []:
+            pooled[group, metric] = {
+                f"{task} {document}": value
+                for task in result["members"]
+                for document, value in values.get((task, metric), {}).items()
+            }
+    return pooled | values
 
 
 def _mean(values: list[float | None]) -> float | None:

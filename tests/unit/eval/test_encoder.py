@@ -104,12 +104,13 @@ def test_windows_equal_the_harness() -> None:
 
 
 def test_a_prompt_that_is_too_long_is_unscored_or_cut_and_counted() -> None:
-    text = " the cat" * 40
+    text = "an hour" + " the cat" * 40
     with pytest.raises(Unscorable, match="with 8 new tokens it exceeds max_length 64"):
         encoder().request(text, task="t", max_new_tokens=8)
     cutting = encoder(truncate=True)
     request = cutting.request(text, task="t", max_new_tokens=8)
     assert request.prompt_ids == tuple(encoder().text(text)[-56:])
+    assert "hour" not in PLAIN.decode(request.prompt_ids)
     assert cutting.truncated == {"t": 1}
     # The last token of a target is not read, so prefix and target may have one token more.
     pair = cutting.pair(text, " sat", task="p")

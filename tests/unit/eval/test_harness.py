@@ -13,6 +13,8 @@ from align.errors import UserError
 from align.eval import Options, evaluate, evaluation
 from align.eval.encoder import Encoder
 from align.eval.harness_index import Group, HarnessIndex
+from align.eval.own_task import built_in_file
+from align.eval.pairing import compare_folders
 from align.eval.resolve import SUITES, read_suite, resolve
 from align.eval.results import Metric, TaskResult, group_metrics
 from align.eval.task import Scores, Verdict
@@ -21,11 +23,14 @@ from tests.unit.eval.local_tasks import StandIn, make_tokenizer, save_checkpoint
 
 LEAVES = {"mmlu": 57, "bbh_cot_fewshot": 27, "cmmlu": 67, "ceval-valid": 52, "minerva_math": 7, "mmlu_pro": 14}
 """Subtasks of the harness's groups, as in their papers."""
+SIZES = {"hunyuan-base": 19, "hunyuan-instruct": 11, "quick": 5}
 
 
 @pytest.mark.parametrize("suite", sorted(path.stem for path in SUITES.glob("*.yaml")))
 def test_every_task_of_a_suite_exists(suite: str) -> None:
-    names = [entry.task for entry in read_suite(suite).tasks]
+    listed = [entry.task for entry in read_suite(suite).tasks]
+    assert len(listed) == SIZES[suite]
+    names = [name for name in listed if built_in_file(name) is None]
     index = HarnessIndex(names)
     for name in names:
         assert index.has(name), name
@@ -40,7 +45,7 @@ def test_every_missing_data_set_is_named_before_a_model_is_loaded(
     save_checkpoint(tmp_path / "a")
     monkeypatch.setattr(evaluation, "open_model", None)
     (tmp_path / "data" / "cais" / "mmlu").mkdir(parents=True)
-    with pytest.raises(UserError, match="14 data sets are missing") as error:
+    with pytest.raises(UserError, match="18 data sets are missing") as error:
         evaluate([tmp_path / "a"], ["suite:hunyuan-base"], out=tmp_path / "o", options=Options(data=tmp_path / "data"))
     for name in ("Rowan/hellaswag", "openai/gsm8k", "allenai/ai2_arc", "EleutherAI/hendrycks_math"):
         folder = tmp_path / "data" / name
@@ -147,6 +152,9 @@ def test_a_group_has_a_row_and_inherits_settings(tmp_path: Path, monkeypatch: py
         (tasks["al_choice"]["metrics"]["acc"]["mean"] + tasks["al_letters"]["metrics"]["acc"]["mean"]) / 2
     )
     assert "al_both" in results.table()
+    (found,) = [d for d in compare_folders(tmp_path / "o", tmp_path / "o").differences if d.task == "al_both"]
+    assert (found.n, found.mean, found.changed) == (32, 0.0, 0)
+    assert found.first == pytest.approx(both["mean"])
 
 
 def test_a_filter_without_a_match_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
