@@ -37,6 +37,7 @@ from align.plan.job import Job, Member, jobs_of
 from align.plan.memory import memory
 from align.plan.setting import Setting, setting_of
 from align.plan.shape import shape_of
+from align.run.manifest import code_version
 from tests.families.planned import peak_of
 
 NARROW = {"num_hidden_layers": 4}
@@ -339,13 +340,13 @@ def main() -> None:
 
             end_process(0)
         return
-    results = {}
+    results, version = {}, code_version()
     for case in OF_FAMILIES if only else [*CASES, *SHARDED]:
         found = run_sharded(case) if case in SHARDED else harness.in_new_process(case)
         found["planned / measured"] = round(found["planned"] / found["measured"], 3)
         results[case] = found
         print(case, found["planned / measured"], found["moment"], flush=True)
-    harness.write("plan_families" if only else "plan", results, option=only or "")
+        harness.write("plan_families" if only else "plan", results, option=only or "", show=False, version=version)
 
 
 if __name__ == "__main__":

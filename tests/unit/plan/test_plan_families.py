@@ -194,7 +194,8 @@ def saved_bytes(model_type: str, layers: int, dtype: torch.dtype, *, padded: boo
 
 
 @pytest.mark.parametrize(
-    ("model_type", "error"), [("llama", 0.02), ("qwen3_moe", 0.02), ("deepseek_v3", 0.02), ("gpt_oss", 0.05)]
+    ("model_type", "error"),
+    [("llama", 0.02), ("qwen3_moe", 0.02), ("deepseek_v3", 0.02), ("gemma2", 0.02), ("gpt_oss", 0.05)],
 )
 def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: str, error: float) -> None:
     """Trained fp32 weights in a bf16 recipe without DeepSpeed. Autograd also saves bf16 copies of the matrices."""
@@ -215,7 +216,7 @@ ROWS, LENGTH = 3, 160  # longer than the sequences for which attention on a CPU 
 def depth(model_type: str, layers: int) -> dict[str, Any]:
     """Changes that give a tiny model `layers` layers, with those of the last kind added at the end."""
     changes: dict[str, Any] = {"num_hidden_layers": layers}
-    if model_type == "gpt_oss":
+    if model_type in ("gpt_oss", "gemma2"):
         changes["layer_types"] = ["full_attention"] * layers
     if model_type == "deepseek_v3":  # for other heads of values attention on a CPU has no kernel of its own
         changes["v_head_dim"] = 96
