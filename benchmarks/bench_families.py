@@ -1,6 +1,6 @@
 """Every adopted family at a tiny size against transformers' own class: the table of docs/families.md.
 
-    python benchmarks/bench_families.py              all families, about 40 minutes on two cores
+    python benchmarks/bench_families.py              all families, about an hour of one core
     python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
     python benchmarks/bench_families.py --chain      every stage from SFT to evaluation instead, a minute each
 
@@ -113,16 +113,16 @@ def chain(model_type: str, tied: bool) -> dict[str, Any]:
 
 def run_chains(model_types: list[str]) -> None:
     """Run the chain of each family, and of Llama also with tied embeddings. Families with a result are left out."""
-    file = RESULTS / "families_chain.json"
+    file, version = RESULTS / "families_chain.json", code_version()
     found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
     for model_type in model_types:
         own = bool(FAMILIES[model_type].get("tie_word_embeddings"))
         for tied in (False, True) if model_type == "llama" else (own,):
             name = f"{model_type}, tied" if tied else model_type
             if name not in found or "fails" in found[name]:
-                found[name] = chain(model_type, tied)
+                found[name] = chain(model_type, tied) | {"commit": version["commit"]}
                 print(name, found[name], flush=True)
-                write("families_chain", {"families": found}, option="--chain", show=False)
+                write("families_chain", {"families": found}, option="--chain", show=False, version=version)
 
 
 def main() -> None:

@@ -39,14 +39,51 @@ def _measure(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
+FAMILY_COLUMNS = {
+    "forward": "log-probabilities",
+    "gradients": "gradients",
+    "bfloat16": "bf16",
+    "packing": "packing",
+    "scorer": "reward model",
+    "balance": "balance loss",
+    "replay": "replay",
+    "lora": "LoRA",
+    "sharded": "two ranks",
+    "sharded lora": "two ranks, LoRA",
+    "export": "export",
+    "fresh": "vLLM",
+    "updated": "vLLM after three updates",
+    "plan": "plan",
+}
+"""{result of bench_families.py: header of its column}."""
+
+
 def families(results: dict[str, Any]) -> str:
-    columns = ["forward", "gradients", "replay", "lora", "export", "sharded", "sharded lora", "fresh", "updated"]
     rows = []
     for model_type, found in results["families"].items():
-        cells = ["" if name not in found else _measure(found[name]).replace("|", "/") for name in columns]
+        missing = [name for name in FAMILY_COLUMNS if name not in found]
+        assert not missing, f"{model_type}: no result for {missing}; run `python benchmarks/bench_families.py`"
+        cells = [_family_cell(name, found[name]) for name in FAMILY_COLUMNS]
         rows.append([f"`{model_type}`", *cells])
-    header = ["family", "log-probabilities", "gradients", "replay", "LoRA", "export", "two ranks", "two ranks, LoRA"]
-    return table([*header, "vLLM", "vLLM after three updates"], rows)
+    return table(["family", *FAMILY_COLUMNS.values()], rows) + f"\n\n{_commits(results)}"
+
+
+def _commits(results: dict[str, Any]) -> str:
+    """The commits at which the families were measured."""
+    rows: dict[str, list[str]] = {}
+    for name, found in results["families"].items():
+        rows.setdefault(found["commit"][:12], []).append(f"`{name}`")
+    if len(rows) == 1:
+        return f"All rows: commit {next(iter(rows))}."
+    return "\n".join(f"Commit {commit}: {', '.join(names)}." for commit, names in rows.items())
+
+
+def _family_cell(name: str, value: Any) -> str:
+    if value is None:
+        return "no experts"
+    if isinstance(value, float) and name in ("plan", "bfloat16"):
+        return f"{value:.1%}" if name == "plan" else f"{value:.2f}"
+    return _measure(value).replace("|", "/")
 
 
 def families_chain(results: dict[str, Any]) -> str:
@@ -54,7 +91,7 @@ def families_chain(results: dict[str, Any]) -> str:
     for name, found in results["families"].items():
         cells = [found["fails"], ""] if "fails" in found else [_measure(found[stage]) for stage in ("ppo", "grpo")]
         rows.append([f"`{name}`", *cells, str(found["seconds"])])
-    return table(["family", "PPO", "GRPO", "seconds"], rows)
+    return table(["family", "PPO", "GRPO", "seconds"], rows) + f"\n\n{_commits(results)}"
 
 
 def launches(results: dict[str, Any]) -> str:

@@ -33,6 +33,16 @@ def test_a_figure_changed_by_hand_is_noticed(tables) -> None:
         assert tables["fill"](changed) == page != changed
 
 
+def test_a_family_without_a_number_is_an_error(tables) -> None:
+    complete = dict.fromkeys(tables["FAMILY_COLUMNS"], 1e-6) | {"replay": None, "plan": 0.0123, "commit": "a" * 40}
+    (row,) = [line for line in tables["families"]({"families": {"x": complete}}).splitlines() if "`x`" in line]
+    assert row.count("| 1.0e-06 |") + row.count("| no experts |") > 3
+    assert "| 1.2% |" in row
+    del complete["sharded"]
+    with pytest.raises(AssertionError, match=r"x: no result for \['sharded'\]"):
+        tables["families"]({"families": {"x": complete}})
+
+
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 

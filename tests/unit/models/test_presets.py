@@ -12,6 +12,7 @@ from align.config.presets import CONFIG_KEYS, PRESETS
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.plan.cost import model_cost
 from align.plan.shape import shape_of
+from tests.tiny_families import save_tiny
 
 
 def test_hunyuan_large_counts_as_the_report_does() -> None:
@@ -69,6 +70,17 @@ def test_show_model_prints_a_preset_and_a_folder(tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == preset
     cli.main(["show-model", "hunyuan-large"])
     assert "388.7B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt_oss", "llama4_text"])
+def test_show_model_prints_a_folder_of_any_family(tmp_path, capsys, model_type) -> None:
+    tiny = save_tiny(model_type, tmp_path)
+    capsys.readouterr()
+    cli.main(["show-model", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(parameter.numel() for parameter in tiny.parameters())
+    cli.main(["show-model", str(tmp_path)])
+    assert "cache" in capsys.readouterr().out
 
 
 def test_show_model_refuses_what_is_neither(capsys) -> None:

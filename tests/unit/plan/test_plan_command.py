@@ -216,7 +216,7 @@ def test_tiny_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     # 2,954,624 parameters, each with 4 bytes of weights and 8 bytes of moments.
     assert "  policy weights               0.012" in found
     assert "  policy optimizer moments     0.024" in found
-    assert "  fits          4.2 of 80.0 GB per GPU" in found
+    assert "  fits          4.1 of 80.0 GB per GPU" in found
 
 
 @pytest.mark.parametrize(
