@@ -144,7 +144,7 @@ class StandIn:
         for index in reversed(range(len(requests))):  # not in the order of the requests
             request = requests[index]
             self._count(request)
-            numbers = hashlib.sha256(repr((request.prompt_ids, request.seed)).encode()).digest()
+            numbers = hashlib.sha256(repr((request.prompt_ids, request.temperature, request.seed)).encode()).digest()
             ids = tuple(3 + number for number in numbers)[: request.max_new_tokens]
             text = decode_completion(self.tokenizer, ids, request)
             yield index, Generation(ids, text, numbers[0] < 128)

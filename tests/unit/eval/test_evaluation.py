@@ -74,9 +74,10 @@ def test_an_interrupted_evaluation_resumes_to_the_same_report(
     answered += models[-1].answered
     assert files(tmp_path / "parts") == expected
     assert Counter(answered) == Counter(requests)
-    opened = len(models)
+    opened, recorded = len(models), (tmp_path / "parts" / "a" / "records.jsonl").read_bytes()
     run(folder, tmp_path / "parts", resume=True)
     assert len(models) == opened  # a complete evaluation needs no model
+    assert (tmp_path / "parts" / "a" / "records.jsonl").read_bytes() == recorded
     assert files(tmp_path / "parts") == expected
 
 
@@ -167,6 +168,19 @@ def test_results_of_another_checkpoint_are_not_reused(folder: Path, tmp_path: Pa
     run(folder, tmp_path, task, checkpoints={"x": folder / "b"}, resume=True)
     assert len(models) == 2
     assert len(models[-1].answered) == count
+
+
+def test_earlier_settings_need_no_model(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:
+    """After other settings, the answers to the first ones are found again, and are the ones that are scored."""
+    task = [str(folder / "tasks" / "al_generate.yaml")]
+    run(folder, tmp_path, task)
+    first = rows(tmp_path)
+    run(folder, tmp_path, task, temperature=1.0, resume=True)
+    assert len(models) == 2
+    assert rows(tmp_path) != first
+    run(folder, tmp_path, task, resume=True)
+    assert len(models) == 2
+    assert rows(tmp_path) == first
 
 
 def test_comparison_is_paired_by_document(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:
