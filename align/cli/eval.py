@@ -152,7 +152,7 @@ def _require_positive(options: argparse.Namespace) -> None:
     for name in ("max_length", "batch_size", "limit", "samples", "max_new_tokens", "cache_gib"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0. Leave it out for the default.")
     if options.temperature is not None and options.temperature < 0:
         raise UserError(f"--temperature {options.temperature}: must be 0 or above.")
 
