@@ -20,8 +20,10 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import CodeReward, FunctionReward
 from align.config.stage import LANGUAGE_MODEL, find
 from align.config.stages import EvaluateStage, Stage
+from align.data.accepted import ACCEPTED, sources_of
 from align.data.filters.language import with_members
 from align.data.shapes import variables_problem
+from align.data.sources import check_first_rows
 from align.errors import UserError
 from align.eval.task import resolve_task
 from align.parallel.offload import require_folder
@@ -93,8 +95,14 @@ def _of_template(path: str, variables: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_stage(name: str, stage: Stage) -> Iterator[str]:
+    checked = []
+    for field, source, kind in sources_of(stage):
+        if isinstance(source, FileSource):
+            checked.append(source)
+            yield from _data(f"stages.{name}.{field}", partial(check_first_rows, source, ACCEPTED[kind]))
     for field, source in find(stage, FileSource):
-        yield from _file(f"stages.{name}.{field}", source)
+        if not any(source is other for other in checked):
+            yield from _file(f"stages.{name}.{field}", source)
     for field, target in find(stage, EvaluationSet):
         yield from _data(f"stages.{name}.{field}", partial(list_files, target.path))
     for field, settings in find(stage, LanguageFilter):

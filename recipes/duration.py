@@ -96,8 +96,10 @@ def _of_steps(manifest: Mapping[str, Any], name: str, stage: TrainingStage, data
     )
     then = before["batch_size"] * _row_tokens(stage, before["data"]["max_length"], manifest["data"])
     assert data.steps is not None
-    seconds = data.steps * per_step * tokens / then
-    return Estimate(seconds, "earlier run", f"{per_step:.3g} s per step in the earlier run of this stage")
+    basis, scale = f"{per_step:.3g} s per step in the earlier run of this stage", tokens / then
+    if f"{scale:.2f}" != "1.00":
+        basis += f", times {scale:.3g}: a step has about {tokens:,.0f} tokens now, {then:,.0f} then"
+    return Estimate(data.steps * per_step * scale, "earlier run", basis)
 
 
 def _row_tokens(stage: TrainingStage, max_length: int, report: Mapping[str, Any] | None) -> float:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from align.config.filters import Filter
+from align.config.parts import Data, RowSource, Source
 from align.config.ppo import PpoStage
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.stage import StageWithParent
-from align.config.stages import SampleStage, Stage, TrainingStage
-from align.data.prepare import prepare_prompts, prepare_stage
+from align.config.stages import EvaluateStage, SampleStage, Stage, TrainingStage
+from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_stage
 from align.data.report import REASONS, DataReport
 from align.data.show import Labels, LengthBias, LengthBin, Side, histogram, length_bias, sides_of
 from align.data.store.examples import dropped_examples
 from align.data.store.stream import StreamedRows
 from align.data.store.tokenised import TokenisedRows, list_hashes, list_lengths
 from align.data.streaming import StreamedReport
+from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.recipes.base import base_tokenizer
 from align.run.context import StageContext
@@ -63,6 +66,7 @@ class Preview:
     labels     completions of each label
     steps      optimizer steps of the stage, or iterations of PPO
     step_name  "optimizer steps" or "PPO iterations"
+    use        what the stage does with its rows
     """
 
     read: Callable[[int, int], list[list[Side]]]
@@ -75,6 +79,7 @@ class Preview:
     labels: Labels | None = None
     steps: int | None = None
     step_name: str = "optimizer steps"
+    use: str = "to train on"
 
     def rows(self, start: int, count: int) -> list[list[Side]]:
         """`count` rows from row `start` on. Raises `UserError` if there is no such row."""
@@ -108,17 +113,38 @@ def preview(recipe: Recipe, name: str, run_dir: Path, show: Callable[[str], None
         return _of_training(stage, context)
     if isinstance(stage, PpoStage | SampleStage):
         return _of_prompts(stage, context)
-    raise UserError(f"stage '{name}': a stage of the kind '{stage.kind}' trains on no rows. Choose another stage.")
+    if stage.prompts:
+        return _of_evaluation(stage, context)
+    raise UserError(
+        f"stage '{name}': it has no `prompts`, and the rows of its tasks and preferences are not shown. Run "
+        "`align check RECIPE --data` for the counts of its preferences, or choose another stage."
+    )
 
 
 def has_rows(stage: Stage) -> bool:
     """True if `preview` has something to show of the stage."""
-    return isinstance(stage, TrainingStage | PpoStage | SampleStage)
+    return not isinstance(stage, EvaluateStage) or bool(stage.prompts)
 
 
-def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrainedTokenizerBase:
-    """The tokenizer of a stage's parent. If no ancestor has been run, the one that the base model will have."""
-    reference = stage.init_from
+def count_preferences(recipe: Recipe, name: str, run_dir: Path, show: Callable[[str], None]) -> DataReport:
+    """Counts of the preference pairs of an evaluate stage."""
+    stage, context = recipe.stages[name], StageContext(recipe, name, run_dir, progress=show)
+    assert isinstance(stage, EvaluateStage)
+    # Held-out sources are tokenised first even if they stream.
+    sources: list[Source] = [
+        source.model_copy(update={"streaming": False}) if isinstance(source, RowSource) else source
+        for source in stage.preferences
+    ]
+    data = Data(train=sources, max_length=stage.rollout.max_model_length)
+    tokenizer = _evaluation_tokenizer(stage, context)
+    return prepare_dpo_pairs(data, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=show).report
+
+
+def parent_tokenizer(reference: str, context: StageContext) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. If neither it nor an ancestor has been run, the one that the base model will have.
+
+    reference: an earlier stage, `base` or a folder.
+    """
     while not is_path(reference) and not (context.run_dir / reference / MODEL / "config.json").is_file():
         if reference == BASE:
             return base_tokenizer(context.recipe.model, context.recipe.seed)
@@ -129,7 +155,7 @@ def stage_tokenizer(stage: StageWithParent, context: StageContext) -> PreTrained
 
 
 def _of_training(stage: TrainingStage, context: StageContext) -> Preview:
-    tokenizer = stage_tokenizer(stage, context)
+    tokenizer = parent_tokenizer(stage.init_from, context)
     data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=context.progress)
     if isinstance(data.train, StreamedRows) and isinstance(data.report, StreamedReport):
         return _of_stream(data.train, data.report, tokenizer, stage.max_steps)
@@ -178,14 +204,37 @@ def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview
         sources, longest = stage.prompts, stage.max_prompt_length
     else:
         sources, longest = stage.train, stage.rollout.max_model_length - stage.rollout.max_new_tokens
-    tokenizer = stage_tokenizer(stage, context)
+    found = _prompts(sources, longest, parent_tokenizer(stage.init_from, context), context, stage.filters)
+    steps = stage.steps if isinstance(stage, PpoStage) else None
+    return replace(found, steps=steps, step_name="PPO iterations")
+
+
+def _of_evaluation(stage: EvaluateStage, context: StageContext) -> Preview:
+    longest = stage.rollout.max_model_length - stage.rollout.max_new_tokens
+    found = _prompts(stage.prompts, longest, _evaluation_tokenizer(stage, context), context)
+    return replace(found, use="to evaluate")
+
+
+def _evaluation_tokenizer(stage: EvaluateStage, context: StageContext) -> PreTrainedTokenizerBase:
+    tokenizer = parent_tokenizer(stage.models[0], context)
+    set_template_defaults(tokenizer, stage.chat_template_kwargs, f"stages.{context.name}.chat_template_kwargs")
+    return tokenizer
+
+
+def _prompts(
+    sources: Sequence[Source],
+    longest: int,
+    tokenizer: PreTrainedTokenizerBase,
+    context: StageContext,
+    filters: Sequence[Filter] = (),
+) -> Preview:
     prompts, report = prepare_prompts(
         sources,
         tokenizer,
         max_prompt_length=longest,
         seed=context.seed,
         stage_dirs=context.stage_dirs,
-        filters=stage.filters,
+        filters=filters,
         show=context.progress,
     )
     return Preview(
@@ -196,8 +245,6 @@ def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview
         report=report,
         examples=_examples(prompts.rows),
         lengths=_lengths(prompts.rows.tokens["tokens"], prompts.rows),
-        steps=stage.steps if isinstance(stage, PpoStage) else None,
-        step_name="PPO iterations",
     )
 
 

@@ -50,9 +50,11 @@ def report_lines(found: Preview) -> list[str]:
     """The report, one fact per line."""
     lines = []
     if (report := found.report) is not None:
-        held = f", {report.rows_held_out:,} held out" if report.rows_held_out else ""
+        held_out = report.held_out_seen if report.held_out_from else report.rows_held_out
+        held = f", {held_out:,} held out" if held_out else ""
         first = "the first rows of a stream: " if found.streams else ""
-        lines.append(_line("rows", f"{first}{report.rows_read:,} read, {report.rows_train:,} to train on{held}"))
+        lines.append(_line("rows", f"{first}{report.rows_read:,} read, {report.rows_train:,} {found.use}{held}"))
+        lines += [_line("", report.held_out_apart())] if report.held_out_from else []
         share = f", {report.loss_tokens / report.tokens:.0%} of them in the loss" if report.loss_tokens else ""
         lines.append(_line("tokens", f"{report.tokens:,}{share}"))
         if report.labelled:
@@ -96,6 +98,9 @@ def time_lines(time: Estimate) -> list[str]:
         return []
     if time.seconds is None:
         return [_line("time", f"unknown: {time.basis}")]
+    if time.seconds < 1:
+        bound = " as a lower bound" if time.kind == "lower bound" else ""
+        return [_line("time", f"under a second{bound}: {time.basis}")]
     return [_line("time", f"{BOUNDS[time.kind]} {duration(time.seconds)}: {time.basis}")]
 
 

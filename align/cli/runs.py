@@ -158,26 +158,32 @@ def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> s
 
 
 def _data_lines(path: str, overrides: list[str]) -> Iterator[str]:
-    """One line of counts per stage that trains on rows. Raises `UserError` for data that cannot be used."""
+    """Lines of counts of each stage that reads rows. Raises `UserError` for data that cannot be used."""
     from align.config import load_recipe
     from align.config.parts import StageSource
     from align.config.stage import find
+    from align.config.stages import EvaluateStage
 
     recipe = load_recipe(path, overrides)
-    from align.recipes.preview import has_rows, preview
+    from align.recipes.preview import count_preferences, has_rows, preview
 
     run_dir = Path("runs") / recipe.name
     for name, stage in recipe.stages.items():
         made = [source.stage for _, source in find(stage, StageSource)]
         waiting = [parent for parent in made if not (run_dir / parent / "data" / "train.jsonl").is_file()]
-        if not has_rows(stage):
-            continue
         if waiting:
             yield f"  {name}: its rows are made by stage '{waiting[0]}', which has not been run"
-        else:
+            continue
+        if has_rows(stage):
             found = preview(recipe, name, run_dir, progress)
             assert found.report is not None
             yield f"  {name}: {'first rows of a stream: ' if found.streams else ''}{found.report.summary()}"
+        if isinstance(stage, EvaluateStage) and stage.preferences:
+            counts = count_preferences(recipe, name, run_dir, progress)
+            dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in counts.dropped.items())
+            yield f"  {name}: preferences: {counts.rows_read:,} rows read: {counts.rows_train:,} pairs{dropped}"
+        if isinstance(stage, EvaluateStage) and stage.tasks:
+            yield f"  {name}: the rows of its tasks are not counted"
 
 
 def _show(options: argparse.Namespace) -> None:

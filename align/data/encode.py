@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.config.filters import Filter
 from align.data import shapes
+from align.data.accepted import ACCEPTED, Kind
 from align.data.chat import ConversationEncoder, check_template
 from align.data.filters.items import evaluation_items
 from align.data.filters.judge import Judge
@@ -42,25 +43,12 @@ from align.data.row_plans import (
     plan_text_or_conversation,
 )
 from align.data.rows import Row
-from align.data.shapes import DropRow, Shape
+from align.data.shapes import DropRow
 from align.data.splits import prompt_key
 from align.errors import UserError
 
 IGNORED = -100
 """Label of tokens that are not in the loss."""
-
-Kind = Literal["text", "sft", "sft_all_tokens", "reward_pairs", "dpo_pairs", "labelled", "prompts"]
-
-ACCEPTED: dict[Kind, tuple[Shape, ...]] = {
-    "text": ("text", "messages", "prompt_completion", "token_ids"),
-    "sft": ("messages", "prompt_completion", "token_ids"),
-    "sft_all_tokens": ("messages", "prompt_completion", "text", "token_ids"),
-    "reward_pairs": ("preference",),
-    "dpo_pairs": ("preference",),
-    "labelled": ("unpaired", "preference"),
-    "prompts": ("prompt", "prompt_completion", "preference", "messages"),
-}
-"""Shapes that each kind of trainer accepts."""
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "text": ("input_ids",),

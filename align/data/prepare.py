@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from align.config.filters import Filter
 from align.config.parts import Data, Mixture, Source
 from align.config.stages import DpoStage, KtoStage, PretrainStage, RewardModelStage, SftStage, TrainingStage
+from align.data.accepted import Kind
 from align.data.balance import require_both_labels, weight_note
 from align.data.chat import check_template
-from align.data.encode import Encoding, Kind
+from align.data.encode import Encoding
 from align.data.prompts import PromptRow, PromptRows
 from align.data.report import REASONS, DataReport, make_report
 from align.data.sources import describe_source

@@ -41,6 +41,8 @@ class DataReport:
     too_short      {evaluation set: items with too few words to be found by the filter of contamination}
     desirable      desirable training rows, of rows with a label
     undesirable    undesirable training rows, of rows with a label
+    held_out_seen  held-out rows among `rows_read` of a stream; `rows_held_out` are those of `held_out_from`
+    held_out_from  rows of a stream among which `held_out_fraction` found `rows_held_out`
     notes          sentences about the training rows
     """
 
@@ -61,6 +63,8 @@ class DataReport:
     too_short: dict[str, int] = field(default_factory=dict)
     desirable: int = 0
     undesirable: int = 0
+    held_out_seen: int = 0
+    held_out_from: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,7 +84,9 @@ class DataReport:
             parts = [f"{self.rows_train:,} training rows ({labels}{tokens})"]
         else:
             parts = [f"{self.rows_train:,} prompts ({self.tokens:,} tokens)"]
-        if self.rows_held_out:
+        if self.held_out_from:
+            parts.append(f"{self.held_out_seen:,} held out")
+        elif self.rows_held_out:
             parts.append(f"{self.rows_held_out:,} held out")
         if self.split:
             what = "pairs trained as two rows each" if self.labelled else "conversations trained as several rows"
@@ -101,7 +107,12 @@ class DataReport:
         if len(self.sources) > 1 and self.tokens:
             shares = (f"{source['name']} {source['tokens'] / self.tokens:.1%}" for source in self.sources)
             parts.append(f"tokens from {', '.join(shares)}")
-        return "; ".join([f"{self.rows_read:,} rows read: " + ", ".join(parts), *self.notes])
+        apart = [self.held_out_apart()] if self.held_out_from else []
+        return "; ".join([f"{self.rows_read:,} rows read: " + ", ".join(parts), *apart, *self.notes])
+
+    def held_out_apart(self) -> str:
+        """The held-out rows of a stream, with the rows that they come from."""
+        return f"evaluated: {self.rows_held_out:,} held out of the first {self.held_out_from:,} rows"
 
 
 def make_report(

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.parts import FileSource, HubSource, PythonDocsSource, RowSource, Source, StageSource
 from align.data.files import Chunk, ObjectChunk, chunks, file_chunks
-from align.data.files.arrow import arrow_chunk
 from align.data.python_docs import python_docs_rows
 from align.data.rows import Row, SystemPrompt
-from align.data.shapes import Shape, no_shape, shape_of
+from align.data.shapes import TEMPLATE_COLUMNS, Shape, no_shape, shape_of
 from align.data.shapes.adapt import FORMATS, Adapter
-from align.data.shapes.recognise import NEEDS
+from align.data.shapes.recognise import NEEDS, READS, STANDARD_COLUMNS, needs
 from align.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ def source_chunks(
         yield SourceChunk(chunk, adapter) if adapter != Adapter() else chunk
 
 
+def check_first_rows(source: Source, accepted: Sequence[Shape]) -> None:
+    """Raise `UserError` as `source_chunks` does. Only first chunks are read."""
+    next(source_chunks(source, accepted=accepted))
+
+
 def _first_chunks(source: Source) -> Iterator[Chunk]:
     """The first chunk of each further file that is looked at."""
     if isinstance(source, FileSource):
@@ -93,6 +98,8 @@ def adapter_of(source: Source) -> Adapter:
 
 
 def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[Shape] | None, name: str) -> None:
+    if accepted is not None and "prompt" not in accepted:  # a reward function may read any column of a prompt's row
+        _require_known_columns(adapter, accepted, name)
     before: set[str] = set()
     after: set[str] = set()
     missing, usable = set(adapter.columns.values()), accepted is None
@@ -103,7 +110,7 @@ def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[S
             adapted = adapter(row)
             after.update(adapted)
             usable = usable or shape_of(adapted, accepted or ()) is not None
-            of_format = of_format or shape_of(adapted) is not None
+            of_format = of_format or shape_of(adapted, (FORMATS[str(adapter.format)],)) is not None
         missing -= before
         if usable and not missing:
             return
@@ -112,13 +119,32 @@ def _check(first_chunks: Iterator[Chunk], adapter: Adapter, accepted: Sequence[S
             f"{name}: `columns` refers to {', '.join(sorted(missing))}, but the source's columns are "
             f"{', '.join(sorted(before))}. Correct `columns`."
         )
-    if not of_format:  # all columns of the rows belong to other shapes
+    _require_known_columns(adapter, accepted or (), name, only_near=True)
+    if not of_format:
         needed = NEEDS[FORMATS[str(adapter.format)]]
         raise UserError(
             f"{name}: `format: {adapter.format}` needs {needed}, but the columns are {', '.join(sorted(before))}. "
             "Correct `format`, or rename the columns with `columns`."
         )
+    if adapter.format is not None:
+        raise UserError(
+            f"{name}: `format: {adapter.format}` is a shape that this stage does not accept; it needs "
+            f"{needs(accepted or ())}. The columns are {', '.join(sorted(before))}. Correct or remove `format`."
+        )
     raise no_shape(after, accepted or (), name)
+
+
+def _require_known_columns(adapter: Adapter, accepted: Sequence[Shape], name: str, *, only_near: bool = False) -> None:
+    """Raise `UserError` for a key of `columns` that is not a standard column.
+
+    only_near: ignore keys that resemble none.
+    """
+    read = sorted({*TEMPLATE_COLUMNS, *(column for shape in accepted for column in READS[shape])})
+    for column in adapter.columns:
+        near = get_close_matches(column, read, 1, 0.7)
+        if column not in STANDARD_COLUMNS and (near or not only_near):
+            advice = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(read)}."
+            raise UserError(f"{name}: `columns` sets `{column}`, which is not a standard column. {advice}")
 
 
 def _unchecked_chunks(source: Source, stage_dirs: Mapping[str, Path]) -> Iterator[Chunk]:
@@ -160,6 +186,8 @@ def load_hub(source: HubSource) -> datasets.Dataset | datasets.IterableDataset:
 
 
 def _hub_chunks(source: HubSource) -> Iterator[Chunk]:
+    from align.data.files.arrow import arrow_chunk  # loads pyarrow
+
     rows: Any = load_hub(source)
     first = 1
     if source.streaming:

@@ -13,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align.config.parts import Data, FileSource, HubSource, Source, StageSource
-from align.data.encode import ACCEPTED, COLUMNS, Encoding, RowEncoder
+from align.data.accepted import ACCEPTED
+from align.data.encode import COLUMNS, Encoding, RowEncoder
 from align.data.filters.items import evaluation_files
 from align.data.report import DataReport
 from align.data.rows import Row
@@ -58,6 +59,8 @@ class StreamedReport(DataReport):
         counts, dropped = self.stream.state.counts, self.stream.state.dropped
         return DataReport(
             rows_held_out=self.rows_held_out,
+            held_out_seen=counts["held_out"],
+            held_out_from=self.held_out_from,
             fingerprint=self.fingerprint,
             rows_read=counts["read"],
             rows_train=counts["rows"],
@@ -98,10 +101,11 @@ def open_stream(
         block_length=data.max_length if kind == "text" else None,
     )
     columns = ("input_ids", "labels", "documents") if kind == "text" else COLUMNS[kind]
-    held_out = None
+    held_out, searched = None, 0
     if data.held_out_fraction and not data.held_out:
-        held_out = _held_out(stream.held_out(HELD_OUT_FROM), columns, data)
-    nothing = DataReport(0, 0, 0 if held_out is None else len(held_out), {}, 0, 0, 0, "")
+        found, searched = stream.held_out(HELD_OUT_FROM)
+        held_out = _held_out(found, columns, data)
+    nothing = DataReport(0, 0, 0 if held_out is None else len(held_out), {}, 0, 0, 0, "", held_out_from=searched)
     return (
         StreamedRows(stream, columns),
         held_out,

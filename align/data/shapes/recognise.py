@@ -57,6 +57,18 @@ _SYNONYMS = {
     "label": ("desirable", "is_desirable", "thumbs_up", "feedback", "rating"),
 }
 """Other names that people give to a column; the advice of an error uses them."""
+_WANTED: dict[Shape, tuple[tuple[str, ...], ...]] = {
+    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "unpaired": (("prompt", "completion", "label"), ("messages", "label")),
+    "prompt_completion": (("prompt", "completion"),),
+    "messages": (("messages",),),
+    "prompt": (("prompt",),),
+    "alpaca": (("instruction", "output"),),
+    "text": (("text",),),
+    "token_ids": (("input_ids",),),
+}
+"""Columns to which the advice renames others, for each shape."""
+_NO_EXAMPLE = "Rename them in the recipe with `columns: {standard name: name in the file}`, or set another source."
 
 
 def shape_of(row: Mapping[str, Any], accepted: Sequence[Shape] = SHAPES) -> Shape | None:
@@ -101,28 +113,35 @@ def require_shape(row: Mapping[str, Any], accepted: Sequence[Shape] = SHAPES) ->
     return shape
 
 
+def needs(accepted: Sequence[Shape]) -> str:
+    """The columns of the accepted shapes, in words."""
+    return ", or ".join(NEEDS[shape] for shape in accepted)
+
+
 def no_shape(columns: Iterable[str], accepted: Sequence[Shape], where: str) -> UserError:
     """The error for a source of which no row has an accepted shape."""
     present = sorted(columns)
-    needed = ", or ".join(NEEDS[shape] for shape in accepted)
+    example = _renaming(present, accepted)
     return UserError(
-        f"{where}: the columns are {', '.join(present) or '(none)'}, but this stage needs {needed}. "
-        f"Rename them in the recipe, for example `columns: {{{_renaming(present, accepted)}}}`."
+        f"{where}: the columns are {', '.join(present) or '(none)'}, but this stage needs {needs(accepted)}. "
+        + (f"Rename them in the recipe, for example `columns: {{{example}}}`." if example else _NO_EXAMPLE)
     )
 
 
-def _renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str:
-    """An example of `columns` with names that the file has, if a shape can be guessed from them."""
+def _renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str | None:
+    """An example of `columns` that gives the rows an accepted shape; None if no column has a name that suggests one."""
     for shape in accepted:
-        needed = NEEDS[shape].split(" (")[0].split(", or ")[0].split(" and ")
-        found = {new: _similar(new, present) for new in needed}
-        if all(found.values()):
-            return ", ".join(f"{new}: {old}" for new, old in found.items() if new != old)
-    new = NEEDS[accepted[0]].split(" (")[0].split(" and ")[0]
-    return f"{new}: {next((column for column in present if column not in STANDARD_COLUMNS), 'name')}"
+        for wanted in _WANTED[shape]:
+            found = {new: _similar(new, present) for new in wanted}
+            changed = {new: old for new, old in found.items() if old is not None and new != old}
+            if changed and all(found.values()) and len(set(found.values())) == len(wanted):
+                return ", ".join(f"{new}: {old}" for new, old in changed.items())
+    return None
 
 
 def _similar(new: str, present: Sequence[str]) -> str | None:
+    if any(new in names and set(names).intersection(present) for names in (TALKS, LABELS)):
+        return new
     return next((old for old in (new, *_SYNONYMS.get(new, ())) if old in present), None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.data_files import Listing
 from align.config.parts import FileSource, HubSource, PythonDocsSource, Source, StageSource
-from align.data.encode import ACCEPTED, Kind
+from align.data.accepted import ACCEPTED, Kind
 from align.data.files import Chunk
 from align.data.rows import Row
 from align.data.sources import SourceChunk, adapter_of, describe_source, load_hub, source_chunks, stage_file

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from align.config.filters import DuplicateFilter
-from align.data.encode import ACCEPTED, COLUMNS, Encoded, Kind, RowEncoder, is_ids
+from align.data.accepted import ACCEPTED, Kind
+from align.data.encode import COLUMNS, Encoded, RowEncoder, is_ids
 from align.data.filters.grams import Hashes, text_grams, text_hash
 from align.data.filters.texts import texts_of
 from align.data.rows import Row

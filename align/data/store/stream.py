@@ -177,15 +177,18 @@ class Stream:
                 return row
         raise AssertionError("a stream has no end")
 
-    def held_out(self, source_rows: int) -> list[dict[str, np.ndarray]]:
-        """The held-out token rows among the first `source_rows` rows of the mixture."""
+    def held_out(self, source_rows: int) -> tuple[list[dict[str, np.ndarray]], int]:
+        """(held-out token rows, rows read): at least the first `source_rows` rows of the mixture, in whole batches."""
         found: list[Encoded] = []
+        read = 0
         rows = self._passes(0)
         for _ in range(0, source_rows, BATCH):
-            for result in self._encoder([row() for _, row in zip(range(BATCH), rows)]):
+            batch = [row() for _, row in zip(range(BATCH), rows)]
+            read += len(batch)
+            for result in self._encoder(batch):
                 if not isinstance(result, DropRow):
                     found += [row for row in result if key_hash(row.key) < self._held_below]
-        return list(self._blocks(State(), found))
+        return list(self._blocks(State(), found)), read
 
     def _token_rows(self, state: State) -> Iterator[dict[str, np.ndarray]]:
         self.state, marked = state, state.rows

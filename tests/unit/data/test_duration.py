@@ -55,6 +55,7 @@ def test_an_earlier_run_is_scaled_by_steps_and_tokens(tmp_path: Path) -> None:
     assert found.kind == "earlier run"
     assert found.seconds == pytest.approx(25 * 2.0 * 3)
     assert "2 s per step" in found.basis
+    assert "times 3: a step has about 360 tokens now, 120 then" in found.basis
 
 
 @pytest.mark.parametrize("change", ["model", "hardware", "parallel", "lora", "not timed"])

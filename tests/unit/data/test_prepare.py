@@ -291,5 +291,5 @@ def test_prompts(tokenizer, jsonl):
 
 
 def test_wrong_format_is_reported_before_tokenising(tokenizer, jsonl):
-    with pytest.raises(UserError, match=r"rows.jsonl: the columns are text, .* needs chosen and rej.*`columns: {cho"):
+    with pytest.raises(UserError, match=r"rows.jsonl: the columns are text, .* needs chosen and .*`columns: {stand"):
         prepare.prepare_dpo_pairs(data(jsonl([{"text": "a"}])), tokenizer, seed=0)

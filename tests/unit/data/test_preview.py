@@ -184,9 +184,41 @@ def test_a_stream_shows_the_counts_of_its_first_rows(folder: Path, capsys: Any) 
     assert out.count("⟦") == 3
 
 
+def test_the_two_ranges_of_held_out_rows_of_a_stream_are_told_apart(
+    folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.recipes import preview
+
+    monkeypatch.setattr(preview, "STREAMED", 10)
+    _write("many.jsonl", [{"prompt": f"Question {n}", "completion": f"Answer {n}"} for n in range(600)])
+    changes = ["stages.sft.data.train=[{path: many.jsonl, streaming: true}]", "stages.sft.max_steps=5"]
+    out = _shown(capsys, "stats", "recipe.yaml", "sft", *changes, "stages.sft.data.held_out_fraction=0.2")
+    found = re.search(
+        r"stream: (\d+) read, (\d+) to train on, (\d+) held out\n +evaluated: (\d+) .* first 600 rows", out
+    )
+    assert found is not None, out
+    read, train, held_out, evaluated = map(int, found.groups())
+    assert read == train + held_out == 256  # one batch
+    assert held_out < evaluated < 200
+
+
+def test_the_prompts_and_pairs_of_an_evaluation_are_counted(folder: Path, capsys: Any) -> None:
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    sources = {"prompts": [{"path": "pairs.jsonl"}], "preferences": [{"path": "pairs.jsonl"}]}
+    recipe["stages"]["compare"] = {"kind": "evaluate", "models": ["sft"], **sources}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    out = _shown(capsys, "show", "recipe.yaml", "compare")
+    assert "rows        3 read, 3 to evaluate" in out
+    assert "Name a river." in out
+    main(["check", "recipe.yaml", "--data"])
+    out = capsys.readouterr().out
+    assert "  compare: 3 rows read: 3 prompts" in out
+    assert "  compare: preferences: 3 rows read: 3 pairs" in out
+
+
 def test_the_time_of_a_stage_is_estimated(folder: Path, capsys: Any) -> None:
     out = _shown(capsys, "stats", "recipe.yaml", "sft", "stages.sft.data.max_length=256")
-    assert re.search(r"^time        at least .* s: .* operations in the matrices of the model", out, re.MULTILINE)
+    assert re.search(r"^time        under a second as a lower bound: .* operations in the matrices", out, re.MULTILINE)
     time = json.loads(_shown(capsys, "stats", "recipe.yaml", "dpo", "stages.dpo.data.max_length=256", "--json"))[
         "report"
     ]["time"]

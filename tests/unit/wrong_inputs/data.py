@@ -42,6 +42,42 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl", "format": "alpaca"}]})
 
 
+@wrong("format-of-pairs", "`format: preference` for labelled rows")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", '{"prompt": "a", "completion": "b", "label": true}\n')
+    data = {"train": [{"path": "rows.jsonl", "format": "preference"}]}
+    return here.run(stages={"kto": {"kind": "kto", "data": data}})
+
+
+@wrong("format-of-another-stage", "`format` of a shape that the stage does not accept")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return here.run(data={"train": [{"path": "rows.jsonl", "format": "preference"}]})
+
+
+@wrong("columns-misspelt", "A misspelt key of `columns`, in `align check`")
+def _(here: Here) -> str:
+    return here.check(data={"train": [{"path": "rows.jsonl", "columns": {"mesages": "messages"}}]})
+
+
+@wrong("columns-unknown", "A key of `columns` that is not a standard column")
+def _(here: Here) -> str:
+    return here.run(data={"train": [{"path": "rows.jsonl", "columns": {"topic": "messages"}}]})
+
+
+@wrong("later-stage-without-pairs", "Rows of another shape in a later stage, in `align check`")
+def _(here: Here) -> str:
+    dpo = {"kind": "dpo", "init_from": "sft", "data": {"train": [{"path": "rows.jsonl"}]}}
+    return here.check(stages={"sft": {"kind": "sft", "data": {"train": [{"path": "rows.jsonl"}]}}, "dpo": dpo})
+
+
+@wrong("show-tasks-only", "`align data show` of an evaluate stage without prompts")
+def _(here: Here) -> str:
+    task = {"name": "t", "prompts": [{"path": "rows.jsonl"}], "metrics": [{"kind": "length", "max_tokens": 8}]}
+    here.recipe(stages={"compare": {"kind": "evaluate", "models": ["base"], "tasks": [task]}})
+    return here.align("data", "show", "recipe.yaml", "compare")
+
+
 @wrong("empty-data", "A file without rows")
 def _(here: Here) -> str:
     here.write("rows.jsonl", "\n")
