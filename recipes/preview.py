@@ -285,7 +285,7 @@ def _labels(rows: Any, tokenised: TokenisedRows) -> Labels | None:
     if labels is None:
         return None
     lengths = list_lengths(rows, "completion_ids")
-    desirable, undesirable = (float(lengths[kind].mean()) if kind.any() else 0.0 for kind in (labels, ~labels))
+    desirable, undesirable = (float(lengths[kind].mean()) if kind.any() else None for kind in (labels, ~labels))
     texts = np.stack([list_hashes(rows, name) for name in ("prompt_ids", "completion_ids")], 1)
     _, text = np.unique(texts, axis=0, return_inverse=True)
     text = text.reshape(-1)

@@ -129,8 +129,10 @@ def _bias_text(bias: LengthBias) -> str:
 
 
 def _label_lines(labels: Labels) -> list[str]:
-    good, bad = labels.desirable_tokens, labels.undesirable_tokens
-    lines = [_line("answers", f"mean {good:,.0f} tokens if desirable, {bad:,.0f} if undesirable")]
+    means = {"desirable": labels.desirable_tokens, "undesirable": labels.undesirable_tokens}
+    shown = {name: mean for name, mean in means.items() if mean is not None}
+    parts = (f"{mean:,.0f}{'' if number else ' tokens'} if {name}" for number, (name, mean) in enumerate(shown.items()))
+    lines = [_line("answers", f"mean {', '.join(parts)}")]
     if labels.contradictory:
         lines.append(_line("", f"{labels.contradictory:,} rows occur with both labels"))
     return lines

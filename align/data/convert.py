@@ -13,6 +13,7 @@ from align.config.parts import FileSource
 from align.data import shapes
 from align.data.rows import Row, Unreadable
 from align.data.shapes import DropRow, Shape
+from align.data.shapes.base import all_dropped
 from align.data.sources import source_chunks
 from align.errors import UserError
 from align.run.folder import replace_file
@@ -96,8 +97,8 @@ def convert(source: FileSource, out: Path) -> Conversion:
         if not counts.shapes:
             reasons = "; ".join(f"{reason}: {count:,}" for reason, count in counts.dropped.most_common(3))
             raise UserError(
-                f"{source.path}: all {counts.read:,} rows were dropped ({reasons}). Rename columns with --columns, or "
-                "correct the rows."
+                f"{source.path}: {all_dropped(counts.read)} ({reasons}). Rename columns with --columns, or correct the "
+                "rows."
             )
 
     replace_file(out, write)

@@ -21,12 +21,12 @@ from align.config.filters import Filter
 from align.config.parts import Data, Mixture, Source
 from align.config.stages import DpoStage, KtoStage, PretrainStage, RewardModelStage, SftStage, TrainingStage
 from align.data.accepted import Kind
-from align.data.balance import require_both_labels, weight_note
+from align.data.balance import held_out_note, prompt_note, require_both_labels, weight_note
 from align.data.chat import check_template
 from align.data.encode import Encoding
+from align.data.no_rows import no_rows
 from align.data.prompts import PromptRow, PromptRows
-from align.data.report import REASONS, DataReport, make_report
-from align.data.sources import describe_source
+from align.data.report import DataReport, make_report
 from align.data.store.blocks import block_lengths, blocks
 from align.data.store.progress import Show, silent
 from align.data.store.stream import StreamedRows
@@ -173,8 +173,12 @@ def prepare_labelled(
     """
     data = _prepare(stage.data, "labelled", tokenizer, seed, stage_dirs, show)
     require_both_labels(stage, data.report.desirable, data.report.undesirable)
-    note = weight_note(stage, data.report.desirable, data.report.undesirable)
-    return replace(data, report=replace(data.report, notes=(note,) if note else ()))
+    notes = [weight_note(stage, data.report.desirable, data.report.undesirable)]
+    if isinstance(data.train, datasets.Dataset):
+        notes.append(prompt_note(stage, data.train))
+    if data.held_out is not None:
+        notes.append(held_out_note(data.held_out))
+    return replace(data, report=replace(data.report, notes=tuple(note for note in notes if note)))
 
 
 def prepare_prompts(
@@ -194,7 +198,8 @@ def prepare_prompts(
     """
     store = Store(cache_folder(cache), Encoding("prompts", max_prompt_length, tuple(filters)), tokenizer, show=show)
     rows = store.mix(store.plan(sources, stage_dirs or {}, seed), sources, Mixture(), seed)
-    _require_rows(rows, sources, "max_prompt_length or rollout.max_model_length")
+    if not len(rows.indices):
+        raise no_rows(rows, sources, "max_prompt_length or rollout.max_model_length", {"filters": filters})
     return PromptRows(rows), make_report([rows], rows, None, all_columns=True)
 
 
@@ -224,7 +229,8 @@ def _streamed(
     if data.held_out:
         store = Store(cache_folder(data.cache), encoding, tokenizer, data.workers, show)
         rows = store.mix(store.plan(data.held_out, stage_dirs, seed), data.held_out, Mixture(), seed)
-        _require_rows(rows, data.held_out, "data.max_length")
+        if not len(rows.indices):
+            raise no_rows(rows, data.held_out, "data.max_length")
         held_out = blocks(rows, data.max_length, store.cache) if encoding.kind == "text" else rows.dataset()
         report = replace(report, rows_held_out=len(rows.tokens))
     return Prepared(train, held_out, report)
@@ -245,27 +251,20 @@ def _split_rows(
     # Held-out sources are opened before the slow encoding, so that an error in them is reported early.
     others = unfiltered.plan(data.held_out, stage_dirs, seed)
     rows = store.mix(plans, data.train, data.mixture, seed)
-    _require_rows(rows, data.train, "data.max_length")
+    if not len(rows.indices):
+        raise no_rows(rows, data.train, "data.max_length", {"data.filters": data.filters})
     if others:
         held_out = unfiltered.mix(others, data.held_out, Mixture(), seed)
-        _require_rows(held_out, data.held_out, "data.max_length")
+        if not len(held_out.indices):
+            raise no_rows(held_out, data.held_out, "data.max_length")
         return rows, held_out, make_report([rows, held_out], rows, held_out)
     if data.held_out_fraction == 0:
         return rows, None, make_report([rows], rows, None)
     train, held_out = rows.split(data.held_out_fraction)
-    if not len(train.indices) or not len(held_out.indices):
-        raise UserError(
-            f"held_out_fraction {data.held_out_fraction} of {len(rows.indices)} rows leaves one split empty. Add rows, "
-            "or set `held_out` to sources."
-        )
+    for split, kind, change in ((train, "training", "Lower"), (held_out, "held-out", "Raise")):
+        if not len(split.indices):
+            raise UserError(
+                f"held_out_fraction {data.held_out_fraction} of {len(rows.indices):,} rows leaves no {kind} row. "
+                f"{change} it, add rows with other prompts, or set `held_out` to sources."
+            )
     return train, held_out, make_report([rows], train, held_out)
-
-
-def _require_rows(rows: TokenisedRows, sources: Sequence[Source], setting: str) -> None:
-    if len(rows.indices):
-        return
-    names = ", ".join(describe_source(source) for source in sources)
-    dropped = rows.dropped().most_common()
-    reasons = ", ".join(f"{reason}: {count} row{'s' * (count > 1)}" for reason, count in dropped[:REASONS])
-    advice = f"; raise {setting}" if any("max_" in reason for reason, _ in dropped) else ""
-    raise UserError(f"{names}: all {len(rows.order)} rows were dropped ({reasons}){advice}.")

@@ -103,13 +103,13 @@ def histogram(lengths: Sequence[int], bins: int = 8) -> list[LengthBin]:
 class Labels:
     """Completions of each label.
 
-    desirable_tokens    mean tokens of a desirable completion; 0 if there is none
-    undesirable_tokens  mean tokens of an undesirable completion; 0 if there is none
+    desirable_tokens    mean tokens of a desirable completion; None if there is none
+    undesirable_tokens  mean tokens of an undesirable completion; None if there is none
     contradictory       rows whose prompt and completion occur with the other label too
     """
 
-    desirable_tokens: float
-    undesirable_tokens: float
+    desirable_tokens: float | None
+    undesirable_tokens: float | None
     contradictory: int
 
 

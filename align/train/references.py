@@ -108,7 +108,8 @@ class Reference:
         values: np.ndarray = from_rank_0("read the reference's log-probabilities", lambda: _read(path, shape))
         missing = [row for row in wanted if np.isnan(values[row]).any()]
         if not missing:
-            self.context.say(f"  reference: log-probabilities of {len(wanted):,} {name} rows from the cache")
+            if len(wanted):
+                self.context.say(f"  reference: log-probabilities of {len(wanted):,} {name} rows from the cache")
             return values
         for start in range(0, len(missing), WINDOW):
             window = missing[start : start + WINDOW]

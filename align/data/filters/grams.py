@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -80,6 +81,11 @@ def text_grams(text: str) -> Hashes:
     """Sorted hashes [G] of the distinct n-grams of a text."""
     found = units(text)
     return gram_hashes(found, gram_size(found))
+
+
+def with_label(hashes: Sequence[int] | Hashes, label: int) -> Hashes:
+    """Sorted hashes [G] of the n-grams of a row with this label; rows with different labels share none."""
+    return np.sort(_scrambled(np.asarray(hashes, np.uint64) ^ np.uint64(label + 1)))
 
 
 def text_hash(text: str) -> int:

@@ -54,6 +54,11 @@ class DropRow(Exception):
     """Raised for a row that cannot be used. The data report counts dropped rows by this exception's message."""
 
 
+def all_dropped(rows: int) -> str:
+    """The statement of an error that all rows were dropped."""
+    return "the only row was dropped" if rows == 1 else f"all {rows:,} rows were dropped"
+
+
 def parsed_json(text: str, what: str) -> Any:
     """The value of JSON text. Raises `DropRow` with `what` if the text is not JSON that can be written again."""
     try:

@@ -30,6 +30,9 @@ from align.data.shapes.recognise import LABELS, require_shape
 _ANY_TEXT: tuple[Shape, ...] = ("preference", "prompt_completion", "messages", "prompt", "alpaca", "text")
 IGNORED = -100
 """Label of tokens that are not in the loss."""
+NOT_A_LABEL = "label is not true or false"
+_LABEL_TEXTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""Labels as text. A CSV file has 1.0 and 0.0 if some rows of the table had no label."""
 
 
 def plain(messages: Sequence[Message]) -> str:
@@ -118,7 +121,9 @@ def text(row: Mapping[str, Any]) -> str:
 def unpaired(row: Mapping[str, Any]) -> Unpaired:
     """The prompt, the completion and the label of a KTO row. The completion of a conversation is its last message."""
     require_shape(row, ("unpaired",))
-    label = _label(next(value_of(row, column) for column in LABELS if row.get(column) is not None))
+    labels = {_label(value_of(row, column)) for column in LABELS if row.get(column) is not None}
+    if len(labels) > 1:
+        raise DropRow(f"{' and '.join(LABELS)} contradict each other")
     if row.get("prompt") is not None and row.get("completion") is not None:
         given = with_system(row, to_messages(value_of(row, "prompt"), "user"))
         completion = to_messages(value_of(row, "completion"), "assistant")
@@ -132,14 +137,14 @@ def unpaired(row: Mapping[str, Any]) -> Unpaired:
         raise DropRow("the completion does not end with an assistant turn")
     if not given:
         raise DropRow("no prompt")
-    return {"prompt": given, "completion": completion, "label": label}
+    return {"prompt": given, "completion": completion, "label": labels.pop()}
 
 
 def _label(value: Any) -> bool:
     if isinstance(value, str):
-        value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+        value = _LABEL_TEXTS.get(value.strip().lower())
     if value not in (0, 1):
-        raise DropRow("label is not true or false")
+        raise DropRow(NOT_A_LABEL)
     return bool(value)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import align.data
 from align.run.cache import hashed
 
-_WITHOUT_EFFECT = ("store", "prepare.py", "balance.py", "experience.py", "transfer.py")
+_WITHOUT_EFFECT = ("store", "prepare.py", "balance.py", "no_rows.py", "experience.py", "transfer.py")
 """Modules of `align.data` that do not determine how a row is read and encoded."""
 _CLOCK = "strftime_now"
 """Function by which a chat template writes today's date."""

@@ -24,7 +24,7 @@ import pyarrow as pa
 from align.config.filters import DuplicateFilter
 from align.data.accepted import ACCEPTED, Kind
 from align.data.encode import COLUMNS, Encoded, RowEncoder, is_ids
-from align.data.filters.grams import Hashes, text_grams, text_hash
+from align.data.filters.grams import Hashes, text_grams, text_hash, with_label
 from align.data.filters.texts import texts_of
 from align.data.rows import Row
 from align.data.shapes import DropRow, shape_of, unused_columns
@@ -34,7 +34,8 @@ from align.run.cache import read_json, write_atomically, writing
 
 ROW = np.dtype([("count", "i4"), ("reason", "i4"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
 """count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row.
-text: hash of the text by which duplicates are found, 0 without such a filter. grams: its n-grams in grams.npy."""
+text: hash of the text and label by which duplicates are found, 0 without such a filter or a text. grams: number of its
+n-grams in grams.npy."""
 TOKENS = np.dtype([("tokens", "i4"), ("loss", "i4"), ("truncated", "?"), ("split", "?"), ("digest", "u8")])
 """tokens, loss: counts of tokens. digest: hash of the ids and labels."""
 USED, UNREAD = -1, -2
@@ -71,7 +72,7 @@ class ShardWriter:
             if isinstance(result, DropRow):
                 table[index]["reason"] = reasons.setdefault(str(result), len(reasons))
             else:
-                text, own = self._compared(row)
+                text, own = self._compared(row, result)
                 grams.append(own)
                 table[index] = (len(result), USED, key_hash(result[0].key), text, len(own))
                 encoded += result
@@ -81,12 +82,19 @@ class ShardWriter:
         self._save(number, table, encoded, np.concatenate(grams), facts)
         return len(used)
 
-    def _compared(self, row: Row) -> tuple[int, Hashes]:
-        """(hash of the row's text, its n-grams), as far as duplicates are found by them."""
+    def _compared(self, row: Row, encoded: list[Encoded]) -> tuple[int, Hashes]:
+        """(hash of the row's text, its n-grams), as far as duplicates are found by them; of a row with a label, both
+        with the label."""
         if self.duplicates is None:
             return 0, np.zeros(0, np.uint64)
         text = texts_of(row, ACCEPTED[self.kind]).part(self.duplicates.part)
-        return text_hash(text), text_grams(text) if self.duplicates.near is not None else np.zeros(0, np.uint64)
+        found, grams = text_hash(text), np.zeros(0, np.uint64)
+        if self.duplicates.near is not None:
+            grams = text_grams(text)
+        labels = [label for made in encoded for label in made.columns.get("label", ())]
+        if len(labels) != 1:  # a pair has both
+            return found, grams
+        return found and int(with_label([found], labels[0])[0]), with_label(grams, labels[0])
 
     def _save(
         self, number: int, rows: np.ndarray, encoded: list[Encoded], grams: Hashes, facts: Mapping[str, Any]

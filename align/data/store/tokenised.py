@@ -165,6 +165,12 @@ def list_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     return np.asarray(lengths[dataset._indices.column(0).to_numpy()])
 
 
+def single_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """The value in each row of a column of lists with one value, such as `label`."""
+    values = pc.list_flatten(dataset.data.column(column)).to_numpy()
+    return np.asarray(values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()])
+
+
 def list_hashes(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """64-bit hash of the list in each row of a column."""
     found = []

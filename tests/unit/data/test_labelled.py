@@ -93,6 +93,9 @@ def test_reasons_of_dropped_rows(tokenizer: Any, jsonl: Any) -> None:
         row("d", -1),
         {"prompt": "a", "chosen": "b", "rejected": "x" * 30},
         {"prompt": "a", "label": True},
+        {**row("d", True), "kto_tag": 0},
+        {**row("x", "1.0"), "kto_tag": True},
+        row("y", "0.0"),
     ]
     report = prepare.prepare_stage(stage(jsonl(rows), max_length=40), tokenizer, seed=0).report
     assert report.dropped == {
@@ -100,8 +103,37 @@ def test_reasons_of_dropped_rows(tokenizer: Any, jsonl: Any) -> None:
         "no label": 2,
         "label is not true or false": 2,
         "columns of no known shape (label, prompt)": 1,
+        "label and kto_tag contradict each other": 1,
     }
-    assert (report.rows_read, report.rows_train) == (9, 2)
+    assert (report.rows_read, report.rows_train, report.desirable) == (12, 4, 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"near": 0.5}, {"part": "answer"}])
+def test_rows_with_different_labels_are_no_duplicates(settings: dict[str, Any], tokenizer: Any, jsonl: Any) -> None:
+    text = "one two three four five"
+    rows = [row(text, True), row(text, False), row(text, 1), row(f"{text} six", False)]
+    filters = [{"kind": "duplicates", **settings}]
+    made = prepare.prepare_stage(stage(jsonl(rows), data={"filters": filters}), tokenizer, seed=0)
+    repeated = 2 if settings.get("near") else 1
+    assert made.report.dropped == {"filter: repeats an earlier row": repeated}
+    assert (made.report.desirable, made.report.undesirable) == (1, 3 - repeated)
+
+
+def test_what_to_do_if_every_row_is_dropped(tokenizer: Any, jsonl: Any) -> None:
+    rows = [row("bbbbb", "good"), {**row("ccccc", None), "kto_tag": "bad"}, row("x" * 30, True), row("d", True)]
+    path = jsonl([*rows, {**row("ddddd", True), "kto_tag": 0}])
+    filters = [{"kind": "length", "min_chars": 5, "part": "answer"}, {"kind": "garbled"}]
+    with pytest.raises(UserError) as error:
+        prepare.prepare_stage(stage(path, max_length=40, data={"filters": filters}), tokenizer, seed=0)
+    for advice in (
+        f"Set the label to true, false, 1 or 0; {path} line 1 has label 'good'.",
+        "Raise data.max_length.",
+        f"Relax or remove filters in data.filters (length, garbled); the first dropped row is {path} line 4.",
+        f"Correct the rows; the first is {path} line 5.",
+    ):
+        assert advice in str(error.value)
+    with pytest.raises(UserError, match="the only row was dropped"):
+        prepare.prepare_stage(stage(jsonl([row("b", "good")])), tokenizer, seed=0)
 
 
 def test_another_label_is_another_row(tokenizer: Any, jsonl: Any) -> None:
@@ -122,10 +154,19 @@ def test_another_label_is_another_row(tokenizer: Any, jsonl: Any) -> None:
         (50, 50, {}, None),
         (40, 30, {}, None),  # 4 / 3
         (30, 40, {"undesirable_weight": 0.75}, None),
-        (30, 40, {"undesirable_weight": 0}, None),
-        (80, 20, {}, "4.00 times .* desirable_weight to 0.25 to 0.333, or undesirable_weight to 3 to 4$"),
+        (30, 40, {"undesirable_weight": 0}, "^undesirable_weight is 0, so 40 undesirable rows train nothing$"),
+        (1, 40, {"desirable_weight": 0}, "^desirable_weight is 0, so 1 desirable row trains nothing$"),
+        (30, 0, {"undesirable_weight": 0}, None),
+        (
+            1,
+            9999,
+            {},
+            "0.0001 times .* to 9999 to 13332, or undesirable_weight to 0.0000751 to 0.0001$",
+        ),
+        (13334, 10000, {}, "1.34 times"),
+        (80, 20, {}, "have 4 times .* desirable_weight to 0.25 to 0.333, or undesirable_weight to 3 to 4$"),
         (20, 80, {}, "0.25 times .* desirable_weight to 4 to 5.33, or undesirable_weight to 0.188 to 0.25$"),
-        (20, 80, {"desirable_weight": 2}, "0.50 times .* to 4 to 5.33, or undesirable_weight to 0.375 to 0.5$"),
+        (20, 80, {"desirable_weight": 2}, "0.5 times .* to 4 to 5.33, or undesirable_weight to 0.375 to 0.5$"),
     ],
 )
 def test_weights_that_balance(desirable: int, undesirable: int, weights: dict[str, float], note: str | None) -> None:
@@ -137,11 +178,44 @@ def test_weights_that_balance(desirable: int, undesirable: int, weights: dict[st
         assert re.search(note, said), said
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3, 7.0])
+@pytest.mark.parametrize("counts", [(1, 1333), (3, 1), (1, 3), (7, 9973), (9973, 7), (1, 10**7), (10**7, 1), (17, 11)])
+def test_advised_weights_are_accepted(counts: tuple[int, int], weight: float) -> None:
+    """Both ends of both ranges, as they are printed, give no note."""
+    weights = {"desirable_weight": weight, "undesirable_weight": weight}
+    said = weight_note(stage(**weights), *counts)
+    assert said is not None
+    assert "e+" not in said
+    assert "e-" not in said
+    advice = re.findall(r"((?:un)?desirable_weight) to ([\d.]+) to ([\d.]+)", said)
+    assert [name for name, *_ in advice] == ["desirable_weight", "undesirable_weight"]
+    for name, *ends in advice:
+        for end in ends:
+            assert weight_note(stage(**(weights | {name: float(end)})), *counts) is None, (name, end)
+
+
+def test_the_notes_of_one_prompt_and_of_held_out_rows(tokenizer: Any, jsonl: Any) -> None:
+    def notes(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], **settings: Any) -> tuple[str, ...]:
+        data = {"held_out": [{"path": jsonl(held_out, "held_out.jsonl")}]}
+        made = prepare.prepare_stage(stage(jsonl(rows), data=data, **settings), tokenizer, seed=0)
+        return made.report.notes
+
+    both, other = [row("b", True), row("c", False)], {"prompt": "d", "completion": "b", "label": True}
+    (one,) = notes(both, both)
+    assert one.startswith("all rows have the same prompt, so the estimate of the KL")
+    assert notes(both, both, loss_type="apo_zero_unpaired") == ()
+    assert notes([*both, other, {**other, "label": False}], both) == ()
+    (_, held) = notes(both, [row("c", 0)])
+    assert held.startswith("all held-out rows are undesirable, so the eval_ metrics of desirable completions and")
+
+
 def test_one_label_needs_the_weight_of_the_other_to_be_zero() -> None:
     require_both_labels(stage(undesirable_weight=0), 5, 0)
     require_both_labels(stage(desirable_weight=0), 0, 5)
     with pytest.raises(UserError, match="all 5 rows are undesirable"):
         require_both_labels(stage(undesirable_weight=0), 0, 5)
+    with pytest.raises(UserError, match="the only row is desirable"):
+        require_both_labels(stage(), 1, 0)
 
 
 # --- align data -------------------------------------------------------------------------------------------
@@ -167,7 +241,7 @@ def test_rows_are_shown_with_their_labels(recipe: str, capsys: Any, tokenizer: A
     main(["data", "show", recipe, "kto", "--rows", "4"])
     out = capsys.readouterr().out
     assert "labels      3 desirable, 1 undesirable" in out
-    assert "note        desirable rows have 3.00 times the weight" in out
+    assert "note        desirable rows have 3 times the weight" in out
     # One, two and four characters, and three; each with an end of turn.
     assert "answers     mean 3 tokens if desirable, 4 if undesirable" in out
     assert "undesirable (4 tokens)\n⟦bbb<|im_end|>⟧" in out
@@ -201,4 +275,14 @@ def test_check_prints_the_labels(recipe: str, capsys: Any) -> None:
     main(["check", recipe, "--data"])
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert line.startswith("  kto: 4 rows read: 4 training rows (3 desirable, 1 undesirable; ")
-    assert "set desirable_weight to 0.333 to 0.444, or undesirable_weight to 2.25 to 3" in line
+    assert "set desirable_weight to 0.334 to 0.444, or undesirable_weight to 2.25 to 3" in line
+
+
+def test_a_label_without_rows_has_no_mean_length(recipe: str, capsys: Any) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": "bc", "label": True} for n in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    values["stages"]["kto"]["undesirable_weight"] = 0.0
+    Path(recipe).write_text(yaml.safe_dump(values), encoding="utf-8")
+    main(["data", "stats", recipe, "kto"])
+    assert "answers     mean 3 tokens if desirable\n" in capsys.readouterr().out

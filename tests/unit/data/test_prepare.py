@@ -95,7 +95,7 @@ def test_sft_truncation_keeps_the_start_and_counts(tokenizer, jsonl):
         "4 rows read: 2 training rows (48 tokens, 7 in the loss), 1 truncated, 1 dropped: no answer token within "
         "max_length, 1 dropped: no assistant turn"
     )
-    with pytest.raises(UserError, match=r"all 4 rows were dropped \(no answer token.*: 3.*\); raise data.max_length"):
+    with pytest.raises(UserError, match=r"all 4 rows were dropped \(no answer token.*: 3.*\). Raise data.max_length"):
         prepare.prepare_sft(data(jsonl(rows), max_length=9), tokenizer, assistant_only_loss=True, seed=0)
 
 

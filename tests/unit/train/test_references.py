@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,17 @@ def test_a_policy_equal_to_the_reference_has_log_ratios_of_zero(
     (step,) = trainer.get_train_dataloader()
     loss = trainer.training_step(trainer.model, step)
     assert loss.item() == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "lines"), [(0, 0), (2, 1)])
+def test_rows_from_the_cache_are_named_if_there_are_any(
+    count: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "_read", lambda path, shape: np.zeros(shape))
+    said: list[str] = []
+    reference: Any = object.__new__(references.Reference)
+    reference.stage = SimpleNamespace(data=SimpleNamespace(cache=str(tmp_path)), sequences_per_row=1)
+    reference.context, reference.key = SimpleNamespace(say=said.append), {}
+    rows: Any = [None] * count
+    assert reference.of("mismatched", rows, range(count)).shape == (count, 1)
+    assert len(said) == lines

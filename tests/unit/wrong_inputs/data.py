@@ -253,6 +253,11 @@ def _(here: Here) -> str:
     return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "held_out_fraction": 0.001})
 
 
+@wrong("nothing-to-train-on", "Too few rows for a training split")
+def _(here: Here) -> str:
+    return here.run(data={"train": [{"kind": "file", "path": "rows.jsonl"}], "held_out_fraction": 0.999})
+
+
 @wrong("convert-to-another-suffix", "`align data convert` to a file that is not .jsonl")
 def _(here: Here) -> str:
     return here.align("data", "convert", "rows.jsonl", "out.json")
@@ -381,6 +386,17 @@ def _(here: Here) -> str:
 @wrong("labels-of-another-type", "KTO rows with labels that are not true or false")
 def _(here: Here) -> str:
     return label(here, "good", 5, [True], -1)
+
+
+@wrong("contradicting-labels", "KTO rows whose `label` and `kto_tag` differ")
+def _(here: Here) -> str:
+    here.write("rows.jsonl", json.dumps({"prompt": "a", "completion": "b", "label": True, "kto_tag": False}) + "\n")
+    return here.run(kind="kto")
+
+
+@wrong("all-filtered", "Filters that drop every row")
+def _(here: Here) -> str:
+    return here.run(data=_filtered({"kind": "length", "min_chars": 1000}))
 
 
 @wrong("stream-with-reference", "Streaming of pairs for a loss with a reference")
