@@ -161,8 +161,8 @@ def test_the_cluster_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert "two_hosts.yaml: ok" in printed
     assert "116 of 141 GB per GPU, 1,749 of 2,000 GB per host" in printed
     assert "116 of 141 GB per GPU and 1,749 of 2,000 GB per host" in page
-    assert "15.3 of 80.0 GB per GPU" in printed
-    assert "15.3 of 80.0 GB per GPU" in page
+    assert "15.2 of 80.0 GB per GPU" in printed
+    assert "15.2 of 80.0 GB per GPU" in page
     for name in ("hunyuan-large.sbatch", "torchrun.sh", "kubernetes.yaml", "two_hosts.yaml"):
         (plan,) = commands((CLUSTER / name).read_text(encoding="utf-8"), "plan")
         assert plan in plans, name

@@ -236,7 +236,7 @@ def recipe_with(tmp_path: Path, **ppo: object) -> str:
         "ppo": {"kind": "ppo", "prompts": prompts, "rewards": [{"kind": "length", "max_tokens": 8}], **ppo},
     }
     content = {"name": "t", "model": {"kind": "pretrained", "path": "owner/name"}, "stages": stages}
-    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi"}\n')
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return str(tmp_path / "t.yaml")
 

@@ -273,7 +273,7 @@ def proposals(found: str) -> list[list[str]]:
         ([*LARGE, "--gpus", "24", "--gpu", "h20", "--host-memory", "2000", "--stage", "ppo"], 2),
         ([*LARGE, "--gpus", "1", "--gpu", "b200", *ALONE, "stages.sft.batch_size=3", "stages.dpo.batch_size=5"], 4),
         (["tiny", "--gpu-memory", "4.1"], 4),
-        (["tiny", "--gpu-memory", "4.1", "stages.dpo.batch_size=9", "stages.dpo.micro_batch_size=3"], 4),
+        (["tiny", "--gpu-memory", "4.1", "stages.dpo.batch_size=9", "stages.dpo.micro_batch_size=3"], 3),
         (["tiny", "--gpu-memory", "4.04", "--search", "stages.pretrain.batch_size=6"], 2),
         (["quickstart", "--gpu-memory", "4.7", "--stage", "dpo"], 1),
     ],

@@ -26,7 +26,7 @@ from align.data.prepare import PromptRow, prepare_reward_pairs
 from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
-from align.reward import remote
+from align.reward import json_http, remote
 from align.reward.mixture import Scorer
 from align.reward.model import ModelScorer
 from align.reward.moments import Moments
@@ -266,7 +266,7 @@ def test_a_served_model_gives_the_scores_of_a_local_one(
 
 
 def test_a_server_that_is_down_at_the_start_or_later(scorer, model, scored_batch, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(json_http, "FIRST_PAUSE_S", 0.02)
     server = build_server(model, dtype="float32", micro_batch_tokens=64)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -18,6 +18,7 @@ from align.run.context import StageResult
 from align.run.manifest import read_manifest
 from tests.unit.rl.small import settings
 
+ROW = '{{"prompt": "Hi", "completion": "{}"}}\n'
 STAGE = {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}
 
 
@@ -27,7 +28,7 @@ class Runs:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.done, self.fails = folder, [], None
         monkeypatch.chdir(folder)
-        (folder / "rows.jsonl").touch()
+        (folder / "rows.jsonl").write_text(ROW.format("a"))
         (folder / "model").mkdir()
         for module in ("base", "sft"):
             monkeypatch.setattr(importlib.import_module(f"align.recipes.{module}"), "run", self.stage)
@@ -134,26 +135,26 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(runs,
 def test_a_changed_data_file_is_refused_and_named(runs) -> None:
     """The change keeps the size and the modification time of the file."""
     rows = runs.folder / "rows.jsonl"
-    rows.write_text("a")
+    rows.write_text(ROW.format("a"))
     runs.run()
     assert runs.run() == []
     before = rows.stat()
-    rows.write_text("b")
+    rows.write_text(ROW.format("b"))
     os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=r"run/first: rows\.jsonl has changed since.*--from first"):
         runs.run()
-    rows.write_text("a")
+    rows.write_text(ROW.format("a"))
     assert runs.run() == []
 
 
 def test_an_interrupted_stage_is_not_resumed_with_other_data(runs) -> None:
     rows = runs.folder / "rows.jsonl"
-    rows.write_text("a")
+    rows.write_text(ROW.format("a"))
     runs.run(fails="first")
-    rows.write_text("b")
+    rows.write_text(ROW.format("b"))
     with pytest.raises(UserError, match=r"rows\.jsonl has changed since the interrupted run read it; restore it"):
         runs.run(resume=True)
-    rows.write_text("a")
+    rows.write_text(ROW.format("a"))
     assert runs.run(resume=True) == [("first", True), ("second", True)]
 
 
@@ -163,7 +164,7 @@ def test_a_result_of_an_earlier_version_without_fingerprints_is_kept(runs) -> No
     record = json.loads(path.read_text(encoding="utf-8"))
     del record["inputs"]
     path.write_text(json.dumps(record), encoding="utf-8")
-    (runs.folder / "rows.jsonl").write_text("changed")
+    (runs.folder / "rows.jsonl").write_text(ROW.format("changed"))
     with pytest.raises(UserError, match="run/second: rows"):  # its manifest has fingerprints
         runs.run()
     assert runs.run(only="first") == [("first", False)]

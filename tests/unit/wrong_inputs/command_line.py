@@ -138,7 +138,7 @@ def _(here: Here) -> str:
 
 @wrong("show-model-run", "The folder of a run instead of a model")
 def _(here: Here) -> str:
-    here.write("bad.jsonl", "{\n")
+    here.write("bad.jsonl", '{"prompt": "Hi", "completion": " "}\n')
     here.run(data={"train": [{"kind": "file", "path": "bad.jsonl"}]})  # saves the base model and refuses the data
     return here.align("show-model", "run")
 

@@ -52,7 +52,7 @@ def test_base_can_be_made_again(here: Here) -> None:
     """`--from base` replaces the base model by one from another source and back, also after a failed first attempt."""
     (here.folder / "other").mkdir()
     assert "config.json does not exist" in here.run(model={"kind": "pretrained", "path": "other"})
-    here.write("bad.jsonl", "{\n")
+    here.write("bad.jsonl", '{"prompt": "Hi", "completion": " "}\n')
     bad = {"train": [{"kind": "file", "path": "bad.jsonl"}]}
     assert "bad.jsonl" in here.run(data=bad)  # the base model is saved, and the next stage is refused
     scratch = {"kind": "scratch", "tokenizer": "./model", "config": SIZES}
