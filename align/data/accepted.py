@@ -34,7 +34,10 @@ ACCEPTED: dict[Kind, tuple[Shape, ...]] = {
 
 
 def sources_of(stage: Stage) -> Iterator[tuple[str, Source, Kind]]:
-    """(field, source, kind of the rows) of every source of a stage, except those of an evaluation's tasks."""
+    """(field, source, kind of the rows) of every source of a stage, except those of an evaluation's tasks.
+
+    Sources of a kind of stage that is not listed here are not known.
+    """
     match stage:
         case SampleStage():
             fields: dict[str, tuple[list[Source], Kind]] = {
@@ -45,9 +48,11 @@ def sources_of(stage: Stage) -> Iterator[tuple[str, Source, Kind]]:
             fields = {"prompts": (stage.prompts, "prompts")}
         case EvaluateStage():
             fields = {"prompts": (stage.prompts, "prompts"), "preferences": (stage.preferences, "dpo_pairs")}
-        case _:
+        case PretrainStage() | SftStage() | RewardModelStage() | DpoStage() | KtoStage():
             kind = _kind_of(stage)
             fields = {"data.train": (stage.data.train, kind), "data.held_out": (stage.data.held_out, kind)}
+        case _:
+            fields = {}
     for field, (sources, kind) in fields.items():
         for source in sources:
             yield field, source, kind
