@@ -210,7 +210,7 @@ def _score(
 
 
 def _earlier_counts(folder: Path, name: str) -> dict[str, tuple[int, int]]:
-    """What the encoder counted when the records were made; see `_Runner.answer`."""
+    """Counts of the encoder when the records were made; see `_Runner.answer`."""
     if not (folder / "results.json").is_file():
         return {}
     tasks = Results.read(folder).content["models"].get(name, {}).get("tasks", {})

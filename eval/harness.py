@@ -25,7 +25,7 @@ MAX_NEW_TOKENS = 256
 KNOWN_SETTINGS = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
 MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 UNANSWERED = "[invalid]"
-"""What the harness's filters return if a completion has no answer."""
+"""Returned by the harness's filters if a completion has no answer."""
 RESAMPLES = 200
 SHOWN_CHARACTERS = 4000
 

@@ -21,7 +21,7 @@ Status = Literal["finished", "cut", "scored", "unscored"]
 
 
 class Place(NamedTuple):
-    """What a record answers.
+    """The request that a record answers.
 
     document: id of the document.
     number: which request it is within the document.

@@ -99,7 +99,7 @@ def read_suite(name: str) -> Suite:
     file = Path(name) if Path(name).suffix in (".yaml", ".yml") else SUITES / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in SUITES.glob("*.yaml")))
-        raise UserError(f"suite:{name}: there is no such suite. Choose one of {known}, or pass a YAML file.")
+        raise UserError(f"suite:{name}: the suite is unknown. Choose one of {known}, or pass a YAML file.")
     check_yaml(file)
     try:
         return Suite.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

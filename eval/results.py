@@ -278,7 +278,7 @@ def write_verdicts(path: Path, scores: Mapping[str, Scores]) -> None:
 
 
 def warnings(model: str, task: str, result: TaskResult) -> list[str]:
-    """What a reader must know before the numbers of a task."""
+    """Notes to read before the numbers of a task."""
     found = []
     if result.missing:
         found.append(f"{result.missing} of {result.documents} documents lack records and are not in the numbers")

@@ -22,7 +22,7 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
     context.say(f"  data: {data.report.summary()}")
     objective = held_out = Preference(stage, shares=can_share(load_config(parent)))
     if stage.needs_reference:
-        # The reference is the parent itself, also under LoRA. It is no longer in memory when the policy is loaded.
+        # The reference is the parent itself, also under LoRA. It is freed before the policy is loaded.
         references = reference_logprobs(parent, stage, context, data, objective)
         objective, held_out = (replace(objective, references=r) for r in (references.train, references.held_out))
     trainer = PackedTrainer(

@@ -15,7 +15,7 @@ def run(stage: KtoStage, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(parent)
     data = prepare_stage(stage, tokenizer, seed=context.seed, stage_dirs=context.stage_dirs, show=context.progress)
     context.say(f"  data: {data.report.summary()}")
-    # The reference is the parent itself, also under LoRA. It is no longer in memory when the policy is loaded.
+    # The reference is the parent itself, also under LoRA. It is freed before the policy is loaded.
     objective, held_out = kto_objectives(parent, stage, context, data)
     trainer = KtoTrainer(
         stage=stage,

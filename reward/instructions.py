@@ -84,7 +84,7 @@ def check_arguments(instruction: Instruction) -> None:
     """Raise UserError if the type is unknown or its arguments are not those of its check."""
     if instruction.name not in CHECKS:
         raise UserError(
-            f"instruction '{instruction.name}': there is no check for it. Remove its rows, or use one of "
+            f"instruction '{instruction.name}': this type of instruction is unknown. Remove its rows, or use one of "
             f"{', '.join(sorted(CHECKS))}."
         )
     _followed(instruction, "")

@@ -121,7 +121,7 @@ def read_task(file: Path, kind: type[T], wanted: str) -> T:
     place = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     text = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        text = "there is no such key"
+        text = "the key is unknown"
     if problem["type"] == "missing":
         text = "the key is missing"
     key = ".".join(str(part) for part in place if part not in _KINDS)

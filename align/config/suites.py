@@ -27,10 +27,10 @@ class Suite(Section):
     """A list of tasks."""
 
     title: str
-    """What the suite measures, in one line."""
+    """The benchmarks of the suite, in one line."""
     chat: bool = False
     """Render prompts with the chat template, for models that were tuned on conversations."""
     tasks: list[SuiteTask] = Field(min_length=1)
     """The tasks, in the order of the report."""
     notes: list[str] = Field(default_factory=list)
-    """What a reader of the numbers must know; copied to the results."""
+    """Notes for readers of the numbers; copied to the results."""

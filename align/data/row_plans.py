@@ -1,4 +1,4 @@
-"""What is encoded of a row: its messages or its text, its template variables, and the key that decides its split."""
+"""The encoded part of a row: its messages or its text, its template variables, and the key that decides its split."""
 
 from __future__ import annotations
 

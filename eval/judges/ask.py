@@ -49,7 +49,7 @@ class Call:
 
 @dataclass
 class Spent:
-    """What the calls used. known: False if the server did not report tokens."""
+    """Consumption of the calls. known: False if the server did not report tokens."""
 
     calls: int = 0
     prompt_tokens: int = 0

@@ -15,7 +15,7 @@ from align.reward.json_http import JsonServer, NoResponse
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered.
+    """Answer of a server.
 
     text: the judge's text; None if the call failed.
     prompt_tokens, completion_tokens: as reported by the server; 0 if it reports none.

@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its verdict is read."""
+"""Prompts of a judge, and the parsing of its verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOWEST, HIGHEST = 1, 10
 
 @dataclass(frozen=True)
 class Question:
-    """What the models were asked.
+    """A question to the models.
 
     id: distinguishes the questions.
     turns: messages of the user; there is one answer to each.

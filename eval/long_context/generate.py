@@ -51,7 +51,7 @@ class LongSample:
 
 @dataclass(frozen=True)
 class _Test:
-    """What a task asks: a prompt of any size, the beginning of the answer, and the expected texts."""
+    """Request of a task: a prompt of any size, the beginning of the answer, and the expected texts."""
 
     build: Build
     opening: str

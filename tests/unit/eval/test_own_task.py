@@ -189,9 +189,9 @@ def test_what_cannot_be_scored_has_a_reason(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "said"),
     [
-        ("stop:", "stops:", 5, "stops: there is no such key"),
+        ("stop:", "stops:", 5, "stops: the key is unknown"),
         ("max_new_tokens: 8", "max_new_tokens: 0", 6, "max_new_tokens: Input should be greater than or equal to 1"),
-        ("kind: math, column: a", "kind: math, colum: a", 4, "verifier.colum: there is no such key"),
+        ("kind: math, column: a", "kind: math, colum: a", 4, "verifier.colum: the key is unknown"),
         ("kind: math, column: a", "kind: maths", 4, "verifier: Input tag 'maths'"),
         ("kind: math, column: a", "kind: remote, url: 'http://a'", 1, "a verifier cannot be of kind 'remote'"),
         ("verifier: {kind: math, column: a}\n", "", 1, "a task has either choices or a verifier"),
