@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from align.eval.encoder import Encoder
@@ -55,14 +55,17 @@ def plan(task: Task, documents: Sequence[str], encoder: Encoder, sampling: Sampl
 def _planned(task: Task, items: Sequence[Item], sampling: Sampling, checkpoint: str) -> list[Planned]:
     counts: dict[str, int] = {}
     for item in items:
-        counts[item.document] = counts.get(item.document, 0) + 1
+        if item.sample is None:
+            counts[item.document] = counts.get(item.document, 0) + 1
     # A document with targets has one sample, because its scores are the same in all.
     once = {item.document for item in items if not isinstance(item.request, Request)}
     found = []
     for item in items:
-        for sample in range(1 if item.document in once else sampling.samples):
+        samples = range(1 if item.document in once else sampling.samples)
+        for sample in samples if item.sample is None else [item.sample]:
             place = Place(item.document, item.number, item.part, sample)
-            record = Record(task.name, task.version, place, "unscored", of=counts[item.document])
+            of = counts[item.document] if item.sample is None else item.number + 1
+            record = Record(task.name, task.version, place, "unscored", of=of)
             if isinstance(item.request, str):
                 found.append(Planned(replace(record, reason=item.request), None))
                 continue
@@ -80,27 +83,39 @@ def _sampled(request: Request | Pair, place: Place, task: str, sampling: Samplin
 
 
 def follow_ups(
-    tasks: Sequence[Task], store: RecordStore, encoder: Encoder, sampling: Sampling, checkpoint: str
+    tasks: Sequence[Task],
+    documents: Mapping[str, Sequence[str]],
+    store: RecordStore,
+    encoder: Encoder,
+    sampling: Sampling,
+    checkpoint: str,
 ) -> list[Planned]:
-    """Requests that depend on earlier answers, of the tasks that have any."""
-    found = []
+    """Requests that depend on earlier answers and are not recorded, of the tasks that have any."""
+    found: list[Planned] = []
     for task in tasks:
         if isinstance(task, FollowUp):
-            items = list(task.follow_up(store.of(task.name, task.version), encoder))
-            found += _planned(task, items, sampling, checkpoint)
-    return found
+            chosen = set(documents[task.name])
+            records = [
+                record
+                for record in store.of(task.name, task.version)
+                if record.document in chosen and record.place.sample < sampling.samples
+            ]
+            found += _planned(task, list(task.follow_up(records, encoder)), sampling, checkpoint)
+    return [one for one in found if not _is_recorded(one, store)]
+
+
+def _is_recorded(one: Planned, store: RecordStore) -> bool:
+    """True if the store has the answer at the request's place."""
+    there = store.at(one.record.task, one.record.place)
+    facts = one.record.key, one.record.version, one.record.of
+    return there is not None and (there.key, there.version, there.of) == facts
 
 
 def settle(planned: Sequence[Planned], store: RecordStore) -> list[Planned]:
     """Record what needs no model: answers that the store has, and requests that cannot be made. Returns the others."""
     known, open_ = [], []
     for one in planned:
-        there = store.at(one.record.task, one.record.place)
-        if there is not None and (there.key, there.version, there.of) == (
-            one.record.key,
-            one.record.version,
-            one.record.of,
-        ):
+        if _is_recorded(one, store):
             continue
         if one.request is None:
             known.append(one.record)

@@ -11,6 +11,7 @@ from typing import Any
 from align import __version__
 from align.errors import UserError
 from align.eval.answering import Planned, Sampling, choose, follow_ups, plan, run_requests, settle
+from align.eval.judges.panel import open_judges
 from align.eval.model import EvalModel
 from align.eval.opening import Backend, Engine, default_dtype, length_limit, open_model
 from align.eval.records import Record, RecordStore
@@ -32,6 +33,7 @@ class Options:
     limit: documents per task, drawn with the seed; None is all. samples: completions per request.
     temperature, max_new_tokens: replace the tasks' own. seed: seed of the draw and of the completions.
     chat: render prompts with the chat template. truncate: cut prompts that are too long at their beginning.
+    judges: of judged tasks: URLs of servers, YAML files, folders of reward models. judge_model: the model at a URL.
     """
 
     data: Path | None = None
@@ -47,6 +49,8 @@ class Options:
     seed: int = 0
     chat: bool = False
     truncate: bool = False
+    judges: tuple[str, ...] = ()
+    judge_model: str | None = None
 
 
 def evaluate(
@@ -74,7 +78,15 @@ def evaluate(
     options, folder = options or Options(), Path(out)
     models = named_checkpoints(checkpoints, read=not rescore)
     _check(options, models, folder, resume=resume, rescore=rescore)
-    resolved = resolve(tasks, data=options.data, chat=options.chat)
+    judges = open_judges(
+        options.judges,
+        folder / "judges",
+        model=options.judge_model,
+        dtype=options.dtype,
+        contact=not rescore,
+        status=status,
+    )
+    resolved = resolve(tasks, data=options.data, chat=options.chat, judges=judges)
     documents = {task.name: choose(task.documents(), options.limit, task.name, options.seed) for task in resolved.tasks}
     content: dict[str, Any] = {"align": __version__, "settings": {}, "models": {}, "notes": list(resolved.notes)}
     content["settings"] = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
@@ -88,8 +100,11 @@ def evaluate(
             else:
                 counts = runner.answer(name, checkpoint, resolved.tasks, documents, store)
             status(f"{name}: scoring")
+            if any(judge.is_local for judge in judges):
+                runner.close()  # a reward model needs the engine's memory
             found = _score(name, resolved, documents, store, counts, options, results)
             content["models"][name] = {"checkpoint": str(checkpoint), "dtype": runner.dtype, **found}
+    content["judges"] = [judge.facts() for judge in judges]
     results.write()
     for note in content["notes"]:
         say(f"note: {note}")
@@ -104,6 +119,7 @@ class _Runner:
         self.dtype = options.dtype
         self._model: EvalModel | None = None
         self._settings: Engine | None = None
+        self._loaded: Path | None = None
 
     def answer(
         self,
@@ -140,15 +156,17 @@ class _Runner:
             if missing := settle(planned, store):
                 model = self._opened(name, checkpoint, tokenizer, engine)
                 run_requests(model, missing, store, lambda done, all_: self.status(f"{name}: {done} of {all_} answers"))
-            planned = follow_ups(tasks, store, encoder, sampling, key)
+            planned = follow_ups(tasks, documents, store, encoder, sampling, key)
         return {task.name: (encoder.truncated[task.name], encoder.unstable_seams[task.name]) for task in tasks}
 
     def _opened(self, name: str, checkpoint: Path, tokenizer: Any, engine: Engine) -> EvalModel:
-        self.status(f"{name}: loading")
-        if self._model is not None and self._settings == engine and self._model.load(checkpoint, tokenizer):
+        if self._model is not None and self._settings == engine and self._loaded == checkpoint:
             return self._model
-        self.close()
-        self._model, self._settings = open_model(checkpoint, tokenizer, engine), engine
+        self.status(f"{name}: loading")
+        if self._model is None or self._settings != engine or not self._model.load(checkpoint, tokenizer):
+            self.close()
+            self._model, self._settings = open_model(checkpoint, tokenizer, engine), engine
+        self._loaded = checkpoint
         return self._model
 
     def close(self) -> None:
@@ -190,6 +208,7 @@ def _score(
         )
         found[task.name] = result
         results.content["notes"] += warnings(name, task.name, result)
+        results.content["notes"] += [f"{name}, {task.name}: {note}" for note in scores[task.name].notes]
         results.content["notes"] += _other_versions(name, task, store)
     groups = {}
     for group in resolved.groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,16 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
-from align.config.own_task import DATA, TaskData, read_own_task
-from align.config.parts import FileSource
+from align.config.own_task import TaskData, read_own_task
 from align.config.rewards import ChoiceReward, FunctionReward, MathReward, RewardBase
-from align.data.files import file_chunks
 from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.eval.encoder import Encoder, Unscorable
-from align.eval.harness_index import local_dataset
 from align.eval.records import Record
 from align.eval.statistics.intervals import mean_interval
 from align.eval.statistics.passes import pass_at_k
 from align.eval.task import CorpusValue, Item, Scores, Verdict, by_sample, unscored
+from align.eval.task_data import data_place, read_rows
 from align.reward.components import Samples, build_component, has_column
 from align.reward.process import FunctionProcess, Scored
 from align.reward.text import Row, is_missing
@@ -59,7 +57,9 @@ class YamlTask:
         self.text = f"{self.name}, version {self.version}"
         self.better: Mapping[str, int] = dict.fromkeys(self._metrics(), 1)
         sources = [self.settings.data, *([self.settings.shots.data] if self.settings.shots else [])]
-        self.missing = [gone for source in sources if source is not None and (gone := self._place(source)[1])]
+        self.missing = [
+            gone for source in sources if source is not None and (gone := data_place(source, file, data)[1])
+        ]
 
     def documents(self) -> Sequence[str]:
         return [str(number) for number in range(len(self._rows))]
@@ -91,22 +91,7 @@ class YamlTask:
         return left, [pool[i] for i in chosen]
 
     def _read(self, data: TaskData) -> list[Row]:
-        source = FileSource(path=self._place(data)[0], name=data.name, split=data.split)
-        rows = [row for file in source.files().files for chunk in file_chunks(file) for row in chunk.rows()]
-        if not rows:
-            raise UserError(f"{self.file}: {source.path} has no rows. Correct data.path.")
-        return [dict(row) for row in rows]
-
-    def _place(self, data: TaskData) -> tuple[str, str | None]:
-        """(path, the command that downloads it if it is missing); see `local_dataset`."""
-        if not data.path.startswith(DATA):
-            return str(self.file.parent / Path(data.path).expanduser()), None
-        if self.data is None:
-            raise UserError(f"{self.file}: data.path is '{data.path}', but --data is not set. Pass --data DIR.")
-        owner, _, inside = data.path.removeprefix(DATA).partition("/")
-        name, _, rest = inside.partition("/")
-        folder, missing = local_dataset(f"{owner}/{name}", self.data)
-        return str(Path(folder or "") / rest), missing
+        return read_rows(data, self.file, self.data)
 
     # --- requests --------------------------------------------------------------------------------------------
 
@@ -313,8 +298,3 @@ def _cut(shown: Mapping[str, str]) -> dict[str, str]:
 
 def _short(row: Row) -> str:
     return repr(row)[:80]
-
-
-def missing_data(tasks: Iterable[YamlTask]) -> dict[str, None]:
-    """Commands that download what the tasks lack in the folder of `--data`, each once."""
-    return dict.fromkeys(gone for task in tasks for gone in task.missing)

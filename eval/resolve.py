@@ -14,12 +14,16 @@ from pydantic import ValidationError
 from align.config.suites import Suite, SuiteTask
 from align.errors import UserError
 from align.eval.harness_index import Group, HarnessIndex, Leaf, check_yaml, local_dataset
+from align.eval.judges.panel import AnyJudge
+from align.eval.judges.task import QuestionTask
 from align.eval.long_context.task import LongContextTask
-from align.eval.own_task import YamlTask, built_in_file, missing_data
+from align.eval.own_task import YamlTask, built_in_file
 from align.eval.task import Task
 
 SUITES = Path(__file__).parent / "suites"
 PREFIX = "suite:"
+JUDGED, LONG_CONTEXT = "judged", "long_context"
+"""Values of `kind` in YAML files."""
 HARNESS_KEYS = {"dataset_path", "output_type", "group", "include", "class", "doc_to_text"}
 """A YAML file with one of these keys is a task of the harness."""
 
@@ -47,10 +51,17 @@ class Resolved:
     notes: list[str] = field(default_factory=list)
 
 
-def resolve(names: Sequence[str | Task], *, data: Path | None = None, chat: bool = False) -> Resolved:
+def resolve(
+    names: Sequence[str | Task],
+    *,
+    data: Path | None = None,
+    chat: bool = False,
+    judges: Sequence[AnyJudge] = (),
+) -> Resolved:
     """The tasks with these names: of the harness, `suite:NAME`, or files with tasks.
 
     data: folder of data sets; a task's data set X is read from DATA/X.
+    judges: of judged tasks. Without one, a suite's judged tasks are left out with a note.
     Raises one `UserError` with all unknown names, or with all missing data sets.
     """
     found = Resolved()
@@ -60,30 +71,32 @@ def resolve(names: Sequence[str | Task], *, data: Path | None = None, chat: bool
             found.tasks.append(name)
         elif name.startswith(PREFIX):
             suite = read_suite(name.removeprefix(PREFIX))
-            wanted += [Wanted(entry, chat or suite.chat) for entry in suite.tasks]
+            left_out = [entry.task for entry in suite.tasks if not judges and _kind(entry.task) == JUDGED]
+            wanted += [Wanted(entry, chat or suite.chat) for entry in suite.tasks if entry.task not in left_out]
             found.notes += suite.notes
+            if left_out:
+                found.notes.append(f"{', '.join(left_out)}: left out, because no judge is given; pass --judge")
         else:
             wanted.append(Wanted(SuiteTask(task=name, fixed_shots=False), chat))
     harness: list[tuple[Wanted, Path | None]] = []
-    own: list[YamlTask] = []
+    missing: dict[str, None] = {}
     for one in wanted:
         name = one.entry.task
-        if Path(name).suffix == ".py":
-            found.tasks += python_tasks(Path(name))
-        elif Path(name).suffix in (".yaml", ".yml"):
-            check_yaml(Path(name))
-            if HARNESS_KEYS & _keys(Path(name)):
-                harness.append((one, Path(name)))
-            elif re.search(r"^kind: *long_context *$", Path(name).read_text(encoding="utf-8"), re.MULTILINE):
-                found.tasks.append(LongContextTask.read(Path(name), chat=one.chat))
-            else:
-                own.append(YamlTask(Path(name), data=data, chat=one.chat, shots=one.entry.shots))
-        elif file := built_in_file(name):
-            own.append(YamlTask(file, data=data, chat=one.chat, shots=one.entry.shots))
+        file = Path(name) if Path(name).suffix in (".py", ".yaml", ".yml") else built_in_file(name)
+        if file is None or (file.suffix != ".py" and _is_harness(file)):
+            harness.append((one, file))
+        elif file.suffix == ".py":
+            found.tasks += python_tasks(file)
+        elif _kind(name) == LONG_CONTEXT:
+            found.tasks.append(LongContextTask.read(file, chat=one.chat))
         else:
-            harness.append((one, None))
-    found.tasks += own
-    missing = missing_data(own)
+            task = (
+                QuestionTask(file, judges=judges, data=data)
+                if _kind(name) == JUDGED
+                else YamlTask(file, data=data, chat=one.chat, shots=one.entry.shots)
+            )
+            found.tasks.append(task)
+            missing |= dict.fromkeys(task.missing)
     if harness:
         _resolve_harness(harness, data, found, missing)
     elif missing:
@@ -174,6 +187,20 @@ def _resolve_harness(
 def _missing(missing: Iterable[str], data: Path | None) -> UserError:
     commands = [f"`{command}`" for command in missing]
     return UserError(f"--data {data}: {len(commands)} data sets are missing. Run {'; '.join(commands)}.")
+
+
+def _is_harness(file: Path) -> bool:
+    check_yaml(file)
+    return bool(HARNESS_KEYS & _keys(file))
+
+
+def _kind(name: str) -> str:
+    """Value of the key `kind` in the YAML file of a task; "" without one."""
+    file = Path(name) if Path(name).suffix in (".yaml", ".yml") else built_in_file(name)
+    if file is None or not file.is_file():
+        return ""
+    found = re.search(r"^kind: *(\w+) *$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _keys(file: Path) -> set[str]:

@@ -30,12 +30,14 @@ class Item(NamedTuple):
     request: a completion or a target, or the reason why the request cannot be made.
     number: which request it is within the document, for example of the choice.
     part: number of the window, if a text is scored in several.
+    sample: the only sample whose request this is, if it depends on an earlier answer. None: all samples.
     """
 
     document: str
     request: Request | Pair | str
     number: int = 0
     part: int = 0
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class Scores:
 
     verdicts: one per document and sample.
     corpus: metrics that are not means of the verdicts' values.
+    notes: sentences for the reader of the numbers.
     """
 
     verdicts: Sequence[Verdict]
     corpus: Mapping[str, CorpusValue] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Task(Protocol):
@@ -116,7 +120,8 @@ class FollowUp(Protocol):
     """A task whose later requests depend on earlier answers, for example the second turn of a conversation."""
 
     def follow_up(self, records: Sequence[Record], encoder: Encoder) -> Iterable[Item]:
-        """The requests that these records allow and that have no record yet; none if the task is complete."""
+        """The requests that these records allow. They are called for again after they are answered, so the same records
+        must give the same requests; those that are recorded are not answered twice."""
         ...
 
 

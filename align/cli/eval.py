@@ -57,6 +57,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--truncate", action="store_true", help="cut prompts that are too long at their beginning, and count them"
     )
+    command.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="URL|DIR|FILE",
+        help="judge of mt_bench, alignbench, alpaca_eval, arena_hard and own judged tasks: a server with OpenAI's chat "
+        "protocol, a reward model's folder, or a YAML file (docs/judges.md); repeat it for several judges",
+    )
+    command.add_argument("--judge-model", metavar="NAME", help="the model at the judge's URL, if it has several")
     command.add_argument("--json", action="store_true", help="print results.json instead of a table")
     command.set_defaults(command=run_evaluation)
 
@@ -115,6 +124,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
             seed=options.seed,
             chat=options.chat,
             truncate=options.truncate,
+            judges=tuple(options.judge),
+            judge_model=options.judge_model,
         ),
         say=(lambda line: None) if options.json else say,
         status=(lambda line: None) if options.json else status,

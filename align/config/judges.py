@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from align.config.rewards import Seconds
 from align.config.section import RUNTIME, Positive, Section
+from align.config.server_url import require_server_url
 
 Price = Annotated[float, Field(ge=0)]
 
@@ -62,13 +62,7 @@ class Judge(Section):
 
     @model_validator(mode="after")
     def _usable(self) -> Judge:
-        try:
-            parts = urlsplit(self.url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and self.url.isprintable()
-        except ValueError:
-            usable = False
-        if not usable or " " in self.url or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"url '{self.url}' is not a valid server URL; write it like http://127.0.0.1:8000/v1")
+        require_server_url(self.url, "http://127.0.0.1:8000/v1")
         if self.votes > 1 and self.temperature == 0:
             raise ValueError(f"{self.votes} votes at temperature 0 are all equal; set temperature above 0, or votes: 1")
         if self.budget.money is not None and self.prices is None:

@@ -30,6 +30,8 @@ class TaskData(Section):
     """Configuration of a data set that has several."""
     split: str | list[str] | None = None
     """Split of a folder that has several."""
+    download: str | None = None
+    """Command that downloads a data set that is missing, with `{folder}` for its folder. Default: `hf download`."""
 
 
 class Shots(Section):
@@ -109,8 +111,8 @@ def read_own_task(file: Path) -> OwnTask:
     return read_task(file, OwnTask, "a task; write a mapping with the keys name, data and prompt")
 
 
-def read_task(file: Path, kind: type[T], wanted: str) -> T:
-    """The section of a YAML file. wanted: what the file should be, and the fix."""
+def read_task(file: Path, kind: type[T], wanted: str, noun: str = "task") -> T:
+    """The section of a YAML file. wanted: what the file should be, and the fix. noun: what the file is."""
     values = read_yaml(file, wanted)
     try:
         return kind.model_validate(values)
@@ -125,7 +127,7 @@ def read_task(file: Path, kind: type[T], wanted: str) -> T:
     if problem["type"] == "missing":
         text = "the key is missing"
     key = ".".join(str(part) for part in place if part not in _KINDS)
-    raise UserError(f"{file}, line {_line(file, place)}: {key + ': ' if key else ''}{text}. Correct the task.")
+    raise UserError(f"{file}, line {_line(file, place)}: {key + ': ' if key else ''}{text}. Correct the {noun}.")
 
 
 _KINDS = {"f1", "math", "exact", "regex", "format", "length", "choice", "json", "overlap", "ifeval", "code", "function"}

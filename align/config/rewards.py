@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
 from align.config.section import RUNTIME, Location, Positive, Section
+from align.config.server_url import require_server_url
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -71,13 +71,7 @@ class RemoteReward(RewardBase):
 
     @model_validator(mode="after")
     def _is_http(self) -> RemoteReward:
-        try:
-            parts = urlsplit(self.url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and self.url.isprintable()
-        except ValueError:
-            usable = False
-        if not usable or " " in self.url or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"url '{self.url}' is not a valid server URL; write it like http://127.0.0.1:8100")
+        require_server_url(self.url, "http://127.0.0.1:8100")
         return self
 
 

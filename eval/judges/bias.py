@@ -106,6 +106,33 @@ def judge_agreement(first: Sequence[Pair], second: Sequence[Pair]) -> Agreement:
     return Agreement(same, kappa, len(both), total - len(both))
 
 
+@dataclass(frozen=True)
+class GradeAgreement:
+    """Agreement of two judges on the grades of the same answers.
+
+    close: share of answers whose two grades differ by at most 1. difference: mean of the first judge's grade minus the
+    second's. n: answers that both have graded. None instead of an interval if there are none.
+    """
+
+    close: Interval | None
+    difference: Interval | None
+    n: int
+
+
+def grade_agreement(first: Sequence[Grade], second: Sequence[Grade]) -> GradeAgreement:
+    """Agreement of two judges that graded the same answers."""
+    values = {(grade.question.id, grade.turn): grade.value for grade in second}
+    both = [
+        (grade.question.id, grade.value - other)
+        for grade in first
+        if grade.value is not None and (other := values.get((grade.question.id, grade.turn))) is not None
+    ]
+    if not both:
+        return GradeAgreement(None, None, 0)
+    difference = mean_interval([value for _, value in both], clusters=[name for name, _ in both])
+    return GradeAgreement(_share([(name, abs(value) <= 1) for name, value in both]), difference, len(both))
+
+
 def _share(found: Sequence[tuple[str, bool]]) -> Interval | None:
     """Share of true values with its interval; the values of a question are one cluster."""
     if not found:

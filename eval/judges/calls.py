@@ -70,6 +70,18 @@ class JudgeClient:
         return _read(response)
 
 
+def served_models(url: str, *, timeout_s: float = 20.0) -> list[str] | None:
+    """Names of the models at a server; None if it does not list them. Raises UserError if it does not respond."""
+    try:
+        status, response = JsonServer(url, timeout_s=timeout_s, retries=1).request("GET", "/models")
+    except NoResponse as problem:
+        raise UserError(f"--judge {url}: {problem}. Start the server, or correct the URL.") from None
+    try:
+        return [str(model["id"]) for model in response["data"]] if status == 200 else None
+    except (KeyError, TypeError):
+        return None
+
+
 def _read(response: Any) -> Reply:
     try:
         choice = response["choices"][0]

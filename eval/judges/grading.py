@@ -41,11 +41,16 @@ class Problems:
 
 @dataclass(frozen=True)
 class Grade:
-    """Grades of one answer. votes: one for each vote; None if it is missing."""
+    """Grades of one answer.
+
+    votes: one for each vote; None if it is missing.
+    said: for each vote the judge's text, or why there is none.
+    """
 
     question: Question
     turn: int
     votes: tuple[float | None, ...]
+    said: tuple[str, ...] = ()
 
     @property
     def value(self) -> float | None:
@@ -59,12 +64,14 @@ class Pair:
     """Verdicts on two answers to one question.
 
     forward: votes when the first model's answer is shown first. backward: votes when it is shown second.
+    said: for each vote, forward and then backward, the judge's text, or why there is none.
     """
 
     question: Question
     turn: int
     forward: tuple[Choice | None, ...]
     backward: tuple[Choice | None, ...]
+    said: tuple[str, ...] = ()
 
     @property
     def result(self) -> float | None:
@@ -131,8 +138,9 @@ def grade(questions: Sequence[Question], answers: ModelAnswers, judge: Judge, as
     found = ask_all(calls, judge, ask, path)
     verdicts, problems = _read(found, read_grade, [q.id for q, _ in given for _ in range(judge.votes)])
     problems = _with_missing(problems, places, given)
-    votes = dict(zip(((q.id, turn) for q, turn in given), _grouped(verdicts, judge.votes), strict=True))
-    grades = [Grade(q, turn, votes.get((q.id, turn), ())) for q, turn in places]
+    units = zip(_grouped(verdicts, judge.votes), _grouped(_said(found), judge.votes), strict=True)
+    votes = dict(zip(((q.id, turn) for q, turn in given), units, strict=True))
+    grades = [Grade(q, turn, *votes.get((q.id, turn), ((), ()))) for q, turn in places]
     return Grading(grades, problems, found.spent, found.stopped)
 
 
@@ -152,11 +160,9 @@ def compare(
     verdicts, problems = _read(found, read_choice, [q.id for q, _ in given for _ in range(2 * judge.votes)])
     problems = _with_missing(problems, places, given)
     orders = cast("list[tuple[Choice | None, ...]]", _grouped(verdicts, judge.votes))
-    votes = {(q.id, turn): (orders[2 * i], orders[2 * i + 1]) for i, (q, turn) in enumerate(given)}
-    pairs = []
-    for question, turn in places:
-        forward, backward = votes.get((question.id, turn), ((), ()))
-        pairs.append(Pair(question, turn, forward, backward))
+    said = _grouped(_said(found), 2 * judge.votes)
+    votes = {(q.id, turn): (orders[2 * i], orders[2 * i + 1], said[i]) for i, (q, turn) in enumerate(given)}
+    pairs = [Pair(q, turn, *votes.get((q.id, turn), ((), (), ()))) for q, turn in places]
     return Comparing(pairs, problems, found.spent, found.stopped)
 
 
@@ -187,6 +193,14 @@ def _read(found: Answers, read: Callable[[str], T | None], names: Sequence[str])
         examples.append(f"{name}: {said}")
     problems = Problems(counts["failed"], counts["unparsable"], counts["not_asked"], 0, tuple(examples[:EXAMPLES]))
     return verdicts, problems
+
+
+def _said(found: Answers) -> list[str]:
+    """Text of each reply, or why there is none."""
+    return [
+        f"the call was not made: {found.stopped} is reached" if reply is None else reply.text or reply.problem
+        for reply in found.replies
+    ]
 
 
 def _with_missing(problems: Problems, places: Sequence[object], given: Sequence[object]) -> Problems:

@@ -16,15 +16,14 @@ from align.eval.reward_model.pairs import (
     position_bias,
     subset_mean,
 )
-from align.eval.statistics.intervals import Interval
-from align.eval.statistics.summary import Summary
+from align.eval.statistics.text import interval_text, percent_text, summary_text
 
 
 def pair_lines(model: str, pairs: Sequence[ScoredPair]) -> list[str]:
     """Accuracy, by subset, and everything that qualifies it."""
-    lines = [f"{model}: accuracy {_accuracy(accuracy(pairs))}"]
+    lines = [f"{model}: accuracy {summary_text(accuracy(pairs), 3)}"]
     subsets = by_subset(pairs)
-    lines += [f"  {name}: {_accuracy(found)}" for name, found in subsets.items()]
+    lines += [f"  {name}: {summary_text(found, 3)}" for name, found in subsets.items()]
     if len(subsets) > 1 and (mean := subset_mean(pairs)) is not None:
         lines.append(f"  mean of the {len(subsets)} subsets: {mean:.3f}")
     lines += [f"  {line}" for line in bias_lines("LENGTH BIAS", "longer completion", length_bias(pairs))]
@@ -34,7 +33,7 @@ def pair_lines(model: str, pairs: Sequence[ScoredPair]) -> list[str]:
         for entry in found.bins:
             lines.append(
                 f"    confidence {entry.low:.2f} to {entry.high:.2f}: mean {entry.confidence:.2f}, accuracy "
-                f"{_interval(entry.accuracy)} (n {entry.n})"
+                f"{interval_text(entry.accuracy)} (n {entry.n})"
             )
     return lines
 
@@ -43,12 +42,12 @@ def bias_lines(name: str, kind: str, bias: Bias | None) -> list[str]:
     """A sentence about a bias, which begins with its name if it is shown."""
     if bias is None:
         return []
-    often = f"the model prefers the {kind} in {_percent(bias.model)} of {bias.n} pairs, the labels in "
-    line = often + f"{_percent(bias.labels)}; difference {_percent(bias.extra)}"
+    often = f"the model prefers the {kind} in {percent_text(bias.model)} of {bias.n} pairs, the labels in "
+    line = often + f"{percent_text(bias.labels)}; difference {percent_text(bias.extra)}"
     if bias.direction:
         line = f"{name}: {line}"
     sides = [(f"the {kind}", bias.right), ("the other one", bias.wrong)]
-    known = [f"{_interval(found)} where {side} is right" for side, found in sides if found is not None]
+    known = [f"{interval_text(found)} where {side} is right" for side, found in sides if found is not None]
     return [line, f"  accuracy {', '.join(known)}"]
 
 
@@ -59,8 +58,8 @@ def agreement_lines(first: str, second: str, one: Sequence[ScoredPair], two: Seq
         return [f"{first} and {second} have scored no pair in common"]
     kappa = "" if found.kappa is None else f", kappa {found.kappa:.2f}"
     return [
-        f"{first} and {second} prefer the same completion in {_percent(found.same)} of {found.n} pairs{kappa}",
-        f"  accuracy of {first} minus {second}: {_interval(found.difference)}, p {found.test.p_value:.3f} "
+        f"{first} and {second} prefer the same completion in {percent_text(found.same)} of {found.n} pairs{kappa}",
+        f"  accuracy of {first} minus {second}: {interval_text(found.difference)}, p {found.test.p_value:.3f} "
         f"({found.test.method})",
     ]
 
@@ -68,26 +67,9 @@ def agreement_lines(first: str, second: str, one: Sequence[ScoredPair], two: Seq
 def best_of_n_lines(points: Sequence[BestOfN]) -> list[str]:
     """The curve, and the point after which more optimisation lowers the gold score."""
     lines = [
-        f"n {point.n} (KL {point.kl:.2f}): proxy {_interval(point.proxy)}, gold {_interval(point.gold)}"
+        f"n {point.n} (KL {point.kl:.2f}): proxy {interval_text(point.proxy)}, gold {interval_text(point.gold)}"
         for point in points
     ]
     if (best := over_optimised(points)) is not None:
         lines.append(f"OVER-OPTIMISATION: the gold score is highest at n {best.n} and lower at n {points[-1].n}")
     return lines
-
-
-def _accuracy(summary: Summary) -> str:
-    if summary.mean is None:
-        return f"unknown (n 0, {summary.unscored} unscored)"
-    ends = "" if summary.low is None else f" [{summary.low:.3f}, {summary.high:.3f}]"
-    return f"{summary.mean:.3f}{ends} (n {summary.n}, {summary.unscored} unscored)"
-
-
-def _interval(found: Interval) -> str:
-    ends = "" if found.low != found.low else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.mean:.2f}{ends}"
-
-
-def _percent(found: Interval) -> str:
-    ends = "" if found.low != found.low else f" [{100 * found.low:.0f}, {100 * found.high:.0f}]"
-    return f"{100 * found.mean:.0f}{ends} %"

@@ -98,13 +98,8 @@ def _preference(number: int, row: Row, subset: str | None) -> Preference:
     )
 
 
-def score_preferences(scorer: ModelScorer, preferences: Sequence[Preference]) -> list[ScoredPair]:
-    """The pairs with a model's scores; None for a completion that is longer than the model's context."""
-    encoded = [
-        scorer.encode(list(messages), text, True, pair.variables)
-        for pair in preferences
-        for messages, text in pair.sides
-    ]
+def score_answers(scorer: ModelScorer, encoded: Sequence[tuple[list[int], list[int]]]) -> list[float | None]:
+    """Score of each (prompt, answer) of token ids; None for one that is longer than the model's context."""
     scores: list[float | None] = [None] * len(encoded)
     fitting = [i for i, (prompt, answer) in enumerate(encoded) if len(prompt) + len(answer) <= scorer.max_length]
     fitting.sort(key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
@@ -113,6 +108,17 @@ def score_preferences(scorer: ModelScorer, preferences: Sequence[Preference]) ->
         batch = scorer.pad([encoded[i][0] for i in part], [encoded[i][1] for i in part])
         for i, score in zip(part, scorer.scores(batch).tolist(), strict=True):
             scores[i] = score
+    return scores
+
+
+def score_preferences(scorer: ModelScorer, preferences: Sequence[Preference]) -> list[ScoredPair]:
+    """The pairs with a model's scores; None for a completion that is longer than the model's context."""
+    encoded = [
+        scorer.encode(list(messages), text, True, pair.variables)
+        for pair in preferences
+        for messages, text in pair.sides
+    ]
+    scores = score_answers(scorer, encoded)
     return [
         ScoredPair(
             scores[2 * i],

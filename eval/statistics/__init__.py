@@ -5,6 +5,7 @@
     significance   paired tests, correction for several tests, minimum detectable effect
     ratings        Bradley-Terry strengths from comparisons
     passes         unbiased pass@k
+    text           means and intervals as text
 
 A value that cannot be known, such as the interval of a single prompt, is NaN or None and never 0.
 """

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +19,12 @@ from align.eval.judges.prompts import Question, read_choice, read_grade
 from align.eval.judges.report import agreement_line, bias_lines, comparing_lines, grading_lines
 from align.eval.judges.scores import compare_by_scores, grade_by_scores
 from align.reward import json_http
+from tests.unit.eval.judge_server import server
 
 QUESTIONS = [Question(f"q{i}", (f"Question {i}?", "And then?"), category="ab"[i % 2]) for i in range(20)]
 GOOD = {q.id: ("a good answer", "still good") for q in QUESTIONS}
 BAD = {q.id: ("a bad and long answer", "bad") for q in QUESTIONS}
 PARTS = re.compile(r"<assistant_(?:a|b)>\n(.*?)\n</assistant_", re.DOTALL)
-
-Decide = Callable[[str, dict[str, Any]], "str | int"]
-"""f(text of the user's message, request) -> the judge's text, or a status to fail with."""
-
-
-@contextmanager
-def server(decide: Decide) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(URL, requests) of a chat server. 100 characters of a prompt are 40 tokens; a verdict is 5."""
-    requests: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append(request | {"key": self.headers.get("Authorization"), "path": self.path})
-            text = request["messages"][-1]["content"]
-            said = decide(text, request)
-            body: dict[str, Any] = {"error": {"message": "planned"}}
-            if isinstance(said, str):
-                usage = {"prompt_tokens": int(0.4 * len(text)), "completion_tokens": 5}
-                body = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}], "usage": usage}
-            raw = json.dumps(body).encode()
-            self.send_response(200 if isinstance(said, str) else said)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
-        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{found.server_port}/v1", requests
-        finally:
-            found.shutdown()
-            thread.join()
 
 
 @pytest.fixture(autouse=True)

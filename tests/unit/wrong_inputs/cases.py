@@ -10,6 +10,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     eval_command,
     evaluation,
     generation,
+    judged_tasks,
     judging,
     long_context,
     own_tasks,

@@ -36,7 +36,7 @@ SECTIONS = {
     "Chat templates": ["templates"],
     "The run folder and the disk": ["run_folder"],
     "Rewards, generation and optional packages": ["rewards", "generation"],
-    "Evaluation": ["evaluation", "eval_command", "judging", "long_context", "own_tasks"],
+    "Evaluation": ["evaluation", "eval_command", "judging", "judged_tasks", "long_context", "own_tasks"],
     "Several processes and machines": ["several"],
     "Planning a cluster": ["planning"],
 }
