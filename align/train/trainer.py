@@ -264,6 +264,13 @@ class PackedTrainer(Trainer):
             self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         return prepared
 
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """Run an epoch; none after the last step, of which transformers would train one more when a run is resumed."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **named)
+        else:
+            self.control.should_training_stop = True
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights. Under DeepSpeed this is a no-op: the checkpoint has them in `training_state`."""
         if not self.is_deepspeed_enabled:

@@ -32,6 +32,12 @@ SIGNATURES: list[tuple[Any, str, str]] = [
     (Trainer, "floating_point_ops", "inputs"),
     (Trainer, "_load_from_checkpoint", "resume_from_checkpoint model"),
     (Trainer, "_prepare_for_training", "max_steps train_dataloader resume_from_checkpoint"),
+    (
+        Trainer,
+        "_run_epoch",
+        "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "
+        "resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    ),
     (Trainer, "save_model", "output_dir _internal_call"),
     (Trainer, "_save_optimizer_and_scheduler", "output_dir"),
     (Trainer, "create_optimizer", "model"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from align.config import load_recipe
 from align.pipeline import run
+from tests.unit.train.one_step import checkpoint, run_stage
 
 SOURCE = {"kind": "python_docs", "view": "conversation", "limit": 16, "max_answer_chars": 60}
 
@@ -101,6 +102,20 @@ def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(t
     )
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_a_stage_interrupted_after_its_last_step_trains_no_more(tmp_path) -> None:
+    """The last of 2 steps is in the middle of an epoch of 3; the process was killed before it had written the model."""
+    model, settings = checkpoint(tmp_path / "model"), {"batch_size": 2, "max_steps": 2}
+    folder = tmp_path / "run" / "stage"
+    run_stage("sft", model, tmp_path, **settings)
+    expected, written = load_file(folder / "model" / "model.safetensors"), (folder / "metrics.jsonl").read_text()
+    (folder / "model" / "model.safetensors").unlink()
+    run_stage("sft", model, tmp_path, resume=True, **settings)
+    assert (folder / "metrics.jsonl").read_text() == written
+    assert written.count("\n") == 2
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_models_configuration_can_be_overridden_without_changing_its_files(tmp_path) -> None:
