@@ -199,7 +199,7 @@ class RowEncoder:
 
         def cut(plan: Plan) -> list[Encoded]:
             masked = _used_or_raised(next(encoded))
-            pairs = [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in masked]
+            pairs = [(np.array(ids, np.int32), np.frombuffer(bytes(mask), bool)) for ids, mask in masked]
             labelled = [(ids, np.where(mask, ids, np.int32(IGNORED))) for ids, mask in pairs]
             return _cut(labelled, plan.key, self.encoding.max_length)
 
