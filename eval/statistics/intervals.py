@@ -125,6 +125,9 @@ def score_interval(values: ArrayLike, clusters: Sequence[object] | None = None, 
 
     Its sample size is that of 0/1 values with the same mean and standard error. Never empty; NaN ends for one value or
     one cluster. Source: Korn and Graubard 1998, with Wilson's interval.
+
+    A few skewed values often lack the rare large ones, and their standard error is too small. So the variance moves
+    towards the largest that the mean allows, that of 0/1 values, by the share skewness^2 / (2 n), at most 1.
     """
     array = finite(values)
     mean, count = float(array.mean()), array.size if clusters is None else len(set(clusters))
@@ -132,8 +135,12 @@ def score_interval(values: ArrayLike, clusters: Sequence[object] | None = None, 
     if count < 2:
         return Interval(mean, math.nan, math.nan, method)
     error = standard_error(array) if clusters is None else cluster_standard_error(array, clusters)
+    largest = mean * (1 - mean) / count
+    residuals = array - mean if clusters is None else cluster_sums(array - mean, clusters)
+    spread = float((residuals**2).mean())
+    share = min(1.0, float((residuals**3).mean()) ** 2 / spread**3 / (2 * count)) if spread > 0 else 1.0
     # Without any spread, the values of a cluster may be one value repeated.
-    size = mean * (1 - mean) / error**2 if error > 0 else float(count)
+    size = mean * (1 - mean) / ((1 - share) * error**2 + share * largest) if error > 0 and largest > 0 else float(count)
     low, high = _score_ends(mean, size, student_t_quantile(_upper(level), count - 1))
     return Interval(mean, low, high, method)
 

@@ -82,6 +82,16 @@ def test_clusters_are_covered(n: int, p: float) -> None:
     assert 0.92 <= covered / 400 <= 0.985  # a standard deviation is 0.011
 
 
+@pytest.mark.parametrize(("n", "p"), [(30, 0.05), (64, 0.05), (30, 0.9)])
+def test_skewed_values_from_0_to_1_are_covered(n: int, p: float) -> None:
+    """Most values are near 0 or 1: with n = 30 and p = 0.05, their own standard error covers 89 %."""
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(600):
+        interval = mean_interval(generator.beta(2 * p, 2 * (1 - p), size=n))
+        covered += interval.low <= p <= interval.high
+    assert 0.93 <= covered / 600 <= 0.98  # a standard deviation is 0.009
+
+
 def test_students_t() -> None:
     """scipy.stats.t.ppf(0.975, d); ppf(0.9, 3); cdf(-1.3, 7)"""
     expected = {
