@@ -180,22 +180,20 @@ def tokenizer(results: dict[str, Any]) -> str:
 
 
 def trainers(results: dict[str, Any]) -> str:
-    rows = []
+    rows, curves = [], []
     for case, found in results.items():
         if not isinstance(found, dict) or "tokens_per_second" not in found:
             continue
-        speeds, ratios = found["tokens_per_second"], found.get("align / TRL", {})
-        for side, speed in speeds.items():
-            rows.append(
-                [
-                    case if side == "align" else "",
-                    side,
-                    f"{speed:,}",
-                    f"{ratios[side]:.2f}" if side in ratios else "",
-                    f"{found['peak_mib'][side]:,.0f} MiB" if "peak_mib" in found else "–",
-                ]
-            )
-    return table(["model, trainer, rows", "", "tokens/s", "align / TRL", "peak memory"], rows)
+        wall, processor = found["align / TRL"], found["align / TRL, CPU"]
+        for side, speed in found["tokens_per_second"].items():
+            ratios = f"{wall[side]:.2f} ({processor[side]:.2f})" if side in wall else f"target {found['target']:.1f}"
+            name = case if side == "align" else ""
+            rows.append([name, side, f"{speed:,}", ratios, f"{found['peak_mib'][side]:,} MiB"])
+        difference, noise = found["largest loss difference"], found["noise between seeds"]
+        curves.append([case, str(len(found["losses"]["align"])), f"{difference:.1e}", f"{noise:.1e}"])
+    speeds = table(["model, trainer, rows", "", "tokens/s", "align / TRL (by CPU time)", "peak memory"], rows)
+    losses = ["losses of align and TRL, padded", "steps", "largest difference", "between two seeds of align"]
+    return speeds + "\n\n" + table(losses, curves)
 
 
 def ppo_vs_trl(results: dict[str, Any]) -> str:
