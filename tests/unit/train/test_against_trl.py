@@ -110,7 +110,7 @@ def sequence_logprob(model: Any, prompt: list[int], completion: list[int]) -> fl
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_packed_passes_have_the_loss_and_gradient_of_padded_batches(
-    model_type: str, kind: str, capacity: int, tmp_path: Path
+    model_type: str, kind: str, capacity: int, tmp_path: Path, tolerance: float
 ) -> None:
     model, data = model_of(model_type, scorer=kind == "reward"), rows()
     reference = deepcopy(model)
@@ -132,11 +132,12 @@ def test_packed_passes_have_the_loss_and_gradient_of_padded_batches(
         objective = Preference(stage, np.array(known))
     padded, expected = theirs(kind, deepcopy(model), reference, tmp_path)
     loss, found = ours(objective, model, data, capacity)
-    assert loss == pytest.approx(padded, rel=2e-6)
+    assert loss == pytest.approx(padded, rel=tolerance)
     assert found.keys() == expected.keys()
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm().item() < 2e-6 * whole, name
+        assert found[name].dtype == gradient.dtype == torch.float32
+        assert (found[name] - gradient).norm().item() < tolerance * whole, name
 
 
 def test_only_labelled_tokens_of_an_answer_count() -> None:
