@@ -17,6 +17,7 @@ from align.config.stages import (
     EvaluateStage,
     KtoStage,
     PretrainStage,
+    RejectionSampleStage,
     RewardModelStage,
     SampleStage,
     SftStage,
@@ -194,6 +195,10 @@ def run_stage(context: StageContext) -> StageResult:
             from align.recipes import sample
 
             return sample.run(stage, context)
+        case RejectionSampleStage() as stage:
+            from align.recipes import rejection_sample
+
+            return rejection_sample.run(stage, context)
         case RewardModelStage() as stage:
             from align.recipes import reward_model
 

@@ -47,6 +47,8 @@ def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> li
     for name in stages:
         if name != BASE and isinstance(stage := recipe.stages[name], EvaluateStage):
             found += _of_tasks(name, stage)
+        if name != BASE and files:
+            found += _of_task_names(name, recipe.stages[name])
     if recipe.parallel is not None:
         found += _of_machines(recipe.parallel) if files else []
         if problem := recipe.parallel.process_group_problem():
@@ -166,11 +168,22 @@ def _of_engine(recipe: Recipe, name: str) -> Iterator[str]:
 
 
 def _of_tasks(name: str, stage: EvaluateStage) -> Iterator[str]:
-    for settings in stage.tasks:
+    for settings in stage.prompt_tasks:
         try:
             resolve_task(settings, stage.rollout)
         except UserError as error:
             yield f"stages.{name}.tasks: {error}"
+
+
+def _of_task_names(name: str, stage: Stage) -> Iterator[str]:
+    """Tasks of `align eval` that are unknown, invalid, or lack their data."""
+    for field, names, options in stage.benchmarks():
+        from align.eval.stage_tasks import require_tasks  # loads torch
+
+        try:
+            require_tasks(f"stages.{name}", field, names, options)
+        except UserError as error:
+            yield str(error)
 
 
 def _of_machines(parallel: Parallel) -> Iterator[str]:

@@ -29,6 +29,9 @@ ROUTERS = """Logged by every stage that trains a mixture of experts. Means over 
 PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of
 an iteration.
 """
+DURING = """With `evaluate` in a training stage: on lines of their own, with the number of the step before them. Step 0
+is the model before training. The manifest has the values of the weights that the stage hands on.
+"""
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.
 """
@@ -36,6 +39,7 @@ SECTIONS: tuple[tuple[str, str, Sequence[MetricInfo]], ...] = (
     ("Training stages (pretrain, sft, reward_model, dpo, kto)", TRAINING, metrics.TRAINING),
     ("Routers", ROUTERS, metrics.ROUTERS),
     ("PPO", PPO, metrics.PPO),
+    ("Evaluation during training", DURING, metrics.DURING_TRAINING),
     ("Evaluation", EVALUATION, metrics.EVALUATION),
 )
 

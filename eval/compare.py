@@ -95,7 +95,7 @@ def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, 
 
 
 def _columns(results: dict[str, Any], reference: str | None) -> Iterator[Column]:
-    """The metrics of the stage's prompts and pairs, then those of its tasks."""
+    """The metrics of the stage's prompts and pairs, then those of its tasks and of those of `align eval`."""
     models: dict[str, dict] = results.get("models") or {}
     for metric in EVALUATION:
         if metric.key in BETTER:
@@ -107,6 +107,11 @@ def _columns(results: dict[str, Any], reference: str | None) -> Iterator[Column]
         for label in labels:
             values = {name: result["metrics"][label]["values"] for name, result in of_task["models"].items()}
             yield Column(f"{TASK_PREFIX}{task}/{label}", f"{task}: {label}", 1, values)
+    for task, metrics in (results.get("benchmarks") or {}).items():
+        for label, metric in metrics.items():
+            documents = dict.fromkeys(document for of in metric["models"].values() for document in of)
+            values = {name: [of.get(document) for document in documents] for name, of in metric["models"].items()}
+            yield Column(f"{TASK_PREFIX}{task}/{label}", f"{task}: {label}", max(metric["better"], 0), values)
 
 
 def _describe_task(name: str, task: dict[str, Any]) -> dict[str, Any]:

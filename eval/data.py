@@ -56,7 +56,7 @@ def load_data(stage: EvaluateStage, context: StageContext, tokenizer: PreTrained
         report = counts.to_dict()
         context.say(f"  data: {counts.summary()}")
     tasks = []
-    for settings in stage.tasks:
+    for settings in stage.prompt_tasks:
         task = resolve_task(settings, rollout)
         rows, counts = read(task.prompts, task.max_new_tokens)
         require_scorable(task.name, task.metrics, Samples(rows, [], tokenizer))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from align.config.parallel import Parallel
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.eval.model import EvalModel
@@ -28,6 +29,7 @@ class Engine:
     max_length: maximum tokens of prompt and completion.
     batch_size: sequences at a time.
     cache_gib: size of vLLM's key/value cache; None is vLLM's default on a GPU, and 0.5 on a CPU.
+    parallel: shard the model over the ranks of a run, with the backend hf.
     """
 
     backend: Backend
@@ -35,6 +37,7 @@ class Engine:
     max_length: int
     batch_size: int = 64
     cache_gib: float | None = None
+    parallel: Parallel | None = None
 
 
 def default_dtype() -> str:
@@ -68,9 +71,12 @@ def open_model(folder: Path, tokenizer: PreTrainedTokenizerBase, engine: Engine)
         from align.rollout.hf_requests import HuggingFaceModel
         from align.train.checkpoint import load_policy
         from align.train.device import training_device
+        from align.train.frozen import FrozenModel
 
-        model = load_policy(folder, engine.dtype, frozen=True).to(training_device())
-        return HuggingFaceModel(model, tokenizer, max_length=engine.max_length, batch_size=engine.batch_size)
+        model = load_policy(folder, engine.dtype, engine.parallel, frozen=True).eval().to(training_device())
+        frozen = FrozenModel(model, engine.parallel, engine.dtype)
+        sizes = {"max_length": engine.max_length, "batch_size": engine.batch_size}
+        return HuggingFaceModel(model, tokenizer, **sizes, run=frozen.run)
     from align.rollout.vllm_engine import VllmEngine
     from align.rollout.vllm_requests import VllmModel
 

@@ -80,7 +80,7 @@ def compare_folders(first: Path, second: Path) -> Comparison:
     """Compare the model of `second` with the model of `first`. Raises `UserError` if they share no metric."""
     folders = [_model_folder(path) for path in (first, second)]
     results = [_results(folder) for folder in folders]
-    left, right = (_values(folder, of_model) for folder, of_model in zip(folders, results))
+    left, right = (document_values(folder, of_model) for folder, of_model in zip(folders, results))
     found = Comparison(*_names(folders))
     for key in [*left, *(key for key in right if key not in left)]:
         task, metric = key
@@ -160,8 +160,11 @@ def _names(folders: list[Path]) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _values(folder: Path, results: dict[str, Any]) -> Values:
-    """The values of tasks, then those of groups over all documents of their tasks."""
+def document_values(folder: Path, results: dict[str, Any]) -> Values:
+    """The values of a model's groups over all documents of their tasks, then those of tasks.
+
+    folder: the model's. results: its tasks in results.json.
+    """
     samples: dict[tuple[str, str], dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for row in read_jsonl(folder / "scores.jsonl"):
         for metric, value in row["values"].items():

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from align.errors import UserError
 from align.rollout.requests import Generation, Pair, Request, Scored
@@ -112,17 +112,20 @@ def moved(record: Record, other: Record) -> Record:
 
 
 class RecordStore:
-    """Records of one model in a JSONL file. `add` returns after the lines are on disk.
+    """Records of one model in a JSONL file. `add` returns after the lines are on disk. Without a path, nothing is kept.
 
     An incomplete last line, which a killed process may leave, is removed when the file is opened. Raises `UserError` if
     another line cannot be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
         self.records: list[Record] = []
         self._by_key: dict[str, Record] = {}
         self._by_place: dict[tuple[str, Place], int] = {}
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
         end = 0
         if path.is_file():
             content = path.read_bytes()
@@ -153,7 +156,7 @@ class RecordStore:
     def add(self, records: Iterable[Record]) -> None:
         """Append records and wait until they are on disk."""
         found = list(records)
-        if not found:
+        if not found or self._file is None or self.path is None:
             return
         lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in found)
         try:
@@ -166,7 +169,8 @@ class RecordStore:
             self._remember(record)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self.records)

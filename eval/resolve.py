@@ -57,11 +57,13 @@ def resolve(
     data: Path | None = None,
     chat: bool = False,
     judges: Sequence[AnyJudge] = (),
+    load: bool = True,
 ) -> Resolved:
     """The tasks with these names: of the harness, `suite:NAME`, or files with tasks.
 
     data: folder of data sets; a task's data set X is read from DATA/X.
     judges: of judged tasks. Without one, a suite's judged tasks are left out with a note.
+    load: also load the harness's tasks, which reads their data; otherwise they are only checked.
     Raises one `UserError` with all unknown names, or with all missing data sets.
     """
     found = Resolved()
@@ -98,11 +100,11 @@ def resolve(
             found.tasks.append(task)
             missing |= dict.fromkeys(task.missing)
     if harness:
-        _resolve_harness(harness, data, found, missing)
+        _resolve_harness(harness, data, found, missing, load=load)
     elif missing:
         raise _missing(missing, data)
     _require_distinct(found.tasks)
-    if not found.tasks:
+    if not (found.tasks or harness):
         raise UserError("no tasks are given. Pass --tasks with names, files or suite:NAME.")
     return found
 
@@ -148,6 +150,8 @@ def _resolve_harness(
     data: Path | None,
     found: Resolved,
     missing: dict[str, None],
+    *,
+    load: bool,
 ) -> None:
     """Add the harness's tasks. missing: data sets that other tasks lack, for one message with the harness's."""
     from align.eval.harness import HarnessTask, load_leaf, silence
@@ -170,7 +174,7 @@ def _resolve_harness(
     missing |= dict.fromkeys(problem for _, leaf in chosen if (problem := local_dataset(leaf.dataset, data)[1]))
     if missing:
         raise _missing(missing, data)
-    for one, leaf in chosen:
+    for one, leaf in chosen if load else ():
         entry = one.entry
         found.tasks.append(
             HarnessTask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -105,6 +106,14 @@ class Results:
                 for task, rows in data.tasks
             }
 
+    def add_checkpoint(self, model: str, folder: Path) -> None:
+        """Add a model that is measured on tasks of `align eval` alone."""
+        self.content["models"][model] = {"checkpoint": str(folder)}
+
+    def add_benchmarks(self, values: dict[str, Any]) -> None:
+        """Add the values of tasks of `align eval`; see `align.eval.stage_tasks.comparison_values`."""
+        self.content["benchmarks"] = values
+
     def add(self, model: str, result: HeldOutResult, texts: Sequence[str]) -> None:
         """Add a model's results on the prompts and pairs, and its completions."""
         self.content["models"][model] = result.to_dict()
@@ -137,6 +146,11 @@ class Results:
                 found[f"{name}/preference"] = result["preference"]["accuracy"]
             for task, of_task in self.content.get("tasks", {}).items():
                 found |= {f"{name}/{task}/{key}": value for key, value in task_metrics(of_task["models"][name]).items()}
+            for task, metrics in self.content.get("benchmarks", {}).items():
+                for label, metric in metrics.items():
+                    scored = [value for value in metric["models"].get(name, {}).values() if value is not None]
+                    if scored:
+                        found[f"{name}/{task}/{label}"] = sum(scored) / len(scored)
         if model:
             return {key.removeprefix(f"{model}/"): v for key, v in found.items() if key.startswith(f"{model}/")}
         if "reward_model_accuracy" in self.content:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from align.config.stages import DpoStage
 from align.data.prepare import prepare_stage
 from align.models.family import load_config
+from align.recipes.evaluate_during import during_training
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save
@@ -34,4 +35,4 @@ def run(stage: DpoStage, context: StageContext) -> StageResult:
         data=data,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, data.report, context)
+    return train_and_save(trainer, data.report, context, during_training(trainer, context))

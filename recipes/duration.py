@@ -110,7 +110,8 @@ def _row_tokens(stage: TrainingStage, max_length: int, report: Mapping[str, Any]
 
 
 def _of_iterations(metrics: Path, steps: int) -> Estimate | str:
-    seconds = [sum(line.get(f"time/{phase}", 0.0) for phase in PHASES) for line in read_jsonl(metrics)]
+    lines = [line for line in read_jsonl(metrics) if any(f"time/{phase}" in line for phase in PHASES)]
+    seconds = [sum(line.get(f"time/{phase}", 0.0) for phase in PHASES) for line in lines]
     if not seconds:
         return f"{metrics} has no iteration"
     return Estimate(steps * mean(seconds), "earlier run", f"{mean(seconds):.3g} s per iteration in an earlier run")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from align.config.stages import EvaluateStage
 from align.data.template_defaults import set_template_defaults
-from align.eval.data import load_data
+from align.eval.data import EvaluationData, load_data
 from align.eval.engine import SharedEngine
 from align.eval.held_out import HeldOut, load_frozen
 from align.eval.runner import Results, TaskScorer, decode
+from align.eval.stage_tasks import run_tasks
 from align.parallel.group import is_main
 from align.run.context import StageContext, StageResult
 from align.run.folder import write_json
@@ -21,13 +25,33 @@ from align.train.checkpoint import load_tokenizer
 
 @torch.no_grad()
 def run(stage: EvaluateStage, context: StageContext) -> StageResult:
-    rollout, dtype = stage.rollout, context.recipe.dtype
     checkpoints = {name: context.checkpoint(name) for name in stage.models}
-    baseline = checkpoints[stage.models[0]]
-    tokenizer = load_tokenizer(baseline)
+    tokenizer = load_tokenizer(checkpoints[stage.models[0]])
     set_template_defaults(tokenizer, stage.chat_template_kwargs, f"stages.{context.name}.chat_template_kwargs")
     data = load_data(stage, context, tokenizer)
     results = Results(stage, data)
+    for name, folder in checkpoints.items():
+        results.add_checkpoint(name, folder)
+    if stage.prompts or stage.prompt_tasks or stage.preferences:
+        _compare(stage, context, data, tokenizer, checkpoints, results)
+    if stage.task_names:
+        results.add_benchmarks(run_tasks(stage, context))
+    if is_main():
+        write_json(context.dir / "results.json", results.content)
+    return StageResult(results.metrics(), data.report)
+
+
+def _compare(
+    stage: EvaluateStage,
+    context: StageContext,
+    data: EvaluationData,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Mapping[str, Path],
+    results: Results,
+) -> None:
+    """Sample every model on the prompts and on the tasks that the recipe defines, and measure it."""
+    rollout, dtype = stage.rollout, context.recipe.dtype
+    baseline = checkpoints[stage.models[0]]
     with ExitStack() as stack:
         scorer = stack.enter_context(closing(TaskScorer([task for task, _ in data.tasks], stage, context, tokenizer)))
         held_out = HeldOut(stage, context, data)
@@ -52,6 +76,3 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
             del model
             gc.collect()  # a DeepSpeed engine has reference cycles; free the model before the next is loaded
     results.add_reward_model(held_out.reward_model_accuracy())
-    if is_main():
-        write_json(context.dir / "results.json", results.content)
-    return StageResult(results.metrics(), data.report)

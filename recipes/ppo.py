@@ -15,6 +15,7 @@ from align.data.prepare import prepare_prompts
 from align.losses.kl import adapted_kl_coef
 from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import world
+from align.recipes.evaluate_during import during_ppo
 from align.reward.mixture import Scorer
 from align.rl.checkpoint import Checkpoint, Progress
 from align.rl.complete import compare_samples, complete_batch
@@ -52,7 +53,15 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         stack.callback(scorer.close)
         models = build_models(stage, context)
         parameters = count_parameters(models.policy.model)
-        engine = partial(build_engine, parent, stage.rollout, dtype=dtype, seed=context.seed, beside_ranks=beside_ranks)
+        engine = partial(
+            build_engine,
+            parent,
+            stage.rollout,
+            dtype=dtype,
+            seed=context.seed,
+            beside_ranks=beside_ranks,
+            detokenizes=stage.evaluate is not None,
+        )
         sampler = RolloutSampler(engine, prompts, stage, stop_ids=stop_token_ids(tokenizer), seed=context.seed)
         stack.callback(sampler.close)
 
@@ -66,6 +75,9 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             context.say(f"  resuming at step {progress.step}")
         log = RunLog(stage, context, models.policy.model, tokenizer, first_step=progress.step)
         stack.callback(log.close)
+        evaluations = during_ppo(stage, context, models, sampler, tokenizer, log)
+        if evaluations is not None:
+            evaluations.begin(progress.step)
 
         check = SelfCheck(models.policy.model.config, dtype, enabled=stage.self_check)
         metrics: dict[str, float] = {}
@@ -100,14 +112,18 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
                 compare_samples(stage, models, to_experience(sampler.probe()), check.compare)
             progress = next_progress(stage, progress, metrics)
             log.finish_iteration(batch, metrics)
+            last = progress.step == stage.steps
+            if evaluations is not None and evaluations.after_step(progress.step, last=last):
+                break
             stopping = should_stop() and progress.step < stage.steps
             if stopping or progress.step % stage.checkpoint_every == 0:
                 checkpoint.save(progress)
             if stopping:
                 interrupt.stop()
+        handed_on = evaluations.finish() if evaluations is not None else {}
     models.policy.swap_ema()  # not swapped back: saving merges the adapters, so training ends here
     save_model(models.policy.model, tokenizer, context.dir, dtype, parallel)
-    return StageResult(metrics, report.to_dict(), parameters)
+    return StageResult(metrics | handed_on, report.to_dict(), parameters)
 
 
 def next_progress(stage: PpoStage, progress: Progress, metrics: dict[str, float]) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from align.config.stages import PretrainStage
 from align.data.prepare import prepare_stage
+from align.recipes.evaluate_during import during_training
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.fit import train_and_save
@@ -24,4 +25,4 @@ def run(stage: PretrainStage, context: StageContext) -> StageResult:
         data=data,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, data.report, context)
+    return train_and_save(trainer, data.report, context, during_training(trainer, context))

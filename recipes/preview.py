@@ -17,7 +17,7 @@ from align.config.parts import Data, RowSource, Source
 from align.config.ppo import PpoStage
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.stage import StageWithParent
-from align.config.stages import EvaluateStage, SampleStage, Stage, TrainingStage
+from align.config.stages import EvaluateStage, SamplingStage, Stage, TrainingStage
 from align.data.prepare import prepare_dpo_pairs, prepare_prompts, prepare_stage
 from align.data.report import REASONS, DataReport
 from align.data.show import Labels, LengthBias, LengthBin, Side, histogram, length_bias, sides_of
@@ -111,7 +111,7 @@ def preview(recipe: Recipe, name: str, run_dir: Path, show: Callable[[str], None
     stage, context = recipe.stages[name], StageContext(recipe, name, run_dir, progress=show)
     if isinstance(stage, TrainingStage):
         return _of_training(stage, context)
-    if isinstance(stage, PpoStage | SampleStage):
+    if isinstance(stage, PpoStage | SamplingStage):
         return _of_prompts(stage, context)
     if stage.prompts:
         return _of_evaluation(stage, context)
@@ -199,7 +199,7 @@ def _of_stream(
     )
 
 
-def _of_prompts(stage: PpoStage | SampleStage, context: StageContext) -> Preview:
+def _of_prompts(stage: PpoStage | SamplingStage, context: StageContext) -> Preview:
     if isinstance(stage, PpoStage):
         sources, longest = stage.prompts, stage.max_prompt_length
     else:

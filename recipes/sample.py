@@ -5,7 +5,6 @@ Rank 0 samples and writes the pairs, while the other ranks wait.
 
 from __future__ import annotations
 
-import json
 import random
 from contextlib import closing
 
@@ -14,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from align.config.stages import SampleStage
 from align.data.answers import AnswerReader
 from align.data.chat import stop_token_ids
-from align.data.prepare import PromptRow, prepare_prompts
-from align.data.shapes import TEMPLATE_COLUMNS, DropRow, Message
+from align.data.prepare import PromptRow
+from align.data.shapes import DropRow, Message
 from align.parallel.group import from_rank_0
 from align.parallel.sharding import world
+from align.recipes.sampled_rows import pair_row, prompts_of, write_rows
 from align.rollout.base import RolloutEngine, SamplingSettings
 from align.rollout.build import build_engine
 from align.run.context import StageContext, StageResult
-from align.run.folder import write_text
 from align.train.checkpoint import load_tokenizer
 
 
@@ -33,20 +32,7 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
     rollout = stage.rollout
     parent = context.checkpoint(stage.init_from)
     tokenizer = load_tokenizer(parent)
-    max_prompt_length = rollout.max_model_length - rollout.max_new_tokens
-    splits = {
-        split: prepare_prompts(
-            sources,
-            tokenizer,
-            max_prompt_length=max_prompt_length,
-            seed=context.seed,
-            stage_dirs=context.stage_dirs,
-            filters=stage.filters if split == "train" else (),
-            show=context.progress,
-        )
-        for split, sources in (("train", stage.train), ("held_out", stage.held_out))
-        if sources
-    }
+    splits = prompts_of(stage, context, tokenizer)
     engine = build_engine(parent, rollout, dtype=context.recipe.dtype, seed=context.seed, beside_ranks=world()[1] > 1)
     counts: dict[str, float] = {}
     with closing(engine):
@@ -54,8 +40,7 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
             context.say(f"  {split}: {report.summary()}")
             with_reference = [row for row in rows if row.reference]
             pairs, unreadable = _pairs(with_reference, stage, engine, tokenizer, context.seed)
-            lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-            write_text(context.dir / "data" / f"{split}.jsonl", lines)
+            write_rows(context, split, pairs)
             counts[f"{split}_pairs"] = len(pairs)
             counts[f"{split}_without_reference"] = len(rows) - len(with_reference)
             counts[f"{split}_unreadable"] = unreadable
@@ -96,21 +81,8 @@ def _pairs(
             rejected["content"] = rejected["content"].strip()
             finished = sample.finished
         if rejected["content"] and rejected["content"] != row.reference:
-            pairs.append(_pair(row, rejected, "neighbour" if neighbour else "sampled", finished))
+            chosen: Message = {"role": "assistant", "content": row.reference}
+            origin = "neighbour" if neighbour else "sampled"
+            # No end-of-turn token is added to a sample that was truncated at max_new_tokens.
+            pairs.append(pair_row(row, chosen, rejected, rejected_finished=finished, origin=origin))
     return pairs, unreadable
-
-
-def _pair(row: PromptRow, rejected: Message, origin: str, finished: bool) -> dict:
-    """A row of preference data.
-
-    finished: False for a sample that was truncated at max_new_tokens. No end-of-turn token is added to such an answer.
-    """
-    columns = {name: row.row[name] for name in TEMPLATE_COLUMNS if row.row.get(name) is not None}
-    return {
-        **columns,
-        "prompt": row.messages,
-        "chosen": [{"role": "assistant", "content": row.reference}],
-        "rejected": [rejected],
-        "rejected_finished": finished,
-        "origin": origin,
-    }

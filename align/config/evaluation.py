@@ -1,14 +1,14 @@
-"""Tasks of an evaluate stage: held-out prompts, sampling settings and metrics."""
+"""Tasks of an evaluate stage, and evaluation during training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from align.config.parts import Source
 from align.config.rewards import ModelReward, Reward, RewardBase
-from align.config.section import Positive, Section
+from align.config.section import RUNTIME, Location, Positive, Section
 
 TASK_NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
@@ -63,12 +63,75 @@ class EvaluationTask(Section):
     `rollout.max_new_tokens`."""
 
 
-def _tasks_named_apart(tasks: list[EvaluationTask]) -> list[EvaluationTask]:
-    names = [task.name for task in tasks]
+TaskName = Annotated[str, Field(min_length=1)]
+"""A task as `align eval` names it: of lm-evaluation-harness, `suite:NAME`, or a .yaml or .py file."""
+
+
+def _form(task: Any) -> str:
+    return "section" if isinstance(task, dict | EvaluationTask) else "text"
+
+
+AnyTask = Annotated[Annotated[EvaluationTask, Tag("section")] | Annotated[TaskName, Tag("text")], Discriminator(_form)]
+
+
+def _named_apart(tasks: list[AnyTask]) -> list[AnyTask]:
+    names = [task if isinstance(task, str) else task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} tasks are called '{name}'; give each its own `name`")
     return tasks
 
 
-Tasks = Annotated[list[EvaluationTask], AfterValidator(_tasks_named_apart)]
+Tasks = Annotated[list[AnyTask], AfterValidator(_named_apart)]
+
+
+class TaskOptions(Section):
+    """Settings of the tasks of `align eval`, under the names of its options."""
+
+    data: Location | None = None
+    """Folder of data sets; the data set X of a task is read from `data`/X."""
+    limit: Positive | None = None
+    """Documents per task, drawn with `seed`. A larger limit adds documents to a smaller one. Default: all."""
+    samples: Positive = 1
+    """Completions per request; more than one needs a temperature above 0."""
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Sampling temperature instead of each task's own; 0 is greedy decoding."""
+    max_new_tokens: Positive | None = None
+    """Maximum tokens per completion instead of each task's own."""
+    max_length: Positive | None = None
+    """Maximum tokens of prompt and completion. Default: 4096, or what the model has less two."""
+    batch_size: Annotated[Positive, RUNTIME] = 64
+    """Sequences at a time."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn documents and of the completions. It does not depend on the recipe's, so that runs with other
+    seeds are measured on the same documents."""
+    chat: bool = False
+    """Render prompts with the chat template."""
+    truncate: bool = False
+    """Cut prompts that are too long at their beginning, and count them. false: their documents are not scored."""
+    judges: list[Location] = Field(default_factory=list)
+    """Judges of judged tasks: URLs of servers, YAML files with a judge's settings, folders of reward models."""
+    judge_model: str | None = None
+    """The model at a judge's URL, if the server has several."""
+
+
+class EvaluateDuring(TaskOptions):
+    """Evaluation of the trained weights while a stage runs: before the first step, every `every` steps, and at the
+    end."""
+
+    every: Positive
+    """Steps between two evaluations."""
+    tasks: list[TaskName] = Field(min_length=1)
+    """Tasks as `align eval` names them."""
+    metric: str | None = None
+    """Metric of `keep` and `patience`, as TASK/METRIC. Default: the first metric of the first task."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that the stage hands on: the last ones, or those with the best `metric`. Of equal ones, the earliest."""
+    patience: Positive | None = None
+    """Stop after this many evaluations in a row without a better `metric`. Default: never."""
+
+    @model_validator(mode="after")
+    def _metric_is_used(self) -> EvaluateDuring:
+        if self.metric is not None and self.keep == "last" and self.patience is None:
+            raise ValueError("only keep and patience use metric; set keep to best, set patience, or remove metric")
+        return self

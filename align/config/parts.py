@@ -229,14 +229,14 @@ class PythonDocsSource(SourceBase):
 
 
 class StageSource(SourceBase):
-    """Preference pairs written by an earlier `sample` stage of this recipe."""
+    """Rows written by an earlier `sample` or `rejection_sample` stage of this recipe."""
 
     kind: Literal["stage"]
     """Selects the rows of an earlier stage."""
     stage: str
-    """Name of the `sample` stage."""
+    """Name of that stage."""
     split: Literal["train", "held_out"] = "train"
-    """The training pairs of that stage, or its held-out pairs."""
+    """The training rows of that stage, or its held-out rows."""
 
 
 def _kind_of_source(value: Any) -> Any:

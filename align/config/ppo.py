@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from align.config.evaluation import EvaluateDuring
 from align.config.filters import PromptFilters
 from align.config.parts import Lora, Optimizer, Source
 from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
 from align.config.section import RUNTIME, Fraction, Positive, Section
-from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL, Reference, StageWithParent
+from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL, Benchmarks, Reference, StageWithParent, benchmarks_during
 
 
 class Critic(Section):
@@ -193,6 +194,8 @@ class PpoStage(StageWithParent):
     """Iterations between the checkpoints that an interrupted run resumes from."""
     sample_every: Annotated[Positive, RUNTIME] = 5
     """Iterations between samples written to samples.jsonl."""
+    evaluate: EvaluateDuring | None = None
+    """Evaluate the policy on tasks during training."""
 
     def checkpoints(self) -> Iterator[Reference]:
         yield from super().checkpoints()
@@ -201,6 +204,9 @@ class PpoStage(StageWithParent):
                 yield Reference("rewards", reward.init_from, (REWARD_MODEL,))
         if self.critic.init_from is not None:
             yield Reference("critic.init_from", self.critic.init_from, (LANGUAGE_MODEL, REWARD_MODEL))
+
+    def benchmarks(self) -> Iterator[Benchmarks]:
+        yield from benchmarks_during(self.evaluate)
 
     @property
     def generates_with(self) -> str:
@@ -282,6 +288,18 @@ class PpoStage(StageWithParent):
             raise ValueError(
                 "routing_replay rollout needs the sampler's routing; set rollout.return_routing to true, or "
                 "routing_replay to trainer"
+            )
+        if self.ema_decay is not None and self.evaluate is not None and self.evaluate.keep == "best":
+            raise ValueError(
+                "evaluate.keep best hands on weights that were evaluated, but ema_decay saves the EMA weights; set "
+                "evaluate.keep to last, or remove ema_decay"
+            )
+        longest = self.rollout.max_model_length - 2  # vLLM needs two more
+        wanted = self.evaluate.max_length if self.evaluate is not None else None
+        if wanted is not None and wanted > longest and self.rollout.engine == "vllm":
+            raise ValueError(
+                f"evaluate.max_length {wanted} exceeds {longest}, which is rollout.max_model_length less two; lower "
+                "evaluate.max_length, or raise rollout.max_model_length"
             )
         if self.overlong_buffer > self.rollout.max_new_tokens:
             raise ValueError(

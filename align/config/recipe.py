@@ -68,7 +68,7 @@ class Recipe(Section):
                 )
             for where, parent, accepted in stage.references():
                 if parent in seen or parent == BASE:
-                    made = LANGUAGE_MODEL if parent == BASE else self.stages[parent].makes
+                    made = LANGUAGE_MODEL if parent == BASE else self.stages[parent].result
                     if made not in accepted:
                         raise ValueError(
                             f"stages.{name}.{where} needs {' or '.join(accepted)}, but '{parent}' makes {made}; use "

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
+from align.config.evaluation import EvaluateDuring, TaskOptions
 from align.config.parts import StageSource
 from align.config.section import Section
 
-LANGUAGE_MODEL, REWARD_MODEL, PAIRS, REPORT = "a language model", "a reward model", "preference pairs", "a report"
+LANGUAGE_MODEL, REWARD_MODEL, REPORT = "a language model", "a reward model", "a report"
+PAIRS, COMPLETIONS = "preference pairs", "prompts with completions"
 Found = TypeVar("Found")
 
 
@@ -29,6 +31,19 @@ class Reference(NamedTuple):
     accepts: tuple[str, ...]
 
 
+class Benchmarks(NamedTuple):
+    """Tasks of `align eval` in a stage.
+
+    field   dotted path of the field below the stage
+    names   the tasks
+    options their options
+    """
+
+    field: str
+    names: list[str]
+    options: TaskOptions
+
+
 class StageBase(Section):
     """Base of every stage. Subclasses state their result and the checkpoints they refer to."""
 
@@ -36,6 +51,8 @@ class StageBase(Section):
         kind: str
     makes: ClassVar[str]
     """Result that later stages can use: one of the constants above."""
+    reads: ClassVar[tuple[str, ...]] = (PAIRS, COMPLETIONS)
+    """Results of earlier stages that the stage accepts as rows."""
     trains: ClassVar[bool] = False
     """True if the stage updates weights. For such stages the preflight checks that `expert_parallel_size` divides the
     number of experts. `align serve-rollout` without `--stage` serves the first of them that generates completions."""
@@ -48,7 +65,16 @@ class StageBase(Section):
         """Checkpoints that the stage loads, then earlier stages whose rows it reads."""
         yield from self.checkpoints()
         for field, source in find(self, StageSource):
-            yield Reference(field, source.stage, (PAIRS,))
+            yield Reference(field, source.stage, self.reads)
+
+    @property
+    def result(self) -> str:
+        """Result that later stages can use, if it depends on the settings; otherwise `makes`."""
+        return self.makes
+
+    def benchmarks(self) -> Iterator[Benchmarks]:
+        """Tasks of `align eval` that the stage runs."""
+        yield from ()
 
     @property
     def generates_with(self) -> str | None:
@@ -67,6 +93,12 @@ class StageWithParent(StageBase):
 
     def checkpoints(self) -> Iterator[Reference]:
         yield Reference("init_from", self.init_from, self.starts_from)
+
+
+def benchmarks_during(settings: EvaluateDuring | None) -> Iterator[Benchmarks]:
+    """The tasks of an evaluation during training."""
+    if settings is not None:
+        yield Benchmarks("evaluate.tasks", settings.tasks, settings)
 
 
 def find(section: Section, kind: type[Found], path: str = "") -> Iterator[tuple[str, Found]]:

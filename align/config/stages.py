@@ -7,20 +7,24 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.config.evaluation import Tasks
+from align.config.evaluation import EvaluateDuring, EvaluationTask, TaskOptions, Tasks
 from align.config.filters import DuplicateFilter, PromptFilters
 from align.config.parts import Data, Lora, Optimizer, Source
 from align.config.ppo import PpoStage
+from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
 from align.config.section import RUNTIME, EarlierDefault, FiniteValues, Fraction, Positive
 from align.config.stage import (
+    COMPLETIONS,
     LANGUAGE_MODEL,
     PAIRS,
     REPORT,
     REWARD_MODEL,
+    Benchmarks,
     Reference,
     StageBase,
     StageWithParent,
+    benchmarks_during,
 )
 
 
@@ -28,6 +32,7 @@ class TrainingStage(StageWithParent):
     """Settings of every stage that trains on rows: `pretrain`, `sft`, `reward_model`, `dpo` and `kto`."""
 
     makes = LANGUAGE_MODEL
+    reads = (PAIRS,)
     trains = True
     sequences_per_row: ClassVar[int] = 1
     """Sequences per row of the batch; a preference pair has two."""
@@ -56,6 +61,11 @@ class TrainingStage(StageWithParent):
     """Optimizer steps between the checkpoints that an interrupted run resumes from."""
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
     """Recompute activations in the backward pass, which saves memory and takes longer."""
+    evaluate: EvaluateDuring | None = None
+    """Evaluate the weights on tasks during training."""
+
+    def benchmarks(self) -> Iterator[Benchmarks]:
+        yield from benchmarks_during(self.evaluate)
 
     @model_validator(mode="after")
     def _can_stream(self) -> TrainingStage:
@@ -104,6 +114,8 @@ class TrainingStage(StageWithParent):
 class PretrainStage(TrainingStage):
     """Next-token prediction on plain text, packed into full sequences."""
 
+    reads = (COMPLETIONS,)
+
     kind: Literal["pretrain"]
     """Selects next-token prediction."""
     attend_across: Annotated[bool, EarlierDefault(True)] = False
@@ -114,39 +126,113 @@ class PretrainStage(TrainingStage):
 class SftStage(TrainingStage):
     """Supervised fine-tuning on conversations or prompt/completion rows."""
 
+    reads = (COMPLETIONS,)
+
     kind: Literal["sft"]
     """Selects supervised fine-tuning."""
     assistant_only_loss: bool = True
     """Compute the loss on assistant turns or completions only. false: on all tokens."""
 
 
-class SampleStage(StageWithParent):
-    """Generation of preference pairs: the reference answer of a prompt is preferred to the model's own."""
+class SamplingStage(StageWithParent):
+    """Settings of the stages that sample completions and write them as rows: `sample` and `rejection_sample`."""
 
-    makes = PAIRS
-
-    kind: Literal["sample"]
-    """Selects the generation of preference pairs."""
     train: list[Source] = Field(min_length=1)
-    """Sources of prompts for the training pairs. Rows without a reference answer (`reference`, `completion` or
-    `chosen`) make no pair."""
+    """Sources of prompts for the training rows."""
     held_out: list[Source] = Field(default_factory=list)
-    """Sources of prompts for the held-out pairs."""
+    """Sources of prompts for the held-out rows."""
     filters: PromptFilters = Field(default_factory=list)
     """Filters of the training prompts, applied in order. They judge prompts, not reference answers."""
-    neighbours: Fraction = 0.5
-    """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
     rollout: Rollout = Rollout()
-    """Generation of the rejected answers."""
+    """Generation of the completions."""
 
     @property
     def generates_with(self) -> str:
         return self.init_from
 
     @model_validator(mode="after")
-    def _prompts_fit(self) -> SampleStage:
-        self.rollout.require_sampling("sample")
+    def _prompts_fit(self) -> SamplingStage:
         self.rollout.require_room_for_prompts()
+        return self
+
+
+class SampleStage(SamplingStage):
+    """Generation of preference pairs: the reference answer of a prompt is preferred to the model's own. Rows without a
+    reference answer (`reference`, `completion` or `chosen`) make no pair."""
+
+    makes = PAIRS
+
+    kind: Literal["sample"]
+    """Selects the generation of preference pairs."""
+    neighbours: Fraction = 0.5
+    """Fraction of pairs whose rejected answer is another prompt's reference instead of a sample."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> SampleStage:
+        self.rollout.require_sampling("sample")
+        return self
+
+
+class RejectionSampleStage(SamplingStage):
+    """Rejection sampling: of several completions per prompt, those with good scores become rows of a later stage."""
+
+    makes = COMPLETIONS
+
+    kind: Literal["rejection_sample"]
+    """Selects rejection sampling."""
+    rewards: Rewards
+    """Rewards. The score of a completion is their weighted sum."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Completions sampled per prompt."""
+    keep: Literal["best", "threshold", "correct", "pairs"] = "best"
+    """best: the completion with the highest score. threshold: all with a score of at least `threshold`. correct: all
+    with the full score, which is 1 from every reward. pairs: the best as chosen and the worst as rejected answer of a
+    preference pair. The first three make rows for `sft`, the last for `dpo`, `reward_model` and `kto`."""
+    threshold: float | None = None
+    """Lowest score of a completion that is kept, or chosen. Required for `keep: threshold`."""
+    per_prompt: Positive | None = None
+    """Maximum rows per prompt, those with the highest scores. Default: no limit; `best` and `pairs` make one."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """For `keep: pairs`: least difference of the two scores. Equal scores never make a pair."""
+    micro_batch_tokens: Annotated[Positive, RUNTIME] = 4096
+    """Maximum tokens per forward pass of a reward model."""
+
+    @property
+    def result(self) -> str:
+        return PAIRS if self.keep == "pairs" else COMPLETIONS
+
+    @property
+    def lowest(self) -> float | None:
+        """Lowest score of a completion that is kept, or chosen."""
+        return sum(reward.weight for reward in self.rewards) if self.keep == "correct" else self.threshold
+
+    def checkpoints(self) -> Iterator[Reference]:
+        yield from super().checkpoints()
+        for reward in self.rewards:
+            if isinstance(reward, ModelReward):
+                yield Reference("rewards", reward.init_from, (REWARD_MODEL,))
+
+    @model_validator(mode="after")
+    def _rule_is_complete(self) -> RejectionSampleStage:
+        self.rollout.require_sampling("rejection_sample")
+        if self.keep == "threshold" and self.threshold is None:
+            raise ValueError("keep threshold needs a lowest score; set threshold")
+        if self.keep == "correct" and self.threshold is not None:
+            raise ValueError(
+                "keep correct keeps the full score, so threshold is not used; remove it, or set keep to threshold"
+            )
+        if self.keep in ("best", "pairs") and self.per_prompt is not None:
+            raise ValueError(f"keep {self.keep} makes one row per prompt, so per_prompt is not used; remove it")
+        if self.keep != "pairs" and self.margin:
+            raise ValueError(
+                f"margin is the difference of a pair, but keep is {self.keep}; remove it, or set keep to pairs"
+            )
+        for reward in self.rewards:
+            if reward.normalise != "none":
+                raise ValueError(
+                    f"reward '{reward.label}': normalise makes a score depend on the completions before it; remove "
+                    "normalise"
+                )
         return self
 
 
@@ -161,6 +247,15 @@ class RewardModelStage(TrainingStage):
     """Selects reward-model training."""
     center_coef: Annotated[float, Field(ge=0)] = 0.01
     """Weight of a penalty that keeps scores centred on zero: (chosen score + rejected score)^2 per pair."""
+
+    @model_validator(mode="after")
+    def _scores_only(self) -> RewardModelStage:
+        if self.evaluate is not None:
+            raise ValueError(
+                "evaluate needs a language model, but a reward model gives scores only; remove evaluate (data.held_out "
+                "measures its accuracy, and `align eval --pairs` its bias)"
+            )
+        return self
 
 
 LossType = Literal[
@@ -309,7 +404,10 @@ class EvaluateStage(StageBase):
     """Held-out prompts for the reward model's score, the KL to the reference, completion lengths and, for rows with a
     reference answer, word F1."""
     tasks: Tasks = Field(default_factory=list)
-    """Benchmarks: prompts, sampling settings and verifiers as metrics."""
+    """Benchmarks. A text is a task of `align eval`: a task of lm-evaluation-harness, `suite:NAME`, or a .yaml or .py
+    file. A section has prompts, sampling settings and verifiers as metrics."""
+    options: TaskOptions = TaskOptions()
+    """Settings of the tasks that are texts."""
     reward_model: str | None = None
     """A reward_model stage or folder that scores the completions of `prompts`."""
     preferences: list[Source] = Field(default_factory=list)
@@ -338,9 +436,34 @@ class EvaluateStage(StageBase):
     def generates_with(self) -> str:
         return self.models[0]
 
+    def benchmarks(self) -> Iterator[Benchmarks]:
+        if self.task_names:
+            yield Benchmarks("tasks", self.task_names, self.options)
+
+    @property
+    def prompt_tasks(self) -> list[EvaluationTask]:
+        """The tasks that the recipe defines by prompts and metrics."""
+        return [task for task in self.tasks if isinstance(task, EvaluationTask)]
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that `align eval` knows by these names."""
+        return [task for task in self.tasks if isinstance(task, str)]
+
     @model_validator(mode="after")
     def _prompts_fit(self) -> EvaluateStage:
         self.rollout.require_room_for_prompts()
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_can_run(self) -> EvaluateStage:
+        if not self.task_names and self.options != TaskOptions():
+            raise ValueError("options are settings of tasks such as gsm8k_cot, but tasks has none; remove options")
+        if self.task_names and self.rollout.engine == "remote":
+            raise ValueError(
+                f"the task '{self.task_names[0]}' needs log-probabilities and stop strings, which rollout.engine "
+                "remote does not give; set rollout.engine to vllm or huggingface"
+            )
         return self
 
     @model_validator(mode="after")
@@ -360,6 +483,14 @@ class EvaluateStage(StageBase):
 
 
 Stage = Annotated[
-    PretrainStage | SftStage | SampleStage | RewardModelStage | DpoStage | KtoStage | PpoStage | EvaluateStage,
+    PretrainStage
+    | SftStage
+    | SampleStage
+    | RejectionSampleStage
+    | RewardModelStage
+    | DpoStage
+    | KtoStage
+    | PpoStage
+    | EvaluateStage,
     Field(discriminator="kind"),
 ]

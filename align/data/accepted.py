@@ -13,7 +13,7 @@ from align.config.stages import (
     KtoStage,
     PretrainStage,
     RewardModelStage,
-    SampleStage,
+    SamplingStage,
     SftStage,
     Stage,
 )
@@ -39,7 +39,7 @@ def sources_of(stage: Stage) -> Iterator[tuple[str, Source, Kind]]:
     Sources of a kind of stage that is not listed here are not known.
     """
     match stage:
-        case SampleStage():
+        case SamplingStage():
             fields: dict[str, tuple[list[Source], Kind]] = {
                 "train": (stage.train, "prompts"),
                 "held_out": (stage.held_out, "prompts"),

@@ -188,7 +188,7 @@ def check_gpus(own: str) -> None:
 def exchange(own: T) -> list[T]:
     """All-gather `own`: the values of all ranks, in rank order."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    dist.all_gather_object(found, own, group=cpu_group())
     return found
 
 
@@ -297,6 +297,15 @@ def should_stop() -> bool:
     if signal_number:
         interrupt.note(signal_number)
     return signal_number > 0
+
+
+def any_rank(value: bool) -> bool:
+    """True on every rank if `value` is true on any. Collective."""
+    if world()[1] == 1:
+        return value
+    box = torch.tensor(int(value))
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=cpu_group())
+    return bool(box)
 
 
 def control_steps() -> ControlSteps:

@@ -83,6 +83,12 @@ class RunLog:
             f"length {metrics['completion_length']:.1f}  {sum(self.clock.seconds.values()):.1f} s{skipped}"
         )
 
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics that do not belong to an iteration."""
+        if is_main():
+            self.metrics.write(step, metrics)
+            self.trackers.log(step, metrics)
+
     def _samples(self, batch: RolloutBatch) -> Iterator[dict[str, Any]]:
         scores = filled(batch.experience.score).tolist()
         reader = AnswerReader(self.tokenizer)

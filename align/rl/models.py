@@ -12,6 +12,7 @@ import torch
 
 from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward
+from align.config.stages import RejectionSampleStage
 from align.models.lora.adapters import AnyModel
 from align.reward.model import ModelScorer
 from align.run.context import StageContext
@@ -111,7 +112,7 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
     )
 
 
-def load_reward_models(stage: PpoStage, context: StageContext) -> dict[str, ModelScorer]:
+def load_reward_models(stage: PpoStage | RejectionSampleStage, context: StageContext) -> dict[str, ModelScorer]:
     """Load the stage's local reward models, by their checkpoint names in the recipe.
 
     Under `parallel` every rank loads its shards, and all ranks must call this.
@@ -123,7 +124,7 @@ def load_reward_models(stage: PpoStage, context: StageContext) -> dict[str, Mode
     }
 
 
-def local_reward_models(stage: PpoStage) -> list[str]:
+def local_reward_models(stage: PpoStage | RejectionSampleStage) -> list[str]:
     """Checkpoint names in the stage's `kind: model` rewards, without duplicates."""
     return list(dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)))
 

@@ -18,19 +18,26 @@ def require_placement(rollout: Rollout, *, beside_ranks: bool) -> None:
 
 
 def build_engine(
-    checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int, beside_ranks: bool = False
+    checkpoint: Path,
+    rollout: Rollout,
+    *,
+    dtype: str,
+    seed: int,
+    beside_ranks: bool = False,
+    detokenizes: bool = False,
 ) -> RolloutEngine:
     """Build vLLM in this process, a client of vLLM servers, or an engine on the transformers model.
 
     If the engine that the recipe selects cannot be built, an error is raised; there is no fallback.
     beside_ranks: True if this process is one of several ranks. vLLM in this process would join their process group, so
         a vLLM server is started instead, which ends with this process.
+    detokenizes: let vLLM in this process stop at texts, which tasks of an evaluation need.
     """
     rollout = _beside(rollout, beside_ranks)
     if rollout.engine == "vllm":
         from align.rollout.vllm_engine import VllmEngine  # vLLM is optional and slow to import
 
-        return VllmEngine(checkpoint, rollout, dtype=dtype, seed=seed)
+        return VllmEngine(checkpoint, rollout, dtype=dtype, seed=seed, detokenizes=detokenizes)
     if rollout.engine == "remote":
         from align.rollout.remote import RemoteEngine
 

@@ -139,10 +139,9 @@ class VllmEngine:
 
     def update_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         self._complete = False
+        # A prefix computed with the old weights must not be used with the new ones.
+        self.forget_prefixes()
         with preserved_torch_state():
-            # A prefix computed with the old weights must not be used with the new ones.
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not empty its prefix cache")
             report = send_stream(
                 named_tensors,
                 InProcess(self._llm),
@@ -153,6 +152,12 @@ class VllmEngine:
         self._complete = True
         self.last_sync = report
         return report
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        with preserved_torch_state():
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not empty its prefix cache")
 
     def offer_weights(self, source: WeightSource) -> None:
         """No-op: this engine never restarts without the trainer."""

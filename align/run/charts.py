@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from align.run.metrics import HELD_OUT, metric_info, with_unit
+from align.run.metrics import DURING, HELD_OUT, metric_info, with_unit
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class Chart:
     title: title without the unit.
     series: (key, label) of each metric.
     band: key of the standard deviation around the first series; "" for none.
+    ends: keys of the ends of an interval around the first series, if any.
     """
 
     title: str
     series: tuple[tuple[str, str], ...]
     band: str = ""
+    ends: tuple[str, str] | None = None
 
     @property
     def all_series(self) -> tuple[tuple[str, str], ...]:
@@ -41,6 +44,15 @@ def chart(key: str, *, held_out: bool = False) -> Chart:
     assert metric is not None, key
     series = ((key, "training"), (f"{HELD_OUT}{key}", "held out")) if held_out else ((key, metric.title),)
     return Chart(metric.title, series)
+
+
+def evaluation_charts(keys: Iterable[str]) -> list[Chart]:
+    """A chart with its interval for each metric of an evaluation during training. keys: keys of metrics.jsonl."""
+    names = dict.fromkeys(key for key in keys if key.startswith(DURING) and not key.endswith(("/low", "/high")))
+    return [
+        Chart(f"Evaluation: {key.removeprefix(DURING)}", ((key, "mean"),), ends=(f"{key}/low", f"{key}/high"))
+        for key in names
+    ]
 
 
 OPTIMIZER_CHARTS = (chart("grad_norm"), chart("learning_rate"))

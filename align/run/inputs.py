@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from align.config.own_task import DATA, read_own_task
 from align.config.parts import FileSource, HotStartModel, PretrainedModel, ScratchModel
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
@@ -80,6 +81,9 @@ def _inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Files]]:
     for _, reference, _ in stage.checkpoints():
         if is_path(reference):
             yield reference, _checkpoint(reference)
+    for _, names, options in stage.benchmarks():
+        for task in names:
+            yield from _task(task, options.data)
     for _, reward in find(stage, FunctionReward):
         if ":" in reward.path:
             file = reward.path.rpartition(":")[0]
@@ -87,13 +91,32 @@ def _inputs(recipe: Recipe, name: str) -> Iterator[tuple[str, Files]]:
 
 
 def _data(section: Section) -> Iterator[tuple[str, Files]]:
-    for _, source in find(section, FileSource):
+    for source in [section] if isinstance(section, FileSource) else [found for _, found in find(section, FileSource)]:
         root = local_path(source.path)
         try:
             files = source.files().files
         except UserError:  # reported when the stage reads its data
             files = ()
         yield source.path, _single(root) if root.is_file() else {_within(root, file): file for file in files}
+
+
+def _task(name: str, data: str | None) -> Iterator[tuple[str, Files]]:
+    """The file of a task of the user, and its data. Data sets of tasks that a library defines are not compared."""
+    file = Path(name.removeprefix("suite:"))
+    if file.suffix not in (".yaml", ".yml", ".py"):
+        return
+    yield str(file), _single(file)
+    if name != str(file) or file.suffix == ".py" or not file.is_file():
+        return
+    try:
+        task = read_own_task(file)
+    except UserError:  # a task of another format, or reported when the stage runs
+        return
+    for rows in (task.data, task.shots.data if task.shots else None):
+        if rows is not None:
+            inside = rows.path.removeprefix(DATA)
+            place = file.parent / rows.path if inside == rows.path else Path(data or ".") / inside
+            yield from _data(FileSource(path=str(place), name=rows.name, split=rows.split))
 
 
 def _within(root: Path, file: Path) -> str:

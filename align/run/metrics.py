@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 HELD_OUT = "eval_"
 """Prefix of a metric that is measured on held-out rows."""
+DURING = "evaluation/"
+"""Prefix of a metric of an evaluation during training."""
 SHARE = "share"
 """Unit of values between 0 and 1."""
 PER_TOKEN, PER_COMPLETION = "nats per token", "nats per completion"
@@ -417,7 +419,21 @@ EVALUATION = (
     ),
 )
 
-ALL = TRAINING + ROUTERS + PPO
+DURING_TRAINING = (
+    MetricInfo(
+        f"{DURING}NAME",
+        "Evaluation: NAME",
+        "",
+        "`evaluate` of a training stage: mean of one metric of a task, TASK/METRIC, after the step.",
+    ),
+    MetricInfo(f"{DURING}NAME/low", "Evaluation: NAME, low end", "", "Low end of its 95 % interval."),
+    MetricInfo(f"{DURING}NAME/high", "Evaluation: NAME, high end", "", "High end of its 95 % interval."),
+    MetricInfo(
+        f"{DURING}step", "Step of the weights", "steps", "In the manifest: step of the weights that the stage hands on."
+    ),
+)
+
+ALL = TRAINING + ROUTERS + PPO + DURING_TRAINING
 
 
 def metric_info(key: str) -> MetricInfo | None:

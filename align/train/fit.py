@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -19,6 +19,7 @@ from align.parallel.group import from_rank_0, should_stop
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.run.folder import MetricsWriter, write_json
+from align.run.metrics import DURING
 from align.train.checkpoint import count_parameters, save_model
 
 COMPLETE = "complete"
@@ -30,21 +31,36 @@ NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "nu
 """A logged value whose name contains one of these strings is not written to metrics.jsonl."""
 
 
-def train_and_save(trainer: Any, report: DataReport, context: StageContext) -> StageResult:
-    """Train, save the model with its tokenizer, and return the results for the stage's manifest."""
+class Evaluations(Protocol):
+    """Evaluations during training; see `align.eval.during.DuringTraining`."""
+
+    def finish(self) -> dict[str, float]:
+        """Restore the weights that the stage hands on; returns their metrics."""
+        ...
+
+
+def train_and_save(
+    trainer: Any, report: DataReport, context: StageContext, evaluations: Evaluations | None = None
+) -> StageResult:
+    """Train, save the model with its tokenizer, and return the results for the stage's manifest.
+
+    evaluations: the stage's evaluations; the trainer has their callback.
+    """
     parameters = count_parameters(trainer.model)  # before adapters are merged
-    metrics, training = fit(trainer, context, report.fingerprint)
+    metrics, training = fit(trainer, context, report.fingerprint, evaluations)
     save_model(trainer.model, trainer.processing_class, context.dir, context.recipe.dtype, context.recipe.parallel)
     return StageResult(metrics, report.to_dict(), parameters, training)
 
 
-def fit(trainer: Any, context: StageContext, rows: str) -> tuple[dict[str, float], dict[str, float]]:
+def fit(
+    trainer: Any, context: StageContext, rows: str, evaluations: Evaluations | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """Train from the start or from the last checkpoint.
 
     rows: fingerprint of the token rows.
 
-    Returns the metrics on the held-out rows after training (empty without held-out rows), and the steps and seconds of
-    training.
+    Returns the metrics of the model after training, on the held-out rows and of the evaluations, if any, and the steps
+    and seconds of training.
     """
     checkpoint = from_rank_0("find the last checkpoint", lambda: checkpoint_for(context, rows))
     step = checkpoint_step(checkpoint) if checkpoint else None
@@ -68,15 +84,20 @@ def fit(trainer: Any, context: StageContext, rows: str) -> tuple[dict[str, float
     interrupt.stop_polling()
     if stop.requested:
         interrupt.stop()
+    handed_on = evaluations.finish() if evaluations is not None else {}
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if writer is not None:
         writer.close()
-    return metrics_of(final), training
+    return metrics_of(final) | handed_on, training
 
 
 def metrics_of(logs: dict[str, float] | None) -> dict[str, float]:
     """The logged values, without those that `NOT_METRICS` excludes."""
-    return {name: value for name, value in (logs or {}).items() if not any(part in name for part in NOT_METRICS)}
+    return {
+        name: value
+        for name, value in (logs or {}).items()
+        if name.startswith(DURING) or not any(part in name for part in NOT_METRICS)
+    }
 
 
 class StopEarly(TrainerCallback):
@@ -119,6 +140,8 @@ class Recorder(TrainerCallback):
         if not metrics or self.writer is None:
             return
         self.writer.write(state.global_step, metrics)
+        if all(name.startswith(DURING) for name in metrics):
+            return  # an evaluation prints its own line
         loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
         self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
         if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from align.eval.report.formatting import mean
-from align.run.charts import CHARTS, Chart, chart
+from align.run.charts import CHARTS, Chart, chart, evaluation_charts
 from align.run.metrics import PHASES, SHARE, with_unit
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
@@ -74,7 +74,11 @@ class Plot(NamedTuple):
 def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot]:
     """The charts of a stage from its metrics `rows`, without charts that have no data; `prefix` makes ids unique."""
     plots = []
-    for i, series in enumerate(CHARTS.get(kind, (chart("loss", held_out=True),))):
+    charts = [
+        *evaluation_charts(key for row in rows for key in row),
+        *CHARTS.get(kind, (chart("loss", held_out=True),)),
+    ]
+    for i, series in enumerate(charts):
         if (figure := _curves(series, rows)) is not None:
             plots.append(Plot(series.full_title, _svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
     if (figure := _times(rows)) is not None:
@@ -146,6 +150,12 @@ def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
             _, steps, values = drawn[0]
             axes.fill_between(steps, values - band[1], values + band[1], color=COLORS[0], alpha=0.13, linewidth=0)
             caption.append("band: one standard deviation over completions")
+        if chart.ends is not None:
+            ends = [points(rows, key) for key in chart.ends]
+            if all(np.array_equal(steps, drawn[0][1]) for steps, _ in ends):
+                low, high = (values for _, values in ends)
+                axes.fill_between(drawn[0][1], low, high, color=COLORS[0], alpha=0.13, linewidth=0)
+                caption.append("band: 95 % interval over documents")
         several = sum(steps.size > 0 for _, steps, _ in drawn) > 1
         if several or (len(drawn) > 1 and not drawn[0][1].size and axes.lines):
             axes.legend(**LEGEND)

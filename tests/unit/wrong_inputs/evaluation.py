@@ -33,6 +33,83 @@ def _(here: Here) -> str:
     return check(here, prompts=ROWS, reference="base", rollout={"temperature": 0.0})
 
 
+@wrong("evaluate-task-unknown", "A task in an evaluate stage that lm-evaluation-harness does not have")
+def _(here: Here) -> str:
+    return check(here, tasks=["gsm9k_cot"])
+
+
+@wrong("evaluate-task-file", "A task's file that does not exist, in an evaluate stage")
+def _(here: Here) -> str:
+    return check(here, tasks=["sums.yaml"])
+
+
+@wrong("evaluate-task-data", "A task in an evaluate stage without its data")
+def _(here: Here) -> str:
+    (here.folder / "hub").mkdir()
+    return check(here, tasks=["gsm8k_cot"], options={"data": "hub"})
+
+
+@wrong("evaluate-task-folder", "A folder of data sets that does not exist, in an evaluate stage")
+def _(here: Here) -> str:
+    return check(here, tasks=["gsm8k_cot"], options={"data": "hub"})
+
+
+@wrong("evaluate-task-remote", "A task that needs log-probabilities with rollout servers")
+def _(here: Here) -> str:
+    return check(here, tasks=["gsm8k_cot"], rollout={"engine": "remote", "start_servers": 1})
+
+
+@wrong("evaluate-options", "Options of tasks without such tasks")
+def _(here: Here) -> str:
+    return check(here, tasks=[{"name": "gsm8k"}], options={"limit": 10})
+
+
+def check_during(here: Here, **evaluate: Any) -> str:
+    """The sentence about `evaluate` of an SFT stage."""
+    return here.check(evaluate={"every": 10, "tasks": ["gsm8k_cot"], **evaluate})
+
+
+@wrong("during-task-unknown", "A task of an evaluation during training that lm-evaluation-harness does not have")
+def _(here: Here) -> str:
+    return check_during(here, tasks=["gsm9k_cot"])
+
+
+@wrong("during-data", "A folder of data sets that does not exist, of an evaluation during training")
+def _(here: Here) -> str:
+    return check_during(here, data="hub")
+
+
+@wrong("during-metric", "A metric of an evaluation during training that nothing uses")
+def _(here: Here) -> str:
+    return check_during(here, metric="gsm8k_cot/exact_match")
+
+
+@wrong("during-metric-unknown", "A metric of an evaluation during training that its tasks do not have")
+def _(here: Here) -> str:
+    here.write("q.jsonl", '{"q": "Say one."}\n')
+    here.write("words.yaml", "name: words\ndata: q.jsonl\nprompt: '{{ q }}'\nverifier: {kind: length, max_tokens: 4}\n")
+    settings = {"every": 1, "tasks": ["words.yaml"], "max_new_tokens": 4, "keep": "best", "metric": "words/accuracy"}
+    return here.run(evaluate=settings)
+
+
+@wrong("during-ppo-length", "A longer context for an evaluation than PPO's rollout engine has")
+def _(here: Here) -> str:
+    ppo = ppo_stage({"kind": "length", "max_tokens": 8})
+    return here.check(stages={"ppo": {**ppo, "evaluate": {"every": 10, "tasks": ["gsm8k_cot"], "max_length": 1024}}})
+
+
+@wrong("during-reward-model", "An evaluation on tasks during the training of a reward model")
+def _(here: Here) -> str:
+    return here.check(kind="reward_model", evaluate={"every": 10, "tasks": ["gsm8k_cot"]})
+
+
+@wrong("during-ema", "The best weights of a PPO stage that saves EMA weights")
+def _(here: Here) -> str:
+    evaluate = {"every": 10, "tasks": ["gsm8k_cot"], "keep": "best"}
+    ppo = {**ppo_stage({"kind": "length", "max_tokens": 8}), "evaluate": evaluate, "ema_decay": 0.9}
+    return here.check(stages={"ppo": ppo})
+
+
 @wrong("task-unknown", "A task without prompts that is not built in")
 def _(here: Here) -> str:
     return check(here, tasks=[{"name": "gsm9k"}])

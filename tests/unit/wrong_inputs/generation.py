@@ -31,6 +31,61 @@ def _(here: Here) -> str:
     return here.run(stages={"pairs": sample_stage(engine="huggingface", max_new_tokens=8, max_model_length=16)})
 
 
+def check_rejection(here: Here, *rewards: dict[str, Any], **settings: Any) -> str:
+    rows = [{"kind": "file", "path": "rows.jsonl"}]
+    stage = {
+        "kind": "rejection_sample",
+        "train": rows,
+        "rewards": list(rewards) or [{"kind": "length", "max_tokens": 9}],
+    }
+    return here.check(stages={"good": {**stage, **settings}})
+
+
+@wrong("rejection-threshold", "Rejection sampling by a threshold without one")
+def _(here: Here) -> str:
+    return check_rejection(here, keep="threshold")
+
+
+@wrong("rejection-correct", "A threshold for rejection sampling that keeps correct answers")
+def _(here: Here) -> str:
+    return check_rejection(here, keep="correct", threshold=0.5)
+
+
+@wrong("rejection-per-prompt", "Several rows per prompt for rejection sampling that keeps the best")
+def _(here: Here) -> str:
+    return check_rejection(here, per_prompt=2)
+
+
+@wrong("rejection-margin", "A margin for rejection sampling that makes no pairs")
+def _(here: Here) -> str:
+    return check_rejection(here, margin=0.1)
+
+
+@wrong("rejection-normalise", "A normalised reward in rejection sampling")
+def _(here: Here) -> str:
+    return check_rejection(here, {"kind": "length", "max_tokens": 9, "normalise": "running"})
+
+
+@wrong("rejection-greedy", "Rejection sampling with greedy decoding")
+def _(here: Here) -> str:
+    return check_rejection(here, rollout={"temperature": 0.0})
+
+
+@wrong("rejection-nothing", "Rejection sampling of which no completion is kept", NUMBER)
+def _(here: Here) -> str:
+    never = {"kind": "regex", "pattern": "^never$"}
+    stage = {"kind": "rejection_sample", "train": [{"kind": "file", "path": "rows.jsonl"}], "rewards": [never]}
+    rollout = {"engine": "huggingface", "max_new_tokens": 2, "max_model_length": 128}
+    settings = {"keep": "correct", "samples": 2, "rollout": rollout}
+    return here.run(stages={"good": {**stage, **settings}})
+
+
+@wrong("sft-on-pairs", "SFT on the preference pairs of an earlier stage")
+def _(here: Here) -> str:
+    sft = {"kind": "sft", "data": {"train": [{"kind": "stage", "stage": "pairs"}]}}
+    return here.check(stages={"pairs": sample_stage(), "sft": sft})
+
+
 @wrong("prompt-exceeds-context", "A prompt that leaves no tokens for a completion")
 def _(here: Here) -> None:
     engine = HuggingFaceEngine(load_policy(Path("model"), "float32"), Rollout(max_model_length=32, max_new_tokens=8))
