@@ -2,6 +2,7 @@
 
     python benchmarks/bench_families.py              all families, about an hour of one core
     python benchmarks/bench_families.py qwen3_moe    some; the results of the others are kept
+    python benchmarks/bench_families.py --server     the columns of rollout servers alone, a minute each
     python benchmarks/bench_families.py --chain      every stage from SFT to evaluation instead, a minute each
 
 A call without names goes on with the families that have no complete results of this commit. It fails if a family has
@@ -9,7 +10,8 @@ neither a number nor a reason in some column.
 
 Largest differences in float32 (random weights, three layers, hidden size 64; other weights differ by 1 to 4 nats):
 the checks of `python -m tests.families`; losses and weights after three steps on two ranks with sharded experts
-(mixtures of experts); vLLM's log-probabilities at the start and after each of three updates.
+(mixtures of experts); log-probabilities of vLLM in the trainer's process and of a rollout server, at the start and
+after each of three updates.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from tests.tiny_families import FAMILIES  # noqa: E402
 from tests.unit.parallel.started import run_ranks  # noqa: E402
 
 ENGINE = ("fresh", "updated")
+SERVER = ("server fresh", "server updated")
 RANKS = ("sharded", "sharded lora")
 DENSE = dict.fromkeys((*OF_ROUTERS, *RANKS))
 """Columns without a value for a family without experts."""
@@ -76,12 +79,19 @@ def engine(model_type: str) -> dict[str, Any]:
     return {"fresh": found["fresh"], "updated": max(found["updated"]), "other experts recorded": found["routing"]}
 
 
+def server(model_type: str) -> dict[str, Any]:
+    found = in_own_process(model_type, server=True)
+    if "error" in found:
+        return dict.fromkeys(SERVER, f"fails: {found['error']}")
+    return {"server fresh": found["fresh"], "server updated": max(found["updated"])}
+
+
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def measure(model_type: str) -> dict[str, Any]:
-    results = {**checks(model_type), **engine(model_type)}
+    results = {**checks(model_type), **engine(model_type), **server(model_type)}
     dense = all(results[name] is None for name in OF_ROUTERS)
     return results | (dict.fromkeys(RANKS) if dense else ranks(model_type))
 
@@ -90,11 +100,15 @@ def faults(results: dict[str, Any]) -> list[str]:
     """Columns that failed or have no value."""
     dense = results.keys() >= DENSE.keys() and all(results[name] is None for name in DENSE)
     found = []
-    for name in (*CHECKS, *ENGINE, *RANKS):
+    for name in (*CHECKS, *ENGINE, *SERVER, *RANKS):
         value = results.get(name)
         if (value is None and not (dense and name in DENSE)) or str(value).startswith("fails"):
             found.append(name)
     return found
+
+
+def has_numbers(results: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return all(isinstance(results.get(name), float) for name in names)
 
 
 def chain(model_type: str, tied: bool) -> dict[str, Any]:
@@ -125,16 +139,35 @@ def run_chains(model_types: list[str]) -> None:
                 write("families_chain", {"families": found}, option="--chain", show=False, version=version)
 
 
+def read() -> dict[str, Any]:
+    file = RESULTS / "families.json"
+    return json.loads(file.read_text())["results"]["families"] if file.exists() else {}
+
+
+def run_servers(model_types: list[str]) -> None:
+    """Add the columns of rollout servers to the results of these families."""
+    version = code_version()
+    for model_type in model_types:
+        results = server(model_type)
+        print(model_type, results, flush=True)
+        found = read()
+        found[model_type] |= results | {"server commit": version["commit"]}
+        write("families", {"families": found}, show=False, version=version)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", help="default: all")
     parser.add_argument("--chain", action="store_true", help="run every stage from SFT to evaluation instead")
+    parser.add_argument("--server", action="store_true", help="measure the columns of rollout servers alone")
     options = parser.parse_args()
     if options.chain:
         run_chains(options.model_types or list(FAMILIES))
         return
-    file, version = RESULTS / "families.json", code_version()
-    found: dict[str, Any] = json.loads(file.read_text())["results"]["families"] if file.exists() else {}
+    found, version = read(), code_version()
+    if options.server:
+        run_servers(options.model_types or [name for name in found if not has_numbers(found[name], SERVER)])
+        return
     wanted = options.model_types or [
         name for name in FAMILIES if found.get(name, {}).get("commit") != version["commit"] or faults(found[name])
     ]

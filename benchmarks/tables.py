@@ -53,6 +53,8 @@ FAMILY_COLUMNS = {
     "export": "export",
     "fresh": "vLLM",
     "updated": "vLLM after three updates",
+    "server fresh": "vLLM server",
+    "server updated": "server after three updates",
     "plan": "plan",
 }
 """{result of bench_families.py: header of its column}."""
@@ -69,10 +71,13 @@ def families(results: dict[str, Any]) -> str:
 
 
 def _commits(results: dict[str, Any]) -> str:
-    """The commits at which the families were measured."""
+    """The commits at which the families were measured, and the columns of servers, if these were measured alone."""
     rows: dict[str, list[str]] = {}
+    servers: dict[str, list[str]] = {}
     for name, found in results["families"].items():
         rows.setdefault(found["commit"][:12], []).append(f"`{name}`")
+        if "server commit" in found:
+            servers.setdefault(found["server commit"][:12], []).append(f"`{name}`")
     if len(rows) == 1:
         return f"All rows: commit {next(iter(rows))}."
     return "\n".join(f"Commit {commit}: {', '.join(names)}." for commit, names in rows.items())
