@@ -140,11 +140,16 @@ def families_table() -> str:
     return measured_table("plan_families")
 
 
+def sharded_table() -> str:
+    return measured_table("plan_sharded")
+
+
 TABLES = {
     "clusters": clusters_table,
     "hosts": hosts_table,
     "hy3": hy3_table,
     "measured": measured_table,
+    "sharded": sharded_table,
     "families": families_table,
 }
 

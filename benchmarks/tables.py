@@ -71,16 +71,20 @@ def families(results: dict[str, Any]) -> str:
 
 
 def _commits(results: dict[str, Any]) -> str:
-    """The commits at which the families were measured, and the columns of servers, if these were measured alone."""
+    """The commits at which the families, and columns that were measured alone, were measured."""
+    found = results["families"]
+    lines = _by_commit({name: row["commit"] for name, row in found.items()}, "")
+    servers = {name: row["server commit"] for name, row in found.items() if "server commit" in row}
+    return "\n".join(lines + _by_commit(servers, ", columns of vLLM servers"))
+
+
+def _by_commit(commits: dict[str, str], what: str) -> list[str]:
     rows: dict[str, list[str]] = {}
-    servers: dict[str, list[str]] = {}
-    for name, found in results["families"].items():
-        rows.setdefault(found["commit"][:12], []).append(f"`{name}`")
-        if "server commit" in found:
-            servers.setdefault(found["server commit"][:12], []).append(f"`{name}`")
+    for name, commit in commits.items():
+        rows.setdefault(commit[:12], []).append(f"`{name}`")
     if len(rows) == 1:
-        return f"All rows: commit {next(iter(rows))}."
-    return "\n".join(f"Commit {commit}: {', '.join(names)}." for commit, names in rows.items())
+        return [f"All rows{what}: commit {next(iter(rows))}."]
+    return [f"Commit {commit}{what}: {', '.join(names)}." for commit, names in rows.items()]
 
 
 def _family_cell(name: str, value: Any) -> str:

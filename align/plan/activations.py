@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from align.config.parts import Lora
 from align.plan.sizes import LayerShape, ModelShape
 
+SHORT = 128
+"""Longest sequence in tokens for which attention on a CPU has code of its own, which stores its weights. Equals
+`LONGEST` of `align.models.short_attention`, which is not imported because that loads torch."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -37,6 +41,15 @@ class Pass:
     """Bytes per weight of the adapters."""
     looped: bool = False
     """The experts run one after another (on a CPU, or in fp32) instead of in one grouped matrix multiplication."""
+    pairs: bool = False
+    """Every second sequence shares its first tokens with the one before it, so attention computes a padded copy."""
+    on_cpu: bool = False
+    """Attention runs on a CPU, whose code stores weights [H, T, T] in some cases."""
+
+    @property
+    def short(self) -> bool:
+        """True if attention runs the code for short sequences."""
+        return self.on_cpu and not self.padded and self.bytes_per_value == 4 and self.length <= SHORT
 
 
 def mlp_bytes(width: int, a: int, *, trained: bool = True) -> int:

@@ -128,18 +128,25 @@ class HunYuanActivations:
     def _attention(self, layer: LayerShape, run: Pass) -> int:
         """Bytes per token: queries, output, log-sum-exp, and the keys and values that the layer owns.
 
+        For pairs and short sequences attention saves copies of the keys and values in every layer. A padded output is
+        saved beside the output without padding. The code for short sequences saves its weights instead of output and
+        log-sum-exp.
+
         Rotary embeddings save nothing. With QK norm, the normalised queries and keys are saved in fp32, besides the
         values that attention uses. With a mask, every layer saves its keys and values repeated for all query heads, and
         the mask in the dtype of the activations.
         """
-        a, query = run.bytes_per_value, self.heads * self.head_dim
+        a, query, kv = run.bytes_per_value, self.heads * self.head_dim, self.kv_heads * self.head_dim
         rounded = a if a < 4 else 0
+        owns, copied = bool(layer.cache), run.pairs or run.short
         queries = (4 + (0 if run.lora else rounded) + a if self.qk_norm else a) * query
-        attended = 0 if run.padded else (rounded if self.qk_norm else a) + a
-        owner = ((4 if self.qk_norm else 0) + attended) * (layer.cache // 2)
+        values = 0 if run.padded else (rounded if self.qk_norm and not copied else a) + a
+        keys_and_values = (4 * self.qk_norm * owns + values * (owns or copied)) * kv
         repeated = 2 * a * query + a * run.length if run.padded else 0
-        norms = 4 * (self.heads + self.kv_heads * bool(layer.cache)) if self.qk_norm else 0
-        return queries + owner + repeated + a * query + 4 * self.heads + norms
+        norms = 4 * (self.heads + self.kv_heads * owns) if self.qk_norm else 0
+        outputs = a * query * (2 if run.pairs and not run.short else 1)
+        per_head = a * run.length if run.short else 4
+        return queries + keys_and_values + repeated + outputs + per_head * self.heads + norms
 
     def _router(self, layer: LayerShape, run: Pass) -> int:
         """Bytes per token: the hidden state in fp32, three values per expert, and the chosen experts."""

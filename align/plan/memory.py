@@ -359,6 +359,8 @@ class _Rank:
             member.lora,
             self.adapter_bytes(member) if member.lora else 4,
             looped=self.on_cpu or value == 4,
+            pairs=self.job.sequences > 1,
+            on_cpu=self.on_cpu,
         )
 
     def outside_bytes(self, member: Member, run: Pass) -> float:

@@ -67,10 +67,11 @@ class TracedActivations:
         return list(dict.fromkeys(self.layers))
 
     def _bytes(self, place: Place, run: Pass) -> float:
-        """Bytes per token. Each sequence adds the same to those that all sequences share, such as masks of a window."""
-        sequences = max(1, run.tokens // run.length)
-        one, two = (self._trace(replace(run, tokens=count * run.length, looped=True))[place] for count in (1, 2))
-        return (one + (sequences - 1) * (two - one)) / (sequences * run.length)
+        """Bytes per token. Each row adds the same to those that all rows share, such as masks of a window."""
+        row = (2 if run.pairs else 1) * run.length
+        rows = max(1, run.tokens // row)
+        one, two = (self._trace(replace(run, tokens=count * row, looped=True))[place] for count in (1, 2))
+        return (one + (rows - 1) * (two - one)) / (rows * row)
 
     def _trace(self, run: Pass) -> Counter[Place]:
         first = [self.layers.index(kind) for kind in self.kinds]
@@ -86,10 +87,11 @@ def trace(config: str, layers: tuple[int, ...], run: Pass) -> Counter[Place]:
     ids = torch.empty((sequences, run.length), dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
     if not run.padded:
-        packing = Packing([run.length] * sequences, torch.device("meta"))
-        inputs = {"input_ids": ids.view(1, -1), "packing": packing}
+        shared = [0, 1] * (sequences // 2) if run.pairs else None
+        packing = Packing([run.length] * sequences, torch.device("meta"), shared)
+        inputs = {"input_ids": ids.flatten()[None, : packing.total], "packing": packing}
     recorder = Recorder({id_of(tensor) for tensor in [*model.parameters(), *model.buffers()]})
-    with recorder.watch(trunk.layers), WithoutValues(), recorder.saved():
+    with recorder.watch(trunk.layers), WithoutValues(run), recorder.saved():
         trunk(**inputs, use_cache=False)
         for index, layer in enumerate(trunk.layers):
             for router in (module for module in layer.modules() if isinstance(module, ReportingRouter)):
@@ -186,8 +188,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class WithoutValues(TorchFunctionMode):
     """Replaces the functions that tensors without values cannot run, and those that depend on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Pass) -> None:
         super().__init__()
+        self._run = run
         self._repeated: dict[int, tuple[Tensor, Tensor]] = {}  # by id: keys or values for all query heads, and as given
 
     def __torch_function__(
@@ -196,7 +199,16 @@ class WithoutValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is scaled_dot_product_attention:
             given = [self._repeated.get(id(tensor), (tensor, tensor))[1] for tensor in args[:3]]
-            return _Attention.apply(*in_narrowest(given), kwargs.get("attn_mask"))
+            query, key, value = in_narrowest(given)
+            mask, dropout = kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0) > 0
+            if self._run.on_cpu and (dropout or value.shape[-1] != query.shape[-1]):
+                # Torch's only code for these cases repeats keys and values. Dropout keeps its mask and its result too.
+                heads = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
+                return _StoredWeights.apply(query.float(), key.float(), value.float(), 3 if dropout else 1)
+            if self._run.short and mask is None:
+                return _StoredWeights.apply(query, key, value, 1)
+            return _Attention.apply(query, key, value, mask)
         if function is Tensor.tolist:  # rows of each expert, on which saved tensors do not depend
             return [0] * args[0].numel()
         if function in (Tensor.item, Tensor.__bool__):  # whether a mask hides nothing
@@ -227,6 +239,17 @@ class _Attention(torch.autograd.Function):
         saved = [query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)]
         ctx.save_for_backward(*saved, *([] if mask is None else [query.new_empty(mask.shape)]))
         return output
+
+
+class _StoredWeights(torch.autograd.Function):
+    """Saves copies of queries, keys and values, and tensors of the size of the weights [B, H, T, T]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, weights: int) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        copies = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+        ctx.save_for_backward(*copies, *(query.new_empty(batch, heads, tokens, tokens) for _ in range(weights)))
+        return query.new_empty(batch, heads, tokens, value.shape[-1])
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 from align.config.parts import Lora
 from align.config.presets import PRESETS
 from align.config.recipe import Recipe
+from align.models import short_attention
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
+from align.models.packing import Packing
 from align.plan import activations
 from align.plan.activations import Pass
 from align.plan.cost import model_cost
@@ -156,7 +159,7 @@ def test_expert_parallelism_shards_experts_alone(large: ModelShape) -> None:
 # --- activations -----------------------------------------------------------------------------------------------
 
 
-def saved_bytes(values: dict, dtype: torch.dtype, *, padded: bool, batch: int = 4, length: int = 64) -> int:
+def saved_bytes(values: dict, dtype: torch.dtype, *, rows: str, length: int, batch: int = 4) -> int:
     """Bytes that autograd saves in one forward pass, without weights."""
     torch.manual_seed(0)
     model = HunYuanForCausalLM(HunYuanConfig(**values)).to(dtype).model
@@ -168,24 +171,35 @@ def saved_bytes(values: dict, dtype: torch.dtype, *, padded: bool, batch: int = 
         return tensor
 
     ids = torch.randint(0, values["vocab_size"], (batch, length))
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = int(not padded)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][0, -3:] = int(rows != "padded")
+    if rows in ("pairs", "short"):
+        packing = Packing([length] * batch, shared=[0, 1] * (batch // 2) if rows == "pairs" else None)
+        inputs = {"input_ids": ids.flatten()[None, : packing.total], "packing": packing}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(**inputs, use_cache=False)
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "length"), [("equal", 160), ("padded", 64), ("pairs", 160), ("pairs", 64), ("short", 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, {"moe_topk": 2}, {"use_cla": False}], ids=["top-1", "top-2", "no sharing"])
-def test_activations_equal_those_that_autograd_saves(changes: dict, dtype: torch.dtype, padded: bool) -> None:
+def test_activations_equal_those_that_autograd_saves(changes: dict, dtype: torch.dtype, rows: str, length: int) -> None:
     values = {**PRESETS["tiny"], "num_hidden_layers": 4, **changes}
     less = {**values, "num_hidden_layers": 2}
-    difference = saved_bytes(values, dtype, padded=padded) - saved_bytes(less, dtype, padded=padded)
-    shape = shape_of("x", values)
-    run = Pass(4 * 64, 64, padded, dtype.itemsize, dtype.itemsize, looped=True)
+    difference = saved_bytes(values, dtype, rows=rows, length=length) - saved_bytes(
+        less, dtype, rows=rows, length=length
+    )
+    shape, size = shape_of("x", values), dtype.itemsize
+    run = Pass(4 * length, length, rows == "padded", size, size, looped=True, pairs=rows == "pairs", on_cpu=True)
     planned = sum(activations.layer_bytes(shape, layer, run) for layer in shape.layers[2:])
-    assert planned == pytest.approx(difference, rel=0.01)
+    assert planned == pytest.approx(difference, rel=0.015)  # pairs share two tokens of the row
+
+
+def test_short_sequences_are_those_of_the_code_that_stores_their_weights() -> None:
+    assert activations.SHORT == short_attention.LONGEST
 
 
 def test_checkpointed_layers_save_inputs_keys_and_values(large: ModelShape) -> None:

@@ -456,7 +456,7 @@ def test_the_whole_page_equals_the_planner() -> None:
     assert tables.written(page) == page
 
 
-@pytest.mark.parametrize(("name", "cases"), [("plan", 20), ("plan_families", 16)])
+@pytest.mark.parametrize(("name", "cases"), [("plan", 17), ("plan_sharded", 10), ("plan_families", 16)])
 def test_the_measured_peaks_are_within_five_per_cent(name: str, cases: int) -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
     assert len(found) >= cases

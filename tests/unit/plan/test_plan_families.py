@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,12 @@ def test_trained_embeddings_of_a_scorer_are_those_of_the_input(model_type: str) 
 # --- activations -----------------------------------------------------------------------------------------------
 
 
-def saved_bytes(model_type: str, layers: int, dtype: torch.dtype, *, padded: bool, lora: Lora | None) -> int:
+def saved_bytes(
+    model_type: str, layers: int, dtype: torch.dtype, *, rows: str = "packed", lora: Lora | None = None, **changes: Any
+) -> int:
     """Bytes that autograd saves in one forward pass of the policy on a CPU, without weights."""
     torch.manual_seed(0)
-    config = tiny_config(model_type, **depth(model_type, layers))
+    config = tiny_config(model_type, **depth(model_type, layers) | changes)
     model = family_of(config).policy(config).to(dtype).train()
     if lora is not None:
         add_lora(model, lora, task="CAUSAL_LM", in_float32=False)
@@ -182,9 +185,11 @@ def saved_bytes(model_type: str, layers: int, dtype: torch.dtype, *, padded: boo
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.randint(3, 500, (ROWS, LENGTH))
-    inputs: dict[str, Any] = {"input_ids": ids.view(1, -1), "packing": Packing([LENGTH] * ROWS)}
-    if padded:
+    length = LENGTHS.get(rows, LENGTH)
+    ids = torch.randint(3, 500, (ROWS, length))
+    packing = Packing([length] * ROWS, shared=[0, 1] * (ROWS // 2) if rows == "pairs" else None)
+    inputs: dict[str, Any] = {"input_ids": ids.flatten()[None, : packing.total], "packing": packing}
+    if rows == "padded":
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -202,7 +207,7 @@ def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: 
     saved = []
     for layers in (4, 2):
         with torch.autocast("cpu", torch.bfloat16):
-            saved.append(saved_bytes(model_type, layers, torch.float32, padded=False, lora=None))
+            saved.append(saved_bytes(model_type, layers, torch.float32))
     found = shape(model_type, **depth(model_type, 4))
     copies = sum(2 * (layer.parameters - layer.norms) for layer in found.layers[2:])
     run = Pass(ROWS * LENGTH, LENGTH, False, 2, 4, looped=True)
@@ -210,7 +215,8 @@ def test_activations_under_autocast_equal_those_that_autograd_saves(model_type: 
     assert planned + copies == pytest.approx(saved[0] - saved[1], rel=error)
 
 
-ROWS, LENGTH = 3, 160  # longer than the sequences for which attention on a CPU has code of its own
+ROWS, LENGTH = 4, 160  # longer than the sequences for which attention on a CPU has code of its own
+LENGTHS = {"short": 48}
 
 
 def depth(model_type: str, layers: int) -> dict[str, Any]:
@@ -223,15 +229,29 @@ def depth(model_type: str, layers: int) -> dict[str, Any]:
     return changes
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("rows", ["packed", "padded", "pairs", "short"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, Lora(rank=4, experts=False, train_router=False)], ids=["full", "lora"])
 @pytest.mark.parametrize("model_type", SEAMS)
 def test_activations_equal_those_that_autograd_saves(
-    model_type: str, lora: Lora | None, dtype: torch.dtype, padded: bool
+    model_type: str, lora: Lora | None, dtype: torch.dtype, rows: str
 ) -> None:
-    more, less = (saved_bytes(model_type, layers, dtype, padded=padded, lora=lora) for layers in (4, 2))
-    found = shape(model_type, **depth(model_type, 4))
-    run = Pass(ROWS * LENGTH, LENGTH, padded, dtype.itemsize, dtype.itemsize, lora, dtype.itemsize, looped=True)
+    more, less = (saved_bytes(model_type, layers, dtype, rows=rows, lora=lora) for layers in (4, 2))
+    found, length, size = shape(model_type, **depth(model_type, 4)), LENGTHS.get(rows, LENGTH), dtype.itemsize
+    run = Pass(ROWS * length, length, rows == "padded", size, size, lora, size, True, rows == "pairs", on_cpu=True)
     planned = sum(layer_bytes(found, layer, run) for layer in found.layers[2:])
     assert planned == pytest.approx(more - less, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("deepseek_v3", {"v_head_dim": 32}), ("llama", {"attention_dropout": 0.1})]
+)
+def test_weights_that_a_cpu_stores_are_planned(model_type: str, changes: dict[str, Any]) -> None:
+    """Torch has no kernel without stored weights for values of another size than keys, and for dropout."""
+    more, less = (saved_bytes(model_type, layers, torch.float32, **changes) for layers in (4, 2))
+    found = shape(model_type, **depth(model_type, 4) | changes)
+    run = Pass(ROWS * LENGTH, LENGTH, False, 4, 4, looped=True, on_cpu=True)
+    planned = sum(layer_bytes(found, layer, run) for layer in found.layers[2:])
+    assert planned == pytest.approx(more - less, rel=0.01)
+    on_gpu = sum(layer_bytes(found, layer, replace(run, on_cpu=False)) for layer in found.layers[2:])
+    assert planned - on_gpu > ROWS * LENGTH**2 * found.heads * 4  # two layers store at least one matrix per head
