@@ -31,7 +31,7 @@ from align.reward.code import build_sandbox
 from align.reward.functions import find_reward_function
 from align.rollout.refusals import REMEDY, Engine, refusal
 from align.run.folder import MODEL
-from align.run.refusals import config_problem, path_problem, role_problem, zero_3_problem
+from align.run.refusals import config_problem, path_problem, role_problem, tokenizer_problem, zero_3_problem
 
 
 def problems(recipe: Recipe, stages: Iterable[str], *, files: bool = True) -> list[str]:
@@ -71,12 +71,14 @@ def _of_model(model: Model) -> Iterator[str]:
         case PretrainedModel(path=path, config=changes):
             yield from _folder("model.path", path)
             yield from _of_kind("model.path", path)
+            yield from _of_tokenizer("model.path", path)
             if changes and (config := _config_in(path)) is not None:
                 family = config.get("model_type", DEFAULT_FAMILY)
                 yield from (f"{problem}." for problem in unknown_keys(changes, family))
             yield from _of_template(path, model.chat_template_kwargs)
         case HotStartModel(source=path, config=changes):
             yield from _folder("model.source", path)
+            yield from _of_tokenizer("model.source", path)
             if changes and (config := _config_in(path)) is not None and config.get("model_type") in GROWN:
                 yield from (f"{problem}." for problem in unknown_keys(changes, GROWN[config["model_type"]]))
             yield from _of_template(path, model.chat_template_kwargs)
@@ -140,6 +142,15 @@ def _of_kind(where: str, path: str, accepted: Collection[str] = (LANGUAGE_MODEL,
         problem = role_problem(config, accepted)
     if problem is not None:
         yield f"{where}: {path}: {problem}"
+
+
+def _of_tokenizer(where: str, path: str) -> Iterator[str]:
+    """A checkpoint on this machine without a tokenizer."""
+    if _config_in(path) is not None:
+        folder = local_path(path)
+        inner = folder / MODEL if (folder / MODEL / "config.json").is_file() else folder
+        if problem := tokenizer_problem(inner):
+            yield f"{where}: {path}: {problem}"
 
 
 def _of_config(config: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ ENCODERS = frozenset(
 _TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
 _OTHER_PARTS = ("vision_config", "audio_config", "vision_tower_config", "speech_config")
 _SCORER = "ForSequenceClassification"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 IS_REWARD_MODEL = "it is a reward model; use the checkpoint of a language model."
 IS_LANGUAGE_MODEL = "it is a language model; use the checkpoint of a reward model."
 
@@ -36,6 +37,13 @@ def path_problem(path: Path) -> str | None:
             "and use OUT."
         )
     return None
+
+
+def tokenizer_problem(folder: Path) -> str | None:
+    """Reason why no tokenizer can be loaded from a checkpoint's folder, if it has none of the files."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return "it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it."
 
 
 def _base_of(adapter: Path) -> str:

@@ -16,6 +16,7 @@ from align.errors import UserError
 from align.models.family import load_config
 from align.models.vocabulary import added_token_ids, resize_vocabulary, vocabulary_size
 from align.run.folder import replace_file
+from align.run.refusals import tokenizer_problem
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -24,8 +25,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     A model may have more embeddings than its tokenizer has tokens. Such a padded id has no text: sampled, it decodes to
     the empty string.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{folder}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it.")
+    if problem := tokenizer_problem(folder):
+        raise UserError(f"{folder}: {problem}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many types for files that it cannot use
@@ -40,9 +41,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     set_pad_token(tokenizer)
     prepare_chat_template(tokenizer)
     return tokenizer
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -210,6 +210,13 @@ def _(here: Here) -> str:
     return here.run()
 
 
+@wrong("no-tokenizer-in-check", "A checkpoint without a tokenizer, in `align check`")
+def _(here: Here) -> str:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (here.folder / "model" / name).unlink()
+    return here.check(model={"kind": "pretrained", "path": "./model"})
+
+
 @wrong("tokenizer-not-json", "A damaged tokenizer.json", varies=IN_PARENTHESES)
 def _(here: Here) -> str:
     here.write("model/tokenizer.json", "{")
