@@ -54,7 +54,7 @@ FAMILY_COLUMNS = {
     "fresh": "vLLM",
     "updated": "vLLM after three updates",
     "server fresh": "vLLM server",
-    "server updated": "server after three updates",
+    "server updated": "vLLM server after three updates",
     "plan": "plan",
 }
 """{result of bench_families.py: header of its column}."""
