@@ -85,7 +85,11 @@ def checkpoint_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
     return run.tokens * (run.bytes_per_value * kept + routing)
 
 
-def backward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
-    """Bytes of the activation gradients that exist at the same time inside a layer's widest MLP."""
-    width = max(layer.mlp_width, layer.top_k * layer.expert_width if layer.experts else 0)
-    return run.tokens * run.bytes_per_value * (3 * width + 3 * shape.hidden_size)
+def backward_bytes(shape: ModelShape, layer: LayerShape, run: Pass, *, scorer: bool = False) -> int:
+    """Bytes of the activation gradients that exist at the same time inside a layer's widest MLP.
+
+    Those of gate, up and their product, less the saved product, which is freed before. A language model takes a third
+    width and hidden state, among them the gradient that its loss leaves.
+    """
+    width, copies = max(layer.mlp_width, layer.top_k * layer.expert_width if layer.experts else 0), 2 if scorer else 3
+    return copies * run.tokens * run.bytes_per_value * (width + shape.hidden_size)

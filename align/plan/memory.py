@@ -327,7 +327,7 @@ class _Rank:
         recomputed = activations.layer_bytes(member.shape, layer, run) if self.setting.gradient_checkpointing else 0
         inside: Bytes = {
             "activations": saved + recomputed,
-            "activation gradients": activations.backward_bytes(member.shape, layer, run),
+            "activation gradients": activations.backward_bytes(member.shape, layer, run, scorer=member.scorer),
             gradients: max(done, accumulated),
         }
         freed = activations.feed_forward_bytes(member.shape, layer, run)
