@@ -235,6 +235,7 @@ def measure_sharded(case: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+    from align.parallel.engine import FunctionOfModel
     from align.parallel.experts import shard_experts
     from align.parallel.group import start_deepspeed
     from align.train.objectives import CrossEntropy
@@ -252,14 +253,16 @@ def measure_sharded(case: str) -> dict[str, Any]:
     shard_experts(model, setting.expert_parallel_size)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, Optimizer()), config=deepspeed_settings(setting, dtype)
+            model=FunctionOfModel(model),
+            optimizer=build_optimizer(model, Optimizer()),
+            config=deepspeed_settings(setting, dtype),
         )
         start, now = time.time_ns(), live_tensor_bytes()
         mask = torch.arange(length) > 0
         for _ in range(STEPS):
             examples = [Example((torch.randint(0, values["vocab_size"], (length,)),), (mask,)) for _ in range(rows)]
             packed = PackedPass(examples, torch.device("cpu"))
-            found = CrossEntropy().measure(engine.module, packed, totals_of(examples))
+            found = engine(CrossEntropy().measure, packed, totals_of(examples))
             engine.backward(found.loss)
             del found
             engine.step()
