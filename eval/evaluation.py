@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
+from align.eval.contamination import TrainingData, add_contamination
 from align.eval.model import EvalModel
 from align.eval.opening import Engine, default_dtype, length_limit, open_model
 from align.eval.records import Record, RecordStore
@@ -48,6 +49,7 @@ def evaluate(
     options, folder = options or Options(), Path(out)
     models = named_checkpoints(checkpoints, read=not rescore)
     _check(options, models, folder, resume=resume, rescore=rescore)
+    training = TrainingData.of(options.contamination) if options.contamination else None
     task_run = TaskRun(tasks, folder, options, status, contact=not rescore)
     with locked(folder), ExitStack() as stack:
         checkpoint_engine = stack.enter_context(closing(CheckpointEngine(options, status)))
@@ -59,6 +61,9 @@ def evaluate(
                 found = task_run.measure(checkpoint_engine.measured(name, checkpoint))
             task_run.add(name, {"checkpoint": str(checkpoint), "dtype": dtype}, found)
     results = task_run.results
+    if training is not None:
+        status("looking for the tasks' items in the training data")
+        add_contamination(results, training)
     results.write()
     for note in results.content["notes"]:
         say(f"note: {note}")

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
-from align.config.own_task import TaskData, read_own_task
-from align.config.rewards import ChoiceReward, FunctionReward, MathReward, RewardBase
+from align.config.own_task import TaskData, Verifier, read_own_task
+from align.config.rewards import ChoiceReward, CodeReward, FunctionReward, MathReward, RewardBase
 from align.data.prepare import PromptRow
 from align.errors import UserError
 from align.eval.encoder import Encoder, Unscorable
@@ -23,6 +23,7 @@ from align.eval.task import CorpusValue, Item, Scores, Verdict, by_sample, unsco
 from align.eval.task_data import data_place, read_rows
 from align.reward.components import Samples, build_component, has_column
 from align.reward.process import FunctionProcess, Scored
+from align.reward.sandbox.confine import missing_wall
 from align.reward.text import Row, is_missing
 from align.rollout.base import Completion
 
@@ -41,12 +42,22 @@ class YamlTask:
     """A task of the user. See `Task` for the methods.
 
     file: the YAML file. data: folder of `--data`. shots: number of examples instead of the file's.
+    unsafe_code: run programs of the model without the sandbox.
     missing: the command that downloads each data set that is not in `data`.
     """
 
-    def __init__(self, file: Path, *, data: Path | None = None, chat: bool = False, shots: int | None = None):
+    def __init__(
+        self,
+        file: Path,
+        *,
+        data: Path | None = None,
+        chat: bool = False,
+        shots: int | None = None,
+        unsafe_code: bool = False,
+    ):
         self.file, self.data, self.chat = file, data, chat
         self.settings = read_own_task(file)
+        self._verifier = _with_sandbox(self.settings.verifier, self.settings.name, unsafe_code=unsafe_code)
         self._environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         if shots and self.settings.shots is None:
             raise UserError(f"{file}: {shots} shots are wanted, but the task has no `shots`. Add them to the task.")
@@ -60,6 +71,11 @@ class YamlTask:
         self.missing = [
             gone for source in sources if source is not None and (gone := data_place(source, file, data)[1])
         ]
+
+    @property
+    def runs_unsafe_code(self) -> bool:
+        """True if programs of the model run without the sandbox."""
+        return isinstance(self._verifier, CodeReward) and self._verifier.unsafe
 
     def documents(self) -> Sequence[str]:
         return [str(number) for number in range(len(self._rows))]
@@ -221,7 +237,7 @@ class YamlTask:
         return Verdict(document, sample, values, shown=_cut(shown))
 
     def _score_completions(self, found: Mapping[tuple[str, int], Record]) -> list[Verdict]:
-        verifier, (metric,) = self.settings.verifier, self._metrics()
+        verifier, (metric,) = self._verifier, self._metrics()
         assert verifier is not None
         reasons, scorable = {}, []
         for place, record in found.items():
@@ -286,6 +302,20 @@ def verify(verifier: RewardBase, records: Sequence[Record], rows: Sequence[Promp
     samples = Samples(rows, completions, None, [record.text for record in records])
     with FunctionProcess() as process:
         return build_component(verifier, process, None)(samples)
+
+
+def _with_sandbox(verifier: Verifier | None, task: str, *, unsafe_code: bool) -> Verifier | None:
+    """The verifier, without the sandbox if programs may run unconfined. Raises UserError if there is no sandbox."""
+    if not isinstance(verifier, CodeReward):
+        return verifier
+    if unsafe_code:
+        return verifier.model_copy(update={"unsafe": True})
+    if not verifier.unsafe and (reason := missing_wall()):
+        raise UserError(
+            f"{task}: this machine cannot confine the programs that the model writes: {reason}. Run it on Linux 5.13 "
+            "or later, or pass --unsafe-code to run them with this user's rights."
+        )
+    return verifier
 
 
 def _prompt_row(row: Row) -> PromptRow:

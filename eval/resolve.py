@@ -58,12 +58,14 @@ def resolve(
     chat: bool = False,
     judges: Sequence[AnyJudge] = (),
     load: bool = True,
+    unsafe_code: bool = False,
 ) -> Resolved:
     """The tasks with these names: of the harness, `suite:NAME`, or files with tasks.
 
     data: folder of data sets; a task's data set X is read from DATA/X.
     judges: of judged tasks. Without one, a suite's judged tasks are left out with a note.
     load: also load the harness's tasks, which reads their data; otherwise they are only checked.
+    unsafe_code: run programs of the model without the sandbox, with a note.
     Raises one `UserError` with all unknown names, or with all missing data sets.
     """
     found = Resolved()
@@ -95,8 +97,10 @@ def resolve(
             task = (
                 QuestionTask(file, judges=judges, data=data)
                 if _kind(name) == JUDGED
-                else YamlTask(file, data=data, chat=one.chat, shots=one.entry.shots)
+                else YamlTask(file, data=data, chat=one.chat, shots=one.entry.shots, unsafe_code=unsafe_code)
             )
+            if isinstance(task, YamlTask) and task.runs_unsafe_code:
+                found.notes.append(f"UNSAFE: {task.name} runs the model's programs with this user's rights, unconfined")
             found.tasks.append(task)
             missing |= dict.fromkeys(task.missing)
     if harness:

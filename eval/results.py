@@ -85,7 +85,7 @@ def summarize_task(
         if verdict.reason:
             reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
     names = list(dict.fromkeys(name for verdict in scores.verdicts for name in verdict.values))
-    metrics = {name: _mean(scores.verdicts, name, int(task.better.get(name, 1)), seed) for name in names}
+    metrics = {name: mean_metric(scores.verdicts, name, int(task.better.get(name, 1)), seed) for name in names}
     for name, value in scores.corpus.items():
         metrics[name] = Metric(
             _finite(value.value),
@@ -115,7 +115,8 @@ def summarize_task(
     )
 
 
-def _mean(verdicts: Sequence[Verdict], name: str, better: int, seed: int) -> Metric:
+def mean_metric(verdicts: Sequence[Verdict], name: str, better: int, seed: int) -> Metric:
+    """Mean of a metric over the verdicts that have it; the samples of a document are one cluster."""
     chosen = [verdict for verdict in verdicts if name in verdict.values]
     summary = summarize(
         [verdict.values[name] for verdict in chosen],
@@ -147,7 +148,7 @@ def group_metrics(
                     for name in leaves
                     for verdict in scores[name].verdicts
                 ]
-                found[label] = _mean(verdicts, label, metrics[0].better, seed)
+                found[label] = mean_metric(verdicts, label, metrics[0].better, seed)
             else:
                 found[label] = _mean_of_means(metrics)
     return found

@@ -42,6 +42,8 @@ class Options:
     temperature, max_new_tokens: replace the tasks' own. seed: seed of the draw and of the completions.
     chat: render prompts with the chat template. truncate: cut prompts that are too long at their beginning.
     judges: of judged tasks: URLs of servers, YAML files, folders of reward models. judge_model: the model at a URL.
+    contamination: folder of a run, or training data, in which the tasks' items are looked for.
+    unsafe_code: run programs of the model without the sandbox.
     parallel: shard the model over the ranks of a run, with the backend hf.
     """
 
@@ -60,6 +62,8 @@ class Options:
     truncate: bool = False
     judges: tuple[str, ...] = ()
     judge_model: str | None = None
+    contamination: Path | None = None
+    unsafe_code: bool = False
     parallel: Parallel | None = None
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
@@ -121,7 +125,9 @@ class TaskRun:
             contact=contact,
             status=self.status,
         )
-        self._resolved = found = resolve(tasks, data=options.data, chat=options.chat, judges=self._judges)
+        self._resolved = found = resolve(
+            tasks, data=options.data, chat=options.chat, judges=self._judges, unsafe_code=options.unsafe_code
+        )
         self._documents = {
             task.name: choose(task.documents(), options.limit, task.name, options.seed) for task in found.tasks
         }

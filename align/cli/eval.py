@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from align.cli.terminal import say, status
@@ -65,6 +66,18 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="judge of mt_bench, alignbench, alpaca_eval, arena_hard and own judged tasks: a server with OpenAI's chat "
         "protocol, a reward model's folder, or a YAML file (docs/judges.md); repeat it for several judges",
     )
+    command.add_argument(
+        "--contamination",
+        type=Path,
+        metavar="RUN",
+        help="look for the tasks' items in the training data of this run (or in a data file), and give the scores "
+        "without them",
+    )
+    command.add_argument(
+        "--unsafe-code",
+        action="store_true",
+        help="run the model's programs with your own rights, without the sandbox",
+    )
     command.add_argument("--judge-model", metavar="NAME", help="the model at the judge's URL, if it has several")
     command.add_argument("--json", action="store_true", help="print results.json instead of a table")
     command.set_defaults(command=run_evaluation)
@@ -103,6 +116,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if options.pairs is not None:
         _pairs(options, checkpoints)
         return
+    if options.unsafe_code:
+        print("UNSAFE: programs that the model writes run with your rights, without the sandbox.", file=sys.stderr)
     tasks = [name for part in options.tasks.split(",") if (name := part.strip())]
     results = evaluate(
         checkpoints,
@@ -126,6 +141,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
             truncate=options.truncate,
             judges=tuple(options.judge),
             judge_model=options.judge_model,
+            contamination=options.contamination.absolute() if options.contamination else None,
+            unsafe_code=options.unsafe_code,
         ),
         say=(lambda line: None) if options.json else say,
         status=(lambda line: None) if options.json else status,

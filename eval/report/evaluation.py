@@ -32,6 +32,7 @@ def render_evaluation(results: Results) -> str:
             '<h2 id="numbers">Numbers</h2>',
             '<p class="soft">Means with 95 % intervals. Unscored documents are not in the mean.</p>',
             *_table(results),
+            *_contamination(content.get("contamination")),
             '<h2 id="samples">Samples</h2>',
             *_samples(results),
             '<h2 id="settings">Settings</h2>',
@@ -72,6 +73,42 @@ def _table(results: Results) -> Iterator[str]:
 def _value(metric: Mapping[str, Any] | None) -> str:
     mean, _, interval = shown(metric).partition(" ")
     return f"{_text(mean)}<small>{_text(interval)}</small>"
+
+
+def _contamination(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Scores with and without the items that the training data contains, and both texts side by side."""
+    if found is None:
+        return
+    yield '<h2 id="contamination">Items in the training data</h2>'
+    yield (
+        f'<p class="soft">{found["rows"]:,} rows of {_text(found["run"])}. An item is flagged if a row has at least '
+        f"{100 * found['threshold']:.0f} % of its word 3-grams (6-grams of characters in Chinese).</p>"
+    )
+    yield '<div class="scroll"><table><thead><tr>'
+    heads = ["Task", "flagged", "Model", "Metric", "all", "without flagged", "flagged only"]
+    yield "".join(f"<th>{head}</th>" for head in heads) + "</tr></thead><tbody>"
+    for task, of_task in found["tasks"].items():
+        flagged = f"{len(of_task['flagged'])} of {of_task['documents']}"
+        for model, metrics in of_task["scores"].items():
+            for metric, parts in metrics.items():
+                cells = "".join(
+                    f'<td class="nowrap">{_value(parts[part])}</td>' for part in ("all", "clean", "flagged")
+                )
+                names = "".join(f"<td>{_text(name)}</td>" for name in (flagged, model, metric))
+                yield f"<tr><th>{_text(task)}</th>{names}{cells}</tr>"
+    yield "</tbody></table></div>"
+    for task, of_task in found["tasks"].items():
+        matches = sorted(of_task["flagged"].items(), key=lambda item: -item[1]["share"])
+        if not matches:
+            continue
+        yield f"<details><summary>{_text(task)}: {len(matches)} flagged items beside the training text</summary>"
+        for document, match in matches:
+            share = f"{100 * match['share']:.0f} % of its n-grams"
+            yield f'<div class="card"><h3>document {_text(document)}, {share}</h3><div class="completions">'
+            for title, key in (("item", "item"), (match["where"], "training")):
+                yield f'<div><h3>{_text(title)}</h3><p class="text" dir="auto">{_text(match[key])}</p></div>'
+            yield "</div></div>"
+        yield "</details>"
 
 
 def _samples(results: Results) -> Iterator[str]:

@@ -32,29 +32,35 @@ class Match(NamedTuple):
 class ItemIndex:
     """Inverted index of the items of an evaluation set.
 
-    items: texts. Items without a single n-gram are never found; `too_short` counts them.
+    items: texts. Items without a single n-gram are never found; `short_items` has their indices.
     """
 
     def __init__(self, items: Iterable[str]):
         found: dict[int, list[tuple[int, Hashes]]] = {WORDS: [], CHARACTERS: []}
-        self.too_short = 0
+        self.short_items: list[int] = []
         for number, item in enumerate(items):
             item_units = units(item)
             size = gram_size(item_units)
             grams = gram_hashes(item_units, size)
-            self.too_short += not len(grams)
             if len(grams):
                 found[size].append((number, grams))
+            else:
+                self.short_items.append(number)
         self._tables = [_Table(size, items_of_size) for size, items_of_size in found.items() if items_of_size]
 
     def best_match(self, text: str, threshold: float) -> Match | None:
         """The item with the largest contained share, if that share is at least `threshold`."""
+        return max(self.matches(text, threshold), default=None, key=lambda match: match.share)
+
+    def matches(self, text: str, threshold: float) -> list[Match]:
+        """All items of which the text contains at least the share `threshold`."""
         text_units = units(text)
-        return max((table.best(text_units, threshold) for table in self._tables), default=None, key=_share)
+        return [match for table in self._tables for match in table.matches(text_units, threshold)]
 
-
-def _share(match: Match | None) -> float:
-    return match.share if match else -1.0
+    @property
+    def too_short(self) -> int:
+        """Number of items without a single n-gram."""
+        return len(self.short_items)
 
 
 class _Table:
@@ -77,16 +83,15 @@ class _Table:
         self.keys, first = np.unique(grams[order], return_index=True)
         self.starts = np.append(first, len(grams))
 
-    def best(self, text_units: list[str], threshold: float) -> Match | None:
+    def matches(self, text_units: list[str], threshold: float) -> list[Match]:
         grams = gram_hashes(text_units, self.size)
         places = np.searchsorted(self.keys, grams)
         known = places < len(self.keys)
         places = places[known][self.keys[places[known]] == grams[known]]
         if not len(places):
-            return None
+            return []
         owners = np.concatenate([self.owners[self.starts[place] : self.starts[place + 1]] for place in places])
         shared = np.bincount(owners, minlength=len(self.sizes))
         shares = shared / self.sizes
         shares[(self.sizes < SHORT) & (shared < self.sizes)] = 0.0
-        item = int(shares.argmax())
-        return Match(self.numbers[item], float(shares[item])) if shares[item] >= threshold else None
+        return [Match(self.numbers[item], float(shares[item])) for item in np.flatnonzero(shares >= threshold)]

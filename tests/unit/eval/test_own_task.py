@@ -11,6 +11,7 @@ import pytest
 
 from align.config.own_task import read_own_task
 from align.errors import UserError
+from align.eval import own_task
 from align.eval.answering import Sampling, plan
 from align.eval.encoder import Encoder
 from align.eval.own_task import BUILT_IN, YamlTask
@@ -286,3 +287,20 @@ def test_the_built_in_tasks_run(tmp_path: Path) -> None:
         "# Write a function f0 that adds 0.\n# The function must pass these tests:\n# assert f0(1) == 1\n"
         "# assert f0(5) == 5\n```python\ndef f0(x):\n  return x + 0\n```\n\n# Write"
     )
+
+
+def test_programs_need_a_sandbox_or_consent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"p": "def f():"}\n')
+    file = tmp_path / "t.yaml"
+    file.write_text('name: t\ndata: rows.jsonl\nprompt: "{{ p }}"\nverifier: {kind: code}\n')
+    (task,) = resolve([str(file)]).tasks
+    assert isinstance(task, YamlTask)
+    assert not task.runs_unsafe_code
+    monkeypatch.setattr(own_task, "missing_wall", lambda: "no Landlock")
+    with pytest.raises(UserError, match=r"t: this machine cannot confine .* no Landlock\. .* --unsafe-code"):
+        resolve([str(file)])
+    found = resolve([str(file)], unsafe_code=True)
+    (task,) = found.tasks
+    assert isinstance(task, YamlTask)
+    assert task.runs_unsafe_code
+    assert found.notes == ["UNSAFE: t runs the model's programs with this user's rights, unconfined"]

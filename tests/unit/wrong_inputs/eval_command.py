@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from align.config.load import load_recipe
+from align.eval import own_task
+
 from .here import Here, wrong
 
 TASK = {
@@ -223,19 +226,42 @@ def _(here: Here) -> str:
     return here.align("eval", "model")
 
 
+def pairs(here: Here, *arguments: str, rejected: str = "c") -> str:
+    """Evaluate reward models on one pair."""
+    here.write("mine.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": rejected}) + "\n")
+    return here.align("eval", "model", "--pairs", "mine.jsonl", *arguments)
+
+
 @wrong("eval-pairs-none", "`align eval --pairs` with a file without usable pairs")
 def _(here: Here) -> str:
-    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
-    return here.align("eval", "model", "--pairs", "mine.jsonl")
+    return pairs(here, rejected="b")
 
 
 @wrong("eval-pairs-subset", "`align eval --subset` with a column that no pair has")
 def _(here: Here) -> str:
-    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    return here.align("eval", "model", "--pairs", "mine.jsonl", "--subset", "kind")
+    return pairs(here, "--subset", "kind")
 
 
 @wrong("eval-pairs-language-model", "`align eval --pairs` with a model without a scalar head")
 def _(here: Here) -> str:
-    here.write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    return here.align("eval", "model", "--pairs", "mine.jsonl")
+    return pairs(here)
+
+
+@wrong("eval-contamination-nothing", "`align eval --contamination` with a folder that does not exist")
+def _(here: Here) -> str:
+    return evaluate(here, "--contamination", "nothing")
+
+
+@wrong("eval-contamination-no-data", "`align eval --contamination` with a run without training data")
+def _(here: Here) -> str:
+    rows = [{"kind": "file", "path": "rows.jsonl"}]
+    here.recipe(stages={"compare": {"kind": "evaluate", "models": ["base"], "prompts": rows}})
+    here.write("run/recipe.json", load_recipe("recipe.yaml").model_dump_json())
+    return evaluate(here, "--contamination", "run")
+
+
+@wrong("eval-no-sandbox", "A task with programs, on a machine that cannot confine them")
+def _(here: Here) -> str:
+    here.monkeypatch.setattr(own_task, "missing_wall", lambda: "darwin has neither Landlock nor seccomp")
+    here.write("code.yaml", 'name: t\ndata: rows.jsonl\nprompt: "{{ p }}"\nverifier: {kind: code}\n')
+    return evaluate(here, task="code.yaml")
