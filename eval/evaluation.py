@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
+from align.eval.adapters import merged, named_adapters
 from align.eval.contamination import TrainingData, add_contamination
 from align.eval.model import EvalModel
 from align.eval.opening import Engine, default_dtype, length_limit, open_model
@@ -28,6 +29,7 @@ def evaluate(
     checkpoints: Mapping[str, Path | str] | Sequence[Path | str],
     tasks: Sequence[str | Task],
     *,
+    adapters: Mapping[str, Path | str] | None = None,
     out: Path | str = "evaluation",
     resume: bool = False,
     rescore: bool = False,
@@ -40,6 +42,7 @@ def evaluate(
     Args:
         checkpoints: Folders of checkpoints or of stages, by name or as a list, which is named by its folders.
         tasks: Names of harness tasks, `suite:NAME`, files with tasks, or tasks.
+        adapters: LoRA adapters of the only checkpoint by name; each is evaluated as a checkpoint of its own.
         out: Folder of the evaluation.
         resume: Continue in a folder that has records; recorded answers are not computed again.
         rescore: Compute the scores of recorded answers again; no model is loaded.
@@ -48,18 +51,23 @@ def evaluate(
     """
     options, folder = options or Options(), Path(out)
     models = named_checkpoints(checkpoints, read=not rescore)
-    _check(options, models, folder, resume=resume, rescore=rescore)
+    tuned = named_adapters(adapters or {}, models)
+    _check(options, {**models, **tuned}, folder, resume=resume, rescore=rescore)
     training = TrainingData.of(options.contamination) if options.contamination else None
     task_run = TaskRun(tasks, folder, options, status, contact=not rescore)
     with locked(folder), ExitStack() as stack:
-        checkpoint_engine = stack.enter_context(closing(CheckpointEngine(options, status)))
-        for name, checkpoint in models.items():
+        checkpoint_engine = stack.enter_context(closing(CheckpointEngine(options, status, scratch=folder)))
+        base = next(iter(models.values()))
+        measured: list[tuple[str, Path, Path | None]] = [(name, path, None) for name, path in models.items()]
+        measured += [(name, base, adapter) for name, adapter in tuned.items()]
+        for name, checkpoint, adapter in measured:
             if rescore:
                 dtype, found = options.dtype, task_run.rescore(name)
             else:
                 dtype = checkpoint_engine.dtype
-                found = task_run.measure(checkpoint_engine.measured(name, checkpoint))
-            task_run.add(name, {"checkpoint": str(checkpoint), "dtype": dtype}, found)
+                found = task_run.measure(checkpoint_engine.measured(name, checkpoint, adapter))
+            about = {"checkpoint": str(checkpoint), **({"adapter": str(adapter)} if adapter else {}), "dtype": dtype}
+            task_run.add(name, about, found)
     results = task_run.results
     if training is not None:
         status("looking for the tasks' items in the training data")
@@ -73,7 +81,8 @@ def evaluate(
 class CheckpointEngine:
     """One engine for one checkpoint after another. It is started when the first answer is missing.
 
-    dtype: dtype of the weights. prepare: changes each tokenizer after it is loaded.
+    dtype: dtype of the weights. prepare: changes each tokenizer after it is loaded. scratch: folder for the merged
+    checkpoint of an adapter, while it is loaded.
     """
 
     def __init__(
@@ -81,34 +90,42 @@ class CheckpointEngine:
         options: Options,
         status: Say,
         prepare: Callable[[PreTrainedTokenizerBase], None] = lambda tokenizer: None,
+        scratch: Path = Path(),
     ):
-        self.options, self.status, self.prepare = options, status, prepare
+        self.options, self.status, self.prepare, self.scratch = options, status, prepare, scratch
         self.dtype = options.dtype or default_dtype()
         self._model: EvalModel | None = None
         self._settings: Engine | None = None
-        self._loaded: Path | None = None
+        self._loaded: tuple[Path, Path | None] | None = None
 
-    def measured(self, name: str, checkpoint: Path) -> Measured:
-        """The checkpoint as the model that a `TaskRun` measures."""
+    def measured(self, name: str, checkpoint: Path, adapter: Path | None = None) -> Measured:
+        """The checkpoint, with an adapter if given, as the model that a `TaskRun` measures.
+
+        An adapter's folder may have its own tokenizer and chat template.
+        """
         from align.train.checkpoint import load_tokenizer
 
         options = self.options
         length = length_limit(checkpoint, options.max_length)
-        tokenizer = load_tokenizer(checkpoint)
+        own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(adapter if adapter is not None and own else checkpoint)
         self.prepare(tokenizer)
         encoder = options.encoder(tokenizer, length)
         engine = Engine(options.backend, self.dtype, length, options.batch_size, options.cache_gib, options.parallel)
-        digest = from_rank_0("evaluate: read the checkpoint", lambda: checkpoint_digest(checkpoint))
+        parts = [checkpoint, *([adapter] if adapter else [])]
+        digest = from_rank_0("evaluate: read the checkpoint", lambda: " ".join(map(checkpoint_digest, parts)))
         key = f"{digest} {self.dtype} {options.backend}"
 
         def opened() -> EvalModel:
-            if self._model is not None and self._settings == engine and self._loaded == checkpoint:
+            if self._model is not None and self._settings == engine and self._loaded == (checkpoint, adapter):
                 return self._model
             self.status(f"{name}: loading")
-            if self._model is None or self._settings != engine or not self._model.load(checkpoint, tokenizer):
-                self.close()
-                self._model, self._settings = open_model(checkpoint, tokenizer, engine), engine
-            self._loaded = checkpoint
+            with ExitStack() as stack:
+                folder = stack.enter_context(merged(checkpoint, adapter, self.scratch)) if adapter else checkpoint
+                if self._model is None or self._settings != engine or not self._model.load(folder, tokenizer):
+                    self.close()
+                    self._model, self._settings = open_model(folder, tokenizer, engine), engine
+            self._loaded = checkpoint, adapter
             return self._model
 
         return Measured(name, key, encoder, opened, self.close)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
+from align.run.checkpoint import adapter_folder
 
 if TYPE_CHECKING:
     from align.models.lora.build import Errors
@@ -91,11 +92,6 @@ def _adapter_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="the base model (default: the one that the adapter names)")
 
 
-def _folder(path: Path) -> Path:
-    """The adapter in a stage's folder, or the folder itself."""
-    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
-
-
 def _base(adapter: Path, base: Path | None) -> tuple[Path, Any]:
     """The folder of the base model and its configuration."""
     from align.models.lora.folder import read_adapter
@@ -121,7 +117,7 @@ def _info(options: argparse.Namespace) -> None:
     from align.models.lora.describe import group_rows
     from align.models.lora.folder import changes, read_adapter, serving_problems, skeleton
 
-    folder = _folder(options.adapter)
+    folder = adapter_folder(options.adapter)
     adapter = read_adapter(folder)
     base, config = _base(folder, options.base)
     bones = skeleton(config, scorer=adapter.settings.get("task_type") == "SEQ_CLS")
@@ -148,7 +144,7 @@ def _print_table(rows: list[GroupRow]) -> None:
 def _check(options: argparse.Namespace) -> None:
     from align.models.lora.folder import changes, read_adapter, require_finite_adapter, serving_problems, skeleton
 
-    folder = _folder(options.adapter)
+    folder = adapter_folder(options.adapter)
     adapter = read_adapter(folder)
     base, config = _base(folder, options.base)
     bones = skeleton(config, scorer=adapter.settings.get("task_type") == "SEQ_CLS")
@@ -161,7 +157,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     _new_folder(options.target)
-    folder = _folder(options.adapter)
+    folder = adapter_folder(options.adapter)
     base, config = _base(folder, options.base)
     from align.models.lora.stream import merge_adapter
 
@@ -210,7 +206,7 @@ def _print_errors(errors: Errors) -> None:
 
 def _combine(options: argparse.Namespace) -> None:
     _new_folder(options.target)
-    folders = [_folder(path) for path in options.adapters]
+    folders = [adapter_folder(path) for path in options.adapters]
     weights = options.weights or [1.0] * len(folders)
     if len(folders) < 2:
         raise UserError("adapter combine: it needs at least two adapters; pass their folders.")

@@ -67,6 +67,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         "protocol, a reward model's folder, or a YAML file (docs/judges.md); repeat it for several judges",
     )
     command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="also evaluate this LoRA adapter of the one CKPT, as a checkpoint of its own; repeat it for several",
+    )
+    command.add_argument(
         "--contamination",
         type=Path,
         metavar="RUN",
@@ -114,6 +121,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if (options.tasks is None) == (options.pairs is None):
         raise UserError("align eval: it needs either --tasks or --pairs. Pass one of the two.")
     if options.pairs is not None:
+        if options.adapter:
+            raise UserError("--adapter: it cannot be used with --pairs. Merge the adapter with `align adapter merge`.")
         _pairs(options, checkpoints)
         return
     if options.unsafe_code:
@@ -122,6 +131,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     results = evaluate(
         checkpoints,
         tasks,
+        adapters=_adapters(options.adapter),
         out=options.out,
         resume=options.resume,
         rescore=options.rescore,
@@ -153,6 +163,21 @@ def run_evaluation(options: argparse.Namespace) -> None:
         say("")
         print(results.table())
         print(f"\n{options.out / 'report.html'}")
+
+
+def _adapters(texts: list[str]) -> dict[str, Path]:
+    """Folders by name."""
+    from align.config.paths import local_path
+
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--adapter {text}: it has no name. Write NAME=FOLDER.")
+        if name in found:
+            raise UserError(f"--adapter {text}: two adapters have this name. Give each its own.")
+        found[name] = local_path(folder)
+    return found
 
 
 def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path]) -> None:

@@ -31,7 +31,7 @@ class VllmModel:
     def __init__(self, engine: VllmEngine, tokenizer: PreTrainedTokenizerBase, folder: Path):
         if not engine.detokenizes:
             raise ValueError("the engine ignores stop strings; start it with detokenizes=True")
-        self.engine, self.tokenizer, self.folder = engine, tokenizer, folder
+        self.engine, self.tokenizer, self._configured = engine, tokenizer, _configuration(folder)
         self._updates = 0
         self.max_length = engine.rollout.max_model_length - 2
 
@@ -68,14 +68,14 @@ class VllmModel:
 
     def load(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         """See `EvalModel`. The new checkpoint needs the same configuration and tokenizer."""
-        if _configuration(folder) != _configuration(self.folder):
+        if _configuration(folder) != self._configured:
             return False
         if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(self.tokenizer):
             return False
         dtype = str(self.engine.dtype).removeprefix("torch.")
         self._updates += 1
         self.engine.update_weights(published_weights(load_policy(folder, dtype, frozen=True)), self._updates)
-        self.folder, self.tokenizer = folder, tokenizer
+        self.tokenizer = tokenizer
         return True
 
     def close(self) -> None:

@@ -28,6 +28,11 @@ def checkpoint_folder(path: Path) -> Path:
     return path
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter in a stage's folder, or the folder itself."""
+    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
 def require_checkpoint(path: Path) -> Path:
     """Return `checkpoint_folder(path)`; raise `UserError` if its config.json is missing, damaged or of another kind."""
     folder = checkpoint_folder(path)

@@ -265,3 +265,33 @@ def _(here: Here) -> str:
     here.monkeypatch.setattr(own_task, "missing_wall", lambda: "darwin has neither Landlock nor seccomp")
     here.write("code.yaml", 'name: t\ndata: rows.jsonl\nprompt: "{{ p }}"\nverifier: {kind: code}\n')
     return evaluate(here, task="code.yaml")
+
+
+@wrong("eval-adapter-no-name", "`align eval --adapter` without a name")
+def _(here: Here) -> str:
+    return evaluate(here, "--adapter", "model")
+
+
+@wrong("eval-adapter-twice", "`align eval --adapter` twice with the same name")
+def _(here: Here) -> str:
+    return evaluate(here, "--adapter", "a=one", "--adapter", "a=two")
+
+
+@wrong("eval-adapter-name-of-base", "`align eval --adapter` with the name of the checkpoint")
+def _(here: Here) -> str:
+    return evaluate(here, "--adapter", "m=adapter")
+
+
+@wrong("eval-adapter-several-bases", "`align eval --adapter` with several checkpoints")
+def _(here: Here) -> str:
+    return here.align("eval", "a=model", "b=model", "--adapter", "c=adapter", "--tasks", "mine.yaml")
+
+
+@wrong("eval-adapter-pairs", "`align eval --adapter` with preference pairs")
+def _(here: Here) -> str:
+    return pairs(here, "--adapter", "a=adapter")
+
+
+@wrong("eval-adapter-not-one", "`align eval --adapter` with a folder that is not an adapter")
+def _(here: Here) -> str:
+    return evaluate(here, "--adapter", "a=model")
