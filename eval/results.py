@@ -49,7 +49,7 @@ class TaskResult:
     cut: completions that reached max_new_tokens. completions: number of completions.
     unanswered: verdicts whose completion has no answer; they count as wrong.
     truncated: prompts cut at their beginning. unstable_seams: see `Encoder`.
-    metrics: by name.
+    metrics: by name. figures: SVG by title.
     """
 
     version: str
@@ -65,6 +65,7 @@ class TaskResult:
     truncated: int
     unstable_seams: int
     metrics: dict[str, Metric] = field(default_factory=dict)
+    figures: dict[str, str] = field(default_factory=dict)
 
 
 def summarize_task(
@@ -112,6 +113,7 @@ def summarize_task(
         truncated=truncated,
         unstable_seams=unstable_seams,
         metrics=metrics,
+        figures=dict(scores.figures),
     )
 
 

@@ -80,11 +80,13 @@ class Scores:
     verdicts: one per document and sample.
     corpus: metrics that are not means of the verdicts' values.
     notes: sentences for the reader of the numbers.
+    figures: SVG by title.
     """
 
     verdicts: Sequence[Verdict]
     corpus: Mapping[str, CorpusValue] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):

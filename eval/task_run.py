@@ -21,6 +21,7 @@ from align.eval.answering import Planned, Sampling, choose, follow_ups, plan, ru
 from align.eval.encoder import Encoder
 from align.eval.judges.panel import AnyJudge, open_judges
 from align.eval.model import EvalModel
+from align.eval.near_ties import near_tie_notes
 from align.eval.opening import Backend
 from align.eval.records import RecordStore
 from align.eval.resolve import Resolved, resolve
@@ -216,7 +217,8 @@ class TaskRun:
             )
             found[task.name] = result
             notes += warnings(name, task.name, result)
-            notes += [f"{name}, {task.name}: {note}" for note in scores[task.name].notes]
+            said = [*scores[task.name].notes, *near_tie_notes(records, len(chosen))]
+            notes += [f"{name}, {task.name}: {note}" for note in said]
             notes += _other_versions(name, task, store)
         groups = {}
         for group in self._resolved.groups:

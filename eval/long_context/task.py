@@ -11,6 +11,8 @@ from align.config.own_task import read_task
 from align.eval.encoder import Encoder, Unscorable
 from align.eval.long_context.fit import Count
 from align.eval.long_context.generate import Generator, spots
+from align.eval.long_context.grid import Cell, weak_places
+from align.eval.long_context.heat_map import heat_map
 from align.eval.long_context.score import share_found
 from align.eval.records import Record
 from align.eval.statistics.summary import summarize
@@ -78,7 +80,30 @@ class LongContextTask:
                 cells.setdefault(self._cell(document), []).append((document, value))
             shown = {"answer": record.text, "target": ", ".join(expected)}
             verdicts.append(Verdict(document, sample, {METRIC: value}, reason, shown=shown))
-        return Scores(verdicts, {name: _corpus(values) for name, values in cells.items()})
+        places = self._places(verdicts, {record.document: record.prompt_tokens for record in records})
+        titles = dict.fromkeys((cell.task, cell.language) for cell in places)
+        figures = {
+            f"{task} ({language})": heat_map(
+                [cell for cell in places if (cell.task, cell.language) == (task, language)],
+                f"{task} ({language}): score by depth and length in tokens",
+            )
+            for task, language in titles
+        }
+        corpus = {name: _corpus(values) for name, values in cells.items()}
+        return Scores(verdicts, corpus, weak_places(places), figures)
+
+    def _places(self, verdicts: Sequence[Verdict], tokens: Mapping[str, int]) -> list[Cell]:
+        """The grid's cells. tokens: of each document's prompt."""
+        found: dict[str, list[Verdict]] = {}
+        for verdict in verdicts:
+            found.setdefault(self._cell(verdict.document), []).append(verdict)
+        cells = []
+        for chosen in found.values():
+            spot = self._spots[chosen[0].document]
+            counts = [tokens[verdict.document] for verdict in chosen]
+            scores = tuple(verdict.values[METRIC] for verdict in chosen)
+            cells.append(Cell(spot.task, spot.language, spot.length, spot.depth, (min(counts), max(counts)), scores))
+        return cells
 
     def _cell(self, document: str) -> str:
         spot = self._spots[document]

@@ -32,6 +32,7 @@ def render_evaluation(results: Results) -> str:
             '<h2 id="numbers">Numbers</h2>',
             '<p class="soft">Means with 95 % intervals. Unscored documents are not in the mean.</p>',
             *_table(results),
+            *_figures(results),
             *_contamination(content.get("contamination")),
             '<h2 id="samples">Samples</h2>',
             *_samples(results),
@@ -73,6 +74,22 @@ def _table(results: Results) -> Iterator[str]:
 def _value(metric: Mapping[str, Any] | None) -> str:
     mean, _, interval = shown(metric).partition(" ")
     return f"{_text(mean)}<small>{_text(interval)}</small>"
+
+
+def _figures(results: Results) -> Iterator[str]:
+    """The figures of each task, one for each model."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for model in results.models:
+        for task, result in results.content["models"][model]["tasks"].items():
+            for title, svg in result.get("figures", {}).items():
+                found.setdefault((task, title), {})[model] = svg
+    if found:
+        yield '<h2 id="figures">Scores by place</h2>'
+    for (task, title), by_model in found.items():
+        yield f'<h3>{_text(task)}: {_text(title)}</h3><div class="plots">'
+        for model, svg in by_model.items():
+            yield f'<figure><h4>{_text(model)}</h4><div class="scroll">{svg}</div></figure>'
+        yield "</div>"
 
 
 def _contamination(found: Mapping[str, Any] | None) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from align.errors import UserError
 from align.eval.answering import Sampling, plan
 from align.eval.encoder import Encoder
 from align.eval.long_context.task import LongContextTask
-from align.eval.records import Record, answer
+from align.eval.records import Place, Record, answer
+from align.eval.report.evaluation import render_evaluation
 from align.eval.resolve import resolve
+from align.eval.results import Results, summarize_task, write_verdicts
 from align.rollout.requests import Generation, Request
 from tests.chat_templates import SHAPES, tokenizer_for
 from tests.unit.eval.local_tasks import make_tokenizer
@@ -77,3 +81,27 @@ def test_another_grid_has_another_version(file: Path) -> None:
     file.write_text(GRID.replace("depths: [0, 50]", "depths: [0, 101]"))
     with pytest.raises(UserError, match=rf"{file}, line 5: depths\.1: "):
         LongContextTask.read(file)
+
+
+def test_weak_places_and_heat_maps_are_in_the_report(file: Path, tmp_path: Path) -> None:
+    """A planted model that forgets the needle in the middle."""
+    grid = GRID.replace("multi_key, common_words", "single").replace("[1500, 9000]", "[1500, 3000]")
+    file.write_text(grid.replace("samples: 2", "samples: 8").replace("[0, 50]", "[0, 50, 100]"))
+    task = LongContextTask.read(file)
+
+    def records(text: Callable[[str], str]) -> list[Record]:
+        return [Record("needles", task.version, Place(d), "finished", text=text(d)) for d in task.documents()]
+
+    expected = {v.document: v.shown["target"] for v in task.score(records(lambda document: "")).verdicts}
+    found = task.score(records(lambda document: "0" if "-50-" in document else expected[document]))
+    (sentence,) = found.notes
+    assert sentence == "single (en) is weak at depth 50 % (0.00); the best depth has 1.00"
+    assert list(found.figures) == ["single (en)"]
+    assert found.figures["single (en)"].count("<rect") == 2 * 3
+    result = summarize_task(task, found, [], documents=48, samples=1, truncated=0, unstable_seams=0, seed=0)
+    content = {"align": "0", "settings": {}, "notes": [], "models": {"m": {"tasks": {"needles": asdict(result)}}}}
+    (tmp_path / "m").mkdir()
+    write_verdicts(tmp_path / "m" / "scores.jsonl", {"needles": found})
+    page = render_evaluation(Results(content, tmp_path))
+    assert "needles: single (en)</h3>" in page
+    assert page.count('<svg class="heat"') == 1
