@@ -70,6 +70,26 @@ def test_scores_are_those_of_transformers(folder: Path) -> None:
     assert (found[0].chosen_first, found[6].chosen_first, found[12].chosen_first) == (True, False, None)
 
 
+@torch.no_grad()
+def test_scores_do_not_depend_on_padding_and_packing(folder: Path) -> None:
+    """Rows alone, padded on the left and on the right in transformers' forward pass, and packed by `ModelScorer`."""
+    scorer = ModelScorer(folder / "one", "float32", 256)
+    encoded = [scorer.encode([{"role": "user", "content": f"cat {n}?"}], "the house " * n, True) for n in (1, 4, 9)]
+    prompts, answers = zip(*encoded, strict=True)
+    packed = scorer.scores(scorer.pad(prompts, answers)).tolist()
+    rows = [[*prompt, *answer] for prompt, answer in encoded]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "one", dtype=torch.float32).eval()
+    model.config.pad_token_id = pad = scorer.tokenizer.pad_token_id
+    alone = [model(torch.tensor([row])).logits.item() for row in rows]
+    assert packed == pytest.approx(alone, abs=1e-5)
+    for left in (True, False):
+        empty = [[pad] * (len(rows[-1]) - len(row)) for row in rows]
+        ids = [gap + row if left else row + gap for gap, row in zip(empty, rows, strict=True)]
+        mask = [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(empty, rows)]
+        padded = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[:, 0].tolist()
+        assert padded == pytest.approx(alone, abs=1e-5)
+
+
 def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     models = [str(folder / name) for name in ("one", "two")]
