@@ -86,6 +86,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="run the model's programs with your own rights, without the sandbox",
     )
     command.add_argument("--judge-model", metavar="NAME", help="the model at the judge's URL, if it has several")
+    command.add_argument(
+        "--write", choices=("inspect",), help="also write OUT/MODEL/TASK.eval, the logs that `inspect view` shows"
+    )
     command.add_argument("--json", action="store_true", help="print results.json instead of a table")
     command.set_defaults(command=run_evaluation)
 
@@ -105,6 +108,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run_evaluation(options: argparse.Namespace) -> None:
     from align.config.paths import local_path
     from align.eval.evaluation import Options, evaluate
+    from align.eval.inspect_log import write_inspect
     from align.train.quiet import quieten
 
     _require_positive(options)
@@ -157,12 +161,13 @@ def run_evaluation(options: argparse.Namespace) -> None:
         say=(lambda line: None) if options.json else say,
         status=(lambda line: None) if options.json else status,
     )
+    logs = write_inspect(results) if options.write == "inspect" else []
     if options.json:
         print(json.dumps(results.content, indent=2, ensure_ascii=False))
     else:
         say("")
         print(results.table())
-        print(f"\n{options.out / 'report.html'}")
+        print("\n".join(["", *map(str, [options.out / "report.html", *logs])]))
 
 
 def _adapters(texts: list[str]) -> dict[str, Path]:
