@@ -67,7 +67,10 @@ def test_adapters_are_checkpoints_of_their_own(folder: Path, tmp_path: Path, mon
     out = tmp_path / "o"
     results = evaluate([folder / "base"], [str(folder / "task.yaml")], adapters=tuned, out=out, options=options)
     assert results.models == ["base", "one", "two"]
-    found = {name: [record.logprob for record in records_of(results, name)] for name in results.models}
+    found = {
+        name: [record.logprob for record in sorted(records_of(results, name), key=lambda record: record.place)]
+        for name in results.models
+    }
     for name in tuned:
         assert found[name] == pytest.approx(by_peft(folder, name), abs=1e-4)
         assert found[name] != pytest.approx(found["base"], abs=1e-2)
