@@ -355,6 +355,25 @@ def filters(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def starts(results: dict[str, Any]) -> str:
+    ranks = results["ranks"]
+    named = {
+        "align, first start": results["first_start"],
+        "align, second start": results["second_start"],
+        f"align, second start of {len(ranks)} ranks at once": {
+            name: max(rank[name] for rank in ranks) for name in ("seconds", "cpu_seconds", "anonymous_mb")
+        },
+        "TRL": results["trl"],
+    }
+    rows = [
+        [name, f"{found['seconds']:.1f} s", f"{found['cpu_seconds']:.1f} s", f"{found['anonymous_mb']:.0f} MB"]
+        for name, found in named.items()
+    ]
+    header = [f"{results['rows']:,} conversations, {results['file_mb']:,} MB", "time", "CPU time", "memory of a process"]
+    wall, cpu = results["first_start_speedup"], results["first_start_speedup_in_cpu_seconds"]
+    return table(header, rows) + f"\n\nTRL takes {wall:.2f} times as long as the first start, {cpu:.2f} times in CPU time."
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -378,6 +397,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
     "filters": filters,
+    "data": starts,
     "bf16_head": bf16_head,
     "bf16_curves": bf16_curves,
 }
