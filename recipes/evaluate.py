@@ -30,10 +30,11 @@ def run(stage: EvaluateStage, context: StageContext) -> StageResult:
     set_template_defaults(tokenizer, stage.chat_template_kwargs, f"stages.{context.name}.chat_template_kwargs")
     data = load_data(stage, context, tokenizer)
     results = Results(stage, data)
-    for name, folder in checkpoints.items():
-        results.add_checkpoint(name, folder)
     if stage.prompts or stage.prompt_tasks or stage.preferences:
         _compare(stage, context, data, tokenizer, checkpoints, results)
+    else:
+        for name, folder in checkpoints.items():
+            results.add_checkpoint(name, folder)
     if stage.task_names:
         results.add_benchmarks(run_tasks(stage, context))
     if is_main():

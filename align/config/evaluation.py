@@ -29,8 +29,8 @@ FOR_REWARDS = ("weight", "normalise", "clip", "failure_score")
 def _plain(metric: RewardBase) -> RewardBase:
     if isinstance(metric, ModelReward):
         raise ValueError(f"metric '{metric.label}' is a reward model; set the stage's reward_model instead")
-    for key in FOR_REWARDS:
-        if key in metric.model_fields_set:
+    for key, field in type(metric).model_fields.items():
+        if key in FOR_REWARDS and getattr(metric, key) != field.get_default(call_default_factory=True):
             raise ValueError(f"metric '{metric.label}' sets {key}, which only rewards have; remove {key}")
     return metric
 

@@ -41,7 +41,7 @@ def test_overrides_without_a_recipe_are_refused(capsys) -> None:
     ("change", "hint"),
     [
         ("stages.sft.bach_size=8", "did you mean 'batch_size'?"),
-        ("stages.sft.max_length=8", "did you mean 'data.max_length'?"),
+        ("stages.sft.max_length=8", "did you mean 'data.max_length' or 'evaluate.max_length'?"),
         ("stages.ppo.learning_rate=1e-4", "did you mean 'critic.learning_rate' or 'optimizer.learning_rate'?"),
         ("stages.ppo.estimator_kind=grpo", "known keys are advantage_estimator, batch_size"),
         ("stages.dpo.lora.r=8", "known keys are alpha, attention, dropout, experts, groups, layers, rank"),
@@ -176,6 +176,7 @@ def test_a_source_without_a_kind_is_a_file() -> None:
 def checkpoint(folder: Path, **config: object) -> str:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
     return str(folder)
 
 

@@ -43,6 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "model").mkdir(parents=True)
     (home / "disk").mkdir()
     (home / "model" / "config.json").write_text(json.dumps({"num_experts": 4}))
+    (home / "model" / "tokenizer.json").write_text("{}")
     (home / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (home / "mine.py").write_text("def score(prompts, completions, rows): return [1.0] * len(rows)\n")
     (home / "hosts").write_text("localhost slots=1\n")
