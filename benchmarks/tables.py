@@ -369,9 +369,16 @@ def starts(results: dict[str, Any]) -> str:
         [name, f"{found['seconds']:.1f} s", f"{found['cpu_seconds']:.1f} s", f"{found['anonymous_mb']:.0f} MB"]
         for name, found in named.items()
     ]
-    header = [f"{results['rows']:,} conversations, {results['file_mb']:,} MB", "time", "CPU time", "memory of a process"]
+    header = [
+        f"{results['rows']:,} conversations, {results['file_mb']:,} MB",
+        "time",
+        "CPU time",
+        "memory of a process",
+    ]
     wall, cpu = results["first_start_speedup"], results["first_start_speedup_in_cpu_seconds"]
-    return table(header, rows) + f"\n\nTRL takes {wall:.2f} times as long as the first start, {cpu:.2f} times in CPU time."
+    return (
+        table(header, rows) + f"\n\nTRL takes {wall:.2f} times as long as the first start, {cpu:.2f} times in CPU time."
+    )
 
 
 RATIO = "engine_over_generate"

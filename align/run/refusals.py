@@ -18,7 +18,14 @@ ENCODERS = frozenset(
 _TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
 _OTHER_PARTS = ("vision_config", "audio_config", "vision_tower_config", "speech_config")
 _SCORER = "ForSequenceClassification"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
 """Files of which transformers loads a tokenizer; one is enough."""
 IS_REWARD_MODEL = "it is a reward model; use the checkpoint of a language model."
 IS_LANGUAGE_MODEL = "it is a language model; use the checkpoint of a reward model."
