@@ -28,7 +28,7 @@ from align.run.folder import MODEL
 THRESHOLD = 0.35
 SHOWN_CHARACTERS = 2000
 QUESTION = ("question", "question, turn 1", "prompt")
-"""What a verdict shows of its document's text, the first that it has."""
+"""Keys of `Verdict.shown` with the text of the document; the first key that a verdict has is used."""
 EVALUATED = {"held_out", "evaluate"}
 """Parts of a stage whose sources are not trained on."""
 SHAPES_OF_TRAINING: tuple[tuple[Shape, ...], ...] = (tuple(shape for shape in SHAPES if shape != "prompt"), ("prompt",))

@@ -305,7 +305,10 @@ def verify(verifier: RewardBase, records: Sequence[Record], rows: Sequence[Promp
 
 
 def _with_sandbox(verifier: Verifier | None, task: str, *, unsafe_code: bool) -> Verifier | None:
-    """The verifier, without the sandbox if programs may run unconfined. Raises UserError if there is no sandbox."""
+    """The verifier; with `unsafe_code`, one that runs programs without the sandbox.
+
+    Raises UserError if programs need the sandbox and this machine has none.
+    """
     if not isinstance(verifier, CodeReward):
         return verifier
     if unsafe_code:

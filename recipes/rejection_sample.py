@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass
 class Tally:
-    """What happened to the completions of a split.
+    """Counts and scores of the completions of a split.
 
     prompts: prompts. sampled: completions. truncated: completions that reached max_new_tokens. unreadable: completions
     that are not a message. empty: completions without content. repeated: completions equal to another of their prompt.

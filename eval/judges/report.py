@@ -26,7 +26,7 @@ def grading_lines(model: str, grading: Grading) -> list[str]:
 
 
 def grading_notes(grading: Grading) -> list[str]:
-    """What qualifies the grades: disagreement of votes, and missing verdicts."""
+    """Notes on the grades: agreement of votes, missing verdicts."""
     notes = []
     if (same := vote_agreement(grading.grades)) is not None:
         notes.append(f"votes on one answer are equal in {percent_text(same)}")
@@ -46,7 +46,7 @@ def comparing_lines(
 
 
 def comparing_notes(comparing: Comparing, first_answers: ModelAnswers, second_answers: ModelAnswers) -> list[str]:
-    """What qualifies the win rate: biases, disagreement of votes, and missing verdicts."""
+    """Notes on the win rate: biases, agreement of votes, missing verdicts."""
     notes = bias_lines(position_bias(comparing.pairs))
     if (longer := length_bias(comparing.pairs, first_answers, second_answers)) is not None:
         notes.append(f"the longer answer wins in {percent_text(longer)} of the pairs with a winner")
@@ -75,7 +75,7 @@ def agreement_line(first: str, second: str, agreement: Agreement) -> str:
 
 
 def grade_agreement_line(first: str, second: str, agreement: GradeAgreement) -> str:
-    """How often the grades of two judges agree."""
+    """A sentence on the agreement of two judges' grades."""
     if agreement.close is None or agreement.difference is None:
         return f"{first} and {second} have graded no answer in common"
     close = f"{percent_text(agreement.close)} of {agreement.n} answers"

@@ -31,7 +31,11 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class _Judged:
-    """What a judge said about one model. values: by metric, document and sample. said: the judge's texts."""
+    """The judgements of one judge on one model.
+
+    values: by metric, document and sample; None without a judgement. said: the judge's texts.
+    reasons: why a document has no judgement.
+    """
 
     values: dict[str, dict[Key, float | None]]
     said: dict[Key, str]
