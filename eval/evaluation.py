@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.eval.adapters import merged, named_adapters
 from align.eval.contamination import TrainingData, add_contamination
@@ -110,6 +111,7 @@ class CheckpointEngine:
         own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(adapter if adapter is not None and own else checkpoint)
         self.prepare(tokenizer)
+        set_template_defaults(tokenizer, options.chat_template_kwargs, "--chat-template-kwargs")
         encoder = options.encoder(tokenizer, length)
         engine = Engine(options.backend, self.dtype, length, options.batch_size, options.cache_gib, options.parallel)
         parts = [checkpoint, *([adapter] if adapter else [])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Options:
     data: folder of data sets. backend, dtype, max_length, batch_size, cache_gib: see `Engine`.
     limit: documents per task, drawn with the seed; None is all. samples: completions per request.
     temperature, max_new_tokens: replace the tasks' own. seed: seed of the draw and of the completions.
-    chat: render prompts with the chat template. truncate: cut prompts that are too long at their beginning.
+    chat: render prompts with the chat template. chat_template_kwargs: values for the template's own variables.
+    truncate: cut prompts that are too long at their beginning.
     judges: of judged tasks: URLs of servers, YAML files, folders of reward models. judge_model: the model at a URL.
     contamination: folder of a run, or training data, in which the tasks' items are looked for.
     unsafe_code: run programs of the model without the sandbox.
@@ -60,6 +61,7 @@ class Options:
     max_new_tokens: int | None = None
     seed: int = 0
     chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     truncate: bool = False
     judges: tuple[str, ...] = ()
     judge_model: str | None = None
@@ -129,6 +131,11 @@ class TaskRun:
         self._resolved = found = resolve(
             tasks, data=options.data, chat=options.chat, judges=self._judges, unsafe_code=options.unsafe_code
         )
+        if options.chat_template_kwargs and not any(getattr(task, "chat", True) for task in found.tasks):
+            raise UserError(
+                "--chat-template-kwargs: no task renders its prompts with the chat template. Pass --chat, or remove "
+                "the option."
+            )
         self._documents = {
             task.name: choose(task.documents(), options.limit, task.name, options.seed) for task in found.tasks
         }

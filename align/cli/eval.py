@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from align.cli.serve import template_variables
 from align.cli.terminal import say, status
 from align.errors import UserError
 
@@ -55,6 +57,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="replaces the tasks' own")
     command.add_argument("--seed", type=int, default=0, help="seed of the draw and of completions (default: 0)")
     command.add_argument("--chat", action="store_true", help="render prompts with the chat template")
+    command.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="with --chat: values for the chat template's own variables, e.g. '{\"enable_thinking\": false}'",
+    )
     command.add_argument(
         "--truncate", action="store_true", help="cut prompts that are too long at their beginning, and count them"
     )
@@ -112,6 +120,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     from align.train.quiet import quieten
 
     _require_positive(options)
+    variables = template_variables(options.chat_template_kwargs)
     quieten()
     named = [text.partition("=") for text in options.checkpoints]
     paths = [local_path(path if equals else name) for name, equals, path in named]
@@ -127,7 +136,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     if options.pairs is not None:
         if options.adapter:
             raise UserError("--adapter: it cannot be used with --pairs. Merge the adapter with `align adapter merge`.")
-        _pairs(options, checkpoints)
+        _pairs(options, checkpoints, variables)
         return
     if options.unsafe_code:
         print("UNSAFE: programs that the model writes run with your rights, without the sandbox.", file=sys.stderr)
@@ -152,6 +161,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,
             chat=options.chat,
+            chat_template_kwargs=variables,
             truncate=options.truncate,
             judges=tuple(options.judge),
             judge_model=options.judge_model,
@@ -185,7 +195,7 @@ def _adapters(texts: list[str]) -> dict[str, Path]:
     return found
 
 
-def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path]) -> None:
+def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path], variables: dict[str, Any]) -> None:
     from align.config.parts import FileSource
     from align.eval.evaluation import named_checkpoints
     from align.eval.opening import default_dtype
@@ -199,6 +209,7 @@ def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path
         subset=options.subset,
         limit=options.limit,
         seed=options.seed,
+        chat_template_kwargs=variables,
         status=(lambda line: None) if options.json else status,
     )
     if not options.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from align.cli.terminal import say
 from align.errors import UserError
@@ -82,20 +83,26 @@ def add(commands: argparse._SubParsersAction) -> None:
     server.set_defaults(command=_serve_rollout)
 
 
+def template_variables(text: str) -> dict[str, Any]:
+    """The value of `--chat-template-kwargs`."""
+    try:
+        variables = json.loads(text)
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict):
+        raise UserError(
+            f"--chat-template-kwargs {text}: it is not a JSON object; write for example "
+            "'{\"enable_thinking\": false}'."
+        )
+    return variables
+
+
 def _chat(options: argparse.Namespace) -> None:
     from align.run.checkpoint import require_checkpoint
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1.")
-    try:
-        variables = json.loads(options.chat_template_kwargs)
-    except ValueError:
-        variables = None
-    if not isinstance(variables, dict):
-        raise UserError(
-            f"--chat-template-kwargs {options.chat_template_kwargs}: it is not a JSON object; write for example "
-            "'{\"enable_thinking\": false}'."
-        )
+    variables = template_variables(options.chat_template_kwargs)
     folder = require_checkpoint(options.checkpoint)
     from align.chat import chat
 

@@ -20,6 +20,7 @@ from align.data import shapes
 from align.data.rows import Row, Unreadable
 from align.data.shapes import DropRow
 from align.data.sources import source_chunks
+from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.eval.answering import choose
 from align.eval.reward_model.pairs import (
@@ -143,9 +144,13 @@ def evaluate_pairs(
     limit: int | None = None,
     seed: int = 0,
     micro_batch_tokens: int = 8192,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     status: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Score the pairs of a file with each reward model and write the results to `out`; returns pairs.json's content."""
+    """Score the pairs of a file with each reward model and write the results to `out`; returns pairs.json's content.
+
+    chat_template_kwargs: values for the chat template's own variables; those of a row take precedence.
+    """
     preferences, dropped = read_preferences(source, subset=subset, limit=limit, seed=seed)
     scored: dict[str, list[ScoredPair]] = {}
     lines = [f"{len(preferences)} pairs of {source.path}"]
@@ -153,7 +158,9 @@ def evaluate_pairs(
     with locked(out):
         for name, folder in models.items():
             status(f"{name}: scoring {len(preferences)} pairs")
-            scored[name] = score_preferences(ModelScorer(folder, dtype, micro_batch_tokens), preferences)
+            scorer = ModelScorer(folder, dtype, micro_batch_tokens)
+            set_template_defaults(scorer.tokenizer, chat_template_kwargs or {}, "--chat-template-kwargs")
+            scored[name] = score_preferences(scorer, preferences)
             rows = [
                 {"row": p.row, "chosen": s.chosen, "rejected": s.rejected, "subset": s.subset}
                 | {"chosen_length": s.chosen_length, "rejected_length": s.rejected_length}

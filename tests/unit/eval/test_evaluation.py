@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.cli import main
 from align.errors import UserError
 from align.eval import Options, evaluate, evaluation
 from align.eval.answering import choose
@@ -231,6 +234,43 @@ def test_a_document_that_cannot_be_encoded_is_unscored_with_its_reason(
     assert found["metrics"]["exact_match (first)"]["n"] == 16 - found["unscored"]
     assert any("it exceeds max_length 60" in reason for reason in found["reasons"])
     assert "unscored: the prompt has" in (tmp_path / "results.md").read_text()
+
+
+def test_variables_of_the_chat_template_reach_the_prompts(
+    folder: Path, tmp_path: Path, models: list[StandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command: another value gives other prompts, so recorded answers are not reused."""
+    checkpoint = tmp_path / "c"
+    shutil.copytree(folder / "a", checkpoint)
+    file = checkpoint / "chat_template.jinja"
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: "
+        "{% if enable_thinking is defined and not enable_thinking %}no{% endif %}{% endif %}"
+    )
+    command = ["eval", str(checkpoint), "--tasks", str(folder / "tasks" / "al_generate.yaml"), "--chat"]
+    command += ["--dtype", "float32", "--out", str(tmp_path / "o")]
+    main(command)
+    main([*command, "--resume", "--chat-template-kwargs", '{"enable_thinking": false}'])
+    capsys.readouterr()
+    ends = [{make_tokenizer().decode(request.prompt_ids)[-2:] for request in model.answered} for model in models]
+    assert ends == [{": "}, {"no"}]
+    settings = json.loads((tmp_path / "o" / "results.json").read_text())["settings"]
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_the_command_writes_logs_for_inspect(
+    folder: Path, tmp_path: Path, models: list[StandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, task = tmp_path / "o", str(folder / "tasks" / "al_generate.yaml")
+    main(["eval", str(folder / "a"), "--tasks", task, "--out", str(out), "--limit", "3", "--write", "inspect"])
+    log = out / "a" / "al_generate.eval"
+    assert str(log) in capsys.readouterr().out
+    with zipfile.ZipFile(log) as archive:
+        samples = [json.loads(archive.read(name)) for name in archive.namelist() if name.startswith("samples/")]
+    shown = {row["document"]: row["shown"]["answer"] for row in rows(out)}
+    assert {sample["id"]: sample["output"]["completion"] for sample in samples} == shown
+    assert len(shown) == 3
 
 
 def test_the_task_of_the_documentation_runs(folder: Path, tmp_path: Path, models: list[StandIn]) -> None:

@@ -138,6 +138,16 @@ def _(here: Here) -> str:
     return evaluate(here, "--temperature", "-1")
 
 
+@wrong("eval-template-variables-without-chat", "Template variables for tasks that do not use the chat template")
+def _(here: Here) -> str:
+    return evaluate(here, "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
+@wrong("eval-template-variable-unknown", "A template variable that the chat template does not read")
+def _(here: Here) -> str:
+    return evaluate(here, "--chat", "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
 @wrong("eval-max-length", "A length above the model's positions")
 def _(here: Here) -> str:
     return evaluate(here, "--max-length", "4096")
