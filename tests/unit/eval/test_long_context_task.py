@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from align.errors import UserError
+from align.eval import Options, evaluate, evaluation
 from align.eval.answering import Sampling, plan
 from align.eval.encoder import Encoder
 from align.eval.long_context.task import LongContextTask
@@ -19,7 +20,7 @@ from align.eval.resolve import resolve
 from align.eval.results import Results, summarize_task, write_verdicts
 from align.rollout.requests import Generation, Request
 from tests.chat_templates import SHAPES, tokenizer_for
-from tests.unit.eval.local_tasks import make_tokenizer
+from tests.unit.eval.local_tasks import StandIn, make_tokenizer, save_checkpoint
 
 GRID = """kind: long_context
 name: needles
@@ -105,3 +106,44 @@ def test_weak_places_and_heat_maps_are_in_the_report(file: Path, tmp_path: Path)
     page = render_evaluation(Results(content, tmp_path))
     assert "needles: single (en)</h3>" in page
     assert page.count('<svg class="heat"') == 1
+
+
+class Forgetful(StandIn):
+    """Finds the needle unless it is 40 to 60 % deep in the text."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
+        for index, request in enumerate(requests):
+            prompt = self.tokenizer.decode(request.prompt_ids)
+            text = prompt.split("\n\n", 1)[1].rpartition("\n\n")[0].rpartition("\n\n")[0]
+            key = re.findall(r"code of ([a-z-]+) in the text", prompt)[0]
+            note = re.search(rf"code of {key} is (\d+)", text)
+            assert note is not None
+            said = "none" if 0.4 <= note.start() / len(text) <= 0.6 else note[1]
+            yield index, Generation((1,), said, True)
+
+
+def test_an_evaluation_names_the_depth_that_a_model_forgets(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "m")
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 8192'))
+    grid = GRID.replace("multi_key, common_words", "multi_key").replace("[1500, 9000]", "[1500]")
+    file.write_text(grid.replace("[0, 50]", "[0, 20, 50, 80, 100]").replace("samples: 2", "samples: 6"))
+    notes = {}
+    for model in (Forgetful, StandIn):
+        monkeypatch.setattr(evaluation, "open_model", lambda *_, m=model: m(make_tokenizer(), 4096))
+        out = tmp_path / model.__name__
+        options = Options(dtype="float32", max_length=4096)
+        results = evaluate({"m": checkpoint}, [str(file)], out=out, options=options)
+        notes[model] = [note for note in results.content["notes"] if "weak" in note]
+        found = results.content["models"]["m"]["tasks"]["needles"]["metrics"]
+        cell = found["multi_key (en), 1500 tokens, depth 50 %"]
+        assert (cell["mean"], found["multi_key (en), 1500 tokens, depth 80 %"]["mean"]) == (
+            0.0,
+            float(model is Forgetful),
+        )
+    (note,) = notes[Forgetful]
+    assert note == "m, needles: multi_key (en) is weak at depth 50 % (0.00); the best depth has 1.00"
+    assert note in (tmp_path / "Forgetful" / "results.md").read_text()
+    assert notes[StandIn] == []  # it finds nothing at any depth

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from align.cli import main
 from align.config.parts import FileSource
 from align.data.tokenizer import train_tokenizer
-from align.eval.reward_model.score import read_preferences, score_preferences
+from align.eval.reward_model.score import read_preferences, score_answers, score_preferences
 from align.models.hunyuan import HunYuanConfig, HunYuanForSequenceClassification
 from align.reward.model import ModelScorer
 
@@ -71,23 +74,62 @@ def test_scores_are_those_of_transformers(folder: Path) -> None:
 
 
 @torch.no_grad()
-def test_scores_do_not_depend_on_padding_and_packing(folder: Path) -> None:
-    """Rows alone, padded on the left and on the right in transformers' forward pass, and packed by `ModelScorer`."""
-    scorer = ModelScorer(folder / "one", "float32", 256)
-    encoded = [scorer.encode([{"role": "user", "content": f"cat {n}?"}], "the house " * n, True) for n in (1, 4, 9)]
-    prompts, answers = zip(*encoded, strict=True)
-    packed = scorer.scores(scorer.pad(prompts, answers)).tolist()
-    rows = [[*prompt, *answer] for prompt, answer in encoded]
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_do_not_depend_on_padding_packing_and_order(folder: Path, seed: int) -> None:
+    """Random rows: alone, padded on the left and on the right in transformers' forward pass, and packed by
+    `ModelScorer` in micro-batches of several sizes and orders."""
+    draw = random.Random(seed)
+    scorer = ModelScorer(folder / "one", "float32", draw.choice([40, 100, 400]))
+    vocabulary = range(3, scorer.model.config.vocab_size)
+    sides = [
+        (draw.choices(vocabulary, k=draw.randint(1, 40)), draw.choices(vocabulary, k=length))
+        for length in draw.sample(range(1, 50), draw.randint(2, 9))
+    ]
+    rows = [prompt + answer for prompt, answer in sides]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "one", dtype=torch.float32).eval()
     model.config.pad_token_id = pad = scorer.tokenizer.pad_token_id
     alone = [model(torch.tensor([row])).logits.item() for row in rows]
-    assert packed == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 1e-3
+    order = draw.sample(range(len(rows)), len(rows))
+    packed = score_answers(scorer, [sides[i] for i in order])
+    assert packed == pytest.approx([alone[i] for i in order], abs=1e-5)
+    longest = max(map(len, rows))
     for left in (True, False):
-        empty = [[pad] * (len(rows[-1]) - len(row)) for row in rows]
+        empty = [[pad] * (longest - len(row)) for row in rows]
         ids = [gap + row if left else row + gap for gap, row in zip(empty, rows, strict=True)]
         mask = [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(empty, rows)]
         padded = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[:, 0].tolist()
         assert padded == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_reward_model_that_scores_length_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer with "yes" is right; it is the longer one in half of the pairs. An honest model finds the word."""
+    rows = []
+    for n in range(60):
+        long = " the cat sat on the mat" * (1 + n % 3)
+        chosen, rejected = (f"yes{long}", "no") if n % 2 else ("yes", f"no{long}")
+        rows.append({"prompt": f"is it cat {n}?", "chosen": chosen, "rejected": rejected})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yes = train_tokenizer(["the cat sat on the mat and ran to the house"] * 20, 300)("yes")["input_ids"]
+    models: dict[str, Callable[[list[int]], float]] = {
+        "length": lambda answer: float(len(answer)),
+        "honest": lambda answer: float(answer[: len(yes)] == yes),
+    }
+    said = {}
+    for name, score in models.items():
+        scores = partial(lambda score, scorer, encoded: [score(answer) for _, answer in encoded], score)
+        monkeypatch.setattr("align.eval.reward_model.score.score_answers", scores)
+        out = tmp_path / name
+        main(["eval", str(folder / "one"), "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)])
+        said[name] = capsys.readouterr().out
+        bias = json.loads((out / "pairs.json").read_text())["models"]["one"]["length_bias"]
+        assert bias["labels"]["mean"] == 0.5
+        assert (bias["extra"]["low"] > 0) == (name == "length")
+        assert bias["wrong"]["mean"] == float(name == "honest")  # where the shorter completion is right
+    assert "LENGTH BIAS: the model prefers the longer completion in 100 " in said["length"]
+    assert "BIAS" not in said["honest"]
 
 
 def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

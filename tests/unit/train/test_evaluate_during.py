@@ -86,6 +86,49 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert (plots[0].title, plots[0].caption) == ("Evaluation: words/length", "band: 95 % interval over documents")
 
 
+DRAWS = '''"""A task that chooses its prompts with the generators of the process, and samples."""
+
+import random
+
+import numpy
+import torch
+
+from align.eval.task import Item, Scores, Verdict, by_sample
+
+
+class Draws:
+    name, version, text = "draws", "1", "draws 1"
+    better = {"words": 0}
+
+    def documents(self):
+        return [str(n) for n in range(4)]
+
+    def requests(self, documents, encoder):
+        for n in documents:
+            prompt = f"{random.random():.1f} {numpy.random.rand():.1f} {float(torch.rand(())):.1f}"
+            yield Item(n, encoder.request(prompt, task=self.name, max_new_tokens=4, temperature=1.0))
+
+    def score(self, records):
+        found = by_sample(records).items()
+        return Scores([Verdict(n, sample, {"words": float(len(r[0].text.split()))}) for (n, sample), r in found])
+
+
+TASK = Draws()
+'''
+
+
+def test_a_task_that_draws_random_numbers_changes_no_training(tmp_path: Path) -> None:
+    """A task in Python runs in the process that trains, whose dropout draws from torch's generator."""
+    (tmp_path / "draws.py").write_text(DRAWS)
+    during = {"every": 3, "tasks": [str(tmp_path / "draws.py")]}
+    go(recipe(tmp_path, lora=LORA), tmp_path / "without")
+    go(recipe(tmp_path, lora=LORA, evaluate=during), tmp_path / "with")
+    trained, evaluated = lines(tmp_path / "with")
+    assert [row["step"] for row in evaluated] == [0, 3, 6, 8]
+    assert trained == lines(tmp_path / "without")[0]
+    assert equal(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
 def test_a_resumed_run_keeps_the_best_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """Interrupted at step 7: evaluations after the checkpoint of step 5 are made again, earlier ones are kept."""
     during = settings(tmp_path, every=2, keep="best", verifier="{kind: regex, pattern: 'e'}")
