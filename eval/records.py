@@ -158,7 +158,7 @@ class RecordStore:
         found = list(records)
         if not found or self._file is None or self.path is None:
             return
-        lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in found)
+        lines = "".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in found)
         try:
             self._file.write(lines.encode("utf-8"))
             self._file.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ def shown(metric: Mapping[str, Any] | None) -> str:
 def write_verdicts(path: Path, scores: Mapping[str, Scores]) -> None:
     """Write one line per task, document and sample."""
     lines = [
-        json.dumps({"task": task, **asdict(verdict)}, ensure_ascii=False) + "\n"
+        json.dumps({"task": task, **vars(verdict)}, ensure_ascii=False) + "\n"
         for task, found in scores.items()
         for verdict in found.verdicts
     ]

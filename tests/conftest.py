@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,12 @@ def known_configuration_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             build(self, *args, **values)
 
         monkeypatch.setattr(config, "__init__", checked)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium for the tests of a module; see `tests.browsers`."""
+    from tests.browsers import chromium
+
+    with chromium() as found:
+        yield found

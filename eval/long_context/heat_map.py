@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from align.eval.long_context.grid import Cell
 
-WIDTH, HEIGHT, LEFT, TOP = 84, 34, 74, 26
+WIDTH, HEIGHT, LEFT, TOP = 56, 34, 60, 26
 """Size of a cell, and of the margins for the labels, in pixels."""
 LOW, HIGH = (0x8C, 0x2D, 0x04), (0xD9, 0xEF, 0xFB)
 """Colours of the scores 0 and 1; they differ in lightness, so that they are told apart without colour."""
@@ -26,11 +26,12 @@ def heat_map(cells: Sequence[Cell], title: str) -> str:
     width, height = LEFT + WIDTH * len(lengths) + 6, TOP + HEIGHT * len(depths) + 6
     parts = [
         f'<svg class="heat" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'role="img" aria-label="{html.escape(title, quote=True)}" style="max-width:100%;height:auto">',
+        f'height="{height}" role="img" aria-label="{html.escape(title, quote=True)}">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
         '<defs><pattern id="none" width="6" height="6" patternUnits="userSpaceOnUse">'
         '<path d="M0 6L6 0" stroke="#8a9099"/></pattern></defs>',
     ]
+    parts.append(_text(LEFT - 8, TOP - 9, "tokens", "soft", "end"))
     for column, length in enumerate(lengths):
         parts.append(_text(LEFT + WIDTH * (column + 0.5), TOP - 9, f"{length:,}", "soft", "middle"))
     for row, depth in enumerate(depths):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOTHING = "–"
@@ -41,7 +41,7 @@ def mean(cell: dict[str, Any], *, signed: bool = False) -> str:
     return NOT_FINITE if cell.get("not_finite") else number(cell["mean"], signed=signed)
 
 
-def interval(cell: dict[str, Any] | None) -> str:
+def interval(cell: Mapping[str, Any] | None) -> str:
     """The ends of a cell's interval as [low, high]; empty if the cell has no interval."""
     if not cell or cell.get("low") is None:
         return ""

@@ -1,16 +1,14 @@
 """report.html: one page without scripts or requests, from the content of report.json and the curves.
 
-`_text` escapes every text that can come from a recipe, a data set or a model.
+`page.escape` escapes every text that can come from a recipe, a data set or a model.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Set
-from pathlib import Path
 from typing import Any
 
-from align.eval.report.formatting import NOTHING, certainty, duration, flat, interval, mark, mean, number, plain
+from align.eval.report.formatting import NOTHING, certainty, duration, flat, interval, mark, mean, number
 from align.eval.report.markdown import (
     TASK_HEAD,
     caveat,
@@ -23,11 +21,8 @@ from align.eval.report.markdown import (
     task_rows,
     tasks_line,
 )
+from align.eval.report.page import escape, page, scrolling
 from align.eval.report.plots import Plot, comparison_plots, stage_plots
-
-STYLE_SHEET = Path(__file__).with_name("report.css")
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Content security policy: the page loads nothing, whatever a sample contains."""
 
 
 def render_html(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -47,32 +42,20 @@ def render_html(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]])
         _section("provenance", "Provenance", _provenance(report)),
     ]
     shown = [(anchor, title.partition(":")[0], body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{_text(title)}</a>' for anchor, title, _ in shown)
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            f"<title>{_text(report['name'])}: run report</title>",
-            f"<style>{STYLE_SHEET.read_text(encoding='utf-8')}</style></head><body>",
-            *_header(report, links),
-            "<main>",
-            *(body for _, _, body in shown),
-            "</main>",
-            f'<footer class="soft">Generated {_text(report["generated"])}.</footer>',
-            "</body></html>\n",
-        ]
-    )
-
-
-def _text(value: Any) -> str:
-    return html.escape(plain(value), quote=True)
+    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in shown)
+    body = [
+        *_header(report, links),
+        "<main>",
+        *(body for _, _, body in shown),
+        "</main>",
+        f'<footer class="soft">Generated {escape(report["generated"])}.</footer>',
+    ]
+    return page(f"{report['name']}: run report", body)
 
 
 def _section(anchor: str, title: str, parts: Iterable[str]) -> tuple[str, str, str]:
     body = "\n".join(parts)
-    return anchor, title, f'<section id="{anchor}"><h2>{_text(title)}</h2>\n{body}</section>' if body else ""
+    return anchor, title, f'<section id="{anchor}"><h2>{escape(title)}</h2>\n{body}</section>' if body else ""
 
 
 def _of(evaluation: dict[str, Any], report: dict[str, Any]) -> str:
@@ -81,13 +64,13 @@ def _of(evaluation: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _header(report: dict[str, Any], links: str) -> Iterator[str]:
-    yield f'<header><p class="soft">Run report</p><h1>{_text(report["name"])}</h1>'
+    yield f'<header><p class="soft">Run report</p><h1>{escape(report["name"])}</h1>'
     if report["recipe"]["description"]:
-        yield f"<p>{_text(report['recipe']['description'])}</p>"
-    lines = "".join(f"<li>{_text(line)}</li>" for line in report["verdict"].rstrip(".").split("; "))
+        yield f"<p>{escape(report['recipe']['description'])}</p>"
+    lines = "".join(f"<li>{escape(line)}</li>" for line in report["verdict"].rstrip(".").split("; "))
     yield f'<div class="verdict"><ul>{lines}</ul></div>'
     if report["notes"]:
-        yield f'<ul class="notes">{"".join(f"<li>{_text(note)}</li>" for note in report["notes"])}</ul>'
+        yield f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in report["notes"])}</ul>'
     yield f'<dl class="tiles">{"".join(_tiles(report))}</dl><nav>{links}</nav></header>'
 
 
@@ -105,8 +88,8 @@ def _tiles(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _tile(term: str, value: str, detail: str = "") -> str:
-    small = f"<small>{_text(detail)}</small>" if detail else ""
-    return f"<div><dt>{_text(term)}</dt><dd>{_text(value)}{small}</dd></div>"
+    small = f"<small>{escape(detail)}</small>" if detail else ""
+    return f"<div><dt>{escape(term)}</dt><dd>{escape(value)}{small}</dd></div>"
 
 
 def _timeline(report: dict[str, Any]) -> Iterator[str]:
@@ -118,10 +101,10 @@ def _timeline(report: dict[str, Any]) -> Iterator[str]:
         style = f"margin-left:{98 * start / total:.2f}%;width:{98 * seconds / total:.2f}%"
         bar = f'<div class="bar" style="{style}"></div>' if seconds else ""
         time = duration(stage["seconds"]) if stage["seconds"] is not None else stage["status"]
-        kind = "" if stage["kind"] == stage["name"] else f'<span class="soft">{_text(stage["kind"])}</span>'
+        kind = "" if stage["kind"] == stage["name"] else f'<span class="soft">{escape(stage["kind"])}</span>'
         yield (
-            f'<div class="stage"><div><b>{_text(stage["name"])}</b> {kind}</div>'
-            f'<div class="track">{bar}</div><div class="time">{_text(time)}</div></div>'
+            f'<div class="stage"><div><b>{escape(stage["name"])}</b> {kind}</div>'
+            f'<div class="track">{bar}</div><div class="time">{escape(time)}</div></div>'
         )
         start += seconds
     yield "</div>"
@@ -129,26 +112,26 @@ def _timeline(report: dict[str, Any]) -> Iterator[str]:
 
 def _comparison(evaluation: dict[str, Any], index: int) -> Iterator[str]:
     metrics = evaluation["metrics"]
-    yield f'<p class="soft">{_text(caveat(evaluation))}</p>'
-    labels = [_text(metric["label"]) for metric in metrics]
+    yield f'<p class="soft">{escape(caveat(evaluation))}</p>'
+    labels = [escape(metric["label"]) for metric in metrics]
     rows = []
     for name in evaluation["models"]:
         baseline = ' <span class="soft">baseline</span>' if name == evaluation["baseline"] else ""
-        rows.append([f"{_text(name)}{baseline}", *(_value(metric["models"].get(name)) for metric in metrics)])
-    yield _table(["Model", *labels], rows)
+        rows.append([f"{escape(name)}{baseline}", *(_value(metric["models"].get(name)) for metric in metrics)])
+    yield _table("Means by model", ["Model", *labels], rows)
     if evaluation["pairs"]:
         yield "<h3>Paired differences</h3>"
         rows = [
-            [f"{_text(a)} − {_text(b)}", *(_difference(metric, a, b) for metric in metrics)]
+            [f"{escape(a)} − {escape(b)}", *(_difference(metric, a, b) for metric in metrics)]
             for a, b in evaluation["pairs"]
         ]
-        yield _table(["Difference", *labels], rows)
+        yield _table("Paired differences", ["Difference", *labels], rows)
         yield '<p class="soft">▲ above zero, ▼ below zero, ≈ the interval includes zero, ? no interval.</p>'
     if line := reward_model_line(evaluation):
-        yield f"<p>{_text(line)}</p>"
+        yield f"<p>{escape(line)}</p>"
     if evaluation["tasks"]:
-        yield f'<h3>Tasks</h3><p class="soft">{_text(tasks_line(evaluation))}</p>'
-        yield _table(TASK_HEAD, [[_text(cell) for cell in row] for row in task_rows(evaluation)])
+        yield f'<h3>Tasks</h3><p class="soft">{escape(tasks_line(evaluation))}</p>'
+        yield _table("Tasks", TASK_HEAD, [[escape(cell) for cell in row] for row in task_rows(evaluation)])
     yield _figures(comparison_plots(evaluation, f"cmp{index}"))
 
 
@@ -174,11 +157,11 @@ def _training(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -
         about = f"{stage['kind']}, {duration(stage['seconds'])}"
         if stage["parameters"]:
             about += f"; parameters (total / active / trained): {parameters(stage)}"
-        yield f"<h3>{_text(stage['name'])}</h3><p class='about soft'>{_text(about)}</p>"
+        yield f"<h3>{escape(stage['name'])}</h3><p class='about soft'>{escape(about)}</p>"
         yield _figures(stage_plots(stage["kind"], rows, f"s{i}"))
         if metrics:
-            cells = [[_text(key), _text(number(value))] for key, value in metrics]
-            yield _folded(f"Final metrics ({len(cells)})", _table(["Metric", "Value"], cells))
+            cells = [[escape(key), escape(number(value))] for key, value in metrics]
+            yield _folded(f"Final metrics ({len(cells)})", _table("Final metrics", ["Metric", "Value"], cells))
 
 
 def _figures(plots: list[Plot]) -> str:
@@ -186,13 +169,13 @@ def _figures(plots: list[Plot]) -> str:
         return ""
     figures = []
     for plot in plots:
-        caption = f"<figcaption>{_text(plot.caption)}</figcaption>" if plot.caption else ""
-        figures.append(f'<figure><h4>{_text(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
+        caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
+        figures.append(f'<figure><h4>{escape(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
-    yield f'<p class="soft">{_text(samples_line(evaluation))}</p>'
+    yield f'<p class="soft">{escape(samples_line(evaluation))}</p>'
     for sample in evaluation["samples"]:
         completions, reference = [], ""
         if sample["reference"] is not None:
@@ -201,50 +184,54 @@ def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
             score = sample["scores"].get(model)
             completions.append(_completion(model if score is None else f"{model} · score {number(score)}", completion))
         yield (
-            f'<article class="card"><h3>{_text(sample["title"])}</h3>'
-            f'<p class="text prompt" dir="auto">{_text(sample["prompt"])}</p>'
+            f'<article class="card"><h3>{escape(sample["title"])}</h3>'
+            f'<p class="text prompt" dir="auto">{escape(sample["prompt"])}</p>'
             f'{reference}<div class="completions">{"".join(completions)}</div></article>'
         )
 
 
 def _completion(title: str, completion: str, style: str = "") -> str:
-    body = _text(completion) if completion.strip() else '<span class="soft">(empty)</span>'
+    body = escape(completion) if completion.strip() else '<span class="soft">(empty)</span>'
     text = f'<p class="text" dir="auto" tabindex="0">{body}</p>'
-    return f'<div class="{style}"><h3>{_text(title)}</h3>{text}</div>'
+    return f'<div class="{style}"><h3>{escape(title)}</h3>{text}</div>'
 
 
 def _provenance(report: dict[str, Any]) -> Iterator[str]:
     head = ["Stage", "Commit", "Config hash", "Seed", "Made from", "Finished"]
     rows = [
         [
-            _text(stage["name"]),
-            f'<span class="nowrap">{_text(commit(stage))}</span>',
-            _text(str(stage["config_hash"] or NOTHING)[:16]),
-            _text(stage["seed"] if stage["seed"] is not None else NOTHING),
-            _text(parents(stage)),
-            f'<span class="nowrap">{_text(_moment(stage["finished"]) or stage["status"])}</span>',
+            escape(stage["name"]),
+            f'<span class="nowrap">{escape(commit(stage))}</span>',
+            escape(str(stage["config_hash"] or NOTHING)[:16]),
+            escape(stage["seed"] if stage["seed"] is not None else NOTHING),
+            escape(parents(stage)),
+            f'<span class="nowrap">{escape(_moment(stage["finished"]) or stage["status"])}</span>',
         ]
         for stage in report["stages"]
     ]
-    yield _table(head, rows, wide={4})
+    yield _table("Provenance", head, rows, wide={4})
     data = [
-        [f"{_text(stage['name'])}", _text(key), _text(number(value))]
+        [f"{escape(stage['name'])}", escape(key), escape(number(value))]
         for stage in report["stages"]
         for key, value in flat(stage["data"] or {})
     ]
     if data:
-        lost = [[_text(stage), _text(counts)] for stage, counts in _lost(report)]
+        lost = [[escape(stage), escape(counts)] for stage, counts in _lost(report)]
         yield "<h3>Data</h3>"
         yield (
-            _table(["Stage", "Rows dropped or truncated"], lost) if lost else "<p>No row was dropped or truncated.</p>"
+            _table("Lost rows", ["Stage", "Rows dropped or truncated"], lost)
+            if lost
+            else "<p>No row was dropped or truncated.</p>"
         )
-        yield _folded(f"All data counts ({len(data)})", _table(["Stage", "What", "Value"], data, wide={2}))
+        yield _folded(
+            f"All data counts ({len(data)})", _table("Data counts", ["Stage", "What", "Value"], data, wide={2})
+        )
     for machine in report["hardware"]:
         parts = (f"{key}: {number(value)}" for key, value in machine.items())
-        yield f"<p><b>Machine</b> {_text('; '.join(parts))}</p>"
+        yield f"<p><b>Machine</b> {escape('; '.join(parts))}</p>"
     if report["packages"]:
-        cells = [[_text(name), _text(version)] for name, version in report["packages"].items()]
-        yield _folded(f"Packages ({len(cells)})", _table(["Package", "Version"], cells))
+        cells = [[escape(name), escape(version)] for name, version in report["packages"].items()]
+        yield _folded(f"Packages ({len(cells)})", _table("Packages", ["Package", "Version"], cells))
 
 
 def _moment(time: str | None) -> str:
@@ -264,10 +251,10 @@ def _lost(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield stage["name"], ", ".join(counts)
 
 
-def _table(head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
+def _table(label: str, head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
     """A table in a scrolling box.
 
-    rows: cells as HTML. wide: columns that may wrap.
+    label: what it holds, for a screen reader. rows: cells as HTML. wide: columns that may wrap.
     """
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = []
@@ -275,8 +262,8 @@ def _table(head: list[str], rows: list[list[str]], wide: Set[int] = frozenset())
         cells = "".join(f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    return scrolling(label, table)
 
 
 def _folded(summary: str, body: str) -> str:
-    return f"<details><summary>{_text(summary)}</summary>{body}</details>"
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"

@@ -61,6 +61,14 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.formatter.limits": (-4, 5),
 }
+THEME = {
+    "#b9bdc2": "--axis",
+    "#4b5057": "--tick",
+    "#2a2e33": "--ink",
+    "#e6e7e9": "--grid",
+    **{color: f"--m{number}" for number, color in enumerate(COLORS)},
+}
+"""Variables of the style sheet that replace the colours of a drawing, so that it is legible on a dark page too."""
 
 
 class Plot(NamedTuple):
@@ -236,6 +244,7 @@ def _svg(figure: Figure, prefix: str, title: str) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}", text)
+    text = re.sub("|".join(THEME), lambda m: f"var({THEME[m[0]]}, {m[0]})", text)
     text = re.sub(r"font: ([^;\"]*?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
     box = re.search(r'viewBox="[^"]+"', text)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{_attribute(title)}">'

@@ -171,7 +171,7 @@ def test_the_heat_map_is_valid_and_readable() -> None:
     assert said[1].startswith("1,024 tokens, depth 0 %: 1.00, 95 % interval 0.34 to 1.00, n 2")
     assert said[4] == "4,096 tokens, depth 50 %: no score, 1 unscored"
     numbers = [node.text for node in root.iter(f"{space}text")]
-    assert numbers == ["1,024", "4,096", "0 %", "50 %", "1.00", "0.00", "0.50*"]
+    assert numbers == ["tokens", "1,024", "4,096", "0 %", "50 %", "1.00", "0.00", "0.50*"]
     assert "prefers-color-scheme:dark" in text
 
     def luminance(color: tuple[int, ...]) -> float:
