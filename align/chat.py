@@ -15,21 +15,34 @@ from align.data.shapes import DropRow, Message
 from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
+from align.models.lora.folder import require_fitting
+from align.models.lora.stock import load_adapter
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.quiet import quieten
 
 
 def chat(
-    folder: Path, *, system: str | None, max_new_tokens: int, temperature: float, seed: int, variables: dict[str, Any]
+    folder: Path,
+    *,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    variables: dict[str, Any],
+    adapter: Path | None = None,
 ) -> None:
     """Read lines and stream completions, keeping the conversation; an empty line or the end of input stops.
 
     variables: values for the chat template's own variables.
+    adapter: folder of a LoRA adapter on the model.
     """
     quieten()
     tokenizer = load_tokenizer(folder)
     set_template_defaults(tokenizer, variables, "--chat-template-kwargs")
     model = load_policy(folder, "float32").eval()
+    if adapter is not None:
+        require_fitting(adapter, model.config)
+        model = load_adapter(model, adapter)
     torch.manual_seed(seed)
     messages = [{"role": "system", "content": system}] if system else []
     prompt = "> " if sys.stdin.isatty() else ""

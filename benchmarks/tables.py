@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("data.md", "families.md", "model.md", "parallel.md", "ppo.md", "rollouts.md", "runs.md", "training.md")
+GUIDES = (
+    "data.md",
+    "families.md",
+    "model.md",
+    "parallel.md",
+    "ppo.md",
+    "rollouts.md",
+    "runs.md",
+    "serving.md",
+    "training.md",
+)
 PAGES = [ROOT / "docs" / name for name in GUIDES]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -381,6 +391,17 @@ def starts(results: dict[str, Any]) -> str:
     )
 
 
+def serve(results: dict[str, Any]) -> str:
+    load, rates, ratios = results["load"], results["tokens_per_second"], results["against_merged"]
+    asked = (
+        f"{load['clients']} clients for {load['seconds']:.0f} s: {load['requests']} requests, {load['swaps']} swaps, "
+        f"**{load['wrong']} wrong answers**; latency {1000 * load['latency_p50']:.0f} ms (median), "
+        f"{1000 * load['latency_p95']:.0f} ms (95th percentile); a swap takes {1000 * load['swap_p50']:.0f} ms."
+    )
+    rows = [[case, f"{rate:.0f}", f"{ratios[case]:.2f}"] for case, rate in rates.items()]
+    return f"{asked}\n\n{table(['requests', 'tokens/s', 'against the merged model'], rows)}"
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -401,6 +422,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "ppo_vs_trl_dense": ppo_vs_trl,
     "ppo_curves_vs_trl": ppo_curves_vs_trl,
     "rollout": rollout,
+    "serve": serve,
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
     "filters": filters,

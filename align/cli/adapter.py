@@ -131,7 +131,7 @@ def _info(options: argparse.Namespace) -> None:
         return
     print(f"base model: {base}")
     _print_table(rows)
-    print(f"vLLM: {'; '.join(problems) + '. Merge it to serve it.' if problems else 'can serve it beside its base'}")
+    print(f"align serve: {'; '.join(problems) + '. Merge it to serve it.' if problems else 'can serve it'}")
 
 
 def _print_table(rows: list[GroupRow]) -> None:
@@ -152,7 +152,7 @@ def _check(options: argparse.Namespace) -> None:
     require_finite_adapter(adapter)
     print(f"{folder}: fits {base}, {len(found)} parameters change")
     for problem in serving_problems(found, adapter, bones):
-        print(f"  vLLM cannot serve it beside its base: {problem}; merge it with `align adapter merge`")
+        print(f"  `align serve` cannot serve it beside its base: {problem}; merge it with `align adapter merge`")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Commands that serve a checkpoint: `chat`, `serve-reward`, `serve-rollout`."""
+"""Commands that serve a checkpoint: `chat`, `serve`, `serve-reward`, `serve-rollout`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from typing import Any
 
 from align.cli.terminal import say
 from align.errors import UserError
+from align.serve.settings import TOKEN_VARIABLE
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the commands to the parser."""
     chat = commands.add_parser(
         "chat",
-        help="chat with a checkpoint",
-        description="Chat with the output of any stage, or with a checkpoint folder. An empty line or Ctrl-D ends.",
+        help="chat with a checkpoint, an adapter or a server",
+        description="Chat with the output of any stage, with a checkpoint folder, or with a server. An empty line or "
+        "Ctrl-D ends.",
     )
-    chat.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
+    chat.add_argument(
+        "checkpoint", type=Path, nargs="?", help="runs/<run>/<stage>, or a folder with config.json; not with --url"
+    )
+    chat.add_argument("--adapter", metavar="[NAME=]DIR", help="a LoRA adapter to put on the checkpoint")
+    chat.add_argument("--url", help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")
+    chat.add_argument("--model", help="model or adapter on the server (default: the first that it lists)")
+    chat.add_argument("--token-file", type=Path, help=f"file with the server's token (default: ${TOKEN_VARIABLE})")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="maximum tokens per answer (default: 256)")
     chat.add_argument("--temperature", type=float, default=0.7, help="0: greedy decoding (default: 0.7)")
@@ -31,6 +39,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     chat.set_defaults(command=_chat)
 
+    _add_serve(commands)
     serve_reward = commands.add_parser(
         "serve-reward",
         help="serve a reward model over HTTP",
@@ -97,21 +106,142 @@ def template_variables(text: str) -> dict[str, Any]:
     return variables
 
 
-def _chat(options: argparse.Namespace) -> None:
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a checkpoint and LoRA adapters over HTTP (OpenAI's interface)",
+        description="Serve a checkpoint and any number of LoRA adapters on it with vLLM, as an OpenAI-compatible "
+        "server. Before it accepts requests, each model's log-probabilities are compared with transformers and PEFT.",
+    )
+    serve.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
+    serve.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="serve the adapter in DIR as the model NAME; may be repeated",
+    )
+    serve.add_argument("--adapters-dir", type=Path, help="folder from which adapters are loaded while the server runs")
+    serve.add_argument("--max-adapters", type=int, help="maximum number of adapters at the same time (default: 8)")
+    serve.add_argument("--max-rank", type=int, help="maximum rank of an adapter (default: 16, or that of --adapter)")
+    serve.add_argument("--name", help="name of the base model in requests (default: that of its folder)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a token")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument("--token", help="bearer token of every request; other users of this machine can see it")
+    serve.add_argument("--token-file", type=Path, help=f"file with the token (default: ${TOKEN_VARIABLE})")
+    serve.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision (default: float32)"
+    )
+    serve.add_argument("--max-model-length", type=int, help="maximum tokens of prompt and completion (default: 4096)")
+    serve.add_argument("--max-sequences", type=int, help="maximum number of sequences decoded concurrently")
+    serve.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
+    serve.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
+    serve.add_argument("--tool-parser", metavar="NAME", help="vLLM's parser of the model's tool calls, such as hermes")
+    serve.add_argument(
+        "--drain-seconds", type=int, default=30, help="time for running requests after SIGTERM (default: 30)"
+    )
+    serve.add_argument(
+        "--no-proof",
+        action="store_false",
+        dest="proof",
+        help="do not compare with transformers and PEFT, which need memory for the whole model before vLLM starts",
+    )
+    serve.set_defaults(command=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
     from align.run.checkpoint import require_checkpoint
+    from align.serve.settings import (
+        ServeSettings,
+        engine_settings,
+        model_name,
+        named_folders,
+        require_name,
+        resolved_token,
+        served_rank,
+    )
+
+    folder = require_checkpoint(options.checkpoint)
+    name = options.name or model_name(folder)
+    require_name(name, "--name")
+    adapters = named_folders(options.adapter, name)
+    most = max(8, len(adapters)) if options.max_adapters is None else options.max_adapters
+    if most < max(1, len(adapters)):
+        raise UserError(f"--max-adapters {most}: must be at least {max(1, len(adapters))}.")
+    if options.adapters_dir is not None and not options.adapters_dir.is_dir():
+        raise UserError(f"--adapters-dir {options.adapters_dir}: not a folder; create it, or pass another one.")
+    if options.drain_seconds < 0:
+        raise UserError(f"--drain-seconds {options.drain_seconds}: must be at least 0.")
+    token = resolved_token(options.token, options.token_file, options.host)
+    keys = ("max_model_length", "max_sequences", "cache_gib", "tensor_parallel_size")
+    rollout = engine_settings(folder, {key: getattr(options, key) for key in keys})
+    from align.serve.command import adapter_base, largest_rank, serve
+
+    base = adapter_base(folder, options.dtype)
+    settings = ServeSettings(
+        checkpoint=folder,
+        name=name,
+        adapters=adapters,
+        adapters_dir=options.adapters_dir,
+        max_adapters=most,
+        max_rank=served_rank(largest_rank(adapters.values(), base), options.max_rank),
+        host=options.host,
+        port=options.port,
+        token=token,
+        dtype=options.dtype,
+        tool_parser=options.tool_parser,
+        drain_seconds=options.drain_seconds,
+        proof=options.proof,
+        rollout=rollout,
+    )
+    serve(settings, base)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from align.run.checkpoint import adapter_folder, require_checkpoint
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1.")
     variables = template_variables(options.chat_template_kwargs)
+    if options.url is not None:
+        _chat_with_server(options, variables)
+        return
+    if options.checkpoint is None:
+        raise UserError("chat: there is no model; pass a checkpoint folder, or --url of a server.")
+    if options.model is not None:
+        raise UserError(f"--model {options.model}: it names a model of a server; pass --url, or leave out --model.")
     folder = require_checkpoint(options.checkpoint)
+    adapter = None
+    if options.adapter is not None:
+        adapter = adapter_folder(Path(options.adapter.rpartition("=")[2]).expanduser())
     from align.chat import chat
 
     chat(
         folder,
+        adapter=adapter,
         system=options.system,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        variables=variables,
+    )
+
+
+def _chat_with_server(options: argparse.Namespace, variables: dict[str, Any]) -> None:
+    from align.serve.client import ChatServer, chat_with_server
+    from align.serve.settings import resolved_token
+
+    for flag, given in (("a checkpoint", options.checkpoint), ("--adapter", options.adapter)):
+        if given is not None:
+            raise UserError(
+                f"--url {options.url}: the server has its own models, so {flag} has no effect; leave it out."
+            )
+    sampling = {"max_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    chat_with_server(
+        ChatServer(options.url, resolved_token(None, options.token_file, "localhost")),
+        options.model,
+        system=options.system,
+        sampling=sampling,
         variables=variables,
     )
 

@@ -193,6 +193,7 @@ class Family:
     prepare_vllm: register the family's model class with vLLM in this process; by default vLLM's own class is used.
     conversion: converters between the published layout and ours for transformers' `save_pretrained`; only for a family
         that transformers does not know.
+    serves_expert_adapters: True if vLLM runs the family with LoRA adapters on routed experts that are not merged.
     """
 
     config: type[PreTrainedConfig]
@@ -206,6 +207,7 @@ class Family:
     lora: Callable[[Any], LoraTargets]
     prepare_vllm: Callable[[], None] = do_nothing
     conversion: Callable[[], list[WeightConverter | WeightRenaming]] = list
+    serves_expert_adapters: bool = False
 
     @property
     def model_type(self) -> str:

@@ -84,17 +84,14 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     """
     checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
     check_model(checkpoint, rollout, dtype=dtype)
-    _check_port(host, port)
+    check_port(host, port)
     # vLLM has routes for weight updates, pausing and sleeping in development mode only.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and rollout.tensor_parallel_size > 1:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cores_per_rank(rollout.tensor_parallel_size)
+    bind_cores(rollout.tensor_parallel_size)
     prepare_vllm()
     transfer = transfer or ("nccl" if has_gpu() else "host")
     if transfer == "ipc":
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM pickles the memory handles
-    if not has_gpu():
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling one tiny sampling function takes 20 s
     options = engine_options(checkpoint, rollout, dtype=dtype, seed=settings.seed)
     options |= model_options(checkpoint, dtype=dtype)
     options |= {
@@ -118,7 +115,7 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
         threading.Thread(target=_end_with_parent, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:
         threading.Thread(target=_print_when_ready, args=(checkpoint, f"http://{host}:{port}"), daemon=True).start()
-    _run(arguments)
+    run_vllm_server(arguments)
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
@@ -128,12 +125,17 @@ def command_line(options: dict[str, Any]) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *value]
         else:
             flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
 
 
-def _run(arguments: list[str]) -> None:
+def run_vllm_server(arguments: list[str]) -> None:
+    """Run vLLM's server with these flags until it is interrupted. Call `prepare_vllm` first."""
+    if not has_gpu():
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling one tiny sampling function takes 20 s
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -144,7 +146,8 @@ def _run(arguments: list[str]) -> None:
     uvloop.run(run_server(options))
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raise UserError unless this process can listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -152,6 +155,12 @@ def _check_port(host: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from None
+
+
+def bind_cores(ranks: int) -> None:
+    """Divide the cores among several ranks, unless the user has done so."""
+    if ranks > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_per_rank(ranks))
 
 
 def _cores_per_rank(ranks: int) -> str:

@@ -166,13 +166,16 @@ def model_options(checkpoint: Path, *, dtype: str) -> dict[str, Any]:
     return options
 
 
-def check_model(checkpoint: Path, rollout: Rollout, *, dtype: str) -> None:
-    """Raise UserError for a checkpoint that vLLM cannot run, or a context length that it would refuse later."""
+def check_model(checkpoint: Path, rollout: Rollout, *, dtype: str, remedy: str = REMEDY) -> None:
+    """Raise UserError for a checkpoint that vLLM cannot run, or a context length that it would refuse later.
+
+    remedy: what to do if vLLM cannot run it.
+    """
     check_context(checkpoint, rollout)
     config = _config(checkpoint)
     reason = refusal(config, Engine(dtype, torch.cuda.is_available(), rollout.max_model_length))
     if reason is not None:
-        raise UserError(f"{checkpoint}: vLLM cannot run this {config.model_type} model: {reason}. {REMEDY}")
+        raise UserError(f"{checkpoint}: vLLM cannot run this {config.model_type} model: {reason}. {remedy}")
 
 
 def check_context(checkpoint: Path, rollout: Rollout) -> None:

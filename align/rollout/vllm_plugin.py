@@ -17,7 +17,7 @@ def register() -> None:
 
     import align.models  # noqa: F401 (registers the families)
     from align.models.family import FAMILIES
-    from align.rollout import vllm_fixes
+    from align.rollout import vllm_fixes, vllm_lora
 
     for family in FAMILIES.values():
         family.prepare_vllm()
@@ -25,3 +25,4 @@ def register() -> None:
         with suppress(ValueError):  # already registered in this process
             WeightTransferEngineFactory.register_engine(name, "align.rollout.sync.vllm_side", engine)
     vllm_fixes.apply()
+    vllm_lora.correct_products()

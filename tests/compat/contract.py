@@ -49,6 +49,11 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     (f"{LAYERS}.quantization.base_config:QuantizeMethodBase.process_weights_after_loading", {"layer": 0}),
     (f"{ROUTER}.base_router:BaseRouter.set_capture_fn", {"capture_fn": None}),
     (f"{LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_native", {"positions": 0, "query": 0, "key": 0}),
+    ("vllm.v1.engine.async_llm:AsyncLLM.add_lora", {"lora_request": 0}),
+    ("vllm.v1.engine.async_llm:AsyncLLM.remove_lora", {"lora_id": 1}),
+    ("vllm.v1.engine.async_llm:AsyncLLM.check_health", {}),
+    ("vllm.v1.engine.async_llm:AsyncLLM.generate",
+     {"prompt": 0, "sampling_params": 0, "request_id": "1", "lora_request": None}),
 ]  # fmt: skip
 """(function or class, arguments that we pass); methods without `self`."""
 
@@ -91,6 +96,9 @@ ATTRIBUTES: list[tuple[str, str]] = [
     ),
     (f"{LAYERS}.rotary_embedding.base:RotaryEmbedding", "forward_cpu"),
     ("vllm.model_executor.models.transformers.base:Base", "_decorate_for_torch_compile"),
+    ("vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase", "token_lora_indices"),
+    ("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", "add_lora_linear"),
+    ("vllm.entrypoints.openai.models.serving:OpenAIServingModels", "lora_requests"),
 ]  # fmt: skip
 """(class, attributes that we read or set)."""
 
@@ -133,6 +141,15 @@ OPTIONS: list[tuple[str, str, list[str]]] = [
         ["vllm.engine.arg_utils:AsyncEngineArgs"],
     ),
     ("align/rollout/vllm_options.py", "sampling_options", ["vllm:SamplingParams"]),
+    (
+        "align/serve/command.py",
+        "_vllm_arguments",
+        [
+            "vllm.engine.arg_utils:AsyncEngineArgs",
+            "vllm.entrypoints.common.cli_args:FrontendArgs",
+            "vllm.entrypoints.launchers.cli_args:FrontendArgs",
+        ],
+    ),
     (
         "align/rollout/serve.py",
         "serve",

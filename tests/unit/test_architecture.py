@@ -22,7 +22,7 @@ LAYERS = [
     {"plan"},
     {"train"},
     {"rollout"},
-    {"reward"},
+    {"reward", "serve"},
     {"eval", "rl"},
     {"recipes"},
     {"preflight", "doctor"},
@@ -31,7 +31,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FENCES = {
-    "vllm": ("align/models/hunyuan/vllm", "align/rollout/"),
+    "vllm": ("align/models/hunyuan/vllm", "align/rollout/", "align/serve/"),
     "deepspeed": ("align/parallel/",),
     "peft": ("align/models/lora",),
     "datasets": ("align/data/", "align/train/steps.py", "align/train/quiet.py"),

@@ -30,4 +30,5 @@ HUNYUAN = Family(
     lora=lambda _: LORA,
     prepare_vllm=prepare,
     conversion=conversion,
+    serves_expert_adapters=True,
 )

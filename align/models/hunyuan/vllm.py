@@ -27,11 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention as PagedAttention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -51,19 +47,11 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.platforms import current_platform
 
 from align.losses.linear_head import linear_logits
-from align.models.experts import mix_experts
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.layout import VLLM_MERGED, VllmPlace, layer_of, vllm_pieces, vllm_place
 from align.models.hunyuan.moe import route
-from align.models.hunyuan.vllm_kernels import (
-    BLOCK,
-    RMSNorm,
-    Rotation,
-    fused_experts,
-    has_fused_experts,
-    in_rows,
-    rms_norm,
-)
+from align.models.hunyuan.vllm_experts import Experts
+from align.models.hunyuan.vllm_kernels import RMSNorm, Rotation, rms_norm
 
 
 class LiveLinear(UnquantizedLinearMethod):
@@ -210,44 +198,6 @@ class SwiGlu(nn.Module):
         return self.down_proj(self.act(gate).mul_(up))[0]
 
 
-class Experts(nn.Module):
-    """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
-
-    If vLLM's CPU kernel computes them, the parameters are stored in the kernel's order (see `matrix`).
-    """
-
-    def __init__(self, config: HunYuanConfig, layer: int):
-        super().__init__()
-        self.ranks = get_tensor_model_parallel_world_size()
-        self.num_experts = config.experts_in(layer)
-        self.width = config.intermediate_size // self.ranks
-        self.fused = has_fused_experts(config, self.width)
-        self.w13 = nn.Parameter(torch.empty(self.num_experts, 2 * self.width, config.hidden_size), requires_grad=False)
-        self.w2 = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, self.width), requires_grad=False)
-        self.act = ACT2FN[config.hidden_act]
-
-    def matrix(self, expert: int, projection: str) -> Tensor:
-        """View of this rank's shard of a published matrix: [rows, columns], or [rows/16, 16, columns] for vLLM's
-        kernel."""
-        stack = self.w2.data if projection == "down_proj" else self.w13.data
-        rows = in_rows(stack[expert]) if self.fused else stack[expert]
-        return rows if projection == "down_proj" else rows.chunk(2)[projection == "up_proj"]
-
-    def load(self, expert: int, projection: str, weight: Tensor) -> None:
-        """Copy this rank's shard of one expert's published matrix into its stack."""
-        rank = get_tensor_model_parallel_rank()
-        share = weight.chunk(self.ranks, dim=1 if projection == "down_proj" else 0)[rank]
-        self.matrix(expert, projection).copy_(share.unflatten(0, (-1, BLOCK)) if self.fused else share)
-
-    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Like `mix_experts`, all-reduced over the tensor-parallel ranks."""
-        if self.fused:
-            output = fused_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2)
-        else:
-            output = mix_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2, self.act)
-        return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
-
-
 class Router(nn.Module):
     """Linear router in fp32; its weight has the published name."""
 
@@ -349,8 +299,8 @@ class Update:
 class HunYuanForCausalLM(nn.Module, SupportsLoRA):
     """Language model with vLLM's model interface.
 
-    vLLM's LoRA is supported on attention and on dense or shared MLPs. Adapters on routed experts, and a trained router,
-    must be merged into the checkpoint, as the stages do.
+    vLLM's LoRA is supported on attention, on dense or shared MLPs and on routed experts. A trained router must be
+    merged into the checkpoint.
     """
 
     packed_modules_mapping = {merged: list(projections) for merged, projections in VLLM_MERGED.items()}

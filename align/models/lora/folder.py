@@ -41,6 +41,8 @@ UNSUPPORTED = (
     ("monteclora_config", None),
 )
 """Settings of PEFT's LoRA, each with the only value that can be merged."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of PEFT's initialisations that change the base model's weights whenever the adapter is loaded."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Skeleton:
     transposed: Names of stacks that are stored as [E, I, O].
     tied: The head is the embedding.
     embedding, head: Names of the modules that embed tokens and compute logits.
+    serves_expert_adapters: As in `Family`.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -118,6 +121,7 @@ class Skeleton:
     tied: bool
     embedding: str
     head: str | None
+    serves_expert_adapters: bool = False
 
     def group(self, name: str) -> str:
         """The group of a parameter: attention, shared_expert, routed_experts, router, embeddings, lm_head, score or
@@ -163,6 +167,7 @@ def skeleton(config: Any, *, scorer: bool = False) -> Skeleton:
         bool(config.tie_word_embeddings),
         names[model.get_input_embeddings()],
         names[head] if head is not None else None,
+        family.serves_expert_adapters,
     )
 
 
@@ -185,6 +190,12 @@ def read_adapter(folder: Path) -> Adapter:
                 f"{path}: {name} is {settings[name]!r}, which cannot be merged into a weight; train an adapter "
                 f"with {name}: {json.dumps(only)}."
             )
+    init = str(settings.get("init_lora_weights")).lower()
+    if init.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path}: init_lora_weights is '{init}', so PEFT changes the base model's weights when it loads the "
+            "adapter; save it with PEFT's path_initial_model_for_weight_conversion."
+        )
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         fix = "save it as safetensors (pickled weights are never loaded)" if pickled else "copy the missing file"
@@ -338,12 +349,21 @@ def require_finite_adapter(adapter: Adapter) -> None:
         read(tensor)
 
 
+def require_fitting(folder: Path, config: Any) -> None:
+    """Raise `UserError` unless the adapter is complete, finite and fits a base model with this configuration."""
+    adapter = read_adapter(folder)
+    changes(adapter, skeleton(config))
+    require_finite_adapter(adapter)
+
+
 def serving_problems(found: dict[str, Change], adapter: Adapter, base: Skeleton) -> Iterator[str]:
-    """Reasons why vLLM refuses to serve the adapter beside its base. Merged into the base, it can be served."""
+    """Reasons why the adapter cannot be served beside its base (`align serve`). Merged into it, it can be served."""
     kept = {base.group(name) for name, change in found.items() if isinstance(change, Whole)}
     if kept:
         yield f"it trains in full: {', '.join(sorted(kept))}"
-    if any(isinstance(change, LowRank) and change.experts for change in found.values()):
-        yield "it has factors on routed experts"
+    adapted = {base.group(name) for name, change in found.items() if isinstance(change, LowRank)}
+    served = {"attention", "shared_expert"} | ({"routed_experts"} if base.serves_expert_adapters else set())
+    if adapted - served:
+        yield f"it has factors on: {', '.join(sorted(adapted - served))}"
     if adapter.settings.get("use_dora"):
         yield "it is a DoRA adapter"

@@ -26,6 +26,7 @@ assert not loaded, loaded
     "words",
     [
         ["chat", "nowhere"],
+        ["serve", "nowhere"],
         ["serve-reward", "nowhere"],
         ["serve-rollout", "nowhere"],
         ["show-model", "nowhere"],

@@ -71,6 +71,12 @@ def _(here: Here) -> str:
     return check(here)
 
 
+@wrong("adapter-changes-base", "An adapter whose initialisation changed the base model's weights")
+def _(here: Here) -> str:
+    adapter(here, init_lora_weights="pissa_niter_4")
+    return check(here)
+
+
 @wrong("adapter-pickled", "An adapter with pickled weights only")
 def _(here: Here) -> str:
     adapter(here)

@@ -18,6 +18,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     recipes,
     rewards,
     run_folder,
+    serving,
     several,
     templates,
 )

@@ -33,6 +33,7 @@ SECTIONS = {
     "Data": ["data"],
     "Checkpoints": ["checkpoints"],
     "LoRA adapters": ["adapters"],
+    "Serving and chat": ["serving"],
     "Chat templates": ["templates"],
     "The run folder and the disk": ["run_folder"],
     "Rewards, generation and optional packages": ["rewards", "generation"],

@@ -1,0 +1,174 @@
+"""Routed experts in vLLM, with LoRA adapters of several requests in one batch.
+
+Shapes: T tokens, D hidden, E experts, k experts per token, F expert width (rank-local); N rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from vllm.config import get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.lora.layers.base import BaseLayerWithLoRA
+
+from align.models.experts import ExpertRows, mix_experts, mix_outputs, sorted_product
+from align.models.hunyuan.configuration import HunYuanConfig
+from align.models.hunyuan.vllm_kernels import BLOCK, fused_experts, has_fused_experts, in_rows
+from align.models.lora.served import StackFactors, factors_by_expert
+from align.models.swiglu import gated_halves
+
+GATE_UP, DOWN = "base_layer", "experts"
+"""Names under which PEFT saves the factors of a layer's two stacks: `mlp.experts.base_layer` and `mlp.experts`."""
+
+
+class StackAdapters(BaseLayerWithLoRA):
+    """The slots of vLLM's LoRA manager for one stack of experts.
+
+    inputs, outputs: Sizes of an adapter's factors on this rank.
+    shard: (A [E, r, I], B [E, O, r]) of an adapter -> this rank's shards.
+    """
+
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, shard: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ):
+        super().__init__()
+        lora = get_current_vllm_config().lora_config
+        self.num_experts, self.shard = experts, shard
+        self.factors: StackFactors | None = None
+        if lora is not None:
+            assert isinstance(lora.lora_dtype, torch.dtype)
+            self.factors = StackFactors(experts, lora.max_loras, inputs, outputs, lora.lora_dtype)
+        # vLLM's warm-up reads the sizes and the dtype of an adapter here.
+        dtype = torch.float32 if self.factors is None else self.factors.a.dtype
+        self.lora_a_stacked = (torch.empty(0, inputs, dtype=dtype, device="meta"),)
+        self.lora_b_stacked = (torch.empty(outputs, 0, dtype=dtype, device="meta"),)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Set the adapter of a slot. lora_a: A [E r, I]; lora_b: B [O, r E], multiplied by the scaling."""
+        assert self.factors is not None
+        self.factors.remove(index)
+        if not lora_b.any():
+            return  # also vLLM's warm-up adapter, whose rank is no multiple of the experts
+        self.factors.put(index, *self.shard(*factors_by_expert(lora_a, lora_b, self.num_experts)))
+
+    def reset_lora(self, index: int) -> None:
+        assert self.factors is not None
+        self.factors.remove(index)
+
+
+class Experts(StackAdapters):
+    """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
+
+    If vLLM's CPU kernel computes them, the parameters are stored in the kernel's order (see `matrix`). The module holds
+    the adapters on `w2`, and its child `base_layer` those on `w13`.
+    """
+
+    embedding_modules = {GATE_UP: "", DOWN: ""}
+    """vLLM's LoRA manager takes modules with these names that are neither linear layers nor its own experts."""
+
+    def __init__(self, config: HunYuanConfig, layer: int):
+        ranks = get_tensor_model_parallel_world_size()
+        experts, width = config.experts_in(layer), config.intermediate_size // ranks
+        super().__init__(experts, width, config.hidden_size, shard_down)
+        self.base_layer = StackAdapters(experts, config.hidden_size, 2 * width, shard_gate_up)
+        self.ranks, self.width = ranks, width
+        self.fused = has_fused_experts(config, width)
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size), requires_grad=False)
+        self.w2 = nn.Parameter(torch.empty(experts, config.hidden_size, width), requires_grad=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def matrix(self, expert: int, projection: str) -> Tensor:
+        """View of this rank's shard of a published matrix: [rows, columns], or [rows/16, 16, columns] for vLLM's
+        kernel."""
+        stack = self.w2.data if projection == "down_proj" else self.w13.data
+        rows = in_rows(stack[expert]) if self.fused else stack[expert]
+        return rows if projection == "down_proj" else rows.chunk(2)[projection == "up_proj"]
+
+    def load(self, expert: int, projection: str, weight: Tensor) -> None:
+        """Copy this rank's shard of one expert's published matrix into its stack."""
+        rank = get_tensor_model_parallel_rank()
+        share = weight.chunk(self.ranks, dim=1 if projection == "down_proj" else 0)[rank]
+        self.matrix(expert, projection).copy_(share.unflatten(0, (-1, BLOCK)) if self.fused else share)
+
+    def forward(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Like `mix_experts` with each token's adapter, all-reduced over the tensor-parallel ranks."""
+        slots_T = self._slots(len(hidden_TD))
+        if slots_T is None:
+            output = self._without_adapters(hidden_TD, experts_Tk, weights_Tk)
+        else:
+            output = torch.empty_like(hidden_TD)
+            plain, adapted = (slots_T < 0).nonzero().squeeze(1), (slots_T >= 0).nonzero().squeeze(1)
+            if len(plain):
+                output[plain] = self._without_adapters(hidden_TD[plain], experts_Tk[plain], weights_Tk[plain])
+            output[adapted] = self._with_adapters(
+                hidden_TD[adapted], experts_Tk[adapted], weights_Tk[adapted], slots_T[adapted]
+            )
+        return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
+
+    def _slots(self, tokens: int) -> Tensor | None:
+        """Slot of each token [T], -1 for tokens without an adapter on these experts; None if there are only such."""
+        gate_up, down = self.base_layer.factors, self.factors
+        if gate_up is None or down is None or (gate_up.is_empty and down.is_empty):
+            return None
+        slots_T: Tensor = self.punica_wrapper.token_lora_indices
+        if len(slots_T) != tokens:  # a dummy batch, or padding after the tokens
+            slots_T = nn.functional.pad(slots_T, (0, max(0, tokens - len(slots_T))), value=-1)[:tokens]
+        none = torch.zeros_like(slots_T)
+        adapted = (gate_up.keys(slots_T, none) >= 0) | (down.keys(slots_T, none) >= 0)
+        return torch.where(adapted, slots_T, -1) if bool(adapted.any()) else None
+
+    def _without_adapters(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        if self.fused:
+            return fused_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2)
+        return mix_experts(hidden_TD, experts_Tk, weights_Tk, self.w13, self.w2, self.act)
+
+    def _with_adapters(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, slots_T: Tensor) -> Tensor:
+        gate_up, down = self.base_layer.factors, self.factors
+        assert gate_up is not None
+        assert down is not None
+        order = experts_Tk.flatten().sort(stable=True)
+        slots_N = slots_T.repeat_interleave(experts_Tk.shape[1])[order.indices]
+
+        def compute(rows_ND: Tensor, division: ExpertRows) -> Tensor:
+            middle = self._product(rows_ND, self.w13, division)
+            gate_up.add(middle, rows_ND, gate_up.keys(slots_N, order.values))
+            hidden = gated_halves(self.act, middle)
+            output = self._product(hidden, self.w2, division)
+            down.add(output, hidden, down.keys(slots_N, order.values))
+            return output
+
+        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, compute, complete=True)
+
+    def _product(self, rows_NI: Tensor, stack: Tensor, division: ExpertRows) -> Tensor:
+        """Product of each row with its expert's matrix. In the kernel's order, it is computed by blocks of 16 outputs,
+        without a copy of the matrix."""
+        if not self.fused:
+            return sorted_product(rows_NI, stack, division)
+        outputs, inputs = stack.shape[1:]
+        result = rows_NI.new_empty(len(rows_NI), outputs)
+        counts = division.counts
+        parts = zip(rows_NI.split(counts), result.unflatten(1, (-1, BLOCK)).split(counts), stack)
+        for rows, part, matrix in parts:
+            if len(rows):
+                part.copy_((rows @ matrix.view(outputs // BLOCK, inputs, BLOCK)).transpose(0, 1))
+        return result
+
+
+def shard_gate_up(a_ErI: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's shard of an adapter on gate over up: its rows of both halves of B."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return a_ErI, torch.cat([half.chunk(ranks, dim=1)[rank] for half in b_EOr.chunk(2, dim=1)], dim=1)
+
+
+def shard_down(a_ErI: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's shard of an adapter on the down projection: its columns of A."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return a_ErI.chunk(ranks, dim=2)[rank], b_EOr

@@ -1,0 +1,282 @@
+"""`align serve` under load: wrong answers while adapters are swapped, latency, and tokens per second against the merged
+model alone.
+
+    python benchmarks/bench_serve.py [--seconds 60] [--clients 8]
+
+A random HunYuan model gets adapters on attention and routed experts that are trained to answer with their own name.
+Clients ask random adapters for their names, while another client loads, replaces and unloads adapters of the ranks 4, 8
+and 64; each answer is compared with the name. Then the same number of clients generate with four adapters in one
+batch, and on a second server with one adapter merged into its base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write
+
+from align import cli
+from align.config.parts import Lora
+from align.data.chat import encode_prompt, end_of_turn_id
+from align.data.tokenizer import train_tokenizer
+from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.lora.adapters import add_lora, save_adapter
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.05,
+}
+NAMES = {"ada": 8, "bob": 8, "cleo": 8, "dan": 8, "rosa": 4, "sven": 64}
+"""Adapters and their ranks; the last two are swapped in and out."""
+STEADY, SWAPPED = ("ada", "bob", "cleo", "dan"), ("rosa", "sven")
+NEW_TOKENS = 64
+"""Tokens per completion when tokens per second are measured."""
+
+
+def answer(name: str) -> str:
+    return f"I am {name}, and {name} is my name."
+
+
+def question(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{number}: Who are you, and what is your name?"}]
+
+
+def make_models(folder: Path) -> None:
+    """Write the base, the trained adapters and one merged model."""
+    texts = [f"{question(number)[0]['content']} {answer(name)}" for name in NAMES for number in range(50)]
+    tokenizer = train_tokenizer(texts, 384)
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    HunYuanForCausalLM(HunYuanConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder / "base")
+    for seed, (name, rank) in enumerate(NAMES.items()):
+        train_adapter(folder, tokenizer, name, rank, seed)
+    cli.main(
+        ["adapter", "merge", str(folder / "adapters" / "ada"), str(folder / "merged"), "--base", str(folder / "base")]
+    )
+    tokenizer.save_pretrained(folder / "merged")
+
+
+def train_adapter(folder: Path, tokenizer: Any, name: str, rank: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model: Any = HunYuanForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    lora = Lora(rank=rank, alpha=2.0 * rank, shared_mlp=False, train_router=False)
+    wrapped = add_lora(model, lora, task="CAUSAL_LM")
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=5e-3)
+    target = [*tokenizer(answer(name), add_special_tokens=False)["input_ids"], end_of_turn_id(tokenizer)]
+    chooser = random.Random(seed)
+    for _ in range(400):
+        prompts = [encode_prompt(tokenizer, question(chooser.randrange(10_000))) for _ in range(8)]
+        length = max(map(len, prompts)) + len(target)
+        ids, labels = (torch.full((len(prompts), length), fill) for fill in (tokenizer.pad_token_id, -100))
+        for row, prompt in enumerate(prompts):
+            whole = torch.tensor(prompt + target)
+            ids[row, : len(whole)] = whole
+            labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
+        loss = wrapped(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 1e-3:
+            break
+    print(f"adapter {name}: rank {rank}, loss {loss.item():.4f}", file=sys.stderr)
+    save_adapter(wrapped, folder / "adapters" / name)
+
+
+class Server:
+    """`align serve` in a process of its own."""
+
+    def __init__(self, *arguments: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "align.cli", "serve", *arguments, "--port", str(self.port)]
+        sizes = ["--max-model-length", "192", "--cache-gib", "0.2", "--max-sequences", "16"]
+        self.process = subprocess.Popen([*command, *sizes], stdout=sys.stderr)
+
+    def __enter__(self) -> Server:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if self.call("GET", "/health")[0] == 200:
+                    return self
+            except OSError:
+                time.sleep(0.5)
+        self.process.kill()
+        raise RuntimeError("the server did not start")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(
+                method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+            )
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        return response.status, json.loads(text)
+
+    def name_of(self, model: str, number: int) -> str:
+        """The model's answer to the question for its name."""
+        body = {"model": model, "messages": question(number), "temperature": 0, "max_tokens": 40}
+        status, values = self.call("POST", "/v1/chat/completions", body)
+        if status != 200:
+            return f"status {status}: {values}"
+        return str(values["choices"][0]["message"]["content"])
+
+    def load(self, name: str, folder: str) -> tuple[int, Any]:
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+        return self.call("POST", "/v1/load_lora_adapter", body)
+
+    def unload(self, name: str) -> tuple[int, Any]:
+        return self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def under_load(server: Server, clients: int, seconds: float) -> dict[str, Any]:
+    """Ask for names while adapters are swapped. The name `guest` means another adapter after each swap."""
+    end = time.monotonic() + seconds
+    wrong: list[str] = []
+    latencies: list[float] = []
+    swaps: list[float] = []
+    lock = threading.Lock()
+
+    def compare(model: str, expected: str, number: int) -> None:
+        started = time.monotonic()
+        found = server.name_of(model, number)
+        with lock:
+            latencies.append(time.monotonic() - started)
+            if found != answer(expected):
+                wrong.append(f"{model} ({expected}): {found}")
+
+    def client(seed: int) -> None:
+        chooser = random.Random(seed)
+        while time.monotonic() < end:
+            name = chooser.choice(STEADY)
+            compare(name, name, chooser.randrange(10_000))
+
+    def swapper() -> None:
+        turn = 0
+        while time.monotonic() < end:
+            name = (*SWAPPED, "ada")[turn % 3]
+            started = time.monotonic()
+            status, values = server.load("guest", name)
+            swaps.append(time.monotonic() - started)
+            if status != 200:
+                with lock:
+                    wrong.append(f"loading {name}: {values}")
+            compare("guest", name, turn)
+            if turn % 4 == 3:
+                server.unload("guest")
+            turn += 1
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
+    threads.append(threading.Thread(target=swapper))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for line in wrong[:5]:
+        print(f"wrong: {line}", file=sys.stderr)
+    cuts = statistics.quantiles(latencies, n=20)
+    return {
+        "seconds": seconds,
+        "clients": clients,
+        "requests": len(latencies),
+        "swaps": len(swaps),
+        "wrong": len(wrong),
+        "latency_p50": round(statistics.median(latencies), 4),
+        "latency_p95": round(cuts[18], 4),
+        "swap_p50": round(statistics.median(swaps), 4),
+    }
+
+
+def tokens_per_second(server: Server, models: list[str], seconds: float) -> float:
+    """Tokens per second of one client per entry of `models`."""
+    counts: Counter[int] = Counter()
+    started = time.monotonic()
+    end = started + seconds
+
+    def client(number: int, model: str) -> None:
+        turn = 0
+        while time.monotonic() < end:
+            prompt = f"{number} {turn}: Who are you, and what is your name?"
+            body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 1}
+            status, values = server.call("POST", "/v1/completions", body)
+            assert status == 200, values
+            counts[number] += values["usage"]["completion_tokens"]
+            turn += 1
+
+    threads = [threading.Thread(target=client, args=pair) for pair in enumerate(models)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts.total() / (time.monotonic() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--clients", type=int, default=8)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_models(folder)
+        adapters = [word for name in STEADY for word in ("--adapter", f"{name}={folder / 'adapters' / name}")]
+        few, mixed = options.seconds / 6, [STEADY[i % len(STEADY)] for i in range(options.clients)]
+        rates: dict[str, list[float]] = {"merged": [], "one adapter": [], "mixed": [], "base beside adapters": []}
+
+        def measure_merged() -> None:
+            with Server(str(folder / "merged"), "--name", "merged") as server:
+                tokens_per_second(server, ["merged"], 1)
+                rates["merged"].append(tokens_per_second(server, ["merged"] * options.clients, few))
+
+        measure_merged()
+        more = ["--adapters-dir", str(folder / "adapters"), "--max-rank", "64"]
+        with Server(str(folder / "base"), *adapters, *more) as server:
+            load = under_load(server, options.clients, options.seconds)
+            server.unload("guest")
+            cases = {"one adapter": ["ada"], "mixed": mixed, "base beside adapters": ["base"]}
+            for _ in range(2):
+                for case, models in cases.items():
+                    clients = models if case == "mixed" else models * options.clients
+                    rates[case].append(tokens_per_second(server, clients, few))
+        measure_merged()
+    found = {case: round(statistics.mean(values), 1) for case, values in rates.items()}
+    ratios = {case: round(rate / found["merged"], 3) for case, rate in found.items()}
+    results = {"load": load, "tokens_per_second": found, "against_merged": ratios, "sizes": SIZES, "ranks": NAMES}
+    write("serve", results)
+
+
+if __name__ == "__main__":
+    main()

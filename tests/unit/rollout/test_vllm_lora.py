@@ -1,0 +1,46 @@
+"""vLLM's products of LoRA factors on a CPU: tokens without an adapter keep the base model's values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from align.rollout.vllm_lora import correct_products
+
+SLOTS, RANK, INPUTS, SLICES = 3, 4, 6, (5, 2)
+
+
+@pytest.mark.parametrize("tokens", [6, 200], ids=["decoding", "a prompt"])
+def test_base_tokens_of_a_mixed_batch_keep_their_values(tokens: int) -> None:
+    correct_products()
+    correct_products()  # a no-op
+    torch.manual_seed(0)
+    wrapper = PunicaWrapperCPU(256, max_batches=8, device="cpu")
+    # Adapter 7 is in slot 1 and adapter 9 in slot 2, the last one; 0 is no adapter.
+    adapters = [(0, 7, 0, 9)[i * 4 // tokens] for i in range(tokens)]
+    mapping = LoRAMapping(tuple(adapters), (0, 7, 0, 9), is_prefill=True)
+    wrapper.update_metadata(mapping, [None, 7, 9], SLOTS + 1, 32)
+    a = tuple(torch.randn(SLOTS, 1, RANK, INPUTS) for _ in SLICES)
+    b = tuple(torch.randn(SLOTS, 1, size, RANK) for size in SLICES)
+    x, y = torch.randn(tokens, INPUTS), torch.randn(tokens, sum(SLICES))
+    before = y.clone()
+    wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
+    for row, adapter in enumerate(adapters):
+        slot = {7: 1, 9: 2}.get(adapter)
+        parts = [b[i][slot, 0] @ a[i][slot, 0] @ x[row] for i in range(len(SLICES))] if slot else None
+        expected = before[row] if parts is None else before[row] + torch.cat(parts)
+        torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(y[0], before[0])
+
+
+def test_a_batch_without_adapters_is_unchanged() -> None:
+    correct_products()
+    wrapper = PunicaWrapperCPU(16, max_batches=4, device="cpu")
+    wrapper.update_metadata(LoRAMapping((0, 0), (0,), is_prefill=True), [7], 2, 32)
+    y = torch.ones(2, 3)
+    wrapper.add_lora_linear(y, torch.ones(2, 4), (torch.ones(1, 1, 2, 4),), (torch.ones(1, 1, 3, 2),), 1.0, (3,))
+    assert torch.equal(y, torch.ones(2, 3))
