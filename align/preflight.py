@@ -30,6 +30,8 @@ from align.parallel.offload import require_folder
 from align.reward.code import build_sandbox
 from align.reward.functions import find_reward_function
 from align.rollout.refusals import REMEDY, Engine, refusal
+from align.run.adapted import weights_of
+from align.run.checkpoint import checkpoint_folder
 from align.run.folder import MODEL
 from align.run.refusals import config_problem, path_problem, role_problem, tokenizer_problem, zero_3_problem
 
@@ -142,6 +144,13 @@ def _of_kind(where: str, path: str, accepted: Collection[str] = (LANGUAGE_MODEL,
         problem = role_problem(config, accepted)
     if problem is not None:
         yield f"{where}: {path}: {problem}"
+        return
+    if config is None:
+        return
+    try:
+        weights_of(checkpoint_folder(Path(path)))
+    except UserError as error:  # its base is missing or another one
+        yield f"{where}: {error}"
 
 
 def _of_tokenizer(where: str, path: str) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""LoRA on routed experts: time and memory of a training step by target group, and memory of a streamed merge.
+"""LoRA on routed experts: time and memory of a training step by target group, memory of a streamed merge, and disk and
+start of a result that is stored as an adapter.
 
 A step is the forward and backward pass of a HunYuan model with random weights (hidden 512, 4 layers, 16 experts of
 width 1,024, top-1), 8 rows of 256 tokens, float32, one thread. Times are medians of CPU seconds in alternating order.
@@ -6,6 +7,7 @@ The peak is the resident memory above that before the step.
 
     python benchmarks/bench_lora.py              everything
     python benchmarks/bench_lora.py time 8       one rank, printed only
+    python benchmarks/bench_lora.py start        disk and start-up of a 2 GB model, printed only
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ WAYS = {
 }
 RANKS = (8, 64)
 ROUNDS = 7
+STARTS = 5
 
 
 def build(way: str, rank: int) -> Any:
@@ -155,6 +158,42 @@ def merge_memory(base: str, adapter: str, target: str) -> dict[str, float]:
     return {"imports MB": round(before), "above MB": round(above), "CPU seconds": round(seconds, 1)}
 
 
+def start(folder: str) -> float:
+    """CPU seconds of loading a checkpoint; the imports are not counted."""
+    from align.train.checkpoint import load_policy
+
+    began = time.process_time()
+    load_policy(Path(folder), "float32")
+    return round(time.process_time() - began, 2)
+
+
+def stored() -> dict[str, dict[str, float]]:
+    """MB on disk of a stage's result, and CPU seconds of loading it (median of `STARTS` in alternating order)."""
+    from align.models.lora.whole import whole
+    from align.run.adapted import write_pointer
+
+    with tempfile.TemporaryDirectory() as name:
+        base, beside, merged = (Path(name) / stage / "model" for stage in ("base", "adapter", "merged"))
+        base.mkdir(parents=True)
+        write_adapter(beside, write_base(base), base)
+        write_pointer(beside, beside, base)
+        (beside / "config.json").write_bytes((base / "config.json").read_bytes())
+        with whole(beside) as folder:
+            folder.rename(merged.parent)
+        places = {"save: adapter": beside, "save: merged": merged.parent}
+        seconds: dict[str, list[float]] = {way: [] for way in places}
+        for number in range(STARTS):
+            for way in list(places)[:: 1 if number % 2 == 0 else -1]:
+                seconds[way].append(in_process("load", str(places[way])))
+        return {
+            way: {
+                "MB": round(sum(file.stat().st_size for file in place.glob("*.safetensors")) / 1e6, 1),
+                "CPU seconds": statistics.median(seconds[way]),
+            }
+            for way, place in places.items()
+        }
+
+
 def in_process(*arguments: str) -> Any:
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -177,10 +216,14 @@ def main() -> None:
         print(json.dumps(times(int(rest[0]))))
     elif kind == "memory":
         print(json.dumps(peak(rest[0], int(rest[1]))))
+    elif kind == "load":
+        print(json.dumps(start(*rest)))
+    elif kind == "start":
+        print(json.dumps(stored(), indent=1))
     elif kind == "merge":
         print(json.dumps(merge_memory(*rest) if rest else merged()))
     else:
-        results: dict[str, Any] = {"merge": merged()}
+        results: dict[str, Any] = {"merge": merged(), "stored": stored()}
         for rank in RANKS:
             seconds = in_process("time", str(rank))
             results[f"rank {rank}"] = {

@@ -89,7 +89,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
 }
-LORA = {"rank": 8, "experts": False}
+LORA = {"rank": 8, "experts": False, "train_router": True}
 STEPS = 3
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sft, narrow": ("sft", NARROW, {}),
     "sft, wide": ("sft", WIDE, {}),
     "sft, wide, LoRA": ("sft", WIDE, {"lora": LORA}),
-    "sft, wide, LoRA on experts": ("sft", WIDE, {"lora": {"rank": 8}}),
+    "sft, wide, LoRA on experts": ("sft", WIDE, {"lora": {"rank": 8, "train_router": True}}),
     "reward_model, narrow": ("reward_model", NARROW, {}),
     "reward_model, wide": ("reward_model", WIDE, {}),
     "dpo, narrow": ("dpo", NARROW, {}),

@@ -32,7 +32,7 @@ import torch
 from harness import write
 
 from align import cli
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.data.chat import encode_prompt, end_of_turn_id
 from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM

@@ -61,13 +61,13 @@ RUNS = {
         (
             "stages.sft.data={train: [{kind: file, path: gsm8k.jsonl, limit: 480, "
             "columns: {prompt: question, completion: answer}}], max_length: 192}",
-            "stages.sft.lora={rank: 8}",
+            "stages.sft.lora={rank: 8, train_router: true}",
             "stages.sft.optimizer={learning_rate: 5e-4}",
             "stages.sft.batch_size=16",
             "stages.sft.epochs=1",
             "stages.grpo.prompts=[{kind: file, path: gsm8k.jsonl, columns: {prompt: question}}]",
             "stages.grpo.max_prompt_length=96",
-            "stages.grpo.lora={rank: 8}",
+            "stages.grpo.lora={rank: 8, train_router: true}",
             "stages.grpo.optimizer.learning_rate=1e-4",
             "stages.grpo.rollout={max_new_tokens: 96, max_model_length: 192, max_sequences: 64, cache_gib: 0.5}",
             "stages.grpo.batch_size=32",

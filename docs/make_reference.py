@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from align.config import evaluation, filters, parallel, parts, ppo, rewards, rollout, stage, stages
+from align.config import evaluation, filters, lora, parallel, parts, ppo, rewards, rollout, stage, stages
 from align.config.recipe import Recipe
 from align.config.section import RuntimeSetting
 
@@ -77,7 +77,7 @@ SECTIONS: list[tuple[str, list[tuple[str, type[BaseModel]]]]] = [
             ("Evaluation set", filters.EvaluationSet),
         ],
     ),
-    ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", parts.Lora), ("Group of adapters", parts.GroupLora)]),
+    ("Optimisation", [("Optimizer", parts.Optimizer), ("LoRA", lora.Lora), ("Group of adapters", lora.GroupLora)]),
     ("Several processes", [("Parallel", parallel.Parallel), ("Offload", parallel.Offload)]),
     (
         "Stages",

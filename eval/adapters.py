@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from align.errors import UserError
 from align.models.lora.folder import read_adapter
 from align.models.lora.stream import merge_adapter
+from align.run.adapted import require_base
 from align.run.checkpoint import adapter_folder
 from align.train.checkpoint import check_checkpoint, checked_config
 
@@ -28,8 +29,10 @@ def named_adapters(adapters: Mapping[str, Path | str], models: Mapping[str, Path
     if twice := [name for name in adapters if name in models]:
         raise UserError(f"--adapter {twice[0]}: the checkpoint has this name. Give the adapter another one.")
     folders = {name: adapter_folder(Path(path)) for name, path in adapters.items()}
+    (base,) = models.values()
     for folder in folders.values():
         read_adapter(folder)  # refuses a folder that is not an adapter
+        require_base(folder, base)
     return folders
 
 

@@ -19,7 +19,9 @@ from align.errors import UserError
 from align.models.family import family_of
 from align.models.hot_start import convert_hot_start, embedded_source
 from align.models.vocabulary import added_token_ids
+from align.models.weight_files import weight_files
 from align.parallel.group import from_rank_0
+from align.run.adapted import POINTER, base_of, write_pointer
 from align.run.checkpoint import read_config
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
@@ -174,9 +176,13 @@ def _require_known_keys(changes: dict[str, Any], model_type: str | None) -> None
 def _link_pretrained(source: Path, folder: Path, model: PretrainedModel) -> None:
     """Link to the checkpoint's files instead of copying them, and make the recipe's changes. The original checkpoint is
     not changed."""
+    if model.add_tokens:
+        weight_files(source)  # refuses an adapter beside its base
     for file in source.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != POINTER:
             (folder / file.name).symlink_to(file.resolve())
+    if (source / POINTER).is_file():
+        write_pointer(folder, folder, base_of(source))
     _change_config(folder, model.config)
     if model.add_tokens:
         add_tokens(folder, model.add_tokens, model.vocab_multiple)

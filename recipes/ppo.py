@@ -29,6 +29,7 @@ from align.rollout.self_check import SelfCheck
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.train.checkpoint import count_parameters, load_tokenizer, save_model
+from align.train.fit import say_trained
 
 
 def run(stage: PpoStage, context: StageContext) -> StageResult:
@@ -53,6 +54,8 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
         stack.callback(scorer.close)
         models = build_models(stage, context)
         parameters = count_parameters(models.policy.model)
+        for role, learner in models.learners.items():
+            say_trained(learner.model, context, count_parameters(learner.model)["total"], role)
         engine = partial(
             build_engine,
             parent,
@@ -121,8 +124,9 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             if stopping:
                 interrupt.stop()
         handed_on = evaluations.finish() if evaluations is not None else {}
-    models.policy.swap_ema()  # not swapped back: saving merges the adapters, so training ends here
-    save_model(models.policy.model, tokenizer, context.dir, dtype, parallel)
+    models.policy.swap_ema()  # not swapped back: saving may merge the adapters, so training ends here
+    save = "merged" if stage.lora is None else stage.lora.save
+    save_model(models.policy.model, tokenizer, context.dir, dtype, parallel, save=save)
     return StageResult(metrics | handed_on, report.to_dict(), parameters)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.config.ppo import PpoStage
 from align.data.experience import Experience, build_experience
 from align.models.forward import sequence_scores
@@ -137,7 +137,7 @@ def adapted(dtype: torch.dtype, layers: int, *, experts: bool, by_row: bool = Fa
 
     experts: add adapters to the routed experts too. by_row: apply adapters by row, as under `parallel`.
     """
-    model = add_lora(policy(dtype, layers), Lora(rank=8, experts=experts), task="CAUSAL_LM").eval()
+    model = add_lora(policy(dtype, layers), Lora(rank=8, experts=experts, train_router=True), task="CAUSAL_LM").eval()
     if by_row:
         adapt_by_row(model)
     with torch.no_grad():

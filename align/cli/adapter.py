@@ -12,7 +12,6 @@ from align.run.checkpoint import adapter_folder
 
 if TYPE_CHECKING:
     from align.models.lora.build import Errors
-    from align.models.lora.describe import GroupRow
     from align.models.lora.stream import MergeReport
 
 METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -95,9 +94,12 @@ def _adapter_argument(parser: argparse.ArgumentParser) -> None:
 def _base(adapter: Path, base: Path | None) -> tuple[Path, Any]:
     """The folder of the base model and its configuration."""
     from align.models.lora.folder import read_adapter
+    from align.run.adapted import POINTER, base_of
     from align.run.checkpoint import checkpoint_folder
     from align.train.checkpoint import check_checkpoint, checked_config
 
+    if base is None and (adapter / POINTER).is_file():
+        base = base_of(adapter)
     if base is None:
         named = read_adapter(adapter).settings.get("base_model_name_or_path")
         if not named or not Path(named).is_dir():
@@ -114,7 +116,7 @@ def _new_folder(target: Path) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from align.models.lora.describe import group_rows
+    from align.models.lora.describe import group_rows, table_lines
     from align.models.lora.folder import changes, read_adapter, serving_problems, skeleton
 
     folder = adapter_folder(options.adapter)
@@ -130,25 +132,20 @@ def _info(options: argparse.Namespace) -> None:
         print(json.dumps(values, indent=2))
         return
     print(f"base model: {base}")
-    _print_table(rows)
+    print("\n".join(table_lines(rows)))
     print(f"align serve: {'; '.join(problems) + '. Merge it to serve it.' if problems else 'can serve it'}")
-
-
-def _print_table(rows: list[GroupRow]) -> None:
-    print(f"{'group':<16}{'tensors':>8}{'rank':>8}{'parameters':>16}")
-    for row in rows:
-        print(f"{row.group:<16}{row.tensors:>8}{row.rank:>8}{row.parameters:>16,}")
-    print(f"{'total':<16}{sum(row.tensors for row in rows):>8}{'':>8}{sum(row.parameters for row in rows):>16,}")
 
 
 def _check(options: argparse.Namespace) -> None:
     from align.models.lora.folder import changes, read_adapter, require_finite_adapter, serving_problems, skeleton
+    from align.run.adapted import require_base
 
     folder = adapter_folder(options.adapter)
     adapter = read_adapter(folder)
     base, config = _base(folder, options.base)
     bones = skeleton(config, scorer=adapter.settings.get("task_type") == "SEQ_CLS")
     found = changes(adapter, bones)
+    require_base(folder, base)
     require_finite_adapter(adapter)
     print(f"{folder}: fits {base}, {len(found)} parameters change")
     for problem in serving_problems(found, adapter, bones):

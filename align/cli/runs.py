@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     check = commands.add_parser(
         "check",
         help="validate recipes",
-        description="Validate recipes and check that their files exist, without loading torch.",
+        description="Validate recipes, check that their files exist and print what LoRA trains, without loading torch.",
     )
     check.add_argument(
         "recipes",
@@ -54,7 +54,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument(
         "--data",
         action="store_true",
-        help="also tokenise the data of every stage and print its counts (see `align data show`); loads torch",
+        help="also tokenise the data of every stage and print its counts (see `align data show`), and count what LoRA "
+        "trains in families other than HunYuan; loads torch",
     )
     check.set_defaults(command=_check)
     for command in (run, check):
@@ -132,6 +133,8 @@ def _check(options: argparse.Namespace) -> None:
     else:
         for path, problem in problems.items():
             print(problem if problem else f"{path}: ok", file=sys.stderr if problem else sys.stdout)
+            for line in [] if problem else _adapter_lines(path, overrides, loads_torch=options.data):
+                print(line)
             if options.data and not problem:
                 for line in _data_lines(path, overrides):
                     print(line, flush=True)
@@ -155,6 +158,27 @@ def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> s
         return str(error)
     found = problems(recipe, [BASE, *recipe.stages], files=not options.without_files)
     return "\n".join(f"{path}: {problem}" for problem in found) or None
+
+
+def _adapter_lines(path: str, overrides: list[str], *, loads_torch: bool) -> Iterator[str]:
+    """Trained parameters by group of each stage with adapters, and what follows for serving them."""
+    from align.config import load_recipe
+    from align.plan.job import adapted_models
+
+    for name, role, shape, lora, scorer in adapted_models(load_recipe(path, overrides), loads_torch=loads_torch):
+        groups = shape.trained_groups(lora, scorer=scorer) if shape is not None else {}
+        counts = ", ".join(f"{group} {count:,}" for group, count in groups.items())
+        share = "" if shape is None else f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})"
+        more = [*lora.names, *lora.modules_to_save, *(["the norms of DoRA"] if lora.dora else [])]
+        uncounted = f"; not counted: {', '.join(more)}" if more else ""
+        counts = counts or ("adapters" if loads_torch else "adapters (--data counts them, and loads torch)")
+        yield f"  {name}: {role} trains {counts}{share}{uncounted}"
+        if lora.train_router and (shape is None or "router" in groups):
+            size = "" if shape is None else f" ({shape.parameters() * 2 / 1e6:,.0f} MB in bf16)"
+            yield (
+                f"  {name}: the {role}'s router is trained, so the adapter cannot be served beside its base, only "
+                f"merged: a whole model{size}"
+            )
 
 
 def _data_lines(path: str, overrides: list[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Sections that stages share: model, data sources, optimizer, LoRA.
+"""Sections that stages share: model, data sources, optimizer.
 
 Every class is frozen and refuses unknown keys; every number has bounds. Nothing here imports torch.
 """
@@ -321,102 +321,8 @@ class Optimizer(Section):
     """Learning-rate decay after the warm-up: none, linear to zero, or cosine to zero."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Fraction of the steps, at the start, over which the learning rate rises linearly to its peak."""
+    lora_b_learning_rate_scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Learning rate of the B factors of LoRA adapters relative to that of the A factors (LoRA+; its authors use 16).
+    Only with `lora`."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
-
-
-LoraGroup = Literal["attention", "shared_expert", "routed_experts"]
-LORA_TARGETS = {
-    "attention": ("attention",),
-    "shared_expert": ("shared_mlp",),
-    "routed_experts": ("experts",),
-    "all-linear": ("attention", "shared_mlp", "experts"),
-    "router": ("train_router",),
-    "embeddings": ("train_embeddings",),
-}
-"""The keys of `Lora` that each name in `targets` sets."""
-LoraTarget = Literal["attention", "shared_expert", "routed_experts", "all-linear", "router", "embeddings"]
-
-
-class GroupLora(Section):
-    """Rank and alpha of one group of adapters."""
-
-    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Rank of the group's adapters. Default: `rank` of the section `lora`."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Alpha of the group's adapters. Default: `alpha` of the section `lora`."""
-
-
-class Lora(Section):
-    """Low-rank adapters (PEFT) on attention, shared MLP and routed experts."""
-
-    targets: list[LoraTarget] | None = Field(default=None, min_length=1)
-    """Parts to train, instead of the keys from `attention` to `train_embeddings`: groups that get adapters
-    (`all-linear` is attention, shared_expert and routed_experts) and parameters that are trained in full (`router`,
-    `embeddings`)."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The output of the adapters is multiplied by `alpha / rank`."""
-    groups: dict[LoraGroup, GroupLora] = Field(default_factory=dict)
-    """Other ranks and alphas for some groups, for example `{routed_experts: {rank: 4}}`."""
-    rslora: bool = False
-    """Multiply the output of the adapters by `alpha / sqrt(rank)` instead (rank-stabilised LoRA)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the input of the adapters. Must be 0 with `experts: true`: PEFT does not support dropout
-    in adapters on stacked expert weights."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """Numbers of the decoder layers to adapt, from 0; also of those whose router is trained. Default: all layers."""
-    attention: bool = True
-    """Put adapters on the q, k, v and o projections."""
-    shared_mlp: bool = True
-    """Put adapters on the shared expert, or on the MLP of a layer without experts."""
-    experts: bool = True
-    """Put adapters on the routed experts. vLLM serves such an adapter only merged into its base."""
-    train_router: bool = True
-    """Train the router's weight in full. false: the router is frozen. vLLM serves an adapter with a trained router
-    only merged into its base."""
-    train_embeddings: bool = False
-    """Train the input and output embeddings in full. The tokens of `model.add_tokens` need it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _targets(cls, values: Any) -> Any:
-        """Set the keys that `targets` stands for: those of the named groups to true, all others to false."""
-        targets = values.get("targets") if isinstance(values, dict) else None
-        if not isinstance(targets, list) or any(target not in LORA_TARGETS for target in targets):
-            return values
-        chosen = {key for target in targets for key in LORA_TARGETS[target]}
-        keys = {key: key in chosen for names in LORA_TARGETS.values() for key in names}
-        for key, value in keys.items():
-            if values.get(key, value) != value:
-                raise ValueError(f"targets and {key} contradict each other; remove {key}, which targets replaces")
-        return values | keys
-
-    @model_validator(mode="after")
-    def _something_to_train(self) -> Lora:
-        if not (self.attention or self.shared_mlp or self.experts):
-            raise ValueError(
-                "attention, shared_mlp and experts are all false, so there is nothing to put adapters on; set one of "
-                "them to true"
-            )
-        if self.dropout and self.experts:
-            raise ValueError(
-                "PEFT does not support dropout in adapters on routed experts; set dropout to 0, or experts to false"
-            )
-        for group in self.groups:
-            if not getattr(self, LORA_TARGETS[group][0]):
-                raise ValueError(f"groups has '{group}', which has no adapters; remove it, or add the group to targets")
-        return self
-
-    def rank_of(self, group: LoraGroup) -> int:
-        """Rank of a group's adapters."""
-        return self.groups.get(group, GroupLora()).rank or self.rank
-
-    def alpha_of(self, group: LoraGroup) -> float:
-        """Alpha of a group's adapters."""
-        return self.groups.get(group, GroupLora()).alpha or self.alpha
-
-    def adapts(self, layer: int) -> bool:
-        """True if the decoder layer with this number gets adapters."""
-        return self.layers is None or layer in self.layers

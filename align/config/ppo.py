@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from align.config.evaluation import EvaluateDuring
 from align.config.filters import PromptFilters
-from align.config.parts import Lora, Optimizer, Source
+from align.config.lora import Lora
+from align.config.parts import Optimizer, Source
 from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
 from align.config.section import RUNTIME, Fraction, Positive, Section

@@ -99,6 +99,25 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _lora_settings_have_an_effect(self) -> Recipe:
+        for name, stage in self.stages.items():
+            critic = getattr(stage, "critic", None)
+            sections = {"lora": getattr(stage, "lora", None), "critic.lora": getattr(critic, "lora", None)}
+            adapted = {where: lora for where, lora in sections.items() if lora is not None}
+            optimizer = getattr(stage, "optimizer", None)
+            if optimizer is not None and optimizer.lora_b_learning_rate_scale != 1 and not adapted:
+                raise ValueError(
+                    f"stages.{name}.optimizer.lora_b_learning_rate_scale is set, but the stage has no adapters; remove "
+                    f"it, or set stages.{name}.lora"
+                )
+            if self.parallel is not None and (dora := [where for where, lora in adapted.items() if lora.dora]):
+                raise ValueError(
+                    f"stages.{name}.{dora[0]}: DoRA needs the norms of whole weights, which `parallel` shards; set "
+                    "dora to false, or remove parallel"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit_the_processes(self) -> Recipe:
         processes, source = 1, "parallel.processes, --nproc"
         if self.parallel is not None:

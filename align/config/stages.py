@@ -9,7 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from align.config.evaluation import EvaluateDuring, EvaluationTask, TaskOptions, Tasks
 from align.config.filters import DuplicateFilter, PromptFilters
-from align.config.parts import Data, Lora, Optimizer, Source
+from align.config.lora import Lora
+from align.config.parts import Data, Optimizer, Source
 from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward, Rewards
 from align.config.rollout import Rollout
@@ -42,7 +43,7 @@ class TrainingStage(StageWithParent):
     optimizer: Optimizer = Optimizer()
     """AdamW and its learning-rate schedule."""
     lora: Lora | None = None
-    """Train adapters instead of all weights. The stage saves the merged checkpoint and, beside it, the adapters."""
+    """Train adapters instead of all weights. `lora.save` decides what the stage saves."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data. Ignored if `max_steps` is set."""
     max_steps: Positive | None = None

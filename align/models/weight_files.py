@@ -106,7 +106,15 @@ def damaged(file: Path, reason: str) -> UserError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; `UserError` if its index is invalid or lists a missing file."""
+    """The safetensors files of a checkpoint's whole weights.
+
+    Raises `UserError` if its index is invalid or lists a missing file, and for a checkpoint that is an adapter.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: its weights are an adapter beside its base, but whole weights are needed here; run "
+            f"`align adapter merge {folder} OUT`, and use OUT."
+        )
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))

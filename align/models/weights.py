@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,6 +116,26 @@ def read_pieces(pieces: Pieces, parameters: Mapping[str, Tensor]) -> None:
             job.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
+    """Read elements `start` to `stop` of the flattened parameter `target`.
+
+    first: index of the first expert in `target`, if it is a stack of experts.
+    """
+    flat = target.view(-1)
+    for tensor, where in parts:
+        if where.expert is None:
+            base = -first * (target[0].numel() if first else 0)  # a tensor of all experts starts before this rank's
+        elif first <= where.expert < first + len(target):
+            matrix = target[0].numel()
+            base = (where.expert - first) * matrix + (where.half or 0) * (matrix // 2)
+        else:
+            continue
+        low, high = max(start, base), min(stop, base + math.prod(tensor.shape))
+        if low < high:
+            offset = tensor.offset + (low - base) * tensor.dtype.itemsize
+            StoredTensor(tensor.name, tensor.file, tensor.dtype, (high - low,), offset).read_into(flat[low:high])
 
 
 def read_weights(model: Any, folder: Path) -> None:

@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from deepspeed import zero
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
+from align.config.lora import Lora
 from align.config.parallel import Parallel
-from align.config.parts import Lora
 from align.config.paths import local_path
 from align.errors import UserError
 from align.models.family import Place, family_of
 from align.models.lora.adapters import add_lora, is_lora_weight, plain_name
 from align.models.lora.merge import plain_buffers
+from align.models.lora.overlay import Overlay
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
+from align.models.weights import read_range
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, shard_experts
 from align.parallel.sharding import expert_shard, full_shape, world
+from align.run.adapted import weights_of
 from align.run.refusals import zero_3_problem
 
 
@@ -65,7 +68,9 @@ def load_sharded(
     """
     if parallel.zero_stage == 3 and (problem := zero_3_problem(config.model_type)):
         raise UserError(problem)
-    stored = by_parameter(stored_tensors(weight_files(folder)), family_of(config).names(config).place)
+    weights = weights_of(folder)
+    stored = by_parameter(stored_tensors(weight_files(weights.base)), family_of(config).names(config).place)
+    overlay = Overlay(weights.adapters, config)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype)
     model.name_or_path = str(folder)
@@ -93,8 +98,10 @@ def load_sharded(
             parameter.data.copy_(empty.data)
         elif parts is not None:
             read_range(parameter.data, parts, *local_range(parameter, parallel))
+            overlay.apply(plain_name(parameter_name), parameter.data, *local_range(parameter, parallel))
         elif head is not None and plain_name(parameter_name) == "score.weight":
             parameter.data.copy_(head)
+            overlay.apply("score.weight", parameter.data)
         else:
             raise UserError(f"{folder}: the tensor of '{parameter_name}' is missing; copy the missing files.")
         replace(model, empty, parameter)
@@ -105,6 +112,7 @@ def load_sharded(
             raise UserError(f"{folder}: the tensor of '{buffer_name}' is missing; copy the missing files.")
         ((tensor, _),) = stored[buffer_name]
         tensor.read_into(buffer)
+        overlay.apply(buffer_name, buffer)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -168,26 +176,6 @@ def local_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
     size = math.ceil(parameter.numel() / (ranks // group))
     start = min(parameter.numel(), rank // group * size)
     return first, start, min(parameter.numel(), start + size)
-
-
-def read_range(target: Tensor, parts: list[tuple[StoredTensor, Place]], first: int, start: int, stop: int) -> None:
-    """Read elements `start` to `stop` of the flattened parameter `target`.
-
-    first: index of the first expert in `target`, if it is a stack of experts.
-    """
-    flat = target.view(-1)
-    for tensor, where in parts:
-        if where.expert is None:
-            base = -first * (target[0].numel() if first else 0)  # a tensor of all experts starts before this rank's
-        elif first <= where.expert < first + len(target):
-            matrix = target[0].numel()
-            base = (where.expert - first) * matrix + (where.half or 0) * (matrix // 2)
-        else:
-            continue
-        low, high = max(start, base), min(stop, base + math.prod(tensor.shape))
-        if low < high:
-            offset = tensor.offset + (low - base) * tensor.dtype.itemsize
-            StoredTensor(tensor.name, tensor.file, tensor.dtype, (high - low,), offset).read_into(flat[low:high])
 
 
 def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.plan.sizes import LayerShape, ModelShape
 
 SHORT = 128

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from align.config.lora import Lora
 from align.config.parallel import Parallel
-from align.config.parts import EMBEDDED, HotStartModel, Lora, PretrainedModel, ScratchModel, ScratchTokenizer
+from align.config.parts import EMBEDDED, HotStartModel, PretrainedModel, ScratchModel, ScratchTokenizer
 from align.config.paths import local_path
 from align.config.ppo import PpoStage
-from align.config.presets import PRESETS, PUBLISHED
+from align.config.presets import DEFAULT_FAMILY, PRESETS, PUBLISHED
 from align.config.recipe import BASE, Recipe, is_path
 from align.config.rewards import ModelReward
 from align.config.rollout import CPU_CACHE_GIB
 from align.config.stage import REWARD_MODEL
 from align.config.stages import TrainingStage
 from align.errors import UserError
-from align.plan.shape import shape_of
+from align.plan.shape import ARITHMETIC, shape_of
 from align.plan.sizes import ModelShape
 
 Trained = Literal["all", "adapters", "head", "nothing"]
@@ -195,6 +196,37 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     return jobs
 
 
+class Adapted(NamedTuple):
+    """A model with adapters: its stage, its role, its sizes (None if they are not known), and the settings."""
+
+    stage: str
+    role: str
+    shape: ModelShape | None
+    lora: Lora
+    scorer: bool
+
+
+def adapted_models(recipe: Recipe, *, loads_torch: bool) -> Iterator[Adapted]:
+    """The models of a recipe that train adapters. Without `loads_torch` only sizes of HunYuan models are computed."""
+    for name, stage in recipe.stages.items():
+        if not isinstance(stage, TrainingStage | PpoStage):
+            continue
+        critic = stage.critic.lora if isinstance(stage, PpoStage) else None
+        if stage.lora is None and critic is None:
+            continue
+        try:
+            name_of_model, config = _config_of(recipe, stage.init_from)
+            known = loads_torch or config.get("model_type", DEFAULT_FAMILY) in ARITHMETIC
+            shape = shape_of(name_of_model, config) if known else None
+        except UserError:  # `align plan` reports it
+            shape = None
+        scorer = stage.makes == REWARD_MODEL
+        if stage.lora is not None:
+            yield Adapted(name, "reward model" if scorer else "policy", shape, stage.lora, scorer)
+        if critic is not None:
+            yield Adapted(name, "critic", shape, critic, True)
+
+
 def _check_length(job: Job) -> None:
     longest = min(member.shape.max_length for member in job.members)
     if job.length > longest:
@@ -289,21 +321,31 @@ def _shapes(recipe: Recipe, given: str | None) -> Shapes:
             folder = local_path(reference)
             if (found := _config_in(folder)) is not None:
                 return shape_of(reference, found)
-            return stand_in or _published(reference, {})
+            return stand_in or shape_of(*_published(reference, {}))
         if reference == BASE:
             return stand_in or base
         return shape(getattr(recipe.stages[reference], "init_from", BASE))
 
-    base = stand_in or _base(recipe)
+    base = stand_in or shape_of(*_base(recipe))
     return shape
 
 
-def _published(path: str, changes: dict[str, Any]) -> ModelShape:
-    """Sizes of a published checkpoint that is not on this machine, looked up by its folder name."""
+def _config_of(recipe: Recipe, reference: str) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of the checkpoint from which a stage starts."""
+    while reference in recipe.stages:
+        reference = getattr(recipe.stages[reference], "init_from", BASE)
+    if reference == BASE:
+        return _base(recipe)
+    found = _config_in(local_path(reference))
+    return (reference, found) if found is not None else _published(reference, {})
+
+
+def _published(path: str, changes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a published checkpoint that is not on this machine, looked up by its folder name."""
     preset = PUBLISHED.get(Path(path).name.lower())
     if preset is None:
         raise _not_here(path)
-    return shape_of(f"{path} (not found; sizes of {preset})", PRESETS[preset] | changes)
+    return f"{path} (not found; sizes of {preset})", PRESETS[preset] | changes
 
 
 def _not_here(path: str) -> UserError:
@@ -321,22 +363,23 @@ def _named(name: str) -> ModelShape:
     raise UserError(f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with config.json; pass one.")
 
 
-def _base(recipe: Recipe) -> ModelShape:
+def _base(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of the recipe's model."""
     model = recipe.model
     if isinstance(model, ScratchModel):
         sizes = model.sizes()
         sizes |= {"vocab_size": entries} if (entries := _vocabulary(model)) else {}
-        return shape_of(model.preset or model.model_type or "scratch", sizes | model.config)
+        return model.preset or model.model_type or "scratch", sizes | model.config
     if isinstance(model, HotStartModel):
         dense = SMOLLM2_135M if "/" not in model.source else _config_in(local_path(model.source))
         if dense is None:
             raise _not_here(model.source)
-        return shape_of(f"{model.source}, grown", _grown(model, dense) | model.config)
+        return f"{model.source}, grown", _grown(model, dense) | model.config
     assert isinstance(model, PretrainedModel)
     config = SMOLLM2_135M if model.path == EMBEDDED else _config_in(local_path(model.path))
     if config is None:
         return _published(model.path, model.config)
-    return shape_of(model.path, config | model.config)
+    return model.path, config | model.config
 
 
 def _vocabulary(model: ScratchModel) -> int | None:

@@ -176,6 +176,8 @@ class _Rank:
                 weights += width * self.shard((0, sum(layer.router for layer in shape.layers)), 3)
             if member.lora is not None and member.lora.train_embeddings:
                 weights += width * self.shard((0, shape.embeddings(scorer=member.scorer)), 3)
+            if member.lora is not None and member.lora.train_head:
+                weights += width * self.shard((0, shape.head), 3)
         place = {None: gpu, "cpu": host, "nvme": nvme}[setting.offload_parameters]
         place[f"{role} weights"] = weights
         if member.trained == "nothing":

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.plan.job import Job
 from align.plan.memory import Memory, memory
 from align.plan.setting import Cluster, OffloadTarget, Setting, rows_per_pass, unusable
 from align.plan.speed import Duration, Rates, duration, engine_sizes
 
-SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False, train_router=False)
+SMALL_LORA = Lora(rank=16, shared_mlp=False, experts=False)
 """Adapters on attention only, proposed if full fine-tuning does not fit."""
 
 MOST_HOSTS = 1024
@@ -254,7 +254,7 @@ def _adapters(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Rem
     found = _with_least_changes(job.with_lora(SMALL_LORA), setting, cluster, rates)
     stage = f"stages.{job.name}"
     sections = [stage if member.role != "critic" else f"{stage}.critic" for member in job.learners]
-    off = ("shared_mlp", "experts", "train_router")
+    off = ("shared_mlp", "experts")
     also = tuple(f"{section}.lora.{key}=false" for section in sections for key in off)
     return None if found is None else Remedy("LoRA on attention", 1 + found[0], found[1], also)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 
 if TYPE_CHECKING:
     from align.plan.activations import Pass
@@ -171,13 +171,25 @@ class ModelShape:
     def adapters(self, lora: Lora, *, scorer: bool = False) -> tuple[int, int]:
         """(trained parameters in routed experts, all other trained parameters, including those of the router).
 
-        The score head of a scorer is not counted.
+        See `trained_groups`.
         """
-        inside, outside = 0, 0
+        groups = self.trained_groups(lora, scorer=scorer)
+        inside = groups.get("routed_experts", 0)
+        return inside, sum(groups.values()) - inside
+
+    def trained_groups(self, lora: Lora, *, scorer: bool = False) -> dict[str, int]:
+        """Trained parameters of each group that has any.
+
+        Not counted: the score head of a scorer, module names in `targets`, `modules_to_save`, and DoRA's norms.
+        """
+        layers = [layer for number, layer in enumerate(self.layers) if lora.adapts(number)]
         attention, mlp, experts = (lora.rank_of(group) for group in ("attention", "shared_expert", "routed_experts"))
-        for layer in (layer for number, layer in enumerate(self.layers) if lora.adapts(number)):
-            linears = layer.linears
-            outside += attention * linears.attention * lora.attention + mlp * linears.mlp * lora.shared_mlp
-            outside += layer.router * lora.train_router
-            inside += experts * linears.experts * lora.experts
-        return inside, outside + self.embeddings(scorer=scorer) * lora.train_embeddings
+        groups = {
+            "attention": attention * sum(layer.linears.attention for layer in layers) * lora.attention,
+            "shared_expert": mlp * sum(layer.linears.mlp for layer in layers) * lora.shared_mlp,
+            "routed_experts": experts * sum(layer.linears.experts for layer in layers) * lora.experts,
+            "router": sum(layer.router for layer in layers) * lora.train_router,
+            "embeddings": self.embeddings(scorer=scorer) * lora.train_embeddings,
+            "lm_head": self.head * lora.train_head,
+        }
+        return {group: count for group, count in groups.items() if count}

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.adopted.routing import ReportingRouter
 from align.models.experts import Experts
 from align.models.family import family_of

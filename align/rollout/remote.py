@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.family import load_config
+from align.models.lora.whole import whole
 from align.rollout.base import (
     Completion,
     GenerationReport,
@@ -61,8 +63,8 @@ class Request:
 class RemoteEngine:
     """`RolloutEngine` on servers that run already or that it starts.
 
-    checkpoint: folder with the weights of version 0 in the published layout. They are sent to every server at the
-        start, whatever weights the server has.
+    checkpoint: folder with the weights of version 0 in the published layout, or an adapter beside its base. The weights
+        are sent to every server at the start, whatever weights the server has.
 
     A server that fails is not used again until it has received all current weights. They are sent with the next update
     or, if no other server is left, at once from the source that `offer_weights` set. Each completion has its own seed,
@@ -71,7 +73,14 @@ class RemoteEngine:
     """
 
     def __init__(self, checkpoint: Path, rollout: Rollout, *, dtype: str, seed: int):
-        check_model(checkpoint, rollout, dtype=dtype)
+        # Servers read the files again when they are restarted.
+        self._files = ExitStack()
+        checkpoint = self._files.enter_context(whole(checkpoint))
+        try:
+            check_model(checkpoint, rollout, dtype=dtype)
+        except BaseException:
+            self._files.close()
+            raise
         self.rollout = rollout
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.last_generation: GenerationReport | None = None
@@ -158,6 +167,7 @@ class RemoteEngine:
             self._delivery[2].close()
             self._delivery = None
         self.pool.close()
+        self._files.close()
 
     # --- weights ---------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from align.config import load_recipe
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.models.lora.whole import whole
 from align.rollout.serve_stage import serving_stage
 from align.rollout.server import MARK, Server
 from align.rollout.started_server import PARENT
@@ -82,7 +83,13 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     The server has vLLM's development routes, through which clients replace its weights. Anyone who can reach the port
     controls the server, so the default host is loopback.
     """
-    checkpoint, rollout, dtype = settings.checkpoint, settings.rollout, settings.dtype
+    with whole(settings.checkpoint) as checkpoint:
+        _serve(settings, checkpoint, host=host, port=port, transfer=transfer)
+
+
+def _serve(settings: ServeSettings, checkpoint: Path, *, host: str, port: int, transfer: str | None) -> None:
+    """Serve the whole weights in the folder `checkpoint`."""
+    rollout, dtype = settings.rollout, settings.dtype
     check_model(checkpoint, rollout, dtype=dtype)
     check_port(host, port)
     # vLLM has routes for weight updates, pausing and sleeping in development mode only.
@@ -114,7 +121,9 @@ def serve(settings: ServeSettings, *, host: str, port: int, transfer: str | None
     if PARENT in os.environ:
         threading.Thread(target=_end_with_parent, args=(int(os.environ[PARENT]),), daemon=True).start()
     else:
-        threading.Thread(target=_print_when_ready, args=(checkpoint, f"http://{host}:{port}"), daemon=True).start()
+        threading.Thread(
+            target=_print_when_ready, args=(settings.checkpoint, f"http://{host}:{port}"), daemon=True
+        ).start()
     run_vllm_server(arguments)
 
 

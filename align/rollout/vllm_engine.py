@@ -14,6 +14,7 @@ from torch import Tensor
 
 from align.config.rollout import Rollout
 from align.models.family import load_config
+from align.models.lora.whole import whole
 from align.rollout.base import (
     SLEEP_LEVEL,
     Completion,
@@ -45,7 +46,7 @@ STREAMED_AT_A_TIME = 4
 class VllmEngine:
     """`RolloutEngine` on an in-process vLLM.
 
-    checkpoint: a folder in the published layout.
+    checkpoint: a folder in the published layout, or an adapter beside its base.
     rollout: the recipe's section: lengths, cache size, sequences per batch.
     dtype: float32 or bfloat16; float32 is faster on a CPU without AVX-512.
     seed: seed of the engine. Completions do not depend on it, only on the seed of their sampling settings.
@@ -60,21 +61,21 @@ class VllmEngine:
         self.last_generation: GenerationReport | None = None
         self.last_sync: SyncReport | None = None
         self._recorder: RoutingRecorder | None = None
-        check_model(checkpoint, rollout, dtype=dtype)
-        with preserved_torch_state():
+        with whole(checkpoint) as folder, preserved_torch_state():
+            check_model(folder, rollout, dtype=dtype)
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             prepare_vllm()
             self._has_gpu = has_gpu()
             GROUPS.enter()
             try:
-                self._llm: Any = _start(checkpoint, rollout, dtype, seed, detokenizes)
+                self._llm: Any = _start(folder, rollout, dtype, seed, detokenizes)
             except BaseException:
                 GROUPS.leave()
                 raise
             self._llm.update_weight_version("0")
             self._complete = True
             if rollout.return_routing:
-                self._record_routing(moe_layers(load_config(checkpoint)))
+                self._record_routing(moe_layers(load_config(folder)))
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSettings) -> list[list[Completion]]:
         from vllm import SamplingParams

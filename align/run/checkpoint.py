@@ -30,7 +30,8 @@ def checkpoint_folder(path: Path) -> Path:
 
 def adapter_folder(path: Path) -> Path:
     """The adapter in a stage's folder, or the folder itself."""
-    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+    inside = (path / name for name in ("adapter", MODEL))
+    return next((folder for folder in inside if (folder / "adapter_config.json").is_file()), path)
 
 
 def require_checkpoint(path: Path) -> Path:

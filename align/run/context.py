@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError

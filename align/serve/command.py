@@ -9,12 +9,14 @@ import time
 import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from align.data.chat import stop_token_ids
 from align.data.templates import ChatTemplate
 from align.errors import UserError
+from align.models.lora.whole import whole
 from align.rollout.serve import bind_cores, check_port, command_line, run_vllm_server
 from align.rollout.vllm_options import check_model, engine_options, has_gpu, model_options, prepare_vllm
 from align.serve import gate
@@ -41,6 +43,12 @@ def largest_rank(folders: Iterable[Path], base: Base) -> int:
 
 def serve(settings: ServeSettings, base: Base) -> None:
     """Serve until SIGINT or SIGTERM; UserError if the proof at the start fails."""
+    with whole(settings.checkpoint) as checkpoint:
+        _serve(replace(settings, checkpoint=checkpoint), base)
+
+
+def _serve(settings: ServeSettings, base: Base) -> None:
+    """Serve a checkpoint with whole weights."""
     for name in UNSAFE:
         os.environ.pop(name, None)
     checkpoint, rollout = settings.checkpoint, settings.rollout

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.data.experience import Experience
 from align.models.forward import policy_output
 from align.models.lora.adapters import AnyModel, add_lora
@@ -82,7 +82,7 @@ def cases() -> Iterator[Case]:
     yield Case("expert without tokens", policy, without_expert(policy, batch, 0), 1.0)
     capped = small_policy(capacity_factor=0.75, moe_drop_tokens=True, moe_random_routing_dropped_token=False)
     yield Case("capacity", capped, batch, 1.0, training=True)
-    adapted = add_lora(copy.deepcopy(policy), Lora(rank=8), task="CAUSAL_LM")
+    adapted = add_lora(copy.deepcopy(policy), Lora(rank=8, train_router=True), task="CAUSAL_LM")
     perturb(adapted)
     yield Case("LoRA", adapted, batch, 1.0)
 

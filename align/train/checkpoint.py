@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -17,17 +18,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.config.lora import Lora, Save
 from align.config.parallel import Parallel
-from align.config.parts import Lora
 from align.config.presets import DEFAULT_FAMILY
 from align.errors import UserError
 from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name, save_adapter
+from align.models.lora.overlay import Overlay
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
 from align.parallel.sharding import full_shape, local_values, world
+from align.run.adapted import weights_of, write_pointer
 from align.run.checkpoint import read_config
-from align.run.folder import MODEL, replace_folder
+from align.run.folder import MODEL, remove_folder, replace_folder
 from align.run.refusals import IS_LANGUAGE_MODEL, IS_REWARD_MODEL, config_problem, is_scorer
 from align.train.finite import require_finite
 from align.train.vocabulary import read_tokenizer, train_padding_row
@@ -43,10 +46,8 @@ def check_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     path, config = folder / "config.json", read_config(folder)
     if problem := config_problem(config, model_types()):
         raise UserError(f"{folder}: {problem}")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder}: it has no safetensors file; convert the weights (pickled weights are never loaded)."
-        )
+    if weights and not any((base := weights_of(folder).base).glob("*.safetensors")):
+        raise UserError(f"{base}: it has no safetensors file; convert the weights (pickled weights are never loaded).")
     settings = checked_config(config, str(path), "restore the value that the model was trained with")
     return {**config, "vocab_size": settings.vocab_size}
 
@@ -112,7 +113,7 @@ def load_policy(
         if parallel is not None:
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
-            model = family_of(settings).policy.from_pretrained(folder, dtype=getattr(torch, dtype))
+            model = _load_whole(family_of(settings).policy, settings, folder, dtype)
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     train_padding_row(model)
     return model.requires_grad_(False) if frozen else model
@@ -124,8 +125,18 @@ def _policy_config(folder: Path) -> FamilyConfig:
         raise UserError(f"{folder}: {IS_REWARD_MODEL}")
     with _damage_explained(folder):
         settings: FamilyConfig = AutoConfig.from_pretrained(folder)
-        check_weights(folder, settings)
+        check_weights(weights_of(folder).base, settings)
     return settings
+
+
+def _load_whole(model_class: Any, config: FamilyConfig, folder: Path, dtype: str) -> AnyModel:
+    """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory."""
+    base, adapters = weights_of(folder)
+    overlay = Overlay(adapters, config)
+    model = model_class.from_pretrained(base, config=config, dtype=getattr(torch, dtype))
+    overlay.apply_to(model)
+    model.name_or_path = str(folder)
+    return model
 
 
 def _load_sharded(
@@ -202,12 +213,12 @@ def load_scorer(
     check_checkpoint(folder)
     settings = AutoConfig.from_pretrained(folder, num_labels=1)
     with _damage_explained(folder):
-        check_weights(folder, settings, scorer=True)
+        check_weights(weights_of(folder).base, settings, scorer=True)
         scorer = family_of(settings).scorer
         if parallel is not None:
             model = _load_sharded(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
-            model = scorer.from_pretrained(folder, config=settings, dtype=getattr(torch, dtype))
+            model = _load_whole(scorer, settings, folder, dtype)
             if head_only:
                 model.score.float()
             if lora is not None:
@@ -232,16 +243,27 @@ def save_model(
     stage_dir: Path,
     dtype: str,
     parallel: Parallel | None = None,
+    *,
+    save: Save = "merged",
 ) -> None:
-    """Write stage_dir/model (adapters merged, in `dtype`) and, for LoRA, stage_dir/adapter.
+    """Write stage_dir/model in `dtype`, without adapters.
+
+    A model with adapters is merged, and its adapter is written to stage_dir/adapter. With `save` "adapter",
+    stage_dir/model has the adapter and a pointer to its base instead (`align.run.adapted`), and the model is unchanged.
 
     Raises `UserError` if a weight is not finite. With `parallel` all ranks must call this; rank 0 writes.
     """
     require_finite(model, stage_dir)
+    adapted = hasattr(model, "peft_config")
+    if world()[0] == 0 and not (adapted and save == "merged"):
+        remove_folder(stage_dir / "adapter")  # of an earlier run with other settings
+    if adapted and save == "adapter":
+        _save_beside_base(model, tokenizer, stage_dir, getattr(torch, dtype), parallel)
+        return
     if parallel is not None:
         _save_sharded(model, tokenizer, stage_dir, getattr(torch, dtype))
         return
-    if hasattr(model, "peft_config"):
+    if adapted:
         replace_folder(stage_dir / "adapter", lambda folder: save_adapter(model, folder))
     merged = merge_lora(model)
     for parameter in merged.parameters():  # buffers, such as routers' correction biases, keep their precision
@@ -253,6 +275,41 @@ def save_model(
         tokenizer.save_pretrained(folder)
 
     replace_folder(stage_dir / MODEL, write)
+
+
+def _save_beside_base(
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stage_dir: Path,
+    dtype: torch.dtype,
+    parallel: Parallel | None,
+) -> None:
+    """Write the adapter, a pointer to its base, and configuration and tokenizer of the whole model."""
+    from align.parallel.group import rank_0_last
+
+    plain, base = model.get_base_model(), Path(model.peft_config["default"].base_model_name_or_path)
+    config = copy.deepcopy(plain.config)
+    config.architectures, config.dtype = [type(plain).__name__], dtype
+
+    def write(folder: Path) -> None:
+        if parallel is not None:
+            from align.parallel.export import save_sharded_adapter
+
+            save_sharded_adapter(model, folder)
+        else:
+            save_adapter(model, folder)
+        if world()[0] == 0:
+            config.save_pretrained(folder)
+            if getattr(plain, "generation_config", None) is not None:
+                plain.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            write_pointer(folder, stage_dir / MODEL, base)
+
+    with rank_0_last("saving the adapter"):
+        if world()[0] == 0:
+            replace_folder(stage_dir / MODEL, write)
+        else:
+            write(stage_dir / MODEL)
 
 
 def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:

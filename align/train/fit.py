@@ -15,7 +15,10 @@ from transformers import PrinterCallback, TrainerCallback
 
 from align.data.prepare import DataReport
 from align.errors import UserError
+from align.models.lora.adapters import AnyModel
+from align.models.lora.describe import table_lines, trained_rows
 from align.parallel.group import from_rank_0, should_stop
+from align.parallel.sharding import full_shape
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.run.folder import MetricsWriter, write_json
@@ -47,9 +50,26 @@ def train_and_save(
     evaluations: the stage's evaluations; the trainer has their callback.
     """
     parameters = count_parameters(trainer.model)  # before adapters are merged
+    say_trained(trainer.model, context, parameters["total"])
     metrics, training = fit(trainer, context, report.fingerprint, evaluations)
-    save_model(trainer.model, trainer.processing_class, context.dir, context.recipe.dtype, context.recipe.parallel)
+    lora, recipe = trainer.align_stage.lora, context.recipe
+    save_model(
+        trainer.model,
+        trainer.processing_class,
+        context.dir,
+        recipe.dtype,
+        recipe.parallel,
+        save="merged" if lora is None else lora.save,
+    )
     return StageResult(metrics, report.to_dict(), parameters, training)
+
+
+def say_trained(model: AnyModel, context: StageContext, whole: int, role: str = "model") -> None:
+    """Print the groups that a model with adapters trains. whole: number of its parameters, without adapters."""
+    if hasattr(model, "peft_config"):
+        context.say(f"  the {role} trains:")
+        for line in table_lines(trained_rows(model, full_shape), whole):
+            context.say(f"    {line}")
 
 
 def fit(

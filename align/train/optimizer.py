@@ -1,4 +1,4 @@
-"""AdamW with parameter groups for routed experts and for vectors, and the learning-rate schedule."""
+"""AdamW with parameter groups for routed experts, LoRA's B factors and vectors, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from align.config.parts import Optimizer
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters.
 
-    Routed experts learn at learning_rate * expert_learning_rate_scale. Norms, biases and other vectors have no weight
-    decay. For a parameter partitioned by ZeRO-3, the shape before partitioning decides whether it is a vector.
+    Routed experts learn at learning_rate * expert_learning_rate_scale, and B factors of adapters at this rate times
+    lora_b_learning_rate_scale. Norms, biases and other vectors have no weight decay. For a parameter partitioned by
+    ZeRO-3, the shape before partitioning decides whether it is a vector.
     DeepSpeed requires expert-parallel parameters to be in separate parameter groups, each with the name of its process
     group.
     """
-    groups: dict[tuple[bool, bool, str], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
             expert_group = getattr(parameter, "group_name", "")
-            groups.setdefault((".experts." in name, dimensions > 1, expert_group), []).append(parameter)
+            is_b = ".lora_B." in name and settings.lora_b_learning_rate_scale != 1
+            groups.setdefault((".experts." in name, is_b, dimensions > 1, expert_group), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "lr": settings.learning_rate * (settings.expert_learning_rate_scale if is_expert else 1.0),
+                "lr": settings.learning_rate
+                * (settings.expert_learning_rate_scale if is_expert else 1.0)
+                * (settings.lora_b_learning_rate_scale if is_b else 1.0),
                 "weight_decay": settings.weight_decay if decays else 0.0,
                 **({"moe": True, "name": expert_group} if expert_group else {}),
             }
-            for (is_expert, decays, expert_group), parameters in sorted(groups.items())
+            for (is_expert, is_b, decays, expert_group), parameters in sorted(groups.items())
         ],
         lr=settings.learning_rate,
         betas=settings.betas,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from align.config.families import TABLE
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.adopted.routing import RoutingPass
 from align.models.experts import Experts
 from align.models.family import family, routed_layers
@@ -328,7 +328,7 @@ def check_lora(model_type: str) -> float:
     """Merged adapters, and adapters applied row by row, equal PEFT's own; every trained parameter has a gradient."""
     model = adopted(model_type, tiny_model(model_type))
     has_experts = any(isinstance(module, Experts) for module in model.modules())
-    wrapped = add_lora(model, Lora(rank=2, experts=has_experts), task="CAUSAL_LM")
+    wrapped = add_lora(model, Lora(rank=2, experts=has_experts, train_router=True), task="CAUSAL_LM")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -14,6 +14,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from align.run.checkpoint import adapter_folder
 from align.run.folder import read_jsonl
 from align.train.checkpoint import load_policy
 from tests.integration.kills import kill_last_rank
@@ -29,7 +30,8 @@ TRAINING = {
     "checkpoint_every": 2,
 }
 LORA_STEPS = 4
-LORA = {**TRAINING, "max_steps": LORA_STEPS, "lora": {"rank": 2, "alpha": 8.0}}
+BESIDE = {"rank": 2, "alpha": 8.0, "train_router": True, "save": "adapter"}
+LORA = {**TRAINING, "max_steps": LORA_STEPS, "lora": {**BESIDE, "save": "merged"}}
 TRAINED = ["sft", "reward_model", "dpo", "kto", "sft_lora", "reward_lora", "dpo_lora"]
 
 
@@ -74,7 +76,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # The rows are alike, so that their mismatched completions become likelier too: the estimate exceeds 0.
             "kto": {"kind": "kto", "init_from": "sft", "data": data["labels"], "undesirable_weight": 0.2, **TRAINING},
             "ppo": {**ppo, "init_from": "sft"},
-            "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA},
+            # Its result is an adapter beside its base, which dpo_lora loads in shards.
+            "sft_lora": {"kind": "sft", "data": data["rows"], "gradient_checkpointing": True, **LORA, "lora": BESIDE},
             "reward_lora": {"kind": "reward_model", "init_from": "base", "data": data["pairs"], **LORA},
             "dpo_lora": {"kind": "dpo", "init_from": "sft_lora", "data": data["pairs"], "sft_coef": 0.1, **LORA},
             "ppo_lora": {**ppo, "init_from": "dpo_lora", "lora": LORA["lora"], "critic": {"lora": LORA["lora"]}},
@@ -183,13 +186,14 @@ def half_written(checkpoints: Path) -> bool:
 @pytest.mark.parametrize("stage", ["sft_lora", "reward_lora", "dpo_lora", "ppo_lora"])
 def test_the_adapter_equals_that_of_a_single_process(single, several, stage: str) -> None:
     ours, theirs = (
-        load_file(run_dir / stage / "adapter" / "adapter_model.safetensors") for run_dir in (several[0], single)
+        load_file(adapter_folder(run_dir / stage) / "adapter_model.safetensors") for run_dir in (several[0], single)
     )
     assert {key: (value.shape, value.dtype) for key, value in ours.items()} == {
         key: (value.shape, value.dtype) for key, value in theirs.items()
     }
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 2e-5
-    settings = [json.loads((d / stage / "adapter" / "adapter_config.json").read_text()) for d in (single, several[0])]
+    folders = [adapter_folder(run_dir / stage) for run_dir in (single, several[0])]
+    settings = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
     for run_dir, config in zip((single, several[0]), settings, strict=True):
         assert config.pop("base_model_name_or_path").startswith(str(run_dir))
         config["target_modules"].sort()

@@ -114,6 +114,48 @@ def test_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts["dpo"]["rows_held_out"] > 0
 
 
+def test_your_own_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands of its README, on a smaller model, give a model that has learned the answers."""
+    here = EXAMPLES / "your_own_adapter"
+    content = yaml.safe_load((here / "recipe.yaml").read_text(encoding="utf-8"))
+    tokenizer = [{"kind": "file", "path": "examples/your_own_adapter/chats.jsonl"}]
+    content["model"] = small_model(tokenizer, initializer_range=0.1, num_experts=1)
+    content["stages"]["sft"] |= {"epochs": 60, "optimizer": {"learning_rate": 3e-2}}
+    content["stages"]["sft"]["lora"] |= {"rank": 16, "targets": ["attention", "shared_expert", "embeddings"]}
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^ {7}align (.+)$", (here / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [command.split()[0] for command in commands if "shop" not in command] == [
+        "check",
+        "run",
+        "adapter",
+        "adapter",
+        "chat",
+        "adapter",
+    ]
+    questions = iter(["When do you open?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    printed = {}
+    for command in commands:
+        if "shop" in command:  # the two that serve need vLLM; tests/unit/serve has them
+            parse(shlex.split(command))
+            continue
+        main(shlex.split(command.replace("examples/your_own_adapter/recipe.yaml", "recipe.yaml")))
+        printed[" ".join(command.split()[:2])] = capsys.readouterr().out
+    assert "sft: policy trains attention " in printed["check examples/your_own_adapter/recipe.yaml"]
+    assert "attention " in printed["run examples/your_own_adapter/recipe.yaml"]
+    assert "align serve: it trains in full: embeddings" in printed["adapter info"]
+    assert "We open at 8 every day." in printed["chat runs/your_own_adapter/sft"]
+    sizes = [sum(file.stat().st_size for file in (tmp_path / "runs/your_own_adapter" / name).glob("*.safetensors"))
+             for name in ("sft/model", "merged")]  # fmt: skip
+    assert sizes[0] > 0
+    assert sizes[1] > 0
+    base = load_recipe(here / "recipe.yaml").stages["sft"].lora
+    assert base is not None
+    assert base.targets == ["attention", "shared_expert"]  # which vLLM serves
+
+
 def test_your_own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     command = [sys.executable, str(EXAMPLES / "your_own_reward" / "server.py"), "0"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from align.config.parts import Lora, LoraGroup
+from torch import nn
+
+from align.config.lora import Lora, LoraGroup
 from align.errors import UserError
 from align.models.experts import Experts
 from align.models.family import family_of
@@ -28,10 +32,14 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
         )
     targets = family_of(model.config).lora(model.config)
     linear = [*(targets.attention if lora.attention else ()), *(targets.mlp if lora.shared_mlp else ())]
+    linear += named_layers(lora, model)
     has_experts = any(isinstance(module, Experts) for module in model.modules())
     # PEFT ignores layers_to_transform for parameters and for modules_to_save, so these are named layer by layer.
     saved = _in_layers(targets.router, lora, model) if has_experts and lora.train_router else []
     saved += embedding_names(model) if lora.train_embeddings else []
+    saved += [_head_name(model)] if lora.train_head else []
+    stacks = _in_layers(targets.experts, lora, model) if has_experts and lora.experts else None
+    saved += _other_modules(lora, model, (*linear, *(stacks or ())))
     groups: dict[LoraGroup, tuple[str, ...]] = {
         "attention": targets.attention,
         "shared_expert": targets.mlp,
@@ -43,14 +51,95 @@ def lora_config(lora: Lora, model: AnyModel, *, task: str) -> Any:
         rank_pattern={name: lora.rank_of(group) for group in lora.groups for name in groups[group]},
         alpha_pattern={name: lora.alpha_of(group) for group in lora.groups for name in groups[group]},
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
         lora_dropout=lora.dropout,
         bias="none",
         task_type=task,
         target_modules=linear,
         layers_to_transform=lora.layers,
-        target_parameters=_in_layers(targets.experts, lora, model) if has_experts and lora.experts else None,
+        target_parameters=stacks,
         modules_to_save=(saved + (["score"] if task == "SEQ_CLS" else [])) or None,
     )
+
+
+def named_layers(lora: Lora, model: AnyModel) -> list[str]:
+    """Full names of the linear layers that the module names in `lora.targets` match.
+
+    Raises `UserError` for a name that matches none.
+    """
+    router = family_of(model.config).lora(model.config).router
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not model.get_output_embeddings()
+        and name != "score"
+        and not name.endswith(router)
+    ]
+    found: dict[str, None] = {}
+    for pattern in lora.names:
+        matched = [name for name in linear if matches(name, pattern)]
+        if not matched:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise UserError(
+                f"lora.targets: '{pattern}' is neither a group nor the name of a linear layer; the layers are named "
+                f"{known}."
+            )
+        chosen = [name for name in matched if _is_in_layers(name, lora)]
+        if not chosen:
+            raise UserError(f"lora.layers: it excludes all layers that '{pattern}' names; change layers or targets.")
+        found |= dict.fromkeys(chosen)
+    return list(found)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """True if the end of a module's name, in whole components, matches a pattern with `*`."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _is_in_layers(name: str, lora: Lora) -> bool:
+    number = re.search(r"\blayers\.(\d+)\.", name)
+    return lora.layers is None or (number is not None and int(number[1]) in lora.layers)
+
+
+def _head_name(model: AnyModel) -> str:
+    """Name of the module that computes logits, without its path; `UserError` if it cannot be trained alone."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError("lora.targets: lm_head is not part of a reward model or critic; remove it.")
+    if is_tied(model):
+        raise UserError("lora.targets: the model's lm_head is its embedding matrix; use embeddings instead of lm_head.")
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    return name.rpartition(".")[2]
+
+
+def _other_modules(lora: Lora, model: AnyModel, adapted: tuple[str, ...]) -> list[str]:
+    """Full names of the modules that `lora.modules_to_save` matches.
+
+    Raises `UserError` for a name that matches none, and for a module that contains adapters, which PEFT would drop.
+
+    adapted: endings of the names of modules and parameters that get adapters.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    inside = tuple(f".{ending}" for ending in adapted)
+    found: dict[str, None] = {}
+    for pattern in lora.modules_to_save:
+        matched = [name for name in names if matches(name, pattern)]
+        if not matched:
+            raise UserError(
+                f"lora.modules_to_save: '{pattern}' is not the name of a module; set the end of a name such as "
+                f"'{next((name for name in names if 'norm' in name), names[-1])}'."
+            )
+        # Only modules of decoder layers are subject to `layers`.
+        chosen = [name for name in matched if _is_in_layers(name, lora) or "layers." not in name]
+        for other in (*names, *(name for name, _ in model.named_parameters())):
+            if f".{other}".endswith(inside) and any(f"{other}.".startswith(f"{name}.") for name in chosen):
+                raise UserError(
+                    f"lora.modules_to_save: '{pattern}' contains '{other}', which gets adapters; remove one of the two."
+                )
+        found |= dict.fromkeys(chosen)
+    return list(found)
 
 
 def _in_layers(suffixes: tuple[str, ...], lora: Lora, model: AnyModel) -> list[str]:
@@ -63,8 +152,8 @@ def _in_layers(suffixes: tuple[str, ...], lora: Lora, model: AnyModel) -> list[s
 
 
 def add_lora(model: AnyModel, lora: Lora, *, task: str, in_float32: bool = True) -> AnyModel:
-    """Wrap the model so that only the adapters train, plus the router if `lora.train_router` is set, the embeddings if
-    `lora.train_embeddings` is set, and the score head for SEQ_CLS.
+    """Wrap the model so that only the adapters train, the parts that `lora` trains in full (router, embeddings, head,
+    `modules_to_save`), and the score head for SEQ_CLS.
 
     in_float32: keep the trainable parameters in float32, whatever the model's dtype.
     """

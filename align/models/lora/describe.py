@@ -1,12 +1,13 @@
-"""Describe an adapter on disk: its parameters by group."""
+"""Describe an adapter by its groups: of parameters on disk, or of a model that is trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-from align.models.lora.folder import Change, Skeleton, Whole
+from align.models.lora.adapters import plain_name
+from align.models.lora.folder import Change, Skeleton, Whole, skeleton
 
 
 class GroupRow(NamedTuple):
@@ -32,10 +33,13 @@ def group_rows(found: Mapping[str, Change], base: Skeleton) -> list[GroupRow]:
 
 
 def _ranks(members: list[Change]) -> str:
-    ranks = sorted({change.rank for change in members if not isinstance(change, Whole)})
+    return _span({change.rank for change in members if not isinstance(change, Whole)})
+
+
+def _span(ranks: set[int]) -> str:
     if not ranks:
         return "full"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    return str(*ranks) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"
 
 
 def _values(change: Change) -> int:
@@ -43,3 +47,42 @@ def _values(change: Change) -> int:
         return math.prod(change.tensor.shape)
     stored = [change.a, change.b] + ([change.magnitude] if change.magnitude else [])
     return sum(math.prod(tensor.shape) for tensor in stored)
+
+
+def trained_rows(model: Any, full_shape: Callable[[Any], tuple[int, ...]]) -> list[GroupRow]:
+    """The groups that a model with adapters trains.
+
+    full_shape: shape of a parameter on all ranks together.
+    """
+    bones = skeleton(model.config, scorer=model.get_output_embeddings() is None)
+    stacks = {name.rpartition(".")[0]: experts for name, experts in bones.experts.items()}
+    tensors: dict[str, int] = {}
+    values: dict[str, int] = {}
+    ranks: dict[str, set[int]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module, _, factor = plain_name(name).partition(".lora_")
+        shape = full_shape(parameter)
+        group = (
+            "routed_experts" if factor and module in stacks else bones.group(f"{module}.weight" if factor else module)
+        )
+        values[group] = values.get(group, 0) + math.prod(shape)
+        tensors[group] = tensors.get(group, 0) + (not factor or factor.startswith("A."))
+        if factor.startswith("A."):
+            stacked = module in stacks and len(shape) == 2
+            rank = shape[-2] // stacks[module] if stacked else shape[-2]
+            ranks.setdefault(group, set()).add(rank)
+    return [GroupRow(group, tensors[group], _span(ranks.get(group, set())), count) for group, count in values.items()]
+
+
+def table_lines(rows: Iterable[GroupRow], whole: int | None = None) -> list[str]:
+    """A table of groups with its total. whole: number of the model's parameters, of which the total is a share."""
+    rows = list(rows)
+    total = sum(row.parameters for row in rows)
+    share = f"  {total / whole:.2%} of {whole:,}" if whole else ""
+    return [
+        f"{'group':<16}{'tensors':>8}{'rank':>8}{'parameters':>16}",
+        *(f"{row.group:<16}{row.tensors:>8}{row.rank:>8}{row.parameters:>16,}" for row in rows),
+        f"{'total':<16}{sum(row.tensors for row in rows):>8}{'':>8}{total:>16,}{share}",
+    ]

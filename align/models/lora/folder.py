@@ -107,6 +107,7 @@ class Skeleton:
     """The parameters of a base model, found without its weights.
 
     shapes: Shape of every parameter and buffer, by name, and of every published tensor, by its published name.
+    published: Names of the published tensors that are not also names of parameters or buffers.
     experts: Number of experts in each stacked parameter.
     transposed: Names of stacks that are stored as [E, I, O].
     tied: The head is the embedding.
@@ -115,6 +116,7 @@ class Skeleton:
     """
 
     shapes: dict[str, tuple[int, ...]]
+    published: frozenset[str]
     experts: dict[str, int]
     transposed: frozenset[str]
     targets: LoraTargets
@@ -147,7 +149,8 @@ def skeleton(config: Any, *, scorer: bool = False) -> Skeleton:
     family = family_of(config)
     with torch.device("meta"):
         model: Any = family.policy(config)
-    shapes = family.published_shapes(config) | {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = family.published_shapes(config) | own
     if scorer:
         shapes["score.weight"] = (1, config.hidden_size)
     experts: dict[str, int] = {}
@@ -161,6 +164,7 @@ def skeleton(config: Any, *, scorer: bool = False) -> Skeleton:
     head = model.get_output_embeddings()
     return Skeleton(
         shapes,
+        frozenset(shapes) - frozenset(own) - {"score.weight"},
         experts,
         frozenset(transposed),
         family.lora(config),

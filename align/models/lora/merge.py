@@ -78,12 +78,18 @@ def _saved_module(wrapper: Any) -> nn.Module:
 
 
 def _add(weight: Tensor, adapter: Any) -> Tensor:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
     if adapter.disable_adapters or adapter.merged:
         return weight
     for name in adapter.active_adapters:
         if name not in adapter.lora_A:
             continue
-        if name in adapter.lora_variant:
-            raise NotImplementedError("cannot merge a LoRA variant (DoRA and the like) on the fly")
+        variant = adapter.lora_variant.get(name)
+        if variant is not None and not isinstance(variant, DoraLinearVariant):
+            raise NotImplementedError(f"cannot merge {type(variant).__name__} on the fly")
         weight = weight + adapter.get_delta_weight(name)
+        if variant is not None:
+            magnitudes = adapter.lora_magnitude_vector[name].weight
+            weight = weight * (magnitudes / weight.norm(dim=1)).view(-1, 1)
     return weight

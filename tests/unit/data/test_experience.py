@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.data.experience import build_experience
 from align.models.forward import critic_values, policy_output, sequence_scores
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM, HunYuanForSequenceClassification

@@ -264,3 +264,49 @@ def test_info_counts_the_parameters_of_each_group(tmp_path: Path, capsys: pytest
         "router": (4, "full", 4 * 4 * 32),
     }
     assert said["not_served"] == ["it trains in full: router"]
+
+
+@pytest.mark.slow  # imports TRL
+def test_an_adapter_that_trl_trained_is_checked_merged_and_trained_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from align.config.lora import Lora
+    from align.data.tokenizer import train_tokenizer
+    from align.models.lora.adapters import add_lora
+
+    base = make_base(tmp_path / "base", "llama")
+    rows = Dataset.from_list([{"input_ids": list(range(3, 15)), "labels": list(range(3, 15))}] * 4)
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        max_length=None,
+        max_steps=3,
+        learning_rate=0.05,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer: Any = SFTTrainer(
+        base,
+        args=settings,
+        train_dataset=rows,
+        processing_class=train_tokenizer(["a b"], 300),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    plain = make_base(tmp_path / "base", "llama")
+    expected = logits(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
+    cli.main(["adapter", "check", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")])
+    assert "12 parameters change" in capsys.readouterr().out  # three layers
+    merge_adapter(tmp_path / "base", load_config(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    policy = family_of(plain.config).policy
+    merged = policy.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0.0)
+    ours = add_lora(make_base(tmp_path / "base", "llama"), Lora(rank=4, shared_mlp=False), task="CAUSAL_LM")
+    assert (logits(ours) - expected).abs().max() > 1e-2
+    ours.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    torch.testing.assert_close(logits(ours.eval()), expected, atol=1e-5, rtol=0.0)

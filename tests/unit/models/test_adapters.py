@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora.adapters import (
     AnyModel,

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.family import family_of, load_config
 from align.models.hunyuan import HunYuanConfig
 from align.models.lora.adapters import add_lora, merge_lora
@@ -26,10 +26,10 @@ from tests.tiny_families import tiny_config
 
 TOKENS = torch.arange(3, 19).view(2, 8)
 GROUPS = {
-    "attention": {"shared_mlp": False, "experts": False, "train_router": False},
-    "shared expert": {"attention": False, "experts": False, "train_router": False},
-    "routed experts": {"attention": False, "shared_mlp": False, "train_router": False},
-    "all, and the router": {},
+    "attention": {"shared_mlp": False, "experts": False},
+    "shared expert": {"attention": False, "experts": False},
+    "routed experts": {"attention": False, "shared_mlp": False},
+    "all, and the router": {"train_router": True},
 }
 HUNYUAN = {
     "vocab_size": 64,
@@ -90,16 +90,20 @@ def added_by_hand(model: Any, adapter: Path, rank: int, scaling: float) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("rank", "seed"), [(1, 0), (8, 0), (8, 1), (64, 1)])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("rank", [1, 8, 64])
 @pytest.mark.parametrize("group", GROUPS)
 def test_naive_by_row_merged_and_peft_are_equal_on_hunyuan(tmp_path: Path, group: str, rank: int, seed: int) -> None:
     four_ways(tmp_path, "hunyuan", Lora(rank=rank, alpha=2.0 * rank, **GROUPS[group]), seed)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("rank", [1, 64])
-def test_naive_by_row_merged_and_peft_are_equal_on_other_families(tmp_path: Path, kind: str, rank: int) -> None:
-    four_ways(tmp_path, kind, Lora(rank=rank, alpha=2.0 * rank), seed=rank)
+@pytest.mark.parametrize(("rank", "seed"), [(1, 0), (8, 0), (64, 1)])
+@pytest.mark.parametrize("group", ["attention", "all, and the router"])
+def test_naive_by_row_merged_and_peft_are_equal_on_other_families(
+    tmp_path: Path, kind: str, rank: int, seed: int, group: str
+) -> None:
+    four_ways(tmp_path, kind, Lora(rank=rank, alpha=2.0 * rank, **GROUPS[group]), seed)
 
 
 def four_ways(tmp_path: Path, kind: str, lora: Lora, seed: int) -> None:
@@ -127,7 +131,7 @@ def test_gradients_are_those_of_peft(tmp_path: Path) -> None:
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     theirs = moved(get_peft_model(copy.deepcopy(plain), settings), 0)
-    lora = Lora(rank=4, alpha=8.0, shared_mlp=False, train_router=False)
+    lora = Lora(rank=4, alpha=8.0, shared_mlp=False)
     ours = add_lora(copy.deepcopy(plain), lora, task="CAUSAL_LM").eval()
     ours.load_state_dict(theirs.state_dict())
     assert any(isinstance(module, RowAdapter) for module in ours.modules())
@@ -161,7 +165,7 @@ def test_stock_peft_loads_an_adapter_whose_names_it_would_move(tmp_path: Path, k
     from align.models.lora.adapters import save_adapter
 
     plain = base(kind, tmp_path / "base")
-    ours = moved(add_lora(copy.deepcopy(plain), Lora(rank=4, train_router=False), task="CAUSAL_LM"), 0)
+    ours = moved(add_lora(copy.deepcopy(plain), Lora(rank=4), task="CAUSAL_LM"), 0)
     save_adapter(ours, tmp_path / "ours")
     stock = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     torch.testing.assert_close(logprobs(stock), logprobs(ours), atol=1e-5, rtol=0.0)
@@ -170,7 +174,7 @@ def test_stock_peft_loads_an_adapter_whose_names_it_would_move(tmp_path: Path, k
 
 def test_several_adapters_are_switched_summed_and_disabled(tmp_path: Path) -> None:
     plain = base("hunyuan", tmp_path / "base")
-    lora = Lora(rank=4, train_router=False)
+    lora = Lora(rank=4)
     singles = {}
     for seed, name in enumerate(("one", "two")):
         single = moved(add_lora(copy.deepcopy(plain), lora, task="CAUSAL_LM"), seed)
@@ -196,7 +200,7 @@ def test_several_adapters_are_switched_summed_and_disabled(tmp_path: Path) -> No
 @pytest.mark.parametrize("autocast", [True, False])
 def test_float32_factors_work_on_a_bfloat16_base(tmp_path: Path, autocast: bool) -> None:
     plain = base("hunyuan", tmp_path / "base")
-    lora = Lora(rank=4, train_router=False)
+    lora = Lora(rank=4)
     single = moved(add_lora(copy.deepcopy(plain), lora, task="CAUSAL_LM"), 0)
     single.save_pretrained(tmp_path / "adapter")
     expected = logprobs(single)
@@ -213,7 +217,9 @@ def test_float32_factors_work_on_a_bfloat16_base(tmp_path: Path, autocast: bool)
 def test_ranks_alphas_and_layers_of_groups_reach_linear_layers_and_stacks(tmp_path: Path) -> None:
     """PEFT by itself ignores `layers_to_transform` for stacks and for modules that are trained in full."""
     groups = {"attention": {"rank": 2}, "routed_experts": {"rank": 3, "alpha": 12.0}}
-    lora = Lora.model_validate({"rank": 4, "alpha": 8.0, "rslora": True, "layers": [1], "groups": groups})
+    lora = Lora.model_validate(
+        {"rank": 4, "alpha": 8.0, "rslora": True, "layers": [1], "groups": groups, "train_router": True}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter(
             "error"

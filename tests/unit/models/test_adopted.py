@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from align.config.families import TABLE, Facts
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.errors import UserError
 from align.models.adopted.build import adopt
 from align.models.adopted.routing import Replay, RoutingPass, read_routing

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.data.experience import build_experience
 from align.errors import UserError
 from align.models.family import FAMILIES, Place, family_of, load_config, register

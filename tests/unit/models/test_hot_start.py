@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.errors import UserError
 from align.models.hot_start import hot_start, load_dense
 from align.models.lora.adapters import add_lora, merge_lora
@@ -83,7 +83,9 @@ def test_a_width_that_does_not_divide_is_refused(dense) -> None:
         hot_start(dense, experts=4, top_k=1, expert_width=13, seed=0)
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=2), Lora(rank=2, experts=False), Lora(rank=2, train_router=False)])
+@pytest.mark.parametrize(
+    "lora", [Lora(rank=2, train_router=True), Lora(rank=2, experts=False, train_router=True), Lora(rank=2)]
+)
 def test_merged_adapters_compute_what_the_wrapped_model_computes(dense, lora) -> None:
     model = add_lora(hot_start(dense, experts=4, top_k=1, expert_width=12, seed=0), lora, task="CAUSAL_LM")
     with torch.no_grad():

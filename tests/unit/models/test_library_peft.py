@@ -96,7 +96,7 @@ def test_the_methods_that_are_called_exist() -> None:
 
 def test_adapters_of_a_shared_expert_are_put_there() -> None:
     """By itself PEFT moves them to the routed experts of this family, whose checkpoints have a `gate_proj` each."""
-    from align.config.parts import Lora
+    from align.config.lora import Lora
     from align.models.family import family_of
     from align.models.lora.adapters import add_lora
     from tests.tiny_families import tiny_config

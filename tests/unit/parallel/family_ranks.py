@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from align.config.lora import Lora
 from align.config.parallel import Parallel
-from align.config.parts import Lora, Optimizer
+from align.config.parts import Optimizer
 from align.launch.ending import end_process
 from align.models.family import family, routed_layers
 from align.models.lora.adapters import add_lora
@@ -35,7 +36,7 @@ from tests.tiny_families import VOCABULARY, save_tiny, tiny_config
 
 OPTIMIZER = Optimizer(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=0.5, schedule="constant")
 MICROS, STEPS = 2, 3
-LORA = Lora(rank=2)
+LORA = Lora(rank=2, train_router=True)
 
 
 def loss_of(net: Any, step: int, number: int) -> torch.Tensor:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from align.config.lora import Lora
 from align.config.parallel import Offload, Parallel
-from align.config.parts import Lora
 from align.launch.ending import end_process
 from align.models.lora.adapters import merge_lora
 from align.parallel.deepspeed_config import deepspeed_config
@@ -31,8 +31,8 @@ from align.train.checkpoint import load_policy
 from align.train.optimizer import build_optimizer
 from tests.unit.parallel.ranks import MICROS, OPTIMIZER, STEPS, difference, micro_batch, model, train
 
-LORA = Lora(rank=2, alpha=8.0)
-FROZEN_EXPERTS = Lora(rank=2, experts=False, train_router=False)
+LORA = Lora(rank=2, alpha=8.0, train_router=True)
+FROZEN_EXPERTS = Lora(rank=2, experts=False)
 READERS = ("zero 3, expert parallel 2", "zero 3", "zero 1")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.config.presets import PRESETS
 from align.config.recipe import Recipe
 from align.models import short_attention
@@ -74,10 +74,10 @@ def test_operations_equal_those_of_show_model(name: str) -> None:
 @pytest.mark.parametrize(
     "lora",
     [
-        Lora(rank=8),
-        Lora(rank=4, experts=False, train_router=False),
+        Lora(rank=8, train_router=True),
+        Lora(rank=4, experts=False),
         Lora(rank=4, attention=False, shared_mlp=False),
-        Lora(rank=2, attention=False, experts=False),
+        Lora(rank=2, attention=False, experts=False, train_router=True),
         Lora(rank=4, groups={"attention": {"rank": 3}, "routed_experts": {"rank": 2}}),  # type: ignore[dict-item]
         Lora(rank=4, layers=[0, 2]),
     ],

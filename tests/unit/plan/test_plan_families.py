@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from align.config import load_recipe
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.config.presets import PRESETS
 from align.models.family import family_of
 from align.models.lora.adapters import add_lora
@@ -143,7 +143,8 @@ def test_flops_are_those_that_torch_counts(model_type: str) -> None:
     "model_type", ["llama", "phi3", "qwen2_moe", "ernie4_5_moe", "hy_v3", "deepseek_v3", "gpt_oss"]
 )
 @pytest.mark.parametrize(
-    "lora", [Lora(rank=4), Lora(rank=2, experts=False), Lora(rank=2, shared_mlp=False, train_router=False)]
+    "lora",
+    [Lora(rank=4, train_router=True), Lora(rank=2, experts=False, train_router=True), Lora(rank=2, shared_mlp=False)],
 )
 def test_adapter_parameters_equal_pefts(model_type: str, lora: Lora) -> None:
     config = tiny_config(model_type)

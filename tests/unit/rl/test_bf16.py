@@ -32,7 +32,7 @@ def quietly(made: Recipe, run_dir: Path, **options) -> None:
 SETTINGS = {
     "full": {},
     "recomputed": {"gradient_checkpointing": True},
-    "lora": {"lora": {"rank": 2}, "critic": {"lora": {"rank": 2}}},
+    "lora": {"lora": {"rank": 2, "save": "merged"}, "critic": {"lora": {"rank": 2}}},
     "head": {"advantage_estimator": "gae", "critic": {"trainable": "head"}},
 }
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.errors import UserError
 from align.losses.reduce import averaging_weights, masked_mean
 from align.models.forward import policy_output

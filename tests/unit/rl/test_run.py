@@ -30,7 +30,7 @@ KINDS = {
         "overlong_buffer": 4,
         "loss_average": "completions",
     },
-    "ppo_lora": {"lora": {"rank": 2}, "critic": {"trainable": "head"}},
+    "ppo_lora": {"lora": {"rank": 2, "save": "merged"}, "critic": {"trainable": "head"}},
     "grpo": {"advantage_estimator": "grpo", "kl": {"estimator": "k3", "apply_to": "loss"}, "dynamic_sampling": 2},
     "gspo": {"advantage_estimator": "grpo", "ratio": "sequence", "clip_range": 3e-4, "loss_average": "completions"},
     "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_average": "constant"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.config.rollout import Rollout
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora.adapters import add_lora

@@ -21,7 +21,7 @@ from tests.unit.rl import runs as ppo_runs
 from tests.unit.train.test_resume import recipe
 
 PREFIX = "evaluation/"
-LORA = {"rank": 4, "dropout": 0.2, "experts": False}
+LORA = {"rank": 4, "dropout": 0.2, "experts": False, "train_router": True, "save": "merged"}
 
 
 def task(folder: Path, verifier: str = "{kind: length, max_tokens: 5}", name: str = "words") -> str:

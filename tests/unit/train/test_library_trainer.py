@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.hunyuan import HunYuanForCausalLM
 from align.models.lora.adapters import add_lora
 from tests.unit.train.one_step import checkpoint

@@ -68,6 +68,28 @@ def test_routed_experts_have_their_own_learning_rate_and_norms_do_not_decay() ->
     }
 
 
+def test_b_factors_of_adapters_have_their_own_learning_rate() -> None:
+    """LoRA+ (Hayou et al. 2024). Factors of experts have both ratios."""
+    names = [
+        "q_proj.lora_A.default",
+        "q_proj.lora_B.default",
+        "mlp.experts.lora_A.default",
+        "mlp.experts.lora_B.default",
+    ]
+    model = nn.Module()
+    for name in names:
+        parent = model
+        for part in f"{name}.weight".split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.weight = nn.Parameter(torch.zeros(2, 2))
+    settings = Optimizer(learning_rate=1e-3, expert_learning_rate_scale=0.5, lora_b_learning_rate_scale=16.0)
+    rates = {id(p): group["lr"] for group in build_optimizer(model, settings).param_groups for p in group["params"]}
+    found = [rates[id(model.get_parameter(f"{name}.weight"))] for name in names]
+    assert found == pytest.approx([1e-3, 1.6e-2, 5e-4, 8e-3])
+
+
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [

@@ -62,12 +62,12 @@ def preferences(folder: Path) -> dict:
 
 CASES = {
     "full": {},
-    "lora": {"lora": {"rank": 4}},
+    "lora": {"lora": {"rank": 4, "save": "merged"}},
     "grouped": {"group_by_length": True},
-    "dpo with lora": {"kind": "dpo", "lora": {"rank": 4}},
+    "dpo with lora": {"kind": "dpo", "lora": {"rank": 4, "save": "merged"}},
     "dpo": {"kind": "dpo"},
     "kto": {"kind": "kto", "batch_size": 8},
-    "reward model with lora": {"kind": "reward_model", "lora": {"rank": 4}},
+    "reward model with lora": {"kind": "reward_model", "lora": {"rank": 4, "save": "merged"}},
 }
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from align.run.adapted import write_pointer
 
 from .here import IN_PARENTHESES, Here, wrong
 
@@ -265,3 +269,62 @@ def _(here: Here) -> str:
 
     save_tiny("llama", here.folder / "other")
     return here.align("adapter", "extract", "model", "other", "out")
+
+
+def beside(here: Here, **pointer: Any) -> None:
+    """Write the adapter of `adapter` to lora/ with a pointer to model/; `pointer` overrides its keys."""
+    adapter(here)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(here.folder / "model" / name, here.folder / "lora" / name)
+    write_pointer(here.folder / "lora", here.folder / "lora", here.folder / "model")
+    path = here.folder / "lora" / "base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | pointer))
+
+
+@wrong("adapter-base-gone", "A checkpoint beside a base that no longer exists")
+def _(here: Here) -> str:
+    beside(here, base="../gone")
+    return here.run(init_from="./lora")
+
+
+@wrong("adapter-base-changed", "A checkpoint beside a base that has changed")
+def _(here: Here) -> str:
+    beside(here)
+    here.change_weights(lambda weights: weights["model.norm.weight"].mul_(2))
+    return here.run(init_from="./lora")
+
+
+@wrong("adapter-pointer-damaged", "A truncated base.json")
+def _(here: Here) -> str:
+    beside(here)
+    here.write("lora/base.json", '{"base": "../mo')
+    return here.align("adapter", "info", "lora")
+
+
+@wrong("adapter-pointer-circular", "An adapter that is its own base")
+def _(here: Here) -> str:
+    beside(here)
+    path = here.folder / "lora" / "base.json"
+    path.write_text(json.dumps({"base": ".", "digest": ""}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("align.run.adapted.weights_digest", lambda folder: "")
+        return here.align("chat", "lora")
+
+
+@wrong("adapter-merged-into-others", "An adapter merged into other weights than those it was trained on")
+def _(here: Here) -> str:
+    beside(here)
+    here.change_weights(lambda weights: weights["model.norm.weight"].mul_(2))
+    return here.align("adapter", "merge", "lora", "out", "--base", "model")
+
+
+@wrong("adapter-not-merged", "Unmerging an adapter from a checkpoint into which none is merged")
+def _(here: Here) -> str:
+    beside(here)
+    return here.align("adapter", "unmerge", "lora", "lora", "out")
+
+
+@wrong("adapter-as-whole-weights", "A checkpoint beside its base where whole weights are needed")
+def _(here: Here) -> str:
+    beside(here)
+    return here.run(model={"kind": "pretrained", "path": "lora", "add_tokens": ["<|tool|>"]})

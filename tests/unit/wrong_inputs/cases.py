@@ -13,6 +13,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     judged_tasks,
     judging,
     long_context,
+    lora,
     own_tasks,
     planning,
     recipes,

@@ -32,7 +32,7 @@ SECTIONS = {
     "The command line": ["command_line"],
     "Data": ["data"],
     "Checkpoints": ["checkpoints"],
-    "LoRA adapters": ["adapters"],
+    "LoRA adapters": ["lora", "adapters"],
     "Serving and chat": ["serving"],
     "Chat templates": ["templates"],
     "The run folder and the disk": ["run_folder"],

@@ -208,11 +208,6 @@ def _(here: Here) -> str:
     return here.check(stages={"SFT 1": {"kind": "sft", "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}})
 
 
-@wrong("dropout-in-experts", "Dropout in adapters on routed experts")
-def _(here: Here) -> str:
-    return here.check(lora={"dropout": 0.1})
-
-
 def prefer(here: Here, **settings: Any) -> str:
     dpo = {"kind": "dpo", "data": {"train": [{"kind": "file", "path": "pairs.jsonl"}]}, "batch_size": 8}
     return here.check(stages={"dpo": dpo | settings})
@@ -387,26 +382,6 @@ def _(here: Here) -> str:
 @wrong("added-tokens-frozen", "Added tokens whose embeddings LoRA does not train")
 def _(here: Here) -> str:
     return here.check(model={"kind": "pretrained", "path": "model", "add_tokens": ["<|tool|>"]}, lora={"rank": 2})
-
-
-@wrong("lora-targets-contradict", "`lora.targets` beside a key that it replaces")
-def _(here: Here) -> str:
-    return here.check(lora={"targets": ["attention"], "experts": True})
-
-
-@wrong("lora-targets-unknown", "A group in `lora.targets` that does not exist")
-def _(here: Here) -> str:
-    return here.check(lora={"targets": ["lm_head"]})
-
-
-@wrong("lora-group-without-adapters", "A rank for a group without adapters")
-def _(here: Here) -> str:
-    return here.check(lora={"targets": ["attention"], "groups": {"routed_experts": {"rank": 4}}})
-
-
-@wrong("lora-layer", "Adapters on a layer that the model does not have")
-def _(here: Here) -> str:
-    return here.run(lora={"targets": ["attention"], "layers": [0, 2]})
 
 
 @wrong("empty-path", "An empty path")
