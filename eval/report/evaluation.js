@@ -69,7 +69,7 @@ const LARGEST = 16e6; // cells of the table of common subsequences: about 0.1 s 
 const LITTLE = 0.2; // share of common words below which marks would cover the texts
 const LONG = 40;
 
-/* The pieces of two texts, [[text, isOnlyHere], ...] each; null if marks would not help. */
+/* The pieces of the first text, [[text, isOnlyHere], ...]; null if marks would not help. */
 function difference(first, second) {
   const a = first.match(WORDS) || [], b = second.match(WORDS) || [];
   let start = 0, endA = a.length, endB = b.length;
@@ -85,17 +85,16 @@ function difference(first, second) {
         : Math.max(common[(i + 1) * width + j], common[i * width + j + 1]);
     }
   }
-  const onlyA = new Uint8Array(a.length), onlyB = new Uint8Array(b.length);
+  const only = new Uint8Array(a.length);
   let i = 0, j = 0;
   while (i < n || j < m) {
     if (i < n && j < m && a[start + i] === b[start + j]) { i++; j++; }
-    else if (j >= m || (i < n && common[(i + 1) * width + j] >= common[i * width + j + 1])) onlyA[start + i++] = 1;
-    else onlyB[start + j++] = 1;
+    else if (j >= m || (i < n && common[(i + 1) * width + j] >= common[i * width + j + 1])) only[start + i++] = 1;
+    else j++;
   }
-  const words = (tokens, only) => tokens.filter((token, k) => !only[k] && token.trim()).length;
-  const shorter = Math.min(...[a, b].map((tokens) => tokens.filter((token) => token.trim()).length));
-  if (shorter > LONG && words(a, onlyA) < LITTLE * shorter) return null;
-  return [pieces(a, onlyA), pieces(b, onlyB)];
+  const words = (tokens) => tokens.filter((token) => token.trim()).length;
+  const shorter = Math.min(words(a), words(b)), shared = words(a.filter((_, k) => !only[k]));
+  return shorter > LONG && shared < LITTLE * shorter ? null : pieces(a, only);
 }
 
 /* Neighbouring tokens of the same kind as one piece; a space between two marked words is marked too. */
@@ -302,7 +301,7 @@ function explore(models, tasks, samples) {
       if (!value) shown.append(element("span", { class: "soft" }, "(empty)"));
       if (!marks) { markMatches(shown, visible(value), query); continue; }
       const tag = m === first() ? "del" : "ins";
-      for (const [piece, isOnly] of marks[0]) shown.append(isOnly ? element(tag, {}, piece) : piece);
+      for (const [piece, isOnly] of marks) shown.append(isOnly ? element(tag, {}, piece) : piece);
     }
     return box;
   }

@@ -261,7 +261,7 @@ def _table(label: str, head: list[str], rows: list[list[str]], wide: Set[int] = 
     for first, *rest in rows:
         cells = "".join(f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    table = f"<table class='sticky'><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return scrolling(label, table)
 
 

@@ -78,7 +78,7 @@ def caveat(evaluation: dict[str, Any]) -> str:
         f"Means over {many} held-out items with 95 % intervals: Wilson's for shares, otherwise the BCa bootstrap "
         f"({number(evaluation['resamples'])} resamples). Differences are paired by prompt. p is of McNemar's exact "
         "test or of a permutation test, on tasks adjusted for their number (Holm). A true difference of the size "
-        "after `detects` would be found in four of five cases. The intervals cover the choice of prompts, not the "
+        "after “detects” would be found in four of five cases. The intervals cover the choice of prompts, not the "
         "variance between training runs with other seeds."
     )
     return text + (f" {unscored} unscored values are not in the means." if unscored else "")

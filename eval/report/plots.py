@@ -178,7 +178,7 @@ def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
     """Draw one series; return the window of its running mean, or 0 if it has none."""
     travel, span = np.abs(np.diff(values)).sum(), np.ptp(values)
-    if values.size < SMOOTH_FROM or travel < ROUGH * span:
+    if values.size < SMOOTH_FROM or span == 0 or travel < ROUGH * span:
         marker = "o" if values.size <= 25 else None
         axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=2.6, label=label)
         return 0

@@ -198,6 +198,14 @@ def test_a_curve_with_values_that_are_not_finite_says_so() -> None:
     assert plot.caption == "not finite, not drawn: 2 values"
 
 
+def test_a_constant_curve_has_ticks_that_differ() -> None:
+    """A running mean of equal numbers differs by rounding, which would be all that the axis shows."""
+    (plot,) = stage_plots("sft", [{"step": step, "loss": 0.6} for step in range(80)], "a")
+    assert plot.caption == ""
+    ticks = re.findall(r">(0\.\d+)</text>", plot.svg)
+    assert len(ticks) == len(set(ticks)) >= 3
+
+
 def test_legends_stay_within_the_figure() -> None:
     keys = {key for chart in CHARTS["ppo"] for key, _ in chart.all_series} | {f"time/{phase}" for phase in PHASES}
     rows = [{"step": step, **dict.fromkeys(keys, step)} for step in range(3)]

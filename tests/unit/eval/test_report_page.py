@@ -222,18 +222,18 @@ def test_bold_are_the_best_and_those_whose_interval_reaches_it(browser: Any, tmp
 
 
 def test_a_press_on_a_head_sorts_the_leaderboard(page: Any) -> None:
-    grades = [float(cell.split("[")[0]) for cell in column(page, 3)]
-    button = page.locator(".board thead button").nth(3)
-    button.focus()
+    def means() -> list[float]:
+        rows = page.eval_on_selector_all(".board tbody tr", CELLS)
+        return [float(row[2].split("[")[0]) for row in rows]
+
+    before = means()
+    assert len(set(before)) == 2
+    page.locator(".board thead button").nth(2).focus()
     page.keyboard.press("Enter")
-    assert [float(cell.split("[")[0]) for cell in column(page, 3)] == sorted(grades, reverse=True)
+    assert means() == sorted(before, reverse=True)
     page.keyboard.press("Enter")
-    assert [float(cell.split("[")[0]) for cell in column(page, 3)] == sorted(grades)
+    assert means() == sorted(before)
     assert page.locator(".board [aria-sort]").get_attribute("aria-sort") == "ascending"
-
-
-def column(page: Any, number: int) -> list[str]:
-    return [row[number] for row in page.eval_on_selector_all(".board tbody tr", CELLS)]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -306,10 +306,10 @@ def test_filters_find_what_the_scores_say(page: Any, folder: Path) -> None:
 
 
 def test_search_finds_what_the_texts_say(page: Any, folder: Path) -> None:
-    for term, in_tasks in (("makes 42,", ("add",)), ("LIMERICK about number 3", ("mt_bench",)), ("柜台", ("odd",))):
+    terms = {"makes 42,": "add", "WRITE A limerick about number 3": "mt_bench", "柜台": "odd"}
+    for term, task in terms.items():
         expected = sum(
             any(term.lower() in text.lower() for row in rows.values() for text in row["shown"].values())
-            for task in in_tasks
             for rows in verdicts(folder, task).values()
         )
         assert expected > 0

@@ -66,6 +66,24 @@ def luminance(color: Any) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_bars_of_the_stages_are_on_their_tracks(browser: Any, run: Path, width: int) -> None:
+    """Five stages of 30 s: each bar is as high as its track, a fifth as long, and begins where the one before ends."""
+    with opened(browser, run / "report.html", width=width) as page:
+        tracks = page.eval_on_selector_all(".stage .track", TRACKS)
+    assert len(tracks) == 5
+    for number, (top, bottom, left, right) in enumerate(tracks):
+        assert [top, bottom] == pytest.approx([0, 1], abs=0.01)
+        assert [left, right] == pytest.approx([0.98 * number / 5, 0.98 * (number + 1) / 5], abs=0.01)
+
+
+TRACKS = """tracks => tracks.map((track) => {
+  const around = track.getBoundingClientRect(), bar = track.firstElementChild.getBoundingClientRect();
+  return [(bar.top - around.top) / around.height, (bar.bottom - around.top) / around.height,
+          (bar.left - around.left) / around.width, (bar.right - around.left) / around.width];
+})"""
+
+
 def test_the_links_lead_to_sections(browser: Any, run: Path) -> None:
     with opened(browser, run / "report.html", width=390) as page:
         for link in page.locator("nav a").all():
