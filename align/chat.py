@@ -17,6 +17,7 @@ from align.errors import UserError
 from align.models.lora.adapters import AnyModel
 from align.models.lora.folder import require_fitting
 from align.models.lora.stock import load_adapter
+from align.run.adapted import require_base
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.quiet import quieten
 
@@ -42,6 +43,7 @@ def chat(
     model = load_policy(folder, "float32").eval()
     if adapter is not None:
         require_fitting(adapter, model.config)
+        require_base(adapter, folder)
         model = load_adapter(model, adapter)
     torch.manual_seed(seed)
     messages = [{"role": "system", "content": system}] if system else []

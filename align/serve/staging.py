@@ -30,6 +30,7 @@ from align.models.lora.folder import (
     serving_problems,
     skeleton,
 )
+from align.run.adapted import require_base
 
 LARGEST = 100.0
 """Largest absolute value of a factor. Larger ones occur in damaged adapters only, and could overflow in the model."""
@@ -74,6 +75,7 @@ def check_adapter(folder: Path, base: Base, max_rank: int | None = None) -> Chec
     """Check an adapter by its settings and headers; UserError says why it cannot be served."""
     adapter = read_adapter(folder)
     found = changes(adapter, base.bones)
+    require_base(folder, base.folder)
     if problem := next(serving_problems(found, adapter, base.bones), None):
         raise UserError(
             f"{folder}: it cannot be served beside its base ({problem}); merge it with `align adapter merge`, and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from align.chat import chat
 from align.cli import main
 from align.config.lora import Lora
 from align.data.tokenizer import train_tokenizer
@@ -28,6 +30,7 @@ from align.models.lora.overlay import Overlay
 from align.models.lora.whole import whole
 from align.run.adapted import weights_of
 from align.run.checkpoint import adapter_folder
+from align.serve.staging import Base, check_adapter
 from align.train.checkpoint import load_policy, load_reward_model, load_scorer, load_tokenizer, save_model
 from tests.tiny_families import tiny_config
 
@@ -69,6 +72,11 @@ def stage(parent: Path, folder: Path, seed: int, **lora: Any) -> torch.Tensor:
     save_model(model, TOKENIZER, folder, "float32", save="adapter")
     assert torch.equal(logprobs(model), found)  # saving has not changed it
     return found
+
+
+def stage_of(parent: Path, folder: Path) -> Path:
+    stage(parent, folder, 5, rank=4)
+    return folder / "model"
 
 
 def make_base(run: Path, kind: str = "hunyuan") -> Path:
@@ -292,7 +300,26 @@ def test_an_adapter_of_an_earlier_run_is_not_left_beside_the_new_one(copied: Pat
     assert adapter_folder(copied / "sft") == copied / "sft" / "model"
 
 
-def test_an_adapter_is_not_merged_into_other_weights(copied: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_not_used_with_other_weights(copied: Path, tmp_path: Path) -> None:
+    base = Base.of(copied / "base" / "model", load_config(copied / "base" / "model"), "float32")
+    elsewhere = make_base(tmp_path / "elsewhere")
+    assert check_adapter(stage_of(base.folder, copied / "plain"), base).rank == 4
+    weights = load_file(elsewhere / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 2}, elsewhere / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"it was trained on .*/base/model, and .*/elsewhere/base/model has other weights"
+    ):
+        check_adapter(copied / "plain" / "model", replace(base, folder=elsewhere))
+    with pytest.raises(UserError, match="has other weights; pass the base that it was trained on"):
+        chat(
+            elsewhere,
+            system=None,
+            max_new_tokens=1,
+            temperature=0,
+            seed=0,
+            variables={},
+            adapter=copied / "plain" / "model",
+        )
     with pytest.raises(UserError, match=r"it was trained on .*/sft/model, and .*/base/model has other weights"):
         stream.merge_adapter(
             copied / "base" / "model",
