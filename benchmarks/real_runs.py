@@ -1,13 +1,16 @@
-"""Run recipes at a size for two cores and draw their learning curves: `python benchmarks/real_runs.py NAME [FILE ...]`.
+"""Run recipes at a size for two cores, draw their learning curves, and compare the models before and after.
+
+    python benchmarks/real_runs.py NAME [FILE ...] [--stages STAGE,...]
 
 sums        GRPO and PPO from the same SFT checkpoint, on sums in GSM8K's form; 3M parameters, from random weights.
             Needs no file.
-gsm8k       the recipe gsm8k_grpo with LoRA and small batches on short rows of FILE, GSM8K's train split as JSON lines
-            with question and answer; SmolLM2-135M converted to a mixture of experts.
+gsm8k       the recipe gsm8k_grpo with LoRA and small batches on short rows of TRAIN, evaluated on short rows of TEST,
+            GSM8K's splits as JSON lines with question and answer; SmolLM2-135M converted to a mixture of experts.
 preference  the recipe preference_ppo on FILE and HELD_OUT, JSON lines with prompt, chosen and rejected; 3M parameters,
             from random weights.
 
-The run folder is runs/NAME; an interrupted run is resumed. Afterwards the pictures of docs/runs.md are drawn.
+The run folder is runs/NAME; an interrupted run is resumed. Afterwards the pictures of docs/runs.md are drawn, and the
+results of the tasks are written to accuracies.json. --stages runs only these stages, one after another.
 """
 
 from __future__ import annotations
@@ -19,11 +22,16 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from curves import RESULTS as CURVES
-from harness import write
+from harness import RESULTS, write
+
+from align.eval.pairing import compare_folders
+from align.run.manifest import code_version
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,6 +48,8 @@ class Run(NamedTuple):
     curves: tuple[Curves, ...]
     files: tuple[str, ...] = ()
     """Names of the recipe's input files, in the folder in which it runs."""
+    task: str | None = None
+    """The task of its evaluate stage."""
 
 
 TINY = (
@@ -55,6 +65,7 @@ RUNS = {
         (),
         (Curves("sums_grpo", "grpo", LEARNT), Curves("sums_ppo", "ppo", (*LEARNT, "explained_variance"))),
         ("sums.jsonl",),
+        "sums_task.yaml",
     ),
     "gsm8k": Run(
         "gsm8k_grpo",
@@ -76,13 +87,14 @@ RUNS = {
             "stages.grpo.dynamic_sampling=0",
             "stages.grpo.steps=16",
             "stages.grpo.checkpoint_every=4",
-            # The file has no test split, so this is the accuracy on training rows.
-            "stages.evaluate.tasks=[{name: gsm8k_train, prompts: [{kind: file, path: gsm8k.jsonl, limit: 64, "
-            "columns: {prompt: question}}], metrics: [{kind: math}], temperature: 0.0, max_new_tokens: 96}]",
-            "stages.evaluate.rollout={max_model_length: 192, max_sequences: 64, cache_gib: 0.5}",
+            "stages.evaluate.models=[base, sft, grpo]",
+            "stages.evaluate.tasks=[gsm8k_task.yaml]",
+            "stages.evaluate.options={chat: true, limit: 128, max_length: 190}",
+            "stages.evaluate.rollout={max_new_tokens: 96, max_model_length: 192, max_sequences: 64, cache_gib: 0.5}",
         ),
         (Curves("gsm8k_grpo", "grpo", ("reward/math", "reward/form", "completion_length")),),
-        ("gsm8k.jsonl",),
+        ("gsm8k.jsonl", "gsm8k_test.jsonl"),
+        "gsm8k_task.yaml",
     ),
     "preference": Run(
         "preference_ppo",
@@ -149,10 +161,41 @@ def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
     if name == "sums":
         (folder / "sums.jsonl").write_text(sums(), encoding="utf-8")
     elif name == "gsm8k":
-        (folder / "gsm8k.jsonl").write_text(short_problems(given[0]), encoding="utf-8")
+        for source, target in zip(given, run.files, strict=True):
+            (folder / target).write_text(short_problems(source), encoding="utf-8")
     else:
         for source, target in zip(given, run.files, strict=True):
             shutil.copyfile(source, folder / target)
+    if run.task is not None:
+        shutil.copyfile(HERE / run.task, folder / run.task)
+
+
+def accuracies(results: Path) -> dict[str, Any]:
+    """The means of an evaluation by model, and the difference of each model from the first, paired by document."""
+    content = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    ((task, found),) = next(iter(content["models"].values()))["tasks"].items()
+    (metric,) = found["metrics"]
+    first, *others = content["models"]
+    keys = ("mean", "low", "high", "n", "unscored")
+    measured = {name: of["tasks"][task]["metrics"][metric] for name, of in content["models"].items()}
+    return {
+        "task": task,
+        "documents": found["documents"],
+        "samples": content["settings"]["samples"],
+        "models": {name: {key: values[key] for key in keys} for name, values in measured.items()},
+        "differences": {
+            f"{other} - {first}": asdict(compare_folders(results / first, results / other).differences[0])
+            for other in others
+        },
+    }
+
+
+def keep(name: str, option: str, result: dict[str, Any]) -> None:
+    """Write accuracies.json with this run's result beside those of the other runs. option: arguments of this run."""
+    path = RESULTS / "accuracies.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    about = {"options": option, "date": datetime.now(UTC).isoformat(timespec="seconds"), **code_version()}
+    write("accuracies", {**earlier, name: {**result, **about}}, option="NAME", show=False)
 
 
 def summary() -> dict[str, Any]:
@@ -179,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RUNS)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--stages", metavar="STAGE,...", help="run only these stages")
     options = parser.parse_args()
     run = RUNS[options.name]
     needed = 0 if options.name == "sums" else len(run.files)
@@ -188,10 +232,24 @@ def main() -> None:
     prepare(options.name, run, [file.resolve() for file in options.files], folder)
     run_dir = (Path("runs") / options.name).resolve()
     resume = ["--resume"] if run_dir.exists() else []
-    command = [sys.executable, "-m", "align.cli", "run", run.recipe, "--run-dir", str(run_dir), *resume, *run.changes]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    chosen = options.stages.split(",") if options.stages else []
+    changes = list(run.changes)
+    if "evaluate" in chosen:
+        changes.append(f"stages.evaluate.models=[{', '.join(['base'] * (options.name == 'gsm8k') + chosen[:-1])}]")
+    for only in [["--only", stage] for stage in chosen] or [resume]:
+        command = [sys.executable, "-m", "align.cli", "run", run.recipe, "--run-dir", str(run_dir), *only, *changes]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+    if run.task is not None and (run_dir / "evaluate" / "manifest.json").is_file():
+        names = [
+            options.name,
+            *(file.name for file in options.files),
+            *(["--stages", options.stages] if chosen else []),
+        ]
+        keep(options.name, " ".join(names), accuracies(run_dir / "evaluate" / "tasks"))
     for picture, stage, metrics in run.curves:
+        if chosen and stage not in chosen:
+            continue
         script = [sys.executable, str(HERE / "curves.py"), picture, str(run_dir), stage, ",".join(metrics)]
         subprocess.run(script, check=True)
     write("real_runs", summary())

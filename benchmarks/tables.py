@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 GUIDES = (
     "data.md",
+    "evaluation.md",
     "families.md",
     "model.md",
     "parallel.md",
@@ -402,6 +403,46 @@ def serve(results: dict[str, Any]) -> str:
     return f"{asked}\n\n{table(['requests', 'tokens/s', 'against the merged model'], rows)}"
 
 
+def accuracies(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        size = f"{found['documents']} documents × {found['samples']}"
+        for number, (model, measured) in enumerate(found["models"].items()):
+            cells = [f"{name}: `{found['task']}`, {size}" if number == 0 else "", model, _interval(measured), "", ""]
+            if number:
+                difference = next(d for key, d in found["differences"].items() if key.startswith(f"{model} - "))
+                cells[3:] = [_interval(difference, sign="+"), f"{difference['p_value']:.2g}"]
+            rows.append(cells)
+    return table(["task", "model", "accuracy", "difference from the first", "p"], rows)
+
+
+def _interval(found: dict[str, Any], sign: str = "") -> str:
+    if found["low"] is None:
+        return f"{found['mean']:{sign}.3f}"
+    return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+
+def reward_models_vs_trl(results: dict[str, Any]) -> str:
+    trained, scored = [], []
+    for model, found in results.items():
+        pairs = " + ".join(f"{n} {name}" for name, n in found["trained pairs"].items())
+        test = found["agreement"]["test"]["p_value"]
+        for side, measured in found["accuracy"].items():
+            subsets = [f"{_interval(of)} (n {of['n']})" for key, of in measured.items() if key != "length bias"]
+            label = f"{model}: {pairs}, {found['steps']} steps" if side == "align" else f"same accuracy: p = {test:.2g}"
+            trained.append([label, side, *subsets, f"{found['training, CPU seconds'][side]:.0f} s"])
+        speeds = found["scoring"]
+        for side, speed in speeds["pairs per CPU second"].items():
+            ratio = speeds["align / TRL"].get(side)
+            accuracy = speeds["accuracy with align's weights"][side]
+            label = f"{model}: {speeds['pairs']} pairs" if side == "align" else ""
+            scored.append([label, side, f"{speed:.1f}", "" if ratio is None else f"{ratio:.2f}", f"{accuracy:.3f}"])
+    names = list(next(iter(results.values()))["trained pairs"])
+    first = table(["trained on", "", "accuracy, held-out pairs", *names, "CPU time of training"], trained)
+    header = ["scored", "", "pairs per CPU second", "align / TRL (target 1.5)", "accuracy with align's weights"]
+    return first + "\n\n" + table(header, scored)
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -426,6 +467,8 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "expert_parallel": expert_parallel,
     "real_runs": real_runs,
     "filters": filters,
+    "accuracies": accuracies,
+    "reward_models_vs_trl": reward_models_vs_trl,
     "data": starts,
     "bf16_head": bf16_head,
     "bf16_curves": bf16_curves,

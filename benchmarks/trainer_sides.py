@@ -142,9 +142,23 @@ def sequence_lengths(rows: Any, kind: str) -> list[int]:
 
 
 class Case:
-    """One model, kind of trainer and set of rows, with the trainer of each side."""
+    """One model, kind of trainer and set of rows, with the trainer of each side.
 
-    def __init__(self, folder: Path, model_type: str, kind: str, *, fixed: bool, seed: int = 0):
+    trainer: the side's trainer, after `epoch` was called, and for align after its first epoch.
+    """
+
+    trainer: Any = None
+
+    def __init__(
+        self,
+        folder: Path,
+        model_type: str,
+        kind: str,
+        *,
+        fixed: bool,
+        seed: int = 0,
+        learning_rate: float = LEARNING_RATE,
+    ):
         """seed: of the order of the rows."""
         from align.config.recipe import Recipe
         from align.run.context import StageContext
@@ -158,7 +172,7 @@ class Case:
             "kind": kind,
             "init_from": str(base),
             "data": {"train": [{"path": str(source)}], "max_length": LENGTH},
-            "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_fraction": 0.0},
+            "optimizer": {"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
             "batch_size": BATCH,
             "micro_batch_tokens": MICRO_BATCH * (FIXED if fixed else LENGTH),
             "checkpoint_every": 10**6,
@@ -209,6 +223,7 @@ class Case:
                 shared = {"model": model, "data": self.data, "processing_class": self.tokenizer}
                 trainer = KtoTrainer if self.kind == "kto" else PackedTrainer
                 trainers.append(trainer(stage=self.stage, context=self.context, objective=known_objective, **shared))
+                self.trainer = trainers[0]
                 trainers[0].args.save_strategy = "no"  # as TRL's; otherwise the last step ends with a checkpoint
             trainers[0].objective = known_objective
             return losses_of(trainers[0])
@@ -230,7 +245,7 @@ class Case:
             "num_train_epochs": 1,
             "per_device_train_batch_size": MICRO_BATCH,
             "gradient_accumulation_steps": BATCH // MICRO_BATCH,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": self.stage.optimizer.learning_rate,
             "lr_scheduler_type": "constant",
             "bf16": False,
             "use_cpu": True,
@@ -273,6 +288,7 @@ class Case:
         if grouped:  # the trainers of pairs drop the column
             trainer._set_signature_columns_if_needed()
             trainer._signature_columns.append("length")
+        self.trainer = trainer
         return lambda: losses_of(trainer)
 
     def mismatched_rows(self) -> Any:
