@@ -447,6 +447,26 @@ RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
 
+
+def share_trunk(results: dict[str, Any]) -> str:
+    names = {
+        "policy alone": "policy and reference alone",
+        "shared": "all four, shared",
+        "separate": "all four, separate",
+    }
+    rows = [
+        [name, f"{found['peak_mb']:,.0f} MB", f"{found['cpu_seconds']:.2f} s"]
+        for way, name in names.items()
+        for found in [results["ways"][way]]
+    ]
+    return table(["models", "peak memory", "CPU time"], rows) + (
+        f"\n\n{results['parameters'] / 1e6:.0f} million parameters. Shared, the four models take "
+        f"{results['peak_over_policy_alone']:.2f} times the memory of the policy alone (separate: "
+        f"{results['separate_over_policy_alone']:.2f} times), and {results['cpu_seconds_over_separate']:.2f} times the "
+        "CPU time of separate models."
+    )
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
@@ -470,6 +490,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracies": accuracies,
     "reward_models_vs_trl": reward_models_vs_trl,
     "data": starts,
+    "share_trunk": share_trunk,
     "bf16_head": bf16_head,
     "bf16_curves": bf16_curves,
 }

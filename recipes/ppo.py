@@ -13,6 +13,7 @@ from align.config.ppo import PpoStage
 from align.data.chat import stop_token_ids
 from align.data.prepare import prepare_prompts
 from align.losses.kl import adapted_kl_coef
+from align.models.shared_weights import SharedWeights
 from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import world
 from align.recipes.evaluate_during import during_ppo
@@ -49,10 +50,15 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
     )
     context.say(f"  data: {report.summary()}")
     with ExitStack() as stack:
-        load_scorers = partial(load_reward_models, stage, context)
+        shared = SharedWeights() if stage.share_trunk and parallel is None else None
+        load_scorers = partial(load_reward_models, stage, context, shared)
         scorer = Scorer(stage.rewards, prompts, tokenizer, load_models=load_scorers, say=context.say)
         stack.callback(scorer.close)
-        models = build_models(stage, context)
+        models = build_models(stage, context, shared)
+        if shared is not None and shared.shared:
+            context.say(
+                f"  {shared.shared:,} of {shared.loaded:,} loaded parameters are another model's: in memory once"
+            )
         parameters = count_parameters(models.policy.model)
         for role, learner in models.learners.items():
             say_trained(learner.model, context, count_parameters(learner.model)["total"], role)

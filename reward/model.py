@@ -15,6 +15,7 @@ from align.data.experience import Experience, build_experience
 from align.errors import UserError
 from align.models.forward import sequence_scores
 from align.models.lora.adapters import AnyModel
+from align.models.shared_weights import SharedWeights
 from align.parallel.micro_batches import shared_passes, summed
 from align.train.checkpoint import load_reward_model, load_tokenizer
 from align.train.device import training_device
@@ -22,12 +23,22 @@ from align.train.frozen import FrozenModel
 
 
 class ModelScorer:
-    """A reward model with its tokenizer. With `parallel`, the model is sharded and its calls are collective."""
+    """A reward model with its tokenizer. With `parallel`, the model is sharded and its calls are collective.
 
-    def __init__(self, folder: Path, dtype: str, micro_batch_tokens: int, parallel: Parallel | None = None):
+    shared: as in `load_policy`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        micro_batch_tokens: int,
+        parallel: Parallel | None = None,
+        shared: SharedWeights | None = None,
+    ):
         self.tokenizer = load_tokenizer(folder)
         self.device = training_device()
-        self.model: AnyModel = load_reward_model(folder, dtype, parallel).to(self.device)
+        self.model: AnyModel = load_reward_model(folder, dtype, parallel, shared).to(self.device)
         self._frozen = FrozenModel(self.model, parallel, dtype)
         self.max_length = int(self.model.config.max_position_embeddings)
         self._end = end_of_turn_id(self.tokenizer)

@@ -132,6 +132,9 @@ class PpoStage(StageWithParent):
     runs out."""
     gradient_checkpointing: Annotated[bool, RUNTIME] = False
     """Recompute the activations of policy and critic in the backward pass, which saves memory and takes longer."""
+    share_trunk: Annotated[bool, RUNTIME] = True
+    """Hold frozen weights that several of policy, critic, reference and reward models have in common in memory once.
+    Results do not change. Not with `parallel`, where each model is sharded."""
     gamma: Fraction = 1.0
     """Discount factor per token. 1: no discount."""
     lam: Fraction = 0.95

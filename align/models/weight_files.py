@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,8 +48,7 @@ class StoredTensor:
             file.seek(self.offset)
             for part in values.split(CHUNK):
                 piece = part if buffer is None else buffer[: len(part)]
-                if file.readinto(piece.view(torch.uint8).numpy()) != piece.nbytes:  # type: ignore[arg-type]
-                    raise damaged(self.file, "the file is truncated")
+                self._read(file, piece)
                 if not _all_finite(piece):
                     raise UserError(
                         f"{self.file.parent}: the tensor '{self.name}' has values that are infinite or not a number; "
@@ -56,6 +56,25 @@ class StoredTensor:
                     )
                 if buffer is not None:
                     part.copy_(piece)
+
+    def equals(self, values: Tensor) -> bool:
+        """True if the file has these values, once they are converted to the dtype of `values`, which must be
+        contiguous."""
+        if tuple(values.shape) != self.shape:
+            return False
+        buffer = torch.empty(min(CHUNK, values.numel()), dtype=self.dtype)
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            for part in values.view(-1).split(CHUNK):
+                piece = buffer[: len(part)]
+                self._read(file, piece)
+                if not torch.equal(piece.to(part.dtype), part.cpu()):
+                    return False
+        return True
+
+    def _read(self, file: BinaryIO, piece: Tensor) -> None:
+        if file.readinto(piece.view(torch.uint8).numpy()) != piece.nbytes:  # type: ignore[attr-defined]
+            raise damaged(self.file, "the file is truncated")
 
 
 def _all_finite(values: Tensor) -> bool:

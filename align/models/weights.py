@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
 from align.errors import UserError
@@ -42,6 +44,37 @@ def published_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 def stored_state(model: Any) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a model, by name; a shared parameter once."""
     return {**dict(model.named_parameters()), **dict(plain_buffers(model))}
+
+
+def empty_model(model_class: Any, config: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model with allocated buffers and parameters on the meta device, to be filled from `folder`.
+
+    The dtypes are those of `from_pretrained`, which keeps some of a family's tensors in float32: the correction bias of
+    a router in bf16 would choose other experts.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=dtype)
+    model.name_or_path = str(folder)
+    model.tie_weights()
+    for key, kept in model._get_dtype_plan(dtype).items():
+        for name, tensor in stored_state(model).items():
+            if re.search(rf"(^|\.){re.escape(key)}(\.|$)", name):
+                tensor.data = tensor.data.to(kept)
+    return model
+
+
+def load_generation_config(model: Any, folder: Path) -> None:
+    """Give a language model the checkpoint's generation settings, if it has any."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Replace the parameter `old` by `new` in every module that has it."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[name] = new
 
 
 @torch.no_grad()

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from deepspeed import zero
 from torch import nn
-from transformers import GenerationConfig
 
 from align.config.lora import Lora
 from align.config.parallel import Parallel
@@ -27,7 +25,7 @@ from align.models.lora.adapters import add_lora, is_lora_weight, plain_name
 from align.models.lora.merge import plain_buffers
 from align.models.lora.overlay import Overlay
 from align.models.weight_files import StoredTensor, stored_tensors, weight_files
-from align.models.weights import read_range
+from align.models.weights import empty_model, load_generation_config, read_range, replace_parameter
 from align.parallel.deepspeed_config import deepspeed_config
 from align.parallel.experts import mark_adapters, shard_experts
 from align.parallel.sharding import expert_shard, full_shape, world
@@ -71,10 +69,7 @@ def load_sharded(
     weights = weights_of(folder)
     stored = by_parameter(stored_tensors(weight_files(weights.base)), family_of(config).names(config).place)
     overlay = Overlay(weights.adapters, config)
-    with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=dtype)
-    model.name_or_path = str(folder)
-    model.tie_weights()
+    model = empty_model(model_class, config, folder, dtype)
     shard_experts(model, parallel.expert_parallel_size, trained=not head_only and (lora is None or lora.experts))
     head = None
     if hasattr(model, "score") and "score.weight" not in stored:
@@ -104,7 +99,7 @@ def load_sharded(
             overlay.apply("score.weight", parameter.data)
         else:
             raise UserError(f"{folder}: the tensor of '{parameter_name}' is missing; copy the missing files.")
-        replace(model, empty, parameter)
+        replace_parameter(model, empty, parameter)
         if partitioning is not None:
             partitioning.partition_parameter(parameter)
     for buffer_name, buffer in plain_buffers(model):
@@ -113,8 +108,7 @@ def load_sharded(
         ((tensor, _),) = stored[buffer_name]
         tensor.read_into(buffer)
         overlay.apply(buffer_name, buffer)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    load_generation_config(model, folder)
     return model.eval()
 
 
@@ -144,11 +138,11 @@ def with_adapters(model: Any, lora: Lora) -> Any:
     for empty in list(model.parameters()):
         stand_in = torch.empty((), dtype=empty.dtype).expand(full_shape(empty))
         stand_ins[empty] = nn.Parameter(stand_in, empty.requires_grad)
-        replace(model, empty, stand_ins[empty])
+        replace_parameter(model, empty, stand_ins[empty])
     task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     model = add_lora(model, lora, task=task, in_float32=False)  # DeepSpeed keeps its own float32 copies
     for empty, stand_in in stand_ins.items():
-        replace(model, stand_in, empty.requires_grad_(False))
+        replace_parameter(model, stand_in, empty.requires_grad_(False))
     adapt_by_row(model)
     mark_adapters(model)
     return model
@@ -176,11 +170,3 @@ def local_range(parameter: Any, parallel: Parallel) -> tuple[int, int, int]:
     size = math.ceil(parameter.numel() / (ranks // group))
     start = min(parameter.numel(), rank // group * size)
     return first, start, min(parameter.numel(), start + size)
-
-
-def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Replace the parameter `old` by `new` in every module that has it."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is old:
-                module._parameters[name] = new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ from align.plan.sizes import ModelShape
 
 Trained = Literal["all", "adapters", "head", "nothing"]
 Shapes = Callable[[str], ModelShape]
+Between = Callable[[str, str], list[Lora] | None]
 
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -49,6 +50,7 @@ class Member:
     trained: the trained parameters; `head` is the value head of a critic with a frozen trunk.
     scorer: the model has a scalar head instead of a vocabulary head.
     lora: settings of the adapters; None without adapters.
+    shared: parameters that an earlier model of the stage holds too, if both are whole in one process.
     """
 
     role: str
@@ -56,6 +58,7 @@ class Member:
     trained: Trained
     scorer: bool = False
     lora: Lora | None = None
+    shared: int = 0
 
     @property
     def frozen(self) -> bool:
@@ -170,11 +173,11 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     """
     if only is not None and only not in recipe.stages:
         raise UserError(f"--stage {only}: the recipe has no such stage; use one of {', '.join(recipe.stages)}.")
-    shapes = _shapes(recipe, model)
+    shapes, between = _shapes(recipe, model), _between(recipe)
     sizes = [(name, stage.batch_size) for name, stage in recipe.stages.items() if isinstance(stage, TrainingStage)]
     jobs = [
         replace(
-            job_of(name, stage, recipe.dtype, shapes),
+            job_of(name, stage, recipe.dtype, shapes, between),
             parallel=recipe.parallel,
             other_stages=tuple(other for other in sizes if other[0] != name),
         )
@@ -236,9 +239,9 @@ def _check_length(job: Job) -> None:
         )
 
 
-def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shapes) -> Job:
+def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shapes, between: Between) -> Job:
     if isinstance(stage, PpoStage):
-        return _ppo(name, stage, dtype, shapes)
+        return _ppo(name, stage, dtype, shapes, between)
     trained: Trained = "adapters" if stage.lora else "all"
     scorer = stage.makes == REWARD_MODEL
     shape = shapes(stage.init_from)
@@ -259,25 +262,28 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
     )
 
 
-def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
+def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes, between: Between) -> Job:
     policy = shapes(stage.init_from)
     rewards = list(dict.fromkeys(r.init_from for r in stage.rewards if isinstance(r, ModelReward)))
-    critic = shapes(stage.critic.init_from or (rewards[0] if rewards else stage.init_from))
+    critic_from = stage.critic.init_from or (rewards[0] if rewards else stage.init_from)
+    critic = shapes(critic_from)
     critic_trained: Trained = "adapters" if stage.critic.lora else "all"
     if stage.critic.trainable == "head":
         critic_trained = "head"
-    members = [Member("policy", policy, "adapters" if stage.lora else "all", lora=stage.lora)]
+    members = [(stage.init_from, Member("policy", policy, "adapters" if stage.lora else "all", lora=stage.lora))]
     if stage.advantage_estimator == "gae":
-        members.append(Member("critic", critic, critic_trained, True, stage.critic.lora))
+        members.append((critic_from, Member("critic", critic, critic_trained, True, stage.critic.lora)))
     if not stage.lora:
-        members.append(Member("reference", policy, "nothing"))
-    members += [Member("reward model", shapes(reward), "nothing", True) for reward in rewards]
+        members.append((stage.init_from, Member("reference", policy, "nothing")))
+    members += [(reward, Member("reward model", shapes(reward), "nothing", True)) for reward in rewards]
+    if stage.share_trunk:
+        members = _sharing(members, between)
     length = stage.max_prompt_length + stage.rollout.max_new_tokens
     micro = max(1, min(stage.mini_batch_size, stage.micro_batch_tokens // length))
     return Job(
         name=name,
         kind=stage.kind,
-        members=tuple(members),
+        members=tuple(member for _, member in members),
         dtype=dtype,
         batch=stage.mini_batch_size,
         micro_batch=micro,
@@ -288,6 +294,21 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes) -> Job:
         ema=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(length, 4 if dtype == "float32" else 2)),
     )
+
+
+def _sharing(members: Sequence[tuple[str, Member]], between: Between) -> list[tuple[str, Member]]:
+    """The members, which are given with their checkpoints, with the parameters that earlier ones hold too."""
+    found: list[tuple[str, Member]] = []
+    for checkpoint, member in members:
+        shared = 0
+        for other_checkpoint, other in found:
+            adapters = between(checkpoint, other_checkpoint)
+            if adapters is not None and "all" not in (member.trained, other.trained):
+                one_scores = member.scorer or other.scorer
+                common = member.shape.trunk if one_scores else member.shape.parameters()
+                shared = max(shared, common - member.shape.changed(adapters))
+        found.append((checkpoint, replace(member, shared=shared)))
+    return found
 
 
 def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:
@@ -451,3 +472,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not valid JSON; copy or download it again.")
     return values
+
+
+def _between(recipe: Recipe) -> Between:
+    """A function that returns the adapters that were merged between two checkpoints of the recipe.
+
+    None if they have no common origin, or if a stage between them trained all weights.
+    """
+
+    def origins(reference: str) -> list[str]:
+        stage = recipe.stages.get(reference)
+        return [reference, *(origins(getattr(stage, "init_from", BASE)) if stage is not None else [])]
+
+    def between(first: str, second: str) -> list[Lora] | None:
+        chains = origins(first), origins(second)
+        common = next((name for name in chains[0] if name in chains[1]), None)
+        if common is None:
+            return None
+        stages = [name for chain in chains for name in chain[: chain.index(common)]]
+        adapters = [getattr(recipe.stages[name], "lora", None) for name in stages]
+        return None if None in adapters else [lora for lora in adapters if lora is not None]
+
+    return between

@@ -170,6 +170,8 @@ class _Rank:
         nvme: Bytes = {}
         shape = member.shape
         weights = width * self.shard((shape.experts, member.parameters - shape.experts), 3)
+        if not setting.deepspeed:
+            weights -= width * member.shared
         if member.trained == "adapters":
             weights += self.adapter_bytes(member) * self.shard(member.trained_counts, 3)
             if member.lora is not None and member.lora.train_router:

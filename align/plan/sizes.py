@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -193,3 +194,21 @@ class ModelShape:
             "lm_head": self.head * lora.train_head,
         }
         return {group: count for group, count in groups.items() if count}
+
+    def changed(self, merged: Sequence[Lora]) -> int:
+        """Parameters that differ between two checkpoints if these adapters were trained between them.
+
+        Modules that the settings name count as a whole layer.
+        """
+        total = 0
+        for number, layer in enumerate(self.layers):
+            here = [lora for lora in merged if lora.adapts(number)]
+            if any(lora.names or lora.modules_to_save for lora in here):
+                total += layer.parameters
+                continue
+            total += layer.attention * any(lora.attention for lora in here)
+            total += layer.mlp * any(lora.shared_mlp for lora in here)
+            total += layer.experts * any(lora.experts for lora in here)
+            total += layer.router * any(lora.train_router for lora in here)
+        total += self.embedding * any(lora.train_embeddings for lora in merged)
+        return total + self.head * any(lora.train_embeddings or lora.train_head for lora in merged)

@@ -14,6 +14,7 @@ from align.config.ppo import PpoStage
 from align.config.rewards import ModelReward
 from align.config.stages import RejectionSampleStage
 from align.models.lora.adapters import AnyModel
+from align.models.shared_weights import SharedWeights
 from align.reward.model import ModelScorer
 from align.run.context import StageContext
 from align.train.checkpoint import load_policy, load_scorer
@@ -81,8 +82,10 @@ def run_in_turn(runs: Sequence[Callable[[], Result]]) -> list[Result]:
     return [run() for run in runs]
 
 
-def build_models(stage: PpoStage, context: StageContext) -> Models:
+def build_models(stage: PpoStage, context: StageContext, shared: SharedWeights | None = None) -> Models:
     """Load policy, critic and reference, and build the learners.
+
+    shared: frozen weights of the models loaded before.
 
     All models are in evaluation mode: with dropout, two passes over the same tokens would differ.
     """
@@ -90,9 +93,10 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
     parent = context.checkpoint(stage.init_from)
     torch.manual_seed(context.seed)
     dtype = context.recipe.dtype
-    policy = load_policy(parent, context.trained_dtype(stage.lora), parallel, stage.lora).to(device)
-    critic = build_critic(stage, context).to(device) if stage.advantage_estimator == "gae" else None
-    reference = None if stage.lora else load_policy(parent, dtype, parallel, frozen=True).to(device)
+    load = partial(load_policy, parent, parallel=parallel, shared=shared)
+    policy = load(context.trained_dtype(stage.lora), lora=stage.lora).to(device)
+    critic = build_critic(stage, context, shared).to(device) if stage.advantage_estimator == "gae" else None
+    reference = None if stage.lora else load(dtype, frozen=True).to(device)
     for model in (policy, critic, reference):
         if model is not None:
             model.eval()
@@ -112,14 +116,16 @@ def build_models(stage: PpoStage, context: StageContext) -> Models:
     )
 
 
-def load_reward_models(stage: PpoStage | RejectionSampleStage, context: StageContext) -> dict[str, ModelScorer]:
+def load_reward_models(
+    stage: PpoStage | RejectionSampleStage, context: StageContext, shared: SharedWeights | None = None
+) -> dict[str, ModelScorer]:
     """Load the stage's local reward models, by their checkpoint names in the recipe.
 
     Under `parallel` every rank loads its shards, and all ranks must call this.
     """
     dtype, parallel = context.recipe.dtype, context.recipe.parallel
     return {
-        name: ModelScorer(context.checkpoint(name), dtype, stage.micro_batch_tokens, parallel)
+        name: ModelScorer(context.checkpoint(name), dtype, stage.micro_batch_tokens, parallel, shared)
         for name in local_reward_models(stage)
     }
 
@@ -129,7 +135,7 @@ def local_reward_models(stage: PpoStage | RejectionSampleStage) -> list[str]:
     return list(dict.fromkeys(reward.init_from for reward in stage.rewards if isinstance(reward, ModelReward)))
 
 
-def build_critic(stage: PpoStage, context: StageContext) -> AnyModel:
+def build_critic(stage: PpoStage, context: StageContext, shared: SharedWeights | None = None) -> AnyModel:
     """Load the critic with a value head of zeros.
 
     It starts from `critic.init_from`; by default from the first local reward model or, without one, from the policy's
@@ -145,4 +151,5 @@ def build_critic(stage: PpoStage, context: StageContext) -> AnyModel:
         head_only=head_only,
         parallel=context.recipe.parallel,
         lora=stage.critic.lora,
+        shared=shared,
     )

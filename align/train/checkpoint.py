@@ -25,6 +25,7 @@ from align.errors import UserError
 from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
 from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name, save_adapter
 from align.models.lora.overlay import Overlay
+from align.models.shared_weights import SharedWeights
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
 from align.parallel.sharding import full_shape, local_values, world
@@ -97,7 +98,13 @@ def _damage_explained(folder: Path) -> Iterator[None]:
 
 
 def load_policy(
-    folder: Path, dtype: str, parallel: Parallel | None = None, lora: Lora | None = None, *, frozen: bool = False
+    folder: Path,
+    dtype: str,
+    parallel: Parallel | None = None,
+    lora: Lora | None = None,
+    *,
+    frozen: bool = False,
+    shared: SharedWeights | None = None,
 ) -> AnyModel:
     """Load a causal language model.
 
@@ -107,16 +114,22 @@ def load_policy(
         parallel: Shard the model over the ranks; None loads the whole model.
         lora: Add new adapters with `add_lora`.
         frozen: Freeze every parameter.
+        shared: Take over frozen weights of other models, and offer this model's to later ones; not with `parallel`.
     """
     settings = _policy_config(folder)
     with _damage_explained(folder):
         if parallel is not None:
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
-            model = _load_whole(family_of(settings).policy, settings, folder, dtype)
+            in_common = shared if frozen or lora is not None else None
+            model = _load_whole(family_of(settings).policy, settings, folder, dtype, in_common)
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     train_padding_row(model)
-    return model.requires_grad_(False) if frozen else model
+    if frozen:
+        model.requires_grad_(False)
+    if shared is not None:
+        shared.offer(model)
+    return model
 
 
 def _policy_config(folder: Path) -> FamilyConfig:
@@ -129,12 +142,20 @@ def _policy_config(folder: Path) -> FamilyConfig:
     return settings
 
 
-def _load_whole(model_class: Any, config: FamilyConfig, folder: Path, dtype: str) -> AnyModel:
-    """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory."""
+def _load_whole(
+    model_class: Any, config: FamilyConfig, folder: Path, dtype: str, shared: SharedWeights | None
+) -> AnyModel:
+    """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory.
+
+    shared: weights that the model may have in common with others.
+    """
     base, adapters = weights_of(folder)
     overlay = Overlay(adapters, config)
-    model = model_class.from_pretrained(base, config=config, dtype=getattr(torch, dtype))
-    overlay.apply_to(model)
+    if shared is not None:
+        model = shared.load(model_class, config, base, getattr(torch, dtype), overlay)
+    else:
+        model = model_class.from_pretrained(base, config=config, dtype=getattr(torch, dtype))
+        overlay.apply_to(model)
     model.name_or_path = str(folder)
     return model
 
@@ -179,14 +200,16 @@ def check_parallel(
     require_space(parallel, parameters, dtype, machines, trained)
 
 
-def load_reward_model(folder: Path, dtype: str, parallel: Parallel | None = None) -> AnyModel:
+def load_reward_model(
+    folder: Path, dtype: str, parallel: Parallel | None = None, shared: SharedWeights | None = None
+) -> AnyModel:
     """Load a trained reward model in evaluation mode; a language model's checkpoint is refused.
 
-    parallel: as in `load_policy`.
+    parallel, shared: as in `load_policy`.
     """
     if not is_scorer(check_checkpoint(folder)):
         raise UserError(f"{folder}: {IS_LANGUAGE_MODEL}")
-    return load_scorer(folder, dtype, parallel=parallel, frozen=True).eval()
+    return load_scorer(folder, dtype, parallel=parallel, frozen=True, shared=shared).eval()
 
 
 def load_scorer(
@@ -198,6 +221,7 @@ def load_scorer(
     frozen: bool = False,
     parallel: Parallel | None = None,
     lora: Lora | None = None,
+    shared: SharedWeights | None = None,
 ) -> AnyModel:
     """Load a model with one scalar head: a reward model or a critic.
 
@@ -206,7 +230,7 @@ def load_scorer(
 
     Args:
         folder: The checkpoint of a language model or of a scorer.
-        dtype, parallel, lora, frozen: As in `load_policy`.
+        dtype, parallel, lora, frozen, shared: As in `load_policy`.
         fresh_head: Set the head to zero: a critic's first values are then 0, not the scores of a reward model.
         head_only: Freeze everything but the head. Without `parallel` the head is in float32.
     """
@@ -218,7 +242,8 @@ def load_scorer(
         if parallel is not None:
             model = _load_sharded(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
-            model = _load_whole(scorer, settings, folder, dtype)
+            in_common = shared if frozen or head_only or lora is not None else None
+            model = _load_whole(scorer, settings, folder, dtype, in_common)
             if head_only:
                 model.score.float()
             if lora is not None:
@@ -234,6 +259,8 @@ def load_scorer(
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("score" in name and "original_module" not in name)
+    if shared is not None:
+        shared.offer(model)
     return model
 
 

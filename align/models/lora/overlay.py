@@ -38,6 +38,11 @@ class Overlay:
                 where = place(name) if name in bones.published else Place(name)
                 self._changes.setdefault(where.parameter, []).append((change, where, folder))
 
+    @property
+    def changed(self) -> set[str]:
+        """Names of the parameters and buffers that change."""
+        return set(self._changes)
+
     @torch.no_grad()
     def apply_to(self, model: Any) -> None:
         """Change the parameters and buffers of a whole model.

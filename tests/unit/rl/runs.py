@@ -19,15 +19,20 @@ def score(prompts, completions, rows):
 '''
 
 
-def recipe(folder: Path, **ppo: Any) -> Recipe:
-    """A recipe whose reward function and prompts are in `folder`; `ppo` overrides keys of the stage."""
+def recipe(folder: Path, before: dict[str, Any] | None = None, **ppo: Any) -> Recipe:
+    """A recipe whose reward function and prompts are in `folder`.
+
+    before: stages before the PPO stage.
+    ppo: overrides keys of the PPO stage.
+    """
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     prompts = [{"prompt": f"Say {word}."} for word in ("one", "two", "three", "four", "five", "six")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     content = {
         "name": "rl",
         "model": small_model([{"kind": "python_docs", "view": "text", "limit": 20}], initializer_range=0.1),
-        "stages": {
+        "stages": (before or {})
+        | {
             "ppo": {
                 "kind": "ppo",
                 "prompts": [{"kind": "file", "path": str(folder / "prompts.jsonl")}],
@@ -51,7 +56,7 @@ def recipe(folder: Path, **ppo: Any) -> Recipe:
         },
     }
     path = folder / "rl.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return load_recipe(path)
 
 
