@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,7 @@ class Member:
     trained: the trained parameters; `head` is the value head of a critic with a frozen trunk.
     scorer: the model has a scalar head instead of a vocabulary head.
     lora: settings of the adapters; None without adapters.
-    shared: parameters that an earlier model of the stage holds too, if both are whole in one process.
+    checkpoint: name in the recipe of the checkpoint that it is loaded from.
     """
 
     role: str
@@ -58,7 +58,7 @@ class Member:
     trained: Trained
     scorer: bool = False
     lora: Lora | None = None
-    shared: int = 0
+    checkpoint: str = ""
 
     @property
     def frozen(self) -> bool:
@@ -128,6 +128,8 @@ class Job:
     by_tokens: the recipe sets `micro_batch_tokens`, not `micro_batch_size`.
     parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size) of the recipe's other training stages.
+    between: the adapters that were merged between two checkpoints of the recipe, None if all weights may differ; not
+        given if the models of the stage share no weights.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Job:
     by_tokens: bool = False
     parallel: Parallel | None = None
     other_stages: tuple[tuple[str, int], ...] = ()
+    between: Between | None = None
 
     @property
     def learners(self) -> tuple[Member, ...]:
@@ -154,6 +157,19 @@ class Job:
     @property
     def full_fine_tuning(self) -> bool:
         return any(member.trained == "all" for member in self.members)
+
+    def shared(self, member: Member) -> int:
+        """Frozen parameters of a model that an earlier one holds with equal values, if both are whole in a process."""
+        if self.between is None or member.trained == "all":
+            return 0
+        most = 0
+        for other in self.members[: self.members.index(member)]:
+            adapters = self.between(member.checkpoint, other.checkpoint)
+            if adapters is not None and other.trained != "all":
+                one_scores = member.scorer or other.scorer
+                common = member.shape.trunk if one_scores else member.shape.parameters()
+                most = max(most, common - member.shape.changed(adapters))
+        return most
 
     def with_lora(self, lora: Lora) -> Job:
         """The same stage with adapters on every fully trained model; the reference is the policy without adapters."""
@@ -270,20 +286,20 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes, between: Betwee
     critic_trained: Trained = "adapters" if stage.critic.lora else "all"
     if stage.critic.trainable == "head":
         critic_trained = "head"
-    members = [(stage.init_from, Member("policy", policy, "adapters" if stage.lora else "all", lora=stage.lora))]
+    trained: Trained = "adapters" if stage.lora else "all"
+    members = [Member("policy", policy, trained, lora=stage.lora, checkpoint=stage.init_from)]
     if stage.advantage_estimator == "gae":
-        members.append((critic_from, Member("critic", critic, critic_trained, True, stage.critic.lora)))
+        members.append(Member("critic", critic, critic_trained, True, stage.critic.lora, critic_from))
     if not stage.lora:
-        members.append((stage.init_from, Member("reference", policy, "nothing")))
-    members += [(reward, Member("reward model", shapes(reward), "nothing", True)) for reward in rewards]
-    if stage.share_trunk:
-        members = _sharing(members, between)
+        members.append(Member("reference", policy, "nothing", checkpoint=stage.init_from))
+    members += [Member("reward model", shapes(reward), "nothing", True, checkpoint=reward) for reward in rewards]
     length = stage.max_prompt_length + stage.rollout.max_new_tokens
     micro = max(1, min(stage.mini_batch_size, stage.micro_batch_tokens // length))
     return Job(
         name=name,
         kind=stage.kind,
-        members=tuple(member for _, member in members),
+        members=tuple(members),
+        between=between if stage.share_trunk else None,
         dtype=dtype,
         batch=stage.mini_batch_size,
         micro_batch=micro,
@@ -294,21 +310,6 @@ def _ppo(name: str, stage: PpoStage, dtype: str, shapes: Shapes, between: Betwee
         ema=stage.ema_decay is not None,
         rollouts=_rollouts(stage, policy.cache_bytes(length, 4 if dtype == "float32" else 2)),
     )
-
-
-def _sharing(members: Sequence[tuple[str, Member]], between: Between) -> list[tuple[str, Member]]:
-    """The members, which are given with their checkpoints, with the parameters that earlier ones hold too."""
-    found: list[tuple[str, Member]] = []
-    for checkpoint, member in members:
-        shared = 0
-        for other_checkpoint, other in found:
-            adapters = between(checkpoint, other_checkpoint)
-            if adapters is not None and "all" not in (member.trained, other.trained):
-                one_scores = member.scorer or other.scorer
-                common = member.shape.trunk if one_scores else member.shape.parameters()
-                shared = max(shared, common - member.shape.changed(adapters))
-        found.append((checkpoint, replace(member, shared=shared)))
-    return found
 
 
 def _rollouts(stage: PpoStage, longest_sequence: float) -> RolloutWork:

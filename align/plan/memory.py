@@ -171,7 +171,7 @@ class _Rank:
         shape = member.shape
         weights = width * self.shard((shape.experts, member.parameters - shape.experts), 3)
         if not setting.deepspeed:
-            weights -= width * member.shared
+            weights -= width * self.job.shared(member)
         if member.trained == "adapters":
             weights += self.adapter_bytes(member) * self.shard(member.trained_counts, 3)
             if member.lora is not None and member.lora.train_router:

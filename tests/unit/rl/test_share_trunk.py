@@ -64,4 +64,4 @@ def test_policy_critic_and_reward_model_hold_one_trunk(tmp_path) -> None:
     assert together <= sum(trunks[1].values()) + attention + heads
     assert sum(sum(trunk.values()) for trunk in trunks) > 2.5 * together
     (job,) = jobs_of(made, None, "ppo")
-    assert sum(member.shared for member in job.members) == shared.shared
+    assert sum(job.shared(member) for member in job.members) == shared.shared
