@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import torch
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.shared_weights import SharedWeights
 from align.run.manifest import code_version

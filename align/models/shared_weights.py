@@ -91,15 +91,13 @@ class SharedWeights:
     def _offered(self, name: str) -> Sequence[nn.Parameter]:
         return () if name == HEAD else self._frozen.get(name, ())
 
-    def _stored(
-        self, name: str, empty: nn.Parameter, pieces: Sequence[tuple[StoredTensor, Place]]
-    ) -> Tensor | None:
+    def _stored(self, name: str, empty: nn.Parameter, pieces: Sequence[tuple[StoredTensor, Place]]) -> Tensor | None:
         """An offered parameter whose values are those of the files."""
         for parameter in self._offered(name):
             held = parameter.detach()
-            if held.shape == empty.shape and held.dtype == empty.dtype:
-                if all(tensor.equals(part.within(held)) for tensor, part in pieces):
-                    return held
+            fits = held.shape == empty.shape and held.dtype == empty.dtype
+            if fits and all(tensor.equals(part.within(held)) for tensor, part in pieces):
+                return held
         return None
 
     def _equal(self, name: str, values: Tensor) -> Tensor:

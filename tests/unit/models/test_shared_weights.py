@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from align.config.parts import Lora
+from align.config.lora import Lora
 from align.models.family import family_of
 from align.models.lora.adapters import AnyModel, plain_name
 from align.models.shared_weights import SharedWeights

@@ -42,7 +42,12 @@ def test_a_run_with_shared_weights_is_the_run_without(tmp_path, settings) -> Non
         run(made, tmp_path / str(share), say=said.append)
     assert lines(tmp_path / "True") == lines(tmp_path / "False")
     assert sum("in memory once" in line for line in said) == 1
-    weights = [(tmp_path / str(share) / "ppo/model/model.safetensors").read_bytes() for share in (True, False)]
+    weights = [
+        file.read_bytes()
+        for share in (True, False)
+        for file in (tmp_path / str(share) / "ppo" / "model").glob("*.safetensors")
+    ]
+    assert len(weights) == 2
     assert weights[0] == weights[1]
 
 
