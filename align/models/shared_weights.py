@@ -77,7 +77,8 @@ class SharedWeights:
                 del pieces[name]
             elif name not in pieces:
                 nn.init.normal_(parameter, std=config.initializer_range)
-            replace_parameter(model, empty, parameter.requires_grad_(empty.requires_grad))
+            parameter.requires_grad = empty.requires_grad
+            replace_parameter(model, empty, parameter)
         read_pieces(pieces, stored_state(model))
         overlay.apply_to(model)
         for name, parameter in model.named_parameters():
