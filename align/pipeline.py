@@ -27,7 +27,7 @@ from align.preflight import problems
 from align.run import interrupt, manifest
 from align.run.context import StageContext, StageResult
 from align.run.environment import prepare_process
-from align.run.folder import disk_error, is_disk_full, locked, write_json
+from align.run.folder import disk_error, is_disk_full, locked, remove_folder, write_json
 
 
 class PlannedStage(NamedTuple):
@@ -85,6 +85,10 @@ def run(
         if recipe.parallel is not None:
             group.leave()
     if any(stage.name != BASE and recipe.stages[stage.name].makes == REPORT for stage in stages):
+        from align.eval.report.headline import headline
+
+        for line in headline(run_dir):
+            say(line)
         say(f"report: {run_dir / 'report.html'}")
 
 
@@ -139,13 +143,12 @@ def _run_stage(context: StageContext) -> None:
     from transformers import set_seed  # loads torch, as all below
 
     from align.parallel import group
-    from align.train.device import return_cached_memory
+    from align.train.device import peak_bytes, return_cached_memory
     from align.train.quiet import quieten
 
     name = context.name
-    kind = BASE if name == BASE else context.recipe.stages[name].kind
     record = group.from_rank_0(f"start {name}", lambda: manifest.start_record(context))
-    context.say(f"{name}: {kind}")
+    context.say(f"{name}: {title(context)}")
     started, clock = datetime.now(UTC), time.perf_counter()
     quieten()
     set_seed(context.seed)  # a stage's random numbers must not depend on whether earlier stages ran in this process
@@ -166,7 +169,9 @@ def _run_stage(context: StageContext) -> None:
     seconds = time.perf_counter() - clock
     if group.is_main():
         manifest.finish_record(context, record, started, seconds, result)
-        context.say(f"{name}: done in {seconds:.0f} s")
+        if not context.recipe.keep_checkpoints:
+            remove_folder(context.dir / "checkpoints")
+        context.say(f"{name}: done in {seconds:.0f} s, peak memory of the run so far {peak_bytes() / 2**30:.1f} GiB")
         if name != BASE and context.recipe.stages[name].makes == REPORT:
             from align.eval.report.write import write_report
 
@@ -174,6 +179,14 @@ def _run_stage(context: StageContext) -> None:
     if group.should_stop():
         interrupt.stop()
     interrupt.stop_polling()
+
+
+def title(context: StageContext) -> str:
+    """What the stage does, in words, for the log."""
+    if context.name == BASE:
+        return "the model that the stages start from"
+    stage = context.recipe.stages[context.name]
+    return stage.title or stage.kind
 
 
 def run_stage(context: StageContext) -> StageResult:

@@ -25,6 +25,7 @@ from align.reward.functions import REFERENCE
 from align.reward.process import FunctionProcess
 from align.rollout.base import Completion
 from align.run.context import StageContext
+from align.run.metrics import EVALUATION, SHARE
 
 
 class TaskScorer:
@@ -158,8 +159,15 @@ class Results:
         return found
 
     def line(self, model: str) -> str:
-        """The model's metrics for the terminal."""
-        return f"  {model}: " + "  ".join(f"{key} {value:.3f}" for key, value in self.metrics(model).items())
+        """The model's metrics for the terminal, with the titles and units of the table of metrics."""
+        parts = []
+        for key, value in self.metrics(model).items():
+            found = next((info for info in EVALUATION if info.key == key), None)
+            title = found.title.replace("REFERENCE", self.content["reference"]) if found else key.replace("/", " ")
+            unit = f" {found.unit}" if found and found.unit not in ("", SHARE) else ""
+            title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+            parts.append(f"{title} {value:.3f}{unit}")
+        return f"  {model}: {', '.join(parts)}"
 
 
 def task_metrics(result: dict[str, Any]) -> dict[str, float]:

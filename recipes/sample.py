@@ -45,7 +45,8 @@ def _sample(stage: SampleStage, context: StageContext) -> StageResult:
             counts[f"{split}_without_reference"] = len(rows) - len(with_reference)
             counts[f"{split}_unreadable"] = unreadable
             counts[f"{split}_empty_or_equal"] = len(with_reference) - len(pairs) - unreadable
-    context.say("  " + ", ".join(f"{value:.0f} {name}" for name, value in counts.items() if value))
+    words = {name: name.replace("train_", "training ").replace("held_out_", "held-out ") for name in counts}
+    context.say("  " + ", ".join(f"{v:.0f} {words[name].replace('_', ' ')}" for name, v in counts.items() if v))
     return StageResult(counts, {split: report.to_dict() for split, (_, report) in splits.items()})
 
 

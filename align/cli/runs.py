@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
     run.add_argument("--only", metavar="STAGE", help="run only this stage (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
+    run.add_argument("--verbose", action="store_true", help="also show the warnings and progress bars of libraries")
     run.set_defaults(command=run_recipe)
 
     check = commands.add_parser(
@@ -87,6 +89,8 @@ def run_recipe(options: argparse.Namespace) -> None:
     from align import pipeline
     from align.config import load_recipe
 
+    if options.verbose:
+        os.environ["ALIGN_VERBOSE"] = "1"  # the ranks inherit it
     overrides = [*options.overrides, *process_overrides(options, options.overrides)]
     recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name

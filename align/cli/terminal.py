@@ -8,10 +8,11 @@ import sys
 import time
 
 ERASE = "\r\x1b[2K"
-LOG_EVERY = 10.0
-"""Seconds between two lines of progress in a log."""
+LOG_EVERY, LATER = 10.0, 60.0
+"""Seconds between two lines of progress in a log, in its first ten minutes and afterwards."""
+_began = time.monotonic()
 _logged = float("-inf")
-"""Time of the last of them."""
+"""Time of the last line of progress."""
 
 
 def say(line: str) -> None:
@@ -32,12 +33,18 @@ def status(line: str) -> None:
 
 
 def progress(line: str) -> None:
-    """Show how far a long step is: as `status` on a terminal, in a log one line every `LOG_EVERY` seconds."""
+    """Show how far a long step is: as `status` on a terminal, in a log one line every few seconds.
+
+    With ALIGN_LOG_STEPS=1 in the environment, a log has every line.
+    """
     global _logged
     if sys.stdout.isatty():
         status(line)
-    elif line and time.monotonic() - _logged >= LOG_EVERY:
-        _logged = time.monotonic()
+        return
+    now = time.monotonic()
+    seconds = LOG_EVERY if now - _began < 600 else LATER
+    if line and (now - _logged >= seconds or os.environ.get("ALIGN_LOG_STEPS")):
+        _logged = now
         print(line, flush=True)
 
 

@@ -91,6 +91,7 @@ GROUPED = ("grpo", "dr_grpo", "rloo")
 class PpoStage(StageWithParent):
     """Policy optimisation on the scores of sampled completions: PPO with a critic, or a critic-free method."""
 
+    title = "reinforcement learning (PPO)"
     makes = LANGUAGE_MODEL
     trains = True
 

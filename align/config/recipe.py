@@ -39,6 +39,9 @@ class Recipe(Section):
     ranks that `align run` starts share the host's CPUs."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     """Experiment trackers that also receive the metrics of metrics.jsonl. Their packages must be installed."""
+    keep_checkpoints: bool = False
+    """Keep the training checkpoints of finished stages. They are needed only to continue an interrupted stage, and are
+    several times as large as the model."""
     parallel: Parallel | None = None
     """Several processes: ZeRO, expert parallelism, offload. Default: one process without DeepSpeed."""
     model: Model

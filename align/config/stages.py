@@ -115,6 +115,7 @@ class TrainingStage(StageWithParent):
 class PretrainStage(TrainingStage):
     """Next-token prediction on plain text, packed into full sequences."""
 
+    title = "pretraining"
     reads = (COMPLETIONS,)
 
     kind: Literal["pretrain"]
@@ -127,6 +128,7 @@ class PretrainStage(TrainingStage):
 class SftStage(TrainingStage):
     """Supervised fine-tuning on conversations or prompt/completion rows."""
 
+    title = "supervised fine-tuning"
     reads = (COMPLETIONS,)
 
     kind: Literal["sft"]
@@ -161,6 +163,7 @@ class SampleStage(SamplingStage):
     """Generation of preference pairs: the reference answer of a prompt is preferred to the model's own. Rows without a
     reference answer (`reference`, `completion` or `chosen`) make no pair."""
 
+    title = "sampling of preference pairs"
     makes = PAIRS
 
     kind: Literal["sample"]
@@ -177,6 +180,7 @@ class SampleStage(SamplingStage):
 class RejectionSampleStage(SamplingStage):
     """Rejection sampling: of several completions per prompt, those with good scores become rows of a later stage."""
 
+    title = "rejection sampling"
     makes = COMPLETIONS
 
     kind: Literal["rejection_sample"]
@@ -240,6 +244,7 @@ class RejectionSampleStage(SamplingStage):
 class RewardModelStage(TrainingStage):
     """Training of a reward model: a scalar head on preference pairs (Bradley-Terry loss)."""
 
+    title = "training of a reward model"
     makes = REWARD_MODEL
     starts_from = (LANGUAGE_MODEL, REWARD_MODEL)
     sequences_per_row = 2
@@ -298,6 +303,7 @@ WITHOUT_REFERENCE = ("simpo",)
 class DpoStage(TrainingStage):
     """Training on preference pairs: direct preference optimisation and its variants, with the parent as reference."""
 
+    title = "preference optimisation (DPO)"
     sequences_per_row = 2
 
     kind: Literal["dpo"]
@@ -347,6 +353,8 @@ class DpoStage(TrainingStage):
 class KtoStage(TrainingStage):
     """Training on completions that are labelled desirable or undesirable (KTO), with the parent as reference."""
 
+    title = "preference optimisation (KTO)"
+
     kind: Literal["kto"]
     """Selects training on labelled completions."""
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
@@ -395,6 +403,7 @@ def _named_once(models: list[str]) -> list[str]:
 class EvaluateStage(StageBase):
     """Compare checkpoints on held-out prompts and tasks, and write the report."""
 
+    title = "evaluation"
     makes = REPORT
 
     kind: Literal["evaluate"]

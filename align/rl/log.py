@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from align.config.ppo import PpoStage
 from align.data.answers import AnswerReader
@@ -20,6 +17,8 @@ from align.rl.score import RolloutBatch
 from align.run.context import StageContext
 from align.run.folder import MetricsWriter
 from align.run.metrics import PHASES
+from align.run.pace import Pace
+from align.train.device import peak_bytes
 from align.train.trackers import Trackers
 
 SAMPLES = 4
@@ -49,6 +48,7 @@ class RunLog:
         self.step = first_step
         self.panel: Panel | None = None
         self.clock = Clock(self._show_phase)
+        self.pace, self.tokens = Pace(stage.steps, first_step), 0
         if is_main():
             kept = first_step or None
             self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)
@@ -77,11 +77,18 @@ class RunLog:
         if self.panel is not None:
             self.panel.finish_iteration(self.step, metrics, samples[0])
             return
-        skipped = f"  skipped updates {metrics['skipped_updates']:.0f}" if metrics["skipped_updates"] else ""
-        self.context.say(
-            f"  step {self.step}/{self.stage.steps}  score {metrics['score_mean']:.3f}  kl {metrics['kl']:.4f}  "
-            f"length {metrics['completion_length']:.1f}  {sum(self.clock.seconds.values()):.1f} s{skipped}"
-        )
+        values = {
+            "score": f"{metrics['score_mean']:.3f}",
+            "KL": f"{metrics['kl']:.3f}",
+            "length": f"{metrics['completion_length']:.1f}",
+            "memory": f"{metrics['memory/peak_gib']:.1f} GiB",
+        }
+        if metrics["skipped_updates"]:
+            values["skipped updates"] = f"{metrics['skipped_updates']:.0f}"
+        self.tokens += int(batch.experience.lengths.sum().item())
+        line = self.pace.line(self.step, values, self.tokens)
+        last = self.step == self.stage.steps
+        (self.context.say if last or metrics["skipped_updates"] else self.context.progress)(line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics that do not belong to an iteration."""
@@ -126,10 +133,3 @@ def speeds(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
         if phase != "sync":
             metrics[f"speed/{phase}"] = round((sampled if phase == "generate" else every) / max(spent, 1e-9), 1)
     return metrics | {"memory/peak_gib": round(peak_bytes() / 2**30, 3)}
-
-
-def peak_bytes() -> int:
-    """Peak memory in bytes of this process; on a GPU, of its tensors."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,6 +14,8 @@ DEVICES = Path("/dev")
 def prepare_process(recipe: Recipe) -> None:
     """Set the environment variables that libraries read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("ALIGN_VERBOSE"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of torch's and vLLM's C++ code
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log
     if not sees_gpu():

@@ -153,7 +153,12 @@ def align_run(
     clock = time.perf_counter()
     lines = []
     process = subprocess.Popen(
-        command, cwd=folder / "data" / path.stem, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder / "data" / path.stem,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "ALIGN_LOG_STEPS": "1"},  # `tokens_per_second` needs the line of every step
     )
     assert process.stdout is not None
     was_killed = False

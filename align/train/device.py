@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,13 @@ def one_of_several_gpus() -> str | None:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     name = torch.cuda.get_device_name(0)
     return f"GPU {first} ({name}) trains, the first of {count} visible GPUs; --nproc {count} uses all of them"
+
+
+def peak_bytes() -> int:
+    """Peak memory in bytes of this process since its start; on a GPU, of its tensors."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def return_cached_memory() -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from align.parallel.sharding import full_shape
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
 from align.run.folder import MetricsWriter, write_json
-from align.run.metrics import DURING
+from align.run.metrics import DURING, HELD_OUT
+from align.run.pace import Pace
 from align.train.checkpoint import count_parameters, save_model
 
 COMPLETE = "complete"
@@ -30,6 +32,17 @@ COMPLETE = "complete"
 
 ROWS = "rows.json"
 """File with the fingerprint of the rows that a stage trains on."""
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    (f"{HELD_OUT}loss", "held-out loss", ".4f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("rewards/accuracies", "accuracy", ".3f"),
+    (f"{HELD_OUT}accuracy", "accuracy", ".3f"),
+    (f"{HELD_OUT}rewards/accuracies", "accuracy", ".3f"),
+    ("kto_kl", "KL", ".3f"),
+    ("learning_rate", "learning rate", ".1e"),
+)
+"""(metric, name, format) of the values in the line of a step."""
 NOT_METRICS = ("runtime", "per_second", "total_flos", "train_loss", "epoch", "num_tokens", "preparation_time")
 """A logged value whose name contains one of these strings is not written to metrics.jsonl."""
 
@@ -90,7 +103,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     stop = StopEarly(context)
     trainer.add_callback(stop)
-    trainer.add_callback(Recorder(context, writer))
+    trainer.add_callback(Recorder(context, writer, lambda: trainer.trained_tokens))
     if checkpoint:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:
@@ -150,10 +163,17 @@ def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks complete checkpoints, and prints about ten lines per run plus one per evaluation."""
+    """Writes metrics.jsonl, marks complete checkpoints, and shows each step; evaluations and the last step stay.
 
-    def __init__(self, context: StageContext, writer: MetricsWriter | None):
-        self.context, self.writer = context, writer
+    trained_tokens: returns the tokens of the training steps since the start.
+    """
+
+    def __init__(self, context: StageContext, writer: MetricsWriter | None, trained_tokens: Callable[[], int]):
+        self.context, self.writer, self.trained_tokens = context, writer, trained_tokens
+        self.pace: Pace | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pace = Pace(state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         metrics = metrics_of(logs)
@@ -162,12 +182,14 @@ class Recorder(TrainerCallback):
         self.writer.write(state.global_step, metrics)
         if all(name.startswith(DURING) for name in metrics):
             return  # an evaluation prints its own line
-        loss = f"  loss {metrics['loss']:.4f}" if "loss" in metrics else ""
-        self.context.status(f"  step {state.global_step}/{state.max_steps}{loss}")
-        if state.max_steps and (state.global_step % max(1, state.max_steps // 10) == 0 or "eval_loss" in metrics):
-            shown = ("loss", "eval_loss", "accuracy", "rewards/accuracies", "eval_accuracy", "kto_kl")
-            values = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
-            self.context.say(f"  step {state.global_step}/{state.max_steps}  {values}")
+        values = {label: f"{metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics}
+        if self.pace is None:  # an evaluation before training
+            self.context.say(f"  before training: {', '.join(f'{name} {value}' for name, value in values.items())}")
+            return
+        held_out = f"{HELD_OUT}loss" in metrics
+        line = self.pace.line(state.global_step, values, 0 if held_out else self.trained_tokens())
+        last = state.global_step == state.max_steps
+        (self.context.say if held_out or last else self.context.progress)(line)
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.context.status("  evaluating on held-out rows")

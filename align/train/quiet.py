@@ -1,15 +1,26 @@
-"""Keep the libraries' progress bars and warnings out of a run's log; ALIGN_VERBOSE=1 shows them."""
+"""Keep the libraries' progress bars and warnings out of a run's log; `--verbose`, or ALIGN_VERBOSE=1, shows them."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
+
+LOGGERS = (
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "DeepSpeed",
+    "vllm",
+    "torch._library",  # warns where Triton is not installed
+)
 
 
 def quieten() -> None:
-    """Silence the libraries' warnings and, outside a terminal, their progress bars.
+    """Silence the libraries' warnings and progress bars.
 
     Errors and align's own output are still shown.
     """
@@ -17,12 +28,11 @@ def quieten() -> None:
         return
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    for name in ("transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "DeepSpeed", "vllm"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        disable_datasets_bar()
+    transformers_logging.disable_progress_bar()
+    disable_datasets_bar()

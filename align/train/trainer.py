@@ -132,6 +132,7 @@ class PackedTrainer(Trainer):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         self._measured: dict[str, Tensor] = {}
+        self.trained_tokens = 0  # of the training steps since the start, on all ranks
         self._held_out: list[Example] = []
 
     # --- data ---------------------------------------------------------------------------------------------
@@ -149,6 +150,7 @@ class PackedTrainer(Trainer):
         model.train()
         examples: list[Example] = inputs["examples"]
         totals = self._totals(model, examples, self.objective)
+        self.trained_tokens += totals.tokens
         parts = self._parts(examples)
         measured = Sums()
         for number, part in enumerate(parts, start=1):

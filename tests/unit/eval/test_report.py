@@ -16,6 +16,7 @@ import pytest
 from align.errors import UserError
 from align.eval.report import plots
 from align.eval.report.formatting import duration, number
+from align.eval.report.headline import headline
 from align.eval.report.plots import stage_plots
 from align.eval.report.write import build_report, read_metrics, write_report
 from align.run.charts import CHARTS
@@ -324,3 +325,19 @@ def test_linked_packages_refuse_their_other_name(package: str) -> None:
     assert spec.loader is not None
     with pytest.raises(ImportError, match=f"import it as align.{package}"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_headline_of_a_run_is_the_reports_table(run: Path) -> None:
+    write_report(run)
+    lines = headline(run)
+    (row,) = [line for line in lines if line.strip().startswith("Reward-model score")]
+    cells = [metric(build_report(run), "scores")["models"][model] for model in ("base", "sft", "ppo")]
+    assert re.findall(r"−?\d+\.\d+ \[", row) == [f"{number(cell['mean'])} [" for cell in cells]
+    heads = next(line for line in lines if "base" in line)
+    assert heads.split() == ["base", "sft", "ppo"]
+    for name, cell in zip(heads.split(), cells, strict=True):
+        assert row[heads.index(name) :].startswith(number(cell["mean"]))
+    assert any(line.strip().startswith("ppo against base: reward-model score") for line in lines)
+    (run / "evaluate" / "results.json").unlink()
+    write_report(run)
+    assert headline(run) == []

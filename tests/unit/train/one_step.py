@@ -87,10 +87,19 @@ def prepare(kind: str, model: Path, folder: Path, **stage: Any) -> tuple[Any, Re
     return KINDS[kind], Recipe.model_validate(recipe)
 
 
-def run_stage(kind: str, model: Path, folder: Path, *, resume: bool = False, **stage: Any) -> StageResult:
-    """Run the stage in folder/run."""
+def run_stage(
+    kind: str,
+    model: Path,
+    folder: Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
+    **stage: Any,
+) -> StageResult:
+    """Run the stage in folder/run. say, progress: see `StageContext`."""
     module, recipe = prepare(kind, model, folder, **stage)
-    context = StageContext(recipe, "stage", folder / "run", resume=resume, say=lambda line: None)
+    context = StageContext(recipe, "stage", folder / "run", resume=resume, say=say, progress=progress)
     result: StageResult = module.run(recipe.stages["stage"], context)
     return result
 

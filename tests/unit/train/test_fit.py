@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,3 +92,15 @@ def test_only_complete_numbered_checkpoints_count(tmp_path: Path) -> None:
     assert found == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-11").exists()
     assert (tmp_path / "checkpoint-best").exists()
+
+
+def test_a_stage_shows_its_steps_and_keeps_the_last_one_and_evaluations(model: Path, tmp_path: Path) -> None:
+    """Two steps: a line for each, of which only the last stays, with the tokens that were trained until then."""
+    said: list[str] = []
+    shown: list[str] = []
+    settings: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
+    run_stage("sft", model, tmp_path, say=said.append, progress=shown.append, **settings)
+    number = r"\d+\.\d{4}  learning rate \d\.\de-\d\d  [\d,]+ tokens/s  0:\d\d"
+    assert [line for line in shown if re.fullmatch(rf"  step 1/2  loss {number}, 0:\d\d left", line)]
+    assert [line for line in said if re.fullmatch(rf"  step 2/2  loss {number}", line)]
+    assert not [line for line in said if "step 1/2" in line]

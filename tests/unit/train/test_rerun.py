@@ -44,12 +44,19 @@ class Runs:
         return StageResult()
 
     def run(
-        self, *, rate: float = 1e-3, changes: dict | None = None, fails: str | None = None, **how
+        self,
+        *,
+        rate: float = 1e-3,
+        changes: dict | None = None,
+        fails: str | None = None,
+        keep_checkpoints: bool = False,
+        **how,
     ) -> list[tuple[str, bool]]:
         """Run the recipe; return (stage, resumes) in order of execution."""
         second = {**STAGE, "init_from": "first"}
         stages = {"first": {**STAGE, "optimizer": {"learning_rate": rate}, **(changes or {})}, "second": second}
         content = {"name": "t", "model": {"kind": "pretrained", "path": "./model"}, "stages": stages}
+        content |= {"keep_checkpoints": True} if keep_checkpoints else {}
         (self.folder / "t.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         self.done, self.fails = [], fails
         recipe = load_recipe(self.folder / "t.yaml")
@@ -215,6 +222,18 @@ def test_from_cannot_be_combined_with_resume_or_only(runs, other) -> None:
 
 def test_old_checkpoints_are_deleted_when_a_stage_starts_again(runs) -> None:
     runs.run()
-    (runs.folder / "run" / "first" / "checkpoints" / "last").mkdir()
+    (runs.folder / "run" / "first" / "checkpoints" / "last").mkdir(parents=True)
     runs.run(start="first", rate=1e-4, fails="base")
     assert not (runs.folder / "run" / "first" / "checkpoints" / "last").exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_of_a_finished_stage_are_removed_unless_kept(runs, keep: bool) -> None:
+    runs.run(keep_checkpoints=keep)
+    folders = [runs.folder / "run" / name / "checkpoints" for name in ("first", "second")]
+    assert [folder.exists() for folder in folders] == [keep, keep]
+
+
+def test_checkpoints_of_an_interrupted_stage_are_kept(runs) -> None:
+    runs.run(fails="second")
+    assert (runs.folder / "run" / "second" / "checkpoints").exists()

@@ -33,6 +33,7 @@ def recipe(folder: Path, **sft):
                 "initializer_range": 0.1,
             },
         },
+        "keep_checkpoints": True,  # a finished run is made an interrupted one
         "stages": {
             "sft": {
                 "kind": "sft",

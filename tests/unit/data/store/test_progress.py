@@ -99,9 +99,19 @@ def test_a_log_gets_a_line_every_few_seconds(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(terminal, "_logged", float("-inf"))
+    monkeypatch.setattr(terminal, "_began", 100.0)
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     for second in range(25):
         now[0] = 100.0 + second
         terminal.progress(f"line {second}")
         terminal.progress("")
     assert capsys.readouterr().out == "line 0\nline 10\nline 20\n"
+    for minute in range(11, 14):  # after ten minutes, one line per minute
+        for second in range(60):
+            now[0] = 100.0 + 60 * minute + second
+            terminal.progress(f"{minute}:{second:02d}")
+    assert capsys.readouterr().out == "11:00\n12:00\n13:00\n"
+    monkeypatch.setenv("ALIGN_LOG_STEPS", "1")
+    terminal.progress("a")
+    terminal.progress("b")
+    assert capsys.readouterr().out == "a\nb\n"
