@@ -17,12 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import align.models  # noqa: F401
+from align.config.lora import Lora
 from align.config.rollout import Rollout
+from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weights import published_weights
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.sync.stream import combined_digest, digest
+from align.train.checkpoint import load_policy, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
@@ -114,6 +117,25 @@ def test_logprobs_are_of_the_sampled_distribution(engine, model, temperature):
     assert [len(row) for row in rows] == [3] * len(PROMPTS)
     assert error(model, rows, temperature) < TOLERANCE
     assert error(model, rows, temperature * 1.01) > 10 * TOLERANCE
+
+
+def test_a_checkpoint_beside_its_base_is_sampled_as_the_model_with_its_adapter(tmp_path):
+    """An adapter on all groups and on the router, which vLLM can load only merged."""
+    tiny().save_pretrained(tmp_path / "base" / "model")
+    wrapped = load_policy(tmp_path / "base" / "model", "float32", lora=Lora(rank=8, train_router=True)).eval()
+    with torch.no_grad():
+        for parameter in (p for p in wrapped.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    save_model(wrapped, train_tokenizer(["one two"], 300), tmp_path / "sft", "float32", save="adapter")
+    engine = VllmEngine(tmp_path / "sft" / "model", ROLLOUT, dtype="float32", seed=0)
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["model"]
+    try:
+        rows = engine.generate(PROMPTS, SamplingSettings(24, temperature=1.0, seed=1))
+    finally:
+        engine.close()
+    assert error(wrapped, rows, 1.0) < TOLERANCE
+    with wrapped.disable_adapter():
+        assert error(wrapped, rows, 1.0) > 0.01
 
 
 def test_samples_follow_the_distribution(engine, model):

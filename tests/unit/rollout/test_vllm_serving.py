@@ -12,11 +12,8 @@ import pytest
 import torch
 
 from align.config.lora import Lora
-from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora.adapters import add_lora
-from align.models.lora.whole import whole
-from align.train.checkpoint import load_policy, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -101,21 +98,3 @@ def test_an_adapter_gives_the_log_probabilities_of_the_wrapped_model(tmp_path) -
     with wrapped.disable_adapter():
         assert_same(wrapped, without)
     assert without != served
-
-
-def test_a_checkpoint_beside_its_base_gives_the_log_probabilities_of_the_wrapped_model(tmp_path) -> None:
-    """An adapter on all groups and on the router, which vLLM can load only merged."""
-    policy = model()
-    policy.save_pretrained(tmp_path / "base")
-    tokenizer = train_tokenizer(["one two"], 300)
-    wrapped = load_policy(tmp_path / "base", "float32", lora=Lora(rank=8, train_router=True)).eval()
-    with torch.no_grad():
-        for parameter in (p for p in wrapped.parameters() if p.requires_grad):
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    save_model(wrapped, tokenizer, tmp_path / "sft", "float32", save="adapter")
-    with whole(tmp_path / "sft" / "model") as folder:
-        folder.rename(tmp_path / "model")
-    (served,) = serve(tmp_path)
-    assert_same(wrapped, served)
-    with pytest.raises(AssertionError):
-        assert_same(policy, served)
