@@ -223,7 +223,7 @@ def run_align(case: dict[str, Any]) -> dict[str, Any]:
             ends.append((time.perf_counter(), time.process_time()))
 
     run_dir = Path(case["work_dir"]) / "run"
-    run(Recipe.model_validate(recipe(case)), run_dir, say=hear)
+    run(Recipe.model_validate(recipe(case)), run_dir, say=hear, progress=hear)
     log = [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rounds = [{k.removeprefix("time/"): v for k, v in line.items() if k in PHASES} for line in log]
     began = ends[0][0] - sum(rounds[0].values())

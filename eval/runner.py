@@ -163,10 +163,12 @@ class Results:
         parts = []
         for key, value in self.metrics(model).items():
             found = next((info for info in EVALUATION if info.key == key), None)
-            title = found.title.replace("REFERENCE", self.content["reference"]) if found else key.replace("/", " ")
+            title = (
+                found.title.replace("REFERENCE", self.content["reference"]) if found else key.replace("/", " ")
+            )  # task and metric
             unit = f" {found.unit}" if found and found.unit not in ("", SHARE) else ""
             title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
-            parts.append(f"{title} {value:.3f}{unit}")
+            parts.append(f"{title} {round(value, 3) + 0.0:.3f}{unit}")  # without the sign of -0.0
         return f"  {model}: {', '.join(parts)}"
 
 

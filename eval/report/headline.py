@@ -11,9 +11,10 @@ from align.eval.report.formatting import NOTHING, interval, mean
 
 
 def headline(run_dir: Path) -> list[str]:
-    """Lines of the table from report.json, and what the last model has gained; empty without an evaluation."""
-    report: dict[str, Any] = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
-    if not report["evaluations"]:
+    """Lines of the table from report.json, and what the last model has gained; empty if no model was evaluated."""
+    file = run_dir / "report.json"
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not report.get("evaluations"):
         return []
     evaluation = report["evaluations"][-1]
     models, metrics = evaluation["models"], evaluation["metrics"]

@@ -88,12 +88,30 @@ def comparison(folder: Path) -> dict[str, Any]:
     }
 
 
+SAID: list[str] = []
+"""Lines that the run of `single` prints."""
+
+
 @pytest.fixture(scope="module")
 def single(folder: Path) -> Path:
     """Folder of a finished run on one process."""
     run_dir = folder / "single"
-    run(recipe(folder, **comparison(folder)), run_dir, say=quiet)
+    run(recipe(folder, **comparison(folder)), run_dir, say=SAID.append)
     return run_dir
+
+
+def test_a_run_prints_its_results_in_words(single: Path) -> None:
+    """A sentence per model with titles and units, then the report's table."""
+    ours = results(single)["models"]["base"]
+    mean = sum(ours["lengths"]) / len(ours["lengths"])
+    (line,) = [line for line in SAID if line.startswith("  base: ")]
+    assert f"completion length {mean:.3f} tokens" in line
+    assert "KL to base 0.000 nats per completion" in line
+    assert "scores" not in line
+    assert SAID[0] == "base: the model that the stages start from"
+    table = SAID[SAID.index(line) :]
+    assert any(row.strip().startswith("Reward-model score") for row in table)
+    assert SAID[-1] == f"report: {single / 'report.html'}"
 
 
 def test_a_model_has_no_kl_to_itself_and_another_has(single: Path) -> None:

@@ -341,3 +341,5 @@ def test_the_headline_of_a_run_is_the_reports_table(run: Path) -> None:
     (run / "evaluate" / "results.json").unlink()
     write_report(run)
     assert headline(run) == []
+    (run / "report.json").unlink()
+    assert headline(run) == []

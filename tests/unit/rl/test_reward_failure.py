@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,5 +43,8 @@ def test_a_run_resumes_after_its_reward_function_was_fixed(
     (tmp_path / "fail").unlink()
     run(plan, interrupted, resume=True, say=said.append)
     assert "  resuming at step 2" in said
+    values = r"score -?\d+\.\d{3}  KL -?\d+\.\d{3}  length \d+\.\d  memory \d+\.\d GiB  [\d,]+ tokens/s  0:\d\d"
+    assert len([line for line in said if re.fullmatch(rf"  step 4/4  {values}", line)]) == 2  # of each finished run
+    assert not [line for line in said if line.startswith("  step 1/4")]
     assert lines(interrupted) == lines(uninterrupted)
     assert len({line["reward/mine.py:score"] for line in lines(uninterrupted)}) > 1
