@@ -162,12 +162,11 @@ class Results:
         """The model's metrics for the terminal, with the titles and units of the table of metrics."""
         parts = []
         for key, value in self.metrics(model).items():
-            found = next((info for info in EVALUATION if info.key == key), None)
-            title = (
-                found.title.replace("REFERENCE", self.content["reference"]) if found else key.replace("/", " ")
-            )  # task and metric
-            unit = f" {found.unit}" if found and found.unit not in ("", SHARE) else ""
-            title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+            title, unit = key.replace("/", " "), ""  # task and metric
+            if found := next((info for info in EVALUATION if info.key == key), None):
+                title = found.title.replace("REFERENCE", self.content["reference"])
+                title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+                unit = f" {found.unit}" if found.unit not in ("", SHARE) else ""
             parts.append(f"{title} {round(value, 3) + 0.0:.3f}{unit}")  # without the sign of -0.0
         return f"  {model}: {', '.join(parts)}"
 

@@ -13,8 +13,8 @@ from align.eval.results import Results
 
 COLORS = 7
 """Number of colours of models in the style sheet."""
-OPEN_ROWS = 14
-"""A chart with more rows is folded."""
+OPEN_BARS = 40
+"""A chart with more bars is folded."""
 
 
 class Chart(NamedTuple):
@@ -75,7 +75,7 @@ def _categories(metric: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any
 
 def _draw(chart: Chart, models: Sequence[str]) -> Iterator[str]:
     low, high = _scale([cell for _, cells in chart.rows for cell in cells.values()])
-    folded = len(chart.rows) > OPEN_ROWS
+    folded = sum(len(cells) for _, cells in chart.rows) > OPEN_BARS
     yield f'<details class="bars"{"" if folded else " open"}><summary>{escape(chart.title)}</summary>'
     for name, cells in chart.rows:
         yield f'<div class="bar-row"><div class="bar-name">{breakable(name)}</div><div>' if name else "<div><div>"

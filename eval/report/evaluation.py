@@ -59,7 +59,8 @@ NUMBERS = (
 def _header(results: Results) -> Iterator[str]:
     tasks = dict.fromkeys(task for found in results.content["models"].values() for task in found["tasks"])
     models = results.models
-    yield f'<header><p class="soft">Evaluation</p><h1>{escape(" · ".join(models[:4]) or "No model")}</h1>'
+    names = " · ".join(models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "")
+    yield f'<header><p class="soft">Evaluation</p><h1>{escape(names or "No model")}</h1>'
     more = f"{len(models)} models, " if len(models) > 1 else ""
     version = results.content["align"]
     yield f"<p>{escape(f'{more}{len(tasks)} tasks and groups, align {version}')}</p>"

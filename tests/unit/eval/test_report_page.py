@@ -365,6 +365,30 @@ def test_three_models_are_compared_by_choice(browser: Any, tmp_path: Path) -> No
         assert page.locator(".columns section h4").all_inner_texts() == ["sft", "dpo", "base"]
 
 
+def test_many_models_and_tasks_fit(browser: Any, tmp_path: Path) -> None:
+    """Ten models and six tasks with long names: a chart of 60 bars is folded, and the title counts the models."""
+    names = [f"runs-chat-sft-with-a-long-name-{number}" for number in range(10)]
+    tasks = {
+        f"hendrycks_math_counting_and_probability_{task}": {
+            name: sums(name, 12, 2 + (number + task) % 5) for number, name in enumerate(names)
+        }
+        for task in range(6)
+    }
+    write_evaluation(tmp_path, tasks)
+    for width in WIDTHS:
+        with opened(browser, tmp_path / "report.html", width=width) as page:
+            chart = page.locator("details.bars")
+            assert (chart.count(), chart.get_attribute("open"), chart.locator(".bar").count()) == (1, None, 60)
+            assert page.inner_text("h1").endswith("and 6 more")
+            chart.locator("summary").click()
+            page.locator("#x-list summary").first.click()
+            page.wait_for_selector(".sample")
+            assert overflow(page) == []
+            first = page.locator("#x-list > li").first
+            assert first.locator(".chip").count() == 2  # of the two models that are compared
+            assert first.locator(".columns section").count() == 10
+
+
 def test_one_model_needs_no_comparison(browser: Any, tmp_path: Path) -> None:
     write_evaluation(tmp_path, {"add": {"sft": sums("sft", 30, 4)}})
     with opened(browser, tmp_path / "report.html") as page:
