@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def smoothed(values: list[float], reach: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def panel(name: str, steps: list[int], values: list[float | None], left: int) -> list[str]:
+def panel(name: str, steps: Sequence[float], values: list[float | None], left: int, across: str = "step") -> list[str]:
+    """A dot per value and their moving average. across: name of the values in `steps`, which ascend."""
     points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
     xs, ys = [step for step, _ in points], [value for _, value in points]
     low, high = min(ys), max(ys)
@@ -62,7 +64,7 @@ def panel(name: str, steps: list[int], values: list[float | None], left: int) ->
         f'<path d="M{left + LEFT},{TOP} V{bottom} H{right}" fill="none" stroke="{INK}" stroke-width="0.7"/>',
         f'<text x="{left + LEFT - 5}" y="{TOP + 8}" {text} text-anchor="end">{high:.3g}</text>',
         f'<text x="{left + LEFT - 5}" y="{bottom}" {text} text-anchor="end">{low:.3g}</text>',
-        f'<text x="{left + LEFT}" y="{HEIGHT - 10}" {text}>step {xs[0]}</text>',
+        f'<text x="{left + LEFT}" y="{HEIGHT - 10}" {text}>{across} {xs[0]}</text>',
         f'<text x="{right}" y="{HEIGHT - 10}" {text} text-anchor="end">{xs[-1]}</text>',
         *(f'<circle cx="{x}" cy="{y}" r="1.6" fill="{LINE}" opacity="0.35"/>' for x, y in (at(*p) for p in points)),
         f'<polyline points="{path}" fill="none" stroke="{LINE}" stroke-width="1.6"/>',

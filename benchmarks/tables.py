@@ -16,6 +16,7 @@ GUIDES = (
     "model.md",
     "parallel.md",
     "ppo.md",
+    "rewards.md",
     "rollouts.md",
     "runs.md",
     "serving.md",
@@ -443,6 +444,27 @@ def reward_models_vs_trl(results: dict[str, Any]) -> str:
     return first + "\n\n" + table(header, scored)
 
 
+def reference_solutions(results: dict[str, Any]) -> str:
+    solutions = results["solutions"]
+    passed = f"HumanEval's reference solutions: {solutions['passed']} of {solutions['programs']} pass"
+    measured = {passed: solutions, **{f"empty program, {name}": of for name, of in results["empty program"].items()}}
+    rows = [[name, f"{of['milliseconds']['cpu']:.0f} ms"] for name, of in measured.items()]
+    return table([f"walls: {solutions['walls']}", "processor time of one program"], rows)
+
+
+def over_optimisation(results: dict[str, Any]) -> str:
+    points, rows = results["ppo"], []
+    tenth = max(1, len(points) // 10)
+    for start in range(0, len(points), tenth):
+        part = points[start : start + tenth]
+        means = [f"{sum(point[name] for point in part) / len(part):.2f}" for name in ("kl", "proxy", "gold")]
+        rows.append([f"PPO, steps {part[0]['step']} to {part[-1]['step']}", *means])
+    for point in results["best of n"]:
+        cells = [f"{of['mean']:.2f} [{of['low']:.2f}, {of['high']:.2f}]" for of in (point["proxy"], point["gold"])]
+        rows.append([f"best of {point['n']}", f"{point['kl']:.2f}", *cells])
+    return table([f"proxy trained on {results['pairs']:.0f} pairs", "KL, nats", "proxy", "gold"], rows)
+
+
 RATIO = "engine_over_generate"
 SIDES = {"align": "align", "trl": "TRL 1.12"}
 PHASES = ["generate", "score", "logprobs", "update", "sync", "other"]
@@ -488,6 +510,8 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "real_runs": real_runs,
     "filters": filters,
     "accuracies": accuracies,
+    "over_optimisation": over_optimisation,
+    "reference_solutions": reference_solutions,
     "reward_models_vs_trl": reward_models_vs_trl,
     "data": starts,
     "share_trunk": share_trunk,
