@@ -423,6 +423,26 @@ def _interval(found: dict[str, Any], sign: str = "") -> str:
     return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
+def evaluation(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if not isinstance(found, dict):
+            continue
+        cells = [f"`{name}`: {found['kind']}", f"{found['ours']['cpu_s']:.1f} s"]
+        for side in ("hflm_8", "hflm_64"):
+            cells.append(f"{found[side]['cpu_s']:.1f} s ({found[side]['ratio']:.2f})")
+        apart = [found[side].get("relative_difference") for side in ("hflm_8", "hflm_64")]
+        same = [
+            f"{found[side]['same_verdicts']} of {found[side]['verdicts']}"
+            for side in ("hflm_8", "hflm_64")
+            if "verdicts" in found[side]
+        ]
+        agreed = ", ".join(dict.fromkeys(same)) if same else f"perplexity within {max(apart):.0e}"
+        rows.append([*cells, f"{found['target']:g}", agreed])
+    head = f"{results['documents']} documents, {results['model']}"
+    return table([head, "align", "HFLM, batches of 8 (ratio)", "of 64 (ratio)", "target", "same verdict"], rows)
+
+
 def reward_models_vs_trl(results: dict[str, Any]) -> str:
     trained, scored = [], []
     for model, found in results.items():
@@ -512,6 +532,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracies": accuracies,
     "over_optimisation": over_optimisation,
     "reference_solutions": reference_solutions,
+    "eval": evaluation,
     "reward_models_vs_trl": reward_models_vs_trl,
     "data": starts,
     "share_trunk": share_trunk,
