@@ -3,10 +3,11 @@ model alone.
 
     python benchmarks/bench_serve.py [--seconds 60] [--clients 8]
 
-A random HunYuan model gets adapters on attention and routed experts that are trained to answer with their own name.
-Clients ask random adapters for their names, while another client loads, replaces and unloads adapters of the ranks 4, 8
-and 64; each answer is compared with the name. Then the same number of clients generate with four adapters in one
-batch, and on a second server with one adapter merged into its base.
+A small HunYuan model learns to answer with any of six names, and adapters on attention and routed experts each learn
+one of them. Clients ask random adapters for their names, while another client loads, replaces and unloads adapters of
+the ranks 4, 8 and 64; each answer is compared with the name. Then the same number of clients generate with four
+adapters in one batch, and on a second server with one adapter merged into its base. The CPU time of the server per
+token depends less than the rates on what else the machine does.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from harness import write
 
@@ -64,44 +67,52 @@ def question(number: int) -> list[dict[str, str]]:
 
 
 def make_models(folder: Path) -> None:
-    """Write the base, the trained adapters and one merged model."""
+    """Write the base, the trained adapters and one merged model. The base answers with any of the names."""
     texts = [f"{question(number)[0]['content']} {answer(name)}" for name in NAMES for number in range(50)]
     tokenizer = train_tokenizer(texts, 384)
-    tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(0)
-    HunYuanForCausalLM(HunYuanConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder / "base")
+    base: Any = HunYuanForCausalLM(HunYuanConfig(vocab_size=len(tokenizer), **SIZES))
+    train(base, tokenizer, list(NAMES), steps=150, rate=1e-3, seed=0)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     for seed, (name, rank) in enumerate(NAMES.items()):
-        train_adapter(folder, tokenizer, name, rank, seed)
-    cli.main(
-        ["adapter", "merge", str(folder / "adapters" / "ada"), str(folder / "merged"), "--base", str(folder / "base")]
-    )
+        model: Any = HunYuanForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        lora = Lora(rank=rank, alpha=2.0 * rank, shared_mlp=False, train_router=False)
+        wrapped = add_lora(model, lora, task="CAUSAL_LM")
+        loss = train(wrapped, tokenizer, [name], steps=150, rate=2e-3, seed=seed)
+        print(f"adapter {name}: rank {rank}, loss {loss:.4f}", file=sys.stderr)
+        save_adapter(wrapped, folder / "adapters" / name)
+    adapter = folder / "adapters" / "ada"
+    cli.main(["adapter", "merge", str(adapter), str(folder / "merged"), "--base", str(folder / "base")])
     tokenizer.save_pretrained(folder / "merged")
 
 
-def train_adapter(folder: Path, tokenizer: Any, name: str, rank: int, seed: int) -> None:
+def train(model: Any, tokenizer: Any, names: list[str], *, steps: int, rate: float, seed: int) -> float:
+    """Train the model to answer with one of the names; returns the last loss."""
     torch.manual_seed(seed)
-    model: Any = HunYuanForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    lora = Lora(rank=rank, alpha=2.0 * rank, shared_mlp=False, train_router=False)
-    wrapped = add_lora(model, lora, task="CAUSAL_LM")
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=5e-3)
-    target = [*tokenizer(answer(name), add_special_tokens=False)["input_ids"], end_of_turn_id(tokenizer)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     chooser = random.Random(seed)
-    for _ in range(400):
-        prompts = [encode_prompt(tokenizer, question(chooser.randrange(10_000))) for _ in range(8)]
-        length = max(map(len, prompts)) + len(target)
-        ids, labels = (torch.full((len(prompts), length), fill) for fill in (tokenizer.pad_token_id, -100))
-        for row, prompt in enumerate(prompts):
-            whole = torch.tensor(prompt + target)
-            ids[row, : len(whole)] = whole
-            labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
-        loss = wrapped(input_ids=ids, labels=labels).loss
+    last = 1.0
+    for _ in range(steps):
+        rows = []
+        for _ in range(4):
+            prompt = encode_prompt(tokenizer, question(chooser.randrange(10_000)))
+            text = tokenizer(answer(chooser.choice(names)), add_special_tokens=False)["input_ids"]
+            rows.append((prompt, [*text, end_of_turn_id(tokenizer)]))
+        length = max(len(prompt) + len(target) for prompt, target in rows)
+        ids, labels = (torch.full((len(rows), length), fill) for fill in (tokenizer.pad_token_id, -100))
+        for row, (prompt, target) in enumerate(rows):
+            end = len(prompt) + len(target)
+            ids[row, :end] = torch.tensor(prompt + target)
+            labels[row, len(prompt) : end] = torch.tensor(target)
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if loss < 1e-3:
+        last = 0.8 * last + 0.2 * float(loss.detach())
+        if last < 0.01:
             break
-    print(f"adapter {name}: rank {rank}, loss {loss.item():.4f}", file=sys.stderr)
-    save_adapter(wrapped, folder / "adapters" / name)
+    return last
 
 
 class Server:
@@ -131,6 +142,12 @@ class Server:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of the server's processes so far."""
+        front = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (front, *front.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -218,10 +235,27 @@ def under_load(server: Server, clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def tokens_per_second(server: Server, models: list[str], seconds: float) -> float:
-    """Tokens per second of one client per entry of `models`."""
+@dataclass
+class Rate:
+    """Generation by several clients: tokens, wall seconds and the server's CPU seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_per_token(self) -> float:
+        return self.cpu_seconds / self.tokens
+
+
+def generate(server: Server, models: list[str], seconds: float, rate: Rate) -> None:
+    """Generate with one client per entry of `models`, and add to `rate`."""
     counts: Counter[int] = Counter()
-    started = time.monotonic()
+    cpu, started = server.cpu_seconds(), time.monotonic()
     end = started + seconds
 
     def client(number: int, model: str) -> None:
@@ -239,42 +273,58 @@ def tokens_per_second(server: Server, models: list[str], seconds: float) -> floa
         thread.start()
     for thread in threads:
         thread.join()
-    return counts.total() / (time.monotonic() - started)
+    rate.tokens += counts.total()
+    rate.seconds += time.monotonic() - started
+    rate.cpu_seconds += server.cpu_seconds() - cpu
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--models", type=Path, help="folder of the models of an earlier run (default: train them)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        make_models(folder)
+        folder = options.models or Path(scratch)
+        if not (folder / "merged").exists():
+            make_models(folder)
         adapters = [word for name in STEADY for word in ("--adapter", f"{name}={folder / 'adapters' / name}")]
-        few, mixed = options.seconds / 6, [STEADY[i % len(STEADY)] for i in range(options.clients)]
-        rates: dict[str, list[float]] = {"merged": [], "one adapter": [], "mixed": [], "base beside adapters": []}
+        few, count = options.seconds / 6, options.clients
+        cases = {
+            "one adapter": ["ada"] * count,
+            "four adapters mixed": [STEADY[i % len(STEADY)] for i in range(count)],
+            "base beside adapters": ["base"] * count,
+        }
+        rates = {"merged model alone": Rate(), **{case: Rate() for case in cases}}
 
         def measure_merged() -> None:
-            with Server(str(folder / "merged"), "--name", "merged") as server:
-                tokens_per_second(server, ["merged"], 1)
-                rates["merged"].append(tokens_per_second(server, ["merged"] * options.clients, few))
+            with Server(str(folder / "merged"), "--name", "merged", "--no-proof") as server:
+                generate(server, ["merged"] * count, 2, Rate())
+                generate(server, ["merged"] * count, few, rates["merged model alone"])
 
         measure_merged()
         more = ["--adapters-dir", str(folder / "adapters"), "--max-rank", "64"]
         with Server(str(folder / "base"), *adapters, *more) as server:
-            load = under_load(server, options.clients, options.seconds)
+            load = under_load(server, count, options.seconds)
             server.unload("guest")
-            cases = {"one adapter": ["ada"], "mixed": mixed, "base beside adapters": ["base"]}
             for _ in range(2):
                 for case, models in cases.items():
-                    clients = models if case == "mixed" else models * options.clients
-                    rates[case].append(tokens_per_second(server, clients, few))
+                    generate(server, models, few, rates[case])
         measure_merged()
-    found = {case: round(statistics.mean(values), 1) for case, values in rates.items()}
-    ratios = {case: round(rate / found["merged"], 3) for case, rate in found.items()}
-    results = {"load": load, "tokens_per_second": found, "against_merged": ratios, "sizes": SIZES, "ranks": NAMES}
+    merged = rates["merged model alone"]
+    results = {
+        "load": load,
+        "tokens_per_second": {case: round(rate.per_second, 1) for case, rate in rates.items()},
+        "cpu_ms_per_token": {case: round(1000 * rate.cpu_per_token, 3) for case, rate in rates.items()},
+        "against_merged": {case: round(rate.per_second / merged.per_second, 3) for case, rate in rates.items()},
+        "cpu_against_merged": {
+            case: round(merged.cpu_per_token / rate.cpu_per_token, 3) for case, rate in rates.items()
+        },
+        "sizes": SIZES,
+        "ranks": NAMES,
+    }
     write("serve", results)
 
 

@@ -400,8 +400,13 @@ def serve(results: dict[str, Any]) -> str:
         f"**{load['wrong']} wrong answers**; latency {1000 * load['latency_p50']:.0f} ms (median), "
         f"{1000 * load['latency_p95']:.0f} ms (95th percentile); a swap takes {1000 * load['swap_p50']:.0f} ms."
     )
-    rows = [[case, f"{rate:.0f}", f"{ratios[case]:.2f}"] for case, rate in rates.items()]
-    return f"{asked}\n\n{table(['requests', 'tokens/s', 'against the merged model'], rows)}"
+    cpu, cpu_ratios = results["cpu_ms_per_token"], results["cpu_against_merged"]
+    rows = [
+        [case, f"{rate:.0f}", f"{ratios[case]:.2f}", f"{cpu[case]:.2f} ms", f"{cpu_ratios[case]:.2f}"]
+        for case, rate in rates.items()
+    ]
+    header = ["requests", "tokens/s", "against the merged model", "CPU time per token", "tokens per CPU second, ratio"]
+    return f"{asked}\n\n{table(header, rows)}"
 
 
 def accuracies(results: dict[str, Any]) -> str:

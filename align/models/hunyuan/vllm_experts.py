@@ -1,6 +1,7 @@
 """Routed experts in vLLM, with LoRA adapters of several requests in one batch.
 
-Shapes: T tokens, D hidden, E experts, k experts per token, F expert width (rank-local); N rows sorted by expert.
+Shapes: T tokens, D hidden, E experts, k experts per token, F expert width (rank-local); N rows sorted by expert and
+slot.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from vllm.distributed import (
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
 
-from align.models.experts import ExpertRows, mix_experts, mix_outputs, sorted_product
+from align.models.experts import mix_experts
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.vllm_kernels import BLOCK, fused_experts, has_fused_experts, in_rows
-from align.models.lora.served import StackFactors, factors_by_expert
+from align.models.lora.served import StackFactors, factors_by_expert, grouped_rows
 from align.models.swiglu import gated_halves
 
 GATE_UP, DOWN = "base_layer", "experts"
@@ -45,7 +46,8 @@ class StackAdapters(BaseLayerWithLoRA):
         self.factors: StackFactors | None = None
         if lora is not None:
             assert isinstance(lora.lora_dtype, torch.dtype)
-            self.factors = StackFactors(experts, lora.max_loras, inputs, outputs, lora.lora_dtype)
+            self.factors = StackFactors(experts, inputs, outputs, lora.lora_dtype)
+            self.slots = lora.max_loras
         # vLLM's warm-up reads the sizes and the dtype of an adapter here.
         dtype = torch.float32 if self.factors is None else self.factors.a.dtype
         self.lora_a_stacked = (torch.empty(0, inputs, dtype=dtype, device="meta"),)
@@ -103,11 +105,12 @@ class Experts(StackAdapters):
         slots_T = self._slots(len(hidden_TD))
         if slots_T is None:
             output = self._without_adapters(hidden_TD, experts_Tk, weights_Tk)
+        elif not (slots_T < 0).any():
+            output = self._with_adapters(hidden_TD, experts_Tk, weights_Tk, slots_T)
         else:
             output = torch.empty_like(hidden_TD)
             plain, adapted = (slots_T < 0).nonzero().squeeze(1), (slots_T >= 0).nonzero().squeeze(1)
-            if len(plain):
-                output[plain] = self._without_adapters(hidden_TD[plain], experts_Tk[plain], weights_Tk[plain])
+            output[plain] = self._without_adapters(hidden_TD[plain], experts_Tk[plain], weights_Tk[plain])
             output[adapted] = self._with_adapters(
                 hidden_TD[adapted], experts_Tk[adapted], weights_Tk[adapted], slots_T[adapted]
             )
@@ -115,15 +118,20 @@ class Experts(StackAdapters):
 
     def _slots(self, tokens: int) -> Tensor | None:
         """Slot of each token [T], -1 for tokens without an adapter on these experts; None if there are only such."""
-        gate_up, down = self.base_layer.factors, self.factors
-        if gate_up is None or down is None or (gate_up.is_empty and down.is_empty):
+        if self.factors is None or self.base_layer.factors is None:
+            return None
+        held = self.factors.place.keys() | self.base_layer.factors.place.keys()
+        if not held:
             return None
         slots_T: Tensor = self.punica_wrapper.token_lora_indices
         if len(slots_T) != tokens:  # a dummy batch, or padding after the tokens
             slots_T = nn.functional.pad(slots_T, (0, max(0, tokens - len(slots_T))), value=-1)[:tokens]
-        none = torch.zeros_like(slots_T)
-        adapted = (gate_up.keys(slots_T, none) >= 0) | (down.keys(slots_T, none) >= 0)
-        return torch.where(adapted, slots_T, -1) if bool(adapted.any()) else None
+        present = set(slots_T.tolist())
+        if not present & held:
+            return None
+        if others := present - held - {-1}:
+            slots_T = torch.where(torch.isin(slots_T, torch.tensor(sorted(others), device=slots_T.device)), -1, slots_T)
+        return slots_T
 
     def _without_adapters(self, hidden_TD: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         if self.fused:
@@ -134,31 +142,38 @@ class Experts(StackAdapters):
         gate_up, down = self.base_layer.factors, self.factors
         assert gate_up is not None
         assert down is not None
-        order = experts_Tk.flatten().sort(stable=True)
-        slots_N = slots_T.repeat_interleave(experts_Tk.shape[1])[order.indices]
+        copies = experts_Tk.shape[1]
+        order, groups = grouped_rows(experts_Tk.flatten(), slots_T.repeat_interleave(copies), self.slots)
+        counts = [0] * self.num_experts
+        for group in groups:
+            counts[group.expert] += group.size
+        tokens = order // copies
+        rows_ND = hidden_TD.index_select(0, tokens)
+        middle = self._product(rows_ND, self.w13, counts)
+        gate_up.add(middle, rows_ND, groups)
+        hidden = gated_halves(self.act, middle)
+        outputs_ND = self._product(hidden, self.w2, counts)
+        down.add(outputs_ND, hidden, groups)
+        outputs_ND *= weights_Tk.flatten().index_select(0, order).to(outputs_ND.dtype)[:, None]
+        if copies == 1:
+            result = torch.empty_like(hidden_TD)
+            result[tokens] = outputs_ND
+            return result
+        return torch.zeros_like(hidden_TD).index_add_(0, tokens, outputs_ND)
 
-        def compute(rows_ND: Tensor, division: ExpertRows) -> Tensor:
-            middle = self._product(rows_ND, self.w13, division)
-            gate_up.add(middle, rows_ND, gate_up.keys(slots_N, order.values))
-            hidden = gated_halves(self.act, middle)
-            output = self._product(hidden, self.w2, division)
-            down.add(output, hidden, down.keys(slots_N, order.values))
-            return output
-
-        return mix_outputs(hidden_TD, experts_Tk, weights_Tk, self.num_experts, compute, complete=True)
-
-    def _product(self, rows_NI: Tensor, stack: Tensor, division: ExpertRows) -> Tensor:
-        """Product of each row with its expert's matrix. In the kernel's order, it is computed by blocks of 16 outputs,
-        without a copy of the matrix."""
-        if not self.fused:
-            return sorted_product(rows_NI, stack, division)
+    def _product(self, rows_NI: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
+        """Product of each row with its expert's matrix, for rows sorted by expert. In the kernel's order, it is
+        computed by blocks of 16 outputs, without a copy of the matrix."""
         outputs, inputs = stack.shape[1:]
         result = rows_NI.new_empty(len(rows_NI), outputs)
-        counts = division.counts
-        parts = zip(rows_NI.split(counts), result.unflatten(1, (-1, BLOCK)).split(counts), stack)
-        for rows, part, matrix in parts:
-            if len(rows):
-                part.copy_((rows @ matrix.view(outputs // BLOCK, inputs, BLOCK)).transpose(0, 1))
+        for rows, part, matrix in zip(rows_NI.split(counts), result.split(counts), stack, strict=True):
+            if not len(rows):
+                continue
+            if self.fused:
+                product = rows @ matrix.view(outputs // BLOCK, inputs, BLOCK)
+                part.unflatten(1, (-1, BLOCK)).copy_(product.transpose(0, 1))
+            else:
+                torch.mm(rows, matrix.T, out=part)
         return result
 
 

@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.models.lora.served import GATHERED, SlotRows, StackFactors, add_product, factors_by_expert
+from align.models.lora.served import (
+    GATHERED,
+    RowGroup,
+    SlotRows,
+    StackFactors,
+    add_product,
+    factors_by_expert,
+    grouped_rows,
+)
 
 INPUTS, OUTPUTS, RANK, SLOTS = 5, 7, 3, 4
+MANY = GATHERED // (RANK * (INPUTS + OUTPUTS)) + 1
+"""Rows from which the adapters are looped over."""
 
 
 def factors() -> tuple[Tensor, Tensor]:
@@ -26,8 +36,8 @@ def factors() -> tuple[Tensor, Tensor]:
         [0, 3, 0, 1],
         [-1, 3, -1, 0],
         [-1, 0],
-        [[0, 1, 2, 3][i % 4] for i in range(GATHERED + 9)],
-        [[-1, 1, 3][i % 3] for i in range(2 * GATHERED)],
+        [[0, 1, 2, 3][i % 4] for i in range(MANY + 9)],
+        [[-1, 1, 3][i % 3] for i in range(2 * MANY)],
     ],
     ids=["one slot", "gathered", "gathered with base rows", "one of two", "loop", "loop with base rows"],
 )
@@ -71,34 +81,45 @@ def test_peft_orders_a_by_expert_and_b_by_rank() -> None:
     torch.testing.assert_close(b_EOr @ a_ErI, expected)
 
 
-def test_a_stack_holds_only_the_slots_that_are_set() -> None:
+@pytest.mark.parametrize("copies", [1, 400], ids=["gathered", "loop"])
+def test_a_stack_holds_only_the_slots_that_are_set(copies: int) -> None:
     experts = 2
-    stack = StackFactors(experts, SLOTS, INPUTS, OUTPUTS, torch.float32)
+    stack = StackFactors(experts, INPUTS, OUTPUTS, torch.float32)
     small = torch.randn(experts, 2, INPUTS), torch.randn(experts, OUTPUTS, 2)
     large = torch.randn(experts, 6, INPUTS), torch.randn(experts, OUTPUTS, 6)
     stack.put(3, *small)
     stack.put(1, *large)
     assert stack.a.shape == (2, experts, 6, INPUTS)
-    rows, slots, chosen = torch.randn(5, INPUTS), [3, 1, -1, 0, 3], [0, 1, 1, 0, 1]
+    slots, chosen = torch.tensor([3, 1, 0, 3, 1, 3] * copies), torch.tensor([0, 1, 0, 1, 1, 0] * copies)
+    rows = torch.randn(len(slots), INPUTS)
 
-    def check(held: dict[int, tuple[Tensor, Tensor]]) -> None:
-        out = torch.zeros(5, OUTPUTS)
-        stack.add(out, rows, stack.keys(torch.tensor(slots), torch.tensor(chosen)))
-        for row, (slot, expert) in enumerate(zip(slots, chosen)):
-            a, b = held.get(slot, (None, None))
+    def check(held: dict[int, tuple[Tensor, Tensor]], among: list[int]) -> None:
+        chosen_rows = torch.isin(slots, torch.tensor(among)).nonzero().squeeze(1)
+        order, groups = grouped_rows(chosen[chosen_rows], slots[chosen_rows], SLOTS)
+        found = torch.zeros(len(order), OUTPUTS)
+        stack.add(found, rows[chosen_rows[order]], groups)
+        for result, row in zip(found, chosen_rows[order].tolist()):
+            a, b = held.get(int(slots[row]), (None, None))
+            expert = int(chosen[row])
             expected = torch.zeros(OUTPUTS) if a is None or b is None else b[expert] @ (a[expert] @ rows[row])
-            torch.testing.assert_close(out[row], expected)
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
-    check({3: small, 1: large})
+    check({3: small, 1: large}, [1, 3])
+    check({3: small, 1: large}, [0, 1, 3])
     stack.put(3, *large)
-    check({3: large, 1: large})
+    check({3: large, 1: large}, [1, 3])
     stack.remove(1)
     stack.remove(0)
-    check({3: large})
+    check({3: large}, [1, 3])
     stack.put(1, *small)
-    check({3: large, 1: small})
+    check({3: large, 1: small}, [1, 3])
     stack.remove(3)
     stack.remove(1)
-    assert stack.is_empty
     assert stack.a.numel() == 0
-    check({})
+    check({}, [0, 1, 3])
+
+
+def test_rows_are_grouped_by_expert_and_slot() -> None:
+    order, groups = grouped_rows(torch.tensor([1, 0, 1, 1]), torch.tensor([2, 3, 0, 2]), SLOTS)
+    assert groups == [RowGroup(0, 3, 1), RowGroup(1, 0, 1), RowGroup(1, 2, 2)]
+    assert order.tolist()[:2] == [1, 2]
