@@ -70,8 +70,11 @@ def test_a_pass_has_each_row_once_and_the_next_has_another_order(tmp_path, jsonl
     made = streamed(tmp_path, tokenizer, source)
     first, second = (answers(read(made, start, start + 50), tokenizer) for start in (0, 50))
     assert sorted(first) == sorted(second) == [f"yes {n:03d}" for n in range(50)]
-    assert first != second != sorted(second)
-    assert first != sorted(first)
+    assert first != second
+    for start in (0, 20, 40):  # blocks of 20 rows, each shuffled
+        block = first[start : start + 20]
+        assert sorted(block) == [f"yes {n:03d}" for n in range(start, min(50, start + 20))]
+        assert block != sorted(block)
     report = made.report.to_dict()
     assert (report["rows_read"], report["rows_train"], report["dropped"]) == (100, 100, {})
     assert report["tokens"] == sum(len(row["input_ids"]) for row in read(made, 0, 100))
@@ -145,6 +148,35 @@ def test_limit_epochs_and_the_end_of_a_mixture(tmp_path, jsonl, tokenizer):
     even = [FileSource(path=a, streaming=True, weight=1), FileSource(path=b, weight=1)]
     once = counts(*even, rows=40, mixture=Mixture(stop="all_exhausted_without_replacement"))
     assert once == {"yes": 30, "no": 10}
+
+
+def test_weights_are_shares_of_the_rows(tmp_path, jsonl, tokenizer):
+    sources = [
+        FileSource(path=jsonl(conversations(300), "a.jsonl"), streaming=True, weight=9),
+        FileSource(path=jsonl(conversations(300, "no"), "b.jsonl"), weight=1),
+    ]
+    found = Counter(
+        text.split()[0] for text in answers(read(streamed(tmp_path, tokenizer, *sources), 0, 300), tokenizer)
+    )
+    assert 255 <= found["yes"] <= 285  # three standard deviations around 270
+
+
+def test_a_mixture_ends_with_its_first_source_or_starts_short_ones_again(tmp_path, jsonl, tokenizer):
+    sources = [
+        FileSource(path=jsonl(conversations(30), "a.jsonl"), streaming=True, weight=1),
+        FileSource(path=jsonl(conversations(10, "no"), "b.jsonl"), weight=1),
+    ]
+
+    def read_of(name, stop):
+        made = streamed(tmp_path, tokenizer, *sources, mixture=Mixture(stop=stop))
+        return [text for text in answers(read(made, 0, 80), tokenizer) if text.startswith(name)]
+
+    long, short = read_of("yes", "all_exhausted"), read_of("no", "all_exhausted")
+    assert len(set(long[:25])) == 25
+    assert sorted(short[:10]) == [f"no {n:03d}" for n in range(10)]
+    assert len(set(short[10:18])) == 8  # the pass ends with the long source, before the short one ends again
+    assert short[10:18] != short[:8]
+    assert len(set(read_of("yes", "first_exhausted")[:25])) < 25  # the next pass began before all 30 were read
 
 
 def test_sources_without_weights_are_read_in_turn_and_the_report_says_so(tmp_path, jsonl, tokenizer):
