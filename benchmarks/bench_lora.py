@@ -126,7 +126,7 @@ def write_base(folder: Path) -> Any:
     for file, tensors in files.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["HunYuanForCausalLM"]}))
-    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return config
 
