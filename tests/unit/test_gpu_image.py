@@ -49,7 +49,7 @@ def argument(instruction: str) -> str:
     return [rest for name, rest in DOCKERFILE if name == instruction][-1]
 
 
-@pytest.mark.parametrize("extra", ["gpu", "quickstart"])
+@pytest.mark.parametrize("extra", ["gpu", "quickstart", "eval"])
 def test_the_gpu_lock_satisfies_the_project(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert broken([*project["dependencies"], *project["optional-dependencies"][extra]], read_lock("gpu.lock")) == []
