@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from align.data.chat import stop_token_ids
 from align.data.templates import ChatTemplate
 from align.errors import UserError
@@ -52,6 +54,12 @@ def _serve(settings: ServeSettings, base: Base) -> None:
     for name in UNSAFE:
         os.environ.pop(name, None)
     checkpoint, rollout = settings.checkpoint, settings.rollout
+    has_other_experts = bool(base.bones.experts) and not base.bones.serves_expert_adapters
+    if settings.serves_adapters and has_other_experts and not torch.cuda.is_available():
+        raise UserError(
+            f"{checkpoint}: on a CPU vLLM serves no adapters beside a model of this family, which has routed experts; "
+            "merge them with `align adapter merge`, and serve the result."
+        )
     check_model(checkpoint, rollout, dtype=settings.dtype, remedy="Use `align chat`, or serve it with another server.")
     check_port(settings.host, settings.port)
     tokenizer: Any = load_tokenizer(checkpoint)

@@ -77,6 +77,15 @@ def _(here: Here) -> str:
     return here.align("serve", "moe", *SHORT, "--adapter", "a=lora")
 
 
+@wrong("serve-experts-on-a-cpu", "Adapters on a CPU beside a model of another family with routed experts")
+def _(here: Here) -> str:
+    from tests.tiny_families import save_tiny
+
+    save_tiny("qwen3_moe", here.folder / "moe")
+    here.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return here.align("serve", "moe", *SHORT, "--adapters-dir", ".")
+
+
 @wrong("serve-rank", "An adapter to serve with a rank above --max-rank")
 def _(here: Here) -> str:
     adapter(here)
