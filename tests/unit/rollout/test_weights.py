@@ -36,7 +36,7 @@ def tiny(**changes) -> HunYuanForCausalLM:
 
 def with_lora(model: HunYuanForCausalLM) -> torch.nn.Module:
     """Add adapters with non-zero weights to all layers, and change the router."""
-    wrapped = add_lora(model, Lora(rank=4, alpha=8.0), task="CAUSAL_LM")
+    wrapped = add_lora(model, Lora(rank=4, alpha=8.0, train_router=True), task="CAUSAL_LM")
     with torch.no_grad():
         for parameter in (p for p in wrapped.parameters() if p.requires_grad):
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -106,7 +106,11 @@ def test_configurations_have_the_fields_that_are_set() -> None:
 
 def test_peft_names_parameters_as_expected(tmp_path: Path) -> None:
     """`plain_name`, `is_lora_weight`, `count_parameters` and the saved adapter rely on these names."""
-    model = add_lora(HunYuanForCausalLM.from_pretrained(checkpoint(tmp_path / "model")), Lora(rank=2), task="CAUSAL_LM")
+    model = add_lora(
+        HunYuanForCausalLM.from_pretrained(checkpoint(tmp_path / "model")),
+        Lora(rank=2, train_router=True),
+        task="CAUSAL_LM",
+    )
     names = {name for name, _ in model.named_parameters()}
     layer = "base_model.model.model.layers.0"
     for expected in (
