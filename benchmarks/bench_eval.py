@@ -134,6 +134,7 @@ def ours(folder: Path, model: Path, task: str) -> dict[str, Any]:
     import lm_eval.evaluator
     import lm_eval.tasks  # noqa: F401  # the other side has imported it, too, before its clock starts
 
+    import align.eval.report.evaluation  # noqa: F401  # imports matplotlib
     from align.eval import evaluation, opening
 
     loading = [0.0, 0.0]
