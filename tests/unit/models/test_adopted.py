@@ -217,7 +217,7 @@ def test_saved_checkpoints_have_the_fields_that_vllm_reads(model_type: str, tmp_
 def test_a_router_trained_in_float32_beside_a_model_in_bfloat16(model_type: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path)
     ids = torch.arange(3, 30)[None]
-    policy = load_policy(tmp_path, "bfloat16", lora=Lora(rank=2))
+    policy = load_policy(tmp_path, "bfloat16", lora=Lora(rank=2, train_router=True))
     trained = [weight for name, weight in policy.named_parameters() if "modules_to_save" in name]
     assert trained
     assert all(weight.dtype == torch.float32 for weight in trained)
