@@ -100,6 +100,7 @@ def run_stage(
     """Run the stage in folder/run. say, progress: see `StageContext`."""
     module, recipe = prepare(kind, model, folder, **stage)
     context = StageContext(recipe, "stage", folder / "run", resume=resume, say=say, progress=progress)
+    torch.manual_seed(context.seed)  # as the pipeline does: adapters are random
     result: StageResult = module.run(recipe.stages["stage"], context)
     return result
 
