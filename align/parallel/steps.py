@@ -41,12 +41,11 @@ class RankError(RuntimeError):
 
 
 class Position(NamedTuple):
-    """The latest control step of a rank. size: size in bytes of the result that rank 0 is about to broadcast."""
+    """The latest control step of a rank."""
 
     number: int
     step: str
     phase: Phase
-    size: int = 0
 
     def __str__(self) -> str:
         return f"step {self.number} '{self.step}'"
@@ -79,26 +78,39 @@ class ControlSteps:
         self.mark(phase)
         self.arrivals.append(f"arrived/{self.own.number}/{step}")
         self._use(lambda: self.store.add(self.arrivals[-1], 1))
-        if self.rank == 0 and len(self.arrivals) > 2:  # every rank has passed the step of this key
+        if self.rank == 0 and len(self.arrivals) > 2:  # every rank has passed the step of these keys
             self._use(lambda: self.store.delete_key(self.arrivals.pop(0)))
+            self._use(lambda: self.store.delete_key(self._size_key(self.own.number - 2)))
 
     def mark(self, phase: Phase, size: int = 0) -> None:
-        """Publish the phase of this rank's current step."""
-        self.own = self.own._replace(phase=phase, size=size)
+        """Publish the phase of this rank's current step. size: bytes of the result that rank 0 is about to broadcast.
+
+        The size has a key of its own, because a small broadcast lets rank 0 go on to the next step before the other
+        ranks have looked.
+        """
+        self.own = self.own._replace(phase=phase)
+        if size:
+            self._use(lambda: self.store.set(self._size_key(self.own.number), str(size)))
         self._use(lambda: self.store.set(f"at/{self.rank}", json.dumps(self.own)))
+
+    def _size_key(self, number: int) -> str:
+        return f"size/{number}"
 
     def wait_for_all(self) -> None:
         """Return once every rank has reached this step."""
         self._wait(lambda: self.store.add(self.arrivals[-1], 0) >= self.world)
 
     def wait_for_rank_0(self) -> int:
-        """Wait without a time limit until rank 0 has finished its work; return the size of its result in bytes."""
+        """Wait without a time limit until rank 0 has finished its work.
+
+        Returns the size of its result in bytes; 0 if the step has no result.
+        """
         self._wait(lambda: self._rank_0_is_done(self._position(0)))
-        # Rank 0 broadcasts a result before the next step, so if it is at a later step already, there was no result.
-        return self._position(0).size
+        key = self._size_key(self.own.number)
+        return self._use(lambda: int(self.store.get(key)) if self.store.check([key]) else 0)
 
     def _rank_0_is_done(self, at: Position) -> bool:
-        return at.number > self.own.number or at[:3] == (self.own.number, self.own.step, "done")
+        return at.number > self.own.number or at == (self.own.number, self.own.step, "done")
 
     def leave(self) -> None:
         """Publish that this rank no longer needs the others. Rank 0, whose process may hold the store, returns last."""

@@ -294,7 +294,9 @@ def test_an_adapter_that_trl_trained_is_checked_merged_and_trained_further(
         args=settings,
         train_dataset=rows,
         processing_class=train_tokenizer(["a b"], 300),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        ),
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -306,7 +308,7 @@ def test_an_adapter_that_trl_trained_is_checked_merged_and_trained_further(
     policy = family_of(plain.config).policy
     merged = policy.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0.0)
-    ours = add_lora(make_base(tmp_path / "base", "llama"), Lora(rank=4, shared_mlp=False), task="CAUSAL_LM")
+    ours = add_lora(make_base(tmp_path / "base", "llama"), Lora(rank=4, alpha=8.0, shared_mlp=False), task="CAUSAL_LM")
     assert (logits(ours) - expected).abs().max() > 1e-2
     ours.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
     torch.testing.assert_close(logits(ours.eval()), expected, atol=1e-5, rtol=0.0)

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from align.parallel.steps import ControlSteps
 
 pytestmark = pytest.mark.distributed
 
@@ -66,6 +69,20 @@ def test_a_users_error_of_rank_0_is_raised_on_every_rank(seen) -> None:
 def test_every_rank_gets_rank_0s_result_however_long_it_takes(seen) -> None:
     results = [rank["result"] for rank in seen["gets_results"]]
     assert results == [["of rank 0", [0.0, 1.0, 2.0], None, is_main] for is_main in (True, False, False)]
+
+
+def test_a_rank_that_looks_late_gets_the_size_of_its_own_steps_result() -> None:
+    """Rank 0 is at the next step already: a broadcast may end on rank 0 before it ends on a rank further away."""
+    store = dist.HashStore()
+    first, late = (ControlSteps(store, rank, 2) for rank in range(2))
+    for number in range(4):
+        first.enter(f"draw {number}", "working")
+        first.mark("done", 100 + number)
+        if number:
+            assert late.wait_for_rank_0() == 99 + number
+        late.enter(f"draw {number}")
+    for steps in (first, late):
+        steps.close()
 
 
 def test_ranks_may_finish_a_block_of_collectives_long_after_each_other(seen) -> None:
