@@ -24,6 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import torch
+from bench_lora import SIZES
 
 from align.config.lora import Lora
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
@@ -31,19 +32,6 @@ from align.models.shared_weights import SharedWeights
 from align.run.manifest import code_version
 from align.train.checkpoint import load_policy, load_scorer
 
-SIZES = {
-    "vocab_size": 2048,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_experts": 16,
-    "moe_topk": 1,
-    "num_shared_expert": 1,
-    "pad_token_id": 0,
-    "use_cla": True,
-}
 LORA = Lora(rank=8, experts=False, train_router=False)
 WAYS = ("policy alone", "shared", "separate")
 STEPS = 5
