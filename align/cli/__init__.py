@@ -11,9 +11,10 @@ import traceback
 from pathlib import Path
 
 from align import __version__
-from align.cli import adapter, data, eval, machine, models, plan, runs, serve
+from align.cli import adapter, completion, data, eval, machine, models, plan, runs, serve
+from align.cli.parser import MainParser, Parser
 from align.cli.runs import process_overrides, run_command
-from align.cli.terminal import color
+from align.cli.terminal import color, set_verbosity
 from align.errors import UserError, signal_name
 from align.launch.ending import STOPPED, end_process, has_joined
 from align.run import interrupt
@@ -22,11 +23,11 @@ from align.run import interrupt
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `align`.
 
-    Exit status: 0; 1 for an unexpected exception; 2 for a `UserError`; 128 + N if signal N stopped the command; 141 if
-    the reader of its output has closed the pipe. A command may also exit with a status of its own.
+    Exits with one of `align.cli.parser.EXIT_STATUS`; returns for 0.
     """
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    set_verbosity(quiet=getattr(options, "quiet", False), verbose=getattr(options, "verbose", False))
     code = 0
     try:
         _expand_paths(options)
@@ -75,23 +76,27 @@ def _stopped_line(options: argparse.Namespace, code: int) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the arguments. Overrides may also follow `--flags`, where argparse does not accept them."""
     parser = build_parser()
+    completion.complete(parser)
     options, rest = parser.parse_known_args(arguments)
     # `check` takes overrides in its list of recipes.
     takes = next((name for name in ("overrides", "recipes") if hasattr(options, name)), None)
     late = [word for word in rest if "=" in word and not word.startswith("-") and takes is not None]
     if unknown := [word for word in rest if word not in late]:
-        parser.error(f"'{unknown[0]}' is not a valid argument; see `{parser.prog} COMMAND --help`.")
+        options.parser.refuse(unknown[0])
     if late and takes is not None:
         setattr(options, takes, [*getattr(options, takes), *late])
     return options
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="align", description="Post-train mixture-of-experts language models from one recipe."
+def build_parser() -> MainParser:
+    parser = MainParser(
+        prog="align",
+        usage="align COMMAND ...",
+        description="Post-train causal language models, dense or mixtures of experts, from one recipe.",
+        epilog="`align COMMAND --help` describes a command and has examples. docs/cli.md lists the exit statuses.",
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (runs, plan, data, models, adapter, eval, serve, machine):
+    commands = parser.add_subparsers(prog="align", required=True, metavar="COMMAND", parser_class=Parser)
+    for group in (runs, plan, data, models, adapter, eval, serve, machine, completion):
         group.add(commands)
     return parser

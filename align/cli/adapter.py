@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.cli.parser import add_json, examples
 from align.errors import UserError
-from align.run.checkpoint import adapter_folder
 
 if TYPE_CHECKING:
     from align.models.lora.build import Errors
@@ -25,41 +25,55 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Inspect, check, merge and make LoRA adapters in PEFT's format.",
     )
     kinds = adapter.add_subparsers(required=True, metavar="COMMAND")
-    info = kinds.add_parser("info", help="print an adapter's settings and size", description="Describe an adapter.")
+    info = kinds.add_parser(
+        "info",
+        help="print an adapter's settings and size",
+        description="Describe an adapter.",
+        epilog=examples("align adapter info runs/law/sft", "align adapter info adapters/law --base models/base --json"),
+    )
     _adapter_argument(info)
-    info.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_json(info)
     info.set_defaults(command=_info)
     check = kinds.add_parser(
         "check",
         help="check an adapter against its base model",
         description="Check that an adapter is complete, finite and fits its base model, without loading the base.",
+        epilog=examples(
+            "align adapter check runs/law/sft", "align adapter check adapters/law --base models/base --json"
+        ),
     )
     _adapter_argument(check)
+    add_json(check)
     check.set_defaults(command=_check)
     merge = kinds.add_parser(
         "merge",
         help="merge an adapter into its base model",
         description="Write the base model with the adapter merged. Files are processed one after another, so models "
         "larger than the memory can be merged.",
+        epilog=examples("align adapter merge runs/law/sft models/law"),
     )
     _adapter_argument(merge)
     merge.add_argument("target", type=Path, help="folder to write")
+    add_json(merge)
     merge.set_defaults(command=_merge, remove=False)
     unmerge = kinds.add_parser(
         "unmerge",
         help="subtract an adapter from a merged model",
         description="Subtract an adapter from a model into which it was merged. The result differs from the original "
         "by rounding; the original base model is exact.",
+        epilog=examples("align adapter unmerge runs/law/sft models/law models/base-again"),
     )
     unmerge.add_argument("adapter", type=Path, help="the adapter's folder, or that of the stage that trained it")
     unmerge.add_argument("base", type=Path, metavar="model", help="the folder of the merged model")
     unmerge.add_argument("target", type=Path, help="folder to write")
+    add_json(unmerge)
     unmerge.set_defaults(command=_merge, remove=True)
     extract = kinds.add_parser(
         "extract",
         help="make an adapter from the difference of two models",
         description="Approximate the difference of two checkpoints by an adapter (singular value decomposition), and "
         "print the error by rank.",
+        epilog=examples("align adapter extract models/base models/tuned adapters/tuned --rank 32"),
     )
     extract.add_argument("base", type=Path, help="the folder of the base model")
     extract.add_argument("tuned", type=Path, help="the folder of the trained model")
@@ -70,11 +84,16 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="store embeddings, head, norms and routers that differ in full; without this their change is lost",
     )
+    add_json(extract)
     extract.set_defaults(command=_extract)
     combine = kinds.add_parser(
         "combine",
         help="make one adapter from several",
         description="Combine adapters of one base model into one. `linear` adds them exactly unless --rank is set.",
+        epilog=examples(
+            "align adapter combine adapters/law adapters/tax --target adapters/both",
+            "align adapter combine a b --target c --method ties --density 0.5 --weights 1 0.5",
+        ),
     )
     combine.add_argument("adapters", type=Path, nargs="+", metavar="adapter", help="folders of two or more adapters")
     combine.add_argument("--target", type=Path, required=True, help="folder to write")
@@ -83,6 +102,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     combine.add_argument("--density", type=float, help="fraction of the values that the other methods keep")
     combine.add_argument("--rank", type=int, help="rank of the result")
     combine.add_argument("--base", type=Path, help="the base model (default: the one that the adapter names)")
+    add_json(combine)
     combine.set_defaults(command=_combine)
 
 
@@ -118,6 +138,7 @@ def _new_folder(target: Path) -> None:
 def _info(options: argparse.Namespace) -> None:
     from align.models.lora.describe import group_rows, table_lines
     from align.models.lora.folder import changes, read_adapter, serving_problems, skeleton
+    from align.run.checkpoint import adapter_folder
 
     folder = adapter_folder(options.adapter)
     adapter = read_adapter(folder)
@@ -139,6 +160,7 @@ def _info(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from align.models.lora.folder import changes, read_adapter, require_finite_adapter, serving_problems, skeleton
     from align.run.adapted import require_base
+    from align.run.checkpoint import adapter_folder
 
     folder = adapter_folder(options.adapter)
     adapter = read_adapter(folder)
@@ -147,18 +169,29 @@ def _check(options: argparse.Namespace) -> None:
     found = changes(adapter, bones)
     require_base(folder, base)
     require_finite_adapter(adapter)
+    problems = list(serving_problems(found, adapter, bones))
+    if options.json:
+        values = {"adapter": str(folder), "base": str(base), "parameters": len(found), "not_served": problems}
+        print(json.dumps(values, indent=2))
+        return
     print(f"{folder}: fits {base}, {len(found)} parameters change")
-    for problem in serving_problems(found, adapter, bones):
+    for problem in problems:
         print(f"  `align serve` cannot serve it beside its base: {problem}; merge it with `align adapter merge`")
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from align.run.checkpoint import adapter_folder
+
     _new_folder(options.target)
     folder = adapter_folder(options.adapter)
     base, config = _base(folder, options.base)
     from align.models.lora.stream import merge_adapter
 
     report = merge_adapter(base, config, folder, options.target, remove=options.remove)
+    if options.json:
+        values = {"target": str(options.target), "changed": report.changed, "copied": report.copied}
+        print(json.dumps({**values, "relative_rounding": report.relative_rounding}, indent=2))
+        return
     print(f"{options.target}: {report.changed} tensors changed, {report.copied} copied")
     for line in _rounding_lines(report, options.remove):
         print(line)
@@ -188,11 +221,21 @@ def _extract(options: argparse.Namespace) -> None:
     from align.models.lora.build import extract_adapter
 
     errors, rest = extract_adapter(base, tuned, config, options.target, options.rank, copy_rest=options.copy_rest)
+    if options.json:
+        lost = {} if options.copy_rest else rest
+        values = {"target": str(options.target), "errors": _error_values(errors), "lost": lost}
+        print(json.dumps(values, indent=2))
+        return
     print(f"{options.target}: rank {options.rank}; norm of what is lost, relative to the difference of the group:")
     _print_errors(errors)
     for group, share in rest.items():
         fate = "stored in full" if options.copy_rest else "lost (--copy-rest stores it)"
         print(f"{group:<16}{share:.1%} of the whole difference, {fate}")
+
+
+def _error_values(errors: Errors) -> dict[str, dict[int, float]]:
+    """{group: {rank: norm of what is lost, relative to that of the group's update}}."""
+    return {group: {rank: error.relative(rank) for rank in error.left} for group, error in errors.items()}
 
 
 def _print_errors(errors: Errors) -> None:
@@ -202,6 +245,8 @@ def _print_errors(errors: Errors) -> None:
 
 
 def _combine(options: argparse.Namespace) -> None:
+    from align.run.checkpoint import adapter_folder
+
     _new_folder(options.target)
     folders = [adapter_folder(path) for path in options.adapters]
     weights = options.weights or [1.0] * len(folders)
@@ -228,6 +273,9 @@ def _combine(options: argparse.Namespace) -> None:
         density=options.density or 1.0,
         rank=options.rank,
     )
+    if options.json:
+        print(json.dumps({"target": str(options.target), "errors": _error_values(errors or {})}, indent=2))
+        return
     print(options.target)
     if errors:
         print("norm of what is lost, relative to the combined update of the group:")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.cli.parser import add_json, examples
 from align.errors import UserError
 
 
@@ -24,6 +25,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="print rows as the model sees them",
         description="Print what a stage would train on: a report, and the first rows with the tokens in the loss "
         "marked. Rows are tokenised as in a run, into the same cache.",
+        epilog=examples(
+            "align data show tiny sft",
+            "align data show my.yaml dpo --row 12 --ids",
+            "align data show my.yaml sft stages.sft.data.max_length=512",
+        ),
     )
     show.add_argument("--rows", type=int, default=3, metavar="N", help="number of rows to print (default: 3)")
     show.add_argument("--row", type=int, metavar="I", help="print row I, counted from 0 in the order of training")
@@ -32,20 +38,27 @@ def add(commands: argparse._SubParsersAction) -> None:
         "stats",
         help="count a stage's rows and tokens",
         description="Print the report of `align data show` without rows.",
+        epilog=examples("align data stats my.yaml sft", "align data stats my.yaml sft --json"),
     )
     stats.set_defaults(rows=0, row=None, ids=False)
     for command in (show, stats):
         command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
         command.add_argument("stage", help="the stage whose data to print")
-        command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="key.subkey=value", help="overrides of the recipe"
+        )
         command.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
-        command.add_argument("--json", action="store_true", help="print JSON")
+        add_json(command)
         command.set_defaults(command=_show)
     convert = kinds.add_parser(
         "convert",
         help="write rows of any shape as JSON Lines in canonical form",
         description="Write the rows of a file, a folder or a glob pattern as JSON Lines in canonical form. Rows that "
         "cannot be used are dropped and counted by reason. docs/data.md shows every shape and its canonical form.",
+        epilog=examples(
+            "align data convert chats.parquet chats.jsonl",
+            "align data convert qa.csv qa.jsonl --columns prompt=question completion=answer",
+        ),
     )
     convert.add_argument("source", metavar="IN", help="a data file, a folder or a glob pattern")
     convert.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
@@ -59,6 +72,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--roles", nargs="+", default=[], metavar="NAME=ROLE", help="roles: name in the file = system, user, ..."
     )
     convert.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
+    add_json(convert, "print the counts as JSON")
     convert.set_defaults(command=_convert)
 
 
@@ -97,7 +111,8 @@ def _convert(options: argparse.Namespace) -> None:
         raise UserError(f"{options.target}: exists already. Give another name, or remove the file.")
     if not options.target.parent.is_dir():
         raise UserError(f"{options.target.parent}: the folder does not exist. Create it.")
-    print(convert(_source(options), options.target).summary())
+    counts = convert(_source(options), options.target)
+    print(json.dumps(asdict(counts), ensure_ascii=False, indent=2) if options.json else counts.summary())
 
 
 def _source(options: argparse.Namespace) -> Any:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from align.cli.parser import add_json, add_verbosity, examples
 from align.cli.serve import template_variables
 from align.cli.terminal import say, status
 from align.errors import UserError
@@ -20,6 +21,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="evaluate checkpoints on tasks",
         description="Evaluate checkpoints on tasks of lm-evaluation-harness and on your own, with intervals. Answers "
         "are recorded as they come; --resume continues an interrupted evaluation.",
+        epilog=examples(
+            "align eval runs/quickstart/sft runs/quickstart/ppo --tasks my_task.yaml",
+            "align eval before=models/base after=runs/law/sft --tasks suite:quick --out evaluation/law",
+            "align eval runs/law/sft --tasks gsm8k --limit 100 --seed 1 --json",
+            "align eval runs/tiny/reward_model --pairs pairs.jsonl",
+        ),
     )
     command.add_argument(
         "checkpoints", nargs="+", metavar="CKPT", help="folder of a checkpoint or of a finished stage; or NAME=FOLDER"
@@ -97,19 +104,23 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--write", choices=("inspect",), help="also write OUT/MODEL/TASK.eval, the logs that `inspect view` shows"
     )
-    command.add_argument("--json", action="store_true", help="print results.json instead of a table")
+    add_json(command, "print results.json instead of a table")
+    add_verbosity(command, "print the table without the progress")
     command.set_defaults(command=run_evaluation)
 
     compare = commands.add_parser(
         "compare",
         help="compare two evaluations",
         description="Compare the models of two evaluations document by document, with paired tests.",
+        epilog=examples(
+            "align compare evaluation/sft evaluation/ppo", "align compare evaluation/sft evaluation/ppo --json"
+        ),
     )
     compare.add_argument(
         "first", type=Path, metavar="OUT_A", help="folder of an evaluation, or one model's folder in it"
     )
     compare.add_argument("second", type=Path, metavar="OUT_B", help="another; the differences are OUT_B minus OUT_A")
-    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    add_json(compare)
     compare.set_defaults(command=_compare)
 
 

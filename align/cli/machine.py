@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from align.cli.parser import add_json, examples
 from align.cli.terminal import color
 
 
@@ -16,9 +18,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "doctor",
         help="show installed packages, the GPUs, and whether they fit together",
         description="Show versions, missing packages with the command that installs each, the GPUs with their driver, "
-        "links and CUDA version, and whether this installation runs on them.",
+        "links and CUDA version, and whether this installation runs on them. The exit status is 1 if there is a "
+        "problem.",
+        epilog=examples("align doctor", "align doctor --json"),
     )
-    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(doctor)
     doctor.set_defaults(command=_doctor)
 
     smoke = commands.add_parser(
@@ -27,6 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Run each part of align once and print the measured values beside the expected ones. This takes "
         "about fifteen minutes on a GPU and under three on two CPU cores. The exit status is 1 if a check has the "
         "verdict WRONG; the verdict 'slow' does not change it.",
+        epilog=examples("align smoke", "align smoke --only 0 1 --folder /tmp/smoke"),
     )
     smoke.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="run only these parts (0 to 8)")
     smoke.add_argument(
@@ -38,6 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="JSON with results, versions and hardware (default: smoke.json in the folder)",
     )
+    add_json(smoke, "print the JSON; the table goes to standard error")
     smoke.set_defaults(command=_smoke)
 
 
@@ -47,7 +53,13 @@ def _doctor(options: argparse.Namespace) -> None:
     findings = examine()
     if options.json:
         print(json.dumps(findings, indent=2))
-        return
+    else:
+        _print_findings(findings)
+    if findings["problems"]:
+        sys.exit(1)
+
+
+def _print_findings(findings: dict[str, Any]) -> None:
     width = max(len(name) for name in findings["packages"])
     for name, package in findings["packages"].items():
         state = package["version"] or color(f"missing: {package['install']}", 33)
@@ -67,10 +79,15 @@ def _smoke(options: argparse.Namespace) -> None:
     from align.smoke.table import Verdict
 
     codes: dict[Verdict, int] = {"ok": 32, "slow": 33, "WRONG": 31, "skipped": 36}
-    paint = {verdict: color(verdict, code) for verdict, code in codes.items()} if sys.stdout.isatty() else None
+    colored = sys.stdout.isatty() and not options.json
+    paint = {verdict: color(verdict, code) for verdict, code in codes.items()} if colored else None
 
     def say(text: str) -> None:
-        print(text, flush=True)
+        print(text, flush=True, file=sys.stderr if options.json else sys.stdout)
 
-    if smoke(options.folder, only=options.only, output=options.output, say=say, paint=paint) == "WRONG":
+    output = options.output or options.folder / "smoke.json"
+    verdict = smoke(options.folder, only=options.only, output=output, say=say, paint=paint)
+    if options.json:
+        print(output.read_text(encoding="utf-8"))
+    if verdict == "WRONG":
         sys.exit(1)

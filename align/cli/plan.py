@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from align.cli.parser import add_json, add_recipe, examples
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
@@ -12,9 +14,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="estimate the memory and time of a recipe on a cluster",
         description="Estimate memory by component, traffic and time of each stage on a cluster before anything starts. "
         "If a stage does not fit, list the smallest changes that make it fit. 1 GB is 1e9 bytes.",
+        epilog=examples(
+            "align plan my.yaml --gpus 64 --gpu h100",
+            "align plan hunyuan-large --model hunyuan-large --gpus 64 --gpu h200 --host-memory 2000",
+            "align plan my.yaml --gpus 8 --gpu a100 --stage sft --search --json",
+        ),
     )
-    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
+    add_recipe(plan)
     numbers: list[tuple[str, type, str]] = [
         ("--gpus", int, "GPUs, one process each (default: the recipe's parallel.processes)"),
         ("--hosts", int, "hosts (default: one per eight GPUs)"),
@@ -40,7 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     plan.add_argument("--stage", metavar="STAGE", help="plan only this stage")
     plan.add_argument("--search", action="store_true", help="list the settings that fit, fastest first")
-    plan.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(plan)
     plan.set_defaults(command=_plan)
 
 

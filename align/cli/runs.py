@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from align.cli.parser import add_json, add_recipe, add_verbosity, examples
 from align.cli.terminal import progress, say, status
 from align.errors import UserError
 from align.run import interrupt
@@ -21,25 +21,30 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="run a recipe's stages",
         description="Run the stages of a recipe in order. Finished stages are kept. SIGTERM or one Ctrl-C stops the "
         "run with a checkpoint.",
+        epilog=examples(
+            "align run tiny",
+            "align run my.yaml stages.dpo.beta=0.2 --run-dir runs/beta-0.2",
+            "align run my.yaml --resume",
+            "align run my.yaml --nproc 4",
+        ),
     )
-    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, gsm8k_grpo, ...)")
-    run.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.subkey=value",
-        help="overrides of the recipe, e.g. stages.dpo.beta=0.2",
-    )
+    add_recipe(run)
     run.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/<name>)")
     run.add_argument("--resume", action="store_true", help="continue an interrupted stage from its last checkpoint")
     run.add_argument("--only", metavar="STAGE", help="run only this stage (again, if it is finished)")
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
-    run.add_argument("--verbose", action="store_true", help="also show the warnings and progress bars of libraries")
+    add_verbosity(run, "print errors only")
     run.set_defaults(command=run_recipe)
 
     check = commands.add_parser(
         "check",
         help="validate recipes",
         description="Validate recipes, check that their files exist and print what LoRA trains, without loading torch.",
+        epilog=examples(
+            "align check my.yaml",
+            "align check my.yaml --nproc 8 --data",
+            "align check recipes/*.yaml --without-files --json",
+        ),
     )
     check.add_argument(
         "recipes",
@@ -47,7 +52,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="RECIPE",
         help="YAML files or shipped recipes; an argument key.subkey=value overrides that key in all of them",
     )
-    check.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(check)
+    check.add_argument("--quiet", "-q", action="store_true", help="print problems only")
     check.add_argument(
         "--without-files",
         action="store_true",
@@ -68,10 +74,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "show",
         help="print a recipe with all defaults",
         description="Print a recipe with its defaults and overrides applied.",
+        epilog=examples("align show tiny", "align show my.yaml stages.sft.lora.rank=8 --json"),
     )
-    show.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    show.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="overrides of the recipe")
-    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    add_recipe(show)
+    add_json(show, "print JSON instead of YAML")
     show.set_defaults(command=_show)
 
     report = commands.add_parser(
@@ -79,9 +85,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="write a run's report again",
         description="Write report.json, report.md and report.html in a run folder, or results.md and report.html in "
         "the folder of an evaluation.",
+        epilog=examples("align report runs/tiny", "align report runs/tiny --json"),
     )
     report.add_argument("run_dir", type=Path)
-    report.add_argument("--json", action="store_true", help="also print report.json")
+    add_json(report, "print report.json instead of the paths")
     report.set_defaults(command=_report)
 
 
@@ -89,8 +96,6 @@ def run_recipe(options: argparse.Namespace) -> None:
     from align import pipeline
     from align.config import load_recipe
 
-    if options.verbose:
-        os.environ["ALIGN_VERBOSE"] = "1"  # the ranks inherit it
     overrides = [*options.overrides, *process_overrides(options, options.overrides)]
     recipe = load_recipe(options.recipe, overrides)
     run_dir = options.run_dir or Path("runs") / recipe.name
@@ -132,7 +137,9 @@ def _check(options: argparse.Namespace) -> None:
     if not recipes:
         raise UserError("the command has overrides but no recipe; add the name or file of a recipe.")
     problems = {path: _problems(path, overrides, options) for path in recipes}
-    if options.json:
+    if options.quiet and not options.json:
+        print("".join(f"{problem}\n" for problem in problems.values() if problem), end="", file=sys.stderr)
+    elif options.json:
         print(json.dumps({path: {"ok": p is None, "error": p} for path, p in problems.items()}, indent=2))
     else:
         for path, problem in problems.items():

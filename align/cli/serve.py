@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.cli.parser import examples
 from align.cli.terminal import say
 from align.errors import UserError
-from align.serve.settings import TOKEN_VARIABLE
+from align.serve import TOKEN_VARIABLE
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,6 +20,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="chat with a checkpoint, an adapter or a server",
         description="Chat with the output of any stage, with a checkpoint folder, or with a server. An empty line or "
         "Ctrl-D ends.",
+        epilog=examples(
+            "align chat runs/quickstart/ppo",
+            'align chat models/base --adapter runs/law/sft --system "Answer in one sentence."',
+            "align chat --url http://127.0.0.1:8000 --model law",
+        ),
     )
     chat.add_argument(
         "checkpoint", type=Path, nargs="?", help="runs/<run>/<stage>, or a folder with config.json; not with --url"
@@ -44,6 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "serve-reward",
         help="serve a reward model over HTTP",
         description="Serve a reward model's scores at POST /score, for rewards of the kind `remote`.",
+        epilog=examples("align serve-reward runs/tiny/reward_model --port 8100"),
     )
     serve_reward.add_argument("checkpoint", type=Path, help="runs/<run>/<reward model stage>, or a checkpoint folder")
     serve_reward.add_argument(
@@ -63,6 +70,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="serve a checkpoint for rollouts (rollout.engine: remote)",
         description="Start a vLLM server that a trainer samples from and sends its weights to. With a recipe, it "
         "serves the parent of its PPO stage (or of --stage) with that stage's settings; flags override them.",
+        epilog=examples("align serve-rollout runs/tiny/sft", "align serve-rollout my.yaml --stage ppo --port 8001"),
     )
     server.add_argument("target", metavar="CHECKPOINT|RECIPE", help="a checkpoint folder, or a recipe")
     server.add_argument(
@@ -112,6 +120,11 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         help="serve a checkpoint and LoRA adapters over HTTP (OpenAI's interface)",
         description="Serve a checkpoint and any number of LoRA adapters on it with vLLM, as an OpenAI-compatible "
         "server. Before it accepts requests, each model's log-probabilities are compared with transformers and PEFT.",
+        epilog=examples(
+            "align serve runs/law/sft",
+            "align serve models/base --adapter law=runs/law/sft --adapter tax=runs/tax/sft",
+            "align serve models/base --host 0.0.0.0 --token-file token.txt",
+        ),
     )
     serve.add_argument("checkpoint", type=Path, help="runs/<run>/<stage>, or a folder with config.json")
     serve.add_argument(

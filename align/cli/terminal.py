@@ -10,12 +10,24 @@ import time
 ERASE = "\r\x1b[2K"
 LOG_EVERY, LATER = 10.0, 60.0
 """Seconds between two lines of progress in a log, in its first ten minutes and afterwards."""
+QUIET, VERBOSE = "ALIGN_QUIET", "ALIGN_VERBOSE"
+"""Environment variables that `--quiet` and `--verbose` set."""
 _began = time.monotonic()
 _logged = float("-inf")
 """Time of the last line of progress."""
 
 
+def set_verbosity(*, quiet: bool, verbose: bool) -> None:
+    """Apply `--quiet` and `--verbose`. The ranks that the command starts inherit both through the environment."""
+    if quiet:
+        os.environ[QUIET] = "1"
+    if verbose:
+        os.environ[VERBOSE] = "1"
+
+
 def say(line: str) -> None:
+    if os.environ.get(QUIET):
+        return
     if not sys.stdout.isatty():
         print(line, flush=True)
         return
@@ -27,7 +39,7 @@ def say(line: str) -> None:
 
 def status(line: str) -> None:
     """Print a line that the next one overwrites; only on a terminal."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not os.environ.get(QUIET):
         width = shutil.get_terminal_size().columns
         print(f"{ERASE}{line[: width - 1]}", end="", flush=True)
 
@@ -38,6 +50,8 @@ def progress(line: str) -> None:
     With ALIGN_LOG_STEPS=1 in the environment, a log has every line.
     """
     global _logged
+    if os.environ.get(QUIET):
+        return
     if sys.stdout.isatty():
         status(line)
         return

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from align.config.rollout import Rollout
 from align.errors import UserError
 from align.run.checkpoint import adapter_folder
+from align.serve import TOKEN_VARIABLE
 
-TOKEN_VARIABLE = "ALIGN_SERVE_TOKEN"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM can reserve memory."""

@@ -223,13 +223,16 @@ def test_links_of_one_kind_are_one_phrase() -> None:
 def test_the_command_prints_problems_and_verdict_last(nvidia_smi, monkeypatch, capsys) -> None:
     nvidia_smi([H200] * 2, "580.95.05", "13.0", topology([["NV18"] * 2] * 2))
     monkeypatch.setattr(doctor, "read_torch", lambda: CPU)
-    cli.main(["doctor"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+    assert ended.value.code == 1
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "links         NVLink (NV18) between all GPUs" in lines
     assert lines[-2].startswith("problem: torch 2.13.0+cpu is built for the CPU; install the GPU builds")
     assert lines[-1] == "not ready: fix the problem above"
     assert max(map(len, lines)) < 140
-    cli.main(["doctor", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [gpu["name"] for gpu in found["gpus"]["gpus"]] == ["NVIDIA H200"] * 2
     assert found["gpus"]["torch"]["cuda"] is None
