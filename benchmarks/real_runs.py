@@ -6,6 +6,9 @@ sums        GRPO and PPO from the same SFT checkpoint, on sums in GSM8K's form; 
             Needs no file.
 gsm8k       the recipe gsm8k_grpo with LoRA and small batches on short rows of TRAIN, evaluated on short rows of TEST,
             GSM8K's splits as JSON lines with question and answer; SmolLM2-135M converted to a mixture of experts.
+tool_calls  full fine-tuning, adapters on attention alone, and adapters on attention and experts with equally many
+            parameters, on tool calls of FILE, conversations in Glaive's form; other conversations are held out;
+            SmolLM2-135M converted to a mixture of experts.
 preference  the recipe preference_ppo on FILE and HELD_OUT, JSON lines with prompt, chosen and rejected; 3M parameters,
             from random weights.
 
@@ -16,6 +19,7 @@ results of the tasks are written to accuracies.json. --stages runs only these st
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -29,6 +33,7 @@ from typing import Any, NamedTuple
 
 from curves import RESULTS as CURVES
 from harness import RESULTS, write
+from tool_calls import split
 
 from align.eval.pairing import compare_folders
 from align.run.manifest import code_version
@@ -48,6 +53,8 @@ class Run(NamedTuple):
     curves: tuple[Curves, ...]
     files: tuple[str, ...] = ()
     """Names of the recipe's input files, in the folder in which it runs."""
+    given: int | None = None
+    """Number of files on the command line, if it is not that of `files`."""
     task: str | None = None
     """The task of its evaluate stage."""
 
@@ -66,6 +73,15 @@ RUNS = {
         (Curves("sums_grpo", "grpo", LEARNT), Curves("sums_ppo", "ppo", (*LEARNT, "explained_variance"))),
         ("sums.jsonl",),
         "sums_task.yaml",
+        given=0,
+    ),
+    "tool_calls": Run(
+        str(HERE / "tool_calls.yaml"),
+        (),
+        (),
+        ("calls.jsonl", "calls_test.jsonl"),
+        "tool_calls_task.yaml",
+        given=1,
     ),
     "gsm8k": Run(
         "gsm8k_grpo",
@@ -129,6 +145,9 @@ RUNS = {
 }
 
 
+HELD_OUT_CALLS = 80
+
+
 def sums() -> str:
     """All sums of two numbers from 1 to 12, in GSM8K's form, shuffled."""
     numbers = range(1, 13)
@@ -160,6 +179,10 @@ def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if name == "sums":
         (folder / "sums.jsonl").write_text(sums(), encoding="utf-8")
+    elif name == "tool_calls":
+        for target, rows in zip(run.files, split(given[0], HELD_OUT_CALLS), strict=True):
+            (folder / target).write_text(lines(rows), encoding="utf-8")
+        shutil.copyfile(HERE / "tool_calls.py", folder / "tool_calls.py")
     elif name == "gsm8k":
         for source, target in zip(given, run.files, strict=True):
             (folder / target).write_text(short_problems(source), encoding="utf-8")
@@ -171,11 +194,10 @@ def prepare(name: str, run: Run, given: list[Path], folder: Path) -> None:
 
 
 def accuracies(results: Path) -> dict[str, Any]:
-    """The means of an evaluation by model, and the difference of each model from the first, paired by document."""
+    """The means of an evaluation by model, and the difference of each pair of models, paired by document."""
     content = json.loads((results / "results.json").read_text(encoding="utf-8"))
     ((task, found),) = next(iter(content["models"].values()))["tasks"].items()
     (metric,) = found["metrics"]
-    first, *others = content["models"]
     keys = ("mean", "low", "high", "n", "unscored")
     measured = {name: of["tasks"][task]["metrics"][metric] for name, of in content["models"].items()}
     return {
@@ -184,8 +206,8 @@ def accuracies(results: Path) -> dict[str, Any]:
         "samples": content["settings"]["samples"],
         "models": {name: {key: values[key] for key in keys} for name, values in measured.items()},
         "differences": {
-            f"{other} - {first}": asdict(compare_folders(results / first, results / other).differences[0])
-            for other in others
+            f"{second} - {first}": asdict(compare_folders(results / first, results / second).differences[0])
+            for first, second in itertools.combinations(content["models"], 2)
         },
     }
 
@@ -225,7 +247,7 @@ def main() -> None:
     parser.add_argument("--stages", metavar="STAGE,...", help="run only these stages")
     options = parser.parse_args()
     run = RUNS[options.name]
-    needed = 0 if options.name == "sums" else len(run.files)
+    needed = len(run.files) if run.given is None else run.given
     if len(options.files) != needed:
         parser.error(f"{options.name} needs {needed} files, but got {len(options.files)}.")
     folder = Path("runs") / f"{options.name}_data"

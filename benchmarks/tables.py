@@ -413,13 +413,20 @@ def accuracies(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         size = f"{found['documents']} documents × {found['samples']}"
+        first = next(iter(found["models"]))
         for number, (model, measured) in enumerate(found["models"].items()):
             cells = [f"{name}: `{found['task']}`, {size}" if number == 0 else "", model, _interval(measured), "", ""]
             if number:
-                difference = next(d for key, d in found["differences"].items() if key.startswith(f"{model} - "))
-                cells[3:] = [_interval(difference, sign="+"), f"{difference['p_value']:.2g}"]
+                cells[3:] = _difference(found["differences"][f"{model} - {first}"])
             rows.append(cells)
+        for pair, difference in found["differences"].items():
+            if not pair.endswith(f" - {first}"):
+                rows.append(["", pair, "", *_difference(difference)])
     return table(["task", "model", "accuracy", "difference from the first", "p"], rows)
+
+
+def _difference(found: dict[str, Any]) -> list[str]:
+    return [_interval(found, sign="+"), f"{found['p_value']:.2g}"]
 
 
 def _interval(found: dict[str, Any], sign: str = "") -> str:
