@@ -28,7 +28,7 @@ def charts(results: Results) -> Iterator[str]:
     """The charts by task, then those by category."""
     found = columns(results)
     for chart in (*by_task(found), *by_category(results)):
-        yield from _draw(chart, results.models)
+        yield from draw(chart, results.models)
 
 
 def by_task(found: Sequence[Column]) -> Iterator[Chart]:
@@ -73,7 +73,8 @@ def _categories(metric: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any
             yield label, match[1]
 
 
-def _draw(chart: Chart, models: Sequence[str]) -> Iterator[str]:
+def draw(chart: Chart, models: Sequence[str]) -> Iterator[str]:
+    """The chart as a block of HTML that can be folded. models: all models of the page, which sets their colours."""
     low, high = _scale([cell for _, cells in chart.rows for cell in cells.values()])
     folded = sum(len(cells) for _, cells in chart.rows) > OPEN_BARS
     yield f'<details class="bars"{"" if folded else " open"}><summary>{escape(chart.title)}</summary>'

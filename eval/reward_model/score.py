@@ -2,6 +2,7 @@
 
 OUT/pairs.json          statistics of each model, and of each two models
 OUT/pairs.md            the same as sentences
+OUT/report.html         the same as one page, with the pairs that each model ranks most wrongly
 OUT/MODEL/pairs.jsonl   scores and lengths of each pair
 """
 
@@ -23,6 +24,7 @@ from align.data.sources import source_chunks
 from align.data.template_defaults import set_template_defaults
 from align.errors import UserError
 from align.eval.answering import choose
+from align.eval.reward_model.page import Wrong, render_pairs
 from align.eval.reward_model.pairs import (
     ScoredPair,
     accuracy,
@@ -31,12 +33,15 @@ from align.eval.reward_model.pairs import (
     length_bias,
     model_agreement,
     position_bias,
+    subset_mean,
 )
 from align.eval.reward_model.report import agreement_lines, pair_lines
 from align.reward.model import ModelScorer
 from align.run.folder import locked, write_json, write_text
 
 SEQUENCES_AT_A_TIME = 256
+WRONG_PAIRS = 10
+"""Pairs of each model that the page shows in full."""
 CHOSEN_FIRST = "chosen_first"
 """Column that is true if the chosen completion was shown first to the people who labelled the pairs."""
 
@@ -173,21 +178,37 @@ def evaluate_pairs(
             lines += agreement_lines(first, second, scored[first], scored[second])
             agreements[f"{first} {second}"] = _plain(model_agreement(scored[first], scored[second]))
         content = {
+            "source": source.path,
             "pairs": len(preferences),
             "dropped": dropped,
-            "models": {name: {"checkpoint": str(models[name])} | _statistics(pairs) for name, pairs in scored.items()},
+            "models": {name: {"checkpoint": str(models[name])} | statistics(pairs) for name, pairs in scored.items()},
             "agreement": agreements,
             "lines": lines,
         }
         write_json(out / "pairs.json", content)
         write_text(out / "pairs.md", "\n".join(["# Reward models on preference pairs", "", "```", *lines, "```", ""]))
+        wrong = {name: ranked_wrongly(preferences, pairs, WRONG_PAIRS) for name, pairs in scored.items()}
+        write_text(out / "report.html", render_pairs(content, wrong))
     return content
 
 
-def _statistics(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
+def ranked_wrongly(preferences: Sequence[Preference], scored: Sequence[ScoredPair], limit: int) -> list[Wrong]:
+    """The pairs whose rejected completion has the higher score, the largest margins first."""
+    margins = [(pair.margin or 0.0, number) for number, pair in enumerate(scored)]
+    found = []
+    for margin, number in sorted(pair for pair in margins if pair[0] < 0)[:limit]:
+        pair = preferences[number]
+        (prompt, chosen), (_, rejected) = pair.sides
+        found.append(Wrong(pair.row, margin, prompt, chosen, rejected))
+    return found
+
+
+def statistics(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
+    """Accuracy, biases and calibration of one model, as pairs.json has them."""
     return {
         "accuracy": accuracy(pairs)._asdict(),
         "subsets": {name: found._asdict() for name, found in by_subset(pairs).items()},
+        "subset_mean": subset_mean(pairs),
         "length_bias": _plain(length_bias(pairs)),
         "position_bias": _plain(position_bias(pairs)),
         "calibration": _plain(calibration(pairs)),

@@ -149,6 +149,9 @@ def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys:
     assert one["position_bias"]["n"] == 12
     assert list(content["agreement"]) == ["one two"]
     assert "one and two prefer the same completion in" in (out / "pairs.md").read_text()
+    page = (out / "report.html").read_text()
+    assert "Agreement" in page
+    assert "the mat" in page or "on mat" in page
 
 
 def test_a_limit_draws_pairs(folder: Path) -> None:
