@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+import sysconfig
 from collections import Counter
 
 import pytest
 
 from align.data import python_docs
-from align.data.python_docs import clean_doc, cut_at_sentence, python_docs_rows
+from align.data.python_docs import DocEntry, clean_doc, cut_at_sentence, python_docs_rows
 
 
 def by_name(view, split="train", limit=400):
@@ -77,3 +79,41 @@ def test_cleaning():
     assert cut_at_sentence("No end before the limit here.", 10) == ""
     assert cut_at_sentence("Adds.\n\n>>> add(1)\n2", 99) == "Adds."
     assert cut_at_sentence("Takes e.g. a list. More follows here.", 20) == "Takes e.g. a list."
+
+
+def test_the_installation_is_parsed_again_only_if_it_changes(monkeypatch, tmp_path):
+    module = tmp_path / "lib" / "textwrap.py"
+    module.parent.mkdir()
+    parsed: list[str] = []
+    parse = python_docs._parsed_entries
+    monkeypatch.setattr(python_docs, "_parsed_entries", lambda *named: parsed.append(named[0]) or parse(*named))
+    monkeypatch.setattr(sys, "stdlib_module_names", frozenset({"textwrap"}))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(module.parent)})
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+
+    def write(count: int) -> None:
+        """Write a module with `count` documented functions."""
+        text = [f'def f{n}(a):\n    """The documentation of function number {n}."""\n' for n in range(count)]
+        module.write_text("".join(text))
+
+    def read() -> tuple[int, int]:
+        """(documented names, modules that were parsed)."""
+        python_docs.documented_names.cache_clear()
+        parsed.clear()
+        names = python_docs.documented_names()
+        assert names[0] == DocEntry(
+            "textwrap", "textwrap.f0", "function", "(a)", "The documentation of function number 0."
+        )
+        return len(names), len(parsed)
+
+    write(120)
+    assert [read(), read()] == [(120, 1), (120, 0)]
+    write(121)
+    assert [read(), read()] == [(121, 1), (121, 0)]
+    for file in (tmp_path / "cache" / "python_docs").iterdir():
+        file.write_text("[[", encoding="utf-8")
+    assert read() == (121, 1)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").write_text("not a folder")
+    assert read() == (121, 1)
+    python_docs.documented_names.cache_clear()
