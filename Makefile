@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE := 1
+# Tests start hundreds of processes; without cached bytecode each of them would compile align's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-fast test-families check compat bench bench-trl clean lock smoke image
 
@@ -32,8 +34,9 @@ compat: $(STAMP)
 # pytest-xdist workers, one thread each; small models gain nothing from more threads.
 JOBS ?= 2
 
+# tests/conftest.py orders the files, the longest ones first; xdist's own order would start files with few tests last.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Without vLLM engines and several ranks: a few minutes, for the inner loop.
 test-fast: $(STAMP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ _CACHE = tempfile.TemporaryDirectory(prefix="align-cache-")
 os.environ["ALIGN_CACHE"] = _CACHE.name
 
 TESTS = str(Path(__file__).parent)
+LONG = {"distributed", "engine", "slow"}
+"""Marks of tests that take more than about ten seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run long files first, so that no worker is left with one of them while the others have finished.
+
+    The order is tests/integration, other files by their number of tests with a mark in `LONG`, then all other files.
+    """
+    long = Counter(item.path for item in items if any(item.get_closest_marker(mark) for mark in LONG))
+    integration = Path(TESTS) / "integration"
+    items.sort(key=lambda item: (not item.path.is_relative_to(integration), -long[item.path]))
 
 
 @pytest.fixture(autouse=True)
