@@ -35,8 +35,11 @@ is the model before training. The manifest has the values of the weights that th
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.
 """
+STEPS = """The axis of every curve is the `step` of its line.
+"""
 SECTIONS: tuple[tuple[str, str, Sequence[MetricInfo]], ...] = (
     ("Training stages (pretrain, sft, reward_model, dpo, kto)", TRAINING, metrics.TRAINING),
+    ("Steps", STEPS, metrics.STEPS),
     ("Routers", ROUTERS, metrics.ROUTERS),
     ("PPO", PPO, metrics.PPO),
     ("Evaluation during training", DURING, metrics.DURING_TRAINING),

@@ -55,6 +55,18 @@ def evaluation_charts(keys: Iterable[str]) -> list[Chart]:
     ]
 
 
+def chart_keys(kind: str, keys: Iterable[str]) -> list[str]:
+    """The metrics of a kind of stage that are worth a chart of their own, those of `keys` alone, in the order of its
+    charts.
+
+    keys: keys of metrics.jsonl.
+    """
+    having = list(keys)
+    charts = [*evaluation_charts(having), *CHARTS.get(kind, (chart("loss", held_out=True),))]
+    wanted = dict.fromkeys(key for found in charts for key, _ in found.series)
+    return [key for key in wanted if key in having]
+
+
 OPTIMIZER_CHARTS = (chart("grad_norm"), chart("learning_rate"))
 LANGUAGE_CHARTS = (
     chart("loss", held_out=True),

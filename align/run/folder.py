@@ -23,6 +23,9 @@ from align.errors import UserError
 
 MODEL = "model"
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+"""Result of an evaluate stage."""
 
 
 def write_json(path: Path, value: Any) -> None:
