@@ -64,9 +64,7 @@ def test_two_runs_are_paired_by_prompt(runs) -> None:
     assert [difference[key] for key in ("mean", "low", "high")] == pytest.approx([0.8, 0.8 - half, 0.8 + half])
     assert row(comparison, "f1")["differences"][0]["n"] == 4
     assert comparison["equal"] == ["sft"]
-    assert [setting for setting in comparison["settings"]] == [
-        {"key": "stages.dpo.beta", "values": {"one": 0.1, "two": 0.3}}
-    ]
+    assert comparison["settings"] == [{"key": "stages.dpo.beta", "values": {"one": 0.1, "two": 0.3}}]
     (final,) = comparison["final"]
     assert (final["stage"], final["label"]) == ("dpo", "Loss")
     assert final["values"] == pytest.approx({"one": 0.1 / 3, "two": 0.1})
