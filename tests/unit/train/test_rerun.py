@@ -125,7 +125,7 @@ def test_a_stage_run_alone_writes_the_report_that_it_announces(runs) -> None:
     run(load_recipe(runs.folder / "t.yaml"), runs.folder / "run", only="first", say=said.append)
     assert said[-1] == f"report: {runs.folder / 'run' / 'report.html'}"
     page = (runs.folder / "run" / "report.html").read_text()
-    assert "Stale: its parent &#x27;first&#x27; was run again after it." in page
+    assert "is stale: its parent &#x27;first&#x27; was run again after it." in page
     assert "| second | sft | stale |" in (runs.folder / "run" / "report.md").read_text()
 
 
