@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from align.cli.terminal import color
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "write a recipe": ("show", "check", "plan"),
+    "write a recipe": ("init", "recipes", "show", "check", "plan"),
     "look at data": ("data",),
     "run": ("run", "report"),
     "evaluate": ("eval", "compare"),
@@ -133,7 +133,9 @@ def _command_action(parser: argparse.ArgumentParser) -> argparse._SubParsersActi
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the arguments `recipe` and `overrides`."""
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, ...)")
+    parser.add_argument(
+        "recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, ...; see `align recipes`)"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -26,7 +26,7 @@ LAYERS = [
     {"eval", "rl"},
     {"recipes"},
     {"preflight", "doctor"},
-    {"pipeline", "chat", "smoke"},
+    {"pipeline", "chat", "smoke", "draft"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
