@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent / "cli.md"
 OPTIONS = Path(__file__).parent / "commands.md"
 INTRO = """# Every option of every command
 
-`python docs/make_cli.py` writes this page from the parser. [cli.md](cli.md) has the commands by task, the exit statuses,
+`python docs/make_cli.py` writes this page from the parser. [cli.md](cli.md) has the commands by task, exit statuses,
 and what scripts can rely on.
 """
 
