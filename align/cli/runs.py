@@ -175,16 +175,16 @@ def _adapter_lines(path: str, overrides: list[str], *, loads_torch: bool) -> Ite
     """Trained parameters by group of each stage with adapters, and what follows for serving them."""
     from align.config import load_recipe
     from align.plan.job import adapted_models
+    from align.plan.sizes import is_counted_with_torch
 
     for name, role, shape, lora, scorer in adapted_models(load_recipe(path, overrides), loads_torch=loads_torch):
-        groups = shape.trained_groups(lora, scorer=scorer) if shape is not None else {}
+        counted = shape is not None and (loads_torch or not is_counted_with_torch(lora))
+        groups = shape.trained_groups(lora, scorer=scorer) if shape is not None and counted else {}
         counts = ", ".join(f"{group} {count:,}" for group, count in groups.items())
-        share = "" if shape is None else f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})"
-        more = [*lora.names, *lora.modules_to_save, *(["the norms of DoRA"] if lora.dora else [])]
-        uncounted = f"; not counted: {', '.join(more)}" if more else ""
+        share = f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})" if groups and shape else ""
         counts = counts or ("adapters" if loads_torch else "adapters (--data counts them, and loads torch)")
-        yield f"  {name}: {role} trains {counts}{share}{uncounted}"
-        if lora.train_router and (shape is None or "router" in groups):
+        yield f"  {name}: {role} trains {counts}{share}"
+        if lora.train_router and (not groups or "router" in groups):
             size = "" if shape is None else f" ({shape.parameters() * 2 / 1e6:,.0f} MB in bf16)"
             yield (
                 f"  {name}: the {role}'s router is trained, so the adapter cannot be served beside its base, only "
