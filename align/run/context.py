@@ -11,6 +11,7 @@ from align.config.lora import Lora
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
+from align.run.adapted import with_base
 from align.run.folder import MODEL
 
 
@@ -78,6 +79,7 @@ class StageContext:
             path = local_path(reference)
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
+            path = with_base(path)
             if not (path / "config.json").is_file():
                 raise UserError(
                     f"stages.{self.name}: '{reference}' has no config.json; set it to the folder of a checkpoint."
