@@ -54,12 +54,8 @@ def _serve(settings: ServeSettings, base: Base) -> None:
     for name in UNSAFE:
         os.environ.pop(name, None)
     checkpoint, rollout = settings.checkpoint, settings.rollout
-    has_other_experts = bool(base.bones.experts) and not base.bones.serves_expert_adapters
-    if settings.serves_adapters and has_other_experts and not torch.cuda.is_available():
-        raise UserError(
-            f"{checkpoint}: on a CPU vLLM serves no adapters beside a model of this family, which has routed experts; "
-            "merge them with `align adapter merge`, and serve the result."
-        )
+    if settings.serves_adapters and not torch.cuda.is_available():
+        require_served_on_a_cpu(base)
     check_model(checkpoint, rollout, dtype=settings.dtype, remedy="Use `align chat`, or serve it with another server.")
     check_port(settings.host, settings.port)
     tokenizer: Any = load_tokenizer(checkpoint)
@@ -90,6 +86,19 @@ def _serve(settings: ServeSettings, base: Base) -> None:
         run_vllm_server(arguments)
     if service.failure is not None:
         raise UserError(service.failure)
+
+
+def require_served_on_a_cpu(base: Base) -> None:
+    """Raise UserError for families with routed experts other than HunYuan.
+
+    While adapters are served, vLLM 0.32 computes the experts of its own classes with a Triton kernel, even if no
+    adapter is on them, and its engine fails at the first request without a GPU.
+    """
+    if base.bones.experts and not base.bones.serves_expert_adapters:
+        raise UserError(
+            f"{base.folder}: on a CPU vLLM serves no adapters beside a model of this family, which has routed experts; "
+            "merge them with `align adapter merge`, and serve the result."
+        )
 
 
 def base_vocabulary(base: Base) -> int:
