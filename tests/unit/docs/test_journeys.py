@@ -59,7 +59,7 @@ class Reader:
         command = [sys.executable, *words] if program == "python" else [sys.executable, "-m", "align.cli", *words]
         path = str(extended_copy(self.scratch)) if program == "align" else ""
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
