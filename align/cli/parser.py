@@ -12,7 +12,7 @@ from align.cli.terminal import color
 GROUPS: dict[str, tuple[str, ...]] = {
     "write a recipe": ("init", "recipes", "show", "check", "plan"),
     "look at data": ("data",),
-    "run": ("run", "report"),
+    "run": ("run", "watch", "report"),
     "evaluate": ("eval", "compare"),
     "use a model": ("chat", "serve", "serve-rollout", "serve-reward"),
     "change a model": ("adapter", "convert", "show-model"),

@@ -67,7 +67,13 @@ def chart_keys(kind: str, keys: Iterable[str]) -> list[str]:
     return [key for key in wanted if key in having]
 
 
-OPTIMIZER_CHARTS = (chart("grad_norm"), chart("learning_rate"))
+OPTIMIZER_CHARTS = (
+    chart("grad_norm"),
+    chart("learning_rate"),
+    chart("expert_load_max"),
+    chart("speed/train"),
+    chart("memory/peak_gib"),
+)
 LANGUAGE_CHARTS = (
     chart("loss", held_out=True),
     chart("mean_token_accuracy", held_out=True),

@@ -1,10 +1,11 @@
 """The folder of a run: stages, manifests, metrics, and a lock that admits one process at a time.
 
     runs/<run>/recipe.json
-    runs/<run>/<stage>/{config.json, rows.json, metrics.jsonl, checkpoints/, model/, manifest.json}
+    runs/<run>/<stage>/{config.json, rows.json, steps.json, metrics.jsonl, experts.jsonl, checkpoints/, model/,
+                          manifest.json}
 
 Does not import torch. Files are written under a temporary name and renamed, so readers never see a partial file. Only
-metrics.jsonl and samples.jsonl are appended to, one line at a time.
+metrics.jsonl, samples.jsonl and experts.jsonl are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 """Result of an evaluate stage."""
+STEPS = "steps.json"
+"""File with the number of steps of a stage that is being trained."""
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -204,6 +204,27 @@ ROUTERS = (
     ),
 )
 
+SPEED = (
+    MetricInfo(
+        "time/step",
+        "Time per step",
+        "s",
+        "Time since the step before, without evaluations. Not logged for the first step after a start.",
+    ),
+    MetricInfo(
+        "speed/train",
+        "Throughput",
+        "tokens/s",
+        "Tokens of the step on all ranks, without padding, per second of `time/step`.",
+    ),
+    MetricInfo(
+        "memory/peak_gib",
+        "Peak memory",
+        "GiB",
+        "Peak memory of rank 0 since its start. On a CPU: resident memory; on a GPU: memory allocated for tensors.",
+    ),
+)
+
 PPO = (
     MetricInfo(
         "score_mean",
@@ -365,12 +386,6 @@ PPO = (
     ),
     MetricInfo("speed/rollout", "Speed of the engine", "tokens/s", "Sampled tokens per second within the engine."),
     MetricInfo(
-        "memory/peak_gib",
-        "Peak memory",
-        "GiB",
-        "Peak memory of rank 0 since its start. On a CPU: resident memory; on a GPU: memory allocated for tensors.",
-    ),
-    MetricInfo(
         "rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens sent to the engine, once per completion."
     ),
     MetricInfo(
@@ -448,7 +463,7 @@ DURING_TRAINING = (
     ),
 )
 
-ALL = TRAINING + ROUTERS + PPO + DURING_TRAINING
+ALL = TRAINING + ROUTERS + SPEED + PPO + DURING_TRAINING
 
 
 def metric_info(key: str) -> MetricInfo | None:

@@ -19,15 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from align.eval.report.formatting import mean
+from align.eval.report.smoothing import smoothing_window
 from align.run.charts import CHARTS, Chart, chart, evaluation_charts
 from align.run.metrics import PHASES, SHARE, step_axis, with_unit
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
-SMOOTH_FROM = 60
-"""A rough curve with at least this many points gets a running mean."""
-ROUGH = 3.0
-"""A curve is rough if its total variation is at least this multiple of its range. For a monotonic curve, such as a
-decaying learning rate, the ratio is 1."""
 BARS = 40
 """Largest number of bars in a chart of times; in a longer run, each bar is the mean of neighbouring iterations."""
 LEGEND: Any = {
@@ -177,12 +173,11 @@ def _curves(chart: Chart, rows: list[dict[str, Any]], kind: str) -> tuple[Figure
 
 def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
     """Draw one series; return the window of its running mean, or 0 if it has none."""
-    travel, span = np.abs(np.diff(values)).sum(), np.ptp(values)
-    if values.size < SMOOTH_FROM or span == 0 or travel < ROUGH * span:
+    window = smoothing_window(values.size, float(np.abs(np.diff(values)).sum()), float(np.ptp(values)))
+    if not window:
         marker = "o" if values.size <= 25 else None
         axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=2.6, label=label)
         return 0
-    window = max(5, values.size // 20)
     padded = np.concatenate([[0.0], np.cumsum(values)])
     starts = np.maximum(np.arange(values.size) + 1 - window, 0)
     ends = np.arange(values.size) + 1

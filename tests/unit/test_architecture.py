@@ -25,7 +25,7 @@ LAYERS = [
     {"reward", "serve"},
     {"eval", "rl"},
     {"recipes"},
-    {"preflight", "doctor"},
+    {"preflight", "doctor", "watch"},
     {"pipeline", "chat", "smoke", "draft"},
     {"cli"},
 ]
