@@ -1,7 +1,8 @@
 """Checkpoints that are stored as an adapter and a pointer to their base. Nothing here loads torch.
 
     model/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
-    model/base.json                                        path of the base, and a hash of its weights
+    model/base.json                                        path of the base, a hash of its weights, and how they were
+                                                           quantised during training, if they were
     model/config.json, tokenizer                           those of the model with the adapter
 
 The base is a checkpoint of either kind, so adapters may be stacked. `with_base` turns a folder that PEFT saved, without
@@ -75,17 +76,19 @@ def require_base(adapter: Path, base: Path) -> None:
         )
 
 
-def write_pointer(folder: Path, place: Path, base: Path) -> None:
+def write_pointer(folder: Path, place: Path, base: Path, quantize: str | None = None) -> None:
     """Write the pointer to `base` into `folder`, which will be moved to `place`.
 
     The path is relative within a run, so that the run's folder can be moved.
+    quantize: How the base was quantised in memory while the adapter was trained. The files of the base are not.
     """
     digest = weights_digest(base)
     if (base / POINTER).is_file():
         base = Path(_pointer(base).get(SOURCE, base))
     base, run = base.absolute(), place.absolute().parent.parent
     path = os.path.relpath(base, place.absolute()) if base.is_relative_to(run) else str(base)
-    write_json(folder / POINTER, {"base": path, "digest": digest})
+    trained_on = {} if quantize is None else {"quantize": quantize}
+    write_json(folder / POINTER, {"base": path, "digest": digest, **trained_on})
 
 
 def with_base(folder: Path) -> Path:
@@ -119,6 +122,11 @@ def with_base(folder: Path) -> Path:
 def _is_weight(name: str) -> bool:
     """True for files with weights, their index, and the settings of an adapter."""
     return name.endswith((".safetensors", ".index.json")) or name in (POINTER, "adapter_config.json")
+
+
+def trained_on(adapter: Path) -> str | None:
+    """How the base was quantised while this adapter was trained; None if it was not, or if that is not recorded."""
+    return _pointer(adapter).get("quantize") if (adapter / POINTER).is_file() else None
 
 
 def weights_digest(folder: Path) -> str:

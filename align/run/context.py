@@ -22,6 +22,8 @@ class StageResult:
     metrics     final metrics, by name
     data        counts of rows read, used and dropped
     parameters  total, active and trainable parameters of the model, if the stage has one
+    weights     numbers of weights in 4 bits, kept and trained, and their bytes, by group of each model that has weights
+                in 4 bits
     training    steps and seconds of training since the stage was last started or resumed, evaluation included
     """
 
@@ -29,6 +31,7 @@ class StageResult:
     data: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] | None = None
     training: dict[str, float] | None = None
+    weights: dict[str, dict[str, dict[str, int]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from align.data.prepare import DataReport
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
-from align.models.lora.describe import table_lines, trained_rows
+from align.models.lora.describe import table_lines, trained_rows, weight_lines, weight_rows
 from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import full_shape
 from align.run import interrupt
@@ -63,7 +63,7 @@ def train_and_save(
     evaluations: the stage's evaluations; the trainer has their callback.
     """
     parameters = count_parameters(trainer.model)  # before adapters are merged
-    say_trained(trainer.model, context, parameters["total"])
+    weights = say_trained(trainer.model, context, parameters["total"])
     metrics, training = fit(trainer, context, report.fingerprint, evaluations)
     lora, recipe = trainer.align_stage.lora, context.recipe
     save_model(
@@ -74,15 +74,29 @@ def train_and_save(
         recipe.parallel,
         save="merged" if lora is None else lora.save,
     )
-    return StageResult(metrics, report.to_dict(), parameters, training)
+    return StageResult(metrics, report.to_dict(), parameters, training, {"model": weights} if weights else None)
 
 
-def say_trained(model: AnyModel, context: StageContext, whole: int, role: str = "model") -> None:
-    """Print the groups that a model with adapters trains. whole: number of its parameters, without adapters."""
-    if hasattr(model, "peft_config"):
-        context.say(f"  the {role} trains:")
-        for line in table_lines(trained_rows(model, full_shape), whole):
-            context.say(f"    {line}")
+def say_trained(
+    model: AnyModel, context: StageContext, whole: int, role: str = "model"
+) -> dict[str, dict[str, int]] | None:
+    """Print the groups that a model with adapters trains, and those of its weights in 4 bits, if it has any.
+
+    whole: number of its parameters, without adapters.
+
+    Returns the second table for the manifest.
+    """
+    if not hasattr(model, "peft_config"):
+        return None
+    context.say(f"  the {role} trains:")
+    for line in table_lines(trained_rows(model, full_shape), whole):
+        context.say(f"    {line}")
+    if not (rows := weight_rows(model)):
+        return None
+    context.say(f"  the weights of the {role}:")
+    for line in weight_lines(rows):
+        context.say(f"    {line}")
+    return {row.group: {key: value for key, value in row._asdict().items() if key != "group"} for row in rows}
 
 
 def fit(
