@@ -11,7 +11,22 @@ import traceback
 from pathlib import Path
 
 from align import __version__
-from align.cli import adapter, compare, completion, data, eval, init, machine, models, plan, recipes, runs, serve, watch
+from align.cli import (
+    adapter,
+    compare,
+    completion,
+    data,
+    eval,
+    import_recipe,
+    init,
+    machine,
+    models,
+    plan,
+    recipes,
+    runs,
+    serve,
+    watch,
+)
 from align.cli.parser import MainParser, Parser
 from align.cli.runs import process_overrides, run_command
 from align.cli.terminal import color, set_verbosity
@@ -97,6 +112,21 @@ def build_parser() -> MainParser:
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     commands = parser.add_subparsers(prog="align", required=True, metavar="COMMAND", parser_class=Parser)
-    for group in (init, recipes, runs, watch, plan, data, models, adapter, eval, compare, serve, machine, completion):
+    for group in (
+        init,
+        import_recipe,
+        recipes,
+        runs,
+        watch,
+        plan,
+        data,
+        models,
+        adapter,
+        eval,
+        compare,
+        serve,
+        machine,
+        completion,
+    ):
         group.add(commands)
     return parser

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from align.cli.data import pairs
 from align.cli.parser import add_json, examples
 from align.cli.terminal import color
 from align.errors import UserError
@@ -31,12 +32,16 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog=examples(
             "align init",
             "align init law.yaml --model models/base --data chats.jsonl",
+            "align init --model models/base --data qa.csv --columns prompt=question completion=answer",
             "align init --model Qwen/Qwen3-8B --data chats.jsonl pairs.jsonl --stage sft dpo --gpus 8 --gpu h100",
         ),
     )
     init.add_argument("out", type=Path, nargs="?", help="the file to write (default: recipe.yaml)")
     init.add_argument("--model", metavar="MODEL", help="checkpoint folder, hub id, or smollm2-135m-instruct")
     init.add_argument("--data", nargs="+", metavar="FILE", help="data files, folders or glob patterns")
+    init.add_argument(
+        "--columns", nargs="+", default=[], metavar="NEW=OLD", help="column names: standard name = name in the files"
+    )
     init.add_argument("--stage", nargs="+", choices=STAGES, help="what to train (default: by the rows of the data)")
     init.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on (default: those of this machine)")
     init.add_argument("--gpu", metavar="NAME", help="GPU model if it is another machine: a100, h100, h200, ...")
@@ -73,8 +78,9 @@ def _init(options: argparse.Namespace) -> None:
         raise UserError(f"--max-length {options.max_length}: must be at least 8.")
     out = options.out or Path("recipe.yaml")
     refuse_existing(out)
+    columns = pairs("--columns", options.columns)
     model = options.model or _ask("model (a checkpoint folder or a hub id)", "smollm2-135m-instruct", str)
-    data = _looks(options.data) if options.data else _ask("data (a file, a folder or a pattern)", "", _looks_of)
+    data = _looks(options.data, columns) if options.data else _ask_for_data(columns)
     default = _default_stages(data)
     if options.stage is None and asks:
         chosen = _ask(f"stages ({', '.join(STAGES)})", " ".join(default), lambda text: stages_for(data, _words(text)))
@@ -113,16 +119,19 @@ def _init(options: argparse.Namespace) -> None:
     print("\n".join(f"  {command:<{width}}  # {words}" for command, words in commands))
 
 
-def _looks(paths: list[str]) -> list[DataLook]:
+def _looks(paths: list[str], columns: dict[str, str]) -> list[DataLook]:
     from align.draft.data import look_at
 
-    return [look_at(path) for path in paths]
+    return [look_at(path, columns) for path in paths]
 
 
-def _looks_of(text: str) -> list[DataLook]:
-    if not text:
-        raise UserError("data: a path is needed.")
-    return _looks(text.split())
+def _ask_for_data(columns: dict[str, str]) -> list[DataLook]:
+    def read(text: str) -> list[DataLook]:
+        if not text:
+            raise UserError("a path is needed.")
+        return _looks(text.split(), columns)
+
+    return _ask("data (a file, a folder or a pattern)", "", read)
 
 
 def _default_stages(data: list[DataLook]) -> list[str]:

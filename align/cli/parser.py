@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from align.cli.terminal import color
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "write a recipe": ("init", "recipes", "show", "check", "plan"),
+    "write a recipe": ("init", "import-recipe", "recipes", "show", "check", "plan"),
     "look at data": ("data",),
     "run": ("run", "watch", "report"),
     "evaluate": ("eval", "compare"),

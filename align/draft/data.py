@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from align.config.parts import FileSource
 from align.data.accepted import ACCEPTED, Kind
 from align.data.rows import Row
-from align.data.shapes import READS, SHAPES, Shape, no_shape, shape_of
+from align.data.shapes import READS, SHAPES, Shape, shape_of
+from align.data.shapes.recognise import renaming
 from align.data.sources import source_chunks
 from align.errors import UserError
 
@@ -47,6 +48,7 @@ class DataLook:
     """What the first rows of a file tell.
 
     path: the file, folder or pattern.
+    columns: {standard name: name in the file}.
     shapes: {shape: rows}, the most frequent first.
     rows: rows looked at; if `whole`, the file has no more.
     tokens: estimated tokens of a long row (the 95th percentile).
@@ -57,6 +59,7 @@ class DataLook:
     rows: int
     whole: bool
     tokens: int
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
@@ -84,16 +87,18 @@ class DataLook:
         return f"{count}: {kinds}; long rows have about {self.tokens:,} tokens"
 
 
-def look_at(path: str) -> DataLook:
+def look_at(path: str, columns: Mapping[str, str] | None = None) -> DataLook:
     """Read the first rows. Raises `UserError` if the file cannot be read, or if no row has a shape that trains."""
-    rows = list(islice(_rows(path), LOOKED_AT + 1))
+    renamed = dict(columns or {})
+    rows = list(islice(_rows(path, renamed), LOOKED_AT + 1))
     found = [(shape_of(row), row) for row in rows[:LOOKED_AT]]
     shapes = Counter(shape for shape, _ in found if shape is not None)
     if not shapes:
-        raise no_shape({column for row in rows for column in row}, SHAPES, path)
+        raise _unknown_columns(path, sorted({column for row in rows for column in row}))
     lengths = sorted(_characters(row, shape) / CHARACTERS_PER_TOKEN for shape, row in found if shape is not None)
     tokens = max(1, round(lengths[int(0.95 * (len(lengths) - 1))]))
-    look = DataLook(path, dict(shapes.most_common()), min(len(rows), LOOKED_AT), len(rows) <= LOOKED_AT, tokens)
+    count = min(len(rows), LOOKED_AT)
+    look = DataLook(path, dict(shapes.most_common()), count, len(rows) <= LOOKED_AT, tokens, renamed)
     if look.shape not in DEFAULT_STAGE:
         raise UserError(
             f"{path}: its rows are prompts without answers, which only PPO and sampling use. See docs/ppo.md, or "
@@ -102,8 +107,17 @@ def look_at(path: str) -> DataLook:
     return look
 
 
-def _rows(path: str) -> Iterator[Row]:
-    return (row for chunk in source_chunks(FileSource(path=path)) for row in chunk.rows())
+def _rows(path: str, columns: dict[str, str]) -> Iterator[Row]:
+    return (row for chunk in source_chunks(FileSource(path=path, columns=columns)) for row in chunk.rows())
+
+
+def _unknown_columns(path: str, columns: list[str]) -> UserError:
+    example = renaming(columns, SHAPES)
+    words = example.replace(": ", "=").replace(",", "") if example else "prompt=NAME completion=NAME"
+    return UserError(
+        f"{path}: the columns {', '.join(columns) or '(none)'} are no known shape of rows (docs/data.md). Say what "
+        f"they are, for example --columns {words}."
+    )
 
 
 def _characters(row: Mapping[str, Any], shape: Shape) -> float:

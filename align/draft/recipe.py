@@ -161,7 +161,7 @@ def _stage(draft: Draft, stage: str, parent: str) -> list[str]:
         f"  kind: {stage}",
         f"  init_from: {parent}" + ("  # the model above" if parent == BASE else ""),
         "  data:",
-        f"    train: [{{path: {_yaml(data.path)}}}]  # {data.summary()}",
+        f"    train: [{{path: {_yaml(data.path)}{_columns(data)}}}]  # {data.summary()}",
         *_held_out(data),
         f"    max_length: {length}  # tokens per row; longer rows are "
         + ("dropped" if sequences == 2 else "split" if stage == "pretrain" else "truncated"),
@@ -183,6 +183,12 @@ def _stage(draft: Draft, stage: str, parent: str) -> list[str]:
     if draft.machine.gpus:
         lines.append("  gradient_checkpointing: true  # less memory, about a third more time")
     return lines
+
+
+def _columns(data: DataLook) -> str:
+    if not data.columns:
+        return ""
+    return f", columns: {{{', '.join(f'{new}: {_yaml(old)}' for new, old in data.columns.items())}}}"
 
 
 def _held_out(data: DataLook) -> list[str]:

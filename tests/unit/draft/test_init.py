@@ -167,6 +167,21 @@ def test_prompts_alone_are_refused(tmp_path: Path) -> None:
         look_at(str(tmp_path / "prompts.jsonl"))
 
 
+def test_columns_with_other_names(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The error names the flag that the second call has."""
+    monkeypatch.chdir(tmp_path)
+    Path("qa.csv").write_text("question,answer\nHi,Hello\n")
+    words = ["init", "--model", "owner/name", "--data", "qa.csv"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    flags = capsys.readouterr().err.partition("for example ")[2].strip().rstrip(".")
+    assert flags == "--columns prompt=question completion=answer"
+    cli.main([*words, *flags.split()])
+    cli.main(["check", "recipe.yaml", "--quiet"])
+    (source,) = load_recipe("recipe.yaml").stages["sft"].data.train
+    assert source.columns == {"prompt": "question", "completion": "answer"}
+
+
 def test_memory_decides_between_lora_and_all_weights(tmp_path: Path, checkpoint: Path) -> None:
     """0.5e9 parameters in bf16 need 8 GB for AdamW in fp32."""
     look = look_at_model(str(checkpoint))
