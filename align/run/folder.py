@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 """Result of an evaluate stage."""
+EXPERTS = "experts.jsonl"
+"""Load of each expert in some of a stage's steps."""
 STEPS = "steps.json"
 """File with the number of steps of a stage that is being trained."""
 
@@ -139,7 +141,7 @@ class MetricsWriter:
         self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         self._path = path
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:

@@ -209,7 +209,7 @@ SPEED = (
         "time/step",
         "Time per step",
         "s",
-        "Time since the step before, without evaluations. Not logged for the first step after a start.",
+        "Time of the step, loading of its rows included. Not logged for a step that is followed by an evaluation.",
     ),
     MetricInfo(
         "speed/train",
