@@ -25,6 +25,7 @@ from align.cli import (
     recipes,
     runs,
     serve,
+    sweep,
     watch,
 )
 from align.cli.parser import MainParser, Parser
@@ -81,6 +82,8 @@ def _stopped_line(options: argparse.Namespace, code: int) -> str:
     line = f"stopped by {signal_name(code - 128)}"
     if options.command is eval.run_evaluation:
         return f"{line}; the answers so far are recorded: continue with --resume"
+    if options.command is sweep.run_command:
+        return f"{line}; continue with the same command and --resume"
     if options.command is not runs.run_recipe:
         return line
     again = argparse.Namespace(**{**vars(options), "start": None, "resume": True})
@@ -117,6 +120,7 @@ def build_parser() -> MainParser:
         import_recipe,
         recipes,
         runs,
+        sweep,
         watch,
         plan,
         data,

@@ -12,7 +12,7 @@ from align.cli.terminal import color
 GROUPS: dict[str, tuple[str, ...]] = {
     "write a recipe": ("init", "import-recipe", "recipes", "show", "check", "plan"),
     "look at data": ("data",),
-    "run": ("run", "watch", "report"),
+    "run": ("run", "sweep", "watch", "report"),
     "evaluate": ("eval", "compare"),
     "use a model": ("chat", "serve", "serve-rollout", "serve-reward"),
     "change a model": ("adapter", "convert", "show-model"),

@@ -83,8 +83,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.json, report.md and report.html in a run folder, or results.md and report.html in "
-        "the folder of an evaluation.",
+        description="Write report.json, report.md and report.html in the folder of a run or a sweep, or results.md and "
+        "report.html in the folder of an evaluation.",
         epilog=examples("align report runs/tiny", "align report runs/tiny --json"),
     )
     report.add_argument("run_dir", type=Path)
@@ -240,6 +240,12 @@ def _report(options: argparse.Namespace) -> None:
         results = Results.read(options.run_dir)
         results.write()
         print(json.dumps(results.content, indent=2) if options.json else options.run_dir / "report.html")
+        return
+    if (options.run_dir / "sweep.json").is_file():
+        from align.sweep.results import write_sweep_report
+
+        paths = write_sweep_report(options.run_dir)
+        print(paths[0].read_text(encoding="utf-8") if options.json else "\n".join(map(str, paths)))
         return
     if not (options.run_dir / "recipe.json").is_file():
         raise UserError(f"{options.run_dir}: it has no recipe.json; pass the folder that `align run` wrote.")

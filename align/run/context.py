@@ -55,9 +55,11 @@ class StageContext:
 
     @property
     def seed(self) -> int:
-        """Seed of the stage's random choices; depends on the recipe's seed and the stage's position only."""
-        position = 0 if self.name == BASE else 1 + list(self.recipe.stages).index(self.name)
-        return (self.recipe.seed + 1000 * position) % 2**32
+        """Seed of the stage's random choices; depends on its seed or the recipe's, and on the stage's position only."""
+        if self.name == BASE:
+            return self.recipe.seed % 2**32
+        own, position = self.recipe.stages[self.name].seed, 1 + list(self.recipe.stages).index(self.name)
+        return ((self.recipe.seed if own is None else own) + 1000 * position) % 2**32
 
     def trained_dtype(self, lora: Lora | None) -> str:
         """Dtype in which a trained model is loaded. lora: its section in the recipe.

@@ -23,7 +23,7 @@ def render_comparison(comparison: Mapping[str, Any], groups: Sequence[Group], ti
     title = title or (" and ".join(names) if len(names) == 2 else f"{names[0]} and {len(names) - 1} more")
     sections = [
         ("metrics", "Metrics", list(metrics_section(comparison))),
-        ("curves", "Curves", list(curves_section(groups, names))),
+        ("curves", "Curves", list(curves_section(groups, {name: place for place, name in enumerate(names)}))),
         ("final", "Last values of the training", list(_final(comparison, names))),
         ("settings", "Settings that differ", list(settings_section(comparison["settings"], names))),
     ]
@@ -129,11 +129,11 @@ def _difference(cell: dict[str, Any] | None, better: int) -> str:
     return f"{shown_mean}<small>{interval(cell)}{certainty(cell)}</small><small>{counts}</small>"
 
 
-def curves_section(groups: Sequence[Group], names: Sequence[str]) -> Iterator[str]:
-    """The charts of each stage; a curve has the colour of its side in the legend."""
+def curves_section(groups: Sequence[Group], places: Mapping[str, int]) -> Iterator[str]:
+    """The charts of each stage; a curve has the colour of its place in the legend."""
     for number_of_group, group in enumerate(groups):
         yield f"<h3>{escape(group.title)}</h3>"
-        yield figures(overlay_plots(group.kind, group.keys(), group.rows, names, f"curve{number_of_group}"))
+        yield figures(overlay_plots(group.kind, group.keys(), group.rows, places, f"curve{number_of_group}"))
 
 
 def _final(comparison: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:

@@ -16,11 +16,11 @@ POINTS = 1000
 
 
 def overlay_plots(
-    kind: str, keys: Sequence[str], rows: Mapping[str, list[dict[str, Any]]], names: Sequence[str], prefix: str
+    kind: str, keys: Sequence[str], rows: Mapping[str, list[dict[str, Any]]], places: Mapping[str, int], prefix: str
 ) -> list[Plot]:
     """One chart per key, with a curve for each run. The page has the legend.
 
-    kind: of the stage. rows: of metrics.jsonl, by run. names: all runs of the page; a run's place gives its colour.
+    kind: of the stage. rows: of metrics.jsonl, by run. places: of each run in the page's legend; gives its colour.
     prefix: makes the ids of the drawings unique.
     """
     plots = []
@@ -32,10 +32,10 @@ def overlay_plots(
             for name, found in rows.items():
                 steps, values = decimated(*points(found, key))
                 if steps.size:
-                    window = draw_line(axes, steps, values, color_of(names.index(name)), name)
+                    window = draw_line(axes, steps, values, color_of(places[name]), name)
                     if window:
                         caption.append("bold line: running mean")
-                    if is_dashed(names.index(name)):
+                    if is_dashed(places[name]):
                         for line in axes.lines[-1:]:
                             line.set_linestyle("--")
             metric = metric_info(key)

@@ -26,7 +26,7 @@ LAYERS = [
     {"eval", "rl"},
     {"recipes"},
     {"preflight", "doctor", "watch"},
-    {"pipeline", "chat", "smoke", "draft"},
+    {"pipeline", "chat", "smoke", "draft", "sweep"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
