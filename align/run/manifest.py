@@ -122,7 +122,10 @@ def finish_record(
 
 def remove_record(folder: Path) -> None:
     """Remove a stage's records, results of an evaluation and checkpoints, so that it counts as neither finished nor
-    interrupted, and no report shows numbers of the earlier run."""
+    interrupted, and no report shows numbers of the earlier run. A link to the stage of another run is removed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     for name in (MANIFEST, CONFIG, METRICS, EXPERTS, STEPS, RESULTS):
         (folder / name).unlink(missing_ok=True)
     remove_folder(folder / "checkpoints")
