@@ -56,10 +56,10 @@ def collect(folder: Path) -> dict[str, Value]:
             name = "/".join(part for part in key if part)
             label = f"{key.model}: {measured.label}"
             found[name] = Value(label, measured.better, sum(known) / len(known), measured.documents)
-    for (stage, key), value in side.finals.items():
+    for (stage, last), value in side.finals.items():
         if math.isfinite(value):
-            better = BETTER.get(key.removeprefix("eval_"), 0)
-            found.setdefault(f"{stage}/{key}", Value(f"{stage}: {titled(key)}", better, value, None))
+            better = BETTER.get(last.removeprefix("eval_"), 0)
+            found.setdefault(f"{stage}/{last}", Value(f"{stage}: {titled(last)}", better, value, None))
     return found
 
 
@@ -260,9 +260,9 @@ def _difference(
         return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(pairs), "over": "seeds"}
     if pairs and pairs[0][0].documents is not None and pairs[0][1].documents is not None:
         left, right = pairs[0][0].documents, pairs[0][1].documents
-        both = [d for d, value in left.items() if value is not None and right.get(d) is not None]
+        both = [(a, b) for d, a in left.items() if a is not None and (b := right.get(d)) is not None]
         if len(both) > 1:
-            found = difference_interval([left[d] for d in both], [right[d] for d in both], level=level)
+            found = difference_interval([a for a, _ in both], [b for _, b in both], level=level)
             return {"mean": found.mean, "low": found.low, "high": found.high, "n": len(both), "over": "documents"}
     known = [[run[metric].mean for run in runs if metric in run] for runs in (first, second)]
     mean = sum(known[0]) / len(known[0]) - sum(known[1]) / len(known[1])
