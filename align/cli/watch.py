@@ -8,7 +8,7 @@ from pathlib import Path
 from align.cli.parser import examples
 from align.cli.terminal import say
 from align.errors import UserError
-from align.serve.settings import TOKEN_VARIABLE, resolved_token
+from align.serve import TOKEN_VARIABLE
 
 PORT = 8200
 
@@ -36,6 +36,8 @@ def _watch(options: argparse.Namespace) -> None:
         raise UserError(f"{folder}: it is a file; pass the folder of a run, or a folder of runs.")
     if (folder / "config.json").is_file() and (folder.resolve().parent / "recipe.json").is_file():
         raise UserError(f"{folder}: it is the folder of a stage; pass its run, {folder.resolve().parent}.")
+    from align.serve.settings import resolved_token
+
     token = resolved_token(options.token, options.token_file, options.host)
     from align.watch.server import WatchServer
 

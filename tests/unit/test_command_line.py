@@ -26,6 +26,7 @@ NAMES = [command.prog.removeprefix("align ") for command in LEAVES]
 WITHOUT_JSON = {
     "run": "`align report RUN --json` has the results",
     "chat": "a conversation",
+    "watch": "a server",
     "serve": "a server",
     "serve-rollout": "a server",
     "serve-reward": "a server",

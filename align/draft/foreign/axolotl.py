@@ -18,6 +18,7 @@ from align.draft.foreign.common import (
     optimizer,
     precision,
     processes,
+    quantize,
     steps_of,
     warmup,
 )
@@ -173,7 +174,7 @@ def axolotl(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, K
             keys.ignored["train_on_inputs"] = "the loss of pairs is on completions in both"
     _template(keys)
     parts.dtype = precision(keys)
-    _lora(keys, parts)
+    _lora(keys, parts, how)
     packs = "sample_packing" if keys.values.get("sample_packing") is True else None
     stage |= batch(keys, how, micro="micro_batch_size", default=1, packs=packs, length=length)
     stage |= steps_of(keys, "num_epochs", 1.0)
@@ -221,14 +222,12 @@ def _template(keys: Keys) -> None:
         )
 
 
-def _lora(keys: Keys, parts: Parts) -> None:
+def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
     adapter = keys.take("adapter", "lora")
     if adapter is None:
         for key in [key for key in keys.values if key.startswith(("lora_", "peft_"))]:
             keys.ignored[key] = "no adapter is trained"
         return
-    if adapter == "qlora":
-        keys.differ("adapter", "LoRA on unquantized weights")
     rank = keys.whole("lora_r", "lora.rank")
     if rank is None:
         raise UserError(f"{keys.path}: lora_r is missing. Add it.")
@@ -249,6 +248,8 @@ def _lora(keys: Keys, parts: Parts) -> None:
     )
     if everything:
         keys.differ("lora_target_linear", linear_difference(section))
+    if keys.values.get("load_in_4bit") is True:
+        quantize(keys, "load_in_4bit", section, how)
     if layers := keys.take("peft_layers_to_transform", "lora.layers"):
         section["layers"] = layers
     if "lora_modules_to_save" in keys:

@@ -134,6 +134,18 @@ def lora(targets: list[str], *, rank: int, alpha: float, dropout: float, dora: b
     return found | ({"rslora": True} if rslora else {}) | ({"dora": True} if dora else {})
 
 
+def quantize(keys: Keys, key: str, section: dict[str, Any], how: Importing) -> None:
+    """Set `lora.quantize` from a key that holds the frozen weights in 4 bits (NF4 of bitsandbytes)."""
+    if how.devices > 1 or section.get("dora"):
+        keys.reject(
+            key, "align holds weights in 4 bits in one process and without DoRA only; the recipe has them whole"
+        )
+        return
+    keys.mapped[key] = "lora.quantize"
+    section["quantize"] = "nf4"
+    keys.differ(key, "the scales of the 4-bit values stay float32 here, and are quantized again by default there")
+
+
 def linear_difference(section: dict[str, Any]) -> str:
     """How adapters on all linear layers differ; nothing on dense models."""
     dense = section["targets"] != LINEAR_SWITCHES

@@ -19,6 +19,7 @@ from align.draft.foreign.common import (
     optimizer,
     precision,
     processes,
+    quantize,
     steps_of,
     warmup,
 )
@@ -46,6 +47,7 @@ ROLES = {
 """{tag: (its default, role of align)}."""
 KNOWN_KEYS = {("from", "value"), ("role", "content")}
 """(role_tag, content_tag) that align recognises."""
+BNB = ("bnb", "bitsandbytes")
 LOGS = "logging and saving"
 IGNORED = {
     **dict.fromkeys(
@@ -160,7 +162,7 @@ def llama_factory(path: str, values: dict[str, Any], how: Importing) -> tuple[Pa
     else:
         _preference(keys, stage)
     parts.dtype = precision(keys)
-    _lora(keys, parts)
+    _lora(keys, parts, how)
     packs = next((key for key in ("packing", "neat_packing") if keys.values.get(key) is True), None)
     if packs:
         keys.ignored.update({key: NO_EFFECT for key in ("packing", "neat_packing") if key in keys and key != packs})
@@ -192,7 +194,7 @@ def _preference(keys: Keys, stage: dict[str, Any]) -> None:
         keys.differ("pref_ftx", "the mean over completions of their mean per token there, the mean over tokens here")
 
 
-def _lora(keys: Keys, parts: Parts) -> None:
+def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
     if keys.take("finetuning_type", "lora", "lora") == "full":
         return
     rank = keys.whole("lora_rank", "lora.rank", 8) or 8
@@ -207,6 +209,13 @@ def _lora(keys: Keys, parts: Parts) -> None:
     )
     if targets == ["all"]:
         keys.differ("lora_target", linear_difference(section))
+    nf4 = keys.values.get("quantization_type", "nf4") == "nf4"
+    if keys.values.get("quantization_bit") == 4 and nf4 and keys.values.get("quantization_method", "bnb") in BNB:
+        quantize(keys, "quantization_bit", section, how)
+        for key in ("quantization_type", "quantization_method"):
+            keys.take(key, "lora.quantize")
+        if keys.values.get("double_quantization") is False:
+            keys.differs.pop("quantization_bit", None)
     if "additional_target" in keys:
         full_modules(keys, "additional_target", section)
     parts.stage["lora"] = section

@@ -228,6 +228,30 @@ def test_dpo_of_axolotl(imports: Imports) -> None:
     assert set(imports.said["not_mapped"]) == missing
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        (FACTORY | {"dataset": "questions", "quantization_bit": 4}, "quantization_bit"),
+        (
+            AXOLOTL
+            | {"sample_packing": False, "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 16}
+            | {"lora_target_linear": True},
+            "load_in_4bit",
+        ),
+    ],
+)
+def test_weights_in_4_bits(values: dict[str, Any], key: str, imports: Imports) -> None:
+    """In one process only; 8 bits do not exist in align."""
+    assert imports(values).stages["sft"].lora.quantize == "nf4"
+    assert key in imports.said["differs"]
+    assert imports(values, "--devices", "2").stages["sft"].lora.quantize is None
+    assert key in imports.said["not_mapped"]
+    eight = values | ({"quantization_bit": 8} if key == "quantization_bit" else {"load_in_8bit": True})
+    eight = {name: value for name, value in eight.items() if name != "load_in_4bit"}
+    assert imports(eight).stages["sft"].lora.quantize is None
+    assert imports.said["not_mapped"].keys() & {"quantization_bit", "load_in_8bit"}
+
+
 def test_texts_of_axolotl_are_trained_on_all_tokens(imports: Imports) -> None:
     values = AXOLOTL | {"datasets": [{"path": "text.jsonl", "type": "completion", "field": "body"}]}
     stage = imports(values | {"sample_packing": False}).stages["sft"]
