@@ -26,7 +26,7 @@ from align.errors import UserError
 from align.preflight import problems
 from align.run import interrupt, manifest
 from align.run.context import StageContext, StageResult
-from align.run.environment import prepare_process
+from align.run.environment import load_transformers, prepare_process
 from align.run.folder import disk_error, is_disk_full, locked, remove_folder, write_json
 
 
@@ -53,7 +53,6 @@ def run(
     again."""
     choose(recipe, run_dir, resume=resume, only=only, start=start)
     prepare_process(recipe)
-    prints = True
     with ExitStack() as until_the_end:
 
         def plan() -> list[PlannedStage]:
@@ -64,6 +63,7 @@ def run(
         if recipe.parallel is None:
             stages = plan()
             if not all(stage.keep for stage in stages):
+                load_transformers()
                 from align.train.device import one_of_several_gpus  # loads torch
 
                 if line := one_of_several_gpus():
@@ -72,11 +72,11 @@ def run(
             from align.launch.processes import require_place
 
             require_place(recipe.parallel)
+            load_transformers()
             from align.parallel import group  # loads torch
 
             group.join(recipe)
-            prints = group.is_main()
-            if not prints:
+            if not group.is_main():
                 say = status = progress = _silent
             stages = group.from_rank_0("plan the run", plan)
         for name, keep, resumed in stages:
@@ -86,27 +86,12 @@ def run(
                 _run_stage(StageContext(recipe, name, run_dir, resumed, say, status, progress))
         if recipe.parallel is not None:
             group.leave()
-        if prints:
-            _report(recipe, run_dir, stages, say)
+    if any(stage.name != BASE and recipe.stages[stage.name].makes == REPORT for stage in stages):
+        from align.eval.report.headline import headline
 
-
-def _report(recipe: Recipe, run_dir: Path, stages: list[PlannedStage], say: Callable[[str], None]) -> None:
-    """Write the report of a run that has one, or has run a stage that makes one, and print its table."""
-
-    def makes_one(stage: PlannedStage) -> bool:
-        return stage.name != BASE and recipe.stages[stage.name].makes == REPORT
-
-    if not (any(map(makes_one, stages)) or (run_dir / "report.json").is_file()):
-        return
-    if stages[-1].keep or not makes_one(stages[-1]):  # otherwise the stage has just written it
-        from align.eval.report.write import write_report
-
-        write_report(run_dir)
-    from align.eval.report.headline import headline
-
-    for line in headline(run_dir):
-        say(line)
-    say(f"report: {run_dir / 'report.html'}")
+        for line in headline(run_dir):
+            say(line)
+        say(f"report: {run_dir / 'report.html'}")
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""The environment variables of a process that runs stages."""
+"""The environment variables and first imports of a process that runs stages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ def prepare_process(recipe: Recipe) -> None:
         os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
     # vLLM takes its number of threads from this variable. If it is unset, vLLM limits torch to one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+def load_transformers() -> None:
+    """Import the modules of transformers that import scikit-learn if it is installed, without it; loads torch.
+
+    They use it for assisted decoding and for GLUE's metrics, which align does not use. Its import takes over a second.
+    """
+    from transformers import utils
+
+    available = utils.is_sklearn_available
+    utils.is_sklearn_available = lambda: False
+    try:
+        import transformers.data.metrics
+        import transformers.generation.candidate_generator  # noqa: F401
+    finally:
+        utils.is_sklearn_available = available
 
 
 def sees_gpu() -> bool:

@@ -59,10 +59,13 @@ def test_contradictory_settings_are_refused(section: str, sentence: str) -> None
 
 
 @pytest.mark.slow
-def test_a_single_process_does_not_use_deepspeed(tmp_path: Path) -> None:
-    """Without a `parallel` section, a run joins no process group and imports only `known` modules of align.parallel."""
+def test_a_single_process_uses_neither_deepspeed_nor_scikit_learn(tmp_path: Path) -> None:
+    """Without a `parallel` section, a run joins no process group and imports only `known` modules of align.parallel.
+
+    scikit-learn, which transformers would import, is not imported, and transformers still finds it afterwards.
+    """
     program = (
-        "import sys\n"
+        "import importlib.util, sys\n"
         "from align.config import load_recipe\n"
         "from align.pipeline import run\n"
         "from pathlib import Path\n"
@@ -73,5 +76,8 @@ def test_a_single_process_does_not_use_deepspeed(tmp_path: Path) -> None:
         "assert ours <= {f'align.parallel.{name}' for name in known}, ours\n"
         "import torch\n"
         "assert not torch.distributed.is_initialized()\n"
+        "assert 'sklearn' not in sys.modules\n"
+        "from transformers.utils import is_sklearn_available\n"
+        "assert is_sklearn_available() == bool(importlib.util.find_spec('sklearn'))\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300, capture_output=True)
