@@ -18,6 +18,7 @@ from align.models.lora.adapters import AnyModel
 from align.models.lora.folder import require_fitting
 from align.models.lora.stock import load_adapter
 from align.run.adapted import require_base
+from align.serve.client import converse
 from align.train.checkpoint import load_policy, load_tokenizer
 from align.train.quiet import quieten
 
@@ -46,17 +47,7 @@ def chat(
         require_base(adapter, folder)
         model = load_adapter(model, adapter)
     torch.manual_seed(seed)
-    messages = [{"role": "system", "content": system}] if system else []
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
-        messages.append(_complete(model, tokenizer, messages, max_new_tokens, temperature))
+    converse(system, lambda messages: _complete(model, tokenizer, messages, max_new_tokens, temperature))
 
 
 @torch.no_grad()

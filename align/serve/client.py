@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -79,6 +79,24 @@ class ChatServer:
         return response
 
 
+def converse(system: str | None, complete: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    """Read lines and complete each, keeping the conversation; an empty line or the end of input stops.
+
+    complete: Prints the assistant's next turn after these messages, and returns it as a message.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        messages.append(complete(messages))
+
+
 def chat_with_server(
     server: ChatServer,
     model: str | None,
@@ -98,16 +116,8 @@ def chat_with_server(
         raise UserError(f"--model {model}: {server.url} does not serve it. Pass one of: {', '.join(names)}.")
     if not names:
         raise UserError(f"{server.url}: it serves no model.")
-    messages = [{"role": "system", "content": system}] if system else []
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
+
+    def complete(messages: list[dict[str, Any]]) -> dict[str, Any]:
         body: dict[str, Any] = {"model": model or names[0], "messages": messages, **sampling}
         if variables:
             body["chat_template_kwargs"] = variables
@@ -116,7 +126,9 @@ def chat_with_server(
             print(text, end="", flush=True)
             answer += text
         print()
-        messages.append({"role": "assistant", "content": answer})
+        return {"role": "assistant", "content": answer}
+
+    converse(system, complete)
 
 
 def _address(url: str) -> SplitResult:

@@ -23,46 +23,21 @@ from align.models.lora.experts import RowAdapter
 from align.models.lora.stream import merge_adapter
 from align.train.checkpoint import load_policy
 from tests.tiny_families import tiny_config
+from tests.unit.models.adapted import SIZES, logprobs, moved
 
-TOKENS = torch.arange(3, 19).view(2, 8)
 GROUPS = {
     "attention": {"shared_mlp": False, "experts": False},
     "shared expert": {"attention": False, "experts": False},
     "routed experts": {"attention": False, "shared_mlp": False},
     "all, and the router": {"train_router": True},
 }
-HUNYUAN = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "moe_topk": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
 
 
 def base(kind: str, folder: Path) -> Any:
     torch.manual_seed(0)
-    config = HunYuanConfig(**HUNYUAN) if kind == "hunyuan" else tiny_config(kind)
+    config = HunYuanConfig(**SIZES) if kind == "hunyuan" else tiny_config(kind)
     family_of(config).policy(config).save_pretrained(folder)
     return load_policy(folder, "float32").eval()
-
-
-def moved(model: Any, seed: int, std: float = 0.05) -> Any:
-    """Move every trained value at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * std)
-    return model.eval()
-
-
-def logprobs(model: Any) -> torch.Tensor:
-    return model(input_ids=TOKENS, use_cache=False).logits.float().log_softmax(-1)
 
 
 def added_by_hand(model: Any, adapter: Path, rank: int, scaling: float) -> Any:

@@ -25,21 +25,11 @@ from align.models.weights import load_published, published_weights
 from align.parallel.sharding import full_shape
 from align.plan.shape import shape_of
 from align.train.checkpoint import load_policy
+from tests.unit.models.adapted import SIZES as COMMON
+from tests.unit.models.adapted import TOKENS, moved
+from tests.unit.models.adapted import fixed_logprobs as logprobs
 
-TOKENS = torch.arange(3, 19).view(2, 8)
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "moe_topk": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "use_cla": False,
-}
+SIZES = COMMON | {"use_cla": False}
 
 
 @pytest.fixture
@@ -52,20 +42,6 @@ def plain(tmp_path: Path) -> Any:
 def adapted(plain: Any, **settings: Any) -> Any:
     torch.manual_seed(1)
     return add_lora(copy.deepcopy(plain), Lora.model_validate(settings), task="CAUSAL_LM").eval()
-
-
-def moved(model: Any) -> Any:
-    """Move every trained value at random."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
-
-
-def logprobs(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
 
 
 def trained(model: Any) -> set[str]:
@@ -157,7 +133,7 @@ def test_the_head_and_other_modules_are_trained_in_full_and_merged(tmp_path: Pat
     whole = {name for name in trained(model) if ".lora_" not in name}
     assert whole == {"lm_head.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"}
     planned = shape_of("", plain.config.to_dict()).trained_groups(Lora.model_validate(settings))
-    assert planned == {"attention": 16 * (64 + 48 + 48 + 64), "lm_head": 64 * 32, "other": 32 + 32}
+    assert planned == {"attention": 16 * (64 + 48 + 48 + 64), "lm_head": 64 * 32}
     found = logprobs(model)
     hidden = model.get_base_model().model(input_ids=TOKENS).last_hidden_state
     scores = model.get_output_embeddings()(hidden[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), 1.0)
