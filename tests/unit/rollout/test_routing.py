@@ -138,15 +138,6 @@ def test_preempted_requests_keep_their_routing_and_their_tokens(engine, tmp_path
         small.close()
 
 
-def test_without_the_setting_nothing_is_recorded(tmp_path):
-    policy().save_pretrained(tmp_path)
-    engine = VllmEngine(tmp_path, Rollout(max_model_length=128, cache_gib=0.05), dtype="float32", seed=0)
-    try:
-        assert engine.generate([[5]], SamplingSettings(4))[0][0].routed_experts is None
-    finally:
-        engine.close()
-
-
 def test_routing_from_vllm_is_converted():
     returned = numpy.zeros((5, 3, 2), dtype=numpy.uint8)
     returned[:, 1] = [[3, 1], [2, 0], [0, 7], [1, 2], [4, 5]]

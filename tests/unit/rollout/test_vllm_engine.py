@@ -179,6 +179,7 @@ def test_a_first_token_that_stops_is_the_whole_completion(engine, model):
 def test_truncated_completions(engine):
     rows = engine.generate(PROMPTS, SamplingSettings(5, seed=3, n=2))
     assert all(len(c.token_ids) == 5 and not c.finished for row in rows for c in row)
+    assert all(c.routed_experts is None for row in rows for c in row)  # the rollout does not set `return_routing`
 
 
 def test_more_prompt_tokens_than_a_batch_holds(model, tmp_path):
@@ -413,14 +414,16 @@ def test_variants_agree_before_and_after_an_update(changes, tmp_path):
         engine.close()
 
 
-@pytest.mark.parametrize("factor", [2, 4])
-def test_sharing_multiplies_the_cache(factor, tmp_path):
-    blocks = {}
-    for use_cla in (False, True):
-        engine = start(tiny(use_cla=use_cla, cla_share_factor=factor), tmp_path / str(use_cla))
-        blocks[use_cla], _ = engine.cache_blocks()
-        engine.close()
-    assert abs(blocks[True] - factor * blocks[False]) < factor
+def test_sharing_multiplies_the_cache(engine, model, tmp_path):
+    assert model.config.use_cla
+    shared = {model.config.cla_share_factor: engine.cache_blocks()[0]}
+    for factor, config in {1: {"use_cla": False}, 4: {"cla_share_factor": 4}}.items():
+        other = start(tiny(**config), tmp_path / str(factor))
+        shared[factor], _ = other.cache_blocks()
+        other.close()
+    assert shared.keys() == {1, 2, 4}
+    for factor in (2, 4):
+        assert abs(shared[factor] - factor * shared[1]) < factor
 
 
 @pytest.mark.parametrize("name", ["top1-cla2-tied", "top2-cla2-untied"])
