@@ -52,7 +52,6 @@ WAYS = {
     "attention, DoRA": (ATTENTION, None, True),
     "attention, shared expert": (ATTENTION + SHARED, None, False),
     "attention, shared and routed experts by row": (ATTENTION + SHARED, STACKS, False),
-    "attention, shared and routed experts by row, QLoRA": (ATTENTION + SHARED, STACKS, False),
     "attention, shared and routed experts by PEFT": (ATTENTION + SHARED, STACKS, False),
 }
 RANKS = (8, 64)
@@ -64,7 +63,6 @@ def build(way: str, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from align.models.lora.experts import apply_by_row
-    from align.models.quantized import quantize_model
 
     torch.manual_seed(0)
     model: Any = HunYuanForCausalLM(HunYuanConfig(**SIZES))  # type: ignore[arg-type]
@@ -73,10 +71,8 @@ def build(way: str, rank: int) -> Any:
         settings = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=modules, target_parameters=stacks, use_dora=dora
         )
-        if way.endswith("QLoRA"):
-            quantize_model(model)
         model = get_peft_model(model, settings)
-        if "by row" in way:
+        if way.endswith("by row"):
             apply_by_row(model)
     return model.train()
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
+
+from tests.integration.forked import Forked
+
+Launcher = Popen | Forked
 
 
-def kill_last_rank(launcher: subprocess.Popen, condition: Callable[[], bool]) -> None:
+def kill_last_rank(launcher: Launcher, condition: Callable[[], bool]) -> None:
     """Kill the last rank once `condition()` is true; the launcher must end within 30 s and name the signal."""
     deadline = time.monotonic() + 600
     while not (condition() and killed_if(condition, launcher)):
@@ -27,7 +31,7 @@ def kill_last_rank(launcher: subprocess.Popen, condition: Callable[[], bool]) ->
     assert re.search(r"rank \d was ended by SIGKILL", output)
 
 
-def killed_if(condition: Callable[[], bool], launcher: subprocess.Popen) -> bool:
+def killed_if(condition: Callable[[], bool], launcher: Launcher) -> bool:
     """Pause all ranks, check the condition again and, if it still holds, kill the last rank; return True if killed."""
     pids = rank_processes(launcher)
     for pid in pids:
@@ -40,6 +44,6 @@ def killed_if(condition: Callable[[], bool], launcher: subprocess.Popen) -> bool
     return still
 
 
-def rank_processes(launcher: subprocess.Popen) -> list[int]:
+def rank_processes(launcher: Launcher) -> list[int]:
     """Process ids in order of rank; the ranks are the only children of the launcher."""
     return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from align.launch.processes import PLACE
 from align.run.folder import read_jsonl
+from tests.integration import forked
+from tests.integration.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 NOISE = ("time/", "speed/", "memory/", "rollout/")
@@ -72,6 +74,7 @@ def plain_environment() -> dict[str, str]:
 
 
 def start(recipe: Path | str, run_dir: Path, *words: str) -> subprocess.Popen:
+    """Start `align run` and ranks of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), *words],
         env=plain_environment(),
@@ -81,9 +84,14 @@ def start(recipe: Path | str, run_dir: Path, *words: str) -> subprocess.Popen:
     )
 
 
-def run(recipe: Path | str, run_dir: Path, *words: str, code: int = 0) -> str:
-    """Run `align run`, which must exit with `code`; return its output."""
-    process = start(recipe, run_dir, *words)
+def fork(recipe: Path | str, run_dir: Path, *words: str) -> Forked:
+    """`start`, with processes that do not load the libraries again; see `forked`."""
+    return forked.align(["run", str(recipe), "--run-dir", str(run_dir), *words], plain_environment())
+
+
+def run(recipe: Path | str, run_dir: Path, *words: str, code: int = 0, forks: bool = False) -> str:
+    """Run `align run`, which must exit with `code`; return its output. forks: see `fork`."""
+    process = (fork if forks else start)(recipe, run_dir, *words)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
     return output

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from align.launch.processes import free_port
-from tests.integration.runs import ROOT, exported, metrics, plain_environment, write_pretraining
+from tests.integration.runs import ROOT, exported, metrics, plain_environment, run, write_pretraining
 
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -66,7 +66,7 @@ def result(run_dir: Path) -> tuple[list[dict], dict[str, bytes]]:
 @pytest.fixture(scope="module")
 def ours(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("ours") / "run"
-    finish(start([sys.executable, "-m", "align.cli", "run", str(recipe), "--run-dir", str(run_dir), "--nproc", "2"]))
+    run(recipe, run_dir, "--nproc", "2", forks=True)
     lines, weights = result(run_dir)
     assert [line["step"] for line in lines] == [1, 2]
     assert weights

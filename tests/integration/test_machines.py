@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from align.launch.machines import SILENCE
+from tests.integration import forked
+from tests.integration.forked import Forked
+from tests.integration.kills import Launcher
 from tests.integration.runs import metrics, plain_environment, write_pretraining
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 ADDRESSES = {"a": "10.177.0.1", "b": "10.177.0.2"}
+HOSTS = ("--hostfile", "hosts")
 
 
 class Network:
@@ -26,6 +30,7 @@ class Network:
 
     def __init__(self, folder: Path):
         self.folder, self.started = folder, list[subprocess.Popen]()
+        self.forked: list[Forked] = []
         mark = f"align{os.getpid()}"
         self.names = {machine: f"{mark}{machine}" for machine in ADDRESSES}
         (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
@@ -45,6 +50,8 @@ class Network:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for launcher in self.forked:
+            launcher.kill()
         for name in self.names.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
@@ -67,8 +74,15 @@ class Network:
         return self.started[-1]
 
     def align(self, machine: str, run_dir: str, *words: str) -> subprocess.Popen:
-        run = ["run", "recipe.yaml", "--run-dir", run_dir, "--hostfile", "hosts", *words]
+        """Start `align run recipe.yaml`."""
+        run = ["run", "recipe.yaml", "--run-dir", run_dir, *words]
         return self.start(machine, sys.executable, "-m", "align.cli", *run)
+
+    def fork(self, machine: str, run_dir: str, *words: str) -> Forked:
+        """`align`, with processes that do not load the libraries again."""
+        words = ("run", "recipe.yaml", "--run-dir", run_dir, *words)
+        self.forked.append(forked.align([*words], plain_environment(), self.folder, self.names[machine]))
+        return self.forked[-1]
 
 
 def ip(*words: str) -> None:
@@ -91,11 +105,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         network.unplug()
 
 
-def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
+def outputs(processes: Sequence[Launcher], limit: float = 300) -> list[str]:
     return [process.communicate(timeout=limit)[0] for process in processes]
 
 
-def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+def until(condition: Callable[[], bool], processes: Sequence[Launcher]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
@@ -104,11 +118,11 @@ def until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> N
 
 
 def test_two_machines_train_as_two_processes_of_one(network: Network) -> None:
-    machines = [network.align("b", "run"), network.align("a", "run")]
+    machines = [network.align(machine, "run", *HOSTS) for machine in ("b", "a")]
     said = outputs(machines)
     assert [process.returncode for process in machines] == [0, 0], said
     assert [output.count("pretrain: done") for output in said] == [0, 1]
-    one = network.start("a", sys.executable, "-m", "align.cli", "run", "recipe.yaml", "--run-dir", "one")
+    one = network.fork("a", "one")
     (text,) = outputs([one])
     assert one.returncode == 0, text
     files = ["metrics.jsonl", *(f"model/{file.name}" for file in (network.folder / "one/pretrain/model").iterdir())]
@@ -121,10 +135,10 @@ LONG = ("stages.pretrain.max_steps=5000",)
 
 
 @pytest.fixture
-def training(network: Network, request: pytest.FixtureRequest) -> tuple[list[subprocess.Popen], str]:
+def training(network: Network, request: pytest.FixtureRequest) -> tuple[list[Forked], str]:
     """The launchers of both machines in the middle of a stage, and the name of the run folder."""
     name = request.node.name
-    machines = [network.align(machine, name, *LONG) for machine in ("a", "b")]
+    machines = [network.fork(machine, name, *HOSTS, *LONG) for machine in ("a", "b")]
     until(lambda: len(metrics(network.folder / name, "pretrain")) > 2, machines)
     return machines, name
 
@@ -158,7 +172,7 @@ def test_both_machines_end_when_the_link_is_down(network: Network, training) -> 
 
 
 def test_machines_with_different_recipes_are_refused(network: Network) -> None:
-    machines = [network.align("a", "differs"), network.align("b", "differs", "seed=3")]
+    machines = [network.fork("a", "differs", *HOSTS), network.fork("b", "differs", *HOSTS, "seed=3")]
     for process, output in zip(machines, outputs(machines, 120), strict=True):
         assert process.returncode == 2
         assert output.splitlines()[-1].startswith("error: rank 1 differs from rank 0 in the recipe")
@@ -172,7 +186,7 @@ def test_a_port_in_use_is_reported_on_both_machines(network: Network) -> None:
     holder = network.start("a", sys.executable, "-c", listener)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "ready\n"
-    machines = [network.align("a", "port"), network.align("b", "port")]
+    machines = [network.align(machine, "port", *HOSTS) for machine in ("a", "b")]
     first, second = outputs(machines, 60)
     assert first.startswith("error: port 29500 cannot be used on this machine (Address already in use)")
     place = f"{ADDRESSES['a']}:29500"

@@ -12,7 +12,7 @@ import yaml
 
 from align.run.folder import read_jsonl
 from tests.integration.kills import kill_last_rank
-from tests.integration.runs import exported, metrics, run, small_model, start
+from tests.integration.runs import exported, fork, metrics, run, small_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = {"sft": 5, "ppo": 4}
@@ -95,7 +95,7 @@ def offloaded(request: pytest.FixtureRequest, recipe: Path, baseline: Path, tmp_
     (folder / "disk").mkdir()
     words = offload(request.param, folder / "disk")
     shutil.copytree(baseline / "base", folder / "run" / "base")
-    launcher, found = start(recipe, folder / "run", *words), set[str]()
+    launcher, found = fork(recipe, folder / "run", *words), set[str]()
     deadline = time.monotonic() + 1500  # DeepSpeed may have to compile async_io first
     while launcher.poll() is None:
         assert time.monotonic() < deadline
@@ -132,8 +132,8 @@ def test_a_killed_run_resumes_to_the_same_result(recipe: Path, offloaded, tmp_pa
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
     shutil.rmtree(run_dir / stage)
-    launcher = start(recipe, run_dir, "--only", stage, *words)
+    launcher = fork(recipe, run_dir, "--only", stage, *words)
     kill_last_rank(launcher, lambda: len(read_jsonl(run_dir / stage / "metrics.jsonl")) == 3)
-    assert "resuming at step 2\n" in run(recipe, run_dir, "--only", stage, "--resume", *words)
+    assert "resuming at step 2\n" in run(recipe, run_dir, "--only", stage, "--resume", *words, forks=True)
     assert metrics(run_dir, stage) == metrics(uninterrupted, stage)
     assert exported(run_dir, stage) == exported(uninterrupted, stage)

@@ -18,7 +18,7 @@ from align.run.checkpoint import adapter_folder
 from align.run.folder import read_jsonl
 from align.train.checkpoint import load_policy
 from tests.integration.kills import kill_last_rank
-from tests.integration.runs import ROUTED, exported, metrics, run, small_model, start, weights
+from tests.integration.runs import ROUTED, exported, fork, metrics, run, small_model, weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 7
@@ -102,7 +102,7 @@ def difference(one: list[dict], other: list[dict], more: tuple[str, ...] = ROUTE
 @pytest.fixture(scope="module")
 def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "single"
-    run(recipe, run_dir)
+    run(recipe, run_dir, forks=True)
     return run_dir
 
 
@@ -136,7 +136,7 @@ def pass_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     (folder / "pass_sizes.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     small = [f"stages.{name}.micro_batch_tokens=100" for name in content["stages"]]
     for name, words in {"one": [], "many": small, "ranks": ["--nproc", "2"]}.items():
-        run(folder / "pass_sizes.yaml", folder / name, *words)
+        run(folder / "pass_sizes.yaml", folder / name, *words, forks=True)
     return {name: folder / name for name in ("one", "many", "ranks")}
 
 
@@ -224,7 +224,7 @@ def killed(recipe: Path, several, tmp_path_factory: pytest.TempPathFactory) -> d
     for name, condition in conditions.items():
         folders[name] = run_dir = tmp_path_factory.mktemp("killed") / "run"
         shutil.copytree(several[0] / "base", run_dir / "base")
-        launcher = start(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
+        launcher = fork(recipe, run_dir, "--only", "sft", "--nproc", "2", "parallel.expert_parallel_size=2")
         kill_last_rank(launcher, partial(condition, run_dir / "sft"))
     assert half_written(folders["in a checkpoint"] / "sft" / "checkpoints")
     return folders
@@ -252,7 +252,7 @@ def test_a_killed_run_resumes_on_any_number_of_processes(
     shutil.copytree(killed[when], run_dir)
     newest = max((run_dir / "sft" / "checkpoints").glob("*/complete"), key=lambda file: int(file.parent.name[11:]))
     words = ["--nproc", str(processes), f"parallel.expert_parallel_size={expert_parallel_size}"]
-    output = run(recipe, run_dir, "--only", "sft", "--resume", *words)
+    output = run(recipe, run_dir, "--only", "sft", "--resume", *words, forks=True)
     assert f"resuming at step {newest.parent.name[11:]}\n" in output
     assert difference(metrics(run_dir, "sft"), metrics(several[0], "sft")) <= tolerance
     if not tolerance:
@@ -269,9 +269,9 @@ def test_a_run_resumes_on_one_then_two_then_four_then_two_processes(recipe: Path
 
     for processes, stage in ((1, "sft"), (2, "reward_model"), (4, "dpo")):
         complete = run_dir / stage / "checkpoints" / "checkpoint-4" / "complete"
-        kill_last_rank(start(recipe, run_dir, *on(processes)), complete.is_file)
+        kill_last_rank(fork(recipe, run_dir, *on(processes)), complete.is_file)
         assert not (run_dir / stage / "manifest.json").exists()
-    assert "resuming at step" in run(recipe, run_dir, *on(2), "--only", "dpo")
+    assert "resuming at step" in run(recipe, run_dir, *on(2), "--only", "dpo", forks=True)
     for stage in ("sft", "reward_model", "dpo"):
         assert difference(metrics(run_dir, stage), metrics(several[0], stage)) < 1e-5, stage
         ours, theirs = weights(run_dir, stage), weights(several[0], stage)
@@ -279,6 +279,6 @@ def test_a_run_resumes_on_one_then_two_then_four_then_two_processes(recipe: Path
 
 
 def test_a_batch_size_that_the_processes_do_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
-    output = run(recipe, tmp_path / "run", "--nproc", "3", "parallel.expert_parallel_size=3", code=2)
+    output = run(recipe, tmp_path / "run", "--nproc", "3", "parallel.expert_parallel_size=3", code=2, forks=True)
     assert "batch_size 16 is not divisible by" in output
     assert "Traceback" not in output

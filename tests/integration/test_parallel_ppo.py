@@ -16,7 +16,7 @@ from align.rollout.base import SamplingSettings
 from align.run.folder import read_jsonl
 from align.train.checkpoint import load_policy
 from tests.integration.kills import kill_last_rank
-from tests.integration.runs import ROUTED, metrics, run, small_model, start, weights
+from tests.integration.runs import ROUTED, fork, metrics, run, small_model, weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 3
@@ -68,7 +68,7 @@ def difference(one: dict, other: dict) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def single(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "single"
-    run(recipe, run_dir)
+    run(recipe, run_dir, forks=True)
     return run_dir
 
 
@@ -100,7 +100,8 @@ def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: P
 
 def test_vllm_samples_from_the_updated_weights(recipe: Path, tmp_path: Path) -> None:
     """vLLM in its own process gets the updated weights: its log-probabilities match the trainer's after an update."""
-    run(recipe, tmp_path / "run", "--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
+    words = ("--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
+    run(recipe, tmp_path / "run", *words)
     lines = metrics(tmp_path / "run", "ppo")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
     assert max(line["mismatch_max"] for line in lines) < 1e-3
@@ -140,9 +141,9 @@ def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def in_a_checkpoint() -> bool:
         return (following / "policy").is_dir() and not (following / "critic" / state).exists()
 
-    kill_last_rank(start(recipe, run_dir, *TWO, EVERY_ROUND), in_the_updates)
+    kill_last_rank(fork(recipe, run_dir, *TWO, EVERY_ROUND), in_the_updates)
     assert len(read_jsonl(stage / "metrics.jsonl")) == 1
-    kill_last_rank(start(recipe, run_dir, *TWO, EVERY_ROUND, "--resume"), in_a_checkpoint)
+    kill_last_rank(fork(recipe, run_dir, *TWO, EVERY_ROUND, "--resume"), in_a_checkpoint)
     assert following.is_dir()
     assert (stage / "checkpoints" / "last").is_dir()
     return run_dir
@@ -158,7 +159,7 @@ def test_a_killed_run_resumes_on_any_number_of_processes(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(killed, run_dir)
-    assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND)
+    assert "resuming at step 1" in run(recipe, run_dir, "--resume", *words, EVERY_ROUND, forks=True)
     found = [difference(*lines) for lines in zip(metrics(run_dir, "ppo"), metrics(two, "ppo"), strict=True)]
     assert max(max(line.values()) for line in found) <= tolerance, found
     expected = weights(two, "ppo")  # EMA weights
@@ -171,7 +172,7 @@ def test_a_failing_reward_on_rank_0_ends_all_ranks_with_its_error(recipe: Path, 
     rewards = f"stages.ppo.rewards=[{{kind: function, path: '{tmp_path}/mine.py:broken'}}]"
     shutil.copytree(two / "base", tmp_path / "run" / "base")
     before = time.monotonic()
-    output = run(recipe, tmp_path / "run", *TWO, rewards, code=2)
+    output = run(recipe, tmp_path / "run", *TWO, rewards, code=2, forks=True)
     assert "ValueError: not today" in output
     assert "Traceback" not in output
     assert time.monotonic() - before < 240  # takes about ten seconds; a rank left in a collective would wait forever

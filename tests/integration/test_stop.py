@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     write_pretraining(tmp_path, tmp_path, steps=12)
     recipe, uninterrupted, stopped = tmp_path / "recipe.yaml", tmp_path / "uninterrupted", tmp_path / "stopped"
-    run(recipe, uninterrupted)
+    run(recipe, uninterrupted, forks=True)
     shutil.copytree(uninterrupted / "base", stopped / "base")
 
     launcher = start(recipe, stopped)
@@ -35,6 +35,6 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert last < 12
     assert (stopped / "pretrain" / "checkpoints" / f"checkpoint-{last}" / "complete").is_file()
 
-    assert f"resuming at step {last}\n" in run(recipe, stopped, "--resume")
+    assert f"resuming at step {last}\n" in run(recipe, stopped, "--resume", forks=True)
     assert metrics(stopped, "pretrain") == metrics(uninterrupted, "pretrain")
     assert exported(stopped, "pretrain") == exported(uninterrupted, "pretrain")

@@ -128,7 +128,7 @@ def test_no_operation_mixes_devices(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_expert_parallelism_mixes_no_devices_and_waits_once_per_layer(tmp_path: Path) -> None:
-    run_ranks("pretend_ranks.py", 2, tmp_path)
+    run_ranks("pretend_ranks.py", 2, tmp_path, forks=True)
     for rank in range(2):
         for found in json.loads((tmp_path / f"rank-{rank}.json").read_text()):
             assert found["mixes"] == []

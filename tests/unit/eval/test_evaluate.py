@@ -182,7 +182,8 @@ def test_a_recipe_of_tasks_alone_needs_no_prompts(folder: Path, tmp_path: Path) 
 def test_two_ranks_measure_what_one_process_measures(folder: Path, single: Path, tmp_path: Path) -> None:
     """The two ranks use ZeRO-3 and have half of the experts each."""
     recipe(folder, **comparison(folder))
-    runs.run(folder / "recipe.yaml", tmp_path / "two", "--nproc", "2", "parallel.expert_parallel_size=2")
+    words = ("--nproc", "2", "parallel.expert_parallel_size=2")
+    runs.run(folder / "recipe.yaml", tmp_path / "two", *words, forks=True)
     ours, theirs = results(tmp_path / "two"), results(single)
     assert ours["prompts"] == theirs["prompts"]
     assert ours["tasks"] == theirs["tasks"]

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    run_ranks("ranks.py", request.param, folder)
+    run_ranks("ranks.py", request.param, folder, forks=True)
     return json.loads((folder / "rank-0.json").read_text())
 
 

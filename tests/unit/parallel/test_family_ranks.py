@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("families")
-    run_ranks("family_ranks.py", 2, folder, *MODEL_TYPES)
+    run_ranks("family_ranks.py", 2, folder, *MODEL_TYPES, forks=True)
     return json.loads((folder / "rank-0.json").read_text())
 
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks("lora_ranks.py", 2, folder)
+    run_ranks("lora_ranks.py", 2, folder, forks=True)
     return json.loads((folder / "rank-0.json").read_text())
 
 

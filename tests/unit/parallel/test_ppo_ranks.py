@@ -26,7 +26,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks("ppo_ranks.py", 2, folder)
+    run_ranks("ppo_ranks.py", 2, folder, forks=True)
     return json.loads((folder / "rank-0.json").read_text())
 
 

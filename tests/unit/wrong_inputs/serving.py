@@ -155,9 +155,9 @@ def _(here: Here) -> str:
     return serve(here, "--port", str(free_port()), "--tool-parser", "hermes")
 
 
-@wrong("serve-adapter-of-an-adapter", "Serving an adapter whose base model is not known")
+@wrong("serve-adapter-of-an-adapter", "Serving an adapter as a checkpoint")
 def _(here: Here) -> str:
-    adapter(here, base_model_name_or_path=None)
+    adapter(here)
     return here.align("serve", "lora")
 
 

@@ -1,1 +1,0 @@
-"""Recipes written for the user: from a data file and a machine, or from another tool's configuration."""
