@@ -9,11 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRL_VENV ?= .venv-trl
 TRL_STAMP := $(TRL_VENV)/.installed
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 export HF_HUB_OFFLINE := 1
 # Tests start hundreds of processes; without cached bytecode each of them would compile align's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-families check compat bench bench-trl clean lock smoke image
+.PHONY: quickstart test test-fast test-families check compat bench bench-trl docs clean lock smoke image
 
 quickstart: $(STAMP)
 	$(BIN)/align run quickstart --resume
@@ -60,6 +62,10 @@ bench-trl: $(STAMP) $(TRL_STAMP)
 	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python
 	$(BIN)/python benchmarks/bench_ppo.py --trl $(TRL_VENV)/bin/python --curves
 
+# The documentation as a site, in build/site. Its environment is small and has no torch.
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/python docs/make_site.py
+
 $(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(LOCK)
@@ -71,8 +77,13 @@ $(TRL_STAMP): requirements/bench-trl.lock
 	$(TRL_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/bench-trl.lock
 	touch $@
 
+$(DOCS_STAMP): requirements/docs.lock
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/docs.lock
+	touch $@
+
 lock:
 	$(PYTHON) requirements/make_lock.py
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(TRL_VENV) $(DOCS_VENV) .pytest_cache .ruff_cache .mypy_cache build dist

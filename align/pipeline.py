@@ -53,6 +53,7 @@ def run(
     again."""
     choose(recipe, run_dir, resume=resume, only=only, start=start)
     prepare_process(recipe)
+    prints = True
     with ExitStack() as until_the_end:
 
         def plan() -> list[PlannedStage]:
@@ -76,7 +77,8 @@ def run(
             from align.parallel import group  # loads torch
 
             group.join(recipe)
-            if not group.is_main():
+            prints = group.is_main()
+            if not prints:
                 say = status = progress = _silent
             stages = group.from_rank_0("plan the run", plan)
         for name, keep, resumed in stages:
@@ -86,12 +88,27 @@ def run(
                 _run_stage(StageContext(recipe, name, run_dir, resumed, say, status, progress))
         if recipe.parallel is not None:
             group.leave()
-    if any(stage.name != BASE and recipe.stages[stage.name].makes == REPORT for stage in stages):
-        from align.eval.report.headline import headline
+        if prints:
+            _report(recipe, run_dir, stages, say)
 
-        for line in headline(run_dir):
-            say(line)
-        say(f"report: {run_dir / 'report.html'}")
+
+def _report(recipe: Recipe, run_dir: Path, stages: list[PlannedStage], say: Callable[[str], None]) -> None:
+    """Write the report of a run that has one, or has run a stage that makes one, and print its table."""
+
+    def makes_one(stage: PlannedStage) -> bool:
+        return stage.name != BASE and recipe.stages[stage.name].makes == REPORT
+
+    if not (any(map(makes_one, stages)) or (run_dir / "report.json").is_file()):
+        return
+    if stages[-1].keep or not makes_one(stages[-1]):  # otherwise the stage has just written it
+        from align.eval.report.write import write_report
+
+        write_report(run_dir)
+    from align.eval.report.headline import headline
+
+    for line in headline(run_dir):
+        say(line)
+    say(f"report: {run_dir / 'report.html'}")
 
 
 def choose(

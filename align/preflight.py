@@ -33,6 +33,7 @@ from align.rollout.refusals import REMEDY, Engine, refusal
 from align.run.adapted import weights_of
 from align.run.checkpoint import checkpoint_folder
 from align.run.folder import MODEL
+from align.run.peft_folder import is_peft_folder, local_base
 from align.run.refusals import config_problem, path_problem, role_problem, tokenizer_problem, zero_3_problem
 
 
@@ -91,7 +92,7 @@ def _of_template(path: str, variables: Mapping[str, Any]) -> Iterator[str]:
     if not variables:
         return
     try:
-        folder = local_path(path)
+        folder = local_base(local_path(path)) or local_path(path)
         files = [file.read_text(encoding="utf-8") for file in folder.glob("chat_template*")]
         files += [file.read_text(encoding="utf-8") for file in folder.glob("tokenizer_config.json")]
     except (OSError, ValueError, UserError):
@@ -158,7 +159,8 @@ def _of_tokenizer(where: str, path: str) -> Iterator[str]:
     if _config_in(path) is not None:
         folder = local_path(path)
         inner = folder / MODEL if (folder / MODEL / "config.json").is_file() else folder
-        if problem := tokenizer_problem(inner):
+        problem = tokenizer_problem(inner)
+        if problem and not ((base := local_base(folder)) and tokenizer_problem(base) is None):
             yield f"{where}: {path}: {problem}"
 
 
@@ -257,10 +259,13 @@ def _config_of(model: Model, files: bool) -> dict[str, Any] | None:
 
 
 def _config_in(path: str) -> dict[str, Any] | None:
-    """A checkpoint's config.json; None if it is missing or damaged, which other checks report."""
-    for inner in (MODEL, "."):
+    """The config.json of a checkpoint, or of an adapter's base; None if it is missing or damaged, which other checks
+    report."""
+    for inner in (MODEL, ".", None):
         try:
-            folder = local_path(path) / inner
+            folder = local_base(local_path(path)) if inner is None else local_path(path) / inner
+            if folder is None:
+                continue
             values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, UserError):
             continue
@@ -289,7 +294,7 @@ def _missing(path: str) -> str:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return any((path / "config.json").is_file() for path in (folder / MODEL, folder))
+    return any((path / "config.json").is_file() for path in (folder / MODEL, folder)) or is_peft_folder(folder)
 
 
 def _unless(holds: Callable[[Path], bool], where: str, path: str, problem: str) -> Iterator[str]:

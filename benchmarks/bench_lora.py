@@ -52,6 +52,7 @@ WAYS = {
     "attention, DoRA": (ATTENTION, None, True),
     "attention, shared expert": (ATTENTION + SHARED, None, False),
     "attention, shared and routed experts by row": (ATTENTION + SHARED, STACKS, False),
+    "attention, shared and routed experts by row, QLoRA": (ATTENTION + SHARED, STACKS, False),
     "attention, shared and routed experts by PEFT": (ATTENTION + SHARED, STACKS, False),
 }
 RANKS = (8, 64)
@@ -63,6 +64,7 @@ def build(way: str, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from align.models.lora.experts import apply_by_row
+    from align.models.quantized import quantize_model
 
     torch.manual_seed(0)
     model: Any = HunYuanForCausalLM(HunYuanConfig(**SIZES))  # type: ignore[arg-type]
@@ -71,8 +73,10 @@ def build(way: str, rank: int) -> Any:
         settings = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=modules, target_parameters=stacks, use_dora=dora
         )
+        if way.endswith("QLoRA"):
+            quantize_model(model)
         model = get_peft_model(model, settings)
-        if way.endswith("by row"):
+        if "by row" in way:
             apply_by_row(model)
     return model.train()
 

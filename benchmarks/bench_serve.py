@@ -6,8 +6,9 @@ model alone.
 A small HunYuan model learns to answer with any of six names, and adapters on attention and routed experts each learn
 one of them. Clients ask random adapters for their names, while another client loads, replaces and unloads adapters of
 the ranks 4, 8 and 64; each answer is compared with the name. Then the same number of clients generate with four
-adapters in one batch, and on a second server with one adapter merged into its base. The CPU time of the server per
-token depends less than the rates on what else the machine does.
+adapters in one batch, and on a second server with one adapter merged into its base; the same with larger random models,
+a dense one and a mixture of experts. The CPU time of the server per token depends less than the rates on what else the
+machine does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,15 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.05,
 }
+DENSE: dict[str, Any] = {"num_experts": 1, "use_mixed_mlp_moe": False, "use_cla": False, "intermediate_size": 2816}
+LARGER: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "dense": ({"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, **DENSE}, ["all-linear"]),
+    "mixture of experts": (
+        {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 1024},
+        ["attention", "routed_experts"],
+    ),
+}
+"""Sizes that differ from `SIZES`, and parts with adapters, of models whose rates alone are measured."""
 NAMES = {"ada": 8, "bob": 8, "cleo": 8, "dan": 8, "rosa": 4, "sven": 64}
 """Adapters and their ranks; the last two are swapped in and out."""
 STEADY, SWAPPED = ("ada", "bob", "cleo", "dan"), ("rosa", "sven")
@@ -82,9 +93,31 @@ def make_models(folder: Path) -> None:
         loss = train(wrapped, tokenizer, [name], steps=150, rate=2e-3, seed=seed)
         print(f"adapter {name}: rank {rank}, loss {loss:.4f}", file=sys.stderr)
         save_adapter(wrapped, folder / "adapters" / name)
-    adapter = folder / "adapters" / "ada"
-    cli.main(["adapter", "merge", str(adapter), str(folder / "merged"), "--base", str(folder / "base")])
-    tokenizer.save_pretrained(folder / "merged")
+    merge(folder, "ada", tokenizer)
+
+
+def make_random_models(folder: Path, sizes: dict[str, Any], targets: list[str]) -> None:
+    """Write a random base, four random adapters of rank 8, and a merged model."""
+    tokenizer = train_tokenizer([question(number)[0]["content"] for number in range(300)], 384)
+    torch.manual_seed(0)
+    base: Any = HunYuanForCausalLM(HunYuanConfig(vocab_size=len(tokenizer), **{**SIZES, **sizes}))
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    lora = Lora.model_validate({"rank": 8, "alpha": 16, "targets": targets})
+    wrapped = add_lora(base, lora, task="CAUSAL_LM")
+    for name in STEADY:
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.02)
+        save_adapter(wrapped, folder / "adapters" / name)
+    merge(folder, "ada", tokenizer)
+
+
+def merge(folder: Path, name: str, tokenizer: Any) -> None:
+    """Write the base with one adapter merged into it."""
+    adapter, merged = folder / "adapters" / name, folder / "merged"
+    cli.main(["adapter", "merge", str(adapter), str(merged), "--base", str(folder / "base")])
+    tokenizer.save_pretrained(merged)
 
 
 def train(model: Any, tokenizer: Any, names: list[str], *, steps: int, rate: float, seed: int) -> float:
@@ -278,11 +311,50 @@ def generate(server: Server, models: list[str], seconds: float, rate: Rate) -> N
     rate.cpu_seconds += server.cpu_seconds() - cpu
 
 
+def throughput(
+    folder: Path, clients: int, seconds: float, first: Callable[[Server], None] = lambda _: None
+) -> dict[str, Any]:
+    """Tokens per second of a model with adapters and of the model with one of them merged, measured before and after.
+
+    first: what is done with the server of the adapters before it is measured.
+    """
+    adapters = [word for name in STEADY for word in ("--adapter", f"{name}={folder / 'adapters' / name}")]
+    cases = {
+        "one adapter": ["ada"] * clients,
+        "four adapters mixed": [STEADY[i % len(STEADY)] for i in range(clients)],
+        "base beside adapters": ["base"] * clients,
+    }
+    rates = {"merged model alone": Rate(), **{case: Rate() for case in cases}}
+
+    def measure_merged() -> None:
+        with Server(str(folder / "merged"), "--name", "merged", "--no-proof") as server:
+            generate(server, ["merged"] * clients, 2, Rate())
+            generate(server, ["merged"] * clients, seconds, rates["merged model alone"])
+
+    measure_merged()
+    more = ["--adapters-dir", str(folder / "adapters"), "--max-rank", "64"]
+    with Server(str(folder / "base"), *adapters, *more) as server:
+        first(server)
+        for _ in range(2):
+            for case, models in cases.items():
+                generate(server, models, seconds, rates[case])
+    measure_merged()
+    merged = rates["merged model alone"]
+    return {
+        "tokens_per_second": {case: round(rate.per_second, 1) for case, rate in rates.items()},
+        "cpu_ms_per_token": {case: round(1000 * rate.cpu_per_token, 3) for case, rate in rates.items()},
+        "against_merged": {case: round(rate.per_second / merged.per_second, 3) for case, rate in rates.items()},
+        "cpu_against_merged": {
+            case: round(merged.cpu_per_token / rate.cpu_per_token, 3) for case, rate in rates.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--models", type=Path, help="folder of the models of an earlier run (default: train them)")
+    parser.add_argument("--models", type=Path, help="folder of the models of an earlier run (default: make them)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -290,42 +362,20 @@ def main() -> None:
         folder = options.models or Path(scratch)
         if not (folder / "merged").exists():
             make_models(folder)
-        adapters = [word for name in STEADY for word in ("--adapter", f"{name}={folder / 'adapters' / name}")]
-        few, count = options.seconds / 6, options.clients
-        cases = {
-            "one adapter": ["ada"] * count,
-            "four adapters mixed": [STEADY[i % len(STEADY)] for i in range(count)],
-            "base beside adapters": ["base"] * count,
-        }
-        rates = {"merged model alone": Rate(), **{case: Rate() for case in cases}}
+        load: dict[str, Any] = {}
 
-        def measure_merged() -> None:
-            with Server(str(folder / "merged"), "--name", "merged", "--no-proof") as server:
-                generate(server, ["merged"] * count, 2, Rate())
-                generate(server, ["merged"] * count, few, rates["merged model alone"])
-
-        measure_merged()
-        more = ["--adapters-dir", str(folder / "adapters"), "--max-rank", "64"]
-        with Server(str(folder / "base"), *adapters, *more) as server:
-            load = under_load(server, count, options.seconds)
+        def swap_adapters(server: Server) -> None:
+            load.update(under_load(server, options.clients, options.seconds))
             server.unload("guest")
-            for _ in range(2):
-                for case, models in cases.items():
-                    generate(server, models, few, rates[case])
-        measure_merged()
-    merged = rates["merged model alone"]
-    results = {
-        "load": load,
-        "tokens_per_second": {case: round(rate.per_second, 1) for case, rate in rates.items()},
-        "cpu_ms_per_token": {case: round(1000 * rate.cpu_per_token, 3) for case, rate in rates.items()},
-        "against_merged": {case: round(rate.per_second / merged.per_second, 3) for case, rate in rates.items()},
-        "cpu_against_merged": {
-            case: round(merged.cpu_per_token / rate.cpu_per_token, 3) for case, rate in rates.items()
-        },
-        "sizes": SIZES,
-        "ranks": NAMES,
-    }
-    write("serve", results)
+
+        results = throughput(folder, options.clients, options.seconds / 6, swap_adapters)
+        larger = {}
+        for name, (sizes, targets) in LARGER.items():
+            inner = folder / name.replace(" ", "-")
+            if not (inner / "merged").exists():
+                make_random_models(inner, sizes, targets)
+            larger[name] = throughput(inner, options.clients, options.seconds / 6)
+    write("serve", {"load": load, **results, "larger": larger, "sizes": SIZES, "ranks": NAMES})
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ class Run(NamedTuple):
     curves: tuple[Curves, ...]
     files: tuple[str, ...] = ()
     """Names of the recipe's input files, in the folder in which it runs."""
-    given: int | None = None
-    """Number of files on the command line, if it is not that of `files`."""
     task: str | None = None
     """The task of its evaluate stage."""
+    given: int | None = None
+    """Number of files on the command line, if it is not that of `files`."""
 
 
 TINY = (
@@ -145,7 +145,7 @@ RUNS = {
 }
 
 
-HELD_OUT_CALLS = 80
+HELD_OUT_CALLS = 64
 
 
 def sums() -> str:

@@ -61,8 +61,11 @@ def divided(name: str, files: str) -> tuple[list[dict[str, Any]], list[dict[str,
     return parts
 
 
-def write_inputs(folder: Path, sources: list[str], model: str, pairs: int) -> dict[str, Any]:
-    """Write the model, pairs.jsonl (to train on) and held_out.jsonl; returns the number of pairs by file."""
+def write_inputs(folder: Path, sources: list[str], model: str, pairs: int, held_out: int | None) -> dict[str, Any]:
+    """Write the model, pairs.jsonl (to train on) and held_out.jsonl; returns the number of pairs by file.
+
+    pairs, held_out: number of pairs of all files together; None: all.
+    """
     from align.data.chat import encode_answer, encode_prompt
     from align.train.checkpoint import load_tokenizer
 
@@ -81,7 +84,8 @@ def write_inputs(folder: Path, sources: list[str], model: str, pairs: int) -> di
         return len(encode_prompt(tokenizer, messages)) + max(map(len, sides)) <= LONGEST
 
     train_rows = {name: [row for row in rows if fits(row)][: pairs // len(train)] for name, rows in train}
-    held_rows = {name: [row for row in rows if fits(row)] for name, rows in held}
+    each = None if held_out is None else held_out // len(held)
+    held_rows = {name: [row for row in rows if fits(row)][:each] for name, rows in held}
     for file, parts in (("pairs", train_rows), ("held_out", held_rows)):
         rows = [row for part in parts.values() for row in part]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -182,11 +186,13 @@ def score(folder: Path, model: str, limit: int) -> dict[str, Any]:
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, sources: list[str], model: str, pairs: int, scored: int) -> dict[str, Any]:
+def measure(
+    folder: Path, sources: list[str], model: str, pairs: int, held_out: int | None, scored: int
+) -> dict[str, Any]:
     from align.config.parts import FileSource
     from align.eval.reward_model.score import evaluate_pairs
 
-    found: dict[str, Any] = write_inputs(folder, sources, model, pairs)
+    found: dict[str, Any] = write_inputs(folder, sources, model, pairs, held_out)
     trained = {name: in_new_process("--train", name, "--folder", str(folder), "--model", model) for name in SIDES}
     held_out = FileSource(path=str(folder / "held_out.jsonl"))
     models = {name: folder / name for name in SIDES}
@@ -226,6 +232,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", metavar="NAME=FILE[,HELD_OUT]")
     parser.add_argument("--model", choices=tuple(LEARNING_RATES), default="tiny")
     parser.add_argument("--pairs", type=int, default=1024, help="pairs to train on, the same number of each file")
+    parser.add_argument("--held-out", type=int, help="pairs to measure accuracy on; default: all held-out pairs")
     parser.add_argument("--scored", type=int, default=256, help="held-out pairs of the comparison of speed")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--train", choices=tuple(SIDES), help=argparse.SUPPRESS)
@@ -249,10 +256,12 @@ def main() -> None:
     path = RESULTS / "reward_models_vs_trl.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options.sources, options.model, options.pairs, options.scored)
+        found = measure(Path(folder), options.sources, options.model, options.pairs, options.held_out, options.scored)
     config = {"config": {**SHARED, **MODELS[LLAMA]}} if options.model == "tiny" else {}
     results[options.model] = {"batch": BATCH, "longest": LONGEST, **config, **found}
     sizes = f"--model {options.model} --pairs {options.pairs} --scored {options.scored}"
+    if options.held_out is not None:
+        sizes += f" --held-out {options.held_out}"
     files = " ".join(
         f"{s.partition('=')[0]}={','.join(Path(f).name for f in s.partition('=')[2].split(','))}"
         for s in options.sources

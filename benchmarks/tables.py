@@ -394,19 +394,23 @@ def starts(results: dict[str, Any]) -> str:
 
 
 def serve(results: dict[str, Any]) -> str:
-    load, rates, ratios = results["load"], results["tokens_per_second"], results["against_merged"]
+    load = results["load"]
     asked = (
         f"{load['clients']} clients for {load['seconds']:.0f} s: {load['requests']} requests, {load['swaps']} swaps, "
         f"**{load['wrong']} wrong answers**; latency {1000 * load['latency_p50']:.0f} ms (median), "
         f"{1000 * load['latency_p95']:.0f} ms (95th percentile); a swap takes {1000 * load['swap_p50']:.0f} ms."
     )
-    cpu, cpu_ratios = results["cpu_ms_per_token"], results["cpu_against_merged"]
-    rows = [
-        [case, f"{rate:.0f}", f"{ratios[case]:.2f}", f"{cpu[case]:.2f} ms", f"{cpu_ratios[case]:.2f}"]
-        for case, rate in rates.items()
-    ]
-    header = ["requests", "tokens/s", "against the merged model", "CPU time per token", "tokens per CPU second, ratio"]
-    return f"{asked}\n\n{table(header, rows)}"
+    models = {"hidden size 256": results}
+    models |= {f"{name}, hidden size 1024": found for name, found in results.get("larger", {}).items()}
+    rows = []
+    for model, found in models.items():
+        cpu, cpu_ratios = found["cpu_ms_per_token"], found["cpu_against_merged"]
+        for number, (case, rate) in enumerate(found["tokens_per_second"].items()):
+            ratio = found["against_merged"][case]
+            cells = [f"{rate:.0f}", f"{ratio:.2f}", f"{cpu[case]:.2f} ms", f"{cpu_ratios[case]:.2f}"]
+            rows.append(["" if number else model, case, *cells])
+    ratios = ["against the merged model", "CPU time per token", "tokens per CPU second, ratio"]
+    return f"{asked}\n\n{table(['model', 'requests', 'tokens/s', *ratios], rows)}"
 
 
 def accuracies(results: dict[str, Any]) -> str:

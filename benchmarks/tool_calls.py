@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TURNS = {"human": "User", "gpt": "Assistant", "observation": "Result", "function_call": "Call"}
-LONGEST = 1000
+LONGEST = 800
 """Characters of a prompt; longer ones are left out."""
 
 

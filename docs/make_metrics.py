@@ -26,6 +26,8 @@ are computed per pass, then averaged with the passes' tokens as weights.
 """
 ROUTERS = """Logged by every stage that trains a mixture of experts. Means over the MoE layers, without padding.
 """
+SPEED = """Logged by every training stage; PPO logs `memory/peak_gib` and the times and speeds of its phases.
+"""
 PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of updates are means over the mini-batches of
 an iteration.
 """
@@ -35,9 +37,13 @@ is the model before training. The manifest has the values of the weights that th
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.
 """
+STEPS = """The axis of every curve is the `step` of its line.
+"""
 SECTIONS: tuple[tuple[str, str, Sequence[MetricInfo]], ...] = (
     ("Training stages (pretrain, sft, reward_model, dpo, kto)", TRAINING, metrics.TRAINING),
+    ("Steps", STEPS, metrics.STEPS),
     ("Routers", ROUTERS, metrics.ROUTERS),
+    ("Speed and memory", SPEED, metrics.SPEED),
     ("PPO", PPO, metrics.PPO),
     ("Evaluation during training", DURING, metrics.DURING_TRAINING),
     ("Evaluation", EVALUATION, metrics.EVALUATION),

@@ -1,10 +1,11 @@
 """Record a command in a terminal and as a log, for the pages that show what a user sees.
 
-    python docs/record_session.py NAME COMMAND ...
+    python docs/record_session.py NAME RUN_FOLDER COMMAND ...
 
-The command runs twice. In a pseudo-terminal of 110 columns, whose lines become docs/images/NAME.svg; and with its
-output in a file, which becomes docs/sessions/NAME.txt. The environment variable SESSION_LINES limits the
-picture to its last lines. Paths of the working directory are written as `.`. Needs pyte, a terminal emulator, and rich.
+The command runs twice, each time without RUN_FOLDER, which is removed before. The first time it runs in a
+pseudo-terminal of 110 columns, whose lines become docs/images/NAME.svg. The second time its output goes to a file,
+docs/sessions/NAME.txt. The environment variable SESSION_LINES limits the picture to its last lines. Paths of the
+working directory are written as `.`. Needs pyte, a terminal emulator, and rich.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -73,9 +75,10 @@ def as_log(command: list[str]) -> tuple[str, int]:
 
 
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit("usage: python docs/record_session.py NAME COMMAND ...")
-    name, command = sys.argv[1], sys.argv[2:]
+    if len(sys.argv) < 4:
+        sys.exit("usage: python docs/record_session.py NAME RUN_FOLDER COMMAND ...")
+    name, folder, command = sys.argv[1], sys.argv[2], sys.argv[3:]
+    shutil.rmtree(folder, ignore_errors=True)
     screen, code = in_a_terminal(command)
     if code != 0:
         sys.exit(f"{name}: the command ended with exit code {code} in the terminal; nothing was written.")
@@ -86,6 +89,7 @@ def main() -> None:
             line.plain = line.plain.replace(f"{os.getcwd()}/", "./")
             console.print(line)
     console.save_svg(str(DOCS / "images" / f"{name}.svg"), title=" ".join(command))
+    shutil.rmtree(folder)
     text, code = as_log(command)
     if code != 0:
         sys.exit(f"{name}: the command ended with exit code {code} when its output went to a file.")

@@ -79,7 +79,7 @@ class Comparison:
 def compare_folders(first: Path, second: Path) -> Comparison:
     """Compare the model of `second` with the model of `first`. Raises `UserError` if they share no metric."""
     folders = [_model_folder(path) for path in (first, second)]
-    results = [_results(folder) for folder in folders]
+    results = [model_results(folder) for folder in folders]
     left, right = (document_values(folder, of_model) for folder, of_model in zip(folders, results))
     found = Comparison(*_names(folders))
     for key in [*left, *(key for key in right if key not in left)]:
@@ -91,7 +91,7 @@ def compare_folders(first: Path, second: Path) -> Comparison:
         if versions[0] != versions[1]:
             found.notes.append(f"{task}: the versions differ ({versions[0]}; {versions[1]}), so it is not compared")
             continue
-        if (difference := _difference(task, metric, left[key], right[key])) is None:
+        if (difference := paired_difference(task, metric, left[key], right[key])) is None:
             found.notes.append(f"{task}, {metric}: no document is scored in both")
         else:
             found.differences.append(difference)
@@ -107,7 +107,7 @@ def compare_folders(first: Path, second: Path) -> Comparison:
     return found
 
 
-def _difference(
+def paired_difference(
     task: str, metric: str, first: dict[str, float | None], second: dict[str, float | None]
 ) -> Difference | None:
     both = [d for d, value in first.items() if value is not None and second.get(d) is not None]
@@ -186,7 +186,7 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def model_results(folder: Path) -> dict[str, Any]:
     """The model's tasks in results.json; empty if there is none."""
     path = folder.parent / "results.json"
     if not path.is_file():

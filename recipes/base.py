@@ -21,7 +21,7 @@ from align.models.hot_start import convert_hot_start, embedded_source
 from align.models.vocabulary import added_token_ids
 from align.models.weight_files import weight_files
 from align.parallel.group import from_rank_0
-from align.run.adapted import POINTER, base_of, write_pointer
+from align.run.adapted import POINTER, base_of, with_base, write_pointer
 from align.run.checkpoint import read_config
 from align.run.context import StageContext, StageResult
 from align.run.folder import remove_folder, replace_folder, write_json
@@ -163,6 +163,7 @@ def _find_pretrained(model: PretrainedModel) -> Path:
                 f"model.path: '{model.path}' is neither a folder nor a hub id that can be reached from here; "
                 "check the spelling, or download the checkpoint and set its folder."
             ) from None
+    source = with_base(source)
     _require_known_keys(model.config, check_checkpoint(source).get("model_type", DEFAULT_FAMILY))
     return source
 

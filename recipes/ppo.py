@@ -13,6 +13,7 @@ from align.config.ppo import PpoStage
 from align.data.chat import stop_token_ids
 from align.data.prepare import prepare_prompts
 from align.losses.kl import adapted_kl_coef
+from align.models.quantized import quantized_weights
 from align.models.shared_weights import SharedWeights
 from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import world
@@ -60,8 +61,11 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
                 f"  {shared.shared:,} of {shared.loaded:,} loaded parameters are another model's: in memory once"
             )
         parameters = count_parameters(models.policy.model)
-        for role, learner in models.learners.items():
-            say_trained(learner.model, context, count_parameters(learner.model)["total"], role)
+        weights = {
+            role: table
+            for role, learner in models.learners.items()
+            if (table := say_trained(learner.model, context, count_parameters(learner.model)["total"], role))
+        }
         engine = partial(
             build_engine,
             parent,
@@ -82,6 +86,9 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
             progress = saved
             sampler.update_weights(models.policy, version=progress.step)
             context.say(f"  resuming at step {progress.step}")
+        if progress.step == 0 and quantized_weights(models.policy.model):
+            # The engine has read the weights of the checkpoint, which are not quantised.
+            sampler.update_weights(models.policy, version=0)
         log = RunLog(stage, context, models.policy.model, tokenizer, first_step=progress.step)
         stack.callback(log.close)
         evaluations = during_ppo(stage, context, models, sampler, tokenizer, log)
@@ -133,7 +140,7 @@ def run(stage: PpoStage, context: StageContext) -> StageResult:
     models.policy.swap_ema()  # not swapped back: saving may merge the adapters, so training ends here
     save = "merged" if stage.lora is None else stage.lora.save
     save_model(models.policy.model, tokenizer, context.dir, dtype, parallel, save=save)
-    return StageResult(metrics | handed_on, report.to_dict(), parameters)
+    return StageResult(metrics | handed_on, report.to_dict(), parameters, weights=weights or None)
 
 
 def next_progress(stage: PpoStage, progress: Progress, metrics: dict[str, float]) -> Progress:

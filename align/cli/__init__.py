@@ -11,7 +11,23 @@ import traceback
 from pathlib import Path
 
 from align import __version__
-from align.cli import adapter, completion, data, eval, machine, models, plan, runs, serve
+from align.cli import (
+    adapter,
+    compare,
+    completion,
+    data,
+    eval,
+    import_recipe,
+    init,
+    machine,
+    models,
+    plan,
+    recipes,
+    runs,
+    serve,
+    sweep,
+    watch,
+)
 from align.cli.parser import MainParser, Parser
 from align.cli.runs import process_overrides, run_command
 from align.cli.terminal import color, set_verbosity
@@ -66,6 +82,8 @@ def _stopped_line(options: argparse.Namespace, code: int) -> str:
     line = f"stopped by {signal_name(code - 128)}"
     if options.command is eval.run_evaluation:
         return f"{line}; the answers so far are recorded: continue with --resume"
+    if options.command is sweep.run_command:
+        return f"{line}; continue with the same command and --resume"
     if options.command is not runs.run_recipe:
         return line
     again = argparse.Namespace(**{**vars(options), "start": None, "resume": True})
@@ -97,6 +115,22 @@ def build_parser() -> MainParser:
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     commands = parser.add_subparsers(prog="align", required=True, metavar="COMMAND", parser_class=Parser)
-    for group in (runs, plan, data, models, adapter, eval, serve, machine, completion):
+    for group in (
+        init,
+        import_recipe,
+        recipes,
+        runs,
+        sweep,
+        watch,
+        plan,
+        data,
+        models,
+        adapter,
+        eval,
+        compare,
+        serve,
+        machine,
+        completion,
+    ):
         group.add(commands)
     return parser

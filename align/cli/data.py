@@ -125,8 +125,8 @@ def _source(options: argparse.Namespace) -> Any:
         "split": options.split or None,
         "name": options.name,
         "format": options.format,
-        "columns": _pairs("--columns", options.columns),
-        "roles": _pairs("--roles", options.roles),
+        "columns": pairs("--columns", options.columns),
+        "roles": pairs("--roles", options.roles),
         "ignore": options.ignore,
     }
     try:
@@ -137,9 +137,10 @@ def _source(options: argparse.Namespace) -> Any:
         raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}. Correct the option.") from None
 
 
-def _pairs(option: str, values: list[str]) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values]
-    for value, (new, equals, old) in zip(values, pairs):
+def pairs(option: str, values: list[str]) -> dict[str, str]:
+    """The words NEW=OLD of an option, as {NEW: OLD}."""
+    parts = [value.partition("=") for value in values]
+    for value, (new, equals, old) in zip(values, parts):
         if not (new and equals and old):
             raise UserError(f"{option} {value}: not of the form NAME=NAME. Correct the option.")
-    return {new: old for new, _, old in pairs}
+    return {new: old for new, _, old in parts}

@@ -1,4 +1,4 @@
-"""Commands on evaluations: `eval`, `compare`."""
+"""The command `eval`."""
 
 from __future__ import annotations
 
@@ -107,21 +107,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_json(command, "print results.json instead of a table")
     add_verbosity(command, "print the table without the progress")
     command.set_defaults(command=run_evaluation)
-
-    compare = commands.add_parser(
-        "compare",
-        help="compare two evaluations",
-        description="Compare the models of two evaluations document by document, with paired tests.",
-        epilog=examples(
-            "align compare evaluation/sft evaluation/ppo", "align compare evaluation/sft evaluation/ppo --json"
-        ),
-    )
-    compare.add_argument(
-        "first", type=Path, metavar="OUT_A", help="folder of an evaluation, or one model's folder in it"
-    )
-    compare.add_argument("second", type=Path, metavar="OUT_B", help="another; the differences are OUT_B minus OUT_A")
-    add_json(compare)
-    compare.set_defaults(command=_compare)
 
 
 def run_evaluation(options: argparse.Namespace) -> None:
@@ -235,13 +220,3 @@ def _require_positive(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0. Leave it out for the default.")
     if options.temperature is not None and options.temperature < 0:
         raise UserError(f"--temperature {options.temperature}: must be 0 or above.")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from align.eval.pairing import compare_folders
-
-    comparison = compare_folders(options.first, options.second)
-    if options.json:
-        print(json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        print(comparison.table())

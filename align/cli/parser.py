@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from align.cli.terminal import color
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "write a recipe": ("show", "check", "plan"),
+    "write a recipe": ("init", "import-recipe", "recipes", "show", "check", "plan"),
     "look at data": ("data",),
-    "run": ("run", "report"),
+    "run": ("run", "sweep", "watch", "report"),
     "evaluate": ("eval", "compare"),
     "use a model": ("chat", "serve", "serve-rollout", "serve-reward"),
     "change a model": ("adapter", "convert", "show-model"),
@@ -133,7 +133,9 @@ def _command_action(parser: argparse.ArgumentParser) -> argparse._SubParsersActi
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the arguments `recipe` and `overrides`."""
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, ...)")
+    parser.add_argument(
+        "recipe", help="a YAML file, or the name of a shipped recipe (tiny, quickstart, ...; see `align recipes`)"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -83,8 +83,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser(
         "report",
         help="write a run's report again",
-        description="Write report.json, report.md and report.html in a run folder, or results.md and report.html in "
-        "the folder of an evaluation.",
+        description="Write report.json, report.md and report.html in the folder of a run or a sweep, or results.md and "
+        "report.html in the folder of an evaluation.",
         epilog=examples("align report runs/tiny", "align report runs/tiny --json"),
     )
     report.add_argument("run_dir", type=Path)
@@ -175,16 +175,16 @@ def _adapter_lines(path: str, overrides: list[str], *, loads_torch: bool) -> Ite
     """Trained parameters by group of each stage with adapters, and what follows for serving them."""
     from align.config import load_recipe
     from align.plan.job import adapted_models
+    from align.plan.sizes import is_counted_with_torch
 
     for name, role, shape, lora, scorer in adapted_models(load_recipe(path, overrides), loads_torch=loads_torch):
-        groups = shape.trained_groups(lora, scorer=scorer) if shape is not None else {}
+        counted = shape is not None and (loads_torch or not is_counted_with_torch(lora))
+        groups = shape.trained_groups(lora, scorer=scorer) if shape is not None and counted else {}
         counts = ", ".join(f"{group} {count:,}" for group, count in groups.items())
-        share = "" if shape is None else f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})"
-        more = [*lora.names, *lora.modules_to_save, *(["the norms of DoRA"] if lora.dora else [])]
-        uncounted = f"; not counted: {', '.join(more)}" if more else ""
+        share = f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})" if groups and shape else ""
         counts = counts or ("adapters" if loads_torch else "adapters (--data counts them, and loads torch)")
-        yield f"  {name}: {role} trains {counts}{share}{uncounted}"
-        if lora.train_router and (shape is None or "router" in groups):
+        yield f"  {name}: {role} trains {counts}{share}"
+        if lora.train_router and (not groups or "router" in groups):
             size = "" if shape is None else f" ({shape.parameters() * 2 / 1e6:,.0f} MB in bf16)"
             yield (
                 f"  {name}: the {role}'s router is trained, so the adapter cannot be served beside its base, only "
@@ -240,6 +240,12 @@ def _report(options: argparse.Namespace) -> None:
         results = Results.read(options.run_dir)
         results.write()
         print(json.dumps(results.content, indent=2) if options.json else options.run_dir / "report.html")
+        return
+    if (options.run_dir / "sweep.json").is_file():
+        from align.sweep.results import write_sweep_report
+
+        paths = write_sweep_report(options.run_dir)
+        print(paths[0].read_text(encoding="utf-8") if options.json else "\n".join(map(str, paths)))
         return
     if not (options.run_dir / "recipe.json").is_file():
         raise UserError(f"{options.run_dir}: it has no recipe.json; pass the folder that `align run` wrote.")

@@ -149,7 +149,9 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--max-sequences", type=int, help="maximum number of sequences decoded concurrently")
     serve.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
     serve.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
-    serve.add_argument("--tool-parser", metavar="NAME", help="vLLM's parser of the model's tool calls, such as hermes")
+    serve.add_argument(
+        "--tool-parser", metavar="NAME", help="vLLM's parser of the model's tool calls (default: one that reads them)"
+    )
     serve.add_argument(
         "--drain-seconds", type=int, default=30, help="time for running requests after SIGTERM (default: 30)"
     )

@@ -143,6 +143,16 @@ def _parse(text: str) -> Any:
     return _separate(yaml.load(text, Loader=_StrictLoader), count())
 
 
+def parse_value(text: str, where: str) -> Any:
+    """The value of a piece of YAML on the command line. Raises `UserError`, whose message begins with `where`."""
+    try:
+        return _parse(text)
+    except _Refused as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.YAMLError:
+        raise UserError(f"{where}: the value is not valid YAML; correct it.") from None
+
+
 def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
     """Copy with every alias expanded, so that an override of one key does not change others that share the alias."""
     if next(counter) > MOST_VALUES:
@@ -211,14 +221,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"override '{override}': not of the form key=value; write, for example, stages.dpo.beta=0.2.")
-    try:
-        value = _parse(text)
-        if dotted.count(".") > DEEPEST:
-            raise _too_deep()
-    except _Refused as error:
-        raise UserError(f"override '{override}': {error}") from None
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': the value is not valid YAML; correct it.") from None
+    value = parse_value(text, f"override '{override}'")
+    if dotted.count(".") > DEEPEST:
+        raise UserError(f"override '{override}': {_too_deep()}")
     *parents, last = dotted.split(".")
     stages = values.get("stages")
     if parents[:1] == ["stages"] and len(parents) > 1 and isinstance(stages, dict) and parents[1] not in stages:

@@ -28,7 +28,7 @@ REFUSED_INIT = {
     "pissa": "it changes the base weights, so the adapter would not fit the base that it is saved with",
     "olora": "it changes the base weights, so the adapter would not fit the base that it is saved with",
     "corda": "it changes the base weights, so the adapter would not fit the base that it is saved with",
-    "loftq": "it is for quantized base weights, and the base is not quantized",
+    "loftq": "it changes the base weights, so the adapter would not fit the base that it is saved with",
     "eva": "it reads activations of the data first, and leaves adapters on stacked experts as they are without a word",
     "lora_ga": "it reads gradients of the data first, which stacked experts do not offer",
 }
@@ -100,6 +100,10 @@ class Lora(Section):
     """Train the input and output embeddings in full. The tokens of `model.add_tokens` need it."""
     train_head: bool = False
     """Train the output embeddings alone in full. Only for a model whose input and output embeddings are not tied."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen weights of attention, MLPs and routed experts in 4 bits (QLoRA), 0.5625 bytes per value. Products
+    are computed in the recipe's `dtype`. Embeddings, head, routers and norms keep that dtype. On a GPU it needs
+    bitsandbytes (`align-moe[qlora]`). Not with `dora` or `parallel`. Default: no quantisation."""
 
     save: Save = "adapter"
     """What `model/` of the stage has. adapter: the adapter and a pointer to its base, which must be kept; later stages
@@ -142,6 +146,8 @@ class Lora(Section):
             )
         if self.dora and self.experts:
             raise ValueError("DoRA needs matrices, but routed experts are stacks of them; set dora or experts to false")
+        if self.dora and self.quantize:
+            raise ValueError("DoRA needs the norms of the weights, which quantize rounds; remove one of the two")
         if self.train_head and self.train_embeddings:
             raise ValueError("embeddings include lm_head; remove one of the two")
         for group in self.groups:

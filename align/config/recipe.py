@@ -118,6 +118,11 @@ class Recipe(Section):
                     f"stages.{name}.{dora[0]}: DoRA needs the norms of whole weights, which `parallel` shards; set "
                     "dora to false, or remove parallel"
                 )
+            if self.parallel is not None and (four_bit := [where for where, lora in adapted.items() if lora.quantize]):
+                raise ValueError(
+                    f"stages.{name}.{four_bit[0]}: weights in 4 bits cannot be sharded; remove quantize, or remove "
+                    "parallel"
+                )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,9 @@ batch-size check in recipe.py, and the preflight check of evaluation tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, TypeVar
+
+from pydantic import Field
 
 from align.config.evaluation import EvaluateDuring, TaskOptions
 from align.config.parts import StageSource
@@ -58,6 +60,9 @@ class StageBase(Section):
     trains: ClassVar[bool] = False
     """True if the stage updates weights. For such stages the preflight checks that `expert_parallel_size` divides the
     number of experts. `align serve-rollout` without `--stage` serves the first of them that generates completions."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed of this stage's random choices. Default: the recipe's `seed`."""
 
     def checkpoints(self) -> Iterator[Reference]:
         """Checkpoints that the stage loads."""

@@ -238,8 +238,15 @@ class Experts(nn.Module):
 
     def outputs(self, rows_ND: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]) -> Tensor:
         """Like `expert_outputs`, of the experts on this rank."""
-        rows_ND, gate_up, down = in_autocast_dtype(rows_ND, self.gate_up_proj, self.down_proj)
-        return expert_outputs(rows_ND, gate_up, down, self.act, division, corrections)
+        hidden = gated_halves(self.act, self.product("gate_up_proj", rows_ND, division, corrections))
+        return self.product("down_proj", hidden, division, corrections)
+
+    def product(
+        self, name: str, rows_NI: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]
+    ) -> Tensor:
+        """Product [N, O] of the rows with the stack `name`, plus the correction of its adapter, if any."""
+        rows_NI, stack = in_autocast_dtype(rows_NI, getattr(self, name))
+        return corrected(name, rows_NI, stack.mT if self.is_transposed else stack, division, corrections)
 
     def forward(
         self,

@@ -37,6 +37,7 @@ def counted_shape(name: str, values: Mapping[str, Any]) -> ModelShape:
     everything = sum(parameter.numel() for parameter in model.parameters())
     own_head = sum(parameter.numel() for parameter in head.parameters() if parameter is not embedding)
     inside = sum(layer.parameters for layer in layers)
+    described = json.dumps(config.to_dict(), default=str)
     return ModelShape(
         name=name,
         vocab_size=config.vocab_size,
@@ -48,7 +49,8 @@ def counted_shape(name: str, values: Mapping[str, Any]) -> ModelShape:
         max_length=config.max_position_embeddings,
         keeps_kv=False,
         layers=layers,
-        activations=TracedActivations(json.dumps(config.to_dict(), default=str), config.hidden_size, layers),
+        activations=TracedActivations(described, config.hidden_size, layers),
+        config=described,
     )
 
 

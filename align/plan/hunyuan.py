@@ -5,6 +5,7 @@ Letters: H query heads, K key/value heads, d head size, E experts, a bytes per a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ def hunyuan_shape(name: str, config: Mapping[str, Any]) -> ModelShape:
         keeps_kv=True,
         layers=tuple(_layer(values, head_dim, index, group) for index in range(values["num_hidden_layers"])),
         activations=HunYuanActivations(hidden, heads, kv_heads, head_dim, values["use_qk_norm"]),
+        config=json.dumps(dict(config), default=str),
     )
 
 

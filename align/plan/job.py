@@ -22,6 +22,7 @@ from align.config.stages import TrainingStage
 from align.errors import UserError
 from align.plan.shape import ARITHMETIC, shape_of
 from align.plan.sizes import ModelShape
+from align.run.peft_folder import local_base
 
 Trained = Literal["all", "adapters", "head", "nothing"]
 Shapes = Callable[[str], ModelShape]
@@ -458,8 +459,10 @@ GROWN: dict[str, Callable[[HotStartModel, dict[str, Any]], dict[str, Any]]] = {
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """config.json of a checkpoint, or of the model in a stage's folder (whose own config.json has other settings)."""
-    for path in (folder / "model" / "config.json", folder / "config.json"):
+    """config.json of a checkpoint, of an adapter's base, or of the model in a stage's folder, whose own config.json has
+    other settings."""
+    base = local_base(folder)
+    for path in (folder / "model" / "config.json", folder / "config.json", *([base / "config.json"] if base else [])):
         if path.is_file():
             return _read_json(path)
     return None

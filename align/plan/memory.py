@@ -14,7 +14,7 @@ from align.plan import activations
 from align.plan.activations import Pass
 from align.plan.job import Job, Member
 from align.plan.setting import Setting
-from align.plan.sizes import LayerShape
+from align.plan.sizes import LayerShape, by_groups
 
 Bytes = dict[str, float]
 FORWARD, LOSS, GENERATE, STEP = "forward", "loss", "generation", "optimizer step"
@@ -360,7 +360,7 @@ class _Rank:
             False,
             value,
             weight,
-            member.lora,
+            by_groups(member.lora) if member.lora else None,
             self.adapter_bytes(member) if member.lora else 4,
             looped=self.on_cpu or value == 4,
             pairs=self.job.sequences > 1,

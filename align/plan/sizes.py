@@ -1,10 +1,13 @@
-"""Sizes and parameter counts of a decoder, and the arithmetic on them. Nothing here imports torch."""
+"""Sizes and parameter counts of a decoder, and the arithmetic on them.
+
+Only the parameters that LoRA settings train by name, and those of DoRA, are counted with torch.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -95,6 +98,7 @@ class ModelShape:
     max_length: longest sequence.
     keeps_kv: under activation checkpointing, keys and values are kept, because later layers use them.
     activations: bytes that a forward pass saves.
+    config: the values of its config.json, as JSON.
     """
 
     name: str
@@ -108,6 +112,7 @@ class ModelShape:
     keeps_kv: bool
     layers: tuple[LayerShape, ...]
     activations: Activations
+    config: str = field(repr=False)
 
     @cached_property
     def kinds(self) -> tuple[tuple[LayerShape, int], ...]:
@@ -179,10 +184,14 @@ class ModelShape:
         return inside, sum(groups.values()) - inside
 
     def trained_groups(self, lora: Lora, *, scorer: bool = False) -> dict[str, int]:
-        """Trained parameters of each group that has any.
+        """Trained parameters of each group that has any, without the score head of a scorer.
 
-        Not counted: the score head of a scorer, module names in `targets`, `modules_to_save`, and DoRA's norms.
+        Module names in `targets` and `modules_to_save`, and DoRA, are counted with torch.
         """
+        if is_counted_with_torch(lora):
+            from align.plan.adapters import counted_groups
+
+            return counted_groups(self.config, lora, scorer=scorer)
         layers = [layer for number, layer in enumerate(self.layers) if lora.adapts(number)]
         attention, mlp, experts = (lora.rank_of(group) for group in ("attention", "shared_expert", "routed_experts"))
         groups = {
@@ -212,3 +221,18 @@ class ModelShape:
             total += layer.router * any(lora.train_router for lora in here)
         total += self.embedding * any(lora.train_embeddings for lora in merged)
         return total + self.head * any(lora.train_embeddings or lora.train_head for lora in merged)
+
+
+def is_counted_with_torch(lora: Lora) -> bool:
+    """True if the settings train parameters that only the model itself shows: modules by name, or DoRA's norms."""
+    return bool(lora.names or lora.modules_to_save or lora.dora)
+
+
+def by_groups(lora: Lora) -> Lora:
+    """Settings with nearly the same activations that name no modules, which an excerpt of the model may lack.
+
+    Named layers count as all layers of attention and MLP; adapters save little for the backward pass.
+    """
+    named = bool(lora.names)
+    changes = {"attention": lora.attention or named, "shared_mlp": lora.shared_mlp or named}
+    return lora.model_copy(update={**changes, "targets": None, "modules_to_save": [], "layers": None})

@@ -15,7 +15,7 @@ from align.rl.complete import filled
 from align.rl.panel import Panel
 from align.rl.score import RolloutBatch
 from align.run.context import StageContext
-from align.run.folder import MetricsWriter
+from align.run.folder import STEPS, MetricsWriter, write_json
 from align.run.metrics import PHASES
 from align.run.pace import Pace
 from align.train.device import peak_bytes
@@ -53,6 +53,7 @@ class RunLog:
             kept = first_step or None
             self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)
             self.samples = MetricsWriter(context.dir / "samples.jsonl", from_step=kept)
+            write_json(context.dir / STEPS, {"steps": stage.steps})
             self.trackers = Trackers(context, model)
             self.panel = Panel(context.name, self.stage.steps, PHASES) if sys.stdout.isatty() else None
 

@@ -10,24 +10,36 @@ from typing import Any
 
 from torch import Tensor
 
-from align.models.lora.served import SlotRows, add_product
+from align.models.lora.served import LinearFactors, SlotRows
 
 
 def correct_products() -> None:
     """Replace the products of linear layers in vLLM's CPU class. A second call is a no-op."""
+    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     if getattr(PunicaWrapperCPU.add_lora_linear, "is_corrected", False):
         return
-    update = PunicaWrapperCPU.update_metadata
+    update, activate = PunicaWrapperCPU.update_metadata, LoRAModelManager.activate_adapter
 
-    def update_metadata(self: Any, *arguments: Any, **named: Any) -> None:
-        update(self, *arguments, **named)
+    def update_metadata(
+        self: Any, mapping: Any, lora_index_to_id: list[int | None], *arguments: Any, **named: Any
+    ) -> None:
+        update(self, mapping, lora_index_to_id, *arguments, **named)
         self.align_division = SlotRows.of(self.token_lora_indices)
         self.align_tokens = len(self.token_lora_indices)
+        slots = tuple(slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None)
+        if slots != getattr(self, "align_slots", None):
+            self.align_slots, self.align_factors = slots, {}
+
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.align_factors = {}
+        return activate(self, lora_id)
 
     setattr(PunicaWrapperCPU, "update_metadata", update_metadata)  # noqa: B010 (mypy refuses the assignment)
     setattr(PunicaWrapperCPU, "add_lora_linear", add_lora_linear)  # noqa: B010
+    setattr(LoRAModelManager, "activate_adapter", activate_adapter)  # noqa: B010
 
 
 def add_lora_linear(
@@ -43,17 +55,19 @@ def add_lora_linear(
     """Add scale * B A x to `y` in place for each slice of the outputs, with the factors of each token's slot.
 
     x, y: [T, I] and [T, O]; vLLM may add padding after the T tokens of its mapping.
-    lora_a_stacked, lora_b_stacked: per slice A [S, 1, r, I] and B [S, 1, O, r].
+    lora_a_stacked, lora_b_stacked: per slice A [S, 1, r, I] and B [S, 1, O, r], both padded with zeros to the largest
+        rank. Their factors are copied once without padding.
     """
     division: SlotRows | None = self.align_division
     if division is None:
         return
+    key = lora_a_stacked[0].data_ptr()
+    factors = self.align_factors.get(key)
+    if factors is None:
+        a, b = ([stacked[:, 0] for stacked in each] for each in (lora_a_stacked, lora_b_stacked))
+        factors = self.align_factors[key] = LinearFactors(a, b, self.align_slots)
     x, y = x.reshape(-1, x.shape[-1])[: self.align_tokens], y.view(-1, y.shape[-1])[: self.align_tokens]
-    start = 0
-    for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-        rows = x if scale == 1 else x * scale
-        add_product(y[:, start : start + size], rows, a[:, 0], b[:, 0], division)
-        start += size
+    factors.add(y, x if scale == 1 else x * scale, division)
 
 
 add_lora_linear.is_corrected = True  # type: ignore[attr-defined]

@@ -1,10 +1,12 @@
 """Checkpoints that are stored as an adapter and a pointer to their base. Nothing here loads torch.
 
     model/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
-    model/base.json                                        path of the base, and a hash of its weights
+    model/base.json                                        path of the base, a hash of its weights, and how they were
+                                                           quantised during training, if they were
     model/config.json, tokenizer                           those of the model with the adapter
 
-The base is a checkpoint of either kind, so adapters may be stacked.
+The base is a checkpoint of either kind, so adapters may be stacked. `with_base` turns a folder that PEFT saved, without
+pointer and config.json, into such a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import NamedTuple
 
 from align.errors import UserError
-from align.run.cache import cache_folder
-from align.run.folder import write_json
-from align.run.inputs import content_digest
+from align.run.cache import cache_folder, hashed, writing
+from align.run.folder import remove_folder, write_json
+from align.run.inputs import checkpoint_files, content_digest
+from align.run.peft_folder import local_base
 
 POINTER = "base.json"
+SOURCE = "adapter"
+"""Key of a pointer that `with_base` writes: the folder that PEFT saved."""
 
 
 class Weights(NamedTuple):
@@ -52,12 +59,12 @@ def base_of(folder: Path) -> Path:
         raise UserError(
             f"{folder}: its base model {base} does not exist; restore it, or write its folder into {folder / POINTER}."
         )
-    if weights_digest(base) != _pointer(folder)["digest"]:
+    if weights_digest(with_base(base)) != _pointer(folder)["digest"]:
         raise UserError(
             f"{folder}: its base model {base} has changed since the adapter was trained, so together they are another "
             "model; restore the base, or train the adapter again."
         )
-    return base
+    return with_base(base)
 
 
 def require_base(adapter: Path, base: Path) -> None:
@@ -69,14 +76,57 @@ def require_base(adapter: Path, base: Path) -> None:
         )
 
 
-def write_pointer(folder: Path, place: Path, base: Path) -> None:
+def write_pointer(folder: Path, place: Path, base: Path, quantize: str | None = None) -> None:
     """Write the pointer to `base` into `folder`, which will be moved to `place`.
 
     The path is relative within a run, so that the run's folder can be moved.
+    quantize: How the base was quantised in memory while the adapter was trained. The files of the base are not.
     """
+    digest = weights_digest(base)
+    if (base / POINTER).is_file():
+        base = Path(_pointer(base).get(SOURCE, base))
     base, run = base.absolute(), place.absolute().parent.parent
     path = os.path.relpath(base, place.absolute()) if base.is_relative_to(run) else str(base)
-    write_json(folder / POINTER, {"base": path, "digest": weights_digest(base)})
+    trained_on = {} if quantize is None else {"quantize": quantize}
+    write_json(folder / POINTER, {"base": path, "digest": digest, **trained_on})
+
+
+def with_base(folder: Path) -> Path:
+    """The checkpoint of an adapter in a folder of PEFT, if its settings name a base on this machine.
+
+    Other folders are returned unchanged. The checkpoint is a folder of links in the cache: to the adapter's files, and
+    to the configuration and the tokenizer of the base. A tokenizer in the adapter's folder takes precedence.
+    """
+    base = local_base(folder)
+    if base is None:
+        return folder
+    folder, base = folder.resolve(), base.resolve()
+    files = {name: file for name, file in checkpoint_files(base).items() if not _is_weight(name)}
+    files |= checkpoint_files(folder)
+    pointer = {"base": str(base), "digest": weights_digest(base), SOURCE: str(folder)}
+    cache = cache_folder(None).parent / "adapters"
+    target = cache / hashed([pointer, weights_digest(folder), sorted(map(str, files.values()))])[:16] / folder.name
+    if not target.is_dir():
+        with writing(cache):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(mkdtemp(dir=target.parent, prefix=".new-"))
+            for name, file in files.items():
+                (made / name).symlink_to(file.resolve())
+            write_json(made / POINTER, pointer)
+            with suppress(OSError):  # another process has made it
+                made.rename(target)
+            remove_folder(made)
+    return target
+
+
+def _is_weight(name: str) -> bool:
+    """True for files with weights, their index, and the settings of an adapter."""
+    return name.endswith((".safetensors", ".index.json")) or name in (POINTER, "adapter_config.json")
+
+
+def trained_on(adapter: Path) -> str | None:
+    """How the base was quantised while this adapter was trained; None if it was not, or if that is not recorded."""
+    return _pointer(adapter).get("quantize") if (adapter / POINTER).is_file() else None
 
 
 def weights_digest(folder: Path) -> str:

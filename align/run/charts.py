@@ -55,7 +55,25 @@ def evaluation_charts(keys: Iterable[str]) -> list[Chart]:
     ]
 
 
-OPTIMIZER_CHARTS = (chart("grad_norm"), chart("learning_rate"))
+def chart_keys(kind: str, keys: Iterable[str]) -> list[str]:
+    """The metrics of a kind of stage that are worth a chart of their own, those of `keys` alone, in the order of its
+    charts.
+
+    keys: keys of metrics.jsonl.
+    """
+    having = list(keys)
+    charts = [*evaluation_charts(having), *CHARTS.get(kind, (chart("loss", held_out=True),))]
+    wanted = dict.fromkeys(key for found in charts for key, _ in found.series)
+    return [key for key in wanted if key in having]
+
+
+OPTIMIZER_CHARTS = (
+    chart("grad_norm"),
+    chart("learning_rate"),
+    chart("expert_load_max"),
+    chart("speed/train"),
+    chart("memory/peak_gib"),
+)
 LANGUAGE_CHARTS = (
     chart("loss", held_out=True),
     chart("mean_token_accuracy", held_out=True),

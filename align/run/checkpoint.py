@@ -8,12 +8,16 @@ from typing import Any
 
 from align.config.paths import local_path
 from align.errors import UserError
+from align.run.adapted import with_base
 from align.run.folder import MODEL
 from align.run.refusals import config_problem, path_problem
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint in a stage's folder, or the folder itself; raises `UserError` for the folder of a whole run."""
+    """The checkpoint in a stage's folder, or the folder itself; for an adapter that PEFT saved, see `with_base`.
+
+    Raises `UserError` for the folder of a whole run.
+    """
     path = local_path(path)
     if (path / MODEL / "config.json").is_file():
         return path / MODEL
@@ -25,7 +29,7 @@ def checkpoint_folder(path: Path) -> Path:
             else "a stage's folder once one has finished"
         )
         raise UserError(f"{path}: this is the folder of a whole run; pass {made}.")
-    return path
+    return with_base(path)
 
 
 def adapter_folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ from align.config.lora import Lora
 from align.config.paths import local_path
 from align.config.recipe import BASE, Recipe, is_path
 from align.errors import UserError
+from align.run.adapted import with_base
 from align.run.folder import MODEL
 
 
@@ -21,6 +22,8 @@ class StageResult:
     metrics     final metrics, by name
     data        counts of rows read, used and dropped
     parameters  total, active and trainable parameters of the model, if the stage has one
+    weights     numbers of weights in 4 bits, kept and trained, and their bytes, by group of each model that has weights
+                in 4 bits
     training    steps and seconds of training since the stage was last started or resumed, evaluation included
     """
 
@@ -28,6 +31,7 @@ class StageResult:
     data: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] | None = None
     training: dict[str, float] | None = None
+    weights: dict[str, dict[str, dict[str, int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class StageContext:
 
     @property
     def seed(self) -> int:
-        """Seed of the stage's random choices; depends on the recipe's seed and the stage's position only."""
-        position = 0 if self.name == BASE else 1 + list(self.recipe.stages).index(self.name)
-        return (self.recipe.seed + 1000 * position) % 2**32
+        """Seed of the stage's random choices; depends on its seed or the recipe's, and on the stage's position only."""
+        if self.name == BASE:
+            return self.recipe.seed % 2**32
+        own, position = self.recipe.stages[self.name].seed, 1 + list(self.recipe.stages).index(self.name)
+        return ((self.recipe.seed if own is None else own) + 1000 * position) % 2**32
 
     def trained_dtype(self, lora: Lora | None) -> str:
         """Dtype in which a trained model is loaded. lora: its section in the recipe.
@@ -78,6 +84,7 @@ class StageContext:
             path = local_path(reference)
             if (path / MODEL / "config.json").is_file():
                 return path / MODEL
+            path = with_base(path)
             if not (path / "config.json").is_file():
                 raise UserError(
                     f"stages.{self.name}: '{reference}' has no config.json; set it to the folder of a checkpoint."

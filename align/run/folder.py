@@ -1,10 +1,11 @@
 """The folder of a run: stages, manifests, metrics, and a lock that admits one process at a time.
 
     runs/<run>/recipe.json
-    runs/<run>/<stage>/{config.json, rows.json, metrics.jsonl, checkpoints/, model/, manifest.json}
+    runs/<run>/<stage>/{config.json, rows.json, steps.json, metrics.jsonl, experts.jsonl, checkpoints/, model/,
+                          manifest.json}
 
 Does not import torch. Files are written under a temporary name and renamed, so readers never see a partial file. Only
-metrics.jsonl and samples.jsonl are appended to, one line at a time.
+metrics.jsonl, samples.jsonl and experts.jsonl are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +24,13 @@ from align.errors import UserError
 
 MODEL = "model"
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+"""Result of an evaluate stage."""
+EXPERTS = "experts.jsonl"
+"""Load of each expert in some of a stage's steps."""
+STEPS = "steps.json"
+"""File with the number of steps of a stage that is being trained."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -133,7 +141,7 @@ class MetricsWriter:
         self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         self._path = path
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:

@@ -24,6 +24,7 @@ from align.config.stages import TrainingStage
 from align.errors import UserError
 from align.run.cache import cache_folder, content_hash
 from align.run.folder import MODEL
+from align.run.peft_folder import local_base
 
 SAMPLED_ABOVE = 64 * 2**20
 """Size in bytes above which a safetensors file is sampled."""
@@ -131,7 +132,9 @@ def _checkpoint(text: str) -> Files:
     folder = local_path(text)
     if (folder / MODEL / "config.json").is_file():
         folder = folder / MODEL
-    return checkpoint_files(folder) if folder.is_dir() else _single(folder)
+    base = local_base(folder)
+    of_base = {f"base/{name}": file for name, file in checkpoint_files(base).items()} if base is not None else {}
+    return checkpoint_files(folder) | of_base if folder.is_dir() else _single(folder)
 
 
 def checkpoint_files(folder: Path) -> Files:

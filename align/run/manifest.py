@@ -22,7 +22,7 @@ from align.config.recipe import BASE, Recipe, is_path
 from align.config.section import Section, result_settings
 from align.errors import UserError
 from align.run.context import StageContext, StageResult
-from align.run.folder import MANIFEST, remove_folder, write_json
+from align.run.folder import EXPERTS, MANIFEST, METRICS, RESULTS, STEPS, remove_folder, write_json
 from align.run.inputs import changed_input, fingerprints
 
 CONFIG = "config.json"
@@ -121,8 +121,12 @@ def finish_record(
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a stage's records and checkpoints, so that it counts as neither finished nor interrupted."""
-    for name in (MANIFEST, CONFIG):
+    """Remove a stage's records, results of an evaluation and checkpoints, so that it counts as neither finished nor
+    interrupted, and no report shows numbers of the earlier run. A link to the stage of another run is removed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    for name in (MANIFEST, CONFIG, METRICS, EXPERTS, STEPS, RESULTS):
         (folder / name).unlink(missing_ok=True)
     remove_folder(folder / "checkpoints")
 

@@ -35,8 +35,23 @@ class MetricInfo:
     meaning: str
 
     def matches(self, key: str) -> bool:
-        pattern = re.escape(self.key).replace("NAME", ".+").replace("PHASE", "[a-z]+")
-        return re.fullmatch(pattern, key) is not None
+        return self._match(key) is not None
+
+    def title_of(self, key: str) -> str:
+        """The title with the name in place of NAME or PHASE. key: a key that the metric matches."""
+        found = self._match(key)
+        named = found.groupdict() if found else {}
+        return re.sub("NAME|PHASE", lambda place: named.get(place[0]) or place[0], self.title)
+
+    def _match(self, key: str) -> re.Match[str] | None:
+        pattern = re.escape(self.key).replace("NAME", "(?P<NAME>.+)").replace("PHASE", "(?P<PHASE>[a-z]+)")
+        return re.fullmatch(pattern, key)
+
+
+STEPS = (
+    MetricInfo("step", "Optimizer step", "", "Stages that train on given rows: the last optimizer step."),
+    MetricInfo("step", "Iteration", "", "PPO: the last iteration of sampling, scoring and update."),
+)
 
 
 TRAINING = (
@@ -186,6 +201,27 @@ ROUTERS = (
         "Dropped assignments",
         SHARE,
         "Share of assignments whose expert was at capacity and that were dropped.",
+    ),
+)
+
+SPEED = (
+    MetricInfo(
+        "time/step",
+        "Time per step",
+        "s",
+        "Time of the step, loading of its rows included. Not logged for a step that is followed by an evaluation.",
+    ),
+    MetricInfo(
+        "speed/train",
+        "Throughput",
+        "tokens/s",
+        "Tokens of the step on all ranks, without padding, per second of `time/step`.",
+    ),
+    MetricInfo(
+        "memory/peak_gib",
+        "Peak memory",
+        "GiB",
+        "Peak memory of rank 0 since its start. On a CPU: resident memory; on a GPU: memory allocated for tensors.",
     ),
 )
 
@@ -350,12 +386,6 @@ PPO = (
     ),
     MetricInfo("speed/rollout", "Speed of the engine", "tokens/s", "Sampled tokens per second within the engine."),
     MetricInfo(
-        "memory/peak_gib",
-        "Peak memory",
-        "GiB",
-        "Peak memory of rank 0 since its start. On a CPU: resident memory; on a GPU: memory allocated for tensors.",
-    ),
-    MetricInfo(
         "rollout/prompt_tokens", "Prompt tokens", "tokens", "Prompt tokens sent to the engine, once per completion."
     ),
     MetricInfo(
@@ -433,7 +463,7 @@ DURING_TRAINING = (
     ),
 )
 
-ALL = TRAINING + ROUTERS + PPO + DURING_TRAINING
+ALL = TRAINING + ROUTERS + SPEED + PPO + DURING_TRAINING
 
 
 def metric_info(key: str) -> MetricInfo | None:
@@ -444,6 +474,30 @@ def metric_info(key: str) -> MetricInfo | None:
         return exact
     matching = [metric for metric in ALL if metric.matches(key)]
     return max(matching, key=lambda metric: len(metric.key), default=None)
+
+
+def titled(key: str) -> str:
+    """Title with the unit of a key of metrics.jsonl or of a training stage's manifest; the key itself if unknown."""
+    metric = metric_info(key)
+    if metric is None:
+        return key
+    title = metric.title_of(key.removeprefix(HELD_OUT))
+    return with_unit(f"{title}, held out" if key.startswith(HELD_OUT) else title, metric.unit)
+
+
+def titled_of_model(key: str) -> str:
+    """Title with the unit of a key MODEL/KEY of an evaluate stage's manifest, after the model's name."""
+    model, slash, rest = key.partition("/")
+    metric = next((metric for metric in EVALUATION if metric.key == (rest if slash else key)), None)
+    if metric is not None:
+        title = with_unit(metric.title.replace("REFERENCE", "the reference"), metric.unit)
+        return f"{model}: {title}" if slash else title
+    return f"{model}: {rest.replace('/', ': ')}" if slash else key
+
+
+def step_axis(kind: str) -> str:
+    """Title of the axis of steps of a kind of stage."""
+    return STEPS[kind == "ppo"].title
 
 
 def with_unit(title: str, unit: str) -> str:

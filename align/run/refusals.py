@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from align.config.families import TABLE
 from align.config.stage import LANGUAGE_MODEL, REWARD_MODEL
+from align.run.peft_folder import CONFIG, is_peft_folder, local_base, named_base
 
 ENCODERS = frozenset(
     {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert", "longformer"}
@@ -38,11 +38,12 @@ def path_problem(path: Path) -> str | None:
         return (
             "GGUF, a format for inference with quantized weights. Use the safetensors checkpoint that it was made from."
         )
-    adapter = path / "adapter_config.json"
-    if adapter.is_file():
+    if is_peft_folder(path) and local_base(path) is None:
+        base = named_base(path)
+        reason = f"{base!r} is not a folder of this machine" if base else "is not known"
         return (
-            f"an adapter, not a whole model. Merge it into {_base_of(adapter)} with `align adapter merge {path} OUT`, "
-            "and use OUT."
+            f"an adapter, and its base model {reason}. Write the base's folder as base_model_name_or_path into "
+            f"{path / CONFIG}."
         )
     return None
 
@@ -52,14 +53,6 @@ def tokenizer_problem(folder: Path) -> str | None:
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     return "it has no tokenizer; copy tokenizer.json and tokenizer_config.json into it."
-
-
-def _base_of(adapter: Path) -> str:
-    try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        base = None
-    return f"'{base}'" if base else "its base model"
 
 
 def config_problem(config: Mapping[str, Any], known: Collection[str] | None = None) -> str | None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from align.data.chat import stop_token_ids
-from align.data.templates import ChatTemplate
 from align.errors import UserError
 from align.models.lora.whole import whole
 from align.rollout.serve import bind_cores, check_port, command_line, run_vllm_server
@@ -26,6 +25,7 @@ from align.serve.proof import Probed, probe_prompt, references
 from align.serve.service import Service
 from align.serve.settings import ServeSettings
 from align.serve.staging import Base, check_adapter
+from align.serve.tools import NOT_READ, find_parser, reads_calls, tool_problem
 from align.train.checkpoint import check_checkpoint, checked_config, load_tokenizer
 
 UNSAFE = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY")
@@ -54,25 +54,22 @@ def _serve(settings: ServeSettings, base: Base) -> None:
     for name in UNSAFE:
         os.environ.pop(name, None)
     checkpoint, rollout = settings.checkpoint, settings.rollout
-    has_other_experts = bool(base.bones.experts) and not base.bones.serves_expert_adapters
-    if settings.serves_adapters and has_other_experts and not torch.cuda.is_available():
-        raise UserError(
-            f"{checkpoint}: on a CPU vLLM serves no adapters beside a model of this family, which has routed experts; "
-            "merge them with `align adapter merge`, and serve the result."
-        )
+    if settings.serves_adapters and not torch.cuda.is_available():
+        require_served_on_a_cpu(base)
     check_model(checkpoint, rollout, dtype=settings.dtype, remedy="Use `align chat`, or serve it with another server.")
     check_port(settings.host, settings.port)
     tokenizer: Any = load_tokenizer(checkpoint)
     vocabulary = min(len(tokenizer), base_vocabulary(base))
-    if settings.tool_parser is not None and not (tokenizer.chat_template and ChatTemplate.of(tokenizer).renders_tools):
-        raise UserError(
-            f"--tool-parser {settings.tool_parser}: the chat template of {checkpoint} does not render tools, so the "
-            "model would never see them. Leave out --tool-parser."
-        )
+    no_tools = tool_problem(tokenizer)
+    if settings.tool_parser is not None and no_tools is not None:
+        raise UserError(f"--tool-parser {settings.tool_parser}: {no_tools}. Leave out --tool-parser.")
     expected = _expected(settings, vocabulary)
     bind_cores(rollout.tensor_parallel_size)
     prepare_vllm()
     _check_vllm(settings)
+    if no_tools is None:
+        settings = replace(settings, tool_parser=parser_of_calls(settings, tokenizer))
+        no_tools = NOT_READ if settings.tool_parser is None else None
     arguments = _vllm_arguments(settings, base)
     with tempfile.TemporaryDirectory(prefix="align-serve-") as scratch:
         service = Service(
@@ -82,12 +79,26 @@ def _serve(settings: ServeSettings, base: Base) -> None:
             expected=expected,
             stop_tokens=stop_token_ids(tokenizer) if tokenizer.chat_template else [],
             vocabulary=vocabulary,
+            no_tools=no_tools,
         )
         gate.install(service)
         threading.Thread(target=_print_when_ready, args=(settings,), daemon=True).start()
         run_vllm_server(arguments)
     if service.failure is not None:
         raise UserError(service.failure)
+
+
+def require_served_on_a_cpu(base: Base) -> None:
+    """Raise UserError for families with routed experts other than HunYuan.
+
+    While adapters are served, vLLM 0.32 computes the experts of its own classes with a Triton kernel, even if no
+    adapter is on them, and its engine fails at the first request without a GPU.
+    """
+    if base.bones.experts and not base.bones.serves_expert_adapters:
+        raise UserError(
+            f"{base.folder}: on a CPU vLLM serves no adapters beside a model of this family, which has routed experts; "
+            "merge them with `align adapter merge`, and serve the result."
+        )
 
 
 def base_vocabulary(base: Base) -> int:
@@ -123,6 +134,21 @@ def _check_vllm(settings: ServeSettings) -> None:
             f"{settings.checkpoint}: vLLM's class {names[0]} takes no LoRA adapters; merge the adapter with `align "
             "adapter merge`, and serve the result."
         )
+
+
+def parser_of_calls(settings: ServeSettings, tokenizer: Any) -> str | None:
+    """The parser of the model's tool calls, if any; UserError if --tool-parser names one that does not read them."""
+    wanted = settings.tool_parser
+    if wanted is not None and reads_calls(wanted, tokenizer):
+        return wanted
+    found = find_parser(tokenizer)
+    if wanted is not None:
+        instead = f"Leave it out, so that '{found}' is used" if found else "Leave it out"
+        raise UserError(
+            f"--tool-parser {wanted}: it does not read the tool calls that the chat template of {settings.checkpoint} "
+            f"writes. {instead}."
+        )
+    return found
 
 
 def _vllm_arguments(settings: ServeSettings, base: Base) -> list[str]:
@@ -168,5 +194,7 @@ def _print_when_ready(settings: ServeSettings) -> None:
             break
         time.sleep(0.5)
     models = ", ".join([settings.name, *sorted(settings.adapters)])
+    if settings.tool_parser is not None:
+        print(f"tools: calls are read by vLLM's parser '{settings.tool_parser}'", flush=True)
     access = "with a token" if settings.token else "without a token: every user of this machine has access"
     print(f"serving {models} at {url}/v1 ({'GPU' if has_gpu() else 'CPU'}, {access})", flush=True)

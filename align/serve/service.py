@@ -51,6 +51,7 @@ class Service:
     expected: Log-probabilities of the reference by model; None skips the proof.
     stop_tokens: Tokens that end an answer in a chat.
     vocabulary: Number of token ids that prompts may have.
+    no_tools: Why requests with tools are refused; None if they are served.
     failure: Why the server did not start, if it did not.
     """
 
@@ -63,9 +64,10 @@ class Service:
         expected: Mapping[str, Probed] | None,
         stop_tokens: Collection[int],
         vocabulary: int,
+        no_tools: str | None,
     ):
         self.settings, self.base, self.scratch, self.expected = settings, base, scratch, expected
-        self.stop_tokens, self.vocabulary = list(stop_tokens), vocabulary
+        self.stop_tokens, self.vocabulary, self.no_tools = list(stop_tokens), vocabulary, no_tools
         self.failure: str | None = None
         self.started = False
         self.created = int(time.time())
@@ -178,10 +180,8 @@ class Service:
                 raise RequestError(400, str(error), "temperature") from None
 
     def _check_tools(self, values: dict[str, Any]) -> None:
-        if values.get("tools") and self.settings.tool_parser is None:
-            raise RequestError(
-                400, "tools: the server has no parser of tool calls; start it with --tool-parser.", "tools"
-            )
+        if values.get("tools") and self.no_tools is not None:
+            raise RequestError(400, f"tools: {self.no_tools}; leave tools out.", "tools")
 
 
 def json_object(body: bytes) -> dict[str, Any]:

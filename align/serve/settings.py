@@ -34,7 +34,7 @@ class ServeSettings:
     max_adapters: Maximum number of adapters that are loaded at the same time.
     max_rank: Maximum rank of an adapter, one of `RANKS`.
     token: Bearer token of every request but GET /health; None accepts any request.
-    tool_parser: vLLM's parser of tool calls; None refuses requests with tools.
+    tool_parser: vLLM's parser of tool calls; None: the first one that reads those of the chat template.
     drain_seconds: Seconds that running requests have to finish after SIGTERM.
     proof: Compare the server with transformers and PEFT before it accepts requests.
     rollout: Lengths, cache size and parallelism of the engine.

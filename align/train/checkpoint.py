@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from align.config.parallel import Parallel
 from align.config.presets import DEFAULT_FAMILY
 from align.errors import UserError
 from align.models.family import FamilyConfig, family, family_of, model_types, routed_layers
-from align.models.lora.adapters import AnyModel, add_lora, merge_lora, plain_name, save_adapter
+from align.models.lora.adapters import AnyModel, add_lora, is_trained_in_full, merge_lora, plain_name, save_adapter
 from align.models.lora.overlay import Overlay
+from align.models.lora.stream import merge_adapter
+from align.models.quantized import quantized_weights, require_library
 from align.models.shared_weights import SharedWeights
 from align.models.weights import check_weights
 from align.parallel.offload import require_space
@@ -112,7 +115,7 @@ def load_policy(
         folder: The checkpoint.
         dtype: Precision of the loaded weights. New adapters are float32, except under `parallel`.
         parallel: Shard the model over the ranks; None loads the whole model.
-        lora: Add new adapters with `add_lora`.
+        lora: Add new adapters with `add_lora`, after quantising the weights if `lora.quantize` is set.
         frozen: Freeze every parameter.
         shared: Take over frozen weights of other models, and offer this model's to later ones; not with `parallel`.
     """
@@ -122,7 +125,7 @@ def load_policy(
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
             in_common = shared if frozen or lora is not None else None
-            model = _load_whole(family_of(settings).policy, settings, folder, dtype, in_common)
+            model = _load_whole(family_of(settings).policy, settings, folder, dtype, in_common, lora)
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     train_padding_row(model)
     if frozen:
@@ -143,16 +146,27 @@ def _policy_config(folder: Path) -> FamilyConfig:
 
 
 def _load_whole(
-    model_class: Any, config: FamilyConfig, folder: Path, dtype: str, shared: SharedWeights | None
+    model_class: Any,
+    config: FamilyConfig,
+    folder: Path,
+    dtype: str,
+    shared: SharedWeights | None,
+    lora: Lora | None = None,
 ) -> AnyModel:
     """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory.
 
     shared: weights that the model may have in common with others.
+    lora: settings of the adapters that will be added; they may ask for weights in 4 bits.
     """
     base, adapters = weights_of(folder)
     overlay = Overlay(adapters, config)
-    if shared is not None:
-        model = shared.load(model_class, config, base, getattr(torch, dtype), overlay)
+    kept = None
+    if lora is not None and lora.quantize is not None:
+        require_library()
+        kept = partial(is_trained_in_full, lora=lora)
+    if shared is not None or kept is not None:
+        shared = SharedWeights() if shared is None else shared
+        model = shared.load(model_class, config, base, getattr(torch, dtype), overlay, kept)
     else:
         model = model_class.from_pretrained(base, config=config, dtype=getattr(torch, dtype))
         overlay.apply_to(model)
@@ -243,7 +257,7 @@ def load_scorer(
             model = _load_sharded(scorer, settings, folder, dtype, parallel, lora, head_only=head_only, frozen=frozen)
         else:
             in_common = shared if frozen or head_only or lora is not None else None
-            model = _load_whole(scorer, settings, folder, dtype, in_common)
+            model = _load_whole(scorer, settings, folder, dtype, in_common, lora)
             if head_only:
                 model.score.float()
             if lora is not None:
@@ -275,7 +289,8 @@ def save_model(
 ) -> None:
     """Write stage_dir/model in `dtype`, without adapters.
 
-    A model with adapters is merged, and its adapter is written to stage_dir/adapter. With `save` "adapter",
+    A model with adapters is merged, and its adapter is written to stage_dir/adapter; if it was trained on weights in 4
+    bits, it is merged into those that they were made of, in their own dtype. With `save` "adapter",
     stage_dir/model has the adapter and a pointer to its base instead (`align.run.adapted`), and the model is unchanged.
 
     Raises `UserError` if a weight is not finite. With `parallel` all ranks must call this; rank 0 writes.
@@ -292,6 +307,9 @@ def save_model(
         return
     if adapted:
         replace_folder(stage_dir / "adapter", lambda folder: save_adapter(model, folder))
+    if quantized_weights(model):
+        _save_merged_into_base(model, tokenizer, stage_dir)
+        return
     merged = merge_lora(model)
     for parameter in merged.parameters():  # buffers, such as routers' correction biases, keep their precision
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -330,13 +348,27 @@ def _save_beside_base(
             if getattr(plain, "generation_config", None) is not None:
                 plain.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            write_pointer(folder, stage_dir / MODEL, base)
+            write_pointer(folder, stage_dir / MODEL, base, "nf4" if quantized_weights(model) else None)
 
     with rank_0_last("saving the adapter"):
         if world()[0] == 0:
             replace_folder(stage_dir / MODEL, write)
         else:
             write(stage_dir / MODEL)
+
+
+def _save_merged_into_base(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path) -> None:
+    """Merge stage_dir/adapter into the files of its base, which are not quantised, in the base's own dtype."""
+    base = Path(model.peft_config["default"].base_model_name_or_path)
+
+    def write(folder: Path) -> None:
+        merge_adapter(base, model.config, stage_dir / "adapter", folder / MODEL)
+        for file in (folder / MODEL).iterdir():
+            file.rename(folder / file.name)
+        (folder / MODEL).rmdir()
+        tokenizer.save_pretrained(folder)
+
+    replace_folder(stage_dir / MODEL, write)
 
 
 def _save_sharded(model: AnyModel, tokenizer: PreTrainedTokenizerBase, stage_dir: Path, dtype: torch.dtype) -> None:

@@ -17,12 +17,12 @@ from transformers import PrinterCallback, TrainerCallback
 from align.data.prepare import DataReport
 from align.errors import UserError
 from align.models.lora.adapters import AnyModel
-from align.models.lora.describe import table_lines, trained_rows
+from align.models.lora.describe import table_lines, trained_rows, weight_lines, weight_rows
 from align.parallel.group import from_rank_0, should_stop
 from align.parallel.sharding import full_shape
 from align.run import interrupt
 from align.run.context import StageContext, StageResult
-from align.run.folder import MetricsWriter, write_json
+from align.run.folder import EXPERTS, STEPS, MetricsWriter, write_json
 from align.run.metrics import DURING, HELD_OUT
 from align.run.pace import Pace
 from align.train.checkpoint import count_parameters, save_model
@@ -63,7 +63,7 @@ def train_and_save(
     evaluations: the stage's evaluations; the trainer has their callback.
     """
     parameters = count_parameters(trainer.model)  # before adapters are merged
-    say_trained(trainer.model, context, parameters["total"])
+    weights = say_trained(trainer.model, context, parameters["total"])
     metrics, training = fit(trainer, context, report.fingerprint, evaluations)
     lora, recipe = trainer.align_stage.lora, context.recipe
     save_model(
@@ -74,15 +74,29 @@ def train_and_save(
         recipe.parallel,
         save="merged" if lora is None else lora.save,
     )
-    return StageResult(metrics, report.to_dict(), parameters, training)
+    return StageResult(metrics, report.to_dict(), parameters, training, {"model": weights} if weights else None)
 
 
-def say_trained(model: AnyModel, context: StageContext, whole: int, role: str = "model") -> None:
-    """Print the groups that a model with adapters trains. whole: number of its parameters, without adapters."""
-    if hasattr(model, "peft_config"):
-        context.say(f"  the {role} trains:")
-        for line in table_lines(trained_rows(model, full_shape), whole):
-            context.say(f"    {line}")
+def say_trained(
+    model: AnyModel, context: StageContext, whole: int, role: str = "model"
+) -> dict[str, dict[str, int]] | None:
+    """Print the groups that a model with adapters trains, and those of its weights in 4 bits, if it has any.
+
+    whole: number of its parameters, without adapters.
+
+    Returns the second table for the manifest.
+    """
+    if not hasattr(model, "peft_config"):
+        return None
+    context.say(f"  the {role} trains:")
+    for line in table_lines(trained_rows(model, full_shape), whole):
+        context.say(f"    {line}")
+    if not (rows := weight_rows(model)):
+        return None
+    context.say(f"  the weights of the {role}:")
+    for line in weight_lines(rows):
+        context.say(f"    {line}")
+    return {row.group: {key: value for key, value in row._asdict().items() if key != "group"} for row in rows}
 
 
 def fit(
@@ -103,7 +117,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     stop = StopEarly(context)
     trainer.add_callback(stop)
-    trainer.add_callback(Recorder(context, writer, lambda: trainer.trained_tokens))
+    loads = ExpertLoads(context.dir / EXPERTS, step, lambda: trainer.expert_load) if writer else None
+    trainer.add_callback(Recorder(context, writer, lambda: trainer.trained_tokens, loads))
     if checkpoint:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:
@@ -121,6 +136,8 @@ def fit(
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if writer is not None:
         writer.close()
+    if loads is not None:
+        loads.close()
     return metrics_of(final) | handed_on, training
 
 
@@ -162,24 +179,59 @@ def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
     return UserError(f"stages.{stage}: the {label} is {value} at step {step}; {advice}, and start with --from {stage}.")
 
 
+class ExpertLoads:
+    """Writes experts.jsonl: the share of assignments of each expert, by MoE layer, of the steps that record it.
+
+    resumed: step from which training continues; None for a new start. load: returns the load of the last step.
+    """
+
+    def __init__(self, path: Path, resumed: int | None, load: Callable[[], list[list[float]] | None]):
+        self.path, self.resumed, self.load = path, resumed, load
+        self._writer: MetricsWriter | None = None
+        if resumed is None:
+            path.unlink(missing_ok=True)
+
+    def write(self, step: int) -> None:
+        load = self.load()
+        if load is None:
+            return
+        if self._writer is None:  # a dense model gets no file
+            self._writer = MetricsWriter(self.path, from_step=self.resumed)
+        self._writer.write(step, {"load": load})
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks complete checkpoints, and shows each step; evaluations and the last step stay.
 
-    trained_tokens: returns the tokens of the training steps since the start.
+    trained_tokens: returns the tokens of the training steps since the start. loads: writes the loads of the experts.
     """
 
-    def __init__(self, context: StageContext, writer: MetricsWriter | None, trained_tokens: Callable[[], int]):
-        self.context, self.writer, self.trained_tokens = context, writer, trained_tokens
+    def __init__(
+        self,
+        context: StageContext,
+        writer: MetricsWriter | None,
+        trained_tokens: Callable[[], int],
+        loads: ExpertLoads | None = None,
+    ):
+        self.context, self.writer, self.trained_tokens, self.loads = context, writer, trained_tokens, loads
         self.pace: Pace | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pace = Pace(state.max_steps, state.global_step)
+        if self.writer is not None:
+            write_json(self.context.dir / STEPS, {"steps": state.max_steps})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         metrics = metrics_of(logs)
         if not metrics or self.writer is None:
             return
         self.writer.write(state.global_step, metrics)
+        if self.loads is not None and "loss" in metrics:
+            self.loads.write(state.global_step)
         if all(name.startswith(DURING) for name in metrics):
             return  # an evaluation prints its own line
         values = {label: f"{metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics}

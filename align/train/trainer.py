@@ -8,6 +8,7 @@ pass of each.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from align.models.lora.adapters import AnyModel
 from align.models.weights import read_weights
 from align.parallel.deepspeed_config import deepspeed_config
 from align.run.context import StageContext
-from align.train.device import train_on_one_gpu
+from align.train.device import peak_bytes, train_on_one_gpu
 from align.train.objectives import Measured, Objective
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.passes import Example, PackedPass, Part, Totals, parts_of_rank, totals_of
@@ -39,6 +40,9 @@ TRAINING_STATE = "training_state"
 
 WINDOW = 1024
 """Held-out rows that are packed together."""
+
+LOADS = 200
+"""Steps of a run of which the load of each expert is recorded, at regular distances."""
 
 LOSS = "loss"
 
@@ -133,6 +137,9 @@ class PackedTrainer(Trainer):
                     module.p = 0.0
         self._measured: dict[str, Tensor] = {}
         self.trained_tokens = 0  # of the training steps since the start, on all ranks
+        self.expert_load: list[list[float]] | None = None  # of the last step, if it was recorded
+        self._load: Tensor | None = None  # [layers, experts] of this rank's passes of the step, if it is recorded
+        self._clock = StepClock()
         self._held_out: list[Example] = []
 
     # --- data ---------------------------------------------------------------------------------------------
@@ -148,6 +155,8 @@ class PackedTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Accumulate the gradient of an optimizer step over its passes; returns the step's loss."""
         model.train()
+        self._clock.start()
+        self._load = None
         examples: list[Example] = inputs["examples"]
         totals = self._totals(model, examples, self.objective)
         self.trained_tokens += totals.tokens
@@ -161,7 +170,23 @@ class PackedTrainer(Trainer):
             # DeepSpeed averages over the ranks.
             self.accelerator.backward(loss * self.args.world_size, **scale)
         loss, self._measured = measured.reduced(self.accelerator, self.args)
+        self.expert_load = self._reduced_load()
         return loss
+
+    @property
+    def _records_load(self) -> bool:
+        """True in the steps whose load of each expert is recorded; the same on all ranks."""
+        step, every = self.state.global_step + 1, max(1, self.state.max_steps // LOADS)
+        return self.model.training and (step == 1 or step % every == 0)
+
+    def _reduced_load(self) -> list[list[float]] | None:
+        """Share of the step's assignments of each expert, by MoE layer; None if it is not recorded."""
+        if self._load is None:
+            return None
+        load = self._load if self.args.world_size == 1 else self.accelerator.reduce(self._load, "sum")
+        load = load / load.sum(dim=1, keepdim=True).clamp_min(1e-9)
+        shares: list[list[float]] = load.cpu().tolist()
+        return [[round(share, 5) for share in layer] for layer in shares]
 
     def _totals(self, model: Any, examples: Sequence[Example], objective: Objective) -> Totals:
         """Totals of a step, or of the held-out rows."""
@@ -191,6 +216,9 @@ class PackedTrainer(Trainer):
             result.means |= {
                 name: (value * packed.tokens, packed.tokens) for name, value in result.router.metrics().items()
             }
+            if self._records_load:
+                load = packed.tokens * weight * torch.stack(result.router.load)
+                self._load = load if self._load is None else self._load + load
         loss = loss * weight
         measured.add(result, loss, weight)
         return loss
@@ -228,6 +256,9 @@ class PackedTrainer(Trainer):
         """Log `logs`, and after an optimizer step its metrics; all metrics leave the device in one copy."""
         if "loss" in logs:
             logs |= dict(zip(self._measured, to_host(list(self._measured.values())), strict=True))
+            logs |= self._clock.lap(self.trained_tokens) | {"memory/peak_gib": round(peak_bytes() / 2**30, 3)}
+        else:
+            self._clock.stop()
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -301,6 +332,33 @@ class PackedTrainer(Trainer):
                 optimizer or self.optimizer, lambda step: schedule_factor(step, num_training_steps, settings)
             )
         return self.lr_scheduler
+
+
+class StepClock:
+    """Times optimizer steps from one to the next, so that loading of data counts, but not what is between `stop` and
+    `start`: an evaluation. clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._tokens = clock, 0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Start the clock before a step; a no-op if it runs."""
+        if self._started is None:
+            self._started = self._clock()
+
+    def stop(self) -> None:
+        self._started = None
+
+    def lap(self, tokens: int) -> dict[str, float]:
+        """Time and speed of the step that ends; empty if the clock was stopped. tokens: of all steps."""
+        step_tokens, self._tokens = tokens - self._tokens, tokens
+        if self._started is None:
+            return {}
+        now = self._clock()
+        seconds, self._started = now - self._started, now
+        return {"time/step": round(seconds, 4), "speed/train": round(step_tokens / max(seconds, 1e-9), 1)}
 
 
 def _call(model: AnyModel, function: Any, *arguments: Any) -> Any:

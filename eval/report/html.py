@@ -13,11 +13,13 @@ from align.eval.report.markdown import (
     TASK_HEAD,
     caveat,
     commit,
+    final_metrics,
     find_difference,
     parameters,
     parents,
     reward_model_line,
     samples_line,
+    stale_line,
     task_rows,
     tasks_line,
 )
@@ -76,7 +78,8 @@ def _header(report: dict[str, Any], links: str) -> Iterator[str]:
 
 def _tiles(report: dict[str, Any]) -> Iterator[str]:
     finished = sum(stage["status"] == "finished" for stage in report["stages"])
-    yield _tile("Stages finished", f"{finished} of {len(report['stages'])}")
+    stale = sum(stage["stale"] is not None for stage in report["stages"])
+    yield _tile("Stages finished", f"{finished} of {len(report['stages'])}", f"{stale} stale" if stale else "")
     yield _tile("Total time", duration(report["total_seconds"]))
     if report["evaluations"]:
         evaluation = report["evaluations"][-1]
@@ -102,6 +105,7 @@ def _timeline(report: dict[str, Any]) -> Iterator[str]:
         bar = f'<div class="bar" style="{style}"></div>' if seconds else ""
         time = duration(stage["seconds"]) if stage["seconds"] is not None else stage["status"]
         kind = "" if stage["kind"] == stage["name"] else f'<span class="soft">{escape(stage["kind"])}</span>'
+        kind += ' <span class="down">stale</span>' if stage["stale"] else ""
         yield (
             f'<div class="stage"><div><b>{escape(stage["name"])}</b> {kind}</div>'
             f'<div class="track">{bar}</div><div class="time">{escape(time)}</div></div>'
@@ -112,27 +116,29 @@ def _timeline(report: dict[str, Any]) -> Iterator[str]:
 
 def _comparison(evaluation: dict[str, Any], index: int) -> Iterator[str]:
     metrics = evaluation["metrics"]
+    if warning := stale_line(evaluation):
+        yield f'<p class="down">{escape(warning)}</p>'
     yield f'<p class="soft">{escape(caveat(evaluation))}</p>'
     labels = [escape(metric["label"]) for metric in metrics]
     rows = []
     for name in evaluation["models"]:
         baseline = ' <span class="soft">baseline</span>' if name == evaluation["baseline"] else ""
         rows.append([f"{escape(name)}{baseline}", *(_value(metric["models"].get(name)) for metric in metrics)])
-    yield _table("Means by model", ["Model", *labels], rows)
+    yield table("Means by model", ["Model", *labels], rows)
     if evaluation["pairs"]:
         yield "<h3>Paired differences</h3>"
         rows = [
             [f"{escape(a)} − {escape(b)}", *(_difference(metric, a, b) for metric in metrics)]
             for a, b in evaluation["pairs"]
         ]
-        yield _table("Paired differences", ["Difference", *labels], rows)
+        yield table("Paired differences", ["Difference", *labels], rows)
         yield '<p class="soft">▲ above zero, ▼ below zero, ≈ the interval includes zero, ? no interval.</p>'
     if line := reward_model_line(evaluation):
         yield f"<p>{escape(line)}</p>"
     if evaluation["tasks"]:
         yield f'<h3>Tasks</h3><p class="soft">{escape(tasks_line(evaluation))}</p>'
-        yield _table("Tasks", TASK_HEAD, [[escape(cell) for cell in row] for row in task_rows(evaluation)])
-    yield _figures(comparison_plots(evaluation, f"cmp{index}"))
+        yield table("Tasks", TASK_HEAD, [[escape(cell) for cell in row] for row in task_rows(evaluation)])
+    yield figures(comparison_plots(evaluation, f"cmp{index}"))
 
 
 def _value(cell: dict[str, Any] | None) -> str:
@@ -151,27 +157,30 @@ def _difference(metric: dict[str, Any], model: str, against: str) -> str:
 
 def _training(report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     for i, stage in enumerate(report["stages"]):
-        rows, metrics = curves.get(stage["name"], []), list(flat(stage["metrics"] or {}))
+        rows, metrics = curves.get(stage["name"], []), final_metrics(stage)
         if stage["kind"] == "evaluate" or not (rows or metrics):
             continue
         about = f"{stage['kind']}, {duration(stage['seconds'])}"
         if stage["parameters"]:
             about += f"; parameters (total / active / trained): {parameters(stage)}"
         yield f"<h3>{escape(stage['name'])}</h3><p class='about soft'>{escape(about)}</p>"
-        yield _figures(stage_plots(stage["kind"], rows, f"s{i}"))
+        if stage["stale"]:
+            yield f'<p class="down">Stale: {escape(stage["stale"])}.</p>'
+        yield figures(stage_plots(stage["kind"], rows, f"s{i}"))
         if metrics:
-            cells = [[escape(key), escape(number(value))] for key, value in metrics]
-            yield _folded(f"Final metrics ({len(cells)})", _table("Final metrics", ["Metric", "Value"], cells))
+            cells = [[escape(title), escape(number(value))] for title, value in metrics]
+            yield _folded(f"Final metrics ({len(cells)})", table("Final metrics", ["Metric", "Value"], cells))
 
 
-def _figures(plots: list[Plot]) -> str:
+def figures(plots: list[Plot]) -> str:
+    """The plots in a grid; empty if there are none."""
     if not plots:
         return ""
-    figures = []
+    drawn = []
     for plot in plots:
         caption = f"<figcaption>{escape(plot.caption)}</figcaption>" if plot.caption else ""
-        figures.append(f'<figure><h4>{escape(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
-    return f'<div class="plots">{"".join(figures)}</div>'
+        drawn.append(f'<figure><h4>{escape(plot.title)}</h4><div class="paper">{plot.svg}</div>{caption}</figure>')
+    return f'<div class="plots">{"".join(drawn)}</div>'
 
 
 def _samples(evaluation: dict[str, Any]) -> Iterator[str]:
@@ -209,7 +218,7 @@ def _provenance(report: dict[str, Any]) -> Iterator[str]:
         ]
         for stage in report["stages"]
     ]
-    yield _table("Provenance", head, rows, wide={4})
+    yield table("Provenance", head, rows, wide={4})
     data = [
         [f"{escape(stage['name'])}", escape(key), escape(number(value))]
         for stage in report["stages"]
@@ -219,19 +228,19 @@ def _provenance(report: dict[str, Any]) -> Iterator[str]:
         lost = [[escape(stage), escape(counts)] for stage, counts in _lost(report)]
         yield "<h3>Data</h3>"
         yield (
-            _table("Lost rows", ["Stage", "Rows dropped or truncated"], lost)
+            table("Lost rows", ["Stage", "Rows dropped or truncated"], lost)
             if lost
             else "<p>No row was dropped or truncated.</p>"
         )
         yield _folded(
-            f"All data counts ({len(data)})", _table("Data counts", ["Stage", "What", "Value"], data, wide={2})
+            f"All data counts ({len(data)})", table("Data counts", ["Stage", "What", "Value"], data, wide={2})
         )
     for machine in report["hardware"]:
         parts = (f"{key}: {number(value)}" for key, value in machine.items())
         yield f"<p><b>Machine</b> {escape('; '.join(parts))}</p>"
     if report["packages"]:
         cells = [[escape(name), escape(version)] for name, version in report["packages"].items()]
-        yield _folded(f"Packages ({len(cells)})", _table("Packages", ["Package", "Version"], cells))
+        yield _folded(f"Packages ({len(cells)})", table("Packages", ["Package", "Version"], cells))
 
 
 def _moment(time: str | None) -> str:
@@ -251,7 +260,7 @@ def _lost(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield stage["name"], ", ".join(counts)
 
 
-def _table(label: str, head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
+def table(label: str, head: list[str], rows: list[list[str]], wide: Set[int] = frozenset()) -> str:
     """A table in a scrolling box.
 
     label: what it holds, for a screen reader. rows: cells as HTML. wide: columns that may wrap.
@@ -261,8 +270,8 @@ def _table(label: str, head: list[str], rows: list[list[str]], wide: Set[int] = 
     for first, *rest in rows:
         cells = "".join(f"<td{' class=wide' if i in wide else ''}>{cell}</td>" for i, cell in enumerate(rest, start=1))
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    table = f"<table class='sticky'><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return scrolling(label, table)
+    content = f"<table class='sticky'><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return scrolling(label, content)
 
 
 def _folded(summary: str, body: str) -> str:

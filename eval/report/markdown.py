@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from align.eval.report.formatting import NOTHING, certainty, duration, flat, interval, mark, mean, number, plain
+from align.run.metrics import titled, titled_of_model
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -19,13 +20,13 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines += ["", f"## Stages ({duration(report['total_seconds'])} in all)", ""]
     lines += _table(
         ["stage", "kind", "status", "time", "parameters: total / active / trained"],
-        [[s["name"], s["kind"], s["status"], duration(s["seconds"]), parameters(s)] for s in report["stages"]],
+        [[s["name"], s["kind"], status(s), duration(s["seconds"]), parameters(s)] for s in report["stages"]],
     )
     for evaluation in report["evaluations"]:
         lines += _comparison(evaluation)
     lines += ["## Final metrics and data", ""]
     for stage in report["stages"]:
-        metrics, data = list(flat(stage["metrics"] or {})), list(flat(stage["data"] or {}))
+        metrics, data = final_metrics(stage), list(flat(stage["data"] or {}))
         if metrics or data:
             lines += [f"### {stage['name']}", ""]
             lines += _table(["what", "value"], [[key, number(value)] for key, value in (*metrics, *data)])
@@ -33,6 +34,22 @@ def render_markdown(report: dict[str, Any]) -> str:
     for evaluation in report["evaluations"]:
         lines += _samples(evaluation)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def final_metrics(stage: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Title with the unit, and value, of each metric in a stage's manifest."""
+    title = titled_of_model if stage["kind"] == "evaluate" else titled
+    return [(title(key), value) for key, value in flat(stage["metrics"] or {})]
+
+
+def status(stage: dict[str, Any]) -> str:
+    """Status of a stage; `stale` if its result does not belong to those beside it."""
+    return "stale" if stage["stale"] else str(stage["status"])
+
+
+def stale_line(evaluation: dict[str, Any]) -> str:
+    """Warning above a comparison that is stale; empty if it is not."""
+    return f"Stale: {evaluation['stale']}. The numbers are not of the present models." if evaluation["stale"] else ""
 
 
 def parameters(stage: dict[str, Any]) -> str:
@@ -46,7 +63,10 @@ def parameters(stage: dict[str, Any]) -> str:
 def _comparison(evaluation: dict[str, Any]) -> Iterator[str]:
     metrics = evaluation["metrics"]
     labels = [metric["label"] for metric in metrics]
-    yield from (f"## Comparison ({_cell(evaluation['stage'])})", "", caveat(evaluation), "")
+    yield from (f"## Comparison ({_cell(evaluation['stage'])})", "")
+    if warning := stale_line(evaluation):
+        yield from (f"**{_cell(warning)}**", "")
+    yield from (caveat(evaluation), "")
     rows = [[name, *(_value(metric["models"].get(name)) for metric in metrics)] for name in evaluation["models"]]
     yield from _table(["model", *labels], rows)
     differences = [

@@ -30,21 +30,25 @@ def breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
-def page(title: str, body: Iterable[str], *, script: str = "") -> str:
-    """The whole page. script: JavaScript that runs after the page is read."""
-    policy, parts = POLICY, list(body)
+def policy_of(script: str, policy: str = POLICY) -> str:
+    """The policy of a page with a script, which allows this script only."""
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return f"{policy}; script-src 'sha256-{digest}'" if script else policy
+
+
+def page(title: str, body: Iterable[str], *, script: str = "", style: str = "", policy: str = POLICY) -> str:
+    """The whole page. script: JavaScript that runs after the page is read. style: more rules for the style sheet."""
+    parts = list(body)
     if script:
-        digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-        policy += f"; script-src 'sha256-{digest}'"
         parts.append(f"<script>{script}</script>")
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy_of(script, policy)}">',
             f"<title>{escape(title)}</title>",
-            f"<style>{STYLE_SHEET.read_text(encoding='utf-8')}</style></head><body>",
+            f"<style>{STYLE_SHEET.read_text(encoding='utf-8')}{style}</style></head><body>",
             *parts,
             "</body></html>\n",
         ]

@@ -19,15 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from align.eval.report.formatting import mean
+from align.eval.report.smoothing import smoothing_window
 from align.run.charts import CHARTS, Chart, chart, evaluation_charts
-from align.run.metrics import PHASES, SHARE, with_unit
+from align.run.metrics import PHASES, SHARE, step_axis, with_unit
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
-SMOOTH_FROM = 60
-"""A rough curve with at least this many points gets a running mean."""
-ROUGH = 3.0
-"""A curve is rough if its total variation is at least this multiple of its range. For a monotonic curve, such as a
-decaying learning rate, the ratio is 1."""
 BARS = 40
 """Largest number of bars in a chart of times; in a longer run, each bar is the mean of neighbouring iterations."""
 LEGEND: Any = {
@@ -87,11 +83,11 @@ def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot
         *CHARTS.get(kind, (chart("loss", held_out=True),)),
     ]
     for i, series in enumerate(charts):
-        if (figure := _curves(series, rows)) is not None:
-            plots.append(Plot(series.full_title, _svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
+        if (figure := _curves(series, rows, kind)) is not None:
+            plots.append(Plot(series.full_title, as_svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
     if (figure := _times(rows)) is not None:
         title = with_unit("Time per iteration", "s")
-        plots.append(Plot(title, _svg(figure[0], f"{prefix}-time-", title), figure[1]))
+        plots.append(Plot(title, as_svg(figure[0], f"{prefix}-time-", title), figure[1]))
     return plots
 
 
@@ -101,7 +97,7 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
     for i, metric in enumerate(comparison["metrics"]):
         names = [name for name in comparison["models"] if name in metric["models"]]
         with matplotlib.rc_context(STYLE):
-            figure, axes = _figure(height=0.75 + 0.27 * len(names))
+            figure, axes = new_figure(height=0.75 + 0.27 * len(names))
             for row, name in enumerate(names):
                 cell, color = metric["models"][name], COLORS[comparison["models"].index(name) % len(COLORS)]
                 if cell["mean"] is None:
@@ -115,7 +111,7 @@ def comparison_plots(comparison: dict[str, Any], prefix: str) -> list[Plot]:
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.margins(x=0.12)
-        plots.append(Plot(metric["label"], _svg(figure, f"{prefix}-{i}-", metric["label"]), ""))
+        plots.append(Plot(metric["label"], as_svg(figure, f"{prefix}-{i}-", metric["label"]), ""))
     return plots
 
 
@@ -134,12 +130,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _figure(height: float = 2.25) -> tuple[Figure, Axes]:
+def new_figure(height: float = 2.25) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.0, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
+def _curves(chart: Chart, rows: list[dict[str, Any]], kind: str) -> tuple[Figure, str] | None:
     """(figure, caption) of a chart; None if no row has one of its metrics."""
     drawn = [(label, *points(rows, key)) for key, label in chart.series]
     missing = sum(not_finite(rows, key) for key, _ in chart.series)
@@ -147,10 +143,10 @@ def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
         return None
     caption = []
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         for color, (label, steps, values) in zip(COLORS, drawn):
             if steps.size:
-                window = _line(axes, steps, values, color, label)
+                window = draw_line(axes, steps, values, color, label)
                 if window:
                     caption.append(f"bold line: mean of {window} points")
         band = points(rows, chart.band) if chart.band else (np.array([]), np.array([]))
@@ -169,20 +165,19 @@ def _curves(chart: Chart, rows: list[dict[str, Any]]) -> tuple[Figure, str] | No
             axes.legend(**LEGEND)
         if chart.unit == SHARE:
             axes.set_ylim(-0.03, 1.03)
-        _finish(axes)
+        finish_axes(axes, kind)
     if missing:
         caption.append(f"not finite, not drawn: {missing} values")
     return figure, "; ".join(dict.fromkeys(caption))
 
 
-def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
+def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> int:
     """Draw one series; return the window of its running mean, or 0 if it has none."""
-    travel, span = np.abs(np.diff(values)).sum(), np.ptp(values)
-    if values.size < SMOOTH_FROM or span == 0 or travel < ROUGH * span:
+    window = smoothing_window(values.size, float(np.abs(np.diff(values)).sum()), float(np.ptp(values)))
+    if not window:
         marker = "o" if values.size <= 25 else None
         axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=2.6, label=label)
         return 0
-    window = max(5, values.size // 20)
     padded = np.concatenate([[0.0], np.cumsum(values)])
     starts = np.maximum(np.arange(values.size) + 1 - window, 0)
     ends = np.arange(values.size) + 1
@@ -206,7 +201,7 @@ def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
     width = 0.8 * float(np.min(np.diff(steps), initial=group if len(steps) < 2 else np.inf))
     bottom = np.zeros(len(steps))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         for color, (phase, key) in zip(COLORS, keys.items()):
             seconds = [[row[key] if _is_finite(row.get(key)) else 0.0 for row in timed[s : s + group]] for s in starts]
             heights = np.array([np.mean(part) for part in seconds])
@@ -214,12 +209,13 @@ def _times(rows: list[dict[str, Any]]) -> tuple[Figure, str] | None:
                 axes.bar(steps, heights, width, bottom=bottom, color=color, label=phase)
             bottom += heights
         axes.legend(**LEGEND | {"handlelength": 0.8})
-        _finish(axes)
+        finish_axes(axes, "ppo")
     return figure, f"each bar: mean of {group} iterations" if group > 1 else ""
 
 
-def _finish(axes: Axes) -> None:
-    axes.set_xlabel("step")
+def finish_axes(axes: Axes, kind: str) -> None:
+    """Label the axis of steps, as the table of metrics calls them for a kind of stage, and place the ticks."""
+    axes.set_xlabel(step_axis(kind))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(_tick)
@@ -231,7 +227,7 @@ def _tick(value: float, _: Any) -> str:
     return "−" + text[1:] if value < 0 else text
 
 
-def _svg(figure: Figure, prefix: str, title: str) -> str:
+def as_svg(figure: Figure, prefix: str, title: str) -> str:
     """The figure as an <svg> that scales with its box, without metadata, its ids starting with `prefix`."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):

@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe import BASE
+from pydantic import ValidationError
+
+from align.config.recipe import BASE, Recipe
 from align.errors import UserError
 from align.eval.compare import compare
 from align.eval.report.formatting import NOT_FINITE, flat, interval, mean, plain
 from align.eval.report.markdown import render_markdown
-from align.run.folder import write_text
+from align.run.folder import MANIFEST, write_text
+from align.run.stale import stale_stages
 
 RESAMPLES = 2000
 SAMPLES = 8
@@ -52,18 +55,23 @@ def build_report(run_dir: Path, *, generated: str | None = None) -> dict[str, An
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run folder; check the path.")
-    recipe = _read_json(run_dir / "recipe.json") or {}
-    stages = [_stage(run_dir / name, kind) for name, kind in _stage_kinds(run_dir, recipe).items()]
+    recipe = read_object(run_dir / "recipe.json") or {}
+    kinds = stage_kinds(run_dir, recipe)
+    manifests = {name: found for name in kinds if (found := read_object(run_dir / name / MANIFEST)) is not None}
+    stale = stale_stages(run_dir, manifests, valid_recipe(recipe))
+    stages = [_stage(run_dir / name, kind, manifests.get(name), stale.get(name)) for name, kind in kinds.items()]
     if not recipe and not stages:
         raise UserError(
             f"{run_dir}: not a run folder, because it has no recipe.json and no stage with a manifest.json; pass the "
             "folder of a run."
         )
-    evaluations = [found for stage in stages if (found := _evaluation(run_dir, stage["name"], recipe)) is not None]
+    evaluations = [
+        found for stage in stages if (found := _evaluation(run_dir, stage["name"], stage["stale"], recipe)) is not None
+    ]
     report: dict[str, Any] = {
         "name": recipe.get("name") or run_dir.resolve().name,
         "generated": generated or datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": _verdict(evaluations),
+        "verdict": _verdict(evaluations, stale),
         "notes": _notes(recipe, stages, evaluations),
         "recipe": {
             "description": recipe.get("description", ""),
@@ -119,7 +127,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [merged[step] for step in sorted(merged)]
 
 
-def _stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
+def stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
     """{name: kind} of the base model, the recipe's stages in their order, and then other folders with a manifest."""
     kinds = {BASE: BASE} if (run_dir / BASE / "manifest.json").is_file() else {}
     kinds |= {name: stage.get("kind", "") for name, stage in (recipe.get("stages") or {}).items()}
@@ -128,14 +136,21 @@ def _stage_kinds(run_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
     return kinds
 
 
-def _stage(folder: Path, kind: str) -> dict[str, Any]:
-    manifest = _read_json(folder / "manifest.json")
+def valid_recipe(recipe: dict[str, Any]) -> Recipe | None:
+    """The recipe; None for one that is missing, or that another version has written and this one cannot read."""
+    try:
+        return Recipe.model_validate(recipe)
+    except ValidationError:
+        return None
+
+
+def _stage(folder: Path, kind: str, manifest: dict[str, Any] | None, stale: str | None) -> dict[str, Any]:
     if manifest is not None:
         status = manifest.get("status", "finished")
     else:
         status = "unfinished" if (folder / "metrics.jsonl").is_file() else "not run"
     found = manifest or {}
-    stage = {"name": folder.name, "kind": found.get("kind") or kind, "status": status}
+    stage = {"name": folder.name, "kind": found.get("kind") or kind, "status": status, "stale": stale}
     stage |= {key: found.get(key) for key in COPIED}
     if manifest is None:
         rows = read_metrics(folder / "metrics.jsonl")
@@ -143,8 +158,8 @@ def _stage(folder: Path, kind: str) -> dict[str, Any]:
     return stage
 
 
-def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    results = _read_json(run_dir / name / "results.json")
+def _evaluation(run_dir: Path, name: str, stale: str | None, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    results = read_object(run_dir / name / "results.json")
     if results is None:
         return None
     settings = (recipe.get("stages") or {}).get(name, {})
@@ -161,7 +176,13 @@ def _evaluation(run_dir: Path, name: str, recipe: dict[str, Any]) -> dict[str, A
     samples = [
         sample for title, prompts, values in groups for sample in _samples(title, prompts[:limit], values, len(prompts))
     ]
-    return {"stage": name, **table, "samples": samples, "prompts": sum(len(prompts) for _, prompts, _ in groups)}
+    return {
+        "stage": name,
+        "stale": stale,
+        **table,
+        "samples": samples,
+        "prompts": sum(len(prompts) for _, prompts, _ in groups),
+    }
 
 
 def _samples(
@@ -178,11 +199,17 @@ def _samples(
         }
 
 
-def _verdict(evaluations: list[dict[str, Any]]) -> str:
+def _verdict(evaluations: list[dict[str, Any]], stale: Mapping[str, str]) -> str:
     """One line of key numbers: the last model compared with the baseline and with the model before it."""
     if not evaluations:
         return "No models have been compared in this run."
     last = evaluations[-1]
+    if last["stage"] in stale:
+        return f"Stale, not of the present models: {stale[last['stage']]}; {_key_numbers(last)}"
+    return _key_numbers(last)
+
+
+def _key_numbers(last: dict[str, Any]) -> str:
     names, baseline = last["models"], last["baseline"]
     candidates = [name for name in names if name != baseline]
     if not candidates:
@@ -212,6 +239,10 @@ def _notes(recipe: dict[str, Any], stages: list[dict], evaluations: list[dict]) 
             notes.append(f"The stage '{stage['name']}' has not been run.")
         elif stage["status"] != "finished":
             notes.append(f"The stage '{stage['name']}' is {stage['status']}; its metrics are the last ones logged.")
+        if stage["stale"]:
+            notes.append(
+                f"The stage '{stage['name']}' is stale: {stage['stale']}. Run it again with --from {stage['name']}."
+            )
         broken = [key for key, value in flat(stage["metrics"] or {}) if not _is_finite(value)]
         if broken:
             notes.append(f"The stage '{stage['name']}' has metrics that are not finite: {', '.join(broken)}.")
@@ -256,7 +287,7 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if the file does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

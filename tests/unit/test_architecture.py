@@ -25,8 +25,8 @@ LAYERS = [
     {"reward", "serve"},
     {"eval", "rl"},
     {"recipes"},
-    {"preflight", "doctor"},
-    {"pipeline", "chat", "smoke"},
+    {"preflight", "doctor", "watch"},
+    {"pipeline", "chat", "smoke", "draft", "sweep"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

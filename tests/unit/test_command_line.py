@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -25,6 +26,7 @@ NAMES = [command.prog.removeprefix("align ") for command in LEAVES]
 WITHOUT_JSON = {
     "run": "`align report RUN --json` has the results",
     "chat": "a conversation",
+    "watch": "a server",
     "serve": "a server",
     "serve-rollout": "a server",
     "serve-reward": "a server",
@@ -233,3 +235,13 @@ def test_the_tables_of_the_page_are_up_to_date() -> None:
 def test_groups_name_only_commands() -> None:
     known = {command.prog.removeprefix("align ") for command in subcommands(build_parser())}
     assert {name for names in GROUPS.values() for name in names} <= known
+
+
+def test_the_options_on_their_page_are_the_parsers() -> None:
+    make_cli = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))
+    page = make_cli["OPTIONS"].read_text(encoding="utf-8")
+    assert make_cli["options_page"]() == page, "run `python docs/make_cli.py`"
+    (run,) = (command for command in LEAVES if command.prog == "align run")
+    section = page.split("## align run\n")[1].split("\n## ")[0]
+    flags = [set(re.findall(r"--[a-z][a-z-]+", text)) for text in (run.format_help(), section)]
+    assert flags[0] - {"--help"} == flags[1]

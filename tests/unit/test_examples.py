@@ -125,7 +125,7 @@ def test_your_own_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^ {7}align (.+)$", (here / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = re.findall(r"^ {4}align (.+)$", (here / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [command.split()[0] for command in commands if "shop" not in command] == [
         "check",
         "run",

@@ -121,14 +121,14 @@ def needs(accepted: Sequence[Shape]) -> str:
 def no_shape(columns: Iterable[str], accepted: Sequence[Shape], where: str) -> UserError:
     """The error for a source of which no row has an accepted shape."""
     present = sorted(columns)
-    example = _renaming(present, accepted)
+    example = renaming(present, accepted)
     return UserError(
         f"{where}: the columns are {', '.join(present) or '(none)'}, but this stage needs {needs(accepted)}. "
         + (f"Rename them in the recipe, for example `columns: {{{example}}}`." if example else _NO_EXAMPLE)
     )
 
 
-def _renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str | None:
+def renaming(present: Sequence[str], accepted: Sequence[Shape]) -> str | None:
     """An example of `columns` that gives the rows an accepted shape; None if no column has a name that suggests one."""
     for shape in accepted:
         for wanted in _WANTED[shape]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
-from align.models.experts import Correction, ExpertRows, Experts, corrected, in_autocast_dtype
+from align.models.experts import Correction, ExpertRows, Experts
 from align.models.swiglu import gated_halves
 
 
@@ -36,18 +36,17 @@ class AdoptedExperts(Experts):
     def outputs(self, rows_ND: Tensor, division: ExpertRows, corrections: Mapping[str, Correction]) -> Tensor:
         """Like `expert_outputs`, of the experts on this rank."""
 
-        def product(name: str, rows: Tensor) -> Tensor:
-            rows, stack = in_autocast_dtype(rows, getattr(self, name))
-            result = corrected(name, rows, stack.mT if self.is_transposed else stack, division, corrections)
+        def biased(name: str, rows: Tensor) -> Tensor:
+            result = self.product(name, rows, division, corrections)
             return result + self._bias(name, division) if self.has_bias else result
 
         if not self.has_gate:
-            return product("down_proj", self.act_fn(product("up_proj", rows_ND)))
-        gate_up = product("gate_up_proj", rows_ND)
+            return biased("down_proj", self.act_fn(biased("up_proj", rows_ND)))
+        gate_up = biased("gate_up_proj", rows_ND)
         own_gate: Any = type(self)._apply_gate  # type: ignore[attr-defined]  # set by transformers' decorator
         if own_gate is _default_apply_gate:
-            return product("down_proj", gated_halves(self.act_fn, gate_up))
-        return product("down_proj", own_gate(self, gate_up))
+            return biased("down_proj", gated_halves(self.act_fn, gate_up))
+        return biased("down_proj", own_gate(self, gate_up))
 
     def _bias(self, name: str, division: ExpertRows) -> Tensor:
         """Bias of each row's expert; zero for rows without an expert."""

@@ -26,6 +26,7 @@ from align.models.adopted.experts import AdoptedExperts, InputWeighingMoe, Trans
 from align.models.adopted.routing import CURRENT, ReportingRouter, RoutingPass, ScoringRouter
 from align.models.adopted.vllm_fields import vllm_fields
 from align.models.heads import ScoreHead, TokenHead, last_positions
+from align.models.mixing import mixed
 from align.models.packing import Packing
 from align.models.routing import RouterReport, Routing, choices_of_layers, report_routing
 
@@ -178,19 +179,6 @@ def _router_class(trunk: Any) -> type[nn.Module] | None:
     recorder = (getattr(trunk, "_can_record_outputs", None) or {}).get("router_logits")
     target: type[nn.Module] | None = getattr(recorder, "target_class", None)
     return None if target is nn.Linear else target
-
-
-_MIXED: dict[tuple[type, type], type] = {}
-
-
-def mixed(mix_in: type, base: type) -> type:
-    """A class with the name and module of `base`, with `mix_in` before it; the same for the same two classes."""
-    if issubclass(base, mix_in):
-        return base
-    if (mix_in, base) not in _MIXED:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _MIXED[mix_in, base] = type(base.__name__, (mix_in, base), names)
-    return _MIXED[mix_in, base]
 
 
 def logit_transform(config: Any) -> LogitTransform:

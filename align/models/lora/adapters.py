@@ -98,6 +98,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
+def is_trained_in_full(name: str, lora: Lora) -> bool:
+    """True if a parameter belongs to a module that `lora.modules_to_save` names."""
+    path = name.split(".")
+    modules = [".".join(path[:length]) for length in range(1, len(path))]
+    return any(matches(module, pattern) for module in modules for pattern in lora.modules_to_save)
+
+
 def _is_in_layers(name: str, lora: Lora) -> bool:
     number = re.search(r"\blayers\.(\d+)\.", name)
     return lora.layers is None or (number is not None and int(number[1]) in lora.layers)

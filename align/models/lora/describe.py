@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from align.models.lora.adapters import plain_name
 from align.models.lora.folder import Change, Skeleton, Whole, skeleton
+from align.models.quantized import quantized_weights
 
 
 class GroupRow(NamedTuple):
@@ -49,6 +50,65 @@ def _values(change: Change) -> int:
     return sum(math.prod(tensor.shape) for tensor in stored)
 
 
+class WeightRow(NamedTuple):
+    """The weights of one group of a model with weights in 4 bits.
+
+    quantized, kept, trained: Numbers of values in 4 bits, frozen in the model's dtype, and trained.
+    bytes: Memory of all of them, without gradients and optimizer states.
+    """
+
+    group: str
+    quantized: int
+    kept: int
+    trained: int
+    bytes: int
+
+
+def weight_rows(model: Any) -> list[WeightRow]:
+    """The groups of a model with weights in 4 bits; none for a model without them. A group that is trained in full also
+    has the frozen weights that its copy started from."""
+    quantized = quantized_weights(model)
+    if not quantized:
+        return []
+    bones = skeleton(model.config, scorer=model.get_output_embeddings() is None)
+    rows: dict[str, WeightRow] = {}
+    for name, parameter in model.named_parameters():
+        weight, count = quantized.get(id(parameter)), parameter.numel()
+        group = _group(name, bones)
+        before = rows.get(group, WeightRow(group, 0, 0, 0, 0))
+        rows[group] = WeightRow(
+            group,
+            before.quantized + count * (weight is not None),
+            before.kept + count * (weight is None and not parameter.requires_grad),
+            before.trained + count * parameter.requires_grad,
+            before.bytes + (parameter.nbytes if weight is None else weight.bytes),
+        )
+    return list(rows.values())
+
+
+def weight_lines(rows: Iterable[WeightRow]) -> list[str]:
+    """A table of weights in 4 bits with its total."""
+    rows = list(rows)
+    quantized, kept, trained, size = (sum(column) for column in zip(*(row[1:] for row in rows), strict=True))
+    total = WeightRow("total", quantized, kept, trained, size)
+    return [
+        f"{'group':<16}{'in 4 bits':>16}{'kept':>16}{'trained':>16}{'MB':>12}",
+        *(
+            f"{row.group:<16}{row.quantized:>16,}{row.kept:>16,}{row.trained:>16,}{row.bytes / 1e6:>12,.1f}"
+            for row in [*rows, total]
+        ),
+    ]
+
+
+def _group(name: str, bones: Skeleton) -> str:
+    """The group of a parameter of a wrapped model."""
+    module, _, factor = plain_name(name).partition(".lora_")
+    stacks = {stack.rpartition(".")[0] for stack in bones.experts}
+    if factor and module in stacks:
+        return "routed_experts"
+    return bones.group(f"{module}.weight" if factor else module)
+
+
 def trained_rows(model: Any, full_shape: Callable[[Any], tuple[int, ...]]) -> list[GroupRow]:
     """The groups that a model with adapters trains.
 
@@ -64,9 +124,7 @@ def trained_rows(model: Any, full_shape: Callable[[Any], tuple[int, ...]]) -> li
             continue
         module, _, factor = plain_name(name).partition(".lora_")
         shape = full_shape(parameter)
-        group = (
-            "routed_experts" if factor and module in stacks else bones.group(f"{module}.weight" if factor else module)
-        )
+        group = _group(name, bones)
         values[group] = values.get(group, 0) + math.prod(shape)
         tensors[group] = tensors.get(group, 0) + (not factor or factor.startswith("A."))
         if factor.startswith("A."):

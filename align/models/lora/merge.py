@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.models.quantized import Quantized
+
 
 @torch.no_grad()
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -15,7 +17,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     The result is that of `merge_and_unload`, but only one merged matrix exists at a time and the model is unchanged.
     Handles LoRA on modules and on parameters (`target_parameters`) and `modules_to_save`; disabled and
-    already merged adapters are not added. Shared parameters appear once.
+    already merged adapters are not added. Weights in 4 bits are dequantised. Shared parameters appear once.
     """
     for name, parameter, adapters in plain_parameters(model):
         merged = parameter.detach()
@@ -63,6 +65,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
+        if isinstance(module, Quantized) and name in module.quantized:
+            parameter = nn.Parameter(module.dense(name), requires_grad=False)
         yield prefix + name, parameter, [a for a in adapters if getattr(a, "parameter_name", "weight") == name]
     for name, child in module.named_children():
         yield from _walk(child, f"{prefix}{name}.", seen)

@@ -6,7 +6,7 @@ Shapes: E experts, O outputs, I inputs, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Overlay:
         return set(self._changes)
 
     @torch.no_grad()
-    def apply_to(self, model: Any) -> None:
-        """Change the parameters and buffers of a whole model.
+    def apply_to(self, model: Any, without: Collection[str] = ()) -> None:
+        """Change the parameters and buffers of a whole model, except those named in `without`.
 
         A model may lack the head: it is the embedding, or the model is a scorer.
         """
@@ -53,7 +53,7 @@ class Overlay:
         if missing := sorted(set(self._changes) - set(state) - {self._head}):
             raise ValueError(f"the model has no parameter '{missing[0]}'")
         for name in self._changes:
-            if name in state:
+            if name in state and name not in without:
                 self.apply(name, state[name].data)
 
     @torch.no_grad()

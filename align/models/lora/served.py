@@ -1,12 +1,13 @@
 """Products with the LoRA factors of several adapters in one batch, where each row has the slot of its adapter.
 
-Shapes: N rows, n rows with an adapter, S slots, E experts, r rank, I inputs, O outputs.
+Shapes: N rows, n rows of one run, S slots, E experts, r rank, R sum of ranks, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,65 +17,139 @@ from torch import Tensor
 GATHERED = 2**17
 """Values up to which each row gathers a copy of its own factors. A loop over the adapters needs more operations, but
 copies no factors."""
+CALLS = 2**18
+"""Multiplications that take about as long as two calls of torch with few rows, on one core of a CPU."""
+
+
+class Run(NamedTuple):
+    """Consecutive rows [start, end) of one slot."""
+
+    start: int
+    end: int
+    slot: int
 
 
 @dataclass(frozen=True)
 class SlotRows:
     """Division of N rows by slot.
 
-    where: indices of the n rows that have an adapter; None if all rows have one.
-    slots: slot of each of these rows [n].
-    groups: (slot, indices of its rows) of every slot with rows.
-    only: the slot that all rows have, if any.
+    slots: slot of each row [N], -1 for rows without an adapter.
+    runs: runs of the rows that have an adapter, in order.
+    masks: what `LinearFactors.mask` has returned for these rows, by `LinearFactors.key`.
     """
 
-    where: Tensor | None
     slots: Tensor
-    groups: tuple[tuple[int, Tensor], ...]
-    only: int | None
+    runs: tuple[Run, ...]
+    masks: dict[Hashable, Tensor | None] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(slots_N: Tensor) -> SlotRows | None:
-        """Divide rows with these slots, -1 for rows without an adapter; None if no row has one."""
-        present = slots_N.unique().tolist()
-        if present == [-1] or not present:
-            return None
-        if len(present) == 1:
-            return SlotRows(None, slots_N, (), present[0])
-        where = (slots_N >= 0).nonzero().squeeze(1) if present[0] < 0 else None
-        slots = slots_N if where is None else slots_N[where]
-        groups = tuple((slot, (slots_N == slot).nonzero().squeeze(1)) for slot in present if slot >= 0)
-        return SlotRows(where, slots, groups, None)
+        """Divide rows with these slots; None if no row has an adapter."""
+        runs, end = [], 0
+        for slot, same in groupby(slots_N.tolist()):
+            start, end = end, end + len(list(same))
+            if slot >= 0:
+                runs.append(Run(start, end, slot))
+        return SlotRows(slots_N, tuple(runs)) if runs else None
 
 
-def add_product(out_NO: Tensor, rows_NI: Tensor, a_SrI: Tensor, b_SOr: Tensor, division: SlotRows) -> None:
-    """Add B_s A_s x to each row of `out_NO` in place, where s is the row's slot; rows without an adapter are unchanged.
+class Part(NamedTuple):
+    """Factors of one adapter on one slice of a layer's outputs. a: [r, I]; b: B transposed [r, O]."""
 
-    The product is computed in the factors' dtype.
+    outputs: slice
+    a: Tensor
+    b: Tensor
+
+
+class LinearFactors:
+    """Factors of several adapters on one linear layer. Its outputs have slices, such as queries, keys and values.
+
+    a: A of all adapters on all slices [R, I], ordered by slice, then by slot, each with its own rank.
+    slices: per slice with factors its outputs, its columns of R, and its rows of B, transposed [columns, outputs].
+    parts: views of the same factors, by slot.
+    slots: slot of each column of R.
+    ranks: sum of the ranks over the slices, by slot.
+    key: equal for layers with equal sizes and ranks.
     """
-    rows_NI = rows_NI.to(a_SrI.dtype)
-    if division.only is not None:
-        a_rI, b_Or = a_SrI[division.only], b_SOr[division.only]
-        out_NO += ((rows_NI @ a_rI.T) @ b_Or.T).to(out_NO.dtype)
-    elif not gathers(len(division.slots), a_SrI, b_SOr):
-        for slot, where in division.groups:
-            product = (rows_NI.index_select(0, where) @ a_SrI[slot].T) @ b_SOr[slot].T
-            out_NO.index_add_(0, where, product.to(out_NO.dtype))
-    else:
-        add_gathered(out_NO, rows_NI, a_SrI, b_SOr, division.slots, division.where)
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor], slots: Collection[int]):
+        """Copy the factors of these slots. a, b: per slice A [S, r, I] and B [S, O, r], both padded with zeros."""
+        ranks = [[_rank(a_SrI[slot], b_SOr[slot]) for slot in slots] for a_SrI, b_SOr in zip(a, b, strict=True)]
+        chosen = [list(zip(slots, of_slice, strict=True)) for of_slice in ranks]
+        none = a[0].new_empty(0, a[0].shape[2])
+        self.a = torch.cat([none, *(a_SrI[slot, :rank] for a_SrI, each in zip(a, chosen) for slot, rank in each)])
+        self.slices: list[tuple[slice, slice, Tensor]] = []
+        self.parts: dict[int, list[Part]] = {}
+        self.ranks: Counter[int] = Counter()
+        column = output = 0
+        for b_SOr, each in zip(b, chosen):
+            outputs, first = slice(output, output := output + b_SOr.shape[1]), column
+            b_RO = torch.cat([b_SOr.new_empty(0, b_SOr.shape[1]), *(b_SOr[slot, :, :rank].T for slot, rank in each)])
+            for slot, rank in each:
+                if rank:
+                    rows = slice(column - first, column - first + rank)
+                    part = Part(outputs, self.a[column : column + rank], b_RO[rows])
+                    self.parts.setdefault(slot, []).append(part)
+                    self.ranks[slot] += rank
+                    column += rank
+            if len(b_RO):
+                self.slices.append((outputs, slice(first, column), b_RO))
+        self.outputs = output
+        self.slots = torch.tensor([slot for each in chosen for slot, rank in each for _ in range(rank)])
+        self.key = (output, self.a.shape[1], tuple(slots), *map(tuple, ranks))
+
+    def add(self, out_NO: Tensor, rows_NI: Tensor, division: SlotRows) -> None:
+        """Add B_s A_s x to each row of `out_NO` in place, where s is the row's slot; other rows are unchanged.
+
+        The product is computed in the factors' dtype.
+        """
+        if not self.parts:
+            return
+        rows_NI = rows_NI.to(self.a.dtype)
+        if self.key not in division.masks:
+            division.masks[self.key] = self.mask(division)
+        mask_NR = division.masks[self.key]
+        if mask_NR is not None:
+            low_NR = torch.mm(rows_NI, self.a.T).mul_(mask_NR)
+            for outputs, columns, b_RO in self.slices:
+                _add_product(out_NO[:, outputs], low_NR[:, columns], b_RO)
+            return
+        for start, end, slot in division.runs:
+            for outputs, a_rI, b_rO in self.parts.get(slot, ()):
+                _add_product(out_NO[start:end, outputs], rows_NI[start:end] @ a_rI.T, b_rO)
+
+    def mask(self, division: SlotRows) -> Tensor | None:
+        """1 where a column of `a` belongs to the row's slot, otherwise 0 [N, R]; None if runs are computed one by one.
+
+        With the mask, a few calls compute the products of all rows with all adapters, and those of a row with other
+        adapters than its own are set to zero. For many rows or large ranks that takes more time than the calls.
+        """
+        rows, columns = len(division.slots), len(self.a)
+        own = sum((end - start) * self.ranks[slot] for start, end, slot in division.runs)
+        wasted = (rows * columns - own) * (self.a.shape[1] + self.outputs // len(self.slices))
+        if wasted > CALLS * len(self.slices) * len(division.runs):
+            return None
+        return (division.slots[:, None] == self.slots).to(self.a.dtype)
 
 
-def add_gathered(
-    out_NO: Tensor, rows_NI: Tensor, a_SrI: Tensor, b_SOr: Tensor, slots_n: Tensor, where: Tensor | None = None
-) -> None:
-    """Like `add_product`, with a copy of the factors for each row. where: Indices of the n rows; None for all."""
-    rows = rows_NI if where is None else rows_NI.index_select(0, where)
-    low = torch.bmm(a_SrI.index_select(0, slots_n), rows.unsqueeze(2))
-    product = torch.bmm(b_SOr.index_select(0, slots_n), low).squeeze(2).to(out_NO.dtype)
-    if where is None:
-        out_NO += product
+def _add_product(out_NO: Tensor, low_Nr: Tensor, b_rO: Tensor) -> None:
+    """Add low b to `out_NO` in place."""
+    if out_NO.dtype == b_rO.dtype:
+        out_NO.addmm_(low_Nr, b_rO)
     else:
-        out_NO.index_add_(0, where, product)
+        out_NO += (low_Nr @ b_rO).to(out_NO.dtype)
+
+
+def _rank(a_rI: Tensor, b_Or: Tensor) -> int:
+    """Rank of factors without the zeros at their end; 0 if their product is zero."""
+    used = (a_rI.any(1) & b_Or.any(0)).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def add_gathered(out_NO: Tensor, rows_NI: Tensor, a_SrI: Tensor, b_SOr: Tensor, slots_N: Tensor) -> None:
+    """Add B_s A_s x to each row of `out_NO` in place, with a copy of the factors for each row."""
+    low = torch.bmm(a_SrI.index_select(0, slots_N), rows_NI.unsqueeze(2))
+    out_NO += torch.bmm(b_SOr.index_select(0, slots_N), low).squeeze(2).to(out_NO.dtype)
 
 
 def gathers(rows: int, a: Tensor, b: Tensor) -> bool:

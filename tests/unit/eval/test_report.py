@@ -210,7 +210,7 @@ def test_a_constant_curve_has_ticks_that_differ() -> None:
 def test_legends_stay_within_the_figure() -> None:
     keys = {key for chart in CHARTS["ppo"] for key, _ in chart.all_series} | {f"time/{phase}" for phase in PHASES}
     rows = [{"step": step, **dict.fromkeys(keys, step)} for step in range(3)]
-    drawn = [plots._times(rows), *(plots._curves(chart, rows) for chart in CHARTS["ppo"])]
+    drawn = [plots._times(rows), *(plots._curves(chart, rows, "ppo") for chart in CHARTS["ppo"])]
     legends = 0
     for figure, _ in filter(None, drawn):
         figure.draw_without_rendering()
@@ -246,6 +246,19 @@ def test_a_run_without_evaluation_says_so(run: Path) -> None:
         text = path.read_text().replace("&#x27;", "'")
         assert "The recipe has no evaluate stage, so no models are compared." in text
         assert "The stage 'dpo' has not been run." in text
+
+
+def test_a_comparison_of_models_that_were_trained_again_is_marked(run: Path) -> None:
+    manifest = run / "evaluate" / "manifest.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"parent_ids": {"ppo": "of an earlier run"}})
+    reason = "its parent 'ppo' was run again after it"
+    report = build_report(run)
+    assert report["evaluations"][0]["stale"] == report["stages"][-1]["stale"] == reason
+    assert report["verdict"].startswith(f"Stale, not of the present models: {reason}; ppo against base: ")
+    markdown, page = (path.read_text().replace("&#x27;", "'") for path in write_report(run)[1:])
+    assert f"**Stale: {reason}. The numbers are not of the present models.**" in markdown
+    assert f"Stale: {reason}. The numbers are not of the present models." in page
+    assert "Stale, not of the present models" in "\n".join(headline(run))
 
 
 def test_the_base_model_comes_first(run: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from align.chat import chat
 from align.cli import main
 from align.config.lora import Lora
+from align.config.recipe import Recipe
 from align.data.tokenizer import train_tokenizer
 from align.errors import UserError
 from align.models.family import family_of, load_config
@@ -28,8 +29,13 @@ from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.lora import stream
 from align.models.lora.overlay import Overlay
 from align.models.lora.whole import whole
+from align.preflight import problems
+from align.recipes import base
 from align.run.adapted import weights_of
-from align.run.checkpoint import adapter_folder
+from align.run.checkpoint import adapter_folder, require_checkpoint
+from align.run.context import StageContext
+from align.run.inputs import fingerprints
+from align.serve.settings import model_name
 from align.serve.staging import Base, check_adapter
 from align.train.checkpoint import load_policy, load_reward_model, load_scorer, load_tokenizer, save_model
 from tests.tiny_families import tiny_config
@@ -136,6 +142,68 @@ def test_stock_peft_loads_it_onto_its_base(run: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(run / "base" / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, run / "sft" / "model").eval()
     torch.testing.assert_close(logprobs(model), expected(run, "sft"), atol=1e-4, rtol=0.0)
+
+
+@pytest.fixture
+def alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The adapter of `sft` as PEFT saves it: without pointer, configuration and tokenizer."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / "sft" / "model" / name, folder)
+    name_base(folder, run / "base" / "model")
+    return folder
+
+
+def name_base(adapter: Path, base: Path | None) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base and str(base)}))
+
+
+def test_a_folder_of_peft_is_a_checkpoint_if_it_names_its_base(run: Path, alone: Path, tmp_path: Path) -> None:
+    folder = require_checkpoint(alone)
+    assert model_name(folder) == "alone"
+    assert require_checkpoint(alone) == folder
+    assert len(load_tokenizer(folder)) == len(TOKENIZER)
+    torch.testing.assert_close(logprobs(load_policy(folder, "float32")), expected(run, "sft"), **NEAR)
+    with whole(folder) as files:
+        torch.testing.assert_close(logprobs(load_policy(files, "float32")), expected(run, "sft"), **NEAR)
+    name_base(alone, run / "base")  # a stage's folder
+    assert require_checkpoint(alone) != folder
+    name_base(alone, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"elsewhere' is not a folder of this machine\. Write the base's folder"):
+        require_checkpoint(alone)
+    name_base(alone, None)
+    with pytest.raises(UserError, match="its base model is not known"):
+        require_checkpoint(alone)
+
+
+def test_a_stage_above_a_folder_of_peft_names_it_as_its_base(run: Path, alone: Path, tmp_path: Path) -> None:
+    found = stage(require_checkpoint(alone), tmp_path / "runs" / "dpo", 5, rank=4)
+    result = tmp_path / "runs" / "dpo" / "model"
+    assert json.loads((result / "base.json").read_text())["base"] == str(alone)
+    shutil.rmtree(tmp_path / "cache")
+    assert weights_of(result).base == run / "base" / "model"
+    torch.testing.assert_close(logprobs(load_policy(result, "float32")), found, **NEAR)
+    tensors = load_file(alone / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, alone / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="has changed since the adapter was trained"):
+        weights_of(result)
+
+
+def test_a_recipe_starts_from_a_folder_of_peft(run: Path, alone: Path, tmp_path: Path) -> None:
+    sft = {"kind": "sft", "init_from": str(alone), "data": {"train": [{"kind": "file", "path": "rows.jsonl"}]}}
+    recipe = Recipe.model_validate(
+        {"name": "r", "model": {"kind": "pretrained", "path": str(alone)}, "stages": {"sft": sft}}
+    )
+    context = StageContext(recipe, "sft", tmp_path / "runs", say=lambda line: None)
+    base.run(replace(context, name="base"))
+    for folder in (context.checkpoint(str(alone)), context.checkpoint("base")):
+        torch.testing.assert_close(logprobs(load_policy(folder, "float32")), expected(run, "sft"), **NEAR)
+    before = fingerprints(recipe, "sft")
+    assert {"adapter_model.safetensors", "base/config.json"} <= set(before[str(alone)])
+    assert not [problem for problem in problems(recipe, ["base", "sft"]) if "alone" in problem]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -133,7 +133,7 @@ def test_the_head_and_other_modules_are_trained_in_full_and_merged(tmp_path: Pat
     whole = {name for name in trained(model) if ".lora_" not in name}
     assert whole == {"lm_head.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"}
     planned = shape_of("", plain.config.to_dict()).trained_groups(Lora.model_validate(settings))
-    assert planned == {"attention": 16 * (64 + 48 + 48 + 64), "lm_head": 64 * 32}
+    assert planned == {"attention": 16 * (64 + 48 + 48 + 64), "lm_head": 64 * 32, "other": 32 + 32}
     found = logprobs(model)
     hidden = model.get_base_model().model(input_ids=TOKENS).last_hidden_state
     scores = model.get_output_embeddings()(hidden[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), 1.0)

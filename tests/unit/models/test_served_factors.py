@@ -6,55 +6,82 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.models.lora import served
 from align.models.lora.served import (
-    GATHERED,
+    LinearFactors,
     RowGroup,
     SlotRows,
     StackFactors,
-    add_product,
     factors_by_expert,
     grouped_rows,
 )
 
-INPUTS, OUTPUTS, RANK, SLOTS = 5, 7, 3, 4
-MANY = GATHERED // (RANK * (INPUTS + OUTPUTS)) + 1
-"""Rows from which the adapters are looped over."""
+INPUTS, OUTPUTS, SLOTS = 5, (7, 2, 3), 5
+RANKS = (3, 1, 0, 6, 2)
+"""Ranks of the slots; the slot 2 holds no adapter."""
+LARGEST = 8
 
 
-def factors() -> tuple[Tensor, Tensor]:
+def factors() -> tuple[list[Tensor], list[Tensor]]:
+    """Padded factors of three slices of the outputs. The last slot has none on the second slice."""
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(SLOTS, RANK, INPUTS, generator=generator),
-        torch.randn(SLOTS, OUTPUTS, RANK, generator=generator),
-    )
+    a = [torch.zeros(SLOTS, LARGEST, INPUTS) for _ in OUTPUTS]
+    b = [torch.zeros(SLOTS, size, LARGEST) for size in OUTPUTS]
+    for number, size in enumerate(OUTPUTS):
+        for slot, rank in enumerate(RANKS):
+            if (number, slot) != (1, SLOTS - 1):
+                a[number][slot, :rank] = torch.randn(rank, INPUTS, generator=generator)
+                b[number][slot, :, :rank] = torch.randn(size, rank, generator=generator)
+    return a, b
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by run"])
 @pytest.mark.parametrize(
     "slots",
-    [
-        [2] * 6,
-        [0, 3, 0, 1],
-        [-1, 3, -1, 0],
-        [-1, 0],
-        [[0, 1, 2, 3][i % 4] for i in range(MANY + 9)],
-        [[-1, 1, 3][i % 3] for i in range(2 * MANY)],
-    ],
-    ids=["one slot", "gathered", "gathered with base rows", "one of two", "loop", "loop with base rows"],
+    [[3] * 6, [0, 3, 0, 1], [-1, 3, -1, 0], [-1, 4], [4, 4, -1, 2, 2, 1], [[0, 1, 3, 4][i // 50] for i in range(200)]],
+    ids=["one slot", "mixed", "with base rows", "a slice without factors", "a slot without factors", "many rows"],
 )
-def test_products_of_mixed_rows(slots: list[int]) -> None:
+def test_products_of_mixed_rows(slots: list[int], at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CALLS", 2**40 if at_once else -1)
     a, b = factors()
     rows = torch.randn(len(slots), INPUTS)
-    wide = torch.randn(len(slots), OUTPUTS + 4)
-    expected = wide.clone()
+    out = torch.randn(len(slots), sum(OUTPUTS) + 4)
+    expected = out.clone()
     for row, slot in enumerate(slots):
         if slot >= 0:
-            expected[row, 2 : 2 + OUTPUTS] += b[slot] @ (a[slot] @ rows[row])
+            product = torch.cat([b_SOr[slot] @ (a_SrI[slot] @ rows[row]) for a_SrI, b_SOr in zip(a, b)])
+            expected[row, 2:-2] += product
     division = SlotRows.of(torch.tensor(slots))
     assert division is not None
-    add_product(wide[:, 2 : 2 + OUTPUTS], rows, a, b, division)
-    torch.testing.assert_close(wide, expected)
-    without = [row for row, slot in enumerate(slots) if slot < 0]
-    assert torch.equal(wide[without], expected[without])
+    layer = LinearFactors(a, b, range(SLOTS))
+    assert (layer.mask(division) is not None) == at_once
+    layer.add(out[:, 2:-2], rows, division)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    without = [row for row, slot in enumerate(slots) if slot in (-1, 2)]
+    assert torch.equal(out[without], expected[without])
+
+
+def test_factors_are_copied_without_padding_and_only_of_the_slots_in_use() -> None:
+    a, b = factors()
+    layer = LinearFactors(a, b, range(SLOTS))
+    assert len(layer.a) == 3 * sum(RANKS) - RANKS[-1]
+    assert [b_RO.shape for _, _, b_RO in layer.slices] == [(12, 7), (10, 2), (12, 3)]
+    few = LinearFactors(a, b, (1, 2))
+    assert few.a.shape == (3, INPUTS)
+    assert set(few.parts) == {1}
+    assert not LinearFactors(a, b, ()).parts
+    assert not LinearFactors(a, [torch.zeros_like(each) for each in b], range(SLOTS)).parts
+
+
+def test_the_rows_and_ranks_decide_how_products_are_computed() -> None:
+    """A few rows of several adapters share calls; long prompts are not multiplied by the other prompt's adapter."""
+    a = [torch.randn(2, 64, 512)]
+    layer = LinearFactors(a, [torch.randn(2, 512, 64)], (0, 1))
+    decoding, prompts = SlotRows.of(torch.tensor([0, 1])), SlotRows.of(torch.tensor([0] * 300 + [1] * 300))
+    assert decoding is not None
+    assert prompts is not None
+    assert layer.mask(decoding) is not None
+    assert layer.mask(prompts) is None
 
 
 def test_rows_without_adapters_need_no_product() -> None:
@@ -62,31 +89,35 @@ def test_rows_without_adapters_need_no_product() -> None:
     assert SlotRows.of(torch.tensor([], dtype=torch.long)) is None
 
 
-def test_outputs_keep_their_dtype() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_outputs_keep_their_dtype(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "CALLS", 2**40 if at_once else -1)
     a, b = factors()
-    out = torch.zeros(2, OUTPUTS, dtype=torch.bfloat16)
+    out = torch.zeros(2, sum(OUTPUTS), dtype=torch.bfloat16)
     division = SlotRows.of(torch.tensor([1, -1]))
     assert division is not None
-    add_product(out, torch.ones(2, INPUTS, dtype=torch.bfloat16), a, b, division)
-    torch.testing.assert_close(out[0].float(), b[1] @ a[1].sum(1), rtol=1e-2, atol=1e-2)
+    LinearFactors(a, b, range(SLOTS)).add(out, torch.ones(2, INPUTS, dtype=torch.bfloat16), division)
+    expected = torch.cat([b_SOr[1] @ a_SrI[1].sum(1) for a_SrI, b_SOr in zip(a, b)])
+    torch.testing.assert_close(out[0].float(), expected, rtol=1e-2, atol=1e-2)
     assert not out[1].any()
 
 
 def test_peft_orders_a_by_expert_and_b_by_rank() -> None:
     """PEFT's own product of stacked experts, einsum("o r e, e r i -> e o i")."""
     experts = 4
-    a, b = torch.randn(experts * RANK, INPUTS), torch.randn(OUTPUTS, RANK * experts)
-    expected = torch.einsum("ore,eri->eoi", b.reshape(OUTPUTS, RANK, experts), a.reshape(experts, RANK, INPUTS))
+    rank, outputs = 3, 7
+    a, b = torch.randn(experts * rank, INPUTS), torch.randn(outputs, rank * experts)
+    expected = torch.einsum("ore,eri->eoi", b.reshape(outputs, rank, experts), a.reshape(experts, rank, INPUTS))
     a_ErI, b_EOr = factors_by_expert(a, b, experts)
     torch.testing.assert_close(b_EOr @ a_ErI, expected)
 
 
 @pytest.mark.parametrize("copies", [1, 400], ids=["gathered", "loop"])
 def test_a_stack_holds_only_the_slots_that_are_set(copies: int) -> None:
-    experts = 2
-    stack = StackFactors(experts, INPUTS, OUTPUTS, torch.float32)
-    small = torch.randn(experts, 2, INPUTS), torch.randn(experts, OUTPUTS, 2)
-    large = torch.randn(experts, 6, INPUTS), torch.randn(experts, OUTPUTS, 6)
+    experts, outputs = 2, 7
+    stack = StackFactors(experts, INPUTS, outputs, torch.float32)
+    small = torch.randn(experts, 2, INPUTS), torch.randn(experts, outputs, 2)
+    large = torch.randn(experts, 6, INPUTS), torch.randn(experts, outputs, 6)
     stack.put(3, *small)
     stack.put(1, *large)
     assert stack.a.shape == (2, experts, 6, INPUTS)
@@ -96,12 +127,12 @@ def test_a_stack_holds_only_the_slots_that_are_set(copies: int) -> None:
     def check(held: dict[int, tuple[Tensor, Tensor]], among: list[int]) -> None:
         chosen_rows = torch.isin(slots, torch.tensor(among)).nonzero().squeeze(1)
         order, groups = grouped_rows(chosen[chosen_rows], slots[chosen_rows], SLOTS)
-        found = torch.zeros(len(order), OUTPUTS)
+        found = torch.zeros(len(order), outputs)
         stack.add(found, rows[chosen_rows[order]], groups)
         for result, row in zip(found, chosen_rows[order].tolist()):
             a, b = held.get(int(slots[row]), (None, None))
             expert = int(chosen[row])
-            expected = torch.zeros(OUTPUTS) if a is None or b is None else b[expert] @ (a[expert] @ rows[row])
+            expected = torch.zeros(outputs) if a is None or b is None else b[expert] @ (a[expert] @ rows[row])
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
     check({3: small, 1: large}, [1, 3])

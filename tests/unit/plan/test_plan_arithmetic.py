@@ -80,6 +80,9 @@ def test_operations_equal_those_of_show_model(name: str) -> None:
         Lora(rank=2, attention=False, experts=False, train_router=True),
         Lora(rank=4, groups={"attention": {"rank": 3}, "routed_experts": {"rank": 2}}),  # type: ignore[dict-item]
         Lora(rank=4, layers=[0, 2]),
+        Lora(rank=4, experts=False, dora=True),
+        Lora.model_validate({"rank": 4, "targets": ["layers.1.*.q_proj"], "modules_to_save": ["input_layernorm"]}),
+        Lora.model_validate({"rank": 4, "targets": ["routed_experts", "layers.2.*.q_proj"], "layers": [2]}),
     ],
 )
 def test_adapter_parameters_equal_pefts(lora: Lora) -> None:

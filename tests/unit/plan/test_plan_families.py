@@ -144,7 +144,13 @@ def test_flops_are_those_that_torch_counts(model_type: str) -> None:
 )
 @pytest.mark.parametrize(
     "lora",
-    [Lora(rank=4, train_router=True), Lora(rank=2, experts=False, train_router=True), Lora(rank=2, shared_mlp=False)],
+    [
+        Lora(rank=4, train_router=True),
+        Lora(rank=2, experts=False, train_router=True),
+        Lora(rank=2, shared_mlp=False),
+        Lora.model_validate({"rank": 4, "targets": ["layers.1.*.o_proj"], "modules_to_save": ["model.norm"]}),
+        Lora(rank=2, experts=False, dora=True),
+    ],
 )
 def test_adapter_parameters_equal_pefts(model_type: str, lora: Lora) -> None:
     config = tiny_config(model_type)

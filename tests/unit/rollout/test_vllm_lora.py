@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from align.rollout.vllm_lora import correct_products
@@ -29,6 +33,19 @@ def test_base_tokens_of_a_mixed_batch_keep_their_values(tokens: int) -> None:
     x, y = torch.randn(tokens, INPUTS), torch.randn(tokens, sum(SLICES))
     before = y.clone()
     wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
+    compare(y, before, x, adapters, a, b)
+    # Adapter 9 is replaced in its slot.
+    b[0][2] += 1
+    manager = SimpleNamespace(punica_wrapper_mapping={"language": wrapper}, _active_adapters={9})
+    LoRAModelManager.activate_adapter(manager, 9)  # type: ignore[arg-type]
+    y = before.clone()
+    wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
+    compare(y, before, x, adapters, a, b)
+
+
+def compare(
+    y: Tensor, before: Tensor, x: Tensor, adapters: list[int], a: tuple[Tensor, ...], b: tuple[Tensor, ...]
+) -> None:
     for row, adapter in enumerate(adapters):
         slot = {7: 1, 9: 2}.get(adapter)
         parts = [b[i][slot, 0] @ a[i][slot, 0] @ x[row] for i in range(len(SLICES))] if slot else None

@@ -122,7 +122,14 @@ class Client:
 
 
 def run(
-    folder: Path, tmp_path: Path, test: Any, engine: Engine | None = None, *, expected: Any = None, **changes: Any
+    folder: Path,
+    tmp_path: Path,
+    test: Any,
+    engine: Engine | None = None,
+    *,
+    expected: Any = None,
+    no_tools: str | None = None,
+    **changes: Any,
 ) -> list[Any]:
     """Run an asynchronous test on a started gate; returns the messages of the start."""
     values: dict[str, Any] = {
@@ -149,6 +156,7 @@ def run(
         expected=expected,
         stop_tokens=[2],
         vocabulary=100,
+        no_tools=no_tools,
     )
     engine = engine or Engine()
     messages: list[Any] = []

@@ -265,7 +265,7 @@ def test_chats_stream_and_stop_at_the_end_of_the_turn(server: Served) -> None:
         (
             {"model": "base", "tools": [{"type": "function", "function": {"name": "f"}}]},
             400,
-            "tools: the server has no",
+            "tools: the chat template does not render tools and their calls",
         ),
         ({"model": "base", "functions": [{"name": "f"}]}, 400, "functions: the server does not know this field"),
         ({"model": "base", "temprature": 0.5}, 400, "temprature: the server does not know this field"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from align.errors import UserError
 from align.models.lora.folder import read_adapter
-from align.serve.command import adapter_base
+from align.serve.command import adapter_base, require_served_on_a_cpu
 from align.serve.settings import (
     TOKEN_VARIABLE,
     is_loopback,
@@ -20,7 +20,8 @@ from align.serve.settings import (
     resolved_token,
     served_rank,
 )
-from align.serve.staging import check_adapter, stage_adapter
+from align.serve.staging import Base, check_adapter, stage_adapter
+from tests.tiny_families import FAMILIES, tiny_config
 from tests.unit.serve.served import STACKS, save_adapter, save_base
 
 
@@ -107,3 +108,19 @@ def test_an_adapter_whose_b_is_zero_moves_nothing(folder: Path, tmp_path: Path) 
     )
     base = adapter_base(folder / "base", "float32")
     assert not stage_adapter(check_adapter(tmp_path / "new", base), base, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_beside_other_mixtures_of_experts_are_refused_on_a_cpu(family: str) -> None:
+    base = Base.of(Path("model"), tiny_config(family), "float32")
+    if any("expert" in key or key == "moe_topk" for key in FAMILIES[family]):
+        with pytest.raises(UserError, match="model: on a CPU vLLM serves no adapters beside a model of this family"):
+            require_served_on_a_cpu(base)
+    else:
+        require_served_on_a_cpu(base)
+
+
+def test_adapters_beside_hunyuan_are_served_on_a_cpu(folder: Path) -> None:
+    base = adapter_base(folder / "base", "float32")
+    assert base.bones.experts
+    require_served_on_a_cpu(base)

@@ -13,9 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
+from align.run.folder import read_jsonl
 from align.run.interrupt import Stopped
 from align.train import fit
 from align.train.checkpoint import load_policy, load_tokenizer, save_model
+from align.train.trainer import StepClock
 from tests.unit.train.one_step import checkpoint, run_stage
 
 
@@ -104,3 +106,38 @@ def test_a_stage_shows_its_steps_and_keeps_the_last_one_and_evaluations(model: P
     assert [line for line in shown if re.fullmatch(rf"  step 1/2  loss {number}, 0:\d\d left", line)]
     assert [line for line in said if re.fullmatch(rf"  step 2/2  loss {number}", line)]
     assert not [line for line in said if "step 1/2" in line]
+
+
+def test_steps_have_time_speed_and_memory_and_some_have_the_load_of_each_expert(model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "micro_batch_size": 1}
+    run_stage("sft", model, tmp_path, **settings)
+    folder = tmp_path / "run" / "stage"
+    assert json.loads((folder / "steps.json").read_text()) == {"steps": 3}
+    steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+    for line in steps:
+        assert line["time/step"] > 0
+        assert line["speed/train"] > 0
+        assert line["memory/peak_gib"] > 0.01
+    loads = read_jsonl(folder / "experts.jsonl")
+    assert [line["step"] for line in loads] == [1, 2, 3]
+    for line, step in zip(loads, steps, strict=True):
+        for layer in line["load"]:
+            assert sum(layer) == pytest.approx(1, abs=1e-3)
+        # Passes are averaged with their tokens as weights, so the busiest expert of the mean is at most the mean of
+        # the passes' busiest experts.
+        busiest = sum(max(layer) * len(layer) for layer in line["load"]) / len(line["load"])
+        assert 1 <= busiest <= step["expert_load_max"] + 1e-3
+
+
+def test_the_clock_of_steps_leaves_out_evaluations() -> None:
+    times = iter([10.0, 12.0, 15.0, 115.0, 119.0])
+    clock = StepClock(lambda: next(times))
+    clock.start()  # at 10
+    assert clock.lap(50) == {"time/step": 2.0, "speed/train": 25.0}
+    clock.start()  # runs already
+    assert clock.lap(80) == {"time/step": 3.0, "speed/train": 10.0}
+    clock.stop()  # an evaluation
+    clock.start()  # at 115
+    assert clock.lap(120) == {"time/step": 4.0, "speed/train": 10.0}
+    clock.stop()
+    assert clock.lap(130) == {}

@@ -13,6 +13,7 @@ import yaml
 from align.config import load_recipe
 from align.config.section import result_settings
 from align.errors import UserError
+from align.eval.report.write import build_report, write_report
 from align.pipeline import run
 from align.run.context import StageResult
 from align.run.manifest import read_manifest
@@ -92,6 +93,54 @@ def test_a_stage_made_from_an_earlier_result_is_refused(runs) -> None:
         runs.run(rate=1e-4)
     assert runs.run(rate=1e-4, start="second") == [("second", False)]
     assert runs.run(rate=1e-4) == []
+
+
+def stale(runs) -> dict[str, str | None]:
+    return {stage["name"]: stage["stale"] for stage in build_report(runs.folder / "run")["stages"]}
+
+
+def test_a_stage_whose_parent_was_run_again_is_stale_until_it_is_run_again(runs) -> None:
+    runs.run()
+    assert stale(runs) == {"base": None, "first": None, "second": None}
+    runs.run(only="first")
+    assert stale(runs) == {"base": None, "first": None, "second": "its parent 'first' was run again after it"}
+    runs.run(start="second")
+    assert set(stale(runs).values()) == {None}
+
+
+def test_a_stage_with_other_settings_than_the_recipe_is_stale_and_so_are_its_children(runs) -> None:
+    runs.run()
+    runs.run(rate=1e-4, only="second")  # it writes recipe.json, whose first stage has now another rate
+    reasons = stale(runs)
+    assert "(first.optimizer.learning_rate: 0.001 -> 0.0001)" in reasons["first"]
+    assert reasons["second"] == "its parent 'first' is stale"
+
+
+def test_a_stage_run_alone_writes_the_report_that_it_announces(runs) -> None:
+    said: list[str] = []
+    runs.run()
+    run(load_recipe(runs.folder / "t.yaml"), runs.folder / "run", say=said.append)
+    assert not any(line.startswith("report:") for line in said)  # the run has none
+    write_report(runs.folder / "run")
+    run(load_recipe(runs.folder / "t.yaml"), runs.folder / "run", only="first", say=said.append)
+    assert said[-1] == f"report: {runs.folder / 'run' / 'report.html'}"
+    page = (runs.folder / "run" / "report.html").read_text()
+    assert "is stale: its parent &#x27;first&#x27; was run again after it." in page
+    assert "| second | sft | stale |" in (runs.folder / "run" / "report.md").read_text()
+
+
+def test_a_stage_that_is_to_run_again_leaves_no_number_of_its_earlier_run(runs) -> None:
+    runs.run()
+    for file in ("metrics.jsonl", "results.json"):
+        (runs.folder / "run" / "second" / file).write_text('{"step": 1, "loss": 2.0}')
+    runs.run(start="first", fails="first")
+    report = build_report(runs.folder / "run")
+    assert [(stage["name"], stage["status"], stage["metrics"]) for stage in report["stages"]][-1] == (
+        "second",
+        "not run",
+        {},
+    )
+    assert report["evaluations"] == []
 
 
 def test_one_interrupted_stage_can_be_resumed_alone(runs) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from align.config import load_recipe
 from align.pipeline import run
+from align.run.folder import read_jsonl
+from tests.integration.runs import NOISE
 from tests.unit.train.one_step import checkpoint, run_stage
 
 SOURCE = {"kind": "python_docs", "view": "conversation", "limit": 16, "max_answer_chars": 60}
@@ -93,11 +95,14 @@ def test_a_stage_interrupted_after_a_checkpoint_ends_like_an_uninterrupted_one(t
     run(settings, interrupted, resume=True, say=lambda line: None)
 
     written = [
-        [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        [{key: line[key] for key in line if not key.startswith(NOISE)} for line in read_jsonl(folder / "sft" / name)]
+        for name in ("metrics.jsonl", "experts.jsonl")
         for folder in (uninterrupted, interrupted)
     ]
     assert [line["step"] for line in written[0]] == list(range(1, 9))
     assert written[0] == written[1]
+    assert [line["step"] for line in written[2]] == list(range(1, 9))
+    assert written[2] == written[3]
     expected, found = (
         load_file(folder / "sft" / "model" / "model.safetensors") for folder in (uninterrupted, interrupted)
     )

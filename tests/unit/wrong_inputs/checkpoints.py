@@ -77,7 +77,7 @@ def _(here: Here) -> str:
     return here.align("chat", "other")
 
 
-@wrong("adapter-folder", "A LoRA adapter instead of a model")
+@wrong("adapter-folder", "A LoRA adapter whose base model is not on this machine")
 def _(here: Here) -> str:
     (here.folder / "other").mkdir()
     here.write("other/adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": "big/model"}))

@@ -196,3 +196,60 @@ def _(here: Here) -> str:
 def _(here: Here) -> str:
     (here.folder / "runs").write_text("")
     return here.align("smoke", "--folder", "runs")
+
+
+@wrong("unknown-command", "A mistyped command")
+def _(here: Here) -> str:
+    return here.align("adapter", "chekc")
+
+
+@wrong("mistyped-value", "A mistyped value of an option")
+def _(here: Here) -> str:
+    return here.align("eval", "model", "--tasks", "x", "--backend", "vlm")
+
+
+@wrong("init-without-flags", "`align init` without flags where there is no terminal")
+def _(here: Here) -> str:
+    return here.align("init")
+
+
+@wrong("init-over-a-file", "`align init` with the name of a file that exists")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("init", "recipe.yaml", "--model", "model", "--data", "rows.jsonl")
+
+
+@wrong("init-without-data-for-a-stage", "`align init` with a stage that does not train on the rows")
+def _(here: Here) -> str:
+    return here.align("init", "new.yaml", "--model", "model", "--data", "rows.jsonl", "--stage", "dpo")
+
+
+@wrong("init-of-prompts", "`align init` with prompts that have no answers")
+def _(here: Here) -> str:
+    here.write("prompts.jsonl", '{"prompt": "Hi"}\n')
+    return here.align("init", "new.yaml", "--model", "model", "--data", "prompts.jsonl")
+
+
+@wrong("init-other-columns", "`align init` with rows of no known shape")
+def _(here: Here) -> str:
+    here.write("qa.jsonl", '{"question": "Hi", "answer": "Hello"}\n')
+    return here.align("init", "new.yaml", "--model", "model", "--data", "qa.jsonl")
+
+
+@wrong("import-of-another-file", "`align import-recipe` of a file of neither tool")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("import-recipe", "recipe.yaml")
+
+
+@wrong("import-of-ppo", "`align import-recipe` of a stage that is not imported")
+def _(here: Here) -> str:
+    here.write("ppo.yaml", "model_name_or_path: model\nstage: ppo\ndataset: x\n")
+    return here.align("import-recipe", "ppo.yaml")
+
+
+@wrong("import-of-packs", "`align import-recipe` of a batch that is counted in packs")
+def _(here: Here) -> str:
+    text = "base_model: model\nsample_packing: true\nlearning_rate: 1e-5\n"
+    here.write("packs.yaml", f"{text}datasets: [{{path: rows.jsonl, type: chat_template}}]\n")
+    return here.align("import-recipe", "packs.yaml")

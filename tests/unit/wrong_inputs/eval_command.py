@@ -217,11 +217,17 @@ def _(here: Here) -> str:
     return here.align("compare", "a", "b")
 
 
-@wrong("compare-several-models", "Comparing a folder with several models")
+@wrong("compare-one", "Comparing one model")
 def _(here: Here) -> str:
     scored(here, "a", "m")
-    scored(here, "a", "n")
-    return here.align("compare", "a", "a/m")
+    return here.align("compare", "a")
+
+
+@wrong("compare-same-name", "Comparing two results under one name")
+def _(here: Here) -> str:
+    scored(here, "a", "m")
+    scored(here, "b", "m")
+    return here.align("compare", "x=a", "x=b")
 
 
 @wrong("compare-other-tasks", "Comparing evaluations without a common task")

@@ -117,3 +117,14 @@ def _(here: Here) -> str:
 @wrong("lora-plus-without-adapters", "A learning rate of B factors without adapters")
 def _(here: Here) -> str:
     return here.check(optimizer={"lora_b_learning_rate_scale": 16.0})
+
+
+@wrong("lora-quantize-dora", "DoRA on weights in 4 bits")
+def _(here: Here) -> str:
+    return here.check(lora={"targets": ["attention"], "dora": True, "quantize": "nf4"})
+
+
+@wrong("lora-quantize-parallel", "Weights in 4 bits with `parallel`")
+def _(here: Here) -> str:
+    here.recipe(lora={"quantize": "nf4"})
+    return here.align("check", "recipe.yaml", "parallel={processes: 2}")

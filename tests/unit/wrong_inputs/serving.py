@@ -155,9 +155,9 @@ def _(here: Here) -> str:
     return serve(here, "--port", str(free_port()), "--tool-parser", "hermes")
 
 
-@wrong("serve-adapter-of-an-adapter", "Serving an adapter as a checkpoint")
+@wrong("serve-adapter-of-an-adapter", "Serving an adapter whose base model is not known")
 def _(here: Here) -> str:
-    adapter(here)
+    adapter(here, base_model_name_or_path=None)
     return here.align("serve", "lora")
 
 

@@ -1,0 +1,209 @@
+"""HTTP server of the live page: the page at /, and its data as JSON, which needs the token if there is one.
+
+    GET /state?run=NAME...                            runs, stages, progress, versions of the parts
+    GET /curves?run=NAME&stage=STAGE                  charts of a stage
+    GET /samples?run=NAME&stage=STAGE                 its last samples
+    GET /experts?run=NAME&stage=STAGE[&layer=N]       router load of each expert
+    GET /comparison?run=NAME                          tables and samples of the evaluations
+
+The page itself has no data, so a browser may load it without the token.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import hmac
+import json
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import TCPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from align.errors import UserError
+from align.serve.settings import is_loopback
+from align.watch.page import POLICY, live_page
+from align.watch.runs import Run, Stage, Watched
+
+SELECTED = 7
+"""Runs that are shown at first, the newest ones: as many as there are colours."""
+READING_S = 0.3
+"""Seconds that one request may spend on reading files; the page asks again for the rest."""
+IDLE_TIMEOUT_S = 120
+"""Seconds after which the connection of a client that sends nothing is closed."""
+COMPRESS_FROM = 2000
+"""Bytes from which a response is compressed."""
+
+
+class NotFound(Exception):
+    """The request names something that does not exist. The message says what."""
+
+
+class Live:
+    """The data of the page, read when it is asked for. Requests of several clients are answered one after another."""
+
+    def __init__(self, folder: Path):
+        self.watched = Watched(folder)
+        self._lock = threading.Lock()
+
+    def answer(self, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
+        """The response to a request. query: parameters of the address."""
+        with self._lock:
+            if path == "/state":
+                return self._state(query.get("run", []))
+            if path == "/comparison":
+                return self._run(query).comparison()
+            stage = self._stage(query)
+            if path == "/curves":
+                return {"version": stage.versions["curves"], "charts": stage.charts()}
+            if path == "/samples":
+                return {"version": stage.versions["samples"], "samples": list(stage.samples)}
+            layer = query.get("layer", [""])[0]
+            load = stage.expert_load(int(layer) if layer.isdecimal() else None)
+            return {"version": stage.versions["experts"], **load}
+
+    def _state(self, wanted: list[str]) -> dict[str, Any]:
+        changes, now = self.watched.scan(), time.time()
+        selected = [name for name in wanted if name in changes] or list(changes)[:SELECTED]
+        more = self.watched.read(selected, time.monotonic() + READING_S)
+        runs = [
+            {
+                "id": name,
+                "changed": max(now - changed, 0.0),
+                **(self.watched.runs[name].state(now) if name in selected else {"name": name, "stages": None}),
+            }
+            for name, changed in sorted(changes.items(), key=lambda item: in_order(item[0]))
+        ]
+        return {"folder": str(self.watched.folder), "more": more, "runs": runs}
+
+    def _run(self, query: dict[str, list[str]]) -> Run:
+        name = query.get("run", [""])[0]
+        if name not in self.watched.runs:
+            raise NotFound(f"run: '{name}' is not being watched; GET /state?run={name} first.")
+        return self.watched.runs[name]
+
+    def _stage(self, query: dict[str, list[str]]) -> Stage:
+        run, name = self._run(query), query.get("stage", [""])[0]
+        if name not in run.stages:
+            raise NotFound(f"stage: the run has no stage '{name}'; GET /state lists the stages.")
+        return run.stages[name]
+
+
+def in_order(name: str) -> list[tuple[float, str]]:
+    """Key that sorts names with numbers in the order of the numbers: run-2 before run-10."""
+    parts = re.split(r"([0-9]+(?:[.][0-9]+)?)", name)
+    return [(float(part), "") if place % 2 else (-1.0, part) for place, part in enumerate(parts)]
+
+
+PARTS = ("/state", "/curves", "/samples", "/experts", "/comparison")
+
+
+class WatchServer(ThreadingHTTPServer):
+    """Serves the live page of a folder. Port 0 selects a free port.
+
+    token: bearer token of every request for data; None for none, which only a loopback address may have.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, host: str, port: int, token: str | None = None):
+        self.live, self.host = Live(folder), host
+        self.page = live_page().encode()
+        self._digest = None if token is None else _digest(token)
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from error
+
+    def server_bind(self) -> None:
+        """Bind without the base class's look-up of the host's full name, which hangs if name servers do not respond."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.server_port}/"
+
+    def admits(self, authorization: str) -> bool:
+        """True if the header has the server's token, or the server has none."""
+        if self._digest is None:
+            return True
+        scheme, _, token = authorization.partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(_digest(token.strip()), self._digest)
+
+    def knows(self, host: str) -> bool:
+        """True if a request names this server as its host.
+
+        Without a token, another name may be that of a web site that points to this machine, whose script then reads
+        the data (DNS rebinding).
+        """
+        name = urlsplit(f"//{host}").hostname or ""
+        return self._digest is not None or name == self.host or is_loopback(name)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print errors, except those of a client that closes its connection."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WatchServer
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        if not self.server.knows(self.headers.get("Host", "")):
+            self._json(403, {"error": "Host: the server has another name; open the address that `align watch` prints."})
+        elif address.path == "/":
+            self._send(200, self.server.page, "text/html; charset=utf-8")
+        elif address.path not in PARTS:
+            self._json(404, {"error": f"{address.path}: the server has no such page."})
+        elif not self.server.admits(self.headers.get("Authorization", "")):
+            self._json(401, {"error": "Authorization: the bearer token is missing or wrong; send the server's token."})
+        else:
+            try:
+                self._json(200, self.server.live.answer(address.path, parse_qs(address.query)))
+            except NotFound as problem:
+                self._json(404, {"error": str(problem)})
+
+    do_HEAD = do_GET
+
+    def _json(self, status: int, value: dict[str, Any]) -> None:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+        self._send(status, text.encode("utf-8", "replace"), "application/json")
+
+    def _send(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        if len(body) >= COMPRESS_FROM and "gzip" in self.headers.get("Accept-Encoding", "") and not self._is_local:
+            body = gzip.compress(body, compresslevel=1)
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    @property
+    def _is_local(self) -> bool:
+        """True for a client on this machine, for which compression costs more than it saves."""
+        return is_loopback(self.client_address[0])
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Print nothing: the base class prints a line per request."""

@@ -1,0 +1,206 @@
+"""`align init`: what it writes passes `align check`, for every shape of rows, stage and way to train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align import cli
+from align.config import load_recipe
+from align.draft.data import KINDS, look_at
+from align.draft.machine import Machine, ModelLook, look_at_model
+from align.draft.recipe import Draft, stages_for, text_of, too_small, trains_fully, write_recipe
+from align.errors import UserError
+
+ANSWER = "It is the sum of the numbers. " * 10
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]},
+    "alpaca": {"instruction": "Add", "input": "1, 2", "output": ANSWER},
+    "prompt_completion": {"prompt": "Hi", "completion": ANSWER},
+    "preference": {"prompt": "Hi", "chosen": ANSWER, "rejected": "No."},
+    "unpaired": {"prompt": "Hi", "completion": ANSWER, "label": True},
+    "text": {"text": ANSWER},
+    "token_ids": {"input_ids": list(range(100)), "labels": list(range(100))},
+}
+STAGES = {
+    "messages": {"sft", "pretrain"},
+    "alpaca": {"sft", "pretrain"},
+    "prompt_completion": {"sft", "pretrain"},
+    "preference": {"dpo", "reward_model", "kto"},
+    "unpaired": {"kto"},
+    "text": {"pretrain"},
+    "token_ids": {"sft", "pretrain"},
+}
+"""{shape: the stages that train on it}, by docs/data.md."""
+CPU = Machine(2, 0, 25.0, "CPU", False)
+GPUS = Machine(64, 6, 80.0, "H100", True)
+
+
+def write(folder: Path, shape: str, count: int = 50) -> str:
+    rows = [json.dumps(ROWS[shape] | ({"label": n % 2 == 0} if shape == "unpaired" else {})) for n in range(count)]
+    (folder / f"{shape}.jsonl").write_text("\n".join(rows) + "\n")
+    return str(folder / f"{shape}.jsonl")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The files of a small Llama without a chat template; its weights are 1 GB by their size."""
+    folder = tmp_path / "base model"
+    folder.mkdir()
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(10**9)
+    return folder
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_shapes_are_recognised_and_offered_to_their_stages(shape: str, tmp_path: Path) -> None:
+    look = look_at(write(tmp_path, shape))
+    assert (look.shape, look.rows, look.whole) == (shape, 50, True)
+    assert set(look.stages) == STAGES[shape]
+    assert 90 <= look.tokens <= 110  # 300 characters, or 100 token ids
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage"), [(shape, stage) for shape, stages in STAGES.items() for stage in sorted(stages)]
+)
+def test_every_draft_passes_the_check(shape: str, stage: str, tmp_path: Path, checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = stages_for([look_at(write(tmp_path, shape))], [stage])
+    models = [("owner/name", ModelLook()), (str(checkpoint), look_at_model(str(checkpoint)))]
+    for number, (lora, machine, (model, look)) in enumerate(product((True, False), (CPU, GPUS), models)):
+        out = tmp_path / f"{number}.yaml"
+        write_recipe(out, text_of(Draft("run", model, look, data, machine, lora)))
+        cli.main(["check", str(out), "--quiet"])
+        settings = load_recipe(out).stages[stage]
+        assert (settings.lora is not None) == lora
+        assert settings.batch_size % max(1, machine.gpus) == 0
+
+
+def test_files_go_to_the_stages_that_accept_them(tmp_path: Path, checkpoint: Path, monkeypatch, capsys) -> None:
+    """Through the command; the stages run in their order, each from the one before."""
+    monkeypatch.chdir(tmp_path)
+    pairs, chats = write(tmp_path, "preference"), write(tmp_path, "messages")
+    words = ["init", "my law.yaml", "--model", str(checkpoint), "--data", pairs, chats]
+    cli.main([*words, "--stage", "dpo", "sft", "reward_model", "--gpus", "4", "--gpu", "h100", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["stages"] == {"sft": chats, "reward_model": pairs, "dpo": pairs}
+    recipe = load_recipe("my law.yaml")
+    assert [(name, stage.init_from) for name, stage in recipe.stages.items()] == [
+        ("sft", "base"),
+        ("reward_model", "sft"),
+        ("dpo", "sft"),
+    ]
+    assert (recipe.name, recipe.parallel.processes, recipe.dtype) == ("my-law", 4, "bfloat16")
+    assert recipe.model.add_tokens == ["<|im_start|>", "<|im_end|>"]
+    for command in said["commands"]:  # they are valid commands on this recipe
+        assert cli.parse(shlex.split(command)[1:])
+    assert said["commands"][-1] == "align chat runs/my-law/dpo"
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "recipe.yaml"
+    out.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", str(out), "--model", "owner/name", "--data", write(tmp_path, "text")])
+    assert ended.value.code == 2
+    assert out.read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_recipe_that_does_not_pass_the_check_is_not_written(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    data = stages_for([look_at(write(tmp_path, "text"))], ["pretrain"])
+    out = tmp_path / "recipe.yaml"
+    with pytest.raises(UserError, match=r"recipe\.yaml: model\.path"):
+        write_recipe(out, text_of(Draft("run", str(checkpoint), ModelLook(), data, CPU, lora=True)))
+    assert not any(path.suffix == ".yaml" for path in tmp_path.iterdir())
+
+
+def test_without_a_terminal_missing_flags_are_named(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init"])
+    assert ended.value.code == 2
+    sentence = "align init: --model and --data are missing, and there is no terminal to ask in. Pass them."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_questions_in_a_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A wrong answer is asked again; an empty one is the default."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "preference")
+    answers = iter(["owner/name", "nowhere.jsonl", "preference.jsonl", "sft", "reward_model kto", "maybe", ""])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    cli.main(["init"])
+    assert next(answers, None) is None
+    recipe = load_recipe("recipe.yaml")
+    assert list(recipe.stages) == ["reward_model", "kto"]
+    assert recipe.stages["kto"].init_from == "base"  # a reward model is no language model
+    assert recipe.stages["kto"].lora is not None
+    assert "'maybe' is neither yes nor no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "problem"),
+    [
+        (["messages"], ["dpo"], "--stage dpo: no data for it"),
+        (["messages", "preference"], ["sft"], "no stage uses its preference rows"),
+    ],
+)
+def test_data_and_stages_that_do_not_fit(rows: list[str], wanted: list[str], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem):
+        stages_for([look_at(write(tmp_path, shape)) for shape in rows], wanted)
+
+
+def test_prompts_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    with pytest.raises(UserError, match="prompts without answers"):
+        look_at(str(tmp_path / "prompts.jsonl"))
+
+
+def test_columns_with_other_names(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The error names the flag that the second call has."""
+    monkeypatch.chdir(tmp_path)
+    Path("qa.csv").write_text("question,answer\nHi,Hello\n")
+    words = ["init", "--model", "owner/name", "--data", "qa.csv"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    flags = capsys.readouterr().err.partition("for example ")[2].strip().rstrip(".")
+    assert flags == "--columns prompt=question completion=answer"
+    cli.main([*words, *flags.split()])
+    cli.main(["check", "recipe.yaml", "--quiet"])
+    (source,) = load_recipe("recipe.yaml").stages["sft"].data.train
+    assert source.columns == {"prompt": "question", "completion": "answer"}
+
+
+def test_memory_decides_between_lora_and_all_weights(tmp_path: Path, checkpoint: Path) -> None:
+    """0.5e9 parameters in bf16 need 8 GB for AdamW in fp32."""
+    look = look_at_model(str(checkpoint))
+    assert look == ModelLook(0.5e9, 256, False)
+    assert trains_fully(look, Machine(2, 0, 14.0, "CPU", False))
+    assert not trains_fully(look, Machine(2, 0, 13.0, "CPU", False))
+    data = stages_for([look_at(write(tmp_path, "text"))], ["pretrain"])
+    drafts = [Draft("run", "m", look, data, Machine(2, 0, 6.0, "CPU", False), lora) for lora in (True, False)]
+    assert [too_small(draft) is None for draft in drafts] == [True, False]
+
+
+def test_rows_are_not_longer_than_the_context(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 4000}) + "\n")
+    data = stages_for([look_at(str(tmp_path / "long.jsonl"))], ["pretrain"])
+    text = text_of(Draft("run", "m", look_at_model(str(checkpoint)), data, CPU, lora=True))
+    assert yaml.safe_load(text)["stages"]["pretrain"]["data"]["max_length"] == 256
+
+
+def test_the_stages_of_the_command_are_those_of_drafts() -> None:
+    from align.cli.init import STAGES as offered
+
+    assert set(offered) == set(KINDS)

@@ -1,0 +1,402 @@
+"""`align sweep` with made-up runs: what is run, what is shared, and which setting is best."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import cli
+from align.config import load_recipe
+from align.errors import Stopped, UserError
+from align.run.folder import write_json
+from align.run.manifest import result_id, stage_settings
+from align.sweep import runner
+from align.sweep.axes import Axis, Range, read_settings, split_values
+from align.sweep.plan import Plan, Run, distinct_stages, identities
+from align.sweep.results import sweep_content, write_sweep_report
+from align.sweep.runner import Settings, run_sweep
+
+BETAS = ["stages.dpo.beta=0.05,0.1,0.3"]
+
+
+def plan_of(*settings: str, seeds: int = 1) -> Plan:
+    fixed, axes = read_settings(settings)
+    return Plan("tiny", fixed, load_recipe("tiny", fixed), axes, seeds)
+
+
+@pytest.fixture(autouse=True)
+def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the sweep's page, which takes seconds to draw, in the tests that do not read it."""
+    if "capsys" not in request.fixturenames:
+        monkeypatch.setattr(runner, "write_sweep_report", sweep_content)
+
+
+class MadeRuns:
+    """Stands for `align run`: finishes every stage that is not finished, and records their names.
+
+    score: dpo's score on ten prompts, from beta and the seed's number. fails: called before a stage; may raise.
+    """
+
+    def __init__(self, score: Any = None) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.score = score or (lambda beta, seed: beta)
+        self.fails: Any = lambda run, name: None
+        self.status: dict[str, int] = {}
+
+    def __call__(self, run: Run, recipe: Path) -> int:
+        loaded = load_recipe(recipe, run.overrides)
+        assert loaded == run.recipe
+        write_json(run.folder / "recipe.json", loaded.model_dump(mode="json"))
+        for name in ["base", *loaded.stages]:
+            folder = run.folder / name
+            if (folder / "manifest.json").is_file():
+                continue
+            self.fails(run, name)
+            self.done.append((f"{run.point.name}/{run.seed}", name))
+            stage = loaded.stages.get(name)
+            parents = [] if stage is None else list(dict.fromkeys(r.name for r in stage.references()))
+            manifest = {
+                "stage": name,
+                "kind": stage.kind if stage else "base",
+                "status": "finished",
+                "config": stage_settings(loaded, name),
+                "parent_ids": {parent: result_id(run.folder / parent) for parent in parents},
+                "run": str(run.folder),
+            }
+            write_json(folder / "manifest.json", manifest)
+            if name == "evaluate":
+                value = self.score(loaded.stages["dpo"].beta, run.seed)
+                scores = {"sft": [0.0] * 10, "dpo": [value + 0.01 * n for n in range(10)]}
+                models = {model: {"scores": values} for model, values in scores.items()}
+                prompts = [{"prompt": str(n), "completions": {}} for n in range(10)]
+                write_json(folder / "results.json", {"models": models, "baseline": "sft", "prompts": prompts})
+        return self.status.get(f"{run.point.name}/{run.seed}", 0)
+
+    def counts(self) -> dict[str, int]:
+        names = [name for _, name in self.done]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def sweep(plan: Plan, folder: Path, made: MadeRuns, *, metric: str | None = "dpo/scores", **how: Any) -> list[str]:
+    return run_sweep(plan, folder, Settings(metric, 0, None), start=made, say=lambda line: None, **how)
+
+
+# --- what is varied ------------------------------------------------------------------------------------------
+
+
+def test_values_are_separated_by_commas_outside_of_lists_and_quotes() -> None:
+    assert split_values("0.05, 0.1,1e-3") == ["0.05", "0.1", "1e-3"]
+    assert split_values("[a, b],[c]") == ["[a, b]", "[c]"]
+    assert split_values("{kind: x, to: [1, 2]}, null") == ["{kind: x, to: [1, 2]}", "null"]
+    assert split_values("'a, b',c") == ["'a, b'", "c"]
+
+
+def test_settings_with_one_value_are_overrides() -> None:
+    fixed, axes = read_settings(["name=x", "a.b=1,2", "c=[1, 2]", "d=1e-4..1e-2:log", "e=1..8", "f=runs/../x"])
+    assert fixed == ["name=x", "c=[1, 2]", "f=runs/../x"]
+    assert axes == [Axis("a.b", ("1", "2")), Range("d", 1e-4, 1e-2, False, True), Range("e", 1, 8, True, False)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["beta"], "not of the form KEY=VALUE,VALUE"),
+        (["a=1,2", "a=3"], "the key is written twice"),
+        (["a=1,1"], "a value is written twice"),
+        (["a=3..1"], "from a lower to a higher number"),
+        (["a=0..1:log"], "above 0 with :log"),
+        (["a=1,[2"], "not valid YAML"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_settings(settings)
+
+
+# --- what is shared ------------------------------------------------------------------------------------------
+
+
+def test_a_grid_has_all_combinations_under_names_of_their_own(tmp_path: Path) -> None:
+    plan = plan_of("stages.dpo.beta=0.1,0.3", "stages.sft.max_steps=5,6,7")
+    names = [point.name for point in plan.grid()]
+    assert names[:3] == ["beta-0.1_max_steps-5", "beta-0.1_max_steps-6", "beta-0.1_max_steps-7"]
+    assert len(set(names)) == 6
+    twice = plan_of("stages.sft.max_steps=5,6", "stages.pretrain.max_steps=7,8")
+    assert twice.grid()[0].name == "sft-max_steps-5_pretrain-max_steps-7"
+
+
+def test_equal_stages_are_counted_once(tmp_path: Path) -> None:
+    plan = plan_of("stages.dpo.beta=0.1,0.3", "stages.sft.max_steps=5,6", seeds=2)
+    runs = [run for point in plan.grid() for run in plan.runs(point, tmp_path)]
+    # Seeds change what sft affects: sft, the reward model, dpo and ppo; sft has 2 settings and 2 seeds.
+    assert distinct_stages(runs) == {
+        "base": 1,
+        "pretrain": 1,
+        "sft": 4,
+        "pairs": 1,
+        "reward_model": 4,
+        "dpo": 8,
+        "ppo": 8,
+        "evaluate": 8,
+    }
+
+
+def test_seeds_change_the_affected_stages_and_not_the_evaluation(tmp_path: Path) -> None:
+    plan = plan_of(*BETAS, "seed=7", seeds=3)
+    assert plan.seed_overrides(0) == []
+    assert plan.seed_overrides(2) == ["stages.dpo.seed=9", "stages.ppo.seed=9"]
+    assert plan_of(seeds=2).seed_overrides(1) == ["seed=1"]
+    assert plan_of("dtype=float32,bfloat16", seeds=2).seed_overrides(1) == ["seed=1"]
+
+
+def test_settings_that_may_change_on_resume_do_not_change_a_stage() -> None:
+    """Gradient checkpointing gives the same result; another batch size does not."""
+    first = identities(load_recipe("tiny"))
+    other = identities(load_recipe("tiny", ["stages.sft.gradient_checkpointing=true"]))
+    assert first == other
+    other = identities(load_recipe("tiny", ["stages.sft.batch_size=16"]))
+    assert [name for name in first if first[name] != other[name]] == ["sft", "reward_model", "dpo", "ppo", "evaluate"]
+
+
+def test_parents_run_once_and_are_links_elsewhere(tmp_path: Path) -> None:
+    made = MadeRuns()
+    assert sweep(plan_of(*BETAS, seeds=2), tmp_path / "s", made) == []
+    once = dict.fromkeys(("base", "pretrain", "sft", "pairs", "reward_model"), 1)
+    assert made.counts() == once | dict.fromkeys(("dpo", "ppo", "evaluate"), 6)
+    first, last = tmp_path / "s" / "beta-0.05" / "seed-0", tmp_path / "s" / "beta-0.3" / "seed-1"
+    assert [path.name for path in sorted(last.iterdir()) if path.is_symlink()] == sorted(once)
+    assert (last / "sft").resolve() == (first / "sft").resolve()
+    assert not (last / "dpo").is_symlink()
+    moved = (tmp_path / "s").rename(tmp_path / "moved")  # the links are relative
+    assert (moved / "beta-0.3" / "seed-1" / "sft" / "manifest.json").is_file()
+
+
+def test_a_killed_sweep_resumes_and_runs_nothing_twice(tmp_path: Path) -> None:
+    made, plan = MadeRuns(), plan_of(*BETAS, seeds=2)
+
+    def stop(run: Run, name: str) -> None:
+        if (run.point.name, run.seed, name) == ("beta-0.1", 1, "ppo"):
+            raise Stopped(15)
+
+    made.fails = stop
+    with pytest.raises(Stopped):
+        sweep(plan, tmp_path / "s", made)
+    made.fails = lambda run, name: None
+    with pytest.raises(UserError, match="it has an earlier sweep; add --resume"):
+        sweep(plan, tmp_path / "s", made)
+    sweep(plan, tmp_path / "s", made, resume=True)
+    assert len(made.done) == len(set(made.done)) == 5 + 3 * 6
+
+
+def test_a_resumed_sweep_may_have_more_values_and_seeds_but_no_other_recipe(tmp_path: Path) -> None:
+    made = MadeRuns()
+    sweep(plan_of("stages.dpo.beta=0.05,0.1"), tmp_path / "s", made)
+    made.done.clear()
+    sweep(plan_of(*BETAS, seeds=2), tmp_path / "s", made, resume=True)
+    assert made.counts() == {"dpo": 4, "ppo": 4, "evaluate": 4}
+    with pytest.raises(UserError, match=r"had another recipe \(stages\.sft\.max_steps: 75 -> 9\)"):
+        sweep(plan_of(*BETAS, "stages.sft.max_steps=9"), tmp_path / "s", made, resume=True)
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    made = MadeRuns()
+    made.status = {"beta-0.1/0": 2}
+    failed = sweep(plan_of(*BETAS), tmp_path / "s", made)
+    assert failed == [f"{tmp_path / 's' / 'beta-0.1' / 'seed-0'} (exit status 2)"]
+    assert made.counts()["dpo"] == 3
+
+
+def test_an_invalid_value_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stages\.dpo\.beta"):
+        sweep(plan_of("stages.dpo.beta=0.1,-1"), tmp_path / "s", MadeRuns())
+    assert not (tmp_path / "s" / "sweep.json").exists()
+
+
+def test_a_stage_that_is_run_again_leaves_the_shared_result(tmp_path: Path) -> None:
+    """`align run --from` in a run of a sweep replaces the link and not what the others use."""
+    from align.run.manifest import remove_record
+
+    sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns())
+    shared, link = (tmp_path / "s" / f"beta-{beta}" / "seed-0" / "sft" for beta in ("0.05", "0.3"))
+    remove_record(link)
+    assert not link.exists()
+    assert (shared / "manifest.json").is_file()
+
+
+# --- which setting is best -----------------------------------------------------------------------------------
+
+
+def test_the_best_setting_has_its_margin_over_seeds(tmp_path: Path) -> None:
+    """Differences over three seeds by hand: 0.2, 0.25 and 0.3, whose standard error is 0.05 / sqrt(3)."""
+    made = MadeRuns(lambda beta, seed: beta + (0.05 * seed if beta == 0.3 else 0.0))
+    sweep(plan_of("stages.dpo.beta=0.1,0.3", seeds=3), tmp_path / "s", made)
+    content = sweep_content(tmp_path / "s")
+    best, other = content["points"]
+    assert (best["label"], content["best"], content["clear"]) == ("stages.dpo.beta=0.3", "beta-0.3", True)
+    assert best["metrics"]["dpo/scores"]["mean"] == pytest.approx(0.35 + 0.045)
+    (difference,) = content["differences"]
+    half = 4.3026527 * 0.05 / math.sqrt(3)  # 0.975 quantile of Student's t with 2 degrees of freedom
+    assert [difference[end] for end in ("mean", "low", "high")] == pytest.approx([0.25, 0.25 - half, 0.25 + half])
+    assert content["verdict"].startswith("Best in dpo: Reward-model score: stages.dpo.beta=0.3, 0.395.")
+    assert "is +0.250 [0.126, 0.374] over 3 seeds" in content["verdict"]
+    assert other["runs"][2]["metrics"]["dpo/scores"] == pytest.approx(0.145)
+
+
+def test_no_setting_is_best_if_the_seeds_disagree(tmp_path: Path) -> None:
+    made = MadeRuns(lambda beta, seed: beta * (1 if seed else -1))
+    sweep(plan_of(*BETAS, seeds=2), tmp_path / "s", made)
+    content = sweep_content(tmp_path / "s")
+    assert not content["clear"]
+    assert content["verdict"].startswith("No setting is clearly best in dpo: Reward-model score.")
+    assert "Not clearly worse:" in content["verdict"]
+
+
+def test_the_intervals_widen_with_the_number_of_settings(tmp_path: Path) -> None:
+    """With three settings there are two differences, so each interval has the level 97.5 %."""
+    made = MadeRuns(lambda beta, seed: beta + (0.05 * seed if beta == 0.3 else 0.0))
+    sweep(plan_of(*BETAS, seeds=3), tmp_path / "s", made)
+    difference = sweep_content(tmp_path / "s")["differences"][0]
+    half = 6.2053468 * 0.05 / math.sqrt(3)  # 0.9875 quantile of Student's t with 2 degrees of freedom
+    assert difference["high"] - difference["mean"] == pytest.approx(half)
+
+
+def test_one_seed_is_judged_by_documents_and_says_so(tmp_path: Path) -> None:
+    sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns())
+    content = sweep_content(tmp_path / "s")
+    assert content["differences"][0]["over"] == "documents"
+    assert content["notes"] == [
+        "One seed per setting: the intervals are over documents, not over training runs with other seeds."
+    ]
+
+
+def test_the_default_metric_is_of_the_last_affected_model(tmp_path: Path) -> None:
+    sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns(), metric=None)
+    content = sweep_content(tmp_path / "s")
+    assert content["metric"] == "dpo/scores"
+    assert list(content["metrics"]) == ["dpo/scores"]  # sft's is equal in all
+
+
+def test_a_metric_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--metric dpo/score: .* has no such metric; use one of .*dpo/scores"):
+        sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns(), metric="dpo/score")
+
+
+def test_the_command_prints_the_verdict_and_report_writes_it_again(tmp_path, monkeypatch, capsys) -> None:
+    made = MadeRuns()
+    monkeypatch.setattr(runner, "start_run", lambda run, recipe, output=None: made(run, recipe))
+    cli.main(["sweep", "tiny", *BETAS, "--out", str(tmp_path / "s"), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["verdict"] in (tmp_path / "s" / "report.md").read_text()
+    page = (tmp_path / "s" / "report.html").read_text()
+    cli.main(["report", str(tmp_path / "s")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "s" / "report.html")
+    again = (tmp_path / "s" / "report.html").read_text()
+    assert page.split("Generated")[0] == again.split("Generated")[0]
+    assert "dpo: Reward-model score, by stages.dpo.beta" in page
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys) -> None:
+    cli.main(["sweep", "tiny", *BETAS, "--seeds", "2", "--dry-run", "--out", str(tmp_path / "s")])
+    said = capsys.readouterr().out
+    assert "sft: 1 time\n" in said
+    assert "dpo: 6 times\n" in said
+    assert not (tmp_path / "s").exists()
+
+
+# --- searches ------------------------------------------------------------------------------------------------
+
+RANGE = "stages.dpo.beta=0.01..1:log"
+
+
+def search_of(plan: Plan, kind: str = "tpe") -> Any:
+    pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[search]'")
+    from align.sweep.search import OptunaSearch
+
+    return OptunaSearch(kind, plan.axes, 1, 0)
+
+
+def search(folder: Path, made: MadeRuns, trials: int, **how: Any) -> None:
+    plan = plan_of(RANGE)
+    settings = Settings("dpo/scores", 0, ("tpe", trials))
+    run_sweep(plan, folder, settings, search=search_of(plan), start=made, say=lambda line: None, **how)
+
+
+def near(beta: float, seed: int) -> float:
+    """A score whose maximum is at beta 0.3."""
+    return -abs(math.log(beta / 0.3))
+
+
+def test_a_search_finds_the_maximum(tmp_path: Path) -> None:
+    """Twenty-five draws by TPE come nearer to the maximum than the first ten, which are random."""
+    search(tmp_path / "s", MadeRuns(near), 25)
+    points = json.loads((tmp_path / "s" / "sweep.json").read_text())["points"]
+    values = [near(float(point["settings"]["stages.dpo.beta"]), 0) for point in points]
+    assert len(points) == 25
+    assert sum(values[10:]) / 15 > sum(values[:10]) / 10 + 0.3
+    content = sweep_content(tmp_path / "s")
+    assert float(content["points"][0]["settings"]["stages.dpo.beta"]) == pytest.approx(0.3, rel=0.3)
+
+
+def test_a_killed_search_proposes_what_it_would_have_proposed(tmp_path: Path) -> None:
+    made = MadeRuns(near)
+    search(tmp_path / "whole", made, 14)
+    killed = MadeRuns(near)
+
+    def stop(run: Run, name: str) -> None:
+        if len(killed.done) > 40:
+            raise Stopped(15)
+
+    killed.fails = stop
+    with pytest.raises(Stopped):
+        search(tmp_path / "killed", killed, 14)
+    killed.fails = lambda run, name: None
+    search(tmp_path / "killed", killed, 14, resume=True)
+    points = [json.loads((tmp_path / name / "sweep.json").read_text())["points"] for name in ("whole", "killed")]
+    assert points[0] == points[1]
+    assert len(killed.done) == len(set(killed.done))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([RANGE], "a range of numbers needs --search tpe"),
+        ([RANGE, "--search", "tpe", "--metric", "dpo/scores"], "needs a number of trials"),
+        ([RANGE, "--search", "tpe", "--trials", "3"], "needs a metric"),
+        ([RANGE, "--search", "tpe", "--trials", "3", "--metric", "dpo/kl"], "add --maximize or --minimize"),
+        (["--search", "tpe", "--trials", "3", "--metric", "dpo/kl"], "no setting has a range"),
+        ([*BETAS, "--trials", "3"], "it needs --search"),
+        ([*BETAS, "--seeds", "0"], "must be at least 1"),
+    ],
+)
+def test_wrong_searches_are_refused(words: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "tiny", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_optuna_is_one_sentence(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "tiny", RANGE, "--search", "tpe", "--trials", "3", "--metric", "dpo/scores"])
+    said = capsys.readouterr().err
+    assert "--search tpe needs the package 'optuna', which is not installed: run `pip install" in said
+
+
+def test_a_report_of_a_sweep_that_has_only_started(tmp_path: Path) -> None:
+    made = MadeRuns()
+
+    def stop(run: Run, name: str) -> None:
+        raise Stopped(15)
+
+    made.fails = stop
+    with pytest.raises(Stopped):
+        sweep(plan_of(*BETAS), tmp_path / "s", made)
+    assert len(write_sweep_report(tmp_path / "s")) == 3
+    content = sweep_content(tmp_path / "s")
+    assert content["verdict"] == "No finished run has a metric to judge the settings by."
+    assert len(content["notes"]) == 4
