@@ -138,6 +138,7 @@ def _new_folder(target: Path) -> None:
 def _info(options: argparse.Namespace) -> None:
     from align.models.lora.describe import group_rows, table_lines
     from align.models.lora.folder import changes, read_adapter, serving_problems, skeleton
+    from align.run.adapted import trained_on
     from align.run.checkpoint import adapter_folder
 
     folder = adapter_folder(options.adapter)
@@ -146,13 +147,15 @@ def _info(options: argparse.Namespace) -> None:
     bones = skeleton(config, scorer=adapter.settings.get("task_type") == "SEQ_CLS")
     found = changes(adapter, bones)
     rows = group_rows(found, bones)
+    quantized = trained_on(folder)
     problems = list(serving_problems(found, adapter, bones))
     if options.json:
         settings = {name: adapter.settings.get(name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
-        values = {"base": str(base), **settings, "groups": [row._asdict() for row in rows], "not_served": problems}
+        groups = [row._asdict() for row in rows]
+        values = {"base": str(base), "quantize": quantized, **settings, "groups": groups, "not_served": problems}
         print(json.dumps(values, indent=2))
         return
-    print(f"base model: {base}")
+    print(f"base model: {base}" + (f", in 4 bits ({quantized}) while the adapter was trained" if quantized else ""))
     print("\n".join(table_lines(rows)))
     print(f"align serve: {'; '.join(problems) + '. Merge it to serve it.' if problems else 'can serve it'}")
 

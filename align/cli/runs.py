@@ -184,6 +184,8 @@ def _adapter_lines(path: str, overrides: list[str], *, loads_torch: bool) -> Ite
         share = f" ({sum(groups.values()) / shape.parameters(scorer=scorer):.2%})" if groups and shape else ""
         counts = counts or ("adapters" if loads_torch else "adapters (--data counts them, and loads torch)")
         yield f"  {name}: {role} trains {counts}{share}"
+        if lora.quantize:
+            yield f"  {name}: the {role}'s attention, MLPs and routed experts are held in 4 bits ({lora.quantize})"
         if lora.train_router and (not groups or "router" in groups):
             size = "" if shape is None else f" ({shape.parameters() * 2 / 1e6:,.0f} MB in bf16)"
             yield (

@@ -64,12 +64,26 @@ def plan_recipe(recipe: Recipe, options: Options) -> str:
         return _search(jobs, recipe, cluster, rates, source, options)
     plans = [_stage(job, setting_of(job, recipe.parallel, cluster.gpus), cluster, rates) for job in jobs]
     if options.json:
-        return _json(cluster, rates, source, [_stage_values(*plan, cluster) for plan in plans])
+        return _json(cluster, rates, source, [_stage_values(*plan, cluster) for plan in plans], **_in_4_bits(jobs))
     blocks = [report.header(jobs[0], cluster, rates, source)]
     blocks += [report.text(*plan) for plan in plans]
     if len(jobs) > 1 and any(changes for *_, changes in plans):
         blocks.append(report.joint_text(joint(jobs, cluster, rates)))
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *_in_4_bits_text(jobs)])
+
+
+def _in_4_bits(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The stages with weights in 4 bits, whose plan counts these weights in the recipe's dtype."""
+    names = [job.name for job in jobs if any(member.lora and member.lora.quantize for member in job.members)]
+    return {"counted_without_quantize": names} if names else {}
+
+
+def _in_4_bits_text(jobs: Sequence[Job]) -> list[str]:
+    return [
+        f"{', '.join(names)}: weights in 4 bits (lora.quantize) are counted in the recipe's dtype, so less memory is "
+        "needed than planned; they cannot be combined with `parallel`, which proposals may contain."
+        for names in _in_4_bits(jobs).values()
+    ]
 
 
 StagePlan = tuple[Job, Setting, Plan | str, list[Remedy]]
@@ -103,16 +117,19 @@ def _search(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster, rates: Rates,
     if options.json:
         plans = [report.plan_values(plan) for _, some in found for plan in some[: options.show]]
         unmet = {job.name: [_remedy_values(remedy) for remedy in changes[job.name]] for job, some in found if not some}
-        return _json(cluster, rates, source, plans, nothing_fits=unmet)
+        return _json(cluster, rates, source, plans, nothing_fits=unmet, **_in_4_bits(jobs))
     blocks = [report.header(jobs[0], cluster, rates, source)]
     requested = {job.name: setting_of(job, recipe.parallel, cluster.gpus) for job in jobs}
     blocks += [
         report.search_text(job, plans, options.show, changes[job.name], requested[job.name]) for job, plans in found
     ]
-    return "\n\n".join([*blocks, report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else blocks)
+    blocks += [report.joint_text(joint(jobs, cluster, rates))] if len(jobs) > 1 else []
+    return "\n\n".join([*blocks, *_in_4_bits_text(jobs)])
 
 
-def _json(cluster: Cluster, rates: Rates, source: str, plans: list[report.Values], **more: report.Values) -> str:
+def _json(
+    cluster: Cluster, rates: Rates, source: str, plans: list[report.Values], **more: report.Values | list[str]
+) -> str:
     values = {"cluster": asdict(cluster), "rates": asdict(rates) | {"source": source}, "plans": plans, **more}
     return json.dumps(values, indent=2)
 
