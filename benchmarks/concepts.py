@@ -286,10 +286,10 @@ def draw_replay(values: dict[str, Any], left: Any, right: Any) -> None:
 
 def draw_mismatch(values: dict[str, Any], left: Any, right: Any) -> None:
     sampler, trainer = values["precisions"]["sampler"], values["precisions"]["trainer"]
-    left.plot(sampler[::4], trainer[::4], ".", color=BLUE, markersize=2, alpha=0.6)
-    low = min(sampler)
-    left.plot([low, 0], [low, 0], color=GREY, linewidth=1)
-    left.set(title="Every fourth token", xlabel="log p, sampler (bf16)", ylabel="log p, trainer (float32)")
+    gaps = [b - a for a, b in zip(sampler, trainer, strict=True)]
+    left.axhline(0, color=GREY, linewidth=1)
+    left.plot(sampler[::4], gaps[::4], ".", color=BLUE, markersize=2, alpha=0.6)
+    left.set(title="Every fourth token", xlabel="log p, sampler (bf16)", ylabel="log p, trainer - sampler")
     ratios = sorted(math.exp(b - a) for a, b in zip(sampler, trainer, strict=True))
     right.plot(ratios, [(rank + 1) / len(ratios) for rank in range(len(ratios))], color=BLUE, linewidth=1.4)
     right.set(title="Importance ratio, trainer / sampler", xlabel="ratio", ylabel="share of tokens below")
@@ -314,7 +314,7 @@ def draw_critic(values: dict[str, Any], left: Any, right: Any) -> None:
     for (name, weights), color in zip(values["gae"].items(), (ORANGE, BLUE, GREEN, GREY)):
         left.plot(range(len(weights)), weights, color=color, label=f"lam {name}")
     left.set(title="Weight of a later TD error", xlabel="tokens later", ylabel="weight", ylim=(0, 1.05))
-    left.legend()
+    left.legend(loc="center right", bbox_to_anchor=(1, 0.38))
     curve = json.loads((ROOT / "benchmarks/results/curves/sums_ppo.json").read_text(encoding="utf-8"))
     explained = curve["curves"]["explained_variance"]
     right.plot(curve["steps"], explained, ".", color=BLUE, markersize=3)
