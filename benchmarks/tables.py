@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 GUIDES = (
+    "adapters.md",
     "data.md",
     "evaluation.md",
     "families.md",
@@ -525,6 +526,29 @@ def share_trunk(results: dict[str, Any]) -> str:
     )
 
 
+def lora(results: dict[str, Any]) -> str:
+    ranks = {key: found for key, found in results.items() if key.startswith("rank ")}
+    rows = [
+        [way, *(cell for found in ranks.values() for cell in _lora_cells(found[way]))]
+        for way in next(iter(ranks.values()))
+    ]
+    heads = [head for rank in ranks for head in (f"{rank}: CPU time", "of attention alone", "peak memory")]
+    merge, stored = results["merge"], results["stored"]
+    sizes = [[name, f"{found['MB']:,.0f} MB", f"{found['CPU seconds']:.1f} s"] for name, found in stored.items()]
+    return "\n\n".join(
+        [
+            table(["adapters on", *heads], rows),
+            table([f"result of a stage, base of {merge['base GB']:.1f} GB", "on disk", "CPU time of loading"], sizes),
+            f"A merge of {merge['base GB']:.1f} GB needs {merge['above MB']:,.0f} MB beyond the imports and "
+            f"{merge['CPU seconds']:.0f} s of CPU time.",
+        ]
+    )
+
+
+def _lora_cells(found: dict[str, float]) -> list[str]:
+    return [f"{found['seconds']:.2f} s", f"{found['to attention']:.2f}", f"{found['peak MB']:,.0f} MB"]
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "moe_block": moe_block,
@@ -552,6 +576,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "reward_models_vs_trl": reward_models_vs_trl,
     "data": starts,
     "share_trunk": share_trunk,
+    "lora": lora,
     "bf16_head": bf16_head,
     "bf16_curves": bf16_curves,
 }
