@@ -194,7 +194,14 @@ def _run_stage(context: StageContext) -> None:
         if name != BASE and context.recipe.stages[name].makes == REPORT:
             from align.eval.report.write import write_report
 
-            write_report(context.run_dir)
+            reports = {path.suffix[1:]: path for path in write_report(context.run_dir) if path.suffix != ".json"}
+            if context.recipe.report_to:
+                from align.train.trackers import Trackers
+
+                trackers = Trackers(context)
+                trackers.log(0, {key: value for key, value in result.metrics.items() if value is not None})
+                trackers.attach(reports)
+                trackers.close()
     if group.should_stop():
         interrupt.stop()
     interrupt.stop_polling()

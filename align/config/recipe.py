@@ -37,8 +37,9 @@ class Recipe(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
     """Number of CPU threads of each process. Default: `OMP_NUM_THREADS`, otherwise the CPUs available to the process;
     ranks that `align run` starts share the host's CPUs."""
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
-    """Experiment trackers that also receive the metrics of metrics.jsonl. Their packages must be installed."""
+    report_to: list[Literal["mlflow", "tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    """Experiment trackers that also receive the metrics of metrics.jsonl, the settings and the report. Their packages
+    must be installed."""
     keep_checkpoints: bool = False
     """Keep the training checkpoints of finished stages. They are needed only to continue an interrupted stage, and are
     several times as large as the model."""

@@ -54,7 +54,7 @@ class RunLog:
             self.metrics = MetricsWriter(context.dir / "metrics.jsonl", from_step=kept)
             self.samples = MetricsWriter(context.dir / "samples.jsonl", from_step=kept)
             write_json(context.dir / STEPS, {"steps": stage.steps})
-            self.trackers = Trackers(context, model)
+            self.trackers = Trackers(context, model, first_step=first_step)
             self.panel = Panel(context.name, self.stage.steps, PHASES) if sys.stdout.isatty() else None
 
     def _show_phase(self, phase: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from align.run.folder import EXPERTS, STEPS, MetricsWriter, write_json
 from align.run.metrics import DURING, HELD_OUT
 from align.run.pace import Pace
 from align.train.checkpoint import count_parameters, save_model
+from align.train.trackers import Trackers
 
 COMPLETE = "complete"
 """Empty file that is written into a checkpoint last; a checkpoint without this file is incomplete."""
@@ -109,6 +111,13 @@ def fit(
     Returns the metrics of the model after training, on the held-out rows and of the evaluations, if any, and the steps
     and seconds of training.
     """
+    with ExitStack() as until_the_end:
+        return _fit(trainer, context, rows, evaluations, until_the_end)
+
+
+def _fit(
+    trainer: Any, context: StageContext, rows: str, evaluations: Evaluations | None, until_the_end: ExitStack
+) -> tuple[dict[str, float], dict[str, float]]:
     checkpoint = from_rank_0("find the last checkpoint", lambda: checkpoint_for(context, rows))
     step = checkpoint_step(checkpoint) if checkpoint else None
     writer = None
@@ -118,7 +127,11 @@ def fit(
     stop = StopEarly(context)
     trainer.add_callback(stop)
     loads = ExpertLoads(context.dir / EXPERTS, step, lambda: trainer.expert_load) if writer else None
-    trainer.add_callback(Recorder(context, writer, lambda: trainer.trained_tokens, loads))
+    trackers = Trackers(context, trainer.model, first_step=step or 0) if writer else None
+    for opened in (writer, loads, trackers):
+        if opened is not None:
+            until_the_end.callback(opened.close)
+    trainer.add_callback(Recorder(context, writer, lambda: trainer.trained_tokens, loads, trackers))
     if checkpoint:
         context.say(f"  resuming at step {step}")
     elif trainer.eval_dataset is not None:
@@ -134,10 +147,6 @@ def fit(
         interrupt.stop()
     handed_on = evaluations.finish() if evaluations is not None else {}
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    if writer is not None:
-        writer.close()
-    if loads is not None:
-        loads.close()
     return metrics_of(final) | handed_on, training
 
 
@@ -208,6 +217,7 @@ class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks complete checkpoints, and shows each step; evaluations and the last step stay.
 
     trained_tokens: returns the tokens of the training steps since the start. loads: writes the loads of the experts.
+    trackers: receive what metrics.jsonl receives.
     """
 
     def __init__(
@@ -216,8 +226,10 @@ class Recorder(TrainerCallback):
         writer: MetricsWriter | None,
         trained_tokens: Callable[[], int],
         loads: ExpertLoads | None = None,
+        trackers: Trackers | None = None,
     ):
         self.context, self.writer, self.trained_tokens, self.loads = context, writer, trained_tokens, loads
+        self.trackers = trackers
         self.pace: Pace | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -230,6 +242,8 @@ class Recorder(TrainerCallback):
         if not metrics or self.writer is None:
             return
         self.writer.write(state.global_step, metrics)
+        if self.trackers is not None:
+            self.trackers.log(state.global_step, metrics)
         if self.loads is not None and "loss" in metrics:
             self.loads.write(state.global_step)
         if all(name.startswith(DURING) for name in metrics):

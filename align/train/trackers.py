@@ -1,48 +1,179 @@
-"""Experiment trackers (TensorBoard, trackio, Weights & Biases) for TRL trainers and for align's own training loop."""
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio and MLflow, through transformers' callbacks.
+
+Every stage has one run of each tracker. It receives what metrics.jsonl receives, so the names are the same in all
+stages, and the stage's settings as hyper-parameters. A resumed stage continues its runs: their ids are in
+trackers.json. An evaluate stage adds the report.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from align.config.recipe import Recipe
 from align.errors import UserError
 from align.run.context import StageContext
+from align.run.folder import remove_folder, write_json
+from align.run.manifest import stage_settings
 
-
-def tracker_arguments(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Keyword arguments for `TrainingArguments` that select the recipe's trackers."""
-    if not recipe.report_to:
-        return {"report_to": "none"}
-    return {"report_to": list(recipe.report_to), "run_name": f"{recipe.name}-{stage}", "project": recipe.name}
+IDS = "trackers.json"
+"""File with the ids of a stage's runs in the trackers."""
 
 
 class Trackers:
-    """Calls transformers' tracker callbacks from align's own loop; a no-op if the recipe names no tracker."""
+    """The runs of a stage in the recipe's trackers; a no-op if the recipe names none. Only rank 0 creates it.
 
-    def __init__(self, context: StageContext, model: Any):
-        recipe = context.recipe
+    first_step: step from which training continues; 0 for a new start, which begins new runs.
+    """
+
+    def __init__(self, context: StageContext, model: Any = None, *, first_step: int = 0):
         self._state, self._control = TrainerState(), TrainerControl()
-        self._callbacks: list[Any] = []
+        self._runs: list[_TrackerRun] = []
+        recipe, file = context.recipe, context.dir / IDS
         if not recipe.report_to:
             return
-        self._arguments = TrainingArguments(
-            output_dir=str(context.dir), use_cpu=True, **tracker_arguments(recipe, context.name)
-        )
+        resumed = first_step > 0 and file.is_file()
+        ids = json.loads(file.read_text(encoding="utf-8")) if resumed else {"id": secrets.token_hex(6)}
+        settings = flattened(stage_settings(recipe, context.name))
+        arguments = Settings({} if resumed else settings, context, f"{recipe.name}-{context.name}", ids["id"])
         try:
-            self._callbacks = [callback() for callback in get_reporting_integration_callbacks(list(recipe.report_to))]
-        except RuntimeError as error:
+            callbacks = get_reporting_integration_callbacks(list(recipe.report_to))
+            for name, callback in zip(recipe.report_to, callbacks, strict=True):
+                self._runs.append(RUNS[name](callback, context, ids, first_step if resumed else 0))
+        except (RuntimeError, ImportError) as error:
             raise UserError(f"report_to: {str(error).strip().splitlines()[0]}") from None
-        for callback in self._callbacks:
-            callback.on_train_begin(self._arguments, self._state, self._control, model=model)
+        write_json(file, ids)
+        for run in self._runs:
+            # The model's configuration is one of the hyper-parameters, which a resumed run has already.
+            run.callback.on_train_begin(arguments, self._state, self._control, model=None if resumed else model)
+        self._arguments = arguments
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._state.global_step = step
-        for callback in self._callbacks:
-            callback.on_log(self._arguments, self._state, self._control, logs=dict(metrics))
+        for run in self._runs:
+            run.callback.on_log(self._arguments, self._state, self._control, logs=dict(metrics))
+
+    def attach(self, files: Mapping[str, Path]) -> None:
+        """Add the report. files: by extension, `md` and `html`."""
+        for run in self._runs:
+            run.attach(files)
 
     def close(self) -> None:
-        for callback in self._callbacks:
-            callback.on_train_end(self._arguments, self._state, self._control)
+        for run in self._runs:
+            run.callback.on_train_end(self._arguments, self._state, self._control)
+            run.close()
+
+
+class Settings(TrainingArguments):
+    """What transformers' callbacks read: the names of the run, and the recipe's settings as its hyper-parameters."""
+
+    def __init__(self, settings: Mapping[str, Any], context: StageContext, name: str, run_id: str):
+        # trackio continues a run by its name, so a new start needs another name.
+        named = f"{name}-{run_id}" if "trackio" in context.recipe.report_to else name
+        super().__init__(
+            output_dir=str(context.dir), use_cpu=True, report_to="none", run_name=named, project=context.recipe.name
+        )
+        self.settings = dict(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.settings)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.settings, indent=2, default=str)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        flat |= flattened(value, name) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+class _TrackerRun:
+    """One run of one tracker. It is opened before the callback uses it, so that the callback opens none."""
+
+    def __init__(self, callback: Callable[[], Any], context: StageContext, ids: dict[str, str], first_step: int):
+        self.callback = callback()
+        self.open(context, ids, first_step)
+
+    def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
+        """Open the run. ids: of the stage's runs; a tracker that chooses its own id adds it."""
+
+    def attach(self, files: Mapping[str, Path]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard(_TrackerRun):
+    def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        base = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        folder = context.dir / "tensorboard"
+        if base is not None:
+            folder = Path(base).expanduser() / f"{context.recipe.name}-{context.name}-{ids['id']}"
+        elif not first_step:
+            remove_folder(folder)
+        # Steps after the checkpoint are logged again.
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=first_step + 1 if first_step else None)
+        self.callback.tb_writer = self.writer
+        self.callback.logging_dir = str(folder)
+
+    def attach(self, files: Mapping[str, Path]) -> None:
+        self.writer.add_text("report", files["md"].read_text(encoding="utf-8"))
+
+
+class _Wandb(_TrackerRun):
+    def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
+        import wandb
+
+        self.wandb, name = wandb, context.recipe.name
+        project = os.environ.get("WANDB_PROJECT", name)
+        wandb.init(
+            project=project, group=name, name=f"{name}-{context.name}", id=ids["id"], resume="allow", dir=context.dir
+        )
+
+    def attach(self, files: Mapping[str, Path]) -> None:
+        self.wandb.log({"report": self.wandb.Html(files["html"].read_text(encoding="utf-8"), inject=False)})
+
+    def close(self) -> None:
+        self.wandb.finish()
+
+
+class _Trackio(_TrackerRun):
+    """The callback opens the run itself, and continues the one of the same name."""
+
+    def attach(self, files: Mapping[str, Path]) -> None:
+        import trackio
+
+        trackio.log({"report": trackio.Markdown(files["md"].read_text(encoding="utf-8"))})
+
+
+class _Mlflow(_TrackerRun):
+    def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
+        import mlflow
+
+        self.mlflow = mlflow
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", context.recipe.name))
+        run = mlflow.start_run(run_id=ids.get("mlflow"), run_name=f"{context.recipe.name}-{context.name}")
+        ids["mlflow"] = run.info.run_id
+
+    def attach(self, files: Mapping[str, Path]) -> None:
+        for file in files.values():
+            self.mlflow.log_artifact(str(file))
+
+    def close(self) -> None:
+        if flush := getattr(self.mlflow, "flush_async_logging", None):
+            flush()
+        self.mlflow.end_run()
+
+
+RUNS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio, "mlflow": _Mlflow}

@@ -33,7 +33,6 @@ from align.train.objectives import Measured, Objective
 from align.train.optimizer import build_optimizer, schedule_factor
 from align.train.passes import Example, PackedPass, Part, Totals, parts_of_rank, totals_of
 from align.train.steps import Examples, StepLoader, Steps, as_step, row_order
-from align.train.trackers import tracker_arguments
 
 TRAINING_STATE = "training_state"
 """Subfolder of a checkpoint in which a run under DeepSpeed saves its sharded training state."""
@@ -72,7 +71,7 @@ def trainer_arguments(stage: TrainingStage, context: StageContext) -> TrainingAr
         save_steps=stage.checkpoint_every,
         # With two checkpoints, a run killed while saving still has the previous one.
         save_total_limit=2,
-        **tracker_arguments(context.recipe, context.name),
+        report_to="none",  # `fit` calls the trackers, with what metrics.jsonl receives
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         deepspeed=deepspeed_settings(parallel, stage, context.recipe.dtype, rows) if parallel else None,

@@ -266,7 +266,7 @@ def test_trackers_receive_every_iteration(tmp_path, start) -> None:
     made = recipe(tmp_path).model_copy(update={"report_to": ["tensorboard"]})
     folder = start("run")
     run(made, folder, say=lambda line: None)
-    (events,) = (folder / "ppo").rglob("events.out.tfevents*")
+    (events,) = (folder / "ppo" / "tensorboard").glob("events.out.tfevents*")
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     found = [(event.step, event.value) for event in accumulator.Scalars("train/score_mean")]
