@@ -28,6 +28,10 @@ from align.models.swiglu import gated_halves
 
 GATE_UP, DOWN = "base_layer", "experts"
 """Names under which PEFT saves the factors of a layer's two stacks: `mlp.experts.base_layer` and `mlp.experts`."""
+BY_ROWS = 2**19
+"""Values of an expert's matrix from which on it is stored by rows if adapters are served, because the kernel computes
+no adapters. By rows, products with single experts of this size take as long as the kernel; in the kernel's order, they
+take much longer."""
 
 
 class StackAdapters(BaseLayerWithLoRA):
@@ -69,8 +73,9 @@ class StackAdapters(BaseLayerWithLoRA):
 class Experts(StackAdapters):
     """Routed SwiGLU experts as stacked parameters: `w13` [E, 2F, D] (gate over up) and `w2` [E, D, F].
 
-    If vLLM's CPU kernel computes them, the parameters are stored in the kernel's order (see `matrix`). The module holds
-    the adapters on `w2`, and its child `base_layer` those on `w13`.
+    If vLLM's CPU kernel computes them, the parameters are stored in the kernel's order (see `matrix`). If adapters are
+    served, that holds for small experts only (see `BY_ROWS`). The module holds the adapters on `w2`, and its child
+    `base_layer` those on `w13`.
     """
 
     embedding_modules = {GATE_UP: "", DOWN: ""}
@@ -82,7 +87,8 @@ class Experts(StackAdapters):
         super().__init__(experts, width, config.hidden_size, shard_down)
         self.base_layer = StackAdapters(experts, config.hidden_size, 2 * width, shard_gate_up)
         self.ranks, self.width = ranks, width
-        self.fused = has_fused_experts(config, width)
+        by_rows = self.factors is not None and width * config.hidden_size >= BY_ROWS
+        self.fused = has_fused_experts(config, width) and not by_rows
         self.w13 = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size), requires_grad=False)
         self.w2 = nn.Parameter(torch.empty(experts, config.hidden_size, width), requires_grad=False)
         self.act = ACT2FN[config.hidden_act]

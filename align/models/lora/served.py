@@ -171,6 +171,7 @@ class StackFactors:
     a: A of the adapters [P, E, r, I], where P counts the adapters and r is their largest rank.
     b: B of the adapters [P, E, O, r].
     place: index of each slot's factors.
+    ranks: rank of each slot's factors.
     """
 
     def __init__(self, experts: int, inputs: int, outputs: int, dtype: torch.dtype):
@@ -178,6 +179,7 @@ class StackFactors:
         self.a = torch.empty(0, experts, 0, inputs, dtype=dtype)
         self.b = torch.empty(0, experts, outputs, 0, dtype=dtype)
         self.place: dict[int, int] = {}
+        self.ranks: dict[int, int] = {}
 
     def add(self, out_NO: Tensor, rows_NI: Tensor, groups: Sequence[RowGroup]) -> None:
         """Add each row's product B A x to `out_NO` in place; rows whose slot has no adapter here are unchanged.
@@ -196,8 +198,9 @@ class StackFactors:
         counts = [group.size for group in groups]
         for group, out, rows in zip(groups, out_NO.split(counts), rows_NI.split(counts), strict=True):
             if group.slot in self.place:
-                place = self.place[group.slot]
-                out += ((rows @ self.a[place, group.expert].T) @ self.b[place, group.expert].T).to(out.dtype)
+                place, rank = self.place[group.slot], self.ranks[group.slot]
+                low = rows @ self.a[place, group.expert, :rank].T
+                out += (low @ self.b[place, group.expert, :, :rank].T).to(out.dtype)
 
     def put(self, slot: int, a_ErI: Tensor, b_EOr: Tensor) -> None:
         """Set the factors of a slot."""
@@ -205,7 +208,7 @@ class StackFactors:
         rank = max(self.a.shape[2], a_ErI.shape[1])
         self.a = torch.cat((_widened(self.a, rank, 2), _widened(a_ErI[None].to(self.a), rank, 2)))
         self.b = torch.cat((_widened(self.b, rank, 3), _widened(b_EOr[None].to(self.b), rank, 3)))
-        self.place[slot] = len(self.place)
+        self.place[slot], self.ranks[slot] = len(self.place), a_ErI.shape[1]
 
     def remove(self, slot: int) -> None:
         """Free the factors of a slot; a no-op if it has none."""

@@ -127,6 +127,14 @@ def test_each_token_gets_its_adapter(monkeypatch: pytest.MonkeyPatch, fused: boo
     check(monkeypatch, slots)
 
 
+def test_large_experts_are_stored_by_rows_if_adapters_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_experts, "has_fused_experts", lambda *_: True)
+    monkeypatch.setattr(vllm_experts, "BY_ROWS", WIDTH * HIDDEN)
+    assert not make(monkeypatch, {}).fused
+    monkeypatch.setattr(vllm_experts, "BY_ROWS", WIDTH * HIDDEN + 1)
+    assert make(monkeypatch, {}).fused
+
+
 def test_the_shards_of_two_ranks_add_up(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     check(monkeypatch, [-1, 0, 4, 0], ranks=2)
 
