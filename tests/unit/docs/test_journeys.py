@@ -46,7 +46,7 @@ class Reader:
                 Path(block["title"]).write_text(block["text"], encoding="utf-8")
             elif block["language"] == "text":  # what the command before it prints
                 assert self.last == block["text"]
-            else:
+            elif block["language"] != "console":  # a console shows the numbers of one run
                 assert block["language"] == "sh"
                 for line in block["text"].splitlines():
                     self.last = self.printed[line] = self.type(line)
