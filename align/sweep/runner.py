@@ -20,7 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
+from pydantic import ValidationError
+
 from align.config.load import dump
+from align.config.recipe import Recipe
 from align.errors import Stopped, UserError
 from align.preflight import problems
 from align.run.folder import locked, write_json, write_text
@@ -163,13 +166,21 @@ def _earlier_points(plan: Plan, folder: Path, settings: Settings, *, resume: boo
     if not resume:
         raise UserError(f"{folder}: it has an earlier sweep; add --resume to continue it, or pass another --out.")
     before, now = read_state(folder), state_content(plan, settings)
-    if changed := differences(before.get("recipe"), json.loads(json.dumps(now["recipe"], default=str))):
+    if changed := differences(_current(before.get("recipe")), now["recipe"]):
         raise UserError(
             f"{folder}: the earlier sweep had another recipe ({changed[0]}); restore it, or pass another --out."
         )
     if settings.search is not None and before.get("axes") != json.loads(json.dumps(now["axes"])):
         raise UserError(f"{folder}: the earlier search had other ranges; restore them, or pass another --out.")
     return [Point(point["settings"], point["name"]) for point in before["points"]]
+
+
+def _current(recipe: Any) -> Any:
+    """An earlier recipe with the defaults of the settings that it did not have yet; unchanged if it is not valid."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def _require_valid(runs: Iterable[Run]) -> None:
