@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.run import metrics
+from align.run.charts import grouped
 from align.run.metrics import MetricInfo
 
 PAGE = Path(__file__).parent / "metrics.md"
@@ -55,6 +56,14 @@ def page() -> str:
     for title, about, rows in SECTIONS:
         lines = [f"| `{row.key}` | {row.title} | {row.unit or '–'} | {row.meaning} |\n" for row in rows]
         blocks.append(f"## {title}\n\n{about}\n| key | title | unit | meaning |\n|---|---|---|---|\n{''.join(lines)}")
+    rows = []
+    for group in metrics.GROUPS:
+        series = ", ".join(f"`{key}` ({label})" for key, label in group.series)
+        rows.append(f"| {group.title} | {grouped(group).unit or '–'} | {series} |\n")
+    head = "| title | unit | metrics (label) |\n|---|---|---|\n"
+    blocks.append(
+        f"## Charts of several metrics\n\nAll other charts have the title of their metric.\n\n{head}{''.join(rows)}"
+    )
     return "\n".join(blocks)
 
 

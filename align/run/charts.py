@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from align.run import metrics
 from align.run.metrics import DURING, HELD_OUT, metric_info, with_unit
 
 
@@ -46,13 +47,15 @@ def chart(key: str, *, held_out: bool = False) -> Chart:
     return Chart(metric.title, series)
 
 
+def grouped(group: metrics.MetricGroup) -> Chart:
+    """Chart of several metrics."""
+    return Chart(group.title, group.series, group.band)
+
+
 def evaluation_charts(keys: Iterable[str]) -> list[Chart]:
     """A chart with its interval for each metric of an evaluation during training. keys: keys of metrics.jsonl."""
     names = dict.fromkeys(key for key in keys if key.startswith(DURING) and not key.endswith(("/low", "/high")))
-    return [
-        Chart(f"Evaluation: {key.removeprefix(DURING)}", ((key, "mean"),), ends=(f"{key}/low", f"{key}/high"))
-        for key in names
-    ]
+    return [Chart(metrics.title_of(key), ((key, "mean"),), ends=(f"{key}/low", f"{key}/high")) for key in names]
 
 
 def chart_keys(kind: str, keys: Iterable[str]) -> list[str]:
@@ -94,27 +97,27 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         chart("loss", held_out=True),
         chart("rewards/accuracies", held_out=True),
         chart("rewards/margins", held_out=True),
-        Chart("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+        grouped(metrics.IMPLICIT_REWARDS),
         *OPTIMIZER_CHARTS,
     ),
     "kto": (
         chart("loss", held_out=True),
         chart("rewards/margins", held_out=True),
-        Chart("Implicit rewards", (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable"))),
+        grouped(metrics.IMPLICIT_REWARDS_OF_LABELS),
         chart("kto_kl", held_out=True),
         *OPTIMIZER_CHARTS,
     ),
     "ppo": (
-        Chart("Score", (("score_mean", "mean"),), band="score_std"),
-        Chart("KL of the policy to the reference", (("kl", "k1"), ("kl_k3", "k3"))),
+        grouped(metrics.SCORE),
+        grouped(metrics.POLICY_KL),
         chart("entropy"),
         chart("completion_length"),
-        Chart("How completions end", (("eos_rate", "stop token"), ("truncated_share", "truncated"))),
-        Chart("Clipped tokens", (("clip_fraction", "policy"), ("value_clip_fraction", "value"))),
+        grouped(metrics.ENDS),
+        grouped(metrics.CLIPPED),
         chart("update_kl"),
-        Chart("Losses", (("policy_loss", "policy"), ("value_loss", "value"))),
+        grouped(metrics.POLICY_LOSSES),
         chart("explained_variance"),
-        Chart("Mismatch of sampler and trainer", (("mismatch_mean", "mean"), ("mismatch_max", "largest"))),
+        grouped(metrics.MISMATCH),
         chart("expert_load_max"),
         chart("memory/peak_gib"),
     ),

@@ -466,6 +466,49 @@ DURING_TRAINING = (
 ALL = TRAINING + ROUTERS + SPEED + PPO + DURING_TRAINING
 
 
+@dataclass(frozen=True)
+class MetricGroup:
+    """Metrics with one unit that share a chart.
+
+    title: title of the chart, without the unit.
+    series: (key, label) of each metric.
+    band: key of the standard deviation around the first one; "" for none.
+    """
+
+    title: str
+    series: tuple[tuple[str, str], ...]
+    band: str = ""
+
+
+IMPLICIT_REWARDS = MetricGroup("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")))
+IMPLICIT_REWARDS_OF_LABELS = MetricGroup(
+    "Implicit rewards", (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable"))
+)
+SCORE = MetricGroup("Score", (("score_mean", "mean"),), band="score_std")
+POLICY_KL = MetricGroup("KL of the policy to the reference", (("kl", "k1"), ("kl_k3", "k3")))
+ENDS = MetricGroup("How completions end", (("eos_rate", "stop token"), ("truncated_share", "truncated")))
+CLIPPED = MetricGroup("Clipped tokens", (("clip_fraction", "policy"), ("value_clip_fraction", "value")))
+POLICY_LOSSES = MetricGroup("Losses", (("policy_loss", "policy"), ("value_loss", "value")))
+MISMATCH = MetricGroup("Mismatch of sampler and trainer", (("mismatch_mean", "mean"), ("mismatch_max", "largest")))
+TIMES = MetricGroup("Time per iteration", tuple((f"time/{phase}", phase) for phase in PHASES))
+THROUGHPUT = MetricGroup(
+    "Throughput",
+    (*((f"speed/{phase}", phase) for phase in PHASES if phase != "sync"), ("speed/rollout", "engine")),
+)
+GROUPS = (
+    IMPLICIT_REWARDS,
+    IMPLICIT_REWARDS_OF_LABELS,
+    SCORE,
+    POLICY_KL,
+    ENDS,
+    CLIPPED,
+    POLICY_LOSSES,
+    MISMATCH,
+    TIMES,
+    THROUGHPUT,
+)
+
+
 def metric_info(key: str) -> MetricInfo | None:
     """The metric of a key of metrics.jsonl, with or without the held-out prefix; None for an unknown key."""
     key = key.removeprefix(HELD_OUT)
@@ -476,13 +519,19 @@ def metric_info(key: str) -> MetricInfo | None:
     return max(matching, key=lambda metric: len(metric.key), default=None)
 
 
-def titled(key: str) -> str:
-    """Title with the unit of a key of metrics.jsonl or of a training stage's manifest; the key itself if unknown."""
+def title_of(key: str) -> str:
+    """Title, without the unit, of a key of metrics.jsonl or of a training stage's manifest; an unknown key itself."""
     metric = metric_info(key)
     if metric is None:
         return key
     title = metric.title_of(key.removeprefix(HELD_OUT))
-    return with_unit(f"{title}, held out" if key.startswith(HELD_OUT) else title, metric.unit)
+    return f"{title}, held out" if key.startswith(HELD_OUT) else title
+
+
+def titled(key: str) -> str:
+    """`title_of` with the unit."""
+    metric = metric_info(key)
+    return with_unit(title_of(key), metric.unit if metric is not None else "")
 
 
 def titled_of_model(key: str) -> str:

@@ -134,7 +134,7 @@ def sweep_content(folder: Path, *, generated: str | None = None) -> dict[str, An
                 }
                 for seed, (run, found) in enumerate(zip(folders[point["name"]], values[point["name"]]))
             ],
-            "metrics": {key: cell for key in shown if (cell := _cell(key, values[point["name"]]))},
+            "metrics": {key: cell for key in shown if (cell := _cell(key, values[point["name"]], seeds))},
         }
         for point in state["points"]
     ]
@@ -171,8 +171,11 @@ def _status(run: Path) -> str:
     return "finished" if finished else "unfinished"
 
 
-def _cell(key: str, runs: Sequence[Mapping[str, Value]]) -> dict[str, Any] | None:
-    """Mean over the seeds with its interval; of one seed, the interval over documents. over: what it is over."""
+def _cell(key: str, runs: Sequence[Mapping[str, Value]], seeds: int) -> dict[str, Any] | None:
+    """Mean over the seeds with its interval; of one seed, the interval over documents. over: what it is over.
+
+    seeds: number of seeds of the sweep. If only one of several has finished, the mean has no interval.
+    """
     found = [run[key] for run in runs if key in run]
     if not found:
         return None
@@ -181,7 +184,7 @@ def _cell(key: str, runs: Sequence[Mapping[str, Value]]) -> dict[str, Any] | Non
         known = student_t(means, level=LEVEL)
         return {"mean": known.mean, "low": known.low, "high": known.high, "n": len(means), "over": "seeds"}
     documents = found[0].documents
-    if documents is None:
+    if documents is None or seeds > 1:
         return {"mean": means[0], "low": None, "high": None, "n": 1, "over": None}
     summary = summarize(list(documents.values()), resamples=2000, seed=0)
     return {"mean": summary.mean, "low": summary.low, "high": summary.high, "n": summary.n, "over": "documents"}
@@ -202,7 +205,7 @@ def _notes(points: Sequence[Mapping[str, Any]], metric: str | None, better: int,
     if seeds == 1:
         notes.append("One seed per setting: the intervals are over documents, not over training runs with other seeds.")
     elif seeds < 5:
-        notes.append(f"{seeds} seeds per setting: the intervals over seeds are wide, because so few say little.")
+        notes.append(f"{seeds} seeds per setting: intervals over so few seeds are wide.")
     if metric and not better:
         notes.append(f"{metric} has no direction in the table of metrics; pass --maximize or --minimize.")
     return notes
@@ -227,7 +230,12 @@ def _best(
     label = described[metric].label
     mean = number(best["metrics"][metric]["mean"])
     if not others:
-        return {"best": best["name"], "clear": False, "differences": [], "verdict": f"{best['label']}: {label} {mean}."}
+        return {
+            "best": best["name"],
+            "clear": False,
+            "differences": [],
+            "verdict": f"Only one setting has finished. {best['label']}: {label} {mean}.",
+        }
     level = 1 - (1 - LEVEL) / len(others)
     differences = [
         {"point": other["name"], "label": other["label"]}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from align.eval.report.formatting import plain
-from align.run.charts import CHARTS, Chart, chart, evaluation_charts
-from align.run.metrics import HELD_OUT, PHASES, SHARE, metric_info, step_axis
+from align.run.charts import CHARTS, Chart, chart, evaluation_charts, grouped
+from align.run.metrics import HELD_OUT, SHARE, THROUGHPUT, TIMES, metric_info, step_axis
 from align.watch.curve import Curve, Floats
 
 TRAINING, SPEED, OTHERS = "Training", "Speed and memory", "Other metrics"
@@ -15,10 +15,8 @@ TRAINING, SPEED, OTHERS = "Training", "Speed and memory", "Other metrics"
 SPEED_CHARTS = (
     chart("speed/train"),
     chart("time/step"),
-    Chart(
-        "Throughput", (*((f"speed/{phase}", phase) for phase in PHASES if phase != "sync"), ("speed/rollout", "engine"))
-    ),
-    Chart("Time per iteration", tuple((f"time/{phase}", phase) for phase in PHASES)),
+    grouped(THROUGHPUT),
+    grouped(TIMES),
     chart("memory/peak_gib"),
 )
 

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from align.eval.report.formatting import mean
 from align.eval.report.smoothing import smoothing_window
-from align.run.charts import CHARTS, Chart, chart, evaluation_charts
-from align.run.metrics import PHASES, SHARE, step_axis, with_unit
+from align.run.charts import CHARTS, Chart, chart, evaluation_charts, grouped
+from align.run.metrics import PHASES, SHARE, TIMES, step_axis
 
 COLORS = ("#2b6a99", "#c4682b", "#3f8a63", "#7b5fa6", "#a8444c", "#777b80", "#8a7a2f")
 BARS = 40
@@ -86,7 +86,7 @@ def stage_plots(kind: str, rows: list[dict[str, Any]], prefix: str) -> list[Plot
         if (figure := _curves(series, rows, kind)) is not None:
             plots.append(Plot(series.full_title, as_svg(figure[0], f"{prefix}-{i}-", series.full_title), figure[1]))
     if (figure := _times(rows)) is not None:
-        title = with_unit("Time per iteration", "s")
+        title = grouped(TIMES).full_title
         plots.append(Plot(title, as_svg(figure[0], f"{prefix}-time-", title), figure[1]))
     return plots
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 
+from align.eval.report.write import write_report
 from align.run.charts import CHARTS
 from align.run.metrics import ALL, EVALUATION, metric_info
+from tests.unit.eval.made_run import write_json, write_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 LOGGING = ("align/rl/*.py", "align/losses/*.py", "align/rollout/base.py", "align/models/routing.py", "reward/*.py")
@@ -77,6 +80,51 @@ def test_every_charted_series_has_a_unit_and_a_chart_has_one() -> None:
             assert None not in metrics, chart
             assert {metric.unit for metric in metrics if metric is not None} == {chart.unit}, chart
             assert chart.unit in chart.full_title
+
+
+def titles_of_the_page() -> set[str]:
+    """Titles with units in the tables of docs/metrics.md, the placeholders as a regular expression."""
+    found = set()
+    for line in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| ") and cells[0] not in ("key", "title"):
+            title, unit = cells[1:3] if cells[0].startswith("`") else cells[:2]
+            found.add(title if unit == "–" else f"{title} ({unit})")
+    return found
+
+
+def is_on_the_page(title: str, titles: set[str]) -> bool:
+    bare = title.replace(", held out", "")
+    patterns = (re.escape(known) for known in titles)
+    return any(re.fullmatch(re.sub("NAME|PHASE|REFERENCE|TASK|METRIC", ".+", known), bare) for known in patterns)
+
+
+@pytest.mark.parametrize("kind", CHARTS)
+def test_every_title_unit_and_axis_of_a_report_is_on_the_page(kind: str, tmp_path: Path) -> None:
+    """A stage that has logged every metric of its kind: charts with their axes, and the final metrics."""
+    keys = [key for chart in CHARTS[kind] for key, _ in chart.all_series]
+    keys += ["time/generate", "speed/rollout", "reward/mine", "eval_entropy", "evaluation/sums/math"]
+    write_json(tmp_path / "recipe.json", {"name": "r", "stages": {"a": {"kind": kind}}})
+    write_stage(tmp_path, "a", kind, [{"step": step, **dict.fromkeys(keys, 0.5)} for step in (1, 2)])
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    write_json(tmp_path / "a" / "manifest.json", manifest | {"metrics": dict.fromkeys(keys, 0.5)})
+    page = write_report(tmp_path)[2].read_text(encoding="utf-8")
+    titles = titles_of_the_page()
+    charts = re.findall(r"<h4>(.*?)</h4>", page)
+    assert len(charts) >= len(CHARTS[kind])
+    finals = re.findall(r'<th scope="row">(.*?)</th>', page.partition("Final metrics (")[2].partition("</table>")[0])
+    assert len(finals) == len(dict.fromkeys(keys))
+    assert [title for title in [*charts, *finals] if not is_on_the_page(title, titles)] == []
+    axes = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    step = "Iteration" if kind == "ppo" else "Optimizer step"
+    assert step in titles
+    assert len(axes) == len(charts)
+    assert [svg for svg in axes if f">{step}</text>" not in svg and ">Iteration</text>" not in svg] == []
+
+
+@pytest.mark.parametrize("title", ["Loss (nats)", "Reward", "Learningrate", "Speed of (tokens/s)"])
+def test_a_title_that_is_not_on_the_page_is_noticed(title: str) -> None:
+    assert not is_on_the_page(title, titles_of_the_page())
 
 
 @pytest.mark.parametrize("rows", [ALL, EVALUATION])
