@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def _curves(points: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
     for place, point in enumerate(points):
         for run in point["runs"]:
             if (folder / run["folder"] / "recipe.json").is_file():
-                sides.append(read_run(folder / run["folder"]))
-                sides[-1] = type(sides[-1])(**{**vars(sides[-1]), "name": run["folder"]})
+                sides.append(replace(read_run(folder / run["folder"]), name=run["folder"]))
                 places[run["folder"]] = place
     groups: list[Group] = curve_groups(sides) if len(sides) > 1 else []
     if groups:

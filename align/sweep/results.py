@@ -138,7 +138,7 @@ def sweep_content(folder: Path, *, generated: str | None = None) -> dict[str, An
         }
         for point in state["points"]
     ]
-    better = state.get("better") or (described[metric].better if metric in described else 0)
+    better = state.get("better") or (described[metric].better if metric in described else direction(metric or ""))
     if metric:
         points.sort(key=lambda point: _rank(point, metric, better))
     content = {
@@ -206,7 +206,7 @@ def _notes(points: Sequence[Mapping[str, Any]], metric: str | None, better: int,
         notes.append("One seed per setting: the intervals are over documents, not over training runs with other seeds.")
     elif seeds < 5:
         notes.append(f"{seeds} seeds per setting: intervals over so few seeds are wide.")
-    if metric and not better:
+    if any(point["metrics"] for point in points) and metric and not better:
         notes.append(f"{metric} has no direction in the table of metrics; pass --maximize or --minimize.")
     return notes
 
