@@ -127,6 +127,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
         cli.main(["show", "tiny"])
 
 
+def test_counts_of_a_conversion_as_json(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Hi", "completion": "Hello"}\n{"prompt": "Hi", "completion": " "}\n')
+    cli.main(["data", "convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--json"])
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["read"], counts["shapes"], sum(counts["dropped"].values())) == (2, {"prompt_completion": 1}, 1)
+
+
 def test_quiet_prints_problems_only(capsys) -> None:
     cli.main(["check", "tiny", "--without-files", "--quiet"])
     assert capsys.readouterr() == ("", "")

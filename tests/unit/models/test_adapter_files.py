@@ -143,6 +143,37 @@ def test_a_merged_adapter_is_removed(tmp_path: Path) -> None:
     assert max((merged[name] - values).abs().max() for name, values in base.items()) > 0.01
 
 
+def test_results_of_the_commands_as_json(tmp_path: Path, capsys) -> None:
+    """Two layers with the projections q and v: four parameters change."""
+    model = make_base(tmp_path / "base", "llama")
+    adapt(model, tmp_path / "adapter", r=2, target_modules=["q_proj", "v_proj"])
+    folders = {name: str(tmp_path / name) for name in ("base", "adapter", "merged", "back", "extracted", "both")}
+
+    def result(*words: str) -> dict[str, Any]:
+        capsys.readouterr()
+        cli.main(["adapter", *words, "--json"])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    count = 2 * model.config.num_hidden_layers
+    checked = result("check", folders["adapter"], "--base", folders["base"])
+    assert (checked["parameters"], checked["not_served"]) == (count, [])
+    assert result("merge", folders["adapter"], folders["merged"], "--base", folders["base"])["changed"] == count
+    assert result("unmerge", folders["adapter"], folders["merged"], folders["back"])["changed"] == count
+    extracted = result("extract", folders["base"], folders["merged"], folders["extracted"], "--rank", "2")
+    assert extracted["errors"]["attention"]["2"] < 1e-3  # the difference has rank 2
+    words = (
+        "combine",
+        folders["adapter"],
+        folders["extracted"],
+        "--target",
+        folders["both"],
+        "--base",
+        folders["base"],
+    )
+    assert result(*words)["target"] == folders["both"]
+
+
 def test_a_reward_models_adapter_is_merged_into_its_language_model(tmp_path: Path) -> None:
     model = make_base(tmp_path / "base", "llama")
     scorer = family_of(model.config).scorer
