@@ -112,7 +112,7 @@ def _convert(options: argparse.Namespace) -> None:
     if not options.target.parent.is_dir():
         raise UserError(f"{options.target.parent}: the folder does not exist. Create it.")
     counts = convert(_source(options), options.target)
-    print(json.dumps(asdict(counts), ensure_ascii=False, indent=2) if options.json else counts.summary())
+    print(json.dumps(vars(counts), ensure_ascii=False, indent=2) if options.json else counts.summary())
 
 
 def _source(options: argparse.Namespace) -> Any:
