@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from align.pipeline import run
+from align.recipes import ppo
 from tests.unit.rl.runs import lines, recipe
 
 ADAPTERS = {"lora": {"rank": 2, "quantize": "nf4"}, "critic": {"lora": {"rank": 2, "quantize": "nf4"}}}
@@ -37,18 +39,24 @@ def test_the_manifest_counts_the_weights_of_policy_and_critic(whole: Path) -> No
         assert groups["router"]["quantized"] == groups["embeddings"]["quantized"] == 0
 
 
-def test_an_interrupted_run_continues_to_the_same_result(whole: Path, tmp_path: Path) -> None:
-    class Interrupted(Exception):
-        pass
+@pytest.mark.slow
+def test_an_interrupted_run_continues_to_the_same_result(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, updates = ppo.update, []
 
-    def stop(line: str) -> None:
-        if "step 1/2" in line:
-            raise Interrupted
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        updates.append(options["step"])
+        if len(updates) == 2:
+            raise KeyboardInterrupt
+        return update(*arguments, **options)
 
+    monkeypatch.setattr(ppo, "update", interrupted)
     made = recipe(tmp_path, steps=2, checkpoint_every=1, **ADAPTERS)
-    with pytest.raises(Interrupted):
-        run(made, tmp_path / "run", say=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "run", say=lambda line: None)
     run(made, tmp_path / "run", resume=True, say=lambda line: None)
+    assert updates == [0, 1, 1]
     first, second = (
         load_file(folder / "ppo" / "model" / "adapter_model.safetensors") for folder in (whole, tmp_path / "run")
     )
