@@ -248,7 +248,7 @@ def _best(
     margin = f"{number(next_best['mean'], signed=True)} {interval(next_best)}".rstrip()
     over = f" over {next_best['n']} {next_best['over']}" if next_best["over"] else ""
     if open_:
-        equal = ", ".join(d["label"] for d in open_[:5]) + (f" and {len(open_) - 5} more" if len(open_) > 5 else "")
+        equal = "; ".join(d["label"] for d in open_[:5]) + (f" and {len(open_) - 5} more" if len(open_) > 5 else "")
         verdict = (
             f"No setting is clearly best in {label}. {best['label']} has the {word} mean, {mean}; its difference from "
             f"the next, {next_best['label']}, is {margin}{over}. Not clearly worse: {equal}."
