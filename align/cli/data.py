@@ -17,7 +17,7 @@ from align.errors import UserError
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the commands to the parser."""
     data = commands.add_parser(
-        "data", help="look at a stage's data, convert files", description="Look at a stage's data, convert files."
+        "data", help="look at a stage's data, convert files", description="Look at a stage's data, or convert files."
     )
     kinds = data.add_subparsers(required=True, metavar="COMMAND")
     show = kinds.add_parser(

@@ -19,8 +19,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "eval",
         help="evaluate checkpoints on tasks",
-        description="Evaluate checkpoints on tasks of lm-evaluation-harness and on your own, with intervals. Answers "
-        "are recorded as they come; --resume continues an interrupted evaluation.",
+        description="Evaluate checkpoints on tasks of lm-evaluation-harness and on your own, with confidence "
+        "intervals. Answers are recorded as they are computed; --resume continues an interrupted evaluation.",
         epilog=examples(
             "align eval runs/quickstart/sft runs/quickstart/ppo --tasks my_task.yaml",
             "align eval before=models/base after=runs/law/sft --tasks suite:quick --out evaluation/law",
@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="instead of --tasks: preference pairs, to evaluate reward models by accuracy, bias and calibration",
     )
-    command.add_argument("--subset", metavar="COLUMN", help="column of the pairs' subsets")
+    command.add_argument("--subset", metavar="COLUMN", help="column with the subset of each pair")
     command.add_argument("--data", type=Path, metavar="DIR", help="folder of data sets; data set X is read from DIR/X")
     command.add_argument(
         "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder to write (default: evaluation)"
@@ -52,16 +52,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--backend", choices=("vllm", "hf"), default="vllm", help="engine: vLLM or transformers (default: vllm)"
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, otherwise float32"
+    )
     command.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and completion (default: 4096)")
-    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences at a time (default: 64)")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences per batch (default: 64)")
     command.add_argument("--cache-gib", type=float, metavar="N", help="size of vLLM's cache in GiB")
     command.add_argument(
         "--limit", type=int, metavar="N", help="documents per task, drawn with the seed (default: all)"
     )
     command.add_argument("--samples", type=int, default=1, metavar="K", help="completions per request (default: 1)")
-    command.add_argument("--temperature", type=float, metavar="T", help="replaces the tasks' own")
-    command.add_argument("--max-new-tokens", type=int, metavar="N", help="replaces the tasks' own")
+    command.add_argument("--temperature", type=float, metavar="T", help="override the tasks' temperature")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="override the tasks' maximum")
     command.add_argument("--seed", type=int, default=0, help="seed of the draw and of completions (default: 0)")
     command.add_argument("--chat", action="store_true", help="render prompts with the chat template")
     command.add_argument(
@@ -71,15 +73,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="with --chat: values for the chat template's own variables, e.g. '{\"enable_thinking\": false}'",
     )
     command.add_argument(
-        "--truncate", action="store_true", help="cut prompts that are too long at their beginning, and count them"
+        "--truncate", action="store_true", help="cut the beginning of prompts that are too long, and count them"
     )
     command.add_argument(
         "--judge",
         action="append",
         default=[],
         metavar="URL|DIR|FILE",
-        help="judge of mt_bench, alignbench, alpaca_eval, arena_hard and own judged tasks: a server with OpenAI's chat "
-        "protocol, a reward model's folder, or a YAML file (docs/judges.md); repeat it for several judges",
+        help="judge of mt_bench, alignbench, alpaca_eval, arena_hard and your own judged tasks: a server with OpenAI's "
+        "chat protocol, a reward model's folder, or a YAML file (docs/judges.md); repeat it for several judges",
     )
     command.add_argument(
         "--adapter",
@@ -92,15 +94,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--contamination",
         type=Path,
         metavar="RUN",
-        help="look for the tasks' items in the training data of this run (or in a data file), and give the scores "
-        "without them",
+        help="look for the tasks' items in the training data of this run (or in a data file), and also report the "
+        "scores without them",
     )
     command.add_argument(
         "--unsafe-code",
         action="store_true",
         help="run the model's programs with your own rights, without the sandbox",
     )
-    command.add_argument("--judge-model", metavar="NAME", help="the model at the judge's URL, if it has several")
+    command.add_argument("--judge-model", metavar="NAME", help="the model at the judge's URL, if it serves several")
     command.add_argument(
         "--write", choices=("inspect",), help="also write OUT/MODEL/TASK.eval, the logs that `inspect view` shows"
     )

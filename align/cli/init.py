@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "init",
         help="write a recipe for your model and data",
         description="Look at your data and this machine, and write a commented recipe that `align check` accepts. In a "
-        "terminal, what is not passed is asked.",
+        "terminal, it asks for a missing --model or --data.",
         epilog=examples(
             "align init",
             "align init law.yaml --model models/base --data chats.jsonl",
@@ -42,10 +42,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     init.add_argument(
         "--columns", nargs="+", default=[], metavar="NEW=OLD", help="column names: standard name = name in the files"
     )
-    init.add_argument("--stage", nargs="+", choices=STAGES, help="what to train (default: by the rows of the data)")
+    init.add_argument("--stage", nargs="+", choices=STAGES, help="what to train (default: from the rows of the data)")
     init.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on (default: those of this machine)")
     init.add_argument("--gpu", metavar="NAME", help="GPU model if it is another machine: a100, h100, h200, ...")
-    init.add_argument("--max-length", type=int, metavar="N", help="maximum tokens per row (default: by the data)")
+    init.add_argument("--max-length", type=int, metavar="N", help="maximum tokens per row (default: from the data)")
     how = init.add_mutually_exclusive_group()
     how.add_argument("--lora", dest="lora", action="store_true", default=None, help="train adapters")
     how.add_argument("--full", dest="lora", action="store_false", help="train all weights (default: if they fit)")

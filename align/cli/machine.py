@@ -16,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the commands to the parser."""
     doctor = commands.add_parser(
         "doctor",
-        help="show installed packages, the GPUs, and whether they fit together",
+        help="show installed packages and GPUs, and whether they work together",
         description="Show versions, missing packages with the command that installs each, the GPUs with their driver, "
         "links and CUDA version, and whether this installation runs on them. The exit status is 1 if there is a "
         "problem.",
@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     smoke = commands.add_parser(
         "smoke",
         help="run each part briefly on this machine and compare results and speed with expected values",
-        description="Run each part of align once and print the measured values beside the expected ones. This takes "
+        description="Run each part of align once and print measured and expected values. This takes "
         "about fifteen minutes on a GPU and under three on two CPU cores. The exit status is 1 if a check has the "
         "verdict WRONG; the verdict 'slow' does not change it.",
         epilog=examples("align smoke", "align smoke --only 0 1 --folder /tmp/smoke"),

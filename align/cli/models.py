@@ -56,8 +56,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     language_model = kinds.add_parser(
         "language-model",
         help="extract the language model of a multimodal checkpoint",
-        description="Write the language model of a vision-language or audio-language checkpoint as a checkpoint of "
-        "its own, which computes the same for text.",
+        description="Extract the language model of a vision-language or audio-language checkpoint as a text-only "
+        "checkpoint with the same outputs for text.",
         epilog=examples("align convert language-model models/gemma-3-4b models/gemma-3-4b-text"),
     )
     language_model.add_argument("source", type=Path, help="the folder of a multimodal checkpoint")

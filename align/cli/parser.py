@@ -24,7 +24,7 @@ SYNONYMS = {"train": "run", "finetune": "run", "validate": "check", "lint": "che
 EXIT_STATUS = {
     0: "success",
     1: "a check failed (`smoke` has a wrong result, `doctor` a problem), or an unexpected exception with its traceback",
-    2: "wrong input: one sentence on standard error says where, what, and what to do",
+    2: "wrong input: a message on standard error says where it is, what is wrong and what to do",
     130: "stopped by Ctrl-C (128 + 2); `align run` has written a checkpoint, and `--resume` continues",
     141: "the reader of the output, such as `head`, has closed the pipe",
     143: "stopped by SIGTERM (128 + 15), like Ctrl-C",

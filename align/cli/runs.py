@@ -82,12 +82,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     report = commands.add_parser(
         "report",
-        help="write a run's report again",
+        help="rewrite the report of a run, a sweep or an evaluation",
         description="Write report.json, report.md and report.html in the folder of a run or a sweep, or results.md and "
         "report.html in the folder of an evaluation.",
         epilog=examples("align report runs/tiny", "align report runs/tiny --json"),
     )
-    report.add_argument("run_dir", type=Path)
+    report.add_argument("run_dir", type=Path, help="folder of a run, a sweep or an evaluation")
     add_json(report, "print report.json instead of the paths")
     report.set_defaults(command=_report)
 

@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     chat.add_argument(
         "checkpoint", type=Path, nargs="?", help="runs/<run>/<stage>, or a folder with config.json; not with --url"
     )
-    chat.add_argument("--adapter", metavar="[NAME=]DIR", help="a LoRA adapter to put on the checkpoint")
+    chat.add_argument("--adapter", metavar="[NAME=]DIR", help="a LoRA adapter to load onto the checkpoint")
     chat.add_argument("--url", help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")
     chat.add_argument("--model", help="model or adapter on the server (default: the first that it lists)")
     chat.add_argument("--token-file", type=Path, help=f"file with the server's token (default: ${TOKEN_VARIABLE})")
@@ -117,7 +117,7 @@ def template_variables(text: str) -> dict[str, Any]:
 def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve a checkpoint and LoRA adapters over HTTP (OpenAI's interface)",
+        help="serve a checkpoint and LoRA adapters over HTTP (OpenAI's API)",
         description="Serve a checkpoint and any number of LoRA adapters on it with vLLM, as an OpenAI-compatible "
         "server. Before it accepts requests, each model's log-probabilities are compared with transformers and PEFT.",
         epilog=examples(
@@ -150,7 +150,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--cache-gib", type=float, help="GiB of memory for the KV cache")
     serve.add_argument("--tensor-parallel-size", type=int, help="devices per model replica")
     serve.add_argument(
-        "--tool-parser", metavar="NAME", help="vLLM's parser of the model's tool calls (default: one that reads them)"
+        "--tool-parser", metavar="NAME", help="vLLM's parser for the model's tool calls (default: chosen at startup)"
     )
     serve.add_argument(
         "--drain-seconds", type=int, default=30, help="time for running requests after SIGTERM (default: 30)"
@@ -159,7 +159,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         "--no-proof",
         action="store_false",
         dest="proof",
-        help="do not compare with transformers and PEFT, which need memory for the whole model before vLLM starts",
+        help="skip the comparison with transformers and PEFT, which loads the whole model before vLLM starts",
     )
     serve.set_defaults(command=_serve)
 

@@ -17,9 +17,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser."""
     watch = commands.add_parser(
         "watch",
-        help="show runs in a browser while they grow",
+        help="follow runs in a browser while they train",
         description="Serve a page with the stages, curves, samples, router load, speed and memory of a run, or of all "
-        "runs in a folder, until Ctrl-C. It only reads the folder, which may appear later. Runs do not notice it.",
+        "runs in a folder, until Ctrl-C. The folder is only read, and need not exist yet. Runs are not affected.",
         epilog=examples("align watch runs/tiny", "align watch runs --host 0.0.0.0 --token-file token.txt"),
     )
     watch.add_argument("folder", metavar="RUN|FOLDER", type=Path, help="a run's folder, or a folder of runs")
