@@ -99,9 +99,10 @@ class Nf4:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight."""
         if has_library():
+            # As rows of one block: its CPU operator is wrong for rows that are not whole blocks.
             return torch.ops.bitsandbytes.dequantize_4bit.default(  # type: ignore[no-any-return]
-                self.codes[:, None], self.scales, BLOCK, "nf4", self.shape, dtype
-            )
+                self.codes[:, None], self.scales, BLOCK, "nf4", (len(self.scales), BLOCK), dtype
+            ).view(self.shape)
         # `index_select` of 8-byte values takes an eighth of the time of indexing.
         values = _level_pairs(self.codes.device).index_select(0, self.codes.int()).view(torch.float32)
         return values.view(-1, BLOCK).mul_(self.scales[:, None]).view(self.shape).to(dtype)
