@@ -27,8 +27,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     kinds = adapter.add_subparsers(required=True, metavar="COMMAND")
     info = kinds.add_parser(
         "info",
-        help="print an adapter's settings and size",
-        description="Describe an adapter.",
+        help="print an adapter's base model and size",
+        description="Print an adapter's base model, the size of each group, and whether `align serve` can serve it "
+        "without merging.",
         epilog=examples("align adapter info runs/law/sft", "align adapter info adapters/law --base models/base --json"),
     )
     _adapter_argument(info)
@@ -60,7 +61,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "unmerge",
         help="subtract an adapter from a merged model",
         description="Subtract an adapter from a model into which it was merged. The result differs from the original "
-        "by rounding; the original base model is exact.",
+        "by rounding; prefer the original base model if you have it.",
         epilog=examples("align adapter unmerge runs/law/sft models/law models/base-again"),
     )
     unmerge.add_argument("adapter", type=Path, help="the adapter's folder, or that of the stage that trained it")

@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "align completion fish > ~/.config/fish/completions/align.fish",
         ),
     )
-    command.add_argument("shell", choices=SHELLS)
+    command.add_argument("shell", choices=SHELLS, help="the shell")
     command.set_defaults(command=_completion)
 
 

@@ -71,7 +71,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--roles", nargs="+", default=[], metavar="NAME=ROLE", help="roles: name in the file = system, user, ..."
     )
-    convert.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
+    convert.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to ignore")
     add_json(convert, "print the counts as JSON")
     convert.set_defaults(command=_convert)
 

@@ -88,7 +88,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="also evaluate this LoRA adapter of the one CKPT, as a checkpoint of its own; repeat it for several",
+        help="also evaluate this LoRA adapter of the only CKPT, as a separate model; repeat it for several",
     )
     command.add_argument(
         "--contamination",

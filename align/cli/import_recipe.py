@@ -16,8 +16,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "import-recipe",
         help="write a recipe from a LLaMA-Factory or axolotl file",
-        description="Write a recipe from an SFT or DPO configuration of LLaMA-Factory or axolotl. Every key that "
-        "cannot be mapped, or only with a difference, is listed with the reason, here and in comments of the recipe.",
+        description="Write a recipe from an SFT or DPO configuration of LLaMA-Factory or axolotl. Keys that cannot be "
+        "mapped, or only with a difference, are printed with the reason and listed in comments of the recipe.",
         epilog=examples(
             "align import-recipe qwen3_lora_sft.yaml",
             "align import-recipe lora-8b.yml -o law.yaml --devices 8 --batch-size 128",
@@ -26,12 +26,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="YAML file of LLaMA-Factory or axolotl")
     command.add_argument("-o", "--out", type=Path, metavar="OUT", help="the file to write (default: FILE-align.yaml)")
     command.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="processes that the file was used with (default: 1)"
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes the file was used with (default: 1)",
     )
     command.add_argument(
         "--batch-size", type=int, metavar="N", help="rows per optimizer step, for files that pack rows before batching"
     )
-    add_json(command, "print what became of every key as JSON")
+    add_json(command, "print the mapping of every key as JSON")
     command.set_defaults(command=_import)
 
 

@@ -44,7 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     init.add_argument("--stage", nargs="+", choices=STAGES, help="what to train (default: from the rows of the data)")
     init.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on (default: those of this machine)")
-    init.add_argument("--gpu", metavar="NAME", help="GPU model if it is another machine: a100, h100, h200, ...")
+    init.add_argument("--gpu", metavar="NAME", help="GPU model of another machine: a100, h100, h200, ...")
     init.add_argument("--max-length", type=int, metavar="N", help="maximum tokens per row (default: from the data)")
     how = init.add_mutually_exclusive_group()
     how.add_argument("--lora", dest="lora", action="store_true", default=None, help="train adapters")

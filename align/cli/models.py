@@ -25,7 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     show_model.add_argument("model", help=f"{', '.join(PRESETS)}, or a folder with config.json")
-    show_model.add_argument("--context", type=int, default=4096, help="context for attention FLOPs (default: 4096)")
+    show_model.add_argument("--context", type=int, default=4096, help="context length for FLOPs (default: 4096)")
     add_json(show_model)
     show_model.set_defaults(command=_show_model)
 
