@@ -27,8 +27,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     init = commands.add_parser(
         "init",
         help="write a recipe for your model and data",
-        description="Look at your data and this machine, and write a commented recipe that `align check` accepts. In a "
-        "terminal, it asks for a missing --model or --data.",
+        description="Look at your data and this machine, and write a commented recipe that `align check` accepts. "
+        "Without --model or --data, it asks for it and for each other choice that is not passed.",
         epilog=examples(
             "align init",
             "align init law.yaml --model models/base --data chats.jsonl",
