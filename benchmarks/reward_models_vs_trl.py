@@ -113,6 +113,8 @@ def write_start(folder: Path, model: str, texts: list[str]) -> None:
     source = embedded_source()
     tokenizer = AutoTokenizer.from_pretrained(source)
     set_system_prompt(tokenizer, "")
+    # SmolLM2 pads with its end-of-turn token. transformers' classifier would take the score before a final one.
+    tokenizer.pad_token = tokenizer.unk_token
     torch.manual_seed(0)
     for scorer, auto in ((False, AutoModelForCausalLM), (True, AutoModelForSequenceClassification)):
         options = {"num_labels": 1} if scorer else {}
