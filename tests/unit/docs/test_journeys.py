@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import main
+from align.run.folder import read_jsonl
 
 ROOT = Path(__file__).parents[3]
 JOURNEYS = ROOT / "docs" / "journeys"
@@ -83,8 +84,9 @@ def test_a_researchers_first_study(folder, tmp_path, monkeypatch, capsys) -> Non
     assert settings("more_kl")["kl"]["coef"] == 0.1
     assert settings("opo")["advantage_estimator"] == "opo"
     assert not (folder / "runs" / "opo" / "sft").exists()
-    first = json.loads((folder / "runs/study/grpo/samples.jsonl").read_text().splitlines()[0])
-    assert "vowels" in json.dumps(first)
+    sample, *_ = read_jsonl(folder / "runs/study/grpo/samples.jsonl")
+    text = sample["completion"]
+    assert sample["score"] == pytest.approx(sum(letter in "aeiou" for letter in text) / len(text))
     compared = next(printed for line, printed in reader.printed.items() if line.startswith("align compare"))
     assert "learning_rate" in compared
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from align.eval.reward_model.page import render_pairs
 from align.eval.reward_model.pairs import ScoredPair
 from align.eval.reward_model.score import Preference, ranked_wrongly, statistics
-from tests.browsers import SCHEMES, WIDTHS, chromium, low_contrast, opened, overflow
+from tests.browsers import SCHEMES, WIDTHS, low_contrast, opened, overflow
 
 ATTACK = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
 MODELS = ("careful", "a-reward-model-with-a-long-name")
@@ -33,12 +32,6 @@ def made(model: str, count: int = 120) -> list[ScoredPair]:
             ScoredPair(margin, 0.0, *lengths, "chat" if number < 80 else "code, with a long name", None, number)
         )
     return pairs
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
