@@ -23,7 +23,7 @@ def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> Sequen
     return torch.split(whole, [len(index) for index in indices])
 
 
-def to_host(scalars: Sequence[Tensor]) -> list[float]:
-    """Values of scalar tensors as floats, read in one transfer, which waits for the device."""
-    values: list[float] = torch.stack([scalar.detach().double() for scalar in scalars]).tolist() if scalars else []
+def to_host(tensors: Sequence[Tensor]) -> list[float]:
+    """Values of scalars and 1-D tensors, one after another, read in one transfer, which waits for the device."""
+    values: list[float] = torch.cat([t.detach().double().reshape(-1) for t in tensors]).tolist() if tensors else []
     return values

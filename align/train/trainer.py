@@ -137,7 +137,7 @@ class PackedTrainer(Trainer):
         self._measured: dict[str, Tensor] = {}
         self.trained_tokens = 0  # of the training steps since the start, on all ranks
         self.expert_load: list[list[float]] | None = None  # of the last step, if it was recorded
-        self._load: Tensor | None = None  # [layers, experts] of this rank's passes of the step, if it is recorded
+        self._load: Tensor | None = None  # [layers, experts] of the step, if it is recorded
         self._clock = StepClock()
         self._held_out: list[Example] = []
 
@@ -169,7 +169,7 @@ class PackedTrainer(Trainer):
             # DeepSpeed averages over the ranks.
             self.accelerator.backward(loss * self.args.world_size, **scale)
         loss, self._measured = measured.reduced(self.accelerator, self.args)
-        self.expert_load = self._reduced_load()
+        self._load = self._reduced_load()
         return loss
 
     @property
@@ -178,14 +178,12 @@ class PackedTrainer(Trainer):
         step, every = self.state.global_step + 1, max(1, self.state.max_steps // LOADS)
         return self.model.training and (step == 1 or step % every == 0)
 
-    def _reduced_load(self) -> list[list[float]] | None:
-        """Share of the step's assignments of each expert, by MoE layer; None if it is not recorded."""
+    def _reduced_load(self) -> Tensor | None:
+        """Share of the step's assignments of each expert [layers, experts]; None if it is not recorded."""
         if self._load is None:
             return None
         load = self._load if self.args.world_size == 1 else self.accelerator.reduce(self._load, "sum")
-        load = load / load.sum(dim=1, keepdim=True).clamp_min(1e-9)
-        shares: list[list[float]] = load.cpu().tolist()
-        return [[round(share, 5) for share in layer] for layer in shares]
+        return load / load.sum(dim=1, keepdim=True).clamp_min(1e-9)
 
     def _totals(self, model: Any, examples: Sequence[Example], objective: Objective) -> Totals:
         """Totals of a step, or of the held-out rows."""
@@ -254,11 +252,20 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log `logs`, and after an optimizer step its metrics; all metrics leave the device in one copy."""
         if "loss" in logs:
-            logs |= dict(zip(self._measured, to_host(list(self._measured.values())), strict=True))
+            logs |= self._to_host()
             logs |= self._clock.lap(self.trained_tokens) | {"memory/peak_gib": round(peak_bytes() / 2**30, 3)}
         else:
             self._clock.stop()
         super().log(logs, *args, **kwargs)
+
+    def _to_host(self) -> dict[str, float]:
+        """Metrics of the last step; `expert_load` becomes the shares of its experts. One transfer copies both."""
+        load = self._load
+        values = to_host([*self._measured.values(), *([] if load is None else [load.flatten()])])
+        count = len(self._measured)
+        shares, width = [round(share, 5) for share in values[count:]], 0 if load is None else load.shape[1]
+        self.expert_load = [shares[i : i + width] for i in range(0, len(shares), width)] if width else None
+        return dict(zip(self._measured, values[:count], strict=True))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted; align/plan counts them."""
