@@ -30,7 +30,7 @@ from align.cli import (
 )
 from align.cli.parser import MainParser, Parser
 from align.cli.runs import process_overrides, run_command
-from align.cli.terminal import color, set_verbosity
+from align.cli.terminal import color, verbosity
 from align.errors import UserError, signal_name
 from align.launch.ending import STOPPED, end_process, has_joined
 from align.run import interrupt
@@ -43,11 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
     """
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    set_verbosity(quiet=getattr(options, "quiet", False), verbose=getattr(options, "verbose", False))
     code = 0
     try:
         _expand_paths(options)
-        options.command(options)
+        with verbosity(quiet=getattr(options, "quiet", False), verbose=getattr(options, "verbose", False)):
+            options.command(options)
     except UserError as error:
         print(f"{color('error:', 31)} {error}", file=sys.stderr)
         code = 2

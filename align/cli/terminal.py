@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ERASE = "\r\x1b[2K"
 LOG_EVERY, LATER = 10.0, 60.0
@@ -17,12 +19,16 @@ _logged = float("-inf")
 """Time of the last line of progress."""
 
 
-def set_verbosity(*, quiet: bool, verbose: bool) -> None:
-    """Apply `--quiet` and `--verbose`. The ranks that the command starts inherit both through the environment."""
-    if quiet:
-        os.environ[QUIET] = "1"
-    if verbose:
-        os.environ[VERBOSE] = "1"
+@contextmanager
+def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Apply `--quiet` and `--verbose` to a command. The ranks that it starts inherit both through the environment."""
+    chosen = {name for name, wanted in ((QUIET, quiet), (VERBOSE, verbose)) if wanted and name not in os.environ}
+    os.environ |= dict.fromkeys(chosen, "1")
+    try:
+        yield
+    finally:
+        for name in chosen:
+            os.environ.pop(name, None)
 
 
 def say(line: str) -> None:

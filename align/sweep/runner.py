@@ -175,12 +175,12 @@ def _earlier_points(plan: Plan, folder: Path, settings: Settings, *, resume: boo
     return [Point(point["settings"], point["name"]) for point in before["points"]]
 
 
-def _current(recipe: Any) -> Any:
+def _current(stored: Any) -> Any:
     """An earlier recipe with the defaults of the settings that it did not have yet; unchanged if it is not valid."""
     try:
-        return Recipe.model_validate(recipe).model_dump(mode="json")
+        return Recipe.model_validate(stored).model_dump(mode="json")
     except ValidationError:
-        return recipe
+        return stored
 
 
 def _require_valid(runs: Iterable[Run]) -> None:

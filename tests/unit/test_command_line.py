@@ -136,6 +136,7 @@ def test_counts_of_a_conversion_as_json(tmp_path: Path, capsys) -> None:
 
 def test_quiet_prints_problems_only(capsys) -> None:
     cli.main(["check", "tiny", "--without-files", "--quiet"])
+    assert "ALIGN_QUIET" not in os.environ  # the next command of this process prints
     assert capsys.readouterr() == ("", "")
     assert "stages.dpo.beta" in said(capsys, "check", "tiny", "--without-files", "--quiet", "stages.dpo.beta=-1")
 

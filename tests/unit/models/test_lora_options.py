@@ -176,4 +176,4 @@ def test_align_check_tells_what_trains_and_what_a_router_costs(capsys: pytest.Ca
     assert f"router {4 * 8 * 128:,} (" in dpo[0]
     assert "the policy's router is trained, so the adapter cannot be served beside its base, only merged" in dpo[1]
     (sft,) = (line for line in lines if line.startswith("  sft: "))
-    assert sft.endswith("not counted: q_proj")
+    assert sft.endswith("adapters (--data counts them, and loads torch)")

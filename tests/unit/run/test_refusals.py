@@ -87,7 +87,7 @@ def test_paths(tmp_path: Path):
     assert path_problem(tmp_path) is None
     assert path_problem(tmp_path / "missing") is None
     (tmp_path / "adapter_config.json").write_text("[1]")
-    assert "Merge it into its base model" in str(path_problem(tmp_path))
+    assert "Write the base's folder as base_model_name_or_path" in str(path_problem(tmp_path))
     (tmp_path / "a.gguf").write_text("")
     for path in (tmp_path, tmp_path / "a.gguf"):
         assert str(path_problem(path)).startswith("GGUF")

@@ -34,6 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("model"))
 
 
+MEASURED = ("time/", "speed/", "memory/")
+
+
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
@@ -54,6 +57,8 @@ def test_passes(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert_equal(other.gradients, single.gradients)
         assert other.logs.keys() == single.logs.keys()
         for key in metrics_of(single.logs).keys() - {"aux_loss", "expert_load_max"}:
+            if key.startswith(MEASURED):
+                continue
             assert other.logs[key] == pytest.approx(single.logs[key], rel=1e-4, abs=1e-6), key
 
 

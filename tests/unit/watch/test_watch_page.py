@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from align.watch import server as watch_server
 from align.watch.server import WatchServer
 from tests.browsers import SCHEMES, WIDTHS, low_contrast, overflow
 from tests.unit.watch.made_runs import append, start, training_row, write, write_long, write_ppo
@@ -183,7 +184,9 @@ def test_the_token_is_asked_for_or_is_in_the_address(browser: Any, tmp_path: Pat
             assert page.evaluate("location.hash") == ""
 
 
-def test_the_page_says_that_the_server_has_ended(browser: Any, tmp_path: Path) -> None:
+def test_the_page_says_that_the_server_has_ended(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The thread of a connection that is kept alive would answer until this process ends.
+    monkeypatch.setattr(watch_server._Handler, "protocol_version", "HTTP/1.0")
     start(tmp_path / "run")
     with opened_after_end(browser, tmp_path) as page:
         page.get_by_text("The server does not respond").wait_for()
