@@ -103,7 +103,7 @@ def finish_record(
         "kind": stage.kind if stage is not None else BASE,
         "status": "finished",
         "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": round(seconds, 2),
         **code_version(),
         "config": settings,
