@@ -37,7 +37,7 @@ def say(line: str) -> None:
     if not sys.stdout.isatty():
         print(line, flush=True)
         return
-    if not line.startswith(" "):
+    if line and not line.startswith(" "):
         name, _, rest = line.partition(":")
         line = f"{color(name, 36)}:{rest}"
     print(f"{ERASE}{line}", flush=True)

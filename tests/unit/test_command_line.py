@@ -150,6 +150,14 @@ def test_quiet_leaves_out_lines_of_progress(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_an_empty_line_stays_empty_on_a_terminal(monkeypatch, capsys) -> None:
+    from align.cli import terminal
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    terminal.say("")
+    assert capsys.readouterr().out == f"{terminal.ERASE}\n"
+
+
 COMPLETED = {
     "align ru": ["run"],
     "align adapter c": ["check", "combine"],
