@@ -33,9 +33,12 @@ def correct_products() -> None:
             self.align_slots, self.align_factors = slots, {}
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
-        for wrapper in self.punica_wrapper_mapping.values():
-            wrapper.align_factors = {}
-        return activate(self, lora_id)
+        # vLLM calls this for each adapter of a batch before each forward pass; it returns False if the slot is filled.
+        filled = activate(self, lora_id)
+        if filled:
+            for wrapper in self.punica_wrapper_mapping.values():
+                wrapper.align_factors = {}
+        return filled
 
     setattr(PunicaWrapperCPU, "update_metadata", update_metadata)  # noqa: B010 (mypy refuses the assignment)
     setattr(PunicaWrapperCPU, "add_lora_linear", add_lora_linear)  # noqa: B010

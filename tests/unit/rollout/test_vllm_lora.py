@@ -34,10 +34,25 @@ def test_base_tokens_of_a_mixed_batch_keep_their_values(tokens: int) -> None:
     before = y.clone()
     wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
     compare(y, before, x, adapters, a, b)
-    # Adapter 9 is replaced in its slot.
+    # Each step activates its adapters, and copies factors only if a slot is filled anew.
+    factors = wrapper.align_factors
+    manager = LoRAModelManager.__new__(LoRAModelManager)
+    manager.__dict__ = {
+        "punica_wrapper_mapping": {"language": wrapper},
+        "_active_adapters": {7: None, 9: None},
+        "_registered_adapters": {9: SimpleNamespace(id=9)},
+        "lora_index_to_id": [None, 7, 9],
+        "modules": {"layer": SimpleNamespace(set_lora=lambda slot, a, b: None)},
+        "_get_lora_layer_weights": lambda *_: SimpleNamespace(lora_a=None, lora_b=None),
+    }
+    assert not manager.activate_adapter(9)
+    assert wrapper.align_factors is factors
+    assert factors
+    # Adapter 9 is replaced in its slot, as with load_inplace.
+    del manager._active_adapters[9]
+    manager.lora_index_to_id = [0, 7, None]
     b[0][2] += 1
-    manager = SimpleNamespace(punica_wrapper_mapping={"language": wrapper}, _active_adapters={9})
-    LoRAModelManager.activate_adapter(manager, 9)  # type: ignore[arg-type]
+    assert manager.activate_adapter(9)
     y = before.clone()
     wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
     compare(y, before, x, adapters, a, b)
