@@ -34,6 +34,10 @@ SELECTED = 7
 """Runs that are shown at first, the newest ones: as many as there are colours."""
 READING_S = 0.3
 """Seconds that one request may spend on reading files; the page asks again for the rest."""
+PACE = 100
+"""Seconds between requests for the state per CPU second of this process, so that it takes at most a hundredth of one
+core from a run on the same machine."""
+LONGEST_WAIT_S = 10
 IDLE_TIMEOUT_S = 120
 """Seconds after which the connection of a client that sends nothing is closed."""
 COMPRESS_FROM = 2000
@@ -50,6 +54,7 @@ class Live:
     def __init__(self, folder: Path):
         self.watched = Watched(folder)
         self._lock = threading.Lock()
+        self._counted, self._paid_until = time.process_time(), time.monotonic()
 
     def answer(self, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
         """The response to a request. query: parameters of the address."""
@@ -79,7 +84,18 @@ class Live:
             }
             for name, changed in sorted(changes.items(), key=lambda item: in_order(item[0]))
         ]
-        return {"folder": str(self.watched.folder), "more": more, "runs": runs}
+        return {"folder": str(self.watched.folder), "more": more, "wait": self._wait(more), "runs": runs}
+
+    def _wait(self, more: bool) -> float:
+        """Seconds that the page should wait before it asks again, 0 if it need not; see `PACE`.
+
+        All clients share the pace. more: files are still being read for the first time, which is not slowed down.
+        """
+        counted, now = time.process_time(), time.monotonic()
+        spent, self._counted = counted - self._counted, counted
+        due = max(self._paid_until, now) + PACE * spent
+        self._paid_until = now if more else min(due, now + LONGEST_WAIT_S)
+        return round(self._paid_until - now, 2)
 
     def _run(self, query: dict[str, list[str]]) -> Run:
         name = query.get("run", [""])[0]

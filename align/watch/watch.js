@@ -2,7 +2,7 @@
 // The script of the live page: asks the server for what has changed, and draws it.
 // Texts of recipes, data sets and models only become text nodes, never HTML.
 
-const EVERY_MS = 2000; // between two requests for the state
+const EVERY_MS = 2000; // at least, between two requests for the state
 const SLOWEST_MS = 10000; // while the server does not respond
 const COLORS = 7;
 const FEW = 3; // with more runs, the bars of their stages are folded
@@ -108,7 +108,7 @@ async function main() {
         byId("login").hidden = true;
         showState();
         if (!found.more || performance.now() - updated > EVERY_MS) await update();
-        pause = found.more ? 50 : EVERY_MS;
+        pause = found.more ? 50 : Math.max(EVERY_MS, 1000 * found.wait);
       }
     } catch (problem) {
       if (problem instanceof Refused) {

@@ -67,6 +67,29 @@ def test_state_and_curves(tmp_path: Path, served: Callable[..., Get]) -> None:
     assert [run["stages"] is None for run in only] == [True, False]
 
 
+def test_the_page_waits_a_hundred_times_the_cpu_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(tmp_path / "a")
+    clock = {"monotonic": 50.0, "process_time": 3.0}
+    for name in clock:
+        monkeypatch.setattr(module.time, name, lambda name=name: clock[name])
+    live = module.Live(tmp_path)
+
+    def wait(**passed: float) -> float:
+        for name, seconds in passed.items():
+            clock[name] += seconds
+        return float(live.answer("/state", {})["wait"])
+
+    assert wait() == 0
+    assert wait(process_time=0.04) == 4
+    assert wait(monotonic=1, process_time=0.02) == 5  # of another client, whose requests count too
+    assert wait(monotonic=9, process_time=0.01) == 1
+    assert wait(process_time=7) == 10
+    monkeypatch.setattr(live.watched, "read", lambda *_: True)
+    assert wait(process_time=7) == 0  # long files are read without a pause
+    monkeypatch.setattr(live.watched, "read", lambda *_: False)
+    assert wait(process_time=0.03) == 3
+
+
 def test_at_first_the_newest_runs_are_shown(
     tmp_path: Path, served: Callable[..., Get], monkeypatch: pytest.MonkeyPatch
 ) -> None:
