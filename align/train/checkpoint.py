@@ -107,6 +107,7 @@ def load_policy(
     lora: Lora | None = None,
     *,
     frozen: bool = False,
+    quantized_for: Lora | None = None,
     shared: SharedWeights | None = None,
 ) -> AnyModel:
     """Load a causal language model.
@@ -117,6 +118,8 @@ def load_policy(
         parallel: Shard the model over the ranks; None loads the whole model.
         lora: Add new adapters with `add_lora`, after quantising the weights if `lora.quantize` is set.
         frozen: Freeze every parameter.
+        quantized_for: Quantise the weights as for these adapters, if `quantize` is set, but add none; not with
+            `parallel`.
         shared: Take over frozen weights of other models, and offer this model's to later ones; not with `parallel`.
     """
     settings = _policy_config(folder)
@@ -125,7 +128,7 @@ def load_policy(
             model = _load_sharded(family_of(settings).policy, settings, folder, dtype, parallel, lora, frozen=frozen)
         else:
             in_common = shared if frozen or lora is not None else None
-            model = _load_whole(family_of(settings).policy, settings, folder, dtype, in_common, lora)
+            model = _load_whole(family_of(settings).policy, settings, folder, dtype, in_common, lora or quantized_for)
             model = add_lora(model, lora, task="CAUSAL_LM") if lora is not None else model
     train_padding_row(model)
     if frozen:
@@ -156,7 +159,7 @@ def _load_whole(
     """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory.
 
     shared: weights that the model may have in common with others.
-    lora: settings of the adapters that will be added; they may ask for weights in 4 bits.
+    lora: settings of adapters, which may ask for weights in 4 bits; they are not added here.
     """
     base, adapters = weights_of(folder)
     overlay = Overlay(adapters, config)

@@ -1,7 +1,7 @@
 """Log-probabilities of completions under the frozen reference, computed once for a data set and cached on disk.
 
-The cache is keyed by everything that determines the values: weights of the reference, rows, and precision. It is used
-by later epochs, by resumed runs, and by other runs on the same rows.
+The cache is keyed by everything that determines the values: weights of the reference, rows, precision, and
+quantisation. It is used by later epochs, by resumed runs, and by other runs on the same rows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def reference_logprobs(
 class Reference:
     """The frozen checkpoint `parent` and the cache of its log-probabilities. It is loaded when it is first needed.
 
-    Its precision is that of the policy, so that they are equal at first.
+    Its precision and quantisation are those of the policy, so that they are equal at first.
     """
 
     def __init__(self, parent: Path, stage: TrainingStage, context: StageContext, data: Prepared):
@@ -86,6 +86,8 @@ class Reference:
             "rows": data.report.fingerprint,
             "dtype": [self.dtype, context.recipe.dtype],
         }
+        if stage.lora is not None and stage.lora.quantize is not None:
+            self.key["quantized"] = [stage.lora.quantize, *stage.lora.modules_to_save]
         self.model: FrozenModel | None = None
 
     def of_data(self, objective: Objective) -> References:
@@ -132,7 +134,8 @@ class Reference:
         """Log-probability of each sequence's tokens with a loss [S], in float64 on the CPU."""
         recipe, device = self.context.recipe, training_device()
         if self.model is None:
-            model = load_policy(self.parent, self.dtype, recipe.parallel, frozen=True).eval()
+            adapters = self.stage.lora
+            model = load_policy(self.parent, self.dtype, recipe.parallel, frozen=True, quantized_for=adapters).eval()
             model = model if recipe.parallel else model.to(device)
             self.model = FrozenModel(model, recipe.parallel, recipe.dtype)
         autocast = recipe.dtype == "bfloat16" and recipe.parallel is None
