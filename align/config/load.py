@@ -19,8 +19,8 @@ from align.config.section import renamed
 from align.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
-
-
+YAML = (".yaml", ".yml")
+"""Suffixes of recipe files."""
 DEEPEST = 50
 """Maximum nesting of lists and sections, far below the recursion limits of YAML, pydantic and JSON."""
 LONGEST_NUMBER = 40
@@ -167,15 +167,29 @@ def _separate(value: Any, counter: Iterator[int], depth: int = 0) -> Any:
 
 
 def resolve_recipe_path(recipe: str | Path) -> Path:
-    """The path itself if it is a file, otherwise the shipped recipe of that name."""
+    """The path itself if it is a file, otherwise the shipped recipe of that name.
+
+    Raises `UserError`, with the nearest name for a typo.
+    """
     path = local_path(recipe)
     if path.is_file():
         return path
     shipped = SHIPPED / (path.name if path.suffix else f"{path.name}.yaml")
-    if len(path.parts) <= 2 and shipped.is_file():
+    may_be_shipped = len(path.parts) <= 2
+    if may_be_shipped and shipped.is_file():
         return shipped
-    names = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
-    raise UserError(f"{path}: not a file and not a shipped recipe; the shipped recipes are {', '.join(names)}.")
+    if path.is_dir():
+        raise UserError(f"{path}: it is a folder; pass a recipe's file, or the name of a shipped recipe.")
+    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    if "/" not in str(recipe) and path.suffix not in YAML:
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"the shipped recipes are {', '.join(names)}."
+        raise UserError(f"{path}: not a file and not a shipped recipe; {hint}")
+    files = {name: f"{name}.yaml" for name in names if may_be_shipped}
+    files |= {file.stem: file.name for file in path.parent.glob("*") if file.suffix in YAML}
+    near = difflib.get_close_matches(path.stem, files, n=1)
+    hint = f"did you mean '{path.with_name(files[near[0]])}'?" if near else "check the path."
+    raise UserError(f"{path}: there is no such recipe file; {hint}")
 
 
 def load_recipe(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -96,6 +96,17 @@ def test_a_typo_is_answered_by_the_nearest_name(arguments: list[str], sentence: 
 
 
 @pytest.mark.parametrize(
+    "words", [["run"], ["check"], ["show"], ["sweep"], ["plan"], ["data", "show"], ["serve-rollout"]]
+)
+def test_every_command_that_takes_a_recipe_names_the_nearest_one(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "tinny", *(["sft"] if words[0] == "data" else [])])
+    assert ended.value.code == 2
+    sentence = "tinny: not a file and not a shipped recipe; did you mean 'tiny'?"
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("failure", "status"),
     [
         (UserError("nowhere: not a recipe."), 2),

@@ -253,6 +253,31 @@ def test_a_recipe_in_the_working_directory_has_precedence(minimal: Path, monkeyp
     assert resolve_recipe_path("quickstart").parent.name == "recipes"
 
 
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ("tinny", "tinny: not a file and not a shipped recipe; did you mean 'tiny'?"),
+        ("gsm8k_gpro", "gsm8k_gpro: not a file and not a shipped recipe; did you mean 'gsm8k_grpo'?"),
+        ("tinny.yaml", "tinny.yaml: there is no such recipe file; did you mean 'tiny.yaml'?"),
+        ("recipes/tinny.yaml", "recipes/tinny.yaml: there is no such recipe file; did you mean 'recipes/tiny.yaml'?"),
+        ("own/my_law.yml", "own/my_law.yml: there is no such recipe file; did you mean 'own/my-law.yaml'?"),
+        ("own/tinny", "own/tinny: there is no such recipe file; did you mean 'own/tiny.yaml'?"),
+        ("a/b/tiny.yaml", "a/b/tiny.yaml: there is no such recipe file; check the path."),
+        ("own", "own: it is a folder; pass a recipe's file, or the name of a shipped recipe."),
+    ],
+)
+def test_a_typo_in_a_recipe_is_answered_by_the_nearest(
+    named: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my-law.yaml").touch()
+    (tmp_path / "own" / "my-law.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        load_recipe(named)
+    assert str(told.value) == sentence
+
+
 def test_recipes_survive_a_round_trip_of_their_defaults(minimal: Path) -> None:
     recipe = load_recipe(minimal)
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe

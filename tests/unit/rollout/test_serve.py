@@ -67,7 +67,7 @@ def test_targets_that_cannot_be_served(tmp_path):
         serve_settings(recipe, "sft", None, {})
     with pytest.raises(UserError, match="run that stage first"):
         serve_settings(recipe, None, tmp_path / "run", {})
-    with pytest.raises(UserError, match="not a file and not a shipped recipe"):
+    with pytest.raises(UserError, match="there is no such recipe file; check the path"):
         serve_settings(str(tmp_path / "nowhere.yaml"), None, None, {})
     folder = make_checkpoint(tmp_path / "model")
     with pytest.raises(UserError, match=r"--stage needs a recipe, but .* is a checkpoint\. Remove --stage\."):

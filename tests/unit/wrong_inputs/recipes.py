@@ -181,9 +181,30 @@ def _(here: Here) -> str:
     return here.align("check", "recipe.yaml")
 
 
-@wrong("missing-recipe", "A missing recipe file", varies=r"(?<=are ).+(?=\.)")
+@wrong("missing-recipe", "A missing recipe file")
 def _(here: Here) -> str:
     return here.align("run", "nowhere.yaml")
+
+
+@wrong("missing-recipe-near-another", "A missing recipe file, beside one with a similar name")
+def _(here: Here) -> str:
+    here.recipe()
+    return here.align("run", "recpie.yaml")
+
+
+@wrong("unknown-recipe", "A name that is not that of a shipped recipe", varies=r"(?<=are ).+(?=\.)")
+def _(here: Here) -> str:
+    return here.align("run", "nothing-like-it")
+
+
+@wrong("unknown-recipe-near-another", "A shipped recipe with a typo in its name")
+def _(here: Here) -> str:
+    return here.align("check", "qickstart")
+
+
+@wrong("recipe-is-a-folder", "A folder instead of a recipe")
+def _(here: Here) -> str:
+    return here.align("run", "model")
 
 
 @wrong("recipe-name-too-long", "A file name that is too long", varies="r{9,}")
