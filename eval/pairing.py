@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from align.errors import UserError
+from align.eval.report.write import read_object
 from align.eval.results import RESAMPLES
 from align.eval.statistics.intervals import difference_interval
 from align.eval.statistics.significance import holm, minimum_detectable_effect, paired_test
-from align.run.folder import read_jsonl
+from align.run.folder import RESULTS, read_jsonl
 
 Values = dict[tuple[str, str], dict[str, float | None]]
 """By (task, metric) the mean over samples of each document; None if a sample is unscored."""
@@ -108,16 +109,25 @@ def compare_folders(first: Path, second: Path) -> Comparison:
 
 
 def paired_difference(
-    task: str, metric: str, first: dict[str, float | None], second: dict[str, float | None]
+    task: str,
+    metric: str,
+    first: dict[str, float | None],
+    second: dict[str, float | None],
+    clusters: Mapping[str, str] | None = None,
 ) -> Difference | None:
+    """Second minus first on the documents that both have scored; None if there are none.
+
+    clusters: label of each document, if some belong together.
+    """
     both = [d for d, value in first.items() if value is not None and second.get(d) is not None]
     if not both:
         return None
     a = np.array([first[document] for document in both], dtype=np.float64)
     b = np.array([second[document] for document in both], dtype=np.float64)
-    interval = difference_interval(b, a, resamples=RESAMPLES)
-    test = paired_test(b, a)
-    detectable = minimum_detectable_effect(b, a)
+    labels = None if clusters is None else [clusters[document] for document in both]
+    interval = difference_interval(b, a, clusters=labels, resamples=RESAMPLES)
+    test = paired_test(b, a, clusters=labels)
+    detectable = minimum_detectable_effect(b, a, clusters=labels)
     scored = [{d for d, value in values.items() if value is not None} for values in (first, second)]
     return Difference(
         task,
@@ -188,12 +198,9 @@ def _mean(values: list[float | None]) -> float | None:
 
 def model_results(folder: Path) -> dict[str, Any]:
     """The model's tasks in results.json; empty if there is none."""
-    path = folder.parent / "results.json"
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    tasks: dict[str, Any] = content["models"].get(folder.name, {}).get("tasks", {})
-    return tasks
+    content = read_object(folder.parent / RESULTS) or {}
+    of_model: dict[str, Any] = (content.get("models") or {}).get(folder.name) or {}
+    return dict(of_model.get("tasks") or {})
 
 
 def _known(value: float) -> float | None:

@@ -197,7 +197,7 @@ def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path
     from align.config.parts import FileSource
     from align.eval.evaluation import named_checkpoints
     from align.eval.opening import default_dtype
-    from align.eval.reward_model.score import evaluate_pairs
+    from align.eval.reward_model.score import PAGE, evaluate_pairs
 
     found = evaluate_pairs(
         named_checkpoints(checkpoints, read=True),
@@ -210,9 +210,11 @@ def _pairs(options: argparse.Namespace, checkpoints: dict[str, Path] | list[Path
         chat_template_kwargs=variables,
         status=(lambda line: None) if options.json else status,
     )
-    if not options.json:
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
         say("")
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(found["lines"]))
+        print("\n".join([*found["lines"], str(options.out / PAGE)]))
 
 
 def _require_positive(options: argparse.Namespace) -> None:

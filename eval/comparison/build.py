@@ -9,7 +9,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.eval.comparison.curves import curve_groups
-from align.eval.comparison.sides import Key, Side
+from align.eval.comparison.sides import Key, Measured, Side
 from align.eval.pairing import paired_difference
 from align.eval.results import RESAMPLES
 from align.eval.statistics.significance import holm
@@ -24,7 +24,8 @@ def compare_sides(sides: Sequence[Side]) -> dict[str, Any]:
 
     metrics: one row per metric that is measured on documents, with a mean and its interval per side, and the paired
     differences from the first side. The p-values of each side are adjusted by Holm's method for its number of rows.
-    final: last values of the training stages that differ. settings: those that differ.
+    figures: biases and calibration on preference pairs, which are not paired. final: last values of the training stages
+    that differ. settings: those that differ.
     """
     notes = [note for side in sides for note in _stale(side)]
     rows = [_row(key, sides, notes) for key in _ordered(side.measured for side in sides)]
@@ -39,12 +40,13 @@ def compare_sides(sides: Sequence[Side]) -> dict[str, Any]:
     if not shared and not equal and not curve_groups(sides):
         raise UserError(
             f"{', '.join(str(side.path) for side in sides)}: they share no metric and no scored document. Compare runs "
-            "with the same stages, or evaluations of the same tasks."
+            "with the same stages, or evaluations of the same tasks or preference pairs."
         )
     return {
         "sides": [{"name": side.name, "kind": side.kind, "path": str(side.path)} for side in sides],
         "equal": equal,
         "metrics": rows,
+        "figures": list(_figures(sides)),
         "final": [row for row in final if len(set(row["values"].values())) > 1 or len(row["values"]) < len(sides)],
         "settings": list(differing_settings(sides)),
         "notes": list(dict.fromkeys(notes)),
@@ -67,10 +69,7 @@ def _row(key: Key, sides: Sequence[Side], notes: list[str]) -> Row:
     label = f"{key.model}: {about.label}" if key.model else about.label
     if len(having) < len(sides):
         notes.append(f"{label}: only {', '.join(side.name for side in having)} has it")
-    cells = {
-        side.name: summarize(list(side.measured[key].documents.values()), resamples=RESAMPLES, seed=0)._asdict()
-        for side in having
-    }
+    cells = {side.name: _summary(side.measured[key]) for side in having}
     differences = []
     first = sides[0]
     for side in having:
@@ -81,7 +80,7 @@ def _row(key: Key, sides: Sequence[Side], notes: list[str]) -> Row:
             notes.append(f"{key.task}: the versions differ ({versions[0]}; {versions[1]}), so it is not compared")
             continue
         documents = [dict(of.measured[key].documents) for of in (first, side)]
-        found = paired_difference(key.task, key.metric, documents[0], documents[1])
+        found = paired_difference(key.task, key.metric, documents[0], documents[1], about.clusters)
         if found is None:
             notes.append(f"{label}: no document is scored in both {first.name} and {side.name}")
         else:
@@ -94,6 +93,12 @@ def _row(key: Key, sides: Sequence[Side], notes: list[str]) -> Row:
             if task == key.task
         ]
     return {**key._asdict(), "label": label, "better": about.better, "sides": cells, "differences": differences}
+
+
+def _summary(measured: Measured) -> dict[str, Any]:
+    documents, clusters = measured.documents, measured.clusters
+    labels = None if clusters is None else [clusters[document] for document in documents]
+    return summarize(list(documents.values()), resamples=RESAMPLES, seed=0, clusters=labels)._asdict()
 
 
 def _equal_models(rows: Sequence[Row], sides: Sequence[Side]) -> list[str]:
@@ -112,6 +117,12 @@ def _final(sides: Sequence[Side]) -> Iterator[Row]:
     for stage, key in _ordered(side.finals for side in sides):
         values = {side.name: side.finals[stage, key] for side in sides if (stage, key) in side.finals}
         yield {"stage": stage, "metric": key, "label": titled(key), "values": values}
+
+
+def _figures(sides: Sequence[Side]) -> Iterator[Row]:
+    for label in _ordered(side.figures for side in sides):
+        cells = {side.name: side.figures[label]._asdict() for side in sides if label in side.figures}
+        yield {"label": label, "sides": cells}
 
 
 def differing_settings(sides: Sequence[Side]) -> Iterator[Row]:

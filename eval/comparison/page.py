@@ -23,6 +23,7 @@ def render_comparison(comparison: Mapping[str, Any], groups: Sequence[Group], ti
     title = title or (" and ".join(names) if len(names) == 2 else f"{names[0]} and {len(names) - 1} more")
     sections = [
         ("metrics", "Metrics", list(metrics_section(comparison))),
+        ("figures", "Bias and calibration", list(_figures(comparison["figures"], names))),
         ("curves", "Curves", list(curves_section(groups, {name: place for place, name in enumerate(names)}))),
         ("final", "Last values of the training", list(_final(comparison, names))),
         ("settings", "Settings that differ", list(settings_section(comparison["settings"], names))),
@@ -127,6 +128,17 @@ def _difference(cell: dict[str, Any] | None, better: int) -> str:
     shown_mean = f'<span class="nowrap {style}">{sign} {number(cell["mean"], signed=True)}</span>'
     counts = f"{number(cell['changed'])} of {number(cell['n'])} changed"
     return f"{shown_mean}<small>{interval(cell)}{certainty(cell)}</small><small>{counts}</small>"
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    """Figures of reward models on preference pairs."""
+    if rows:
+        cells = [[escape(row["label"]), *(_value(row["sides"].get(name)) for name in names)] for row in rows]
+        yield table("Bias and calibration", ["Figure", *map(breakable, names)], cells)
+        yield (
+            '<p class="soft">Each model on its own pairs, with 95 % intervals. Model minus labels: how much more often '
+            "the model prefers this completion than the labels do; a bias is shown if the interval excludes 0.</p>"
+        )
 
 
 def curves_section(groups: Sequence[Group], places: Mapping[str, int]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The sides of a comparison: runs, stages of runs, and models of `align eval`."""
+"""The sides of a comparison: runs, stages of runs, and models of `align eval`, on tasks or on preference pairs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from typing import Any, Literal, NamedTuple
 from align.config.paths import local_path
 from align.errors import UserError
 from align.eval.compare import BETTER
+from align.eval.comparison.pairs import TASK as PAIRS_TASK
+from align.eval.comparison.pairs import Figure, pair_figures, pair_metrics, prompts_of
 from align.eval.pairing import document_values, model_results
 from align.eval.report.formatting import flat
 from align.eval.report.write import read_metrics, read_object, stage_kinds, valid_recipe
+from align.eval.reward_model.recorded import PAIRS, read_scores
+from align.eval.reward_model.recorded import RESULTS as PAIRS_RESULTS
 from align.run.folder import MANIFEST, METRICS, RESULTS
 from align.run.manifest import result_id
 from align.run.metrics import EVALUATION, with_unit
 from align.run.stale import stale_stages
 
+SCORES = "scores.jsonl"
+"""The values of a model's documents, in its folder in that of an evaluation."""
 EVALUATE = "evaluate"
 """Kind of the stages whose results are values per document."""
 Documents = Mapping[str, float | None]
@@ -40,11 +46,16 @@ class Key(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Values of a metric. label: title with its unit. better: 1 if higher is better, -1 if lower is, 0 if neither."""
+    """Values of a metric.
+
+    label: title with its unit. better: 1 if higher is better, -1 if lower is, 0 if neither. clusters: of documents that
+    belong together, such as the pairs of one prompt; None if every document is one of its own.
+    """
 
     label: str
     better: int
     documents: Documents
+    clusters: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Side:
     kind: what `path` is. measured: values per document. finals: last value of each metric of a training stage, by
     (stage, key); the stage is "" if the side is a stage. curves: by stage. settings: by dotted path. results: id of
     each stage's result. stale: reason of each stale stage. versions: of tasks. unpaired: (task, metric) that are not
-    means over documents.
+    means over documents. figures: biases and calibration on preference pairs, by label.
     """
 
     name: str
@@ -76,6 +87,7 @@ class Side:
     stale: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     unpaired: tuple[tuple[str, str], ...] = ()
+    figures: dict[str, Figure] = field(default_factory=dict)
 
 
 def read_sides(texts: Sequence[str]) -> list[Side]:
@@ -128,11 +140,11 @@ def _distinct(sides: list[Side], named: set[int]) -> list[Side]:
 def _read(path: Path) -> list[Side]:
     if (path / "recipe.json").is_file():
         return [read_run(path)]
-    if (path / "scores.jsonl").is_file():
+    if _is_model(path):
         return [_read_model(path)]
     if (path / MANIFEST).is_file() or (path / METRICS).is_file():
         return [read_stage(path)]
-    if models := sorted(file.parent for file in path.glob("*/scores.jsonl")):
+    if models := sorted(folder for folder in path.glob("*") if _is_model(folder)):
         return [_read_model(model) for model in models]
     raise UserError(
         f"{path}: it is neither a run, a stage nor an evaluation. Pass a folder that `align run` or `align eval` wrote."
@@ -303,8 +315,14 @@ def _pairs_id(run: Path, manifest: Mapping[str, Any], stage: str) -> str:
 # --- evaluations ---------------------------------------------------------------------------------------------
 
 
+def _is_model(path: Path) -> bool:
+    """True for a model's folder in that of an evaluation on tasks or on preference pairs."""
+    has_pairs = (path / PAIRS).is_file() and (path.absolute().parent / PAIRS_RESULTS).is_file()
+    return has_pairs or (path / SCORES).is_file()
+
+
 def _read_model(folder: Path) -> Side:
-    """A model of `align eval`."""
+    """A model of `align eval`, with its results on tasks and on preference pairs."""
     tasks = model_results(folder)
     values = document_values(folder, tasks)
     measured = {
@@ -315,15 +333,16 @@ def _read_model(folder: Path) -> Side:
         )
         for (task, metric), documents in values.items()
     }
-    content = read_object(folder.parent / RESULTS) or {}
-    of_model = (content.get("models") or {}).get(folder.name) or {}
-    about = {key: value for key, value in of_model.items() if key != "tasks"}
+    pairs = read_scores(folder)
+    prompts = prompts_of(pairs)
+    for metric in pair_metrics(pairs):
+        measured[Key("", PAIRS_TASK, metric.key)] = Measured(metric.label, metric.better, metric.values, prompts)
     return Side(
         folder.name,
         folder,
         "evaluation",
         measured=measured,
-        settings=dict(flat({**(content.get("settings") or {}), **about})),
+        settings=_evaluation_settings(folder),
         versions={task: str(result["version"]) for task, result in tasks.items() if "version" in result},
         unpaired=tuple(
             (task, metric)
@@ -331,4 +350,19 @@ def _read_model(folder: Path) -> Side:
             for metric in result["metrics"]
             if (task, metric) not in values
         ),
+        figures=pair_figures(pairs),
     )
+
+
+def _evaluation_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a model's evaluation on tasks and of that on preference pairs."""
+    found: dict[str, Any] = {}
+    if content := read_object(folder.parent / RESULTS):
+        about = (content.get("models") or {}).get(folder.name) or {}
+        kept = {key: value for key, value in about.items() if key != "tasks"}
+        found |= flat({**(content.get("settings") or {}), **kept})
+    scored = read_object(folder.parent / PAIRS_RESULTS) or {}
+    if about := (scored.get("models") or {}).get(folder.name):
+        found["checkpoint"] = about.get("checkpoint")
+        found |= flat({"pairs": {"source": scored.get("source"), **(scored.get("settings") or {})}})
+    return found

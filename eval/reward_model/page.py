@@ -1,4 +1,4 @@
-"""report.html of `align eval --pairs`: one page without scripts or requests, from the content of pairs.json."""
+"""pairs.html of `align eval --pairs`: one page without scripts or requests, from the content of pairs.json."""
 
 from __future__ import annotations
 

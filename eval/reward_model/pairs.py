@@ -39,6 +39,32 @@ class ScoredPair:
         margin = self.chosen - self.rejected
         return margin if math.isfinite(margin) else None
 
+    @property
+    def right(self) -> float | None:
+        """1 if the chosen completion has the higher score, 0.5 for equal scores, 0 otherwise; None if unknown."""
+        margin = self.margin
+        return None if margin is None else 0.5 if margin == 0 else float(margin > 0)
+
+    @property
+    def chosen_longer(self) -> bool | None:
+        """True if the chosen completion is the longer one; None if both have the same length."""
+        return None if self.chosen_length == self.rejected_length else self.chosen_length > self.rejected_length
+
+    @property
+    def log_loss(self) -> float | None:
+        """-log sigmoid(margin), the loss of training; None if the margin is unknown."""
+        margin = self.margin
+        return None if margin is None else _softplus(-margin)
+
+    def prefers(self, chosen_is_kind: bool | None) -> float | None:
+        """1 if the model prefers the completion of a kind, such as the longer one, 0 if it prefers the other one.
+
+        chosen_is_kind: True if the chosen completion is of this kind, False if the rejected one is, None if both or
+        neither are. None if that is None, or the model has no preference.
+        """
+        margin = self.margin
+        return None if chosen_is_kind is None or not margin else float((margin > 0) == chosen_is_kind)
+
 
 class Bias(NamedTuple):
     """Tendency to prefer one kind of completion, such as the longer one.
@@ -107,7 +133,7 @@ def accuracy(pairs: Sequence[ScoredPair], subset: str | None = None) -> Summary:
     A pair without a score is unscored. Pairs of one prompt are one cluster.
     """
     chosen = [pair for pair in pairs if subset in (None, pair.subset)]
-    return summarize([_right(pair) for pair in chosen], resamples=2000, seed=0, clusters=_clusters(chosen))
+    return summarize([pair.right for pair in chosen], resamples=2000, seed=0, clusters=_clusters(chosen))
 
 
 def by_subset(pairs: Sequence[ScoredPair]) -> dict[str, Summary]:
@@ -124,11 +150,7 @@ def subset_mean(pairs: Sequence[ScoredPair]) -> float | None:
 
 def length_bias(pairs: Sequence[ScoredPair]) -> Bias | None:
     """Tendency to prefer the longer completion; None without pairs of different lengths."""
-
-    def longer(pair: ScoredPair) -> bool | None:
-        return None if pair.chosen_length == pair.rejected_length else pair.chosen_length > pair.rejected_length
-
-    return _bias(pairs, longer)
+    return _bias(pairs, lambda pair: pair.chosen_longer)
 
 
 def position_bias(pairs: Sequence[ScoredPair]) -> Bias | None:
@@ -173,11 +195,6 @@ def model_agreement(first: Sequence[ScoredPair], second: Sequence[ScoredPair]) -
     kappa = None if chance == 1 else (same.mean - chance) / (1 - chance)
     difference = difference_interval(left, right, clusters=clusters)
     return ModelAgreement(same, kappa, difference, paired_test(left, right, clusters=clusters), len(both))
-
-
-def _right(pair: ScoredPair) -> float | None:
-    margin = pair.margin
-    return None if margin is None else 0.5 if margin == 0 else float(margin > 0)
 
 
 def _bias(pairs: Sequence[ScoredPair], is_chosen: Callable[[ScoredPair], bool | None]) -> Bias | None:

@@ -2,8 +2,8 @@
 
 OUT/pairs.json          statistics of each model, and of each two models
 OUT/pairs.md            the same as sentences
-OUT/report.html         the same as one page, with the pairs that each model ranks most wrongly
-OUT/MODEL/pairs.jsonl   scores and lengths of each pair
+OUT/pairs.html          the same as one page, with the pairs that each model ranks most wrongly
+OUT/MODEL/pairs.jsonl   scores and lengths of each pair, which `align compare` reads
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from align.eval.reward_model.pairs import (
     position_bias,
     subset_mean,
 )
+from align.eval.reward_model.recorded import RESULTS, pair_digest, write_scores
 from align.eval.reward_model.report import agreement_lines, pair_lines
 from align.reward.model import ModelScorer
 from align.run.folder import locked, write_json, write_text
 
 SEQUENCES_AT_A_TIME = 256
+PAGE = "pairs.html"
 WRONG_PAIRS = 10
 """Pairs of each model that the page shows in full."""
 CHOSEN_FIRST = "chosen_first"
@@ -166,12 +168,8 @@ def evaluate_pairs(
             scorer = ModelScorer(folder, dtype, micro_batch_tokens)
             set_template_defaults(scorer.tokenizer, chat_template_kwargs or {}, "--chat-template-kwargs")
             scored[name] = score_preferences(scorer, preferences)
-            rows = [
-                {"row": p.row, "chosen": s.chosen, "rejected": s.rejected, "subset": s.subset}
-                | {"chosen_length": s.chosen_length, "rejected_length": s.rejected_length}
-                for p, s in zip(preferences, scored[name], strict=True)
-            ]
-            write_text(out / name / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            pairs = zip(preferences, scored[name], strict=True)
+            write_scores(out / name, ((pair.row, pair_digest(pair.sides), scores) for pair, scores in pairs))
             lines += pair_lines(name, scored[name])
         agreements = {}
         for first, second in combinations(scored, 2):
@@ -181,14 +179,21 @@ def evaluate_pairs(
             "source": source.path,
             "pairs": len(preferences),
             "dropped": dropped,
+            "settings": {
+                "dtype": dtype,
+                "subset": subset,
+                "limit": limit,
+                "seed": seed,
+                "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            },
             "models": {name: {"checkpoint": str(models[name])} | statistics(pairs) for name, pairs in scored.items()},
             "agreement": agreements,
             "lines": lines,
         }
-        write_json(out / "pairs.json", content)
+        write_json(out / RESULTS, content)
         write_text(out / "pairs.md", "\n".join(["# Reward models on preference pairs", "", "```", *lines, "```", ""]))
         wrong = {name: ranked_wrongly(preferences, pairs, WRONG_PAIRS) for name, pairs in scored.items()}
-        write_text(out / "report.html", render_pairs(content, wrong))
+        write_text(out / PAGE, render_pairs(content, wrong))
     return content
 
 

@@ -30,6 +30,7 @@ def write_run(folder: Path, beta: float, scores: list[float], *, prompts: list[d
     write_stage(folder, "evaluate", "evaluate", [])
     config = {"seed": 0, "dtype": "float32", "dpo": {"beta": beta}}
     set_manifest(folder / "dpo", metrics={"loss": beta / 3}, config=config)
+    set_manifest(folder / "evaluate", metrics={"scores": scores[0]})  # a mean over documents, and no last value
     models = {
         "sft": {"scores": [0.0] * 5, "f1": [0.5] * 5},
         "dpo": {"scores": scores, "f1": [0.5, 0.5, None, 0.5, 0.5], "preference": {"accuracy": 1.0, "values": [1, 1]}},
@@ -93,6 +94,22 @@ def test_other_prompts_and_pairs_are_not_compared(tmp_path: Path, runs) -> None:
     assert row(comparison, "preference")["differences"] == []
 
 
+@pytest.mark.parametrize(("other", "compared"), [("a", 1), ("b", 0)])
+def test_preferences_are_paired_if_the_rows_of_their_stage_are_equal(runs, other: str, compared: int) -> None:
+    for run, text in zip(runs, ("a", other)):
+        (Path(run) / "pairs" / "data").mkdir(parents=True)
+        (Path(run) / "pairs" / "data" / "held_out.jsonl").write_text(text)
+        preferences = [{"kind": "stage", "stage": "pairs"}]
+        set_manifest(Path(run) / "evaluate", config={"evaluate": {"preferences": preferences}})
+    assert len(row(compare_sides(read_sides(runs)), "preference")["differences"]) == compared
+
+
+def test_a_changed_working_tree_is_a_setting(runs) -> None:
+    set_manifest(Path(runs[1]) / "dpo", dirty=True)
+    settings = {row["key"]: row["values"] for row in compare_sides(read_sides(runs))["settings"]}
+    assert settings["commit"] == {"one": "0123456789ab", "two": "0123456789ab, 0123456789ab with changes"}
+
+
 def test_stages_and_their_names(runs) -> None:
     sides = read_sides([f"{runs[0]}/dpo", f"better={runs[1]}/dpo", f"{runs[1]}/sft"])
     assert [side.name for side in sides] == ["dpo", "better", "sft"]
@@ -139,8 +156,10 @@ def test_a_stage_is_paired_with_an_evaluation_by_its_tasks(tmp_path: Path, runs)
     write_json(results, json.loads(results.read_text()) | {"benchmarks": {"sums": metrics}})
     write_evaluation(Path(runs[0]) / "evaluate" / "tasks", {"dpo": [1, 0]})
     out = write_evaluation(tmp_path / "out", {"a": [0, 0]})
-    (difference,) = row(compare_sides(read_sides([str(out), f"{runs[0]}/dpo"])), "acc", model="")["differences"]
+    comparison = compare_sides(read_sides([str(out), f"{runs[0]}/dpo"]))
+    (difference,) = row(comparison, "acc", model="")["differences"]
     assert (difference["n"], difference["mean"]) == (2, 0.5)
+    assert comparison["settings"] == []  # a stage and an evaluation have no setting in common
 
 
 def test_tasks_of_other_versions_are_not_compared(tmp_path: Path) -> None:
@@ -181,3 +200,5 @@ def test_the_command_writes_the_page_and_prints_the_table(runs, tmp_path, monkey
     cli.main(["compare", *runs, "--json"])
     assert json.loads(capsys.readouterr().out)["equal"] == ["sft"]
     assert not (tmp_path / "comparison.html").exists()
+    cli.main(["compare", *runs, "--json", "--out", "other.html"])
+    assert (tmp_path / "other.html").read_text() == page

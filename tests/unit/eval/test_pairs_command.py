@@ -138,7 +138,9 @@ def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys:
     main(["eval", *models, "--pairs", str(folder / "pairs.jsonl"), "--subset", "kind", "--out", str(out)])
     said = capsys.readouterr().out
     content = json.loads((out / "pairs.json").read_text())
-    assert content["lines"] == said.strip().split("\n")[-len(content["lines"]) :]
+    *lines, page_line = said.strip().split("\n")
+    assert content["lines"] == lines[-len(content["lines"]) :]
+    assert page_line == str(out / "pairs.html")
     assert (content["pairs"], content["dropped"]) == (13, {"chosen equals rejected": 1})
     one = content["models"]["one"]
     rows = [json.loads(line) for line in (out / "one" / "pairs.jsonl").read_text().splitlines()]
@@ -149,7 +151,7 @@ def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys:
     assert one["position_bias"]["n"] == 12
     assert list(content["agreement"]) == ["one two"]
     assert "one and two prefer the same completion in" in (out / "pairs.md").read_text()
-    page = (out / "report.html").read_text()
+    page = (out / "pairs.html").read_text()
     assert "Agreement" in page
     assert "the mat" in page or "on mat" in page
 

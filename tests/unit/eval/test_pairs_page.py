@@ -1,4 +1,4 @@
-"""report.html of `align eval --pairs` in a real browser: it fits, is legible, and has the numbers of the scores."""
+"""pairs.html of `align eval --pairs` in a real browser: it fits, is legible, and has the numbers of the scores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "agreement": {" ".join(MODELS): None},
     }
     wrong = {model: ranked_wrongly(preferences, pairs, 10) for model, pairs in scored.items()}
-    path = tmp_path_factory.mktemp("page") / "report.html"
+    path = tmp_path_factory.mktemp("page") / "pairs.html"
     path.write_text(render_pairs(content, wrong), encoding="utf-8")
     return path
 
