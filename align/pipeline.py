@@ -48,9 +48,13 @@ def run(
     say: Callable[[str], None] = print,
     status: Callable[[str], None] = lambda line: None,
     progress: Callable[[str], None] = lambda line: None,
+    width: int | None = None,
 ) -> None:
-    """Run the stages that are not finished. only: run `base` and this stage. start: run this stage and all later ones
-    again."""
+    """Run the stages that are not finished.
+
+    only: run `base` and this stage. start: run this stage and all later ones again. width: of the terminal, for the
+    table at the end; None: lines of any length.
+    """
     choose(recipe, run_dir, resume=resume, only=only, start=start)
     prepare_process(recipe)
     prints = True
@@ -89,10 +93,12 @@ def run(
         if recipe.parallel is not None:
             group.leave()
         if prints:
-            _report(recipe, run_dir, stages, say)
+            _report(recipe, run_dir, stages, say, width)
 
 
-def _report(recipe: Recipe, run_dir: Path, stages: list[PlannedStage], say: Callable[[str], None]) -> None:
+def _report(
+    recipe: Recipe, run_dir: Path, stages: list[PlannedStage], say: Callable[[str], None], width: int | None
+) -> None:
     """Write the report of a run that has one, or has run a stage that makes one, and print its table."""
 
     def makes_one(stage: PlannedStage) -> bool:
@@ -106,7 +112,7 @@ def _report(recipe: Recipe, run_dir: Path, stages: list[PlannedStage], say: Call
         write_report(run_dir)
     from align.eval.report.headline import headline
 
-    for line in headline(run_dir):
+    for line in headline(run_dir, width):
         say(line)
     say(f"report: {run_dir / 'report.html'}")
 

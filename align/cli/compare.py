@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from align.cli.parser import add_json, examples
+from align.cli.terminal import width
 
 PAGE = Path("comparison.html")
 
@@ -54,4 +55,4 @@ def _compare(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(comparison, indent=2, ensure_ascii=False))
     else:
-        print("\n".join([*comparison_lines(comparison), str(out)]))
+        print("\n".join([*comparison_lines(comparison, width()), str(out)]))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from align.cli.parser import add_json, add_recipe, add_verbosity, examples
-from align.cli.terminal import progress, say, status
+from align.cli.terminal import progress, say, status, width
 from align.errors import UserError
 from align.run import interrupt
 
@@ -108,7 +108,7 @@ def run_recipe(options: argparse.Namespace) -> None:
             processes.start(run_command(options, overrides), recipe.parallel, run_dir / "logs")
             return
     with interrupt.listening():
-        pipeline.run(recipe, run_dir, **which, say=say, status=status, progress=progress)
+        pipeline.run(recipe, run_dir, **which, say=say, status=status, progress=progress, width=width())
 
 
 def process_overrides(options: argparse.Namespace, overrides: list[str]) -> list[str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.cli.parser import add_json, add_recipe, examples
-from align.cli.terminal import say
+from align.cli.terminal import say, width
 from align.errors import UserError
 from align.run import interrupt
 
 if TYPE_CHECKING:
+    from align.config.recipe import Recipe
     from align.sweep.plan import Plan
     from align.sweep.search import OptunaSearch
 
@@ -66,9 +67,11 @@ def run_command(options: argparse.Namespace) -> None:
     from align.sweep.text import sweep_lines
 
     if options.seeds < 1:
-        raise UserError(f"--seeds {options.seeds}: must be at least 1.")
+        raise UserError(f"--seeds {options.seeds}: must be at least 1. Pass the number of runs per setting.")
     fixed, axes = read_settings(options.overrides)
     recipe = load_recipe(options.recipe, fixed)
+    if options.metric is not None:
+        _require_model(recipe, options.metric)
     plan = Plan(options.recipe, fixed, recipe, axes, options.seeds)
     folder = options.out or Path("sweeps") / recipe.name
     search = None
@@ -98,13 +101,27 @@ def run_command(options: argparse.Namespace) -> None:
     if options.json:
         print(text, end="")
     else:
-        for line in [*sweep_lines(json.loads(text)), f"report: {folder / 'report.html'}"]:
+        for line in [*sweep_lines(json.loads(text), width()), f"report: {folder / 'report.html'}"]:
             say(line)
     if failed:
+        words = "1 run has failed" if len(failed) == 1 else f"{len(failed)} runs have failed"
         raise UserError(
-            f"{folder}: {len(failed)} runs have failed: {', '.join(failed)}; their messages are above. Start the sweep "
-            "again with --resume to repeat them."
+            f"{folder}: {words}: {', '.join(failed)}. The messages are above; start the sweep again with --resume to "
+            "repeat what has failed."
         )
+
+
+def _require_model(recipe: Recipe, metric: str) -> None:
+    """Raise `UserError` if a metric is of no stage of the recipe and of no model that it evaluates."""
+    from align.config.recipe import BASE
+    from align.config.stages import EvaluateStage
+
+    evaluated = [
+        model for stage in recipe.stages.values() if isinstance(stage, EvaluateStage) for model in stage.models
+    ]
+    names = dict.fromkeys([BASE, *recipe.stages, *evaluated])
+    if not any(metric.startswith(f"{name}/") for name in names):
+        raise UserError(f"--metric {metric}: not of the form MODEL/KEY with one of the models {', '.join(names)}.")
 
 
 def _search(options: argparse.Namespace, plan: Plan) -> OptunaSearch:

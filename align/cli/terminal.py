@@ -46,8 +46,7 @@ def say(line: str) -> None:
 def status(line: str) -> None:
     """Print a line that the next one overwrites; only on a terminal."""
     if sys.stdout.isatty() and not os.environ.get(QUIET):
-        width = shutil.get_terminal_size().columns
-        print(f"{ERASE}{line[: width - 1]}", end="", flush=True)
+        print(f"{ERASE}{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
 def progress(line: str) -> None:
@@ -66,6 +65,11 @@ def progress(line: str) -> None:
     if line and (now - _logged >= seconds or os.environ.get("ALIGN_LOG_STEPS")):
         _logged = now
         print(line, flush=True)
+
+
+def width() -> int | None:
+    """Columns of the terminal; None if standard output is not a terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def color(text: str, code: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from align.eval.comparison.text import aligned
 from align.eval.report.formatting import NOTHING, interval, number
+from align.eval.report.text_table import text_table, wrapped
 
 
 def intervals_line(content: Mapping[str, Any]) -> str:
@@ -47,12 +47,13 @@ def render_markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def sweep_lines(content: Mapping[str, Any]) -> list[str]:
-    """The first columns of the table of points, and the verdict, for a terminal."""
+def sweep_lines(content: Mapping[str, Any], width: int | None = None) -> list[str]:
+    """The first columns of the table of points, and the verdict. width: of the terminal; None: lines of any length."""
     head, rows = point_rows(content)
     shown = 3 if content["differences"] else 2
     cells = [[_text(cell) for cell in row[:shown]] for row in rows]
-    return ["", *aligned([head[:shown], *cells]), "", content["verdict"], *content["notes"], ""]
+    said = [line for sentence in [content["verdict"], *content["notes"]] for line in wrapped(sentence, width)]
+    return ["", *text_table([head[:shown], *cells], width), "", *said, ""]
 
 
 def _text(cell: Any) -> str:

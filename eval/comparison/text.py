@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from align.eval.report.formatting import NOTHING, interval, mark, mean, number
+from align.eval.report.text_table import text_table, wrapped
 
 SETTINGS = 30
 """Settings that the terminal shows; the page shows all."""
 
 
-def comparison_lines(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a comparison of `compare_sides`."""
+def comparison_lines(comparison: Mapping[str, Any], width: int | None = None) -> Iterator[str]:
+    """The lines of a comparison of `compare_sides`. width: of the terminal; None: lines of any length."""
     names = [side["name"] for side in comparison["sides"]]
     rows = comparison["metrics"]
     if rows:
         cells = [[row["label"], *(_mean(row["sides"].get(name)) for name in names)] for row in rows]
-        yield from (*aligned([["metric", *names], *cells]), "")
+        yield from (*text_table([["metric", *names], *cells], width), "")
     differences = [
         [
             row["label"],
@@ -33,24 +34,28 @@ def comparison_lines(comparison: Mapping[str, Any]) -> Iterator[str]:
     ]
     if differences:
         head = ["metric", "sides", "difference", "p (Holm)", "detectable", "changed", "n"]
-        yield from (*aligned([head, *differences]), "")
+        yield from (*text_table([head, *differences], width), "")
+    if comparison["figures"]:
+        cells = [[row["label"], *(_mean(row["sides"].get(name)) for name in names)] for row in comparison["figures"]]
+        yield from (*text_table([["bias and calibration", *names], *cells], width), "")
     if comparison["final"]:
         cells = [
             [f"{row['stage']}: {row['label']}" if row["stage"] else row["label"]]
             + [number(row["values"].get(name)) for name in names]
             for row in comparison["final"]
         ]
-        yield from (*aligned([["last value of the training", *names], *cells]), "")
+        yield from (*text_table([["last value of the training", *names], *cells], width), "")
     settings = comparison["settings"]
     if settings:
         cells = [[row["key"], *(shown(row["values"], name) for name in names)] for row in settings[:SETTINGS]]
-        yield from aligned([["setting", *names], *cells])
+        yield from text_table([["setting", *names], *cells], width)
         if len(settings) > SETTINGS:
             yield f"and {len(settings) - SETTINGS} more settings, on the page"
         yield ""
     if comparison["equal"]:
-        yield f"the same in all: {', '.join(comparison['equal'])}"
-    yield from (f"note: {note}" for note in comparison["notes"])
+        yield from wrapped(f"the same in all: {', '.join(comparison['equal'])}", width)
+    for note in comparison["notes"]:
+        yield from wrapped(f"note: {note}", width)
 
 
 def shown(values: Mapping[str, Any], name: str) -> str:
@@ -65,9 +70,3 @@ def shown(values: Mapping[str, Any], name: str) -> str:
 
 def _mean(cell: dict[str, Any] | None) -> str:
     return f"{mean(cell)} {interval(cell)}".rstrip() if cell else NOTHING
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows of a table with columns of equal width."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
