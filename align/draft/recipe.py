@@ -166,8 +166,6 @@ def _stage(draft: Draft, stage: str, parent: str) -> list[str]:
         f"    max_length: {length}  # tokens per row; longer rows are "
         + ("dropped" if sequences == 2 else "split" if stage == "pretrain" else "truncated"),
     ]
-    if stage == "sft" and data.shape == "text":
-        lines.append("  assistant_only_loss: false  # plain text has no answers to which the loss could be limited")
     rate = f"{adapted if draft.lora else fully:.0e}".replace("e-0", "e-")
     lines.append(f"  optimizer: {{learning_rate: {rate}}}  # AdamW, 5 % warm-up, cosine decay to 0")
     if draft.lora:

@@ -13,9 +13,10 @@ import yaml
 from align import cli
 from align.config import load_recipe
 from align.draft.data import KINDS, look_at
-from align.draft.machine import Machine, ModelLook, look_at_model
+from align.draft.machine import Machine, ModelLook, look_at_model, read_this_machine
 from align.draft.recipe import Draft, stages_for, text_of, too_small, trains_fully, write_recipe
 from align.errors import UserError
+from align.launch.nvidia import Gpu, NvidiaMachine
 
 ANSWER = "It is the sum of the numbers. " * 10
 ROWS = {
@@ -198,6 +199,81 @@ def test_rows_are_not_longer_than_the_context(tmp_path: Path, checkpoint: Path) 
     data = stages_for([look_at(str(tmp_path / "long.jsonl"))], ["pretrain"])
     text = text_of(Draft("run", "m", look_at_model(str(checkpoint)), data, CPU, lora=True))
     assert yaml.safe_load(text)["stages"]["pretrain"]["data"]["max_length"] == 256
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "count", "machine", "lora", "wanted"),
+    [
+        # 50 rows: an eighth of them per step, three epochs, a tenth held out; 4,096 tokens per pass are 4 rows.
+        ("messages", "sft", 50, CPU, True, (6, 4, 2e-4, 3, 0.1, False)),
+        # A pair has two sequences, so 2 pairs per pass.
+        ("preference", "dpo", 50, CPU, True, (6, 2, 1e-5, 3, 0.1, False)),
+        ("preference", "dpo", 50, CPU, False, (6, 2, 1e-6, 3, 0.1, False)),
+        # 400 rows are not a small file. Six GPUs: the smallest multiple of 6 from 32, 6 pairs per GPU and step.
+        ("preference", "dpo", 400, GPUS, True, (36, 6, 1e-5, 1, 0.05, True)),
+        # Too few rows to hold some out.
+        ("messages", "sft", 39, CPU, True, (4, 4, 2e-4, 3, 0, False)),
+    ],
+)
+def test_the_numbers_of_a_draft(
+    shape: str, stage: str, count: int, machine: Machine, lora: bool, wanted: tuple, tmp_path: Path
+) -> None:
+    data = stages_for([look_at(write(tmp_path, shape, count))], [stage])
+    text = text_of(Draft("run", "m", ModelLook(), data, machine, lora, max_length=1024))
+    found = yaml.safe_load(text)["stages"][stage]
+    assert found["data"]["max_length"] == 1024
+    assert (
+        found["batch_size"],
+        found["micro_batch_size"],
+        float(found["optimizer"]["learning_rate"]),
+        found["epochs"],
+        found["data"].get("held_out_fraction", 0),
+        found.get("gradient_checkpointing", False),
+    ) == wanted
+
+
+def test_the_length_is_that_of_long_rows_with_a_template(tmp_path: Path) -> None:
+    """89 short rows and ten of 600 characters: 200 tokens and 64 of a template need 512, not 256. One row of 1,000,000
+    characters is not a reason for a longer context, and the longer answer of a pair counts."""
+    texts = ["short"] * 89 + ["x" * 600] * 10 + ["x" * 10**6]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    look = look_at(str(tmp_path / "texts.jsonl"))
+    assert (look.tokens, look.length) == (200, 512)
+    pair = {"prompt": "", "chosen": "no", "rejected": "x" * 600}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair | {"prompt": "Hi"}) + "\n") * 20)
+    assert look_at(str(tmp_path / "pairs.jsonl")).tokens == 201
+
+
+def test_the_size_of_a_model_in_float32(checkpoint: Path) -> None:
+    """1 GB of weights: half a billion parameters in bf16, a quarter in fp32, whichever of the two keys has the type."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    for key, kind, parameters in (
+        ("dtype", "bfloat16", 5e8),
+        ("torch_dtype", "bfloat16", 5e8),
+        ("dtype", "float32", 2.5e8),
+    ):
+        own = {name: value for name, value in config.items() if name != "torch_dtype"} | {key: kind}
+        (checkpoint / "config.json").write_text(json.dumps(own))
+        assert look_at_model(str(checkpoint)).parameters == parameters
+
+
+def test_several_gpus_train_what_one_does_not() -> None:
+    """10e9 parameters need 160 GB: 60 % of four GPUs of 80 GB hold them, 60 % of one do not."""
+    assert trains_fully(ModelLook(10e9), Machine(64, 4, 80.0, "H100", True))
+    assert not trains_fully(ModelLook(10e9), Machine(64, 1, 80.0, "H100", True))
+
+
+def test_the_smallest_and_oldest_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine_of(*gpus: Gpu) -> Machine:
+        monkeypatch.setattr("align.draft.machine.read_machine", lambda: NvidiaMachine(gpus))
+        return read_this_machine()
+
+    ampere, turing = Gpu(0, "A100", 81920, (8, 0)), Gpu(1, "T4", 16384, (7, 5))
+    assert machine_of(ampere, ampere).bfloat16
+    found = machine_of(ampere, turing)
+    assert (found.gpus, found.bfloat16) == (2, False)
+    assert found.memory_gb == pytest.approx(17.18, abs=0.01)  # 16 GiB
+    assert machine_of().gpus == 0
 
 
 def test_the_stages_of_the_command_are_those_of_drafts() -> None:
