@@ -21,6 +21,7 @@ from . import (  # noqa: F401 (importing a module registers its cases)
     run_folder,
     serving,
     several,
+    sweeps,
     templates,
 )
 from .here import CASES, SECTIONS, Case

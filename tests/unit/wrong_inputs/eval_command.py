@@ -237,6 +237,22 @@ def _(here: Here) -> str:
     return here.align("compare", "a", "b")
 
 
+@wrong("compare-unnamed-pairs", "Comparing preference pairs that an earlier version has scored")
+def _(here: Here) -> str:
+    for model in ("a", "b"):
+        here.write("out/pairs.json", "{}")
+        here.write(f"out/{model}/pairs.jsonl", '{"chosen": 1.0, "rejected": 0.0}\n')
+    return here.align("compare", "out")
+
+
+@wrong("compare-damaged-results", "Comparing an evaluation with damaged results")
+def _(here: Here) -> str:
+    for model in ("a", "b"):
+        scored(here, "out", model)
+    here.write("out/results.json", "[]")
+    return here.align("compare", "out")
+
+
 @wrong("eval-tasks-or-pairs", "`align eval` without tasks and without pairs")
 def _(here: Here) -> str:
     return here.align("eval", "model")

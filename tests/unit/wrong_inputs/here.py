@@ -38,6 +38,7 @@ SECTIONS = {
     "The run folder and the disk": ["run_folder"],
     "Rewards, generation and optional packages": ["rewards", "generation"],
     "Evaluation": ["evaluation", "eval_command", "judging", "judged_tasks", "long_context", "own_tasks"],
+    "Sweeps": ["sweeps"],
     "Several processes and machines": ["several"],
     "Planning a cluster": ["planning"],
 }
