@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from align.config.load import parse_value
@@ -70,6 +70,16 @@ def _range(key: str, override: str, low: str, high: str, log: str | None) -> Ran
         wanted = "a range goes from a lower to a higher number" + (", above 0 with :log" if log else "")
         raise UserError(f"'{override}': {wanted}. Write, for example, {key}=0.01..1:log.")
     return Range(key, ends[0], ends[1], all(isinstance(end, int) for end in ends), bool(log))
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each key; the last two parts of keys that share the last one."""
+    every = list(keys)
+    last = [key.split(".")[-1] for key in every]
+    return {
+        key: end if last.count(end) == 1 else ".".join(key.split(".")[-2:])
+        for key, end in zip(every, last, strict=True)
+    }
 
 
 def split_values(text: str) -> list[str]:

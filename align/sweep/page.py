@@ -17,6 +17,7 @@ from align.eval.report.formatting import NOTHING, interval, number
 from align.eval.report.html import figures, table
 from align.eval.report.page import breakable, escape, page
 from align.eval.report.plots import COLORS, LEGEND, STYLE, Plot, as_svg, new_figure
+from align.sweep.axes import short_keys
 from align.sweep.text import intervals_line, point_rows
 
 CURVES = len(COLORS)
@@ -54,13 +55,21 @@ def _of_best(content: Mapping[str, Any]) -> str:
 def _points(content: Mapping[str, Any]) -> Iterator[str]:
     head, rows = point_rows(content)
     if content["metrics"]:
-        yield f'<p class="soft">{escape(intervals_line(content))}</p>'
-        cells = [[_breaking(row[0]), *(_cell(cell) for cell in row[1:])] for row in rows]
+        short = short_keys(axis["key"] for axis in content["axes"])
+        named = "".join(f" {name}: {key}." for key, name in short.items() if name != key)
+        yield f'<p class="soft">{escape(intervals_line(content) + named)}</p>'
+        cells = [
+            [_label(point), *(_cell(cell) for cell in row[1:])]
+            for point, row in zip(content["points"], rows, strict=True)
+        ]
         yield table("Settings", [escape(name) for name in head], cells)
 
 
-def _breaking(label: str) -> str:
-    return breakable(label).replace(".", ".<wbr>").replace("=", "=<wbr>")
+def _label(point: Mapping[str, Any]) -> str:
+    """The settings of a point with short keys, as HTML."""
+    short = short_keys(point["settings"])
+    words = [f"{breakable(short[key])}=<wbr>{breakable(text)}" for key, text in point["settings"].items()]
+    return ", ".join(words) or escape(point["label"])
 
 
 def _cell(cell: Any) -> str:
@@ -81,7 +90,7 @@ def _curves(points: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
     if groups:
         yield '<ul class="legend" aria-label="Settings">'
         for place, point in enumerate(points):
-            yield f'<li><i class="dot m{place % len(COLORS)}"></i><b>{_breaking(point["label"])}</b></li>'
+            yield f'<li><i class="dot m{place % len(COLORS)}"></i><b>{_label(point)}</b></li>'
         yield "</ul>"
         yield from curves_section(groups, places)
 
@@ -91,7 +100,7 @@ def _runs(content: Mapping[str, Any]) -> Iterator[str]:
     label = content["metrics"][metric]["label"] if metric in content["metrics"] else "Metric"
     rows = [
         [
-            _breaking(p["label"]),
+            _label(p),
             *map(escape, (r["seed"], number(r["metrics"].get(metric)), r["status"])),
             breakable(r["folder"]),
         ]
@@ -129,8 +138,9 @@ def _setting_plot(
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
     place = dict(zip(texts, numbers)) if numeric else {text: place for place, text in enumerate(texts)}
     groups: dict[str, list[Mapping[str, Any]]] = {}
+    short = short_keys(points[0]["settings"])
     for point in points:
-        others = ", ".join(f"{name.split('.')[-1]} {text}" for name, text in point["settings"].items() if name != key)
+        others = ", ".join(f"{short[name]} {text}" for name, text in point["settings"].items() if name != key)
         groups.setdefault(others, []).append(point)
     lines = len(groups) <= len(COLORS) and any(len(found) > 1 for found in groups.values())
     with matplotlib.rc_context(STYLE):

@@ -17,7 +17,7 @@ from align.config.section import result_settings
 from align.config.stage import REPORT
 from align.errors import UserError
 from align.run.manifest import section, stage_settings
-from align.sweep.axes import Axis, Range
+from align.sweep.axes import Axis, Range, short_keys
 
 MOST_RUNS = 1000
 LONGEST_NAME = 80
@@ -160,9 +160,8 @@ def _name(settings: Mapping[str, str]) -> str:
     """Name of a folder: the last part of each key and its value, as far as a file name may have them."""
     if not settings:
         return "recipe"
-    last = [key.split(".")[-1] for key in settings]
-    short = [end if last.count(end) == 1 else "-".join(key.split(".")[-2:]) for key, end in zip(settings, last)]
-    words = [f"{key}-{text}" for key, text in zip(short, settings.values())]
+    short = short_keys(settings)
+    words = [f"{short[key].replace('.', '-')}-{text}" for key, text in settings.items()]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-.")
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 7]}-{_digest(dict(settings))[:6]}"
 

@@ -78,16 +78,20 @@ class Forked:
             raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
         return self.returncode
 
+    def output(self) -> str:
+        """The text of stdout and stderr so far, also of processes that this one has started."""
+        return self._output.read_text(encoding="utf-8") if self._output.is_file() else ""
+
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for the end; returns the text of stdout and stderr, and None."""
         self.wait(timeout)
-        return self._output.read_text(encoding="utf-8"), None
+        return self.output(), None
 
 
 def align(
     words: list[str], environment: Mapping[str, str], folder: Path | None = None, network: str | None = None
 ) -> Forked:
-    """Start `align WORDS` in a folder; its ranks are forked too.
+    """Start `align WORDS` in a folder; its ranks, and the runs of a sweep, are forked too.
 
     network: name of the network namespace in which the processes run, as with `ip netns exec`.
     """
@@ -115,26 +119,36 @@ def _run_script(file: Path, arguments: list[str], environment: dict[str, str]) -
 
 
 def _launch(words: list[str], environment: dict[str, str], folder: Path, network: str | None) -> None:
-    """Run `align WORDS` in this process, which forks the ranks that the launcher would start."""
+    """Run `align WORDS` in this process, which forks the ranks and runs that it would start."""
     from align.launch import processes
+    from align.sweep import runner
 
     if network is not None:
         with open(f"/var/run/netns/{network}") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
     os.chdir(folder)
-    processes.subprocess = SimpleNamespace(Popen=_fork_rank, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore
+    forking: Any = SimpleNamespace(Popen=_fork_align, TimeoutExpired=subprocess.TimeoutExpired)
+    processes.subprocess = runner.subprocess = forking
     _align(words, environment)
 
 
-def _fork_rank(command: list[str], *, env: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+def _fork_align(
+    command: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    preexec_fn: Callable[[], None] = lambda: None,
+    **streams: Any,
+) -> subprocess.Popen[bytes]:
     """A forked process in place of `python -m align.cli WORDS`."""
     assert command[:3] == [sys.executable, "-m", "align.cli"]
     sys.stdout.flush()
-    return subprocess.Popen(command, preexec_fn=partial(_be_rank, command[3:], env), **streams)
+    be_align = partial(_be_align, command[3:], dict(os.environ if env is None else env), preexec_fn)
+    return subprocess.Popen(command, preexec_fn=be_align, **streams)
 
 
-def _be_rank(words: list[str], environment: dict[str, str]) -> NoReturn:
-    """Run `align WORDS` instead of the program that `Popen` would start now, and exit."""
+def _be_align(words: list[str], environment: dict[str, str], first: Callable[[], None]) -> NoReturn:
+    """Call `first`, run `align WORDS` instead of the program that `Popen` would start now, and exit."""
+    first()
     tracker = resource_tracker.getfd()  # multiprocessing knows this descriptor by its number
     os.closerange(3, tracker)
     os.closerange(tracker + 1, 4096)

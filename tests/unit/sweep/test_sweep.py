@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 from align import cli
 from align.config import load_recipe
 from align.errors import Stopped, UserError
+from align.run import interrupt
 from align.run.folder import write_json
 from align.run.manifest import result_id, stage_settings
 from align.sweep import runner
@@ -203,6 +209,18 @@ def test_a_resumed_sweep_may_have_more_values_and_seeds_but_no_other_recipe(tmp_
         sweep(plan_of(*BETAS, "stages.sft.max_steps=9"), tmp_path / "s", made, resume=True)
 
 
+def test_a_link_to_a_removed_folder_is_replaced(tmp_path: Path) -> None:
+    """The run that has made the parents is removed, and the sweep continues with the other settings."""
+    sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns())
+    shutil.rmtree(tmp_path / "s" / "beta-0.05")
+    again = MadeRuns()
+    sweep(plan_of("stages.dpo.beta=0.1,0.3"), tmp_path / "s", again, resume=True)
+    assert again.counts() == dict.fromkeys(("base", "pretrain", "sft", "pairs", "reward_model"), 1)
+    first, second = (tmp_path / "s" / f"beta-{beta}" / "seed-0" / "sft" for beta in ("0.1", "0.3"))
+    assert not first.is_symlink()
+    assert second.resolve() == first.resolve()
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     made = MadeRuns()
     made.status = {"beta-0.1/0": 2}
@@ -215,6 +233,52 @@ def test_an_invalid_value_is_refused_before_the_first_run(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"stages\.dpo\.beta"):
         sweep(plan_of("stages.dpo.beta=0.1,-1"), tmp_path / "s", MadeRuns())
     assert not (tmp_path / "s" / "sweep.json").exists()
+
+
+def run_of(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose process is a shell script instead of `align run`."""
+    (folder / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(interrupt._Request, "number", 0)  # restored after the test
+    plan = plan_of(*BETAS)
+    return plan.runs(plan.grid()[1], folder)[0]
+
+
+def test_the_command_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, f'echo "$@" > "{tmp_path}/words"; exit 2', monkeypatch)
+    assert runner.start_run(run, tmp_path / "recipe.yaml") == 2
+    words = f"-m align.cli run {tmp_path}/recipe.yaml stages.dpo.beta=0.1 --run-dir {tmp_path}/beta-0.1/seed-0 --resume"
+    assert (tmp_path / "words").read_text().strip() == words
+
+
+@pytest.mark.parametrize(("status", "number"), [(130, signal.SIGINT), (143, signal.SIGTERM)])
+def test_a_run_that_was_stopped_stops_the_sweep(
+    status: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, f"exit {status}", monkeypatch)
+    with pytest.raises(Stopped) as stopped:
+        runner.start_run(run, tmp_path / "recipe.yaml")
+    assert stopped.value.number == number
+
+
+def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run gets the time to write its checkpoint: the sweep ends after it."""
+    script = (
+        f'trap "sleep 0.2; touch {tmp_path}/saved; exit 143" TERM; touch {tmp_path}/ready; while :; do sleep 0.02; done'
+    )
+    run = run_of(tmp_path, script, monkeypatch)
+
+    def send() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with interrupt.listening():
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises(Stopped):
+            runner.start_run(run, tmp_path / "recipe.yaml")
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_stage_that_is_run_again_leaves_the_shared_result(tmp_path: Path) -> None:
@@ -272,6 +336,38 @@ def test_one_seed_is_judged_by_documents_and_says_so(tmp_path: Path) -> None:
     assert content["notes"] == [
         "One seed per setting: the intervals are over documents, not over training runs with other seeds."
     ]
+
+
+def test_the_intervals_over_documents_widen_with_the_number_of_settings(tmp_path: Path) -> None:
+    """One seed, three settings, so two differences: 97.5 % each. The differences of the best one are 1 to 10."""
+    sweep(plan_of(*BETAS), tmp_path / "s", MadeRuns(lambda beta, seed: 0.0))
+    file = tmp_path / "s" / "beta-0.3" / "seed-0" / "evaluate" / "results.json"
+    results = json.loads(file.read_text())
+    results["models"]["dpo"]["scores"] = [0.01 * n + n + 1 for n in range(10)]
+    write_json(file, results)
+    content = sweep_content(tmp_path / "s")
+    assert content["best"] == "beta-0.3"
+    half = 2.6850108 * math.sqrt(55 / 6 / 10)  # 0.9875 quantile of Student's t with 9 degrees of freedom
+    for difference in content["differences"]:
+        ends = [difference[end] for end in ("mean", "low", "high")]
+        assert ends == pytest.approx([5.5, 5.5 - half, 5.5 + half])
+
+
+def test_one_of_several_seeds_has_no_interval(tmp_path: Path) -> None:
+    made = MadeRuns()
+
+    def stop(run: Run, name: str) -> None:
+        if (run.point.name, run.seed, name) == ("beta-0.1", 1, "evaluate"):
+            raise Stopped(15)
+
+    made.fails = stop
+    with pytest.raises(Stopped):
+        sweep(plan_of("stages.dpo.beta=0.05,0.1", seeds=2), tmp_path / "s", made)
+    content = sweep_content(tmp_path / "s")
+    cells = {point["name"]: point["metrics"]["dpo/scores"] for point in content["points"]}
+    assert (cells["beta-0.05"]["n"], cells["beta-0.05"]["over"]) == (2, "seeds")
+    assert (cells["beta-0.1"]["n"], cells["beta-0.1"]["low"], cells["beta-0.1"]["over"]) == (1, None, None)
+    assert "Not finished: stages.dpo.beta=0.1, seed 1." in content["notes"]
 
 
 def test_the_default_metric_is_of_the_last_affected_model(tmp_path: Path) -> None:
@@ -342,6 +438,42 @@ def test_a_search_finds_the_maximum(tmp_path: Path) -> None:
     assert float(content["points"][0]["settings"]["stages.dpo.beta"]) == pytest.approx(0.3, rel=0.3)
 
 
+def test_a_search_is_told_means_over_seeds_and_failures(tmp_path: Path) -> None:
+    """The second seed of the first point fails before its evaluation."""
+
+    class Listed:
+        def __init__(self) -> None:
+            self.todo, self.told = ["0.1", "0.3"], []
+
+        def ask(self) -> dict[str, str]:
+            return {"stages.dpo.beta": self.todo.pop(0)}
+
+        def tell(self, settings: dict[str, str], value: float | None) -> None:
+            self.told.append((settings["stages.dpo.beta"], value))
+
+    made, listed = MadeRuns(lambda beta, seed: beta + seed), Listed()
+
+    def start(run: Run, recipe: Path) -> int:
+        return 2 if (run.point.name, run.seed) == ("beta-0.1", 1) else made(run, recipe)
+
+    settings = Settings("dpo/scores", 0, ("random", 2))
+    plan = plan_of(RANGE, seeds=2)
+    run_sweep(plan, tmp_path / "s", settings, search=listed, start=start, say=lambda line: None)
+    # The mean of ten documents is the score plus 0.045; the mean of both seeds of 0.3 is 0.3 + 1/2.
+    assert listed.told == [("0.1", None), ("0.3", pytest.approx(0.8 + 0.045))]
+    optuna = search_of(plan)
+    optuna.tell({"stages.dpo.beta": "0.1"}, None)  # a failed trial has no value
+    assert 0.01 <= float(optuna.ask()["stages.dpo.beta"]) <= 1
+
+
+def test_a_search_with_other_ranges_is_not_continued(tmp_path: Path) -> None:
+    search(tmp_path / "s", MadeRuns(near), 2)
+    plan = plan_of("stages.dpo.beta=0.01..2:log")
+    settings = Settings("dpo/scores", 0, ("tpe", 3))
+    with pytest.raises(UserError, match="the earlier search had other ranges; restore them"):
+        run_sweep(plan, tmp_path / "s", settings, search=search_of(plan), start=MadeRuns(near), resume=True)
+
+
 def test_a_killed_search_proposes_what_it_would_have_proposed(tmp_path: Path) -> None:
     made = MadeRuns(near)
     search(tmp_path / "whole", made, 14)
@@ -371,6 +503,8 @@ def test_a_killed_search_proposes_what_it_would_have_proposed(tmp_path: Path) ->
         (["--search", "tpe", "--trials", "3", "--metric", "dpo/kl"], "no setting has a range"),
         ([*BETAS, "--trials", "3"], "it needs --search"),
         ([*BETAS, "--seeds", "0"], "must be at least 1"),
+        ([*BETAS, "--metric", "dop/scores"], "with one of the models base, pretrain, sft, pairs, reward_model, dpo"),
+        ([*BETAS, "--metric", "dpo"], "not of the form MODEL/KEY"),
     ],
 )
 def test_wrong_searches_are_refused(words: list[str], message: str, capsys) -> None:
