@@ -87,8 +87,19 @@ def test_a_researchers_first_study(folder, tmp_path, monkeypatch, capsys) -> Non
     sample, *_ = read_jsonl(folder / "runs/study/grpo/samples.jsonl")
     text = sample["completion"]
     assert sample["score"] == pytest.approx(sum(letter in "aeiou" for letter in text) / len(text))
-    compared = next(printed for line, printed in reader.printed.items() if line.startswith("align compare"))
-    assert "learning_rate" in compared
+    sweep = json.loads((folder / "sweeps" / "study" / "report.json").read_text())
+    runs = [run for point in sweep["points"] for run in point["runs"]]
+    assert [run["status"] for run in runs] == ["finished", "finished"]
+    first, second = (folder / "sweeps" / "study" / run for run in ("coef-0/seed-0", "coef-0.1/seed-0"))
+    assert (second / "sft").resolve() == (first / "sft").resolve()
+    swept, compared = (
+        next(
+            printed for line, printed in reader.printed.items() if line.startswith(command) and "--dry-run" not in line
+        )
+        for command in ("align sweep", "align compare")
+    )
+    assert sweep["verdict"] in swept
+    assert "stages.grpo.kl.coef" in compared
 
 
 @pytest.mark.slow
