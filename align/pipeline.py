@@ -214,7 +214,7 @@ def _run_stage(context: StageContext) -> None:
 
 
 def title(context: StageContext) -> str:
-    """What the stage does, in words, for the log."""
+    """Description of the stage for the log."""
     if context.name == BASE:
         return "the model that the stages start from"
     stage = context.recipe.stages[context.name]

@@ -175,7 +175,7 @@ def _of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def _of_engine(recipe: Recipe, name: str) -> Iterator[str]:
-    """Reason why vLLM cannot run the model with which a stage generates. Here a machine counts as one with a GPU."""
+    """Reason why vLLM cannot run the model that a stage samples from. Here a machine counts as one with a GPU."""
     reference, rollout = recipe.stages[name].generates_with, getattr(recipe.stages[name], "rollout", None)
     if reference is None or rollout is None or rollout.engine == "huggingface":
         return

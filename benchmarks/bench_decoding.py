@@ -56,7 +56,7 @@ def main() -> None:
         formula[name] = BATCH * shape_of(name, config.to_dict()).cache_bytes(CONTEXT, bytes_per_value=4)
         assert caches[name] == formula[name]
         runs[name] = partial(decode, model, cache, ids[:, :1])
-    seconds = compare(runs, rounds=7)
+    seconds = compare(runs, repetitions=7)
     write(
         "decoding",
         {

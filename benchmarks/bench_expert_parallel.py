@@ -187,15 +187,15 @@ def main() -> None:
         "tokens_a_rank": SEQUENCES * LENGTH,
     }
     for ranks in (2, 4):
-        rounds = [
+        repetitions = [
             {variant: measure(variant, ranks) for variant in (VARIANTS if turn % 2 == 0 else VARIANTS[::-1])}
             for turn in range(3)
         ]
-        last = rounds[-1]
+        last = repetitions[-1]
         results[f"{ranks} processes"] = {
-            **{v: last[v] | {"seconds": statistics.median(r[v]["seconds"] for r in rounds)} for v in VARIANTS},
+            **{v: last[v] | {"seconds": statistics.median(r[v]["seconds"] for r in repetitions)} for v in VARIANTS},
             "spread_over_gathered": {
-                "seconds": statistics.median(r["spread"]["seconds"] / r["gathered"]["seconds"] for r in rounds),
+                "seconds": statistics.median(r["spread"]["seconds"] / r["gathered"]["seconds"] for r in repetitions),
                 "bytes": last["spread"]["megabytes_sent_a_rank_and_step"]
                 / last["gathered"]["megabytes_sent_a_rank_and_step"],
                 "peak": last["spread"]["peak_megabytes_a_rank"] / last["gathered"]["peak_megabytes_a_rank"],

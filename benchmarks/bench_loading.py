@@ -17,7 +17,7 @@ from harness import PeakMemory, in_new_process, write
 
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 
-ROUNDS = 5
+REPETITIONS = 5
 SIZES = {
     "vocab_size": 16_384,
     "hidden_size": 1024,
@@ -59,10 +59,10 @@ def main() -> None:
         small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
         HunYuanForCausalLM(HunYuanConfig(**SIZES | small)).save_pretrained(_small(folder))
         found: dict[str, list[dict[str, float]]] = {"read": [], "load": []}
-        for _ in range(ROUNDS):
+        for _ in range(REPETITIONS):
             for kind, measured in found.items():
                 measured.append(in_new_process(kind, folder))
-    times = {kind: sorted(m["seconds"] for m in measured)[ROUNDS // 2] for kind, measured in found.items()}
+    times = {kind: sorted(m["seconds"] for m in measured)[REPETITIONS // 2] for kind, measured in found.items()}
     peak = max(m["peak"] for m in found["load"])
     write(
         "loading",

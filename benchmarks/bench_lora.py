@@ -56,7 +56,7 @@ WAYS = {
     "attention, shared and routed experts by PEFT": (ATTENTION + SHARED, STACKS, False),
 }
 RANKS = (8, 64)
-ROUNDS = 7
+REPETITIONS = 7
 STARTS = 5
 
 
@@ -94,7 +94,7 @@ def times(rank: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     for model in models.values():
         step(model, rows=2)
-    for number in range(ROUNDS):
+    for number in range(REPETITIONS):
         for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
             start = time.process_time()
             step(models[way])

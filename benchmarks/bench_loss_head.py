@@ -84,7 +84,7 @@ def main() -> None:
             values = [step(way, tensors) for way in (plain, chunked)]
             seconds = compare(
                 {"plain": lambda: step(plain, tensors), "chunked": lambda: step(chunked, tensors)},  # noqa: B023
-                rounds=2,
+                repetitions=2,
             )
             bytes_ = {
                 label: in_new_process(name, str(i), head)["bytes"] for i, label in enumerate(("plain", "chunked"))

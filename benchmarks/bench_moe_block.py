@@ -139,20 +139,20 @@ def products_alone(shape: dict[str, int]) -> float:
     experts = swiglu(TOKENS * top_k // num_experts, width, num_experts)
     dense = swiglu(TOKENS, width * top_k, 1)
     runs = {"experts": lambda: (shared(), experts()), "dense": lambda: (shared(), dense())}
-    return ratio(compare(runs, rounds=15), "experts", "dense")
+    return ratio(compare(runs, repetitions=15), "experts", "dense")
 
 
 def align_against_dense(shape: dict[str, int]) -> float:
     runs = steps(blocks(shape))
-    return ratio(compare({name: runs[name] for name in ("align", DENSE)}, rounds=15), "align", DENSE)
+    return ratio(compare({name: runs[name] for name in ("align", DENSE)}, repetitions=15), "align", DENSE)
 
 
 def on_a_gpu(device: str, tokens: int, hidden: int, width: int, num_experts: int) -> dict[str, float]:
     """bf16, top-1 + shared: FLOP/s of the block's forward and backward pass against those of one dense product."""
 
-    def seconds(work: Callable[[], Any], rounds: int = 20) -> float:
+    def seconds(work: Callable[[], Any], repetitions: int = 20) -> float:
         times = []
-        for _ in range(rounds + 3):
+        for _ in range(repetitions + 3):
             start = time.perf_counter()
             work()
             if device != "cpu":
@@ -201,8 +201,8 @@ def main() -> None:
             variants["align"].forward(x), variants["one-hot einsum"].forward(x), atol=1e-5, rtol=1e-4
         )
         runs = steps(variants)
-        with_einsum = compare({name: runs[name] for name in ("align", "one-hot einsum")}, rounds=3)
-        seconds = compare({name: run for name, run in runs.items() if name != "one-hot einsum"}, rounds=15)
+        with_einsum = compare({name: runs[name] for name in ("align", "one-hot einsum")}, repetitions=3)
+        seconds = compare({name: run for name, run in runs.items() if name != "one-hot einsum"}, repetitions=15)
         best = min((n for n in seconds if n.startswith("transformers")), key=lambda n: medians(seconds)[n])
         times = medians(with_einsum) | medians(seconds)
         os.environ.update(KEEP_FREED_MEMORY)

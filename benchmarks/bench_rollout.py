@@ -76,12 +76,12 @@ def vllm(engine: RolloutEngine, rows: list[list[int]]) -> None:
     assert all(len(c.token_ids) == NEW for row in completions for c in row)
 
 
-def speed(model: HunYuanForCausalLM, engine: RolloutEngine, rounds: int) -> dict[str, Any]:
+def speed(model: HunYuanForCausalLM, engine: RolloutEngine, repetitions: int) -> dict[str, Any]:
     found = {}
     for batch in BATCHES:
         rows = prompts(batch, model.config.vocab_size)
         seconds = compare(
-            {"engine": partial(vllm, engine, rows), "generate": partial(hugging_face, model, rows)}, rounds
+            {"engine": partial(vllm, engine, rows), "generate": partial(hugging_face, model, rows)}, repetitions
         )
         found[f"{batch} sequences"] = {
             "tokens_per_second": {name: round(batch * NEW / s, 1) for name, s in medians(seconds).items()},
@@ -90,7 +90,7 @@ def speed(model: HunYuanForCausalLM, engine: RolloutEngine, rounds: int) -> dict
     return found
 
 
-def synchronisation(model: HunYuanForCausalLM, engines: dict[str, RolloutEngine], rounds: int) -> dict[str, Any]:
+def synchronisation(model: HunYuanForCausalLM, engines: dict[str, RolloutEngine], repetitions: int) -> dict[str, Any]:
     stream = list(published_weights(model))
     places = [torch.empty_like(tensor) for _, tensor in stream]
     size = sum(tensor.nbytes for _, tensor in stream)
@@ -107,7 +107,7 @@ def synchronisation(model: HunYuanForCausalLM, engines: dict[str, RolloutEngine]
             digest(tensor)
 
     variants = {"copy": copy, "digest": digests} | {n: partial(update, e) for n, e in engines.items()}
-    seconds = compare(variants, rounds)
+    seconds = compare(variants, repetitions)
     return {
         "mib": round(size / 2**20, 1),
         "tensors": len(stream),
@@ -141,7 +141,7 @@ def trainer_logprobs(model: HunYuanForCausalLM, completion: Completion) -> torch
     return model(ids).logits[0, start - 1 : -1].float().log_softmax(-1)
 
 
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, repetitions: int) -> dict[str, Any]:
     model = load_policy(folder, "float32").eval()
     engine = VllmEngine(folder, Rollout(**ROLLOUT), dtype="float32", seed=0)
     remote = Rollout(engine="remote", start_servers=1, **ROLLOUT)
@@ -157,14 +157,15 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         results = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "mismatch": mismatch(model, engine),
-            "speed": speed(model, engine, rounds),
-            "sync": synchronisation(model, engines, rounds),
+            "speed": speed(model, engine, repetitions),
+            "sync": synchronisation(model, engines, repetitions),
         }
         servers.update_weights(published_weights(model), 2)  # the last update may have come through `over_http`
         rows = prompts(64, model.config.vocab_size)
         settings = SamplingSettings(NEW, seed=64)
         seconds = compare(
-            {"in process": partial(vllm, engine, rows), "server": partial(servers.generate, rows, settings)}, rounds
+            {"in process": partial(vllm, engine, rows), "server": partial(servers.generate, rows, settings)},
+            repetitions,
         )
         results["server_speed_over_in_process"] = round(ratio(seconds, "in process", "server"), 2)
     finally:
@@ -176,13 +177,17 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     quieten()
-    rounds = int(os.environ.get("ROUNDS", "5"))
+    repetitions = int(os.environ.get("REPETITIONS", "5"))
     given = [Path(argument) for argument in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         models = {str(path): checkpoint_folder(path) for path in given} or {"tiny": fresh_tiny(Path(folder) / "tiny")}
         write(
             "rollout",
-            {"prompt_tokens": PROMPT, "new_tokens": NEW, **{n: measure(path, rounds) for n, path in models.items()}},
+            {
+                "prompt_tokens": PROMPT,
+                "new_tokens": NEW,
+                **{n: measure(path, repetitions) for n, path in models.items()},
+            },
         )
 
 

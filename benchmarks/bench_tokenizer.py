@@ -50,7 +50,7 @@ def main() -> None:
             "tiktoken": lambda: other.encode_batch(texts, num_threads=1, allowed_special="all"),
         },
     }.items():
-        seconds = compare(variants, rounds=5)
+        seconds = compare(variants, repetitions=5)
         results[label] = {
             "megabytes_per_second": {n: round(megabytes / s, 2) for n, s in medians(seconds).items()},
             "tiktoken / align": round(ratio(seconds, "tiktoken", "align"), 3),

@@ -1,11 +1,11 @@
-"""What `align watch` costs a run: CPU seconds of a training stage with and without a page that shows it.
+"""Cost of `align watch` for a run: CPU seconds of a training stage with and without a page that shows it.
 
-Pairs of equal runs of the stage `pretrain` of `tiny`, one of them watched, in an order that alternates. The watcher is
-the command in a process of its own; a client asks, as often as the page does, for what the page asks for: the state,
-then the curves, samples and expert loads that have changed.
+Runs the stage `pretrain` of `tiny` in pairs, one run of each pair watched, in alternating order. `align watch` runs in
+its own process. A client sends the page's requests as often as the page does: the state, then the curves, samples and
+expert loads that have changed.
 
-Counted are the CPU seconds of the run's process (user and system; one thread, because waiting threads count too), and
-those of the command after its start, as a share of the run's duration: what it takes from a run that uses all cores.
+Measures the CPU seconds of the run's process (user and system; one thread, because waiting threads count too), and
+those of the command after its start, as a share of the run's duration: its cost for a run that uses all cores.
 
     --pairs N     pairs of runs (default 6)
     --steps N     optimizer steps of a run (default 300)

@@ -18,11 +18,11 @@ from align.run.manifest import code_version, hardware, package_versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def compare(variants: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
+def compare(variants: dict[str, Callable[[], Any]], repetitions: int = 7) -> dict[str, list[float]]:
     """Seconds of each variant in each repetition, after one warm-up repetition; the order of the variants rotates."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-1, rounds):
+    for turn in range(-1, repetitions):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             variants[name]()
@@ -77,7 +77,7 @@ def write(
 ) -> None:
     """Write benchmarks/results/NAME.json with versions and hardware, and print the results if `show` is set.
 
-    option: arguments with which the script makes these results.
+    option: arguments of the script for these results.
     version: result of `code_version` when the script started. Writing results makes the working tree dirty.
     """
     facts = {

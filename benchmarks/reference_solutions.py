@@ -1,4 +1,4 @@
-"""Run a benchmark's reference solutions in the sandbox: all must pass. Writes the cost of a run with and without walls.
+"""Run a benchmark's reference solutions in the sandbox: all must pass. Writes the cost of a run.
 
     python benchmarks/reference_solutions.py HumanEval.jsonl
 
@@ -20,7 +20,7 @@ from harness import write
 
 from align.config.rewards import CodeReward
 from align.reward.code import score_one
-from align.reward.sandbox.sandbox import Limits, Sandbox, find_bubblewrap, walls
+from align.reward.sandbox.sandbox import Limits, Sandbox, find_bubblewrap, layers
 
 PROGRAMS = 50
 
@@ -44,7 +44,7 @@ def run_solutions(path: Path) -> dict[str, Any]:
     wall, processor = time.perf_counter() - start, used_s() - before
     print(*failed, sep="\n", end="\n" if failed else "")
     milliseconds = {"wall": 1000 * wall / len(rows), "cpu": 1000 * processor / len(rows)}
-    return {"walls": walls(box), "programs": len(rows), "passed": len(rows) - len(failed), **rounded(milliseconds)}
+    return {"walls": layers(box), "programs": len(rows), "passed": len(rows) - len(failed), **rounded(milliseconds)}
 
 
 def rounded(milliseconds: dict[str, float]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ LONGEST = 256
 HELD_OUT_SHARE = 0.2
 LEARNING_RATES = {"tiny": 5e-4, "smollm2": 2e-5}
 EVALUATION_BATCHES = (8, 32)
-ROUNDS = 3
+REPETITIONS = 3
 SIDES = {"align": ALIGN, "TRL": PADDED}
 
 
@@ -176,7 +176,7 @@ def score(folder: Path, model: str, limit: int) -> dict[str, Any]:
     sides = {"align": ours} | {f"TRL, batches of {b}": lambda b=b: theirs(b) for b in EVALUATION_BATCHES}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
-    for turn in range(-1, ROUNDS):  # the first is a warm-up
+    for turn in range(-1, REPETITIONS):  # the first is a warm-up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.process_time()
             sides[name]()

@@ -103,7 +103,7 @@ def model_folder(folder: Path, model_type: str, *, scorer: bool) -> Path:
 
 
 def prepared(stage: Any, tokenizer: Any, kind: str, *, fixed: bool) -> Any:
-    """The tokenised rows; fixed: cut or repeated to `FIXED` tokens."""
+    """The tokenised rows; fixed: truncated or repeated to `FIXED` tokens."""
     from align.data import prepare
     from align.data.encode import is_ids
 

@@ -1,4 +1,4 @@
-"""Write docs/errors.md: run the cases of tests/unit/wrong_inputs and record what `align` says to each.
+"""Write docs/errors.md: run the cases of tests/unit/wrong_inputs and record the message of each.
 
     python docs/make_errors.py                       run every case (about a minute)
     python docs/make_errors.py --only hostfile seed  run the cases with one of these in their names; keep the others
@@ -17,16 +17,16 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PAGE = Path(__file__).parent / "errors.md"
-INTRO = """# What align says about bad input
+INTRO = """# Errors
 
-Each of these ends the command with exit status 2 and one message on standard error. A traceback is a bug; please
+Each of these errors ends the command with exit status 2 and one message on standard error. A traceback is a bug; please
 report it. Nothing is left half-written: files and model folders appear whole or not at all, and a stage that is refused
 before its first step does not count as interrupted.
 
 `…` stands for a part that varies. `python docs/make_errors.py` writes this page from the cases in
 `tests/unit/wrong_inputs`; the last column names the case.
 """
-HEAD = "| what is wrong | what align says | test |\n|---|---|---|\n"
+HEAD = "| problem | message | test |\n|---|---|---|\n"
 
 
 def import_cases() -> None:

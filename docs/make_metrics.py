@@ -33,7 +33,7 @@ PPO = """NAME is the name of a reward, PHASE the name of a phase. Metrics of upd
 an iteration.
 """
 DURING = """With `evaluate` in a training stage: on lines of their own, with the number of the step before them. Step 0
-is the model before training. The manifest has the values of the weights that the stage hands on.
+is the model before training. The manifest has the values of the stage's result.
 """
 EVALUATION = """Final metrics of an evaluate stage, as `MODEL/KEY` in its manifest and as columns of the report. Values
 per prompt are in `results.json`.

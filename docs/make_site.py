@@ -3,9 +3,9 @@
 Needs requirements/docs.lock, and no other part of align. A page has the same relative links in the repository and on
 the site. A file of code that a page links to, or a folder without README.md, becomes a page that shows it.
 
-The build fails for a warning of MkDocs, a link to a missing file or anchor, something that is loaded from a network,
-and a page on which MkDocs finds other headings, lists, tables or blocks of code than a CommonMark parser, which is
-how GitHub shows it.
+The build fails on a warning of MkDocs, on a link to a missing file or anchor, on a page that loads anything from the
+network, and on a page whose headings, lists, tables or code blocks differ between MkDocs and a CommonMark parser, which
+renders pages as GitHub does.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 class Page(HTMLParser):
-    """What a built page has: anchors, links, what the browser loads, and the elements of the article."""
+    """Contents of a built page: anchors, links, loaded files, and the elements of the article."""
 
     COUNTED = ("h1", "h2", "h3", "table", "tr", "pre", "li", "ul", "ol")
 

@@ -16,7 +16,7 @@ from align.train.checkpoint import check_checkpoint, checked_config
 
 
 def named_adapters(adapters: Mapping[str, Path | str], models: Mapping[str, Path]) -> dict[str, Path]:
-    """Folders of the adapters by name. Raises UserError unless they have one base and names of their own.
+    """{name: folder of an adapter}. Raises UserError unless they share one base and have unique names.
 
     An adapter's folder may be that of the stage that trained it.
     """
@@ -27,7 +27,7 @@ def named_adapters(adapters: Mapping[str, Path | str], models: Mapping[str, Path
             f"--adapter: it needs one checkpoint, the base of all adapters, but {len(models)} are given. Pass one."
         )
     if twice := [name for name in adapters if name in models]:
-        raise UserError(f"--adapter {twice[0]}: the checkpoint has this name. Give the adapter another one.")
+        raise UserError(f"--adapter {twice[0]}: the checkpoint has this name. Give the adapter another name.")
     folders = {name: adapter_folder(Path(path)) for name, path in adapters.items()}
     (base,) = models.values()
     for folder in folders.values():

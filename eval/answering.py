@@ -16,7 +16,7 @@ from align.rollout.requests import Generation, Pair, Request, Scored
 
 RECORDS_AT_A_TIME = 256
 SECONDS_AT_A_TIME = 2.0
-"""A batch of records is written when it has so many records, or is so old."""
+"""Number of records, and seconds, after which a batch of records is written."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Planned:
 
 
 def choose(documents: Sequence[str], limit: int | None, task: str, seed: int) -> list[str]:
-    """Documents to evaluate: all, or `limit` that are drawn with the seed; a larger limit adds to a smaller one."""
+    """Documents to evaluate: all, or `limit` drawn with the seed. A larger limit includes those of a smaller one."""
     if limit is None or limit >= len(documents):
         return list(documents)
     chosen = set(sorted(documents, key=lambda document: text_number(f"{seed} {task} {document}"))[:limit])
@@ -90,7 +90,7 @@ def follow_ups(
     sampling: Sampling,
     checkpoint: str,
 ) -> list[Planned]:
-    """Requests that depend on earlier answers and are not recorded, of the tasks that have any."""
+    """Unrecorded requests of the tasks whose requests depend on earlier answers."""
     found: list[Planned] = []
     for task in tasks:
         if isinstance(task, FollowUp):
@@ -112,7 +112,7 @@ def _is_recorded(one: Planned, store: RecordStore) -> bool:
 
 
 def settle(planned: Sequence[Planned], store: RecordStore) -> list[Planned]:
-    """Record what needs no model: answers that the store has, and requests that cannot be made. Returns the others."""
+    """Record answers that the store has, and requests that cannot be made; returns the remaining requests."""
     known, open_ = [], []
     for one in planned:
         if _is_recorded(one, store):
@@ -137,7 +137,7 @@ def run_requests(
     twins: dict[str, list[Planned]] = {}
     for one in planned:
         twins.setdefault(one.record.key, []).append(one)
-    # Prompts with a common beginning are neighbours, so that a prefix cache serves them.
+    # Prompts that share a prefix are adjacent, for the prefix cache.
     ordered = sorted((group[0] for group in twins.values()), key=_beginning)
     batch: list[Record] = []
     done, started, last = 0, time.perf_counter(), time.perf_counter()

@@ -38,7 +38,7 @@ class Column(NamedTuple):
 
 
 def compare(results: dict[str, Any], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Table of an evaluate stage's results.json; a metric that no model has is left out.
+    """Table of an evaluate stage's results.json; metrics that no model has are omitted.
 
     Each model except the baseline is compared with the baseline and with every model before it in the list. The
     differences are paired by prompt.

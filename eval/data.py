@@ -1,4 +1,4 @@
-"""Read and tokenise what an evaluate stage measures on: prompts, preference pairs, tasks."""
+"""Read and tokenise the rows of an evaluate stage: prompts, preference pairs, tasks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Evaluate the weights of a stage on tasks while it trains them.
 
-An evaluation changes nothing that training depends on: models go back to their mode, and random states are restored. So
-the training metrics are the same with and without it. All ranks make the same calls.
+An evaluation does not affect training: it restores the models' modes and the random states, so the training metrics are
+the same with and without it. All ranks make the same calls.
 """
 
 from __future__ import annotations
@@ -136,14 +136,14 @@ class DuringTraining:
             from_rank_0("evaluate: remove other weights", self._prune)
 
     def finish(self) -> dict[str, float]:
-        """Restore the weights that the stage hands on; returns their metrics."""
+        """Restore the weights of the stage's result; returns their metrics."""
         step, value = self.history[-1]
         if self.settings.keep == "best":
             best, value = self.history[self._best_index()]
             if best != step:
                 self.subject.weights.load(self._best(best))
             step = best
-            self.context.say(f"  hands on the weights of step {step}, the best by {self._metric} ({value})")
+            self.context.say(f"  keeps the weights of step {step}, the best by {self._metric} ({value})")
         metrics = from_rank_0("evaluate: read the results", lambda: self._of(f"step-{step}"))
         return {**logged(metrics), f"{DURING}step": float(step)}
 

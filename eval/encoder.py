@@ -20,12 +20,12 @@ class Unscorable(Exception):
 
 
 class Encoder:
-    """Encodes for one tokenizer and one maximum length, and counts what is not as it seems.
+    """Encoder for one tokenizer and one maximum length. Counts truncated prompts and unstable seams.
 
-    truncate: cut a prompt that is too long at its beginning. Otherwise the document is not scored.
+    truncate: remove the beginning of a prompt that is too long. Otherwise the document is not scored.
     temperature, max_new_tokens: replace those of every request, if not None.
     unstable_seams: pairs, by task, whose context has other tokens alone than before the continuation.
-    truncated: prompts, by task, that were cut at their beginning.
+    truncated: {task: prompts whose beginning was removed}.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ GROUP_KEYS = {"group", "group_alias", "task", "tag", "aggregate_metric_list", "m
 class Leaf:
     """A task of the harness, without subtasks.
 
-    name: its name. spec: name and settings with which the harness builds it. dataset: its dataset_path.
+    name: its name. spec: name and settings for the harness. dataset: its dataset_path.
     """
 
     name: str

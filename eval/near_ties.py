@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from align.eval.records import Record
 
 NEAR = 0.01
-"""Difference of log-probabilities in nats below which another batch size, dtype or engine may choose otherwise."""
+"""In nats: for a smaller difference, another batch size, dtype or engine may choose the other answer."""
 
 
 def near_ties(records: Sequence[Record]) -> dict[str, float]:
-    """Difference of the two best choices' log-probabilities, of each document in which it is less than `NEAR`."""
+    """{document: difference of the two best choices' log-probabilities}, if it is less than `NEAR`."""
     choices: dict[str, dict[int, float]] = {}
     for record in records:
         if record.status == "scored":

@@ -234,7 +234,7 @@ class YamlTask:
             "target": choices[right],
             "log-probabilities": ", ".join(f"{choice}: {value:.3f}" for choice, value in zip(choices, logprobs)),
         }
-        return Verdict(document, sample, values, shown=_cut(shown))
+        return Verdict(document, sample, values, shown=_shortened(shown))
 
     def _score_completions(self, found: Mapping[tuple[str, int], Record]) -> list[Verdict]:
         verifier, (metric,) = self._verifier, self._metrics()
@@ -264,7 +264,7 @@ class YamlTask:
             if column is not None and not is_missing(row.get(column)):
                 shown["target"] = str(row[column])
             values_of = {metric: 0.0 if unanswered else value}
-            verdicts.append(Verdict(document, sample, values_of, reason, unanswered, _cut(shown)))
+            verdicts.append(Verdict(document, sample, values_of, reason, unanswered, _shortened(shown)))
         return verdicts
 
     def _pass_at(self, k: int, verdicts: Sequence[Verdict]) -> CorpusValue:
@@ -325,7 +325,7 @@ def _prompt_row(row: Row) -> PromptRow:
     return PromptRow((), [{"role": "user", "content": ""}], None, row)
 
 
-def _cut(shown: Mapping[str, str]) -> dict[str, str]:
+def _shortened(shown: Mapping[str, str]) -> dict[str, str]:
     return {key: text[:SHOWN_CHARACTERS] for key, text in shown.items()}
 
 

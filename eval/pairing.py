@@ -1,4 +1,4 @@
-"""Compare two evaluations document by document: paired differences, tests, and what the test could have found."""
+"""Compare two evaluations document by document: paired differences, tests, and minimum detectable effects."""
 
 from __future__ import annotations
 

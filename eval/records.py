@@ -1,4 +1,4 @@
-"""Records of an evaluation: each answer of the model, appended to a file as it comes, and found again by its key.
+"""Records of an evaluation: each answer of the model, appended to a file as it arrives, and found again by its key.
 
 Scores are computed from records alone, so they can be computed again without the model.
 """
@@ -11,20 +11,20 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 from align.errors import UserError
 from align.rollout.requests import Generation, Pair, Request, Scored
 from align.run.folder import disk_error
 
-Status = Literal["finished", "cut", "scored", "unscored"]
+Status = Literal["finished", "truncated", "scored", "unscored"]
 
 
 class Place(NamedTuple):
     """The request that a record answers.
 
     document: id of the document.
-    number: which request it is within the document.
+    number: index of the request within the document.
     part: number of the window, if a text is scored in several.
     sample: number of the sample of the same request.
     """
@@ -41,7 +41,7 @@ class Record:
 
     task, version: the task's name and version.
     place: document, request, window and sample.
-    status: `finished` or `cut` for a completion, `scored` for a target, `unscored` if the request was not made.
+    status: `finished` or `truncated` for a completion, `scored` for a target, `unscored` if the request was not made.
     of: number of records that the document and sample need to be scored.
     key: hash of checkpoint, task, request and seed; see `request_key`. "" if the request was not made.
     prompt_hash: hash of the prompt's token ids.
@@ -96,7 +96,7 @@ def answer(record: Record, request: Request | Pair, result: Generation | Scored)
     fields: dict[str, Any] = {"prompt_hash": _hash(prompt)[:16], "prompt_tokens": len(prompt)}
     if isinstance(result, Generation):
         fields |= {
-            "status": "finished" if result.finished else "cut",
+            "status": "finished" if result.finished else "truncated",
             "token_ids": result.token_ids,
             "text": result.text,
         }
@@ -189,6 +189,8 @@ class RecordStore:
             fields = json.loads(line)
             for name in ("token_ids", "logprobs"):
                 fields[name] = tuple(fields[name])
+            if fields["status"] not in get_args(Status):
+                raise ValueError(f"status '{fields['status']}' is unknown")
             return Record(**{**fields, "place": Place(*fields["place"])})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Find the tasks that a command names, with all that is missing at once, before a model is loaded."""
+"""Find the tasks that a command names, and report all missing data in one message, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HARNESS_KEYS = {"dataset_path", "output_type", "group", "include", "class", "doc
 
 @dataclass
 class Wanted:
-    """One task that was asked for.
+    """One requested task.
 
     entry: name or file, and settings. chat: render prompts with the chat template.
     """

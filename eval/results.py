@@ -16,8 +16,8 @@ from align.eval.task import Scores, Task, Verdict
 from align.run.folder import read_jsonl, write_json, write_text
 
 RESAMPLES = 2000
-RED_ABOVE = 0.02
-"""Share of cut or unscored documents above which the table warns."""
+WARN_ABOVE = 0.02
+"""The notes warn if the share of truncated completions is above this one."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class TaskResult:
 
     version: the task's. documents: evaluated documents. total: documents of the task. samples: completions per request.
     missing: documents without all their records. unscored: verdicts without a value, with the reasons and their counts.
-    cut: completions that reached max_new_tokens. completions: number of completions.
+    truncated: completions that reached max_new_tokens. completions: number of completions.
     unanswered: verdicts whose completion has no answer; they count as wrong.
-    truncated: prompts cut at their beginning. unstable_seams: see `Encoder`.
+    truncated_prompts: prompts that were truncated at their beginning. unstable_seams: see `Encoder`.
     metrics: by name. figures: SVG by title.
     """
 
@@ -59,10 +59,10 @@ class TaskResult:
     missing: int
     unscored: int
     reasons: dict[str, int]
-    cut: int
+    truncated: int
     completions: int
     unanswered: int
-    truncated: int
+    truncated_prompts: int
     unstable_seams: int
     metrics: dict[str, Metric] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def summarize_task(
     *,
     documents: int,
     samples: int,
-    truncated: int,
+    truncated_prompts: int,
     unstable_seams: int,
     seed: int,
 ) -> TaskResult:
@@ -98,7 +98,7 @@ def summarize_task(
             value.method,
             int(task.better.get(name, 1)),
         )
-    completions = [record for record in records if record.status in ("finished", "cut")]
+    completions = [record for record in records if record.status in ("finished", "truncated")]
     return TaskResult(
         version=task.version,
         documents=documents,
@@ -107,10 +107,10 @@ def summarize_task(
         missing=documents - len(scored),
         unscored=sum(bool(verdict.reason) for verdict in scores.verdicts),
         reasons=reasons,
-        cut=sum(record.status == "cut" for record in completions),
+        truncated=sum(record.status == "truncated" for record in completions),
         completions=len(completions),
         unanswered=sum(verdict.unanswered for verdict in scores.verdicts),
-        truncated=truncated,
+        truncated_prompts=truncated_prompts,
         unstable_seams=unstable_seams,
         metrics=metrics,
         figures=dict(scores.figures),
@@ -225,7 +225,7 @@ class Results:
 
     def table(self) -> str:
         """The metrics for a terminal, one line per task and metric."""
-        lines = [["task", "metric", *self.models, "n", "unscored", "cut"]]
+        lines = [["task", "metric", *self.models, "n", "unscored", "truncated"]]
         for task, metric, values in self.rows():
             first = next(iter(values.values()))
             counts = [self.content["models"][m]["tasks"][task] for m in values]
@@ -236,7 +236,7 @@ class Results:
                     *(shown(values.get(model)) for model in self.models),
                     str(first["n"]),
                     "/".join(str(c["unscored"] + c["missing"]) for c in counts),
-                    "/".join(str(c["cut"]) for c in counts),
+                    "/".join(str(c["truncated"]) for c in counts),
                 ]
             )
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -244,7 +244,7 @@ class Results:
 
     def markdown(self) -> str:
         """The metrics as a Markdown page."""
-        head = ["task", "version", "metric", *self.models, "interval", "n", "unscored", "cut", "no answer"]
+        head = ["task", "version", "metric", *self.models, "interval", "n", "unscored", "truncated", "no answer"]
         lines = ["# Evaluation", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for task, metric, values in self.rows():
             first = next(iter(values.values()))
@@ -252,7 +252,7 @@ class Results:
             cells = [task, counts[0]["version"], metric, *(shown(values.get(model)) for model in self.models)]
             cells += [first["method"] or "none", str(first["n"])]
             cells += ["/".join(str(c["unscored"] + c["missing"]) for c in counts)]
-            cells += ["/".join(str(c[key]) for c in counts) for key in ("cut", "unanswered")]
+            cells += ["/".join(str(c[key]) for c in counts) for key in ("truncated", "unanswered")]
             lines.append(f"| {' | '.join(cells)} |")
         notes = [f"- {note}" for note in self.content["notes"]]
         settings = [f"- {key}: {value}" for key, value in self.content["settings"].items()]
@@ -287,12 +287,12 @@ def warnings(model: str, task: str, result: TaskResult) -> list[str]:
         found.append(f"{result.missing} of {result.documents} documents lack records and are not in the numbers")
     for reason, count in sorted(result.reasons.items(), key=lambda item: -item[1])[:3]:
         found.append(f"{count} unscored: {reason}")
-    if result.completions and result.cut > RED_ABOVE * result.completions:
+    if result.completions and result.truncated > WARN_ABOVE * result.completions:
         found.append(
-            f"{result.cut} of {result.completions} completions reached max_new_tokens and may be wrong for that reason"
+            f"{result.truncated} of {result.completions} completions reached max_new_tokens; their answers may be wrong"
         )
-    if result.truncated:
-        found.append(f"{result.truncated} prompts were cut at their beginning")
+    if result.truncated_prompts:
+        found.append(f"{result.truncated_prompts} prompts were truncated at their beginning")
     if result.unstable_seams:
         found.append(
             f"{result.unstable_seams} continuations change the tokens of their context; a delimiter would prevent it"

@@ -28,7 +28,7 @@ class Item(NamedTuple):
 
     document: id of the document.
     request: a completion or a target, or the reason why the request cannot be made.
-    number: which request it is within the document, for example of the choice.
+    number: index of the request within the document, for example of the choice.
     part: number of the window, if a text is scored in several.
     sample: the only sample whose request this is, if it depends on an earlier answer. None: all samples.
     """
@@ -49,7 +49,7 @@ class Verdict:
     values: score by metric; None if the document was not scored.
     reason: why a value is None; "" if none is.
     unanswered: True if no answer was found in the completion, which then counts as wrong.
-    shown: what a reader of the report sees: prompt, answer, target and the like, as text.
+    shown: texts for the report: prompt, answer, target and the like.
     """
 
     document: str
@@ -147,7 +147,7 @@ class PromptTask:
     name: name in results and report.
     prompts: sources of held-out prompts, with the columns that the metrics read.
     metrics: verifiers, functions, reward servers and F1, each applied to every completion.
-    max_new_tokens: tokens after which a completion is truncated.
+    max_new_tokens: maximum number of tokens of a completion.
     temperature: sampling temperature; 0 is greedy decoding.
     """
 

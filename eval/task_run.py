@@ -42,7 +42,7 @@ class Options:
     limit: documents per task, drawn with the seed; None is all. samples: completions per request.
     temperature, max_new_tokens: replace the tasks' own. seed: seed of the draw and of the completions.
     chat: render prompts with the chat template. chat_template_kwargs: values for the template's own variables.
-    truncate: cut prompts that are too long at their beginning.
+    truncate: remove the beginning of prompts that are too long.
     judges: of judged tasks: URLs of servers, YAML files, folders of reward models. judge_model: the model at a URL.
     contamination: folder of a run, or training data, in which the tasks' items are looked for.
     unsafe_code: run programs of the model without the sandbox.
@@ -179,7 +179,7 @@ class TaskRun:
         encoder, sampling = model.encoder, Sampling(self.options.samples, self.options.seed)
         tasks, name = self._resolved.tasks, model.name
 
-        def rounds() -> Iterator[list[Planned]]:
+        def batches() -> Iterator[list[Planned]]:
             """The requests without an answer; then those that depend on earlier answers."""
             planned: list[Planned] = []
             for task in tasks:
@@ -190,7 +190,7 @@ class TaskRun:
                 yield settle(planned, store)
                 planned = follow_ups(tasks, self._documents, store, encoder, sampling, model.key)
 
-        remaining = rounds()
+        remaining = batches()
         while (wanted := from_rank_0("evaluate: plan", lambda: next(remaining, None))) is not None:
             if wanted:
                 opened = model.open()
@@ -211,14 +211,14 @@ class TaskRun:
                 if record.document in chosen and record.place.sample < options.samples
             ]
             scores[task.name] = task.score(records)
-            truncated, seams = counts.get(task.name, (0, 0))
+            truncated_prompts, seams = counts.get(task.name, (0, 0))
             result = summarize_task(
                 task,
                 scores[task.name],
                 records,
                 documents=len(chosen),
                 samples=options.samples,
-                truncated=truncated,
+                truncated_prompts=truncated_prompts,
                 unstable_seams=seams,
                 seed=options.seed,
             )
@@ -233,7 +233,7 @@ class TaskRun:
             leaves = [found[leaf] for leaf in group.leaves]
             total = {
                 key: sum(getattr(leaf, key) for leaf in leaves)
-                for key in ("documents", "total", "missing", "unscored", "cut", "completions", "unanswered")
+                for key in ("documents", "total", "missing", "unscored", "truncated", "completions", "unanswered")
             }
             groups[group.name] = {
                 "version": leaves[0].version,
@@ -250,7 +250,7 @@ def earlier_counts(folder: Path, name: str) -> Counts:
     if not (folder / "results.json").is_file():
         return {}
     tasks = Results.read(folder).content["models"].get(name, {}).get("tasks", {})
-    return {task: (found.get("truncated", 0), found.get("unstable_seams", 0)) for task, found in tasks.items()}
+    return {task: (found.get("truncated_prompts", 0), found.get("unstable_seams", 0)) for task, found in tasks.items()}
 
 
 def _other_versions(name: str, task: Task, store: RecordStore) -> list[str]:

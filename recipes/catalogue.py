@@ -1,4 +1,4 @@
-"""What each shipped recipe does, what it costs and what to expect: catalogue.json, beside the recipes.
+"""Purpose, cost and expected results of each shipped recipe: catalogue.json, beside the recipes.
 
 `align recipes` prints it, and the table of recipes/README.md is made from it.
 """
@@ -31,13 +31,13 @@ class Expected:
 class ShippedRecipe:
     """One entry of the catalogue.
 
-    shows: what the recipe does.
-    needs: what it needs beside align; None if nothing.
+    shows: purpose of the recipe.
+    needs: requirements beside align; None if there are none.
     minutes: measured time on two CPU cores; None if it was not measured.
     memory_gib: measured peak memory of the process in GiB; None if it was not measured.
     expected: measured results with the recipe's seed.
     estimate: command that estimates the cost of a recipe for a cluster.
-    page, page_has: page of the documentation about it, and what is there.
+    page, page_has: documentation page about it, and its content.
     """
 
     name: str

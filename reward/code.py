@@ -69,7 +69,7 @@ class CodeScore:
 
 
 def build_sandbox(reward: CodeReward) -> Sandbox:
-    """The sandbox that a reward's settings describe. Raises UserError if this machine has no walls."""
+    """The sandbox that a reward's settings describe. Raises UserError if this machine has no sandbox."""
     limits = Limits(wall_s=reward.timeout_s, cpu_s=reward.cpu_s, memory_bytes=reward.memory_mb << 20)
     try:
         return Sandbox(limits, unsafe=reward.unsafe)
@@ -84,7 +84,7 @@ def verify_code(reward: CodeReward, sample: Sample) -> float | None:
 
 
 def score_all(reward: CodeReward, box: Sandbox, texts: Sequence[str], rows: Sequence[Row]) -> Scored:
-    """Scores of some completions, of which `workers` run at a time."""
+    """Scores of some completions; `workers` of them run at a time."""
     with ThreadPoolExecutor(reward.workers or len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(partial(score_one, reward, box), texts, rows))
     unscored = [result.reason for result in found if result.score is None]

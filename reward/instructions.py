@@ -119,7 +119,7 @@ def instruction_score(found: list[Verdict], *, loose: bool, share: bool) -> floa
 
 
 def undecided(found: list[Verdict]) -> str:
-    """Why a completion has no score: its undecided instructions, by name."""
+    """Reason for a missing score: the names of the undecided instructions."""
     names = [f"'{v.name}'" + ("" if v.name in CHECKS else " (unknown)") for v in found if v.strict is None]
     return f"undecided: {', '.join(names)}" if names else ""
 

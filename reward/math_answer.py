@@ -19,7 +19,7 @@ LONGEST = 200
 LARGEST_EXPONENT = 100
 """Largest power of ten in a number; a number with a larger one is compared as text."""
 TOLERANCE = Fraction(1, 10**6)
-"""Relative difference up to which a decimal equals a fraction with infinitely many decimals: 0.3333333 equals 1/3,
+"""Relative tolerance between a decimal and a fraction with infinitely many decimals: 0.3333333 equals 1/3,
 0.33 does not."""
 
 _BOXES = ("\\boxed{", "\\fbox{")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import TCPServer
 from typing import Any
 
 from align.data.shapes import RESERVED
-from align.errors import UserError
+from align.launch.http_server import HttpServer, QuietHandler
 
 MAX_REQUEST_BYTES = 64 * 2**20
-IDLE_TIMEOUT_S = 120
-"""Seconds after which the connection of a client that sends nothing is closed."""
 
 Messages = list[dict[str, Any]]
 
@@ -46,41 +41,23 @@ Scoring = Callable[[list[PromptCompletion]], Sequence[float]]
 """f(items) -> one score per item."""
 
 
-class RewardServer(ThreadingHTTPServer):
+class RewardServer(HttpServer):
     """Serves the scores of `scoring` at POST /score and the description `about` at GET /health.
 
     Each request runs in its own thread, so `scoring` must be thread-safe. Port 0 selects a free port.
     """
 
-    daemon_threads = True
-
     def __init__(self, host: str, port: int, scoring: Scoring, about: dict[str, Any]):
         self.scoring, self.about = scoring, about
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from error
-
-    def server_bind(self) -> None:
-        """Bind without the base class's look-up of the host's full name, which hangs if name servers do not respond."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        super().__init__(host, port, _Handler)
 
     @property
     def url(self) -> str:
         return f"http://{self.server_name}:{self.server_port}"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print errors, except those of a client that closes its connection."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: RewardServer
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_TIMEOUT_S
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -90,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         if self.path != "/score":
-            self.close_connection = True  # the unread body would be taken for the next request
+            self.close_connection = True  # otherwise the unread body would be parsed as the next request
             self._respond(404, {"error": "this server has only GET /health and POST /score"})
             return
         try:
@@ -125,9 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Print nothing: the base class prints a line per request."""
 
 
 def parse_request(request: Any) -> list[PromptCompletion]:

@@ -19,7 +19,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 @contextmanager
 def chromium() -> Iterator[Any]:
     """The Chromium of this machine; skips the test if there is none. Nothing is downloaded."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'align-moe[dev]'")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip("no Chromium on this machine: install the package `chromium` of the distribution")
@@ -39,13 +39,9 @@ def opened(browser: Any, file: Path, *, width: int = 1280, scheme: str = "light"
     context = browser.new_context(
         viewport={"width": width, "height": 844 if phone else 900}, color_scheme=scheme, has_touch=phone
     )
-    errors: list[str] = []
-    requests: list[str] = []
     page = context.new_page()
     page.set_default_timeout(20_000)
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
+    errors, requests = recorded(page)
     try:
         page.goto(file.as_uri())
         yield page
@@ -53,6 +49,16 @@ def opened(browser: Any, file: Path, *, width: int = 1280, scheme: str = "light"
         assert requests == [file.as_uri()], requests
     finally:
         context.close()
+
+
+def recorded(page: Any) -> tuple[list[str], list[str]]:
+    """(errors and warnings, addresses of requests) of a page; both lists grow while the page is used."""
+    errors: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    return errors, requests
 
 
 def overflow(page: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """A pretend GPU: tensors whose values are on the CPU, but which count as tensors on `cuda:0`.
 
-Inside `with PretendDevice() as device:` the code under test sees `cuda:0` wherever it asks a tensor for its device, and
-takes its CUDA branches. Every operation runs on the CPU, and the device counts what it would mean on a GPU:
+Inside `with PretendDevice() as device:` the code under test sees `cuda:0` as the device of every tensor, and
+takes its CUDA branches. Every operation runs on the CPU, and the device counts the events that it would cause on a GPU:
 
     mixes      operations that PyTorch refuses because one tensor is on the GPU and another on the CPU
     syncs      calls in which the host waits for the GPU: a value or a shape is read, or a tensor is copied to the host
@@ -44,7 +44,7 @@ WAITS = {
     "aten::unique_dim": 1,
     "aten::unique_consecutive": 1,
 }
-"""How many times the host waits for the GPU in an operation on CUDA tensors."""
+"""{operation on CUDA tensors: number of times that the host waits for the GPU}."""
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 COPIES = ("aten::copy_", "aten::_foreach_copy_")
 WITHOUT_KERNEL = ("aten::_unsafe_view", "aten::_local_scalar_dense", "aten::lift_fresh", "aten::set_", "aten::resize_")
@@ -63,7 +63,7 @@ class PretendTensor(Tensor):
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
-            device="cpu",  # autograd needs a device that exists; Python code is told CUDA
+            device="cpu",  # autograd needs a device that exists; Python code sees CUDA
         )
         tensor.values_on_cpu = values
         return tensor

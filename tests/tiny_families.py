@@ -184,7 +184,7 @@ WIDTHS = (
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """Configuration of three layers with hidden size 64; mixtures have eight experts, of which two per token."""
+    """Configuration of three layers with hidden size 64; mixtures have eight experts, two per token."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = deepcopy({**SHARED, **FAMILIES[model_type], **changes})  # some classes change the lists they are given

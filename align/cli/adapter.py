@@ -60,7 +60,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     unmerge = kinds.add_parser(
         "unmerge",
         help="subtract an adapter from a merged model",
-        description="Subtract an adapter from a model into which it was merged. The result differs from the original "
+        description="Subtract a merged adapter from a model. The result differs from the original "
         "by rounding; prefer the original base model if you have it.",
         epilog=examples("align adapter unmerge runs/law/sft models/law models/base-again"),
     )
@@ -230,15 +230,15 @@ def _extract(options: argparse.Namespace) -> None:
         values = {"target": str(options.target), "errors": _error_values(errors), "lost": lost}
         print(json.dumps(values, indent=2))
         return
-    print(f"{options.target}: rank {options.rank}; norm of what is lost, relative to the difference of the group:")
+    print(f"{options.target}: rank {options.rank}; norm of the error, relative to the difference of the group:")
     _print_errors(errors)
     for group, share in rest.items():
-        fate = "stored in full" if options.copy_rest else "lost (--copy-rest stores it)"
-        print(f"{group:<16}{share:.1%} of the whole difference, {fate}")
+        stored = "stored in full" if options.copy_rest else "lost (--copy-rest stores it)"
+        print(f"{group:<16}{share:.1%} of the whole difference, {stored}")
 
 
 def _error_values(errors: Errors) -> dict[str, dict[int, float]]:
-    """{group: {rank: norm of what is lost, relative to that of the group's update}}."""
+    """{group: {rank: norm of the error, relative to that of the group's update}}."""
     return {group: {rank: error.relative(rank) for rank in error.left} for group, error in errors.items()}
 
 
@@ -282,5 +282,5 @@ def _combine(options: argparse.Namespace) -> None:
         return
     print(options.target)
     if errors:
-        print("norm of what is lost, relative to the combined update of the group:")
+        print("norm of the error, relative to the combined update of the group:")
         _print_errors(errors)

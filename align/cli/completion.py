@@ -1,6 +1,6 @@
 """Completion of commands, options, recipes, stages and settings in bash, zsh and fish, by argcomplete.
 
-The shell calls `align` at each Tab, with the line in its environment, and reads the candidates that the parser has.
+At each Tab, the shell calls `align` with the command line in its environment, and reads the candidates from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from align.cli.parser import examples, leaves
 from align.errors import UserError
 
 ASKED = "_ARGCOMPLETE"
-"""Environment variable with which the shell asks for candidates."""
+"""Environment variable that the shell sets to request candidates."""
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -42,7 +42,7 @@ def _completion(options: argparse.Namespace) -> None:
 
 
 def complete(parser: argparse.ArgumentParser, **how: Any) -> None:
-    """Print the candidates and exit, if a shell has asked for them. how: arguments of `argcomplete.autocomplete`."""
+    """Print the candidates and exit, if a shell has requested them. how: arguments of `argcomplete.autocomplete`."""
     if ASKED not in os.environ:
         return
     import argcomplete
@@ -67,7 +67,7 @@ def _stages(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 
 def _settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """`key.subkey=` of every setting of the recipe; none before a first letter, where they would hide the options."""
+    """`key.subkey=` of every setting of the recipe, after the first letter. Earlier, they would hide the options."""
     return [f"{key}=" for key in _keys(_values(parsed_args), "")] if prefix else []
 
 

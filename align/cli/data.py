@@ -17,14 +17,14 @@ from align.errors import UserError
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the commands to the parser."""
     data = commands.add_parser(
-        "data", help="look at a stage's data, convert files", description="Look at a stage's data, or convert files."
+        "data", help="show a stage's data, convert files", description="Show a stage's data, or convert files."
     )
     kinds = data.add_subparsers(required=True, metavar="COMMAND")
     show = kinds.add_parser(
         "show",
         help="print rows as the model sees them",
-        description="Print what a stage would train on: a report, and the first rows with the tokens in the loss "
-        "marked. Rows are tokenised as in a run, into the same cache.",
+        description="Print the rows that a stage would train on: a report, and the first rows with the tokens in the "
+        "loss marked. Rows are tokenised as in a run, into the same cache.",
         epilog=examples(
             "align data show tiny sft",
             "align data show my.yaml dpo --row 12 --ids",
@@ -90,7 +90,7 @@ def _show(options: argparse.Namespace) -> None:
 
     start, count = (0, options.rows) if options.row is None else (options.row, 1)
     run_dir = options.run_dir or Path("runs") / recipe.name
-    with redirect_stdout(sys.stderr):  # what libraries print must not mix with the output
+    with redirect_stdout(sys.stderr):  # keep the output of libraries apart
         found = preview(recipe, options.stage, run_dir, progress)
         rows = found.rows(start, count) if count else []
         time = estimate_time(recipe, options.stage, run_dir, found)
@@ -106,9 +106,9 @@ def _convert(options: argparse.Namespace) -> None:
     from align.data.convert import convert
 
     if options.target.suffix != ".jsonl":
-        raise UserError(f"{options.target}: the name does not end in .jsonl. Give another name.")
+        raise UserError(f"{options.target}: the name does not end in .jsonl. Pass another name.")
     if options.target.exists():
-        raise UserError(f"{options.target}: exists already. Give another name, or remove the file.")
+        raise UserError(f"{options.target}: exists already. Pass another name, or remove the file.")
     if not options.target.parent.is_dir():
         raise UserError(f"{options.target.parent}: the folder does not exist. Create it.")
     counts = convert(_source(options), options.target)

@@ -13,19 +13,19 @@ from align.recipes.duration import Estimate
 from align.recipes.preview import Lengths, Preview
 
 WIDTH = 12
-"""Columns of the names of the report's lines."""
+"""Width of the names of the report's lines, in characters."""
 OPEN, CLOSE = "\u27e6", "\u27e7"
-"""Brackets around tokens in the loss: letters that texts rarely have."""
+"""Brackets around tokens in the loss; texts rarely contain these characters."""
 FILES = 10
-"""Names of files that are printed."""
+"""Maximum number of file names printed."""
 GREEN, GREY = 32, 90
 BOUNDS = {"earlier run": "about", "lower bound": "at least"}
-"""Words before the time, by the kind of the estimate."""
+"""{kind of an estimate: word before the time}."""
 UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def print_preview(found: Preview, time: Estimate, rows: Sequence[Sequence[Side]], start: int, *, ids: bool) -> None:
-    """Print the report and some rows. start: number of the first of them."""
+    """Print the report and some rows. start: number of the first row."""
     for line in [*report_lines(found), *time_lines(time)]:
         print(line)
     for number, row in enumerate(rows, start=start):
@@ -105,7 +105,7 @@ def time_lines(time: Estimate) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the largest unit of which there is at least one and a half."""
+    """Seconds as text, in the largest unit that gives at least 1.5."""
     size, unit = next((entry for entry in UNITS if seconds >= 1.5 * entry[0]), UNITS[-1])
     number = seconds / size
     return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"

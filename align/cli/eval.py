@@ -73,7 +73,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="with --chat: values for the chat template's own variables, e.g. '{\"enable_thinking\": false}'",
     )
     command.add_argument(
-        "--truncate", action="store_true", help="cut the beginning of prompts that are too long, and count them"
+        "--truncate", action="store_true", help="remove the beginning of prompts that are too long, and count them"
     )
     command.add_argument(
         "--judge",
@@ -127,7 +127,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
         raise UserError("checkpoints: some are NAME=FOLDER and some are not. Name all of them or none.")
     names = [name for name, _, _ in named]
     if all_named and len(set(names)) < len(names):
-        raise UserError("checkpoints: two have the same name. Give each its own.")
+        raise UserError("checkpoints: two have the same name. Pass different names.")
     checkpoints = dict(zip(names, paths)) if all_named else paths
     if (options.tasks is None) == (options.pairs is None):
         raise UserError("align eval: it needs either --tasks or --pairs. Pass one of the two.")
@@ -188,7 +188,7 @@ def _adapters(texts: list[str]) -> dict[str, Path]:
         if not (name and equals and folder):
             raise UserError(f"--adapter {text}: it has no name. Write NAME=FOLDER.")
         if name in found:
-            raise UserError(f"--adapter {text}: two adapters have this name. Give each its own.")
+            raise UserError(f"--adapter {text}: two adapters have this name. Pass different names.")
         found[name] = local_path(folder)
     return found
 

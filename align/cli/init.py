@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "init",
         help="write a recipe for your model and data",
         description="Look at your data and this machine, and write a commented recipe that `align check` accepts. "
-        "Without --model or --data, it asks for it and for each other choice that is not passed.",
+        "Without --model or --data, it prompts for it and for every other choice that is not passed.",
         epilog=examples(
             "align init",
             "align init law.yaml --model models/base --data chats.jsonl",
@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     init.add_argument(
         "--columns", nargs="+", default=[], metavar="NEW=OLD", help="column names: standard name = name in the files"
     )
-    init.add_argument("--stage", nargs="+", choices=STAGES, help="what to train (default: from the rows of the data)")
+    init.add_argument("--stage", nargs="+", choices=STAGES, help="stages to write (default: chosen from the rows)")
     init.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on (default: those of this machine)")
     init.add_argument("--gpu", metavar="NAME", help="GPU model of another machine: a100, h100, h200, ...")
     init.add_argument("--max-length", type=int, metavar="N", help="maximum tokens per row (default: from the data)")
@@ -54,48 +54,39 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
+    from align.draft import recipe as drafting
     from align.draft.machine import look_at_model
-    from align.draft.recipe import (
-        Draft,
-        next_commands,
-        refuse_existing,
-        run_name,
-        stages_for,
-        text_of,
-        too_small,
-        trains_fully,
-        write_recipe,
-    )
 
     missing = [f"--{name}" for name in ("model", "data") if getattr(options, name) is None]
     asks = bool(missing) and sys.stdin.isatty() and sys.stdout.isatty()
     if missing and not asks:
         are = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f"align init: {' and '.join(missing)} {are} missing, and there is no terminal to ask in. Pass them."
+            f"align init: {' and '.join(missing)} {are} missing, and standard input is not a terminal. Pass them."
         )
     if options.max_length is not None and options.max_length < 8:
         raise UserError(f"--max-length {options.max_length}: must be at least 8.")
     out = options.out or Path("recipe.yaml")
-    refuse_existing(out)
+    drafting.refuse_existing(out)
     columns = pairs("--columns", options.columns)
     model = options.model or _ask("model (a checkpoint folder or a hub id)", "smollm2-135m-instruct", str)
     data = _looks(options.data, columns) if options.data else _ask_for_data(columns)
     default = _default_stages(data)
     if options.stage is None and asks:
-        chosen = _ask(f"stages ({', '.join(STAGES)})", " ".join(default), lambda text: stages_for(data, _words(text)))
+        question = f"stages ({', '.join(STAGES)})"
+        chosen = _ask(question, " ".join(default), lambda text: drafting.stages_for(data, _words(text)))
     else:
-        chosen = stages_for(data, options.stage or default)
+        chosen = drafting.stages_for(data, options.stage or default)
     machine = _machine(options, asks)
     look = look_at_model(model)
-    lora = not trains_fully(look, machine) if options.lora is None else options.lora
+    lora = not drafting.trains_fully(look, machine) if options.lora is None else options.lora
     if options.lora is None and asks:
         lora = _ask("train adapters (LoRA) instead of all weights", "yes" if lora else "no", _yes)
-    name = run_name(out.stem if options.out else f"{Path(data[0].path).stem}-{list(chosen)[-1]}")
-    draft = Draft(name, model, look, chosen, machine, lora, options.max_length)
-    recipe = write_recipe(out, text_of(draft))
-    commands = next_commands(out, recipe)
-    warning = too_small(draft)
+    name = drafting.run_name(out.stem if options.out else f"{Path(data[0].path).stem}-{list(chosen)[-1]}")
+    draft = drafting.Draft(name, model, look, chosen, machine, lora, options.max_length)
+    recipe = drafting.write_recipe(out, drafting.text_of(draft))
+    commands = drafting.next_commands(out, recipe)
+    warning = drafting.too_small(draft)
     if options.json:
         values = {
             "recipe": str(out),
@@ -128,7 +119,7 @@ def _looks(paths: list[str], columns: dict[str, str]) -> list[DataLook]:
 def _ask_for_data(columns: dict[str, str]) -> list[DataLook]:
     def read(text: str) -> list[DataLook]:
         if not text:
-            raise UserError("a path is needed.")
+            raise UserError("enter a path.")
         return _looks(text.split(), columns)
 
     return _ask("data (a file, a folder or a pattern)", "", read)
@@ -145,7 +136,7 @@ def _words(text: str) -> list[str]:
     if unknown := [word for word in words if word not in STAGES]:
         raise UserError(f"'{unknown[0]}' is not a stage; use {', '.join(STAGES)}.")
     if not words:
-        raise UserError("a stage is needed.")
+        raise UserError("enter a stage.")
     return words
 
 
@@ -175,7 +166,7 @@ def _machine(options: argparse.Namespace, asks: bool) -> Machine:
     if gpus < 0:
         raise UserError(f"--gpus {gpus}: must be 0 or more.")
     if gpus and not here.gpus:
-        raise UserError(f"--gpus {gpus}: this machine has none; pass the model of the other machine's with --gpu.")
+        raise UserError(f"--gpus {gpus}: this machine has none; pass the GPU model of the other machine with --gpu.")
     return replace(here, gpus=gpus) if gpus else without_gpus()
 
 
@@ -186,7 +177,7 @@ def _count(text: str) -> int:
 
 
 def _ask(question: str, default: str, read: Callable[[str], Answer]) -> Answer:
-    """Ask until the answer can be read. An empty answer is the default."""
+    """Prompt until the input is valid. Empty input selects the default."""
     while True:
         try:
             text = input(f"{question}{f' [{default}]' if default else ''}: ").strip()

@@ -20,16 +20,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The commands by task, in the order of `align --help`."""
 SYNONYMS = {"train": "run", "finetune": "run", "validate": "check", "lint": "check", "estimate": "plan", "new": "init"}
-"""{a word that other tools use: the command of align}."""
+"""{command of another tool: command of align}."""
 EXIT_STATUS = {
     0: "success",
     1: "a check failed (`smoke` has a wrong result, `doctor` a problem), or an unexpected exception with its traceback",
-    2: "wrong input: a message on standard error says where it is, what is wrong and what to do",
+    2: "wrong input: a message on standard error names the place, the problem and the fix",
     130: "stopped by Ctrl-C (128 + 2); `align run` has written a checkpoint, and `--resume` continues",
     141: "the reader of the output, such as `head`, has closed the pipe",
     143: "stopped by SIGTERM (128 + 15), like Ctrl-C",
 }
-"""{exit status: meaning}. A rank that a signal kills ends `align run` with 2 and a sentence."""
+"""{exit status: meaning}. If a signal kills a rank, `align run` ends with status 2 and a message."""
 EXAMPLES = "examples:\n"
 
 
@@ -52,7 +52,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence and name the nearest command, option or choice."""
+    """Parser with one-sentence errors that name the nearest command, option or choice."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("formatter_class", HelpFormatter)
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{color('error:', 31)} {self.prog}: {message}{end}\n")
 
     def refuse(self, word: str) -> NoReturn:
-        """End with the error about a word that is not an argument of this command."""
+        """Exit with the error for a word that is not an argument of this command."""
         if not word.startswith("-"):
             self.error(f"'{word}' is one argument too many")
         known = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
@@ -151,7 +151,7 @@ def add_json(parser: argparse.ArgumentParser, words: str = "print the result as 
 
 
 def add_verbosity(parser: argparse.ArgumentParser, quiet: str) -> None:
-    """Add `--quiet` and `--verbose`. quiet: what the command prints with `--quiet`."""
+    """Add `--quiet` and `--verbose`. quiet: help text of `--quiet`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--quiet", "-q", action="store_true", help=quiet)
     group.add_argument(

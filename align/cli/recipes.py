@@ -20,8 +20,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     recipes = commands.add_parser(
         "recipes",
         help="list the shipped recipes with their cost and expected results",
-        description="List the shipped recipes: what each does and needs, its measured time on two CPU cores and "
-        "memory, and the results to expect.",
+        description="List the shipped recipes with their purpose, requirements, measured time on two CPU cores, memory "
+        "and expected results.",
         epilog=examples("align recipes", "align recipes --json"),
     )
     add_json(recipes)

@@ -39,7 +39,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     check = commands.add_parser(
         "check",
         help="validate recipes",
-        description="Validate recipes, check that their files exist and print what LoRA trains, without loading torch.",
+        description="Validate recipes, check that their files exist and print the parameters that LoRA trains, without "
+        "loading torch.",
         epilog=examples(
             "align check my.yaml",
             "align check my.yaml --nproc 8 --data",
@@ -62,8 +63,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument(
         "--data",
         action="store_true",
-        help="also tokenise the data of every stage and print its counts (see `align data show`), and count what LoRA "
-        "trains in families other than HunYuan; loads torch",
+        help="also tokenise the data of every stage and print its counts (see `align data show`), and count the "
+        "parameters that LoRA trains in families other than HunYuan; loads torch",
     )
     check.set_defaults(command=_check)
     for command in (run, check):
@@ -172,7 +173,7 @@ def _problems(path: str, overrides: list[str], options: argparse.Namespace) -> s
 
 
 def _adapter_lines(path: str, overrides: list[str], *, loads_torch: bool) -> Iterator[str]:
-    """Trained parameters by group of each stage with adapters, and what follows for serving them."""
+    """Trained parameters by group of each stage with adapters, and the consequences for serving."""
     from align.config import load_recipe
     from align.plan.job import adapted_models
     from align.plan.sizes import is_counted_with_torch

@@ -134,11 +134,11 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="serve the adapter in DIR as the model NAME; may be repeated",
     )
-    serve.add_argument("--adapters-dir", type=Path, help="folder from which adapters are loaded while the server runs")
+    serve.add_argument("--adapters-dir", type=Path, help="folder to load adapters from while the server runs")
     serve.add_argument("--max-adapters", type=int, help="maximum number of adapters at the same time (default: 8)")
     serve.add_argument("--max-rank", type=int, help="maximum rank of an adapter (default: 16, or that of --adapter)")
     serve.add_argument("--name", help="name of the base model in requests (default: that of its folder)")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a token")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a token")
     serve.add_argument("--port", type=int, default=8000, help="default: 8000")
     serve.add_argument("--token", help="bearer token of every request; other users of this machine can see it")
     serve.add_argument("--token-file", type=Path, help=f"file with the token (default: ${TOKEN_VARIABLE})")

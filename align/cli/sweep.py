@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument(
         "--metric",
         metavar="MODEL/KEY",
-        help="metric by which settings are ranked, e.g. dpo/scores or dpo/eval_loss (default: the first one of the "
+        help="metric that ranks the settings, e.g. dpo/scores or dpo/eval_loss (default: the first one of the "
         "last evaluated model that the settings affect)",
     )
     direction = sweep.add_mutually_exclusive_group()

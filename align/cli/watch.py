@@ -1,4 +1,4 @@
-"""The command `watch`: a run's report in a browser, while it grows."""
+"""The command `watch`: follow runs in a browser."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog=examples("align watch runs/tiny", "align watch runs --host 0.0.0.0 --token-file token.txt"),
     )
     watch.add_argument("folder", metavar="RUN|FOLDER", type=Path, help="a run's folder, or a folder of runs")
-    watch.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a token")
+    watch.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a token")
     watch.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0 picks a free port")
-    watch.add_argument("--token", help="token that the page asks for; other users of this machine can see it")
+    watch.add_argument("--token", help="token that the page prompts for; other users of this machine can see it")
     watch.add_argument("--token-file", type=Path, help=f"file with the token (default: ${TOKEN_VARIABLE})")
     watch.set_defaults(command=_watch)
 
@@ -42,7 +42,7 @@ def _watch(options: argparse.Namespace) -> None:
     from align.watch.server import WatchServer
 
     with WatchServer(folder, options.host, options.port, token) as server:
-        asks = "; the page asks for the token" if token is not None else ""
+        asks = "; the page prompts for the token" if token is not None else ""
         missing = "" if folder.is_dir() else "; the folder does not exist yet"
         say(f"{folder}: {server.url}{asks}{missing} (Ctrl-C ends)")
         server.serve_forever()

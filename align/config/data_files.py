@@ -97,7 +97,7 @@ def list_files(path: str | Path, splits: Sequence[str] = (), name: str | None = 
 def _one(file: Path) -> Listing:
     if suffix_of(file) not in SUFFIXES:
         raise UserError(
-            f"{file}: none of the formats {', '.join(SUFFIXES)}, of which text may be compressed "
+            f"{file}: its format is none of {', '.join(SUFFIXES)}; text may be compressed "
             f"({', '.join(COMPRESSED)}). Convert it to one of them."
         )
     return Listing((file,))

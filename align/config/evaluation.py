@@ -59,7 +59,7 @@ class EvaluationTask(Section):
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     """Sampling temperature; 0 is greedy decoding. Default: the built-in task's, otherwise `rollout.temperature`."""
     max_new_tokens: Positive | None = None
-    """Tokens after which a completion is truncated. Default: the built-in task's, otherwise
+    """Maximum number of tokens of a completion. Default: the built-in task's, otherwise
     `rollout.max_new_tokens`."""
 
 
@@ -78,7 +78,7 @@ def _named_apart(tasks: list[AnyTask]) -> list[AnyTask]:
     names = [task if isinstance(task, str) else task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} tasks are called '{name}'; give each its own `name`")
+            raise ValueError(f"{names.count(name)} tasks are called '{name}'; set a different `name` for each")
     return tasks
 
 
@@ -99,7 +99,7 @@ class TaskOptions(Section):
     max_new_tokens: Positive | None = None
     """Maximum tokens per completion instead of each task's own."""
     max_length: Positive | None = None
-    """Maximum tokens of prompt and completion. Default: 4096, or what the model has less two."""
+    """Maximum tokens of prompt and completion. Default: 4096, or the model's context less two if that is smaller."""
     batch_size: Annotated[Positive, RUNTIME] = 64
     """Sequences at a time."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -108,7 +108,7 @@ class TaskOptions(Section):
     chat: bool = False
     """Render prompts with the chat template."""
     truncate: bool = False
-    """Cut prompts that are too long at their beginning, and count them. false: their documents are not scored."""
+    """Remove the beginning of prompts that are too long, and count them. false: their documents are not scored."""
     judges: list[Location] = Field(default_factory=list)
     """Judges of judged tasks: URLs of servers, YAML files with a judge's settings, folders of reward models."""
     judge_model: str | None = None
@@ -126,7 +126,7 @@ class EvaluateDuring(TaskOptions):
     metric: str | None = None
     """Metric of `keep` and `patience`, as TASK/METRIC. Default: the first metric of the first task."""
     keep: Literal["last", "best"] = "last"
-    """Weights that the stage hands on: the last ones, or those with the best `metric`. Of equal ones, the earliest."""
+    """Weights of the stage's result: the last ones, or those with the best `metric` (the earliest, if equal)."""
     patience: Positive | None = None
     """Stop after this many evaluations in a row without a better `metric`. Default: never."""
 

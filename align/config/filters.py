@@ -39,7 +39,7 @@ class LengthFilter(Section):
 class LanguageFilter(Section):
     """Drop rows that are not in one of some languages, as identified by py3langid.
 
-    A text of fewer than 20 letters is kept: its language cannot be told.
+    Texts of fewer than 20 letters are kept, because their language cannot be identified.
     """
 
     kind: Literal["language"]

@@ -23,7 +23,7 @@ class Baseline(Section):
     answer: Column
     """Column of the answers: a text, a list with one for each turn, or a conversation."""
     id: Column | None = None
-    """Column by which the rows of `data` belong to questions. Default: the task's `id`."""
+    """Column of `data` with the question's id. Default: the task's `id`."""
 
     @field_validator("data", mode="before")
     @classmethod
@@ -59,7 +59,7 @@ class JudgedTask(Section):
     system: str | None = None
     """System prompt of the model under evaluation."""
     max_new_tokens: Positive = 1024
-    """Tokens after which an answer is cut."""
+    """Maximum number of tokens of an answer."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
 

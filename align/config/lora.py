@@ -1,4 +1,4 @@
-"""The section `lora` of a stage: which parts get adapters, of which rank, and how the result is saved.
+"""The section `lora` of a stage: target modules, ranks and the format in which the result is saved.
 
 Nothing here imports torch.
 """
@@ -29,10 +29,10 @@ REFUSED_INIT = {
     "olora": "it changes the base weights, so the adapter would not fit the base that it is saved with",
     "corda": "it changes the base weights, so the adapter would not fit the base that it is saved with",
     "loftq": "it changes the base weights, so the adapter would not fit the base that it is saved with",
-    "eva": "it reads activations of the data first, and leaves adapters on stacked experts as they are without a word",
-    "lora_ga": "it reads gradients of the data first, which stacked experts do not offer",
+    "eva": "it needs activations computed from the data first, and silently skips adapters on stacked experts",
+    "lora_ga": "it needs gradients computed from the data first, which PEFT does not collect for stacked experts",
 }
-"""PEFT's other initialisations, each with the reason why it is refused."""
+"""{initialisation of PEFT: reason why it is refused}."""
 OTHER_KEYS = {
     "layers_to_transform": "set `layers`, which also applies to experts and to the router; PEFT ignores it there",
     "exclude_modules": "list the wanted modules in `targets`; PEFT ignores the key for experts",
@@ -46,7 +46,7 @@ OTHER_KEYS = {
     "rank_pattern": "set `groups`",
     "alpha_pattern": "set `groups`",
 }
-"""Keys of PEFT's LoraConfig that the section does not have, each with what replaces it."""
+"""{key of PEFT's LoraConfig that the section lacks: its replacement}."""
 
 
 class GroupLora(Section):
@@ -86,7 +86,7 @@ class Lora(Section):
     """Dropout probability on the input of the adapters. Must be 0 with `experts: true`: PEFT does not support dropout
     in adapters on stacked expert weights."""
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """Numbers of the decoder layers to adapt, from 0; also of those whose router is trained. Default: all layers."""
+    """Indices of the decoder layers to adapt, from 0. Routers are trained in these layers only. Default: all layers."""
     attention: bool = True
     """Put adapters on the q, k, v and o projections."""
     shared_mlp: bool = True
@@ -106,7 +106,7 @@ class Lora(Section):
     bitsandbytes (`align-moe[qlora]`). Not with `dora` or `parallel`. Default: no quantisation."""
 
     save: Save = "adapter"
-    """What `model/` of the stage has. adapter: the adapter and a pointer to its base, which must be kept; later stages
+    """Content of `model/`. adapter: the adapter and a pointer to its base, which must be kept; later stages
     and commands add the adapter to the base when they load it. merged: whole weights, and the adapter in `adapter/`."""
 
     @model_validator(mode="before")

@@ -80,7 +80,7 @@ class OwnTask(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Texts that end a completion, without `--chat`."""
     max_new_tokens: Positive = 256
-    """Tokens after which a completion is cut."""
+    """Maximum number of tokens of a completion."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
     metric: Annotated[str, Field(min_length=1)] | None = None

@@ -296,7 +296,7 @@ class PpoStage(StageWithParent):
             )
         if self.ema_decay is not None and self.evaluate is not None and self.evaluate.keep == "best":
             raise ValueError(
-                "evaluate.keep best hands on weights that were evaluated, but ema_decay saves the EMA weights; set "
+                "evaluate.keep best keeps weights that were evaluated, but ema_decay saves the EMA weights; set "
                 "evaluate.keep to last, or remove ema_decay"
             )
         longest = self.rollout.max_model_length - 2  # vLLM needs two more

@@ -87,7 +87,7 @@ hunyuan-large is the published instruct model, and hy3 the published Hy3. The ot
 architecture."""
 
 GROWN = {"llama": DEFAULT_FAMILY, "qwen3": "qwen3_moe"}
-"""{`model_type` of a dense model: that of the mixture of experts into which a hot start converts it}."""
+"""{`model_type` of a dense model: `model_type` of the mixture of experts that a hot start makes of it}."""
 
 CONFIG_KEYS = (
     "vocab_size",

@@ -15,7 +15,7 @@ from align.config.stage import LANGUAGE_MODEL
 from align.config.stages import Stage, TrainingStage
 
 BASE = "base"
-"""Name by which stages refer to the recipe's model."""
+"""Name of the recipe's model in references of stages."""
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")

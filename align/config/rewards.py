@@ -257,7 +257,7 @@ class CodeReward(RewardBase):
     score: Literal["all", "share"] = "all"
     """all: 1 if every test passes, otherwise 0. share: share of the tests that pass."""
     timeout_s: Seconds = 20.0
-    """Seconds after which a run is killed. Programs that calculate are stopped earlier, by `cpu_s`."""
+    """Timeout of a run in seconds; then it is killed. Programs that calculate are stopped earlier, by `cpu_s`."""
     cpu_s: Annotated[int, Field(ge=1, le=3600)] = 5
     """Limit on a program's processor time in seconds."""
     memory_mb: Annotated[int, Field(ge=64, le=1 << 20)] = 512

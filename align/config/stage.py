@@ -52,7 +52,7 @@ class StageBase(Section):
     if TYPE_CHECKING:
         kind: str
     title: ClassVar[str] = ""
-    """What the stage does, in words, for the log; its kind by default."""
+    """Description of the stage for the log. Default: its kind."""
     makes: ClassVar[str]
     """Result that later stages can use: one of the constants above."""
     reads: ClassVar[tuple[str, ...]] = (PAIRS, COMPLETIONS)

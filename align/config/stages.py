@@ -457,7 +457,7 @@ class EvaluateStage(StageBase):
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks that `align eval` knows by these names."""
+        """The tasks with these names, as in `align eval`."""
         return [task for task in self.tasks if isinstance(task, str)]
 
     @model_validator(mode="after")
@@ -472,7 +472,7 @@ class EvaluateStage(StageBase):
         if self.task_names and self.rollout.engine == "remote":
             raise ValueError(
                 f"the task '{self.task_names[0]}' needs log-probabilities and stop strings, which rollout.engine "
-                "remote does not give; set rollout.engine to vllm or huggingface"
+                "remote does not return; set rollout.engine to vllm or huggingface"
             )
         return self
 

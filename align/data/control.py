@@ -89,7 +89,7 @@ class ControlTokens:
         return re.sub(f"{_HIDDEN}(.)", lambda found: self._names[ord(found[1]) - _FIRST], text)
 
     def spelled(self, text: str) -> str:
-        """The rendered text in which hidden names are spelled out and control tokens have their other names."""
+        """The rendered text, with hidden names spelled out and control tokens under their other names."""
         return self.shown(self._all.sub(lambda found: _CONTROL + chr(_FIRST + self._number[found[0]]), text))
 
     def encode(self, text: str) -> Encoding:

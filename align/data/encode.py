@@ -180,7 +180,7 @@ class RowEncoder:
             if ids[-1] != self.tokenizer.eos_token_id:
                 ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
             return [Encoded({"input_ids": ids}, len(ids), key=key)]
-        return _cut([(ids, labels)], key, self.encoding.max_length)
+        return _truncated([(ids, labels)], key, self.encoding.max_length)
 
     def _refusal(self, row: Row) -> DropRow | None:
         """The reason of a filter, or the reason why the row has no texts, if any."""
@@ -197,13 +197,13 @@ class RowEncoder:
         planned = [_tried(plan_conversation, row) for row in rows]
         encoded = iter(self.chat.rows_of([found.chat for found in _used(planned)]))
 
-        def cut(plan: Plan) -> list[Encoded]:
+        def encode(plan: Plan) -> list[Encoded]:
             masked = _used_or_raised(next(encoded))
             pairs = [(np.array(ids, np.int32), np.frombuffer(bytes(mask), bool)) for ids, mask in masked]
             labelled = [(ids, np.where(mask, ids, np.int32(IGNORED))) for ids, mask in pairs]
-            return _cut(labelled, plan.key, self.encoding.max_length)
+            return _truncated(labelled, plan.key, self.encoding.max_length)
 
-        return [plan if isinstance(plan, DropRow) else _tried(cut, plan) for plan in planned]
+        return [plan if isinstance(plan, DropRow) else _tried(encode, plan) for plan in planned]
 
     def _whole(self, rows: Sequence[Row]) -> list[Result]:
         """Every token in the loss: texts, and whole conversations."""
@@ -223,7 +223,7 @@ class RowEncoder:
             tokens = np.array(ids, np.int32)
             if self.encoding.kind == "text":
                 return [Encoded({"input_ids": tokens}, len(tokens), key=plan.key)]
-            return _cut([(tokens, tokens)], plan.key, self.encoding.max_length)
+            return _truncated([(tokens, tokens)], plan.key, self.encoding.max_length)
 
         return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
 
@@ -321,7 +321,7 @@ class RowEncoder:
         return [plan if isinstance(plan, DropRow) else _tried(finish, plan) for plan in planned]
 
 
-def _cut(rows: list[tuple[np.ndarray, np.ndarray]], key: str, max_length: int) -> list[Encoded]:
+def _truncated(rows: list[tuple[np.ndarray, np.ndarray]], key: str, max_length: int) -> list[Encoded]:
     """The rows (input_ids [T], labels [T]) of one conversation, truncated. Rows without a token in the loss are left
     out; raises `DropRow` if all are."""
     if not any(_loss_tokens(labels) for _, labels in rows):

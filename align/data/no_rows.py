@@ -1,4 +1,4 @@
-"""The error for sources whose rows were all dropped, with what to change for each kind of reason."""
+"""The error for sources whose rows were all dropped, with a fix for each kind of reason."""
 
 from __future__ import annotations
 

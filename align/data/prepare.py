@@ -45,7 +45,7 @@ class Prepared:
 
     held_out: None if the recipe holds out no rows.
     train: `StreamedRows` if a training source streams.
-    rows: the training rows before pretraining cuts them, with their sources; None for a stream.
+    rows: the training rows before pretraining splits them, with their sources; None for a stream.
     """
 
     train: datasets.Dataset | StreamedRows

@@ -45,7 +45,7 @@ class Side:
 def sides_of(columns: Columns, decode: Decode, prompt_tokens: int | None = None) -> list[Side]:
     """The sequences of a row; of a pair or a labelled row its prompt, and each answer through its end of turn.
 
-    prompt_tokens: tokens of the prompt with which both sequences of a reward model's pair begin. Default: their common
+    prompt_tokens: tokens of the prompt that both sequences of a reward model's pair share. Default: their common
         beginning, which may include the beginning of both answers.
     """
     if "completion_ids" in columns:

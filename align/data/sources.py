@@ -60,7 +60,7 @@ def source_chunks(
     stage_dirs: Mapping[str, Path] | None = None,
     accepted: Sequence[Shape] | None = None,
 ) -> Iterator[Chunk]:
-    """Yield the rows of a source in the order in which it has them.
+    """Yield the rows of a source in order.
 
     accepted: shapes that the stage can use. Raises `UserError` if the source is unreadable or has no rows, if `columns`
     refers to a column that the source lacks, or if no row has an accepted shape. Both are judged by the first rows of

@@ -173,7 +173,7 @@ class ChatTemplate:
 
     @cached_property
     def control(self) -> ControlTokens:
-        """The special tokens, and the other added tokens with which the template structures a conversation."""
+        """The special tokens, and the other added tokens that structure a conversation in the template."""
         return ControlTokens(self.tokenizer, [i for i in self._structure if self._names[i] not in TAGS])
 
     @cached_property

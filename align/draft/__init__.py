@@ -1,1 +1,1 @@
-"""Recipes written for the user: from a data file and a machine, or from another tool's configuration."""
+"""Write recipes from a data file and a machine (`align init`) or from another tool's file (`align import-recipe`)."""

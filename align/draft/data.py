@@ -1,4 +1,4 @@
-"""Look at a data file for a draft: the shapes of its first rows, and how long they are."""
+"""Inspect a data file for `align init`: the shapes and lengths of its first rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from align.data.sources import source_chunks
 from align.errors import UserError
 
 LOOKED_AT = 1000
-"""Rows that are looked at."""
+"""Number of rows that are inspected."""
 CHARACTERS_PER_TOKEN = 3.0
 """Low estimate: English text has 4 to 5 characters per token with common vocabularies, Chinese 1 to 2."""
 TEMPLATE_TOKENS = 64
@@ -30,7 +30,7 @@ KINDS: dict[str, Kind] = {
     "dpo": "dpo_pairs",
     "kto": "labelled",
 }
-"""{stage that a draft can have: kind of its rows}, in the order in which the stages run."""
+"""{stage: kind of its rows} of the stages that `align init` writes, in running order."""
 DEFAULT_STAGE: dict[Shape, str] = {
     "messages": "sft",
     "alpaca": "sft",
@@ -40,18 +40,19 @@ DEFAULT_STAGE: dict[Shape, str] = {
     "unpaired": "kto",
     "text": "pretrain",
 }
-"""{shape: the stage that most people want for such rows}."""
+"""{shape: default stage for such rows}."""
 
 
 @dataclass(frozen=True)
 class DataLook:
-    """What the first rows of a file tell.
+    """Shapes and lengths of a file's first rows.
 
-    path: the file, folder or pattern.
+    path: the file, folder or glob pattern.
+    shapes: {shape: number of rows}, the most frequent first.
+    rows: number of inspected rows.
+    whole: True if the file has no further rows.
+    tokens: estimated tokens of a long row (95th percentile).
     columns: {standard name: name in the file}.
-    shapes: {shape: rows}, the most frequent first.
-    rows: rows looked at; if `whole`, the file has no more.
-    tokens: estimated tokens of a long row (the 95th percentile).
     """
 
     path: str
@@ -78,7 +79,7 @@ class DataLook:
 
     @property
     def length(self) -> int:
-        """The smallest usual `max_length` that holds the rows."""
+        """The smallest common `max_length` that fits long rows and a chat template."""
         return next((length for length in LENGTHS if self.tokens + TEMPLATE_TOKENS <= length), LENGTHS[-1])
 
     def summary(self) -> str:
@@ -88,7 +89,7 @@ class DataLook:
 
 
 def look_at(path: str, columns: Mapping[str, str] | None = None) -> DataLook:
-    """Read the first rows. Raises `UserError` if the file cannot be read, or if no row has a shape that trains."""
+    """Inspect the first rows. Raises `UserError` for an unreadable file, or if no row has a trainable shape."""
     renamed = dict(columns or {})
     rows = list(islice(_rows(path, renamed), LOOKED_AT + 1))
     found = [(shape_of(row), row) for row in rows[:LOOKED_AT]]
@@ -115,13 +116,13 @@ def _unknown_columns(path: str, columns: list[str]) -> UserError:
     example = renaming(columns, SHAPES)
     words = example.replace(": ", "=").replace(",", "") if example else "prompt=NAME completion=NAME"
     return UserError(
-        f"{path}: the columns {', '.join(columns) or '(none)'} are no known shape of rows (docs/data.md). Say what "
-        f"they are, for example --columns {words}."
+        f"{path}: the columns {', '.join(columns) or '(none)'} match no known row shape (docs/data.md). Map them with "
+        f"--columns, for example --columns {words}."
     )
 
 
 def _characters(row: Mapping[str, Any], shape: Shape) -> float:
-    """Characters of the longest text that a stage makes of a row; token ids count as `CHARACTERS_PER_TOKEN` each."""
+    """Characters of the longest sequence of a row. A token id counts as `CHARACTERS_PER_TOKEN` characters."""
     if shape == "token_ids":
         return CHARACTERS_PER_TOKEN * len(row["input_ids"])
     read = {column: _text(row[column]) for column in READS[shape] if row.get(column) is not None}

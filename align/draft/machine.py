@@ -1,4 +1,4 @@
-"""Look at the machine and at the model's files for a draft, without loading torch."""
+"""Inspect the machine and the model's files for `align init`, without loading torch."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def read_this_machine() -> Machine:
 
 
 def without_gpus() -> Machine:
-    """This machine, without its GPUs."""
+    """This machine with its GPUs ignored."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return Machine(len(os.sched_getaffinity(0)), 0, memory, "CPU", False)
 
 
 @dataclass(frozen=True)
 class ModelLook:
-    """What a checkpoint's files tell. None: not known, because the checkpoint is not on this machine.
+    """Facts from a checkpoint's files; None if the checkpoint is not on this machine.
 
-    parameters: from the size of its weight files.
-    context: its `max_position_embeddings`.
-    template: True if its tokenizer has a chat template.
+    parameters: number of parameters, from the size of the weight files.
+    context: `max_position_embeddings`.
+    template: True if the tokenizer has a chat template.
     """
 
     parameters: float | None = None
@@ -68,7 +68,7 @@ class ModelLook:
 
 
 def look_at_model(path: str) -> ModelLook:
-    """Look at a checkpoint folder. A folder that is wrong is refused later, by the check of the recipe."""
+    """Inspect a checkpoint folder. An invalid folder is refused later, when the recipe is checked."""
     folder = local_path(path)
     folder = folder / MODEL if (folder / MODEL / "config.json").is_file() else folder
     try:

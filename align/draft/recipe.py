@@ -1,5 +1,4 @@
-"""Write a commented recipe for a model, data files, stages and a machine. It is written only if `align check` accepts
-it."""
+"""Write a commented recipe for a model, data files, stages and a machine, if `align check` accepts it."""
 
 from __future__ import annotations
 
@@ -27,26 +26,28 @@ LEARNING_RATES = {
     "dpo": (1e-6, 1e-5),
     "kto": (1e-6, 1e-5),
 }
-"""{stage: (full training, LoRA)}: common values to start from."""
+"""{stage: (learning rate of full training, of LoRA)}: common starting points."""
 BATCH = {"pretrain": 32, "sft": 16, "reward_model": 32, "dpo": 32, "kto": 32}
 PASS_TOKENS = {True: 16_384, False: 4096}
-"""Tokens per forward pass to start from, {with a GPU: tokens}."""
+"""{True with a GPU: tokens per forward pass}: starting points."""
 ROOM = 0.6
-"""Share of the memory that weights, gradients and optimizer may take; activations take the rest."""
+"""Share of the memory for weights, gradients and optimizer state; the rest is for activations."""
 SMALL, LARGE = 40, 400
-"""Rows from which some are held out: a tenth of a small file, a twentieth of a large one."""
+"""Numbers of rows: below SMALL none are held out, below LARGE a tenth, otherwise a twentieth."""
 INDENT = "  "
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a recipe is written for.
+    """Choices from which a recipe is written.
 
     name: name of the run.
-    model: folder, hub id, or the name of the embedded model.
+    model: checkpoint folder, hub id, or the name of the embedded model.
+    look: facts about the model's files.
     data: {stage: its data}, in the order of the stages.
+    machine: the machine that will train.
     lora: train adapters instead of all weights.
-    max_length: maximum tokens per row; None: by the data.
+    max_length: maximum tokens per row; None derives it from the data.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Draft:
 
     @property
     def adds_template(self) -> bool:
-        """True if the tokenizer has no chat template, but the rows are conversations or answers."""
+        """True if the rows need a chat template and the tokenizer has none."""
         plain = ("text", "token_ids")
         return self.look.template is False and any(data.shape not in plain for data in self.data.values())
 
@@ -77,7 +78,7 @@ class Draft:
 
 
 def stages_for(data: Sequence[DataLook], wanted: Sequence[str]) -> dict[str, DataLook]:
-    """{stage: its data} in the order in which the stages run. A stage takes the first file whose rows it accepts.
+    """{stage: its data} in running order. A stage takes the first file whose rows it accepts.
 
     Raises `UserError` for a stage without data, and for a file that no stage uses.
     """
@@ -98,14 +99,14 @@ def stages_for(data: Sequence[DataLook], wanted: Sequence[str]) -> dict[str, Dat
 
 
 def trains_fully(look: ModelLook, machine: Machine) -> bool:
-    """True if training all weights fits in memory; False too if the size of the model is not known."""
+    """True if training all weights fits in memory; False if it does not, or if the model's size is unknown."""
     if look.parameters is None:
         return False
     return look.parameters * FULL_BYTES <= ROOM * machine.memory_gb * 1e9 * max(1, machine.gpus)
 
 
 def too_small(draft: Draft) -> str | None:
-    """Warning if the weights and what training keeps beside them leave no room for activations; None otherwise."""
+    """Warning if weights, gradients and optimizer state leave too little memory for activations; otherwise None."""
     if draft.look.parameters is None:
         return None
     per = FROZEN_BYTES[draft.dtype] if draft.lora else FULL_BYTES
@@ -197,7 +198,7 @@ def _held_out(data: DataLook) -> list[str]:
 
 
 def _yaml(value: object) -> str:
-    """A value on one line."""
+    """A value as YAML on one line."""
     if isinstance(value, list):
         return f"[{', '.join(map(_yaml, value))}]"
     text = dump([value])[2:].strip()
@@ -207,15 +208,15 @@ def _yaml(value: object) -> str:
 
 
 def run_name(text: str) -> str:
-    """A valid name of a run from any text."""
+    """A valid run name made from any text."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "run"
 
 
 def write_recipe(out: Path, text: str, checked: Callable[[Recipe], list[str]] | None = None) -> Recipe:
     """Write a recipe that `align check` accepts; otherwise write nothing and raise `UserError` with its problems.
 
-    checked: problems of the recipe, instead of those that `align check` finds.
-    Never overwrites: raises `UserError` if `out` exists.
+    checked: returns the recipe's problems; default: the checks of `align check`.
+    An existing file is not overwritten: `UserError` is raised.
     """
     refuse_existing(out)
     partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.yaml")
@@ -242,17 +243,17 @@ def refuse_existing(out: Path) -> None:
     if out.exists():
         raise _exists(out)
     if out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{out}: the name does not end in .yaml. Give another name.")
+        raise UserError(f"{out}: the name does not end in .yaml. Pass another name.")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: the folder does not exist. Create it.")
 
 
 def _exists(out: Path) -> UserError:
-    return UserError(f"{out}: exists already. Give another name, or remove the file.")
+    return UserError(f"{out}: exists already. Pass another name, or remove the file.")
 
 
 def next_commands(out: Path, recipe: Recipe) -> list[tuple[str, str]]:
-    """The three commands that follow: (command, what it does)."""
+    """The next three commands: (command, its purpose)."""
     file, run = shlex.quote(str(out)), f"runs/{recipe.name}"
     first, *_ = recipe.stages
     last = next((name for name in reversed(recipe.stages) if recipe.stages[name].makes == LANGUAGE_MODEL), None)

@@ -36,13 +36,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NvidiaMachine:
-    """What nvidia-smi reports about this machine.
+    """GPUs, driver and links of this machine, as nvidia-smi reports them.
 
     driver: driver version, such as 580.95.05.
     cuda: newest CUDA version that the driver supports.
     links: connection of each pair of GPUs, as in `nvidia-smi topo -m`: NV# (# NVLinks), PIX, PXB, PHB, NODE or SYS.
     network: names of RDMA devices.
-    error: why nvidia-smi failed, in which case the other fields are empty; None if it works.
+    error: reason why nvidia-smi failed; None if it works. If it failed, the other fields are empty.
     """
 
     gpus: tuple[Gpu, ...] = ()

@@ -15,7 +15,7 @@ class Route(NamedTuple):
 
 
 def route_to(host: str, port: int) -> Route:
-    """The route by which this machine reaches `host`, from the kernel's routing tables; nothing is sent.
+    """This machine's route to `host`, from the kernel's routing tables; nothing is sent.
 
     Resolving the machine's own host name does not give this address. The result is often a loopback address (127.0.1.1
     in Debian's /etc/hosts), which no other machine can reach.

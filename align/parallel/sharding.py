@@ -1,4 +1,4 @@
-"""Which shard of each parameter a rank holds.
+"""Shards of parameters by rank.
 
 Under ZeRO and expert parallelism alike a shard is a range of consecutive elements of the flattened full tensor: a
 rank's experts are a slice of the stack, and ZeRO 3 partitions a tensor into equal ranges. Loading, saving and resuming

@@ -26,7 +26,7 @@ from align.parallel.sharding import expert_shard, is_partitioned, local_shard, w
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 AVERAGE = "average"
-"""The kind under which EMA weights are stored in the files."""
+"""Kind of the EMA weights in the files."""
 
 
 class LocalState:

@@ -293,7 +293,7 @@ def search_text(job: Job, plans: Sequence[Plan], shown: int, remedies: Sequence[
 
 
 def joint_text(plans: Sequence[Plan] | None) -> str:
-    """The fastest `parallel` section under which every stage fits."""
+    """The fastest `parallel` section that every stage fits in."""
     if plans is None:
         return "all stages: no single `parallel` section fits every stage; plan each with --stage"
     written = dict.fromkeys(override for plan in plans for override in overrides(plan))

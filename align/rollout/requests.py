@@ -22,7 +22,7 @@ class Request:
     max_new_tokens: maximum length of the completion.
     temperature: 0 is greedy decoding.
     top_p: smallest share of the probability from which tokens are sampled.
-    stop: texts that end the completion; it is cut before the first of them.
+    stop: texts that end the completion; it is truncated before the first of them.
     stop_token_ids: tokens that end the completion.
     seed: seed of the completion's own generator; without effect at temperature 0.
     """
@@ -41,8 +41,8 @@ class Generation:
     """The completion of a `Request`.
 
     token_ids: ids as sampled, including a stop token and the tokens of a stop string.
-    text: decoded without special tokens, and cut before the first stop string.
-    finished: True if a stop token or stop string ended it, False if it was cut at `max_new_tokens`.
+    text: decoded without special tokens, and truncated before the first stop string.
+    finished: True if a stop token or stop string ended it, False if it was truncated at `max_new_tokens`.
     """
 
     token_ids: tuple[int, ...]
@@ -73,7 +73,7 @@ class Scored:
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], request: Request) -> str:
-    """Text of a completion without special tokens and without its stop token, cut before the first stop string."""
+    """Text of a completion without special tokens and its stop token, truncated before the first stop string."""
     ids = list(token_ids)
     if ids and ids[-1] in request.stop_token_ids:
         ids.pop()

@@ -48,7 +48,7 @@ def prepare_vllm() -> None:
     try:
         from vllm.plugins import load_general_plugins
     except ImportError as error:
-        raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install .[cpu]") from error
+        raise missing_dependency("vllm", "the rollout engine 'vllm'", "pip install 'align-moe[cpu]'") from error
     if quiet:
         logging.getLogger("vllm").setLevel(logging.ERROR)
     load_general_plugins()

@@ -125,7 +125,7 @@ def _is_weight(name: str) -> bool:
 
 
 def trained_on(adapter: Path) -> str | None:
-    """How the base was quantised while this adapter was trained; None if it was not, or if that is not recorded."""
+    """Quantisation of the base while the adapter was trained; None without one, or if it is not recorded."""
     return _pointer(adapter).get("quantize") if (adapter / POINTER).is_file() else None
 
 

@@ -94,7 +94,7 @@ def content_hash(file: Path, cache: Path) -> str:
         return str(known["sha256"])
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    # A change within the resolution of the file system's clock leaves the times as they are, so the hash of a file that
+    # A change within the resolution of the file system's clock leaves the times unchanged, so the hash of a file that
     # has just been written is not kept.
     settled = time.time_ns() - file.stat().st_ctime_ns > CLOCK_NS
     if before[0] >= REMEMBERED and settled and _identity(file) == before:

@@ -62,7 +62,7 @@ class StageContext:
         return ((self.recipe.seed if own is None else own) + 1000 * position) % 2**32
 
     def trained_dtype(self, lora: Lora | None) -> str:
-        """Dtype in which a trained model is loaded. lora: its section in the recipe.
+        """Dtype of the weights of a trained model. lora: its section in the recipe.
 
         Full fine-tuning uses float32 weights, because rounding to bf16's 8 bits would lose most of an update. Under
         LoRA the frozen weights have the recipe's dtype and the adapters are float32. Under DeepSpeed the weights have

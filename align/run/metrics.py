@@ -459,7 +459,7 @@ DURING_TRAINING = (
     MetricInfo(f"{DURING}NAME/low", "Evaluation: NAME, low end", "", "Low end of its 95 % interval."),
     MetricInfo(f"{DURING}NAME/high", "Evaluation: NAME, high end", "", "High end of its 95 % interval."),
     MetricInfo(
-        f"{DURING}step", "Step of the weights", "steps", "In the manifest: step of the weights that the stage hands on."
+        f"{DURING}step", "Step of the weights", "steps", "In the manifest: step of the weights of the stage's result."
     ),
 )
 

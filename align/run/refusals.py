@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of which transformers loads a tokenizer; one is enough."""
+"""Files that transformers can load a tokenizer from; one is enough."""
 IS_REWARD_MODEL = "it is a reward model; use the checkpoint of a language model."
 IS_LANGUAGE_MODEL = "it is a language model; use the checkpoint of a reward model."
 
@@ -139,7 +139,7 @@ def _multimodal(config: Mapping[str, Any]) -> str:
     text = next((part for name in _TEXT_PARTS if isinstance(part := config.get(name), Mapping)), None)
     inner = f" (model_type '{text['model_type']}')" if text and text.get("model_type") else ""
     return (
-        f"'{kind}' is a multimodal model, of which only the language model{inner} can be trained. Extract it with "
+        f"'{kind}' is a multimodal model; only its language model{inner} can be trained. Extract it with "
         "`align convert language-model SRC DST`, and use DST."
     )
 

@@ -11,7 +11,7 @@ from align.run.manifest import changes, result_id
 
 
 def stale_stages(run_dir: Path, manifests: Mapping[str, Mapping[str, Any]], recipe: Recipe | None) -> dict[str, str]:
-    """The reason why a stage is stale, by name; stages that are up to date are left out.
+    """{stale stage: reason}; stages that are up to date are absent.
 
     A stage is stale if a parent was run again after it, if a parent is stale, or if `recipe` has other settings than
     the stage was run with.

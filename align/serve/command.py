@@ -29,7 +29,7 @@ from align.serve.tools import NOT_READ, find_parser, reads_calls, tool_problem
 from align.train.checkpoint import check_checkpoint, checked_config, load_tokenizer
 
 UNSAFE = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY")
-"""Variables with which vLLM adds routes of its own, or checks tokens itself."""
+"""Variables that make vLLM add routes of its own, or check tokens itself."""
 
 
 def adapter_base(checkpoint: Path, dtype: str) -> Base:

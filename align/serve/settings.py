@@ -85,7 +85,7 @@ def named_folders(pairs: Iterable[str], base_name: str) -> dict[str, Path]:
         require_name(name, f"--adapter {pair}")
         if name in found or name == base_name:
             whose = "another adapter" if name in found else "the base model"
-            raise UserError(f"--adapter {pair}: {whose} has the name '{name}'; give the adapter another one.")
+            raise UserError(f"--adapter {pair}: {whose} has the name '{name}'; give the adapter another name.")
         found[name] = adapter_folder(Path(folder).expanduser())
     return found
 

@@ -64,7 +64,7 @@ class Shelf:
     engine: vLLM's engine client.
     models: vLLM's table of models, from which its routes take an adapter by `LoadedAdapter.key`.
     scratch: Folder of the copies that vLLM loads.
-    probe: Token ids with which a loaded adapter is tried out.
+    probe: Token ids of the prompt that each loaded adapter scores first.
     """
 
     def __init__(self, settings: ServeSettings, base: Base, engine: Any, models: Any, scratch: Path, probe: list[int]):

@@ -35,7 +35,7 @@ from align.run.adapted import require_base
 LARGEST = 100.0
 """Largest absolute value of a factor. Larger ones occur in damaged adapters only, and could overflow in the model."""
 LEAST = 1e-6
-"""Absolute value of B up to which an adapter counts as untrained: its effect may vanish in float32."""
+"""An adapter counts as untrained if no value of B is larger: its effect may vanish in float32."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def reason(code: int | None, line: Line, log: Path) -> str:
-    """Why a line has no result: the time limit, the signal that ended it, or the last line of its log."""
+    """Reason for a missing result: the time limit, the signal that ended the line, or the last line of its log."""
     if code is None:
         return f"it did not end within {line.limit:.0f} s"
     if code < 0:

@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """Seconds after which the line is ended."""
+        """Seconds after which the line is killed."""
         return 5 * max(self.gpu, self.cpu or 0)
 
 

@@ -27,11 +27,11 @@ class Sizes(NamedTuple):
     width: int
     experts: int
     vocabulary: int
-    rounds: int
+    repetitions: int
 
 
-ON_GPU = Sizes(tokens=16_384, hidden=2048, width=1024, experts=16, vocabulary=49_152, rounds=20)
-ON_CPU = Sizes(tokens=512, hidden=256, width=256, experts=4, vocabulary=4096, rounds=3)
+ON_GPU = Sizes(tokens=16_384, hidden=2048, width=1024, experts=16, vocabulary=49_152, repetitions=20)
+ON_CPU = Sizes(tokens=512, hidden=256, width=256, experts=4, vocabulary=4096, repetitions=3)
 
 
 def measure(machine: Machine, folder: Path) -> list[Check]:
@@ -51,14 +51,14 @@ def measure(machine: Machine, folder: Path) -> list[Check]:
         ("loss head, both passes", head, HEAD),
     ):
         bound = None if peak is None else share * peak / scale
-        checks.append(fast(what, flops / seconds(work, sizes.rounds, machine) / scale, bound, unit))
+        checks.append(fast(what, flops / seconds(work, sizes.repetitions, machine) / scale, bound, unit))
     return checks
 
 
-def seconds(work: Callable[[], object], rounds: int, machine: Machine) -> float:
+def seconds(work: Callable[[], object], repetitions: int, machine: Machine) -> float:
     """Median seconds per call of `work`, after two warm-up calls."""
     times = []
-    for _ in range(rounds + 2):
+    for _ in range(repetitions + 2):
         synchronize(machine)
         clock = time.perf_counter()
         work()

@@ -15,7 +15,7 @@ _CLOSING = {"[": "]", "{": "}"}
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting with the values that a sweep tries. values: as YAML text."""
+    """A swept setting. values: YAML texts."""
 
     key: str
     values: tuple[str, ...]
@@ -23,9 +23,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Range:
-    """A setting with a range of numbers that a search draws from.
+    """A setting whose values a search draws from a range.
 
-    whole: whole numbers only. log: the logarithm is drawn uniformly.
+    whole: draw integers only.
+    log: draw the logarithm uniformly.
     """
 
     key: str
@@ -83,7 +84,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def split_values(text: str) -> list[str]:
-    """The values between commas. Commas within quotes, lists and sections do not separate."""
+    """Split values at commas; commas within quotes, lists and sections do not separate."""
     parts, start, closing, quote = [], 0, [], ""
     for place, character in enumerate(text):
         if quote:

@@ -21,13 +21,13 @@ from align.sweep.axes import short_keys
 from align.sweep.text import intervals_line, point_rows
 
 CURVES = len(COLORS)
-"""Points whose curves are drawn: the best ones."""
+"""Maximum number of points whose curves are drawn, the best first."""
 LOG_FROM = 8.0
-"""Ratio of the largest to the smallest value of a setting from which its axis is logarithmic."""
+"""A setting's axis is logarithmic if its largest value is at least this multiple of its smallest."""
 
 
 def render_sweep(content: Mapping[str, Any], folder: Path) -> str:
-    """The page of a sweep. folder: with the runs, whose curves are drawn."""
+    """The page of a sweep. folder: the sweep's folder, for the curves of its runs."""
     title = f"{content['name']}: sweep"
     drawn = content["points"][:CURVES]
     sections = [
@@ -79,7 +79,7 @@ def _cell(cell: Any) -> str:
 
 
 def _curves(points: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
-    """The curves of the stages that differ between the points; the seeds of a point have one colour."""
+    """Curves of the stages that differ between points; all seeds of a point have the same colour."""
     sides, places = [], {}
     for place, point in enumerate(points):
         for run in point["runs"]:
@@ -114,7 +114,7 @@ def _runs(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def setting_plots(content: Mapping[str, Any]) -> list[Plot]:
-    """One chart per swept setting: the metric over its values, a line for each combination of the other settings."""
+    """One chart per swept setting: the metric over its values, with a line per combination of the other settings."""
     metric = content["metric"]
     if metric not in content["metrics"]:
         return []

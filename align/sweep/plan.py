@@ -1,4 +1,4 @@
-"""The runs of a sweep: points (combinations of settings) and seeds; which stages of them are equal."""
+"""The runs of a sweep: points (combinations of settings), seeds, and the identities of their stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ LONGEST_NAME = 80
 class Point:
     """One combination of settings.
 
-    settings: value of each swept key, as YAML text. name: its folder in the sweep's folder.
+    settings: {swept key: value as YAML text}.
+    name: name of its folder in the sweep's folder.
     """
 
     settings: dict[str, str]
@@ -44,7 +45,11 @@ class Point:
 
 @dataclass
 class Run:
-    """A point with one seed. folder: its run folder. stages: identity of each stage, `base` first."""
+    """A point with one seed.
+
+    folder: its run folder.
+    stages: {stage: identity}, `base` first; see `identities`.
+    """
 
     point: Point
     seed: int
@@ -56,10 +61,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep runs.
+    """Points and seeds of a sweep.
 
-    recipe: with the overrides that all runs have. source: its file or name; overrides: those of all runs.
-    axes: what is varied. seeds: number per point.
+    source: file or name of the recipe.
+    overrides: overrides that all runs share.
+    recipe: the recipe with these overrides.
+    axes: swept settings.
+    seeds: number of seeds per point.
     """
 
     source: str
@@ -69,7 +77,7 @@ class Plan:
     seeds: int
 
     def grid(self) -> list[Point]:
-        """Every combination of the values, the last setting changing fastest."""
+        """All combinations of the values; the last setting changes fastest."""
         axes = [axis for axis in self.axes if isinstance(axis, Axis)]
         count = len(list(itertools.product(*(axis.values for axis in axes)))) * self.seeds
         if count > MOST_RUNS:
@@ -81,14 +89,14 @@ class Plan:
         return points
 
     def point(self, settings: dict[str, str], others: Sequence[Point]) -> Point:
-        """The point of some settings, with a name that none of `others` has."""
+        """The point with these settings, under a name that none of `others` has."""
         name = _name(settings)
         if any(other.name == name for other in others):
             name = f"{name[: LONGEST_NAME - 7]}-{_digest(settings)[:6]}"
         return Point(settings, name)
 
     def runs(self, point: Point, folder: Path) -> list[Run]:
-        """The runs of a point, one per seed. Raises `UserError` if the recipe is not valid with its settings."""
+        """The runs of a point, one per seed. Raises `UserError` if the recipe is invalid with the point's settings."""
         found = []
         for seed in range(self.seeds):
             own = [*point.overrides, *self.seed_overrides(seed)]
@@ -99,11 +107,11 @@ class Plan:
         return found
 
     def seed_overrides(self, seed: int) -> list[str]:
-        """Overrides of the seed with this number. Number 0 is the recipe's own seed.
+        """Overrides for seed number `seed`; number 0 is the recipe's own seed.
 
-        Only the stages that a swept setting affects get another seed, so their parents are shared. Evaluate stages
-        keep theirs, so that all runs answer the same prompts. If a swept setting is not of a stage, or nothing is
-        swept, the seed of the whole recipe changes.
+        Only the stages that a swept setting affects get a new seed, so their parents are shared. Evaluate stages keep
+        theirs, so that all runs complete the same prompts. The seed of the whole recipe changes if nothing is swept, or
+        if a swept setting belongs to no stage.
         """
         if seed == 0:
             return []
@@ -115,7 +123,7 @@ class Plan:
 
     @property
     def seeded(self) -> list[str]:
-        """The stages that a swept setting affects, without those that make a report; empty: the whole recipe."""
+        """The stages that a swept setting affects, without evaluate stages; empty if the whole recipe is affected."""
         swept = [axis.key.split(".") for axis in self.axes]
         if not swept or any(key[0] != "stages" or len(key) < 2 for key in swept):
             return []
@@ -127,9 +135,9 @@ class Plan:
 
 
 def identities(recipe: Recipe) -> dict[str, str]:
-    """A hash of each stage, equal for two stages that have the same settings and the same parents.
+    """{stage: hash}, equal for two stages with the same settings and the same parents.
 
-    It covers the settings that `--resume` compares: all but those marked † in docs/recipes.md.
+    The hash covers the settings that `--resume` compares: all but those marked † in docs/recipes.md.
     """
     found: dict[str, str] = {}
     for position, name in enumerate([BASE, *recipe.stages]):
@@ -143,12 +151,12 @@ def identities(recipe: Recipe) -> dict[str, str]:
 
 
 def distinct_stages(runs: Sequence[Run]) -> Mapping[str, int]:
-    """How often each stage is run, if equal ones are run once."""
+    """{stage: number of times that it runs}, with equal stages run once."""
     return {name: len({run.stages[name] for run in runs}) for name in runs[0].stages}
 
 
 def plan_lines(runs: Sequence[Run]) -> Iterator[str]:
-    """What a sweep will run, for the terminal."""
+    """Lines for the terminal: the number of settings, of runs, and of runs of each stage."""
     counts = distinct_stages(runs)
     points = len({run.point.name for run in runs})
     yield f"{points} settings, {len(runs)} runs; stages that are equal are run once:"
@@ -157,7 +165,7 @@ def plan_lines(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _name(settings: Mapping[str, str]) -> str:
-    """Name of a folder: the last part of each key and its value, as far as a file name may have them."""
+    """Folder name: the last part of each key with its value; other characters become hyphens."""
     if not settings:
         return "recipe"
     short = short_keys(settings)

@@ -1,4 +1,4 @@
-"""Results of a sweep: each point's metrics over its seeds, and which point is best."""
+"""Results of a sweep: each point's metrics over its seeds, and the best point."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ BETTER = {
     "rewards/margins": 1,
     "score_mean": 1,
 }
-"""Direction of the last values of training stages that a sweep may optimise: 1 if higher is better, -1 if lower is."""
+"""{key: direction} of final training metrics that a sweep may optimise: 1 if higher is better, -1 if lower is."""
 LEVEL = 0.95
 
 
 class Value(NamedTuple):
-    """A metric of one run. documents: its values per document; None for a last value of training."""
+    """A metric of one run. documents: values per document; None for a final training metric."""
 
     label: str
     better: int
@@ -44,8 +44,10 @@ class Value(NamedTuple):
 
 
 def collect(folder: Path) -> dict[str, Value]:
-    """The metrics of a run by MODEL/KEY, MODEL/TASK/METRIC, or STAGE/KEY for last values of training; empty if the run
-    has not started."""
+    """The metrics of a run; empty if the run has not started.
+
+    Keys are MODEL/KEY and MODEL/TASK/METRIC for evaluations, and STAGE/KEY for final training metrics.
+    """
     if not (folder / "recipe.json").is_file():
         return {}
     side = read_run(folder)
@@ -64,7 +66,7 @@ def collect(folder: Path) -> dict[str, Value]:
 
 
 def direction(metric: str) -> int:
-    """1 if higher is better, -1 if lower is, 0 if unknown, by the metric's name alone."""
+    """Direction of a metric by its name alone: 1 if higher is better, -1 if lower is, 0 if unknown."""
     key = metric.partition("/")[2]
     return BETTER.get(key.removeprefix("eval_"), BETTER_OF_MODELS.get(key, 0))
 
@@ -75,8 +77,11 @@ def metric_value(values: Mapping[str, Value], metric: str | None) -> float | Non
 
 
 def default_metric(runs: Sequence[Mapping[str, Value]], affected: Sequence[str]) -> str | None:
-    """The first metric with a direction of the last measured model that the swept settings affect; otherwise the
-    held-out or training loss of the last such stage."""
+    """The metric that ranks the points by default.
+
+    It is the first metric with a direction of the last evaluated model that the swept settings affect. If no such model
+    was evaluated, it is the held-out or training loss of the last affected stage.
+    """
     values = next((found for found in runs if found), {})
     directed = [key for key, value in values.items() if value.better]
 
@@ -172,9 +177,10 @@ def _status(run: Path) -> str:
 
 
 def _cell(key: str, runs: Sequence[Mapping[str, Value]], seeds: int) -> dict[str, Any] | None:
-    """Mean over the seeds with its interval; of one seed, the interval over documents. over: what it is over.
+    """Mean of a metric with its interval: over seeds, or over documents if the sweep has one seed.
 
-    seeds: number of seeds of the sweep. If only one of several has finished, the mean has no interval.
+    seeds: number of seeds of the sweep. If only one of several has finished, there is no interval.
+    The key `over` is "seeds", "documents" or None.
     """
     found = [run[key] for run in runs if key in run]
     if not found:
@@ -218,9 +224,9 @@ def _best(
     better: int,
     described: Mapping[str, Value],
 ) -> dict[str, Any]:
-    """The point with the best mean, its differences from all others, and the verdict as a sentence.
+    """The point with the best mean, its differences from all other points, and the verdict as a sentence.
 
-    The intervals of the differences hold together with 95 % confidence (Bonferroni).
+    The intervals of the differences hold simultaneously with 95 % confidence (Bonferroni).
     """
     having = [point for point in points if metric in point["metrics"]]
     if metric is None or not better or not having:
@@ -261,7 +267,7 @@ def _best(
 def _difference(
     first: Sequence[Mapping[str, Value]], second: Sequence[Mapping[str, Value]], metric: str, level: float
 ) -> dict[str, Any]:
-    """Mean of first minus second: paired by seed, or by document if there is one seed."""
+    """Mean of first minus second, paired by seed, or by document for a single seed."""
     pairs = [(a[metric], b[metric]) for a, b in zip(first, second) if metric in a and metric in b]
     if len(pairs) > 1:
         found = student_t([a.mean - b.mean for a, b in pairs], level=level)

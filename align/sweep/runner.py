@@ -1,8 +1,8 @@
 """Run a sweep: its runs one after another as `align run`, each distinct stage once.
 
-sweeps/<name>/sweep.json                  what is varied, and the points so far
+sweeps/<name>/sweep.json                  swept settings, and the points so far
 sweeps/<name>/recipe.yaml                 the recipe that all runs share
-sweeps/<name>/<point>/seed-<N>/           a run folder; a stage that another run has finished is a link to it
+sweeps/<name>/<point>/seed-<N>/           a run folder; stages shared with another run are links
 sweeps/<name>/report.{html,md,json}       the sweep's report, written every minute and at the end
 """
 
@@ -34,12 +34,16 @@ from align.sweep.state import STATE, is_sweep, read_state
 
 RECIPE = "recipe.yaml"
 REPORT_EVERY = 60.0
-"""Seconds between two reports of a sweep that runs."""
+"""Seconds between two reports of a running sweep."""
 
 
 class Settings(NamedTuple):
-    """How a sweep judges its points. metric: MODEL/KEY; None: chosen from the results. better: 1 or -1; 0: as the table
-    of metrics says. search: name of the search and its number of trials, if any."""
+    """Ranking and search of a sweep.
+
+    metric: MODEL/KEY; None chooses it from the results.
+    better: 1 if higher is better, -1 if lower is; 0 takes the direction from the table of metrics.
+    search: (name, number of trials) of the search; None for a grid.
+    """
 
     metric: str | None
     better: int
@@ -47,7 +51,7 @@ class Settings(NamedTuple):
 
 
 class Search(Protocol):
-    """Proposes points. `tell` gets the mean of the metric over the seeds, or None if the point failed."""
+    """Proposes points. `tell` receives the metric's mean over the seeds, or None if the point failed."""
 
     def ask(self) -> dict[str, str]: ...
 
@@ -64,11 +68,13 @@ def run_sweep(
     start: Callable[[Run, Path], int] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Run every point with every seed, or `settings.search`'s number of points; runs that have finished are kept.
+    """Run every point of the grid, or as many points as `settings.search` has trials, with every seed.
 
-    start: runs one run of a recipe file to its end and returns the exit status; default: `align run` in a process.
-    Returns the folders of the runs that have failed, with their exit statuses. Raises `UserError` before the first run
-    for a recipe that is not valid with a point's settings.
+    Finished runs are kept.
+
+    start: executes one run of a recipe file and returns its exit status; default: `align run` in a process.
+    Returns the folders of the failed runs, with their exit statuses.
+    Raises `UserError` before the first run if the recipe is invalid with a point's settings.
     """
     with locked(folder):
         points = _earlier_points(plan, folder, settings, resume=resume)
@@ -115,7 +121,7 @@ class _State:
     def __init__(self, plan: Plan, folder: Path, settings: Settings, points: list[Point]):
         self.plan, self.folder, self.settings, self.points = plan, folder, settings, points
         self._runs: dict[str, list[Run]] = {}
-        """Runs by the point's name; validating a recipe takes a tenth of a second."""
+        """{name of a point: its runs}. Cached, because validating a recipe takes a tenth of a second."""
 
     def runs(self, point: Point) -> list[Run]:
         if point.name not in self._runs:
@@ -128,7 +134,7 @@ class _State:
         write_json(self.folder / STATE, {**content, "points": points})
 
     def finished_stages(self) -> dict[str, Path]:
-        """Folder of each finished stage, by its identity. A link counts as the folder that it leads to."""
+        """{identity of a finished stage: its folder}. Links are skipped: their targets are listed."""
         found: dict[str, Path] = {}
         for run in (run for point in self.points for run in self.runs(point)):
             for name, identity in run.stages.items():
@@ -160,7 +166,7 @@ def state_content(plan: Plan, settings: Settings) -> dict[str, Any]:
 
 
 def _earlier_points(plan: Plan, folder: Path, settings: Settings, *, resume: bool) -> list[Point]:
-    """The points of an earlier start of the same sweep."""
+    """The points that an earlier start of the same sweep has recorded."""
     if not is_sweep(folder):
         return []
     if not resume:
@@ -176,7 +182,7 @@ def _earlier_points(plan: Plan, folder: Path, settings: Settings, *, resume: boo
 
 
 def _current(stored: Any) -> Any:
-    """An earlier recipe with the defaults of the settings that it did not have yet; unchanged if it is not valid."""
+    """A stored recipe, with defaults for settings added since; unchanged if it is not valid."""
     try:
         return Recipe.model_validate(stored).model_dump(mode="json")
     except ValidationError:
@@ -184,7 +190,7 @@ def _current(stored: Any) -> Any:
 
 
 def _require_valid(runs: Iterable[Run]) -> None:
-    """Raise `UserError` for problems of the runs that can be found without loading torch."""
+    """Raise `UserError` if a preflight check of a run fails; torch is not loaded."""
     found: dict[str, None] = {}
     for run in runs:
         found |= dict.fromkeys(problems(run.recipe, list(run.stages)))
@@ -193,9 +199,9 @@ def _require_valid(runs: Iterable[Run]) -> None:
 
 
 def _proposed(state: _State, search: Search, trials: int) -> Iterator[Point]:
-    """The points of a search: first those of an earlier start that have not finished, then new ones.
+    """The points of a search: first the unfinished points of an earlier start, then new ones.
 
-    The search is told the values of the earlier points that have finished.
+    Finished points of an earlier start are added to the search with their values.
     """
     earlier = state.points[:trials]
     finished = {point.name: all(map(is_finished, state.runs(point))) for point in earlier}
@@ -216,7 +222,7 @@ def is_finished(run: Run) -> bool:
 
 
 def share_stages(run: Run, finished: dict[str, Path]) -> None:
-    """Link the stages of a run that another run has finished; a link to a removed folder is replaced."""
+    """Link the stages that another run has finished; replace links to removed folders."""
     for name, identity in run.stages.items():
         place = run.folder / name
         if place.is_symlink() and not place.exists():
@@ -227,10 +233,10 @@ def share_stages(run: Run, finished: dict[str, Path]) -> None:
 
 
 def start_run(run: Run, recipe: Path, output: TextIO | None = None) -> int:
-    """Run `align run` in a process of its own, which ends with this one; return its exit status.
+    """Execute `align run` in a child process, which ends with this one; return its exit status.
 
-    output: where its lines go; default: to standard output.
-    A signal to this process is passed on, and raised again once the run has stopped.
+    output: stream for its lines; default: standard output.
+    Signals are forwarded to the run, and raised again once it has stopped.
     """
     words = ["run", str(recipe), *run.overrides, "--run-dir", str(run.folder), "--resume"]
     command = [sys.executable, "-m", "align.cli", *words]
@@ -251,6 +257,6 @@ def start_run(run: Run, recipe: Path, output: TextIO | None = None) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM to this process when its parent ends (Linux), also by SIGKILL."""
+    """Have the kernel send SIGTERM to this process when its parent ends (Linux), even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

@@ -13,9 +13,10 @@ SEARCHES = ("tpe", "random")
 
 
 class OptunaSearch:
-    """Points of optuna's sampler `kind` over settings with values or ranges.
+    """Points proposed by optuna's sampler `kind`.
 
-    better: 1 to maximise, -1 to minimise. The study is kept in memory: a resumed sweep tells it the earlier values.
+    better: 1 to maximise, -1 to minimise.
+    The study is in memory only; a resumed sweep adds the earlier values with `tell`.
     """
 
     def __init__(self, kind: str, axes: Sequence[Axis | Range], better: int, seed: int):
@@ -29,7 +30,7 @@ class OptunaSearch:
         self.study = optuna.create_study(direction="maximize" if better > 0 else "minimize")
 
     def ask(self) -> dict[str, str]:
-        """Settings of the next point as YAML text. The draw depends on the seed and on the earlier values only."""
+        """Settings of the next point, as YAML texts. They depend only on the seed and the earlier values."""
         samplers = self._optuna.samplers
         sampler = samplers.TPESampler if self.kind == "tpe" else samplers.RandomSampler
         self.study.sampler = sampler(seed=self.seed + self.told)
@@ -39,7 +40,7 @@ class OptunaSearch:
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
     def tell(self, settings: dict[str, str], value: float | None) -> None:
-        """Add a point with its value; None: it has failed."""
+        """Add a point with its value, or None if it failed."""
         self.told += 1
         state = self._optuna.trial.TrialState
         self.study.add_trial(

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep varies, and its points so far."""
+"""sweep.json: swept settings, and the points so far."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from align.eval.report.text_table import text_table, wrapped
 
 
 def intervals_line(content: Mapping[str, Any]) -> str:
-    """What the intervals of the table are over, and what the differences are."""
+    """Explanation of the intervals and differences in the table of points."""
     over = f"{content['seeds']} seeds" if content["seeds"] > 1 else "documents of one run"
     return (
         f"Means with 95 % intervals over {over}. Difference: best minus this setting, paired by "
@@ -20,7 +20,7 @@ def intervals_line(content: Mapping[str, Any]) -> str:
 
 
 def point_rows(content: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of the table of points: label, difference of the best from it, and a cell per metric."""
+    """(header, rows) of the table of points: label, best point minus this one, and a cell per metric."""
     metrics = content["metrics"]
     differences = {difference["point"]: difference for difference in content["differences"]}
     head = ["Setting", *(about["label"] for about in metrics.values())]

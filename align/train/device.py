@@ -32,7 +32,7 @@ def train_on_one_gpu(arguments: TrainingArguments) -> None:
 
 
 def one_of_several_gpus() -> str | None:
-    """Notice for the user if several GPUs are visible, of which this process uses only the first; otherwise None."""
+    """Notice for the user if several GPUs are visible but this process uses only the first; otherwise None."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < 2:
         return None

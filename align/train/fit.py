@@ -53,7 +53,7 @@ class Evaluations(Protocol):
     """Evaluations during training; see `align.eval.during.DuringTraining`."""
 
     def finish(self) -> dict[str, float]:
-        """Restore the weights that the stage hands on; returns their metrics."""
+        """Restore the weights of the stage's result; returns their metrics."""
         ...
 
 

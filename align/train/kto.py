@@ -71,7 +71,7 @@ class Kto:
     """The stage's loss on labelled completions, from `align.losses.preference`.
 
     references: log-probabilities of the completions under the reference [R, 1].
-    mismatched: what the estimate of the KL needs; None if the loss does not need it.
+    mismatched: mismatched completions for the estimate of the KL; None if the loss needs none.
     """
 
     stage: KtoStage
@@ -90,7 +90,7 @@ class Kto:
     def mismatched_examples(self, examples: Sequence[Completion]) -> list[Example]:
         """Each prompt of a step with the completion of another; values: the reference's log-probability.
 
-        Prompts without a completion of another prompt are left out.
+        Prompts without a completion of another prompt are omitted.
         """
         if self.mismatched is None:
             return []

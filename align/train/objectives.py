@@ -92,7 +92,7 @@ class SeparateDocuments(CrossEntropy):
 class BradleyTerry:
     """Mean over the step's pairs of -log sigmoid(chosen - rejected) + center_coef * (chosen + rejected)^2.
 
-    shares: compute the tokens with which both sides begin once.
+    shares: compute the common prefix of both sides once.
     """
 
     center_coef: float

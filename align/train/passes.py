@@ -146,8 +146,8 @@ class Part(NamedTuple):
 def parts_of_rank(examples: Sequence[Example], capacity: int, rank: int, ranks: int) -> Iterator[Part]:
     """The passes of this rank; pass j goes to rank j mod `ranks`. Every rank yields the same number of passes.
 
-    ZeRO and expert parallelism need every rank in every pass. A rank without one in the last round repeats the round's
-    first pass, which does not count.
+    ZeRO and expert parallelism need every rank in every pass. If fewer passes than ranks remain at the end, the other
+    ranks repeat the first of these passes, which does not count.
     """
     passes = split_into_passes([example.computed for example in examples], capacity, ranks)
     for start in range(0, len(passes), ranks):

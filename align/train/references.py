@@ -102,7 +102,7 @@ class Reference:
     def of(self, split: str, rows: ExampleRows, wanted: Sequence[int], **key: str) -> np.ndarray:
         """Log-probabilities of rows [rows, sequences per row], from the cache as far as it has them; collective.
 
-        wanted: the rows that are computed. key: what determines the rows besides the data.
+        wanted: the rows to compute. key: identity of the rows besides the data.
         """
         digest = hashlib.sha256(json.dumps({**self.key, "split": split, **key}, sort_keys=True).encode()).hexdigest()
         path = cache_folder(self.stage.data.cache).parent / "references" / f"{digest}.npy"

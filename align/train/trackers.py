@@ -71,7 +71,7 @@ class Trackers:
 
 
 class Settings(TrainingArguments):
-    """What transformers' callbacks read: the names of the run, and the recipe's settings as its hyper-parameters."""
+    """Training arguments for transformers' callbacks: the run's names; the recipe's settings as hyper-parameters."""
 
     def __init__(self, settings: Mapping[str, Any], context: StageContext, name: str, run_id: str):
         # trackio continues a run by its name, so a new start needs another name.

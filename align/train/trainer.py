@@ -35,13 +35,13 @@ from align.train.passes import Example, PackedPass, Part, Totals, parts_of_rank,
 from align.train.steps import Examples, StepLoader, Steps, as_step, row_order
 
 TRAINING_STATE = "training_state"
-"""Subfolder of a checkpoint in which a run under DeepSpeed saves its sharded training state."""
+"""Subfolder of a checkpoint with the sharded training state of a run under DeepSpeed."""
 
 WINDOW = 1024
 """Held-out rows that are packed together."""
 
 LOADS = 200
-"""Steps of a run of which the load of each expert is recorded, at regular distances."""
+"""Number of steps of a run at which the load of each expert is recorded, evenly spaced."""
 
 LOSS = "loss"
 
@@ -304,7 +304,7 @@ class PackedTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
-        """Run an epoch; none after the last step, of which transformers would train one more when a run is resumed."""
+        """Run an epoch; none after the last step, because transformers would train one more step in a resumed run."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*arguments, **named)
         else:

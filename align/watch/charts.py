@@ -1,4 +1,4 @@
-"""Charts of the live page: those of the report, then speed and memory, then every other metric of a stage."""
+"""Charts of the live page: the report's charts, then speed and memory, then all other metrics of a stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEED_CHARTS = (
 
 
 def grouped_charts(kind: str, keys: Iterable[str]) -> Iterator[tuple[str, Chart]]:
-    """(group, chart) of a stage with the metrics `keys`; charts without data are left out. kind: kind of the stage."""
+    """(group, chart) of a stage with the metrics `keys`; charts without data are omitted. kind: kind of the stage."""
     known = dict.fromkeys(keys)
     speed = {key for found in SPEED_CHARTS for key, _ in found.series}
     training = [*evaluation_charts(known), *CHARTS.get(kind, (chart("loss", held_out=True),))]
@@ -39,14 +39,14 @@ def grouped_charts(kind: str, keys: Iterable[str]) -> Iterator[tuple[str, Chart]
 
 
 def other_chart(key: str) -> Chart:
-    """The chart of a metric that no other chart has; a metric that is not in the table has its key as title."""
+    """The chart of a metric that no other chart shows; its title is the key if the table of metrics lacks it."""
     metric = metric_info(key)
     title = plain(key) if metric is None else metric.title_of(key.removeprefix(HELD_OUT))
     return Chart(f"{title}, held out" if metric and key.startswith(HELD_OUT) else title, ((key, title),))
 
 
 def chart_data(kind: str, group: str, found: Chart, curves: Mapping[str, Curve]) -> dict[str, Any]:
-    """A chart of a kind of stage as JSON: title with unit, decimated series, a band around the first if it has one."""
+    """A chart as JSON: title with unit, decimated series, and the band around the first series, if any."""
     drawn = [(label, curves[key]) for key, label in found.series if key in curves and curves[key].count]
     return {
         "group": group,
@@ -68,7 +68,7 @@ def curve_data(curve: Curve) -> dict[str, Any]:
 
 
 def band_data(found: Chart, curves: Mapping[str, Curve]) -> dict[str, Any] | None:
-    """The standard deviation or the interval around a chart's first series, by block; None if it has none."""
+    """Standard deviation or interval around a chart's first series, per block; None without one."""
     keys = [found.series[0][0], *([found.band] if found.band else found.ends or ())]
     if len(keys) == 1 or not all(key in curves and curves[key].count for key in keys):
         return None
@@ -85,5 +85,5 @@ def band_data(found: Chart, curves: Mapping[str, Curve]) -> dict[str, Any] | Non
 
 
 def numbers(values: Floats) -> list[float]:
-    """The values with the digits that a chart can show."""
+    """The values rounded to the digits that a chart can show."""
     return [int(value) if value == int(value) else float(f"{value:.6g}") for value in values.tolist()]

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from align.eval.report.smoothing import smoothing_window
 
 BLOCKS = 256
-"""A curve with at least as many points has this many blocks, and fewer than twice as many."""
+"""A curve with at least this many points has from this many to twice as many blocks."""
 LOW_STEP, LOW, HIGH_STEP, HIGH, SUM, END = range(6)
-"""Columns of a block: its smallest and its largest value with their steps, its sum, its last step."""
+"""Columns of a block: smallest and largest value with their steps, sum, last step."""
 
 Floats = NDArray[np.float64]
 
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 class Drawn(NamedTuple):
     """A decimated curve.
 
-    steps, values: logged points in the order of their steps, among them the extremes of every block.
+    steps, values: logged points by step, including the extremes of every block.
     smooth: (steps, running means) of a rough curve; None otherwise.
     window: points of the running mean; 0 without one.
     """
@@ -59,9 +59,9 @@ class Curve:
         return float(self._rest[-1, 0])
 
     def extend(self, steps: Sequence[float], values: Sequence[float]) -> None:
-        """Add points in the order of their steps.
+        """Add points ordered by step.
 
-        A step that is logged twice has its later value. Points before the last step are left out.
+        If a step is logged twice, its later value counts. Points before the last step are ignored.
         """
         added = np.array([steps, values], dtype=float).T
         finite = np.isfinite(added).all(axis=1)
@@ -105,7 +105,7 @@ class Curve:
         return Drawn(steps, values, smooth, window)
 
     def _all_blocks(self) -> tuple[Floats, Floats]:
-        """(blocks, their numbers of points), with the points after the last block as a further one."""
+        """(blocks, number of points in each); the points after the last block form a further one."""
         if not len(self._rest):
             return self._blocks, np.empty(0)
         counts = np.append(np.full(len(self._blocks), float(self.width)), float(len(self._rest)))
@@ -121,7 +121,7 @@ def running_mean(blocks: Floats, counts: Floats, window: int) -> tuple[Floats, F
 
 
 def _blocks(points: Floats) -> Floats:
-    """One block of each row of points [blocks, width, 2]."""
+    """One block per row of points [blocks, width, 2]."""
     every = np.arange(len(points))
     values = points[:, :, 1]
     low, high = points[every, values.argmin(axis=1)], points[every, values.argmax(axis=1)]
@@ -129,7 +129,7 @@ def _blocks(points: Floats) -> Floats:
 
 
 def _merged(blocks: Floats) -> Floats:
-    """The blocks in pairs."""
+    """Merge neighbouring blocks in pairs."""
     first, second = blocks[::2], blocks[1::2]
     lower, higher = second[:, LOW] < first[:, LOW], second[:, HIGH] > first[:, HIGH]
     return np.column_stack(

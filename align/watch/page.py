@@ -1,4 +1,4 @@
-"""The live page without data: report's frame and style sheet, and the script that asks for the data and draws it."""
+"""The live page without data: the report's frame and style sheet, and the script that requests and draws the data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from align.eval.report.page import page, policy_of
 _FOLDER = Path(__file__).parent
 SCRIPT = (_FOLDER / "watch.js").read_text(encoding="utf-8")
 STYLE = (_FOLDER / "watch.css").read_text(encoding="utf-8")
-_ASKS_ITS_SERVER = f"{REPORT_POLICY}; connect-src 'self'"
-POLICY = policy_of(SCRIPT, _ASKS_ITS_SERVER)
+_CONNECTS_TO_ITS_SERVER = f"{REPORT_POLICY}; connect-src 'self'"
+POLICY = policy_of(SCRIPT, _CONNECTS_TO_ITS_SERVER)
 """The content security policy: that of a report, but the script may request data from the server of the page."""
 BODY = """
 <header>
@@ -48,4 +48,4 @@ BODY = """
 
 
 def live_page() -> str:
-    return page("align watch", [BODY], script=SCRIPT, style=STYLE, policy=_ASKS_ITS_SERVER)
+    return page("align watch", [BODY], script=SCRIPT, style=STYLE, policy=_CONNECTS_TO_ITS_SERVER)

@@ -35,21 +35,21 @@ from align.watch.curve import Curve, Floats
 from align.watch.tail import Tail
 
 SAMPLES = 12
-"""Samples of a stage that are shown, the newest ones."""
+"""Number of samples shown per stage, the newest ones."""
 LONGEST = 4000
-"""Characters of a text that are shown."""
+"""Number of characters shown of a text."""
 RECENT = 50
-"""Steps whose mean time predicts the time left."""
+"""Number of latest steps whose mean time predicts the time left."""
 DEPTH = 2
-"""Levels of folders in which runs are looked for: runs, and runs of a sweep."""
+"""Levels of folders that are searched for runs: runs, and runs of a sweep."""
 RUNS = 200
-"""Runs that are listed, the newest ones."""
+"""Maximum number of listed runs, the newest ones."""
 
 
 class JsonFile:
-    """The JSON object in a file, read again when the file has changed; empty if there is none.
+    """The JSON object in a file, read again when the file changes; empty without a file.
 
-    changed: time of the last change of the file in seconds since the epoch; 0.0 if there is none.
+    changed: modification time of the file in seconds since the epoch; 0.0 without a file.
     """
 
     def __init__(self, path: Path):
@@ -82,7 +82,7 @@ class Stage:
     """One stage of a run.
 
     kind: kind of the stage; "" if it is unknown.
-    versions: for each part of the page (curves, samples, experts), a number that grows when the part has changed.
+    versions: {part of the page: counter}, incremented when the part (curves, samples, experts) changes.
     """
 
     def __init__(self, folder: Path, kind: str):
@@ -102,7 +102,7 @@ class Stage:
         )
 
     def read(self, deadline: float) -> bool:
-        """Read what is new until `deadline` (of time.monotonic); returns True if there is more."""
+        """Read new lines until `deadline` (of time.monotonic); returns True if more remain."""
         for file in (self._config, self._steps, self._manifest):
             file.read()
         if isinstance(kind := self._manifest.content.get("kind"), str):
@@ -113,7 +113,7 @@ class Stage:
         return more
 
     def state(self, now: float) -> dict[str, Any]:
-        """The stage for the list of stages; times in seconds."""
+        """Progress of the stage as JSON; times in seconds."""
         manifest, started = self._manifest.content, self._config.exists or bool(self.curves)
         finished = manifest.get("status") == "finished"
         status = "finished" if finished else "running" if started else "waiting"
@@ -219,7 +219,7 @@ SPEEDS = ("speed/train", "speed/rollout", "speed/generate")
 
 
 class Run:
-    """One run. name: as in its recipe; the folder's name before there is one."""
+    """One run. name: the recipe's, or the folder's until the recipe is written."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -231,7 +231,7 @@ class Run:
         return plain(self._recipe.content.get("name") or self.folder.resolve().name)
 
     def read(self, deadline: float) -> bool:
-        """Read what is new until `deadline`; returns True if there is more."""
+        """Read new lines of all stages until `deadline`; returns True if more remain."""
         self._recipe.read()
         self._report.read()
         kinds = self._kinds()
@@ -242,7 +242,7 @@ class Run:
         return any(more)
 
     def _kinds(self) -> dict[str, str]:
-        """{stage: kind} of the base model, the recipe's stages in their order, then of other folders of stages."""
+        """{stage: kind} of the base model, of the recipe's stages in order, and of other stage folders."""
         try:
             folders = [entry.name for entry in os.scandir(self.folder) if _is_stage(entry)]
         except OSError:
@@ -280,21 +280,21 @@ class Run:
 
 
 class Watched:
-    """The runs in a folder that is a run itself, or contains runs."""
+    """The runs in a folder, which is a run itself or contains runs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.runs: dict[str, Run] = {}
 
     def scan(self) -> dict[str, float]:
-        """Find the runs; returns the time of the last change of each, by its name in requests, newest first."""
+        """Find the runs; returns {name in requests: time of the last change}, newest first."""
         found = dict(sorted(_found(self.folder, "", DEPTH), key=lambda item: -item[1])[:RUNS])
         for name in [name for name in self.runs if name not in found]:
             del self.runs[name]
         return found
 
     def read(self, names: list[str], deadline: float) -> bool:
-        """Read the runs `names` of those that `scan` found; returns True if there is more."""
+        """Read the runs `names`, which `scan` has found; returns True if more remains to be read."""
         more = False
         for name in names:
             run = self.runs.setdefault(name, Run(self.folder / name))
@@ -303,7 +303,7 @@ class Watched:
 
 
 def _found(folder: Path, name: str, depth: int) -> Iterator[tuple[str, float]]:
-    """(name, time of the last change) of the runs in a folder. name: that of `folder`; "" for the first."""
+    """(name, time of the last change) of each run in a folder. name: name of `folder` in requests; "" for the root."""
     if signature := _signature(folder / "recipe.json"):
         yield name or ".", max([signature[0] / 1e9, *_stage_changes(folder)])
         return
@@ -333,7 +333,7 @@ def _is_stage(entry: os.DirEntry[str]) -> bool:
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """(time of the last change in ns, size, inode) of a file; None if there is none."""
+    """(modification time in ns, size, inode) of a file; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -342,7 +342,7 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """True for what a float can hold, NaN and infinity included."""
+    """True for a number that a float can represent, NaN and infinity included."""
     return type(value) is float or (type(value) is int and abs(value) < 1e300)
 
 
@@ -351,7 +351,7 @@ def _number(value: Any) -> float | None:
 
 
 def _seconds_of(row: dict[str, Any]) -> float:
-    """Seconds of a step, or of an iteration of PPO; 0.0 if the row has none."""
+    """Seconds of a step or of a PPO iteration; 0.0 if the row has no times."""
     times = [row.get(key) for key in ("time/step", *(f"time/{phase}" for phase in PHASES))]
     return sum(filter(None, map(_number, times)))
 
@@ -379,7 +379,7 @@ def _row_sample(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _content(messages: Any) -> Any:
-    """The text of one message; several messages as they are."""
+    """The text of a single message; several messages unchanged."""
     if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict):
         return messages[0].get("content")
     return [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else messages
@@ -395,7 +395,7 @@ def _evaluation_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Means and intervals of an evaluation: columns and rows of texts."""
+    """Means and intervals of an evaluation: head and rows of texts."""
     metrics = evaluation.get("metrics") or []
     rows = []
     for model in evaluation.get("models") or []:

@@ -16,47 +16,42 @@ import hashlib
 import hmac
 import json
 import re
-import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from align.errors import UserError
+from align.launch.http_server import HttpServer, QuietHandler
 from align.serve.settings import is_loopback
 from align.watch.page import POLICY, live_page
 from align.watch.runs import Run, Stage, Watched
 
 SELECTED = 7
-"""Runs that are shown at first, the newest ones: as many as there are colours."""
+"""Number of runs that are selected initially, the newest ones; equals the number of colours."""
 READING_S = 0.3
-"""Seconds that one request may spend on reading files; the page asks again for the rest."""
+"""Seconds that one request may spend on reading files; the page requests the rest again."""
 PACE = 100
 """Seconds between requests for the state per CPU second of this process, so that it takes at most a hundredth of one
 core from a run on the same machine."""
 LONGEST_WAIT_S = 10
-IDLE_TIMEOUT_S = 120
-"""Seconds after which the connection of a client that sends nothing is closed."""
 COMPRESS_FROM = 2000
-"""Bytes from which a response is compressed."""
+"""Responses of at least this many bytes are compressed."""
 
 
 class NotFound(Exception):
-    """The request names something that does not exist. The message says what."""
+    """The request names a run or stage that does not exist; the message names it."""
 
 
 class Live:
-    """The data of the page, read when it is asked for. Requests of several clients are answered one after another."""
+    """The data of the page, read at each request. Requests of several clients are answered one after another."""
 
     def __init__(self, folder: Path):
         self.watched = Watched(folder)
         self._lock = threading.Lock()
         self._counted, self._paid_until = time.process_time(), time.monotonic()
 
-    def answer(self, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
+    def respond(self, path: str, query: dict[str, list[str]]) -> dict[str, Any]:
         """The response to a request. query: parameters of the address."""
         with self._lock:
             if path == "/state":
@@ -111,7 +106,7 @@ class Live:
 
 
 def in_order(name: str) -> list[tuple[float, str]]:
-    """Key that sorts names with numbers in the order of the numbers: run-2 before run-10."""
+    """Sort key that orders numbers within names by value: run-2 before run-10."""
     parts = re.split(r"([0-9]+(?:[.][0-9]+)?)", name)
     return [(float(part), "") if place % 2 else (-1.0, part) for place, part in enumerate(parts)]
 
@@ -119,35 +114,24 @@ def in_order(name: str) -> list[tuple[float, str]]:
 PARTS = ("/state", "/curves", "/samples", "/experts", "/comparison")
 
 
-class WatchServer(ThreadingHTTPServer):
+class WatchServer(HttpServer):
     """Serves the live page of a folder. Port 0 selects a free port.
 
-    token: bearer token of every request for data; None for none, which only a loopback address may have.
+    token: bearer token of every request for data. None requires none, which is allowed on loopback addresses only.
     """
-
-    daemon_threads = True
 
     def __init__(self, folder: Path, host: str, port: int, token: str | None = None):
         self.live, self.host = Live(folder), host
         self.page = live_page().encode()
         self._digest = None if token is None else _digest(token)
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{host}:{port}: cannot listen there ({reason}). Pass another --port or --host.") from error
-
-    def server_bind(self) -> None:
-        """Bind without the base class's look-up of the host's full name, which hangs if name servers do not respond."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        super().__init__(host, port, _Handler)
 
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.server_port}/"
 
     def admits(self, authorization: str) -> bool:
-        """True if the header has the server's token, or the server has none."""
+        """True if the header contains the server's token, or if the server requires none."""
         if self._digest is None:
             return True
         scheme, _, token = authorization.partition(" ")
@@ -156,26 +140,19 @@ class WatchServer(ThreadingHTTPServer):
     def knows(self, host: str) -> bool:
         """True if a request names this server as its host.
 
-        Without a token, another name may be that of a web site that points to this machine, whose script then reads
-        the data (DNS rebinding).
+        Otherwise, on a server without a token, a web site whose name resolves to this machine could read the data by a
+        script (DNS rebinding).
         """
         name = urlsplit(f"//{host}").hostname or ""
         return self._digest is not None or name == self.host or is_loopback(name)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print errors, except those of a client that closes its connection."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: WatchServer
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_TIMEOUT_S
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
@@ -189,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(401, {"error": "Authorization: the bearer token is missing or wrong; send the server's token."})
         else:
             try:
-                self._json(200, self.server.live.answer(address.path, parse_qs(address.query)))
+                self._json(200, self.server.live.respond(address.path, parse_qs(address.query)))
             except NotFound as problem:
                 self._json(404, {"error": str(problem)})
 
@@ -218,8 +195,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _is_local(self) -> bool:
-        """True for a client on this machine, for which compression costs more than it saves."""
+        """True for a client on this machine, where compression costs more time than it saves."""
         return is_loopback(self.client_address[0])
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Print nothing: the base class prints a line per request."""

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 CHUNK = 2 * 2**20
 """Bytes that one call reads at most. Longer lines are skipped."""
 HEAD = 64
-"""Bytes at the start of a file by which it is known; a new file may have the inode of a removed one."""
+"""Bytes at the start of a file that identify it: a new file may reuse the inode of a removed one."""
 
 
 class Lines(NamedTuple):
-    """What `Tail.read` has found.
+    """Result of `Tail.read`.
 
     rows: the new lines, in order.
     restarted: True if the file was removed or replaced, so that earlier rows no longer count.
@@ -46,10 +46,10 @@ class Tail:
         """Read at most `CHUNK` bytes."""
         try:
             with open(self.path, "rb") as file:
-                restarted = self._meet(file)
+                restarted = self._detect_replacement(file)
                 file.seek(self._offset)
                 chunk = file.read(CHUNK)
-        except OSError:  # missing, or out of reach for now
+        except OSError:  # missing or temporarily unreadable
             restarted = self._offset > 0
             self._forget()
             return Lines([], restarted, more=False)
@@ -65,8 +65,8 @@ class Tail:
             self._skipping = False
         return Lines(list(_objects(chunk[start:end])), restarted, more=full)
 
-    def _meet(self, file: Any) -> bool:
-        """Start from the beginning if this is another file than before; returns True if lines of that one were read."""
+    def _detect_replacement(self, file: Any) -> bool:
+        """Restart at offset 0 if the file was replaced; returns True if lines of the earlier file had been read."""
         status, head = os.fstat(file.fileno()), file.read(HEAD)
         same = status.st_ino == self._inode and status.st_size >= self._offset and head.startswith(self._head)
         restarted = not same and self._offset > 0

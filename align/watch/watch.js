@@ -1,5 +1,5 @@
 "use strict";
-// The script of the live page: asks the server for what has changed, and draws it.
+// The script of the live page: requests changed data from the server, and draws it.
 // Texts of recipes, data sets and models only become text nodes, never HTML.
 
 const EVERY_MS = 2000; // at least, between two requests for the state
@@ -68,7 +68,7 @@ try {
     history.replaceState(null, "", location.pathname);
   }
   token = sessionStorage.getItem("token");
-} catch { /* without storage, the page asks for the token */ }
+} catch { /* without storage, the page prompts for the token */ }
 
 class Refused extends Error {}
 
@@ -113,10 +113,10 @@ async function main() {
     } catch (problem) {
       if (problem instanceof Refused) {
         byId("login").hidden = false;
-        say(token === null ? "The server asks for its token." : "This is not the server's token.", token !== null);
+        say(token === null ? "The server requires a token." : "This is not the server's token.", token !== null);
         pause = 1e9;
       } else if (problem instanceof TypeError || problem instanceof SyntaxError) { // no connection, or a part of a response
-        say("The server does not respond. The page shows what it has, and tries again.", true);
+        say("The server does not respond. The page shows the last data, and tries again.", true);
         pause = Math.min(Math.max(pause, EVERY_MS) * 1.5, SLOWEST_MS);
       } else throw problem;
     }
@@ -137,7 +137,7 @@ function say(text, lost = false) {
 
 const shown = () => state.runs.filter((run) => run.stages !== null);
 
-/* The colour of a run: the first that no other run has which is shown. It stays the run's while the run is shown. */
+/* The colour of a run: the first that no other shown run has. A run keeps its colour while it is shown. */
 const colors = new Map();
 function assignColors() {
   const names = shown().map((run) => run.id);
@@ -150,7 +150,7 @@ function assignColors() {
   }
 }
 
-/* Ask for the parts that are in view and have changed, then draw them. */
+/* Request the visible parts that have changed, then draw them. */
 async function update() {
   const wanted = [];
   for (const run of shown()) {
@@ -200,7 +200,7 @@ function showState() {
   if (!runs.length) {
     byId("tiles").replaceChildren();
     setText(byId("title"), state.folder);
-    say("There is no run in this folder yet. The page shows it when it begins.");
+    say("There is no run in this folder yet. The page shows it once it starts.");
     return;
   }
   const single = state.runs.length === 1;
@@ -315,7 +315,7 @@ function showBars(runs) {
   byId("stage-bars").replaceChildren(...cards);
 }
 
-/* One box for each stage of the runs that are shown. The current stage is open; a box that was pressed stays as it is. */
+/* One box for each stage of the shown runs. The current stage is open; boxes that the user has toggled stay so. */
 const boxes = new Map(), pressed = new Set();
 let followed = "";
 
@@ -412,7 +412,7 @@ const show = {
 
 // --- charts ------------------------------------------------------------------------------------------------------
 
-/* The charts of a stage, each with the series of all runs that are shown. */
+/* The charts of a stage, each with the series of all shown runs. */
 function showCurves(stage, box) {
   const found = dataOf("curves", stage), several = shown().length > 1;
   const merged = new Map();

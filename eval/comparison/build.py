@@ -59,7 +59,7 @@ def _stale(side: Side) -> Iterator[str]:
 
 
 def _ordered(mappings: Any) -> list[Any]:
-    """The keys of several mappings, each once, in the order in which they appear."""
+    """The distinct keys of several mappings, in order of appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 

@@ -68,7 +68,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared.
+    """One side of a comparison.
 
     kind: what `path` is. measured: values per document. finals: last value of each metric of a training stage, by
     (stage, key); the stage is "" if the side is a stage. curves: by stage. settings: by dotted path. results: id of

@@ -1,4 +1,4 @@
-"""All calls of a judge: in order, several at a time, recorded as they come, within a budget.
+"""All calls of a judge: in order, several at a time, recorded as they arrive, within a budget.
 
     calls.jsonl     one line for each call that was made
 
@@ -32,9 +32,9 @@ FAILURES_TO_GIVE_UP = 5
 
 @dataclass(frozen=True)
 class Call:
-    """One verdict to ask for.
+    """One verdict to request.
 
-    messages: what the judge is asked.
+    messages: prompt of the judge.
     vote: number of the vote on the same messages.
     """
 

@@ -14,7 +14,7 @@ from align.eval.statistics.intervals import Interval, mean_interval
 class PositionBias:
     """Effect of the order in which two answers are shown.
 
-    first: share of verdicts for the answer shown first, ties left out. Each pair is shown in both orders, so it is 0.5
+    first: share of verdicts for the answer shown first, without ties. Each pair is shown in both orders, so it is 0.5
         for a judge without this bias.
     inconsistent: share of votes on a pair that prefer the same position in both orders.
     verdicts: number of verdicts that are not ties. None instead of an interval if there are none.

@@ -94,8 +94,8 @@ def _read(response: Any) -> Reply:
     prompt, completion = (number if isinstance(number, int) and number > 0 else 0 for number in spent)
     if not isinstance(text, str):
         return Reply(None, prompt, completion, "the response has no text")
-    cut = choice.get("finish_reason") == "length"
-    return Reply(text, prompt, completion, "the answer was cut at max_tokens" if cut else "")
+    truncated = choice.get("finish_reason") == "length"
+    return Reply(text, prompt, completion, "the answer was truncated at max_tokens" if truncated else "")
 
 
 def _message(response: Any) -> str:

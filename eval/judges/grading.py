@@ -1,4 +1,4 @@
-"""Grades and comparisons from a judge's verdicts. What could not be judged is unscored, and never 0 or a loss."""
+"""Grades and comparisons from a judge's verdicts. A missing verdict is unscored, never 0 or a loss."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Grade:
 
     @property
     def value(self) -> float | None:
-        """Mean of the votes that there are; None without one."""
+        """Mean of the existing votes; None without any."""
         found = [vote for vote in self.votes if vote is not None]
         return sum(found) / len(found) if found else None
 

@@ -1,4 +1,4 @@
-"""Win rate at equal length: what the win rate would be if both answers to each question were equally long."""
+"""Win rate at equal length: the predicted win rate if both answers to each question had the same length."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def equal_length_rate(results: Sequence[float], lengths: Sequence[tuple[int, int
 
     Logistic regression of the results on tanh(difference of lengths / its standard deviation); the rate is the model's
     value at 0. Interval: on the logit scale, from the larger of the robust (sandwich) and the model's variance of the
-    intercept. Like the
-    length-controlled win rate of Dubois et al. 2024 (arXiv 2404.04475), without their term for a question's difficulty.
+    intercept. It resembles the length-controlled win rate of Dubois et al. 2024 (arXiv 2404.04475), without their term
+    for a question's difficulty.
 
     Args:
         results: 1 if the first model wins, 0.5 for a tie, 0 if the second wins.

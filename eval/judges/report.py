@@ -66,7 +66,7 @@ def bias_lines(bias: PositionBias) -> list[str]:
 
 
 def agreement_line(first: str, second: str, agreement: Agreement) -> str:
-    """How often two judges agree."""
+    """A sentence on the agreement of two judges' votes."""
     if agreement.same is None:
         return f"{first} and {second} have judged no pair in common"
     kappa = "" if agreement.kappa is None else f", kappa {agreement.kappa:.2f}"

@@ -4,7 +4,7 @@
 
 const PAGE = 25; // samples in the document at a time, so that its size does not depend on their number
 const CHIPS = 6; // with more models, a sample's line has the scores of the two that are compared
-const UNANSWERED = 1, CUT = 2;
+const UNANSWERED = 1, TRUNCATED = 2;
 const COLORS = 7;
 
 const byId = (id) => document.getElementById(id);
@@ -167,7 +167,7 @@ function explore(models, tasks, samples) {
     zero: [() => (several ? "0 for all models" : "score 0"), (s) => s[4].every((a, k) => a && score(s, k) === 0)],
     unscored: [() => "unscored", (sample) => sample[4].some((answer, k) => answer && score(sample, k) === null)],
     unanswered: [() => "no answer found", flagged(UNANSWERED)],
-    cut: [() => "reached max_new_tokens", flagged(CUT)],
+    truncated: [() => "reached max_new_tokens", flagged(TRUNCATED)],
   };
   controls.show.append(...Object.keys(filters).map((name) => option(name, name)));
 
@@ -285,7 +285,7 @@ function explore(models, tasks, samples) {
     const other = several && reference !== m ? sample[4][reference] : null;
     const scores = tasks[sample[0]].metrics.map((name, k) => `${name} ${shownScore(values[k])}`);
     if (flags & UNANSWERED) scores.push("no answer found");
-    if (flags & CUT) scores.push("reached max_new_tokens");
+    if (flags & TRUNCATED) scores.push("reached max_new_tokens");
     const box = element(
       "section", {},
       element("h4", {}, element("i", { class: `dot m${m % COLORS}` }), models[m]),

@@ -51,8 +51,8 @@ def _sections(results: Results) -> Iterator[Section]:
 
 NUMBERS = (
     '<p class="soft">Means with 95 % intervals. Unscored documents are not in the mean; they are counted, with those '
-    "that lack records. Cut: completions that reached max_new_tokens. No answer: completions in which no answer was "
-    "found, which count as wrong. A slash separates the counts of models.</p>"
+    "that lack records. Truncated: completions that reached max_new_tokens. No answer: completions in which no answer "
+    "was found, which count as wrong. A slash separates the counts of models.</p>"
 )
 
 

@@ -150,9 +150,9 @@ def ranked(models: Sequence[str], column: Column | None) -> list[str]:
 
 
 def all_metrics(results: Results) -> Iterator[str]:
-    """Each metric of each task, and the counts of what is not in it; a slash separates the counts of the models."""
+    """Table of all metrics of all tasks with their counts; a slash separates the counts of the models."""
     models = results.models
-    heads = ["Task and metric", *models, "n", "unscored", "cut", "no answer"]
+    heads = ["Task and metric", *models, "n", "unscored", "truncated", "no answer"]
     body, before = [], ""
     for task, metric, values in results.rows():
         counts = [results.content["models"][model]["tasks"][task] for model in values]
@@ -163,7 +163,7 @@ def all_metrics(results: Results) -> Iterator[str]:
         of_models = [
             [found["n"] for found in values.values()],
             [count["unscored"] + count["missing"] for count in counts],
-            *([count[key] for count in counts] for key in ("cut", "unanswered")),
+            *([count[key] for count in counts] for key in ("truncated", "unanswered")),
         ]
         cells += [f'<td class="nowrap">{_counts(found)}</td>' for found in of_models]
         body.append(f"<tr{' class=task' if title else ''}>{''.join(cells)}</tr>")

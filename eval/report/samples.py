@@ -12,8 +12,8 @@ from align.eval.results import Results
 from align.run.folder import read_jsonl
 
 TEXT_BUDGET = 32_000_000
-"""Characters of texts on the page; a browser opens it in a few seconds. What exceeds it is left out and counted."""
-UNANSWERED, CUT = 1, 2
+"""Maximum number of characters on the page, which a browser opens in a few seconds. Further samples are counted."""
+UNANSWERED, TRUNCATED = 1, 2
 """Flags of a model's answer: no answer was found in it; a completion reached max_new_tokens."""
 
 
@@ -21,14 +21,14 @@ UNANSWERED, CUT = 1, 2
 class Sample:
     """One document and sample of a task.
 
-    verdicts: the row of scores.jsonl of each model that has one. cut: models of which a completion was cut.
+    verdicts: {model: row of scores.jsonl}. truncated: models with a truncated completion.
     """
 
     task: str
     document: str
     sample: int
     verdicts: dict[str, dict[str, Any]]
-    cut: set[str]
+    truncated: set[str]
 
     @property
     def common(self) -> dict[str, str]:
@@ -81,17 +81,17 @@ def collect(results: Results) -> list[Sample]:
     """All samples of all models, in the order of the tasks and documents."""
     found: dict[tuple[str, str, int], Sample] = {}
     for model in results.models:
-        cut = _cut(results, model)
+        truncated = _truncated(results, model)
         for row in results.all_verdicts(model):
             place = row["task"], row["document"], row["sample"]
             sample = found.setdefault(place, Sample(*place, {}, set()))
             sample.verdicts[model] = row
-            if place in cut:
-                sample.cut.add(model)
+            if place in truncated:
+                sample.truncated.add(model)
     return list(found.values())
 
 
-def _cut(results: Results, model: str) -> set[tuple[str, str, int]]:
+def _truncated(results: Results, model: str) -> set[tuple[str, str, int]]:
     """(task, document, sample) of each completion of a model that reached max_new_tokens."""
     rows = read_jsonl(results.folder / model / "records.jsonl")
     last = {(row["task"], row["version"], *row["place"]): row for row in rows}
@@ -100,7 +100,7 @@ def _cut(results: Results, model: str) -> set[tuple[str, str, int]]:
     return {
         (row["task"], str(row["place"][0]), int(row["place"][3]))
         for row in last.values()
-        if row["status"] == "cut" and versions.get(row["task"]) == row["version"]
+        if row["status"] == "truncated" and versions.get(row["task"]) == row["version"]
     }
 
 
@@ -117,7 +117,7 @@ def metric_names(found: Sequence[Sample]) -> dict[str, list[str]]:
 def keep(found: Sequence[Sample], metrics: Mapping[str, str], budget: int) -> list[Sample]:
     """The samples that fit into `budget` characters, by turns from each task; in their own order.
 
-    metrics: the metric of each task by which samples are chosen.
+    metrics: {task: metric that selects the samples}.
     """
     if sum(sample.size for sample in found) <= budget:
         return list(found)
@@ -146,7 +146,7 @@ def _content(sample: Sample, task: int, metrics: Sequence[str], models: Sequence
             answers.append(None)
             continue
         values = [_rounded(verdict["values"].get(name)) for name in metrics]
-        flags = UNANSWERED * bool(verdict["unanswered"]) + CUT * (model in sample.cut)
+        flags = UNANSWERED * bool(verdict["unanswered"]) + TRUNCATED * (model in sample.truncated)
         own = {key: value for key, value in verdict["shown"].items() if key not in common}
         answers.append([values, flags, verdict["reason"], own])
     return [task, sample.document, sample.sample, common, answers]

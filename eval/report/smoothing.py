@@ -1,4 +1,4 @@
-"""When a curve gets a running mean, and over how many points; the same in a report and on the live page."""
+"""Running means of curves: the criterion and the window, shared by reports and the live page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ decaying learning rate, the ratio is 1."""
 
 
 def smoothing_window(count: int, travel: float, span: float) -> int:
-    """Points of the running mean of a curve; 0 for a curve that is drawn as it is.
+    """Points of the running mean of a curve; 0 for a curve that is drawn without one.
 
     count: number of points. travel: total variation. span: range of the values.
     """

@@ -12,7 +12,7 @@ from align.eval.statistics.intervals import Interval, mean_interval
 class BestOfN(NamedTuple):
     """One point of the curve.
 
-    n: number of completions of which the best is taken.
+    n: number of completions per choice.
     kl: KL divergence of best-of-n from the sampling distribution, log(n) - (n - 1) / n (an upper bound).
     proxy, gold: expected scores of the chosen completion, as means over prompts with their intervals.
     """

@@ -98,7 +98,7 @@ class Bin(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """How far probabilities sigmoid(margin) can be believed.
+    """Calibration of the probabilities sigmoid(margin).
 
     bins: reliability table of the confidence max(p, 1 - p), from 0.5 to 1. Empty bins are absent.
     ece: expected calibration error, the mean distance of confidence and accuracy, weighted by the bins' pairs.

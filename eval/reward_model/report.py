@@ -52,7 +52,7 @@ def bias_lines(name: str, kind: str, bias: Bias | None) -> list[str]:
 
 
 def agreement_lines(first: str, second: str, one: Sequence[ScoredPair], two: Sequence[ScoredPair]) -> list[str]:
-    """How often two models prefer the same completion, and which one is more accurate."""
+    """Agreement of two models' preferences, and the difference of their accuracies."""
     found = model_agreement(one, two)
     if found is None:
         return [f"{first} and {second} have scored no pair in common"]

@@ -1,6 +1,6 @@
 """Statistics of an evaluation, in numpy alone.
 
-    summary        one value per prompt: mean, interval, and the counts of what is not in the mean
+    summary        one value per prompt: mean, interval, and the counts of excluded values
     intervals      confidence intervals of a mean and of a paired difference
     significance   paired tests, correction for several tests, minimum detectable effect
     ratings        Bradley-Terry strengths from comparisons

@@ -1,4 +1,4 @@
-"""Paired tests of two models, correction for several tests, and the effect that a test would have found."""
+"""Paired tests of two models, correction for several tests, and the minimum detectable effect."""
 
 from __future__ import annotations
 

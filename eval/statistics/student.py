@@ -12,7 +12,7 @@ def student_t_cdf(t: float, degrees: float) -> float:
 
 
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """Value up to which there is this probability."""
+    """Quantile: the value with this probability of a smaller one."""
     if not 0 < probability < 1 or degrees <= 0:
         raise ValueError(f"no quantile {probability} with {degrees} degrees of freedom")
     if probability < 0.5:

@@ -1,4 +1,4 @@
-"""Statistics of one value per prompt: mean, interval, and the counts of what is not in the mean."""
+"""Statistics of one value per prompt: mean, interval, and the counts of excluded values."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def limit_resources(*, cpu_s: int, memory_bytes: int) -> None:
 def confine() -> None:
     """Give up all rights except to compute, to read `readable_paths()` and to use the open file descriptors.
 
-    Raises OSError if a wall cannot be set. The process must have one thread.
+    Raises OSError if a restriction cannot be set. The process must have one thread.
     """
     readable = readable_paths()
     for capability in range(64):

@@ -1,8 +1,8 @@
 """Run a program in this process, or tests in this process against a program in a forked one, after confining both.
 
 Started by `Sandbox` with Python's options -I and -S. Standard input has frames (see `wire`): first the program and its
-limits, then, for tests, the tests. The walls are up before the program runs, and the program runs before the tests
-are read, so its process never holds them.
+limits, then, for tests, the tests. The process is confined before the program runs, and the program runs before
+the tests are read, so its process never contains them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from align.reward.sandbox.tester import Candidate, describe, run_tests
 class Job:
     """The first frame of standard input.
 
-    code: the program. mark: printed once the walls are up. tests: run tests against the program, which the second frame
-    has; otherwise the rest of standard input is the program's.
-    confined: set the walls; false leaves only the limits.
+    code: the program.
+    mark: printed once the process is confined.
+    tests: run the tests of the second frame against the program; otherwise the rest of standard input is the program's.
+    confined: confine the processes; false sets the limits only.
     cpu_s, memory_bytes: limits of each process.
     """
 

@@ -1,4 +1,4 @@
-"""Run programs that a model wrote, and tests against them, in a process that can neither harm nor learn anything.
+"""Run programs that a model wrote, and tests against them, in a process without access to the rest of the machine.
 
     sandbox = Sandbox()
     sandbox.run_program("print(int(input()) + 1)", "41").output             # "42\\n"
@@ -83,14 +83,14 @@ class TestRun:
 
 
 class Sandbox:
-    """Runs programs and tests under limits and behind walls.
+    """Runs programs and tests in confined processes with limits.
 
     limits: limits of each run.
-    unsafe: run without walls, under the limits only.
+    unsafe: run without confinement, under the limits only.
     python: interpreter; default: the one that runs this process.
-    bubblewrap: path of bwrap for a second wall, or "" for none. Default: bwrap on the PATH, if it works.
+    bubblewrap: path of bwrap as an additional layer, or "" for none. Default: bwrap on the PATH, if it works.
 
-    Raises UserError if this machine has no walls and `unsafe` is false.
+    Raises UserError if this machine cannot confine processes and `unsafe` is false.
     """
 
     def __init__(
@@ -311,8 +311,8 @@ def find_bubblewrap(python: str) -> str:
     return path if ran.returncode == 0 else ""
 
 
-def walls(sandbox: Sandbox) -> str:
-    """The walls around a sandbox's programs, for a message."""
+def layers(sandbox: Sandbox) -> str:
+    """The layers of a sandbox, for a message."""
     if not sandbox.confined:
         return "none, limits only"
     inner = "Landlock, seccomp and limits"

@@ -1,4 +1,4 @@
-"""Compare what our source uses (`usage`, `contract`) with the files of one version (`tree`); name what is missing."""
+"""Compare our source's uses (`usage`, `contract`) with the files of one version (`tree`), and report missing names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = "vllm"
 
 
 def problems(tree: Tree, used: Usage, source: Path) -> list[str]:
-    """What would break with this version, one sentence each."""
+    """Incompatibilities with this version, one sentence each."""
     found = [*of_imports(tree, used), *of_uses(tree, used), *of_subclasses(tree, used)]
     found += [*of_contract(tree), *of_options(tree, source), *of_environment(tree, used), *of_routes(tree, used)]
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""What align relies on in vLLM beyond what its imports, calls and subclasses show: methods and attributes of objects.
+"""Methods and attributes of vLLM's objects that align relies on; imports, calls and subclasses do not show them.
 
 tests/unit/rollout/test_library_vllm.py checks the same tables in the installed vLLM, by `inspect` instead of `ast`.
 """

@@ -1,4 +1,4 @@
-"""An unpacked package, read as text: where a name is defined, what a class has, which arguments a function takes.
+"""An unpacked package, read as text: definitions of names, attributes of classes, arguments of functions.
 
 Nothing is imported, so the CUDA build of a package can be read on a machine without a GPU and without its dependencies.
 """
@@ -18,7 +18,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Definition:
-    """What a name stands for. node: a module, class, function, or the statement that sets a value."""
+    """Definition of a name. node: a module, class, function, or the statement that sets a value."""
 
     module: str
     name: str
@@ -44,7 +44,7 @@ class Tree:
         return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
     def find(self, module: str, name: str) -> Definition | None:
-        """What `from module import name` gives."""
+        """The definition that `from module import name` imports."""
         return self._find(module, name, frozenset())
 
     def _find(self, module: str, name: str, seen: frozenset[tuple[str, str]]) -> Definition | None:
@@ -105,7 +105,7 @@ class Tree:
     # --- classes -----------------------------------------------------------------------------------------------
 
     def bases(self, owner: Definition) -> list[Definition]:
-        """The class and its bases in this package, nearest first. Bases of other packages are left out."""
+        """The class and its bases in this package, nearest first. Bases of other packages are omitted."""
         assert isinstance(owner.node, ast.ClassDef)
         found = [owner]
         for base in owner.node.bases:

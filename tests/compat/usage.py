@@ -1,4 +1,4 @@
-"""What our source takes from a package: imports, attributes and calls of imported names, subclasses.
+"""Our source's use of a package: imports, attributes and calls of imported names, subclasses.
 
 It is read from the source itself, so a new import is checked without being listed anywhere.
 """
@@ -58,7 +58,7 @@ class Usage:
 
 
 def usage(source: Path, package: str) -> Usage:
-    """What the Python files of `source`, a checkout, take from `package`."""
+    """Uses of `package` in the Python files of `source`, a checkout."""
     found = Usage()
     for path in files(source, package):
         body = ast.parse(path.read_text(encoding="utf-8"))

@@ -188,7 +188,7 @@ def check_gradients(model_type: str) -> float:
 
 
 def check_replay(model_type: str) -> float | None:
-    """Replayed own choices change nothing, other experts are used as told; None for a dense family."""
+    """Replayed own choices change nothing, and other replayed experts are used exactly; None for a dense family."""
     model = adopted(model_type, tiny_model(model_type))
     layers = routed_layers(model.config)
     sequences = rows()

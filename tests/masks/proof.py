@@ -29,7 +29,7 @@ _MERGED = ("user assistant system\n\n", "the answer is 4\n", "你好，世界", 
 
 @dataclass
 class Report:
-    """What was found for one template.
+    """Counts and deviations for one template.
 
     turns: trained turns.
     split: conversations that became several rows.

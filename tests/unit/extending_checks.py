@@ -1,4 +1,4 @@
-"""Use what docs/extending.md adds. `test_extending.py` runs this in a process that imports the extended copy."""
+"""Use the additions of docs/extending.md. `test_extending.py` runs this in a process that imports the extended copy."""
 
 from __future__ import annotations
 

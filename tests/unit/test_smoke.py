@@ -1,4 +1,4 @@
-"""`align smoke`: verdicts, what happens when a line fails, and the measurements that need no GPU."""
+"""`align smoke`: verdicts, failing lines, and the measurements that need no GPU."""
 
 from __future__ import annotations
 

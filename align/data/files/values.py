@@ -52,7 +52,7 @@ def _not_a_row(value: Any, where: str) -> UserError:
 
 
 def _parse_by_column(text: bytes, where: str, error: Exception) -> Row:
-    """The row of an object of which some value cannot be parsed, or the error if it is not an object at all."""
+    """The row of an object with an invalid value, or the error if it is not an object."""
     parts = _columns_of(text)
     if parts is None:
         raise _invalid(text, where, error)

@@ -53,7 +53,7 @@ class ItemIndex:
         return max(self.matches(text, threshold), default=None, key=lambda match: match.share)
 
     def matches(self, text: str, threshold: float) -> list[Match]:
-        """All items of which the text contains at least the share `threshold`."""
+        """The items whose n-grams the text contains to at least the share `threshold`."""
         text_units = units(text)
         return [match for table in self._tables for match in table.matches(text_units, threshold)]
 

@@ -1,7 +1,7 @@
-"""Word n-grams as 64-bit hashes, by which texts are compared.
+"""Word n-grams as 64-bit hashes, for comparing texts.
 
 Units are words in lower case, and single characters of scripts that are written without spaces. Punctuation and white
-space separate units. Texts of which more than half of the units are such characters are compared by n-grams of six
+space separate units. Texts with more than half of their units in such characters are compared by n-grams of six
 units, other texts by n-grams of three.
 
 The hashes are equal in every process and on every machine.
@@ -42,7 +42,7 @@ def _found(pattern: regex.Pattern[str], text: str) -> list[str]:
 
 
 def gram_size(text_units: list[str]) -> int:
-    """Units per n-gram by which a text with these units is compared."""
+    """Units per n-gram for a text with these units."""
     unspaced = sum(len(unit) == 1 and _IS_UNSPACED.match(unit) is not None for unit in text_units)
     return CHARACTERS if 2 * unspaced > len(text_units) else WORDS
 

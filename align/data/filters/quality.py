@@ -70,7 +70,7 @@ def truncated(answer: str) -> bool:
 
 
 def broken_markdown(answer: str) -> bool:
-    """An unclosed code fence, or a table in which a row has another number of cells than its header."""
+    """An unclosed code fence, or a table with a row whose number of cells differs from the header's."""
     fence, width, previous = "", 0, ""
     for line in answer.splitlines():
         mark = _FENCE.match(line if fence else _BULLET.sub("", line))

@@ -67,7 +67,7 @@ _WANTED: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
     "token_ids": (("input_ids",),),
 }
-"""Columns to which the advice renames others, for each shape."""
+"""{shape: columns that the advice suggests as new names}."""
 _NO_EXAMPLE = "Rename them in the recipe with `columns: {standard name: name in the file}`, or set another source."
 
 
@@ -119,7 +119,7 @@ def needs(accepted: Sequence[Shape]) -> str:
 
 
 def no_shape(columns: Iterable[str], accepted: Sequence[Shape], where: str) -> UserError:
-    """The error for a source of which no row has an accepted shape."""
+    """The error for a source without a row of an accepted shape."""
     present = sorted(columns)
     example = renaming(present, accepted)
     return UserError(

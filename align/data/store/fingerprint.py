@@ -18,7 +18,7 @@ from align.run.cache import hashed
 _WITHOUT_EFFECT = ("store", "prepare.py", "balance.py", "no_rows.py", "experience.py", "transfer.py")
 """Modules of `align.data` that do not determine how a row is read and encoded."""
 _CLOCK = "strftime_now"
-"""Function by which a chat template writes today's date."""
+"""Function that chat templates call for today's date."""
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -28,7 +28,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         core = hashlib.sha256(pickle.dumps(tokenizer)).hexdigest()
     else:
-        # Truncation and padding are what the last call set.
+        # Truncation and padding keep the settings of the last call.
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
         core = hashed(state)
     template = tokenizer.chat_template

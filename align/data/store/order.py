@@ -86,8 +86,8 @@ def _source_order(start: int, size: int, source: Source, seed: int) -> datasets.
         (kept if number == 0 else kept.shuffle(seed + number * _PASS_SEED, keep_in_memory=True), count)
         for number, count in enumerate(passes)
     ]
-    cut = [part if count == rows else part.select(range(count)) for part, count in repeated]
-    return cut[0] if len(cut) == 1 else datasets.concatenate_datasets(cut)
+    taken = [part if count == rows else part.select(range(count)) for part, count in repeated]
+    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 
 def _shuffled(rows: int, seed: int, start: int = 0) -> datasets.Dataset:

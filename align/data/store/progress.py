@@ -58,7 +58,7 @@ def text_bytes(chunk: Chunk) -> int:
 
 @dataclass
 class Progress:
-    """Progress of one source. `kept` counts what an earlier start has tokenised already."""
+    """Progress of one source. `kept` counts the rows that an earlier start has tokenised."""
 
     name: str
     size: Size | None

@@ -34,7 +34,7 @@ from align.run.cache import read_json, write_atomically, writing
 
 ROW = np.dtype([("count", "i4"), ("reason", "i4"), ("key", "u8"), ("text", "u8"), ("grams", "i4")])
 """count: token rows. reason: index into the reasons, USED or UNREAD. key: hash of the prompt, 0 for a dropped row.
-text: hash of the text and label by which duplicates are found, 0 without such a filter or a text. grams: number of its
+text: hash of text and label, for finding duplicates, 0 without such a filter or a text. grams: number of its
 n-grams in grams.npy."""
 TOKENS = np.dtype([("tokens", "i4"), ("loss", "i4"), ("truncated", "?"), ("split", "?"), ("digest", "u8")])
 """tokens, loss: counts of tokens. digest: hash of the ids and labels."""

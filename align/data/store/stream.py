@@ -266,7 +266,7 @@ def _pieces(ends: np.ndarray, start: int, stop: int) -> list[int]:
 
 
 def _read_marks(file: Path) -> list[State]:
-    """The marks of earlier runs. A line that was cut short by a kill ends the list."""
+    """The marks of earlier runs. A line that a kill left incomplete ends the list."""
     marks: list[State] = []
     for line in file.read_text(encoding="ascii", errors="replace").splitlines() if file.exists() else ():
         try:

@@ -1,4 +1,5 @@
 """Recipes from the configuration files of other tools.
 
-Every key is mapped, mapped with a stated difference, without effect on the result, or listed with the reason why it is
-not mapped."""
+Every key is mapped, mapped with a stated difference, reported as having no effect on the result, or reported as not
+mapped with the reason.
+"""

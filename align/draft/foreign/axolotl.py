@@ -6,22 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.data_files import SUFFIXES
-from align.draft.foreign.common import (
-    LINEAR_SWITCHES,
-    Importing,
-    Parts,
-    batch,
-    full_modules,
-    held_out,
-    linear_difference,
-    lora,
-    optimizer,
-    precision,
-    processes,
-    quantize,
-    steps_of,
-    warmup,
-)
+from align.draft.foreign import common
+from align.draft.foreign.common import LINEAR_SWITCHES, Importing, Parts
 from align.draft.foreign.keys import NO_EFFECT, Keys
 from align.errors import UserError
 
@@ -121,7 +107,7 @@ REASONS = {
     "early_stopping_patience": "align trains all steps; data.held_out measures the loss during training",
     "resume_from_checkpoint": "checkpoints of another tool cannot be continued",
     "default_system_message": "set model.system_prompt for a ChatML template, or system_prompt of a source",
-    "rpo_alpha": "its term has another normalisation than align's sft_coef",
+    "rpo_alpha": "its loss term is normalised differently from align's sft_coef",
     "dataset_exact_deduplication": "add {kind: duplicates} to data.filters, which also finds near duplicates",
     "chat_template_jinja": "save the template as chat_template.jinja in the checkpoint's folder",
     "min_sample_len": "add {kind: length} to data.filters",
@@ -135,14 +121,14 @@ SFT_KEYS |= {"roles_to_train", "train_on_eos", "field_chosen", "field_rejected",
 
 
 def axolotl(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, Keys]:
-    """The recipe's parts, and what became of every key. Raises `UserError` for what no recipe can do."""
+    """The recipe's parts and the mapping of every key. Raises `UserError` for a value that no recipe can reproduce."""
     keys = Keys(path, values)
     keys.require("rl", tuple(LOSSES), f"only SFT and {' and '.join(LOSSES)} are imported. Write the recipe by hand")
     keys.require("adapter", ("lora", "qlora"), "align trains all weights or LoRA adapters. Set lora, or remove the key")
     for key in ("lora_model_dir",):
         keys.require(key, (), "merge the adapter first, and set base_model to the merged model")
     for key in ("reward_model", "process_reward_model", "pretraining_dataset", "unfrozen_parameters", "relora", "qat"):
-        keys.require(key, (False,), "align cannot import this way to train. Write the recipe by hand")
+        keys.require(key, (False,), "this way of training is not imported. Write the recipe by hand")
     keys.require("batch_size", (), "set micro_batch_size and gradient_accumulation_steps instead")
     kind = "dpo" if "rl" in keys else "sft"
     model = keys.take("base_model", "model.path")
@@ -160,7 +146,7 @@ def axolotl(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, K
     if "test_datasets" in keys:
         data["held_out"], _ = _sources(keys, "test_datasets", kind)
     else:
-        held_out(keys, "val_set_size", data)
+        common.held_out(keys, "val_set_size", data)
     data["max_length"] = length
     stage = parts.stage
     stage["data"] = data
@@ -173,16 +159,16 @@ def axolotl(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, K
         if "train_on_inputs" in keys:
             keys.ignored["train_on_inputs"] = "the loss of pairs is on completions in both"
     _template(keys)
-    parts.dtype = precision(keys)
+    parts.dtype = common.precision(keys)
     _lora(keys, parts, how)
     packs = "sample_packing" if keys.values.get("sample_packing") is True else None
-    stage |= batch(keys, how, micro="micro_batch_size", default=1, packs=packs, length=length)
-    stage |= steps_of(keys, "num_epochs", 1.0)
+    stage |= common.batch(keys, how, micro="micro_batch_size", default=1, packs=packs, length=length)
+    stage |= common.steps_of(keys, "num_epochs", 1.0)
     names = {"schedule": "lr_scheduler", "default": "cosine", "optim": "optimizer"}
-    stage["optimizer"] = optimizer(keys, rate=None, **names)
+    stage["optimizer"] = common.optimizer(keys, rate=None, **names)
     if stage["optimizer"]["learning_rate"] is None:
         raise UserError(f"{path}: learning_rate is missing. Add it.")
-    warmup(keys, stage["optimizer"], schedule="lr_scheduler", max_steps=stage.get("max_steps"))
+    common.warmup(keys, stage["optimizer"], schedule="lr_scheduler", max_steps=stage.get("max_steps"))
     if not {"warmup_steps", "warmup_ratio"} & set(keys.values) and "warmup_fraction" in stage["optimizer"]:
         stage["optimizer"]["warmup_fraction"] = 0.03
         keys.defaults["warmup_ratio"] = (
@@ -198,7 +184,7 @@ def axolotl(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, K
         keys.differ("tokens", "their embeddings start as the mean of all others, and are trained")
         if "lora" in stage:
             stage["lora"]["targets"] = list(dict.fromkeys([*stage["lora"]["targets"], "embeddings"]))
-    parts.parallel = processes(keys, how)
+    parts.parallel = common.processes(keys, how)
     keys.finish(IGNORED, REASONS)
     return parts, keys
 
@@ -238,7 +224,7 @@ def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
     targets = keys.words("lora_target_modules", "lora.targets")
     if not everything and not targets:
         raise UserError(f"{keys.path}: lora_target_modules is missing. Add it, or lora_target_linear: true.")
-    section = lora(
+    section = common.lora(
         LINEAR_SWITCHES if everything else targets,
         rank=rank,
         alpha=alpha,
@@ -247,18 +233,18 @@ def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
         rslora=keys.flag("peft_use_rslora", "lora.rslora"),
     )
     if everything:
-        keys.differ("lora_target_linear", linear_difference(section))
+        keys.differ("lora_target_linear", common.linear_difference(section))
     if keys.values.get("load_in_4bit") is True:
-        quantize(keys, "load_in_4bit", section, how)
+        common.quantize(keys, "load_in_4bit", section, how)
     if layers := keys.take("peft_layers_to_transform", "lora.layers"):
         section["layers"] = layers
     if "lora_modules_to_save" in keys:
-        full_modules(keys, "lora_modules_to_save", section)
+        common.full_modules(keys, "lora_modules_to_save", section)
     parts.stage["lora"] = section
 
 
 def _sources(keys: Keys, key: str, kind: str) -> tuple[list[dict[str, Any]], bool]:
-    """(sources, True if they are texts whose tokens all are in the loss)."""
+    """(sources, True if they are plain texts with all tokens in the loss)."""
     entries = keys.take(key, f"data.{'train' if key == 'datasets' else 'held_out'}")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{keys.path}: {key} is not a list of data sets. Correct it.")
@@ -306,7 +292,7 @@ def _source(keys: Keys, where: str, entry: dict[str, Any], kind: str) -> tuple[d
         source["columns"] = renamed
     if roles := _roles(values.get("roles") or {}):
         source["roles"] = roles
-    if not text:  # columns that align reads wherever they are, and axolotl does not
+    if not text:  # align would read these columns, axolotl does not
         used = {"system"} if isinstance(shape, str) and shape.endswith(".intel") else set()
         source["ignore"] = [column for column in ("system", "history") if column not in {*used, *columns.values()}]
     return source, text
@@ -331,7 +317,7 @@ def _place(keys: Keys, where: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _messages(keys: Keys, where: str, values: dict[str, Any]) -> None:
-    """Refuse message keys that align does not read; list settings of the loss that it lacks."""
+    """Refuse message keys that align does not read; report loss settings that it lacks as not mapped."""
     names = dict(values.get("message_property_mappings") or {})
     pair = (
         names.get("role", values.get("message_field_role", "role")),
@@ -357,6 +343,6 @@ def _named_template(keys: Keys, where: str, shape: str) -> None:
 
 
 def _roles(roles: dict[str, Any]) -> dict[str, str]:
-    """{name in the file: role} of roles with names that align does not know."""
+    """{role name in the file: role} for the names that align does not know."""
     known = {"human", "user", "gpt", "assistant", "system", "tool", "observation"}
     return {str(name): role for role, names in roles.items() for name in names if name not in known}

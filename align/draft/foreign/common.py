@@ -1,4 +1,4 @@
-"""Parts of the recipe that both importers make alike: batch, optimizer, LoRA, precision and processes."""
+"""Parts of the recipe that both importers share: batch, optimizer, LoRA, precision and processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LINEAR_SWITCHES = ["all-linear"]
 class Importing:
     """Flags of the command.
 
-    devices: processes of the foreign run, which its file does not say.
-    batch_size: rows per optimizer step, if the rows of the foreign batch are packs.
+    devices: number of processes of the original run; its file does not contain it.
+    batch_size: rows per optimizer step, for a file that packs rows before batching.
     """
 
     devices: int = 1
@@ -29,7 +29,7 @@ class Importing:
 
 @dataclass
 class Parts:
-    """The recipe in parts, which an importer fills."""
+    """Parts of a recipe; an importer fills them."""
 
     name: str
     seed: int
@@ -46,7 +46,7 @@ class Parts:
 
 
 def batch(keys: Keys, how: Importing, *, micro: str, default: int, packs: str | None, length: int) -> dict[str, Any]:
-    """`batch_size` and `micro_batch_size`. packs: the key that makes a row of the batch a pack of `length` tokens."""
+    """`batch_size` and `micro_batch_size`. packs: key, if any, that packs rows to `length` tokens before batching."""
     rows = keys.whole(micro, "micro_batch_size", default) or default
     steps = keys.whole("gradient_accumulation_steps", "batch_size", 1) or 1
     total = rows * steps * how.devices
@@ -135,10 +135,10 @@ def lora(targets: list[str], *, rank: int, alpha: float, dropout: float, dora: b
 
 
 def quantize(keys: Keys, key: str, section: dict[str, Any], how: Importing) -> None:
-    """Set `lora.quantize` from a key that holds the frozen weights in 4 bits (NF4 of bitsandbytes)."""
+    """Set `lora.quantize` from a key that quantises the frozen weights to 4 bits (NF4 of bitsandbytes)."""
     if how.devices > 1 or section.get("dora"):
         keys.reject(
-            key, "align holds weights in 4 bits in one process and without DoRA only; the recipe has them whole"
+            key, "align supports 4-bit weights in one process without DoRA only; the recipe trains on unquantized ones"
         )
         return
     keys.mapped[key] = "lora.quantize"
@@ -147,14 +147,14 @@ def quantize(keys: Keys, key: str, section: dict[str, Any], how: Importing) -> N
 
 
 def linear_difference(section: dict[str, Any]) -> str:
-    """How adapters on all linear layers differ; nothing on dense models."""
+    """Difference between adapters on all linear layers here and there. Dense models have none."""
     dense = section["targets"] != LINEAR_SWITCHES
     experts = "; routed experts have no adapters here, which need dropout 0 and no DoRA" if dense else ""
     return f"on a mixture of experts only: adapters on the router there, none on it here{experts}"
 
 
 def full_modules(keys: Keys, key: str, section: dict[str, Any]) -> None:
-    """Add modules that are trained in full to the section `lora`."""
+    """Add fully trained modules to the section `lora`."""
     names = keys.words(key, "lora.modules_to_save")
     embeddings = [name for name in names if name == "embed_tokens"]
     head = [name for name in names if name == "lm_head"]
@@ -194,7 +194,7 @@ def precision(keys: Keys) -> str:
 
 
 def held_out(keys: Keys, key: str, data: dict[str, Any]) -> None:
-    """Set `held_out_fraction` from a key that is a fraction or a number of rows."""
+    """Set `held_out_fraction` from a key with a fraction or a number of rows."""
     value = keys.number(key, "data.held_out_fraction")
     if not value:
         return

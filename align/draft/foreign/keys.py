@@ -1,4 +1,4 @@
-"""The keys of a foreign configuration, and what became of each."""
+"""The keys of a foreign configuration and their mapping."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Keys:
     Every key that is present ends in one of:
 
     mapped      {key: setting of the recipe}
-    differs     {key: how the setting differs}; such a key is in `mapped` too
-    ignored     {key: why it changes nothing}
-    not_mapped  {key: why}
+    differs     {key: difference of the setting}; such a key is in `mapped` too
+    ignored     {key: reason why it has no effect}
+    not_mapped  {key: reason}
     """
 
     def __init__(self, path: str, values: Mapping[str, Any]):
@@ -29,13 +29,13 @@ class Keys:
         self.ignored: dict[str, str] = {}
         self.not_mapped: dict[str, str] = {}
         self.defaults: dict[str, str] = {}
-        """{key that the file does not set: the tool's default, which is written because align's differs}."""
+        """{key absent from the file: the tool's default, written because align's differs}."""
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
     def take(self, key: str, setting: str, default: Any = None) -> Any:
-        """The value of a key that is mapped to `setting`; the tool's default if the file does not set it."""
+        """The value of a key that maps to `setting`; `default`, the tool's, if the key is absent."""
         if key in self.values:
             self.mapped[key] = setting
             return self.values[key]
@@ -44,7 +44,7 @@ class Keys:
         return default
 
     def number(self, key: str, setting: str, default: float | None = None) -> float | None:
-        """A number; text such as '1e-4', which YAML 1.1 reads as text, is one too."""
+        """A number. YAML 1.1 reads '1e-4' as text, so numeric texts are accepted."""
         value = self.take(key, setting, default)
         if isinstance(value, bool) or not isinstance(value, int | float | str | None):
             raise self.error(key, "not a number. Correct it")
@@ -68,7 +68,7 @@ class Keys:
         return value
 
     def words(self, key: str, setting: str) -> list[str]:
-        """A list of texts, also as one text with commas; empty if the key is absent."""
+        """A list of texts, or one text with commas; empty if the key is absent."""
         value = self.take(key, setting)
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
         if value is not None and not all(isinstance(item, str) for item in items):
@@ -80,18 +80,18 @@ class Keys:
             self.differs[key] = how
 
     def reject(self, key: str, reason: str) -> None:
-        """List a key as not mapped, if the file sets it."""
+        """Report a key as not mapped, if the file sets it."""
         if key in self.values:
             self.mapped.pop(key, None)
             self.not_mapped[key] = reason
 
     def require(self, key: str, accepted: Iterable[Any], reason: str) -> None:
-        """Raise `UserError` if the file sets another value, with which no recipe would be right."""
+        """Raise `UserError` if the file sets a value that no recipe can reproduce."""
         if key in self.values and self.values[key] not in accepted:
             raise self.error(key, reason)
 
     def finish(self, ignored: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Sort the keys that have not been read. An unused switch, such as `use_x: false`, changes nothing."""
+        """Classify the keys that have not been read. A switch that is off, such as `use_x: false`, has no effect."""
         done = {*self.mapped, *self.ignored, *self.not_mapped}
         for key, value in self.values.items():
             if key in done:
@@ -109,7 +109,7 @@ class Keys:
 
 
 def comments(tool: str, keys: Keys) -> list[str]:
-    """Comment lines of the recipe about every key that is not mapped one to one."""
+    """Comment lines of the recipe for every key that is not mapped one to one."""
     lines = [f"# Imported by `align import-recipe` from the {tool} file {keys.path}."]
     for title, found in (
         ("NOT MAPPED: training differs from the file in these keys", keys.not_mapped),

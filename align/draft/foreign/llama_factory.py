@@ -7,22 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.data_files import SUFFIXES
-from align.draft.foreign.common import (
-    LINEAR_SWITCHES,
-    Importing,
-    Parts,
-    batch,
-    full_modules,
-    held_out,
-    linear_difference,
-    lora,
-    optimizer,
-    precision,
-    processes,
-    quantize,
-    steps_of,
-    warmup,
-)
+from align.draft.foreign import common
+from align.draft.foreign.common import LINEAR_SWITCHES, Importing, Parts
 from align.draft.foreign.keys import NO_EFFECT, Keys
 from align.errors import UserError
 
@@ -37,16 +23,16 @@ DEFAULT_COLUMNS = {
     "sharegpt": {"messages": "conversations"},
 }
 OPTIONAL = ("system", "history", "tools")
-"""Columns that LLaMA-Factory reads only if dataset_info.json names them; align reads them wherever they are."""
+"""Columns that LLaMA-Factory reads only if dataset_info.json names them; align reads them in any file."""
 ROLES = {
     "user_tag": ("human", "user"),
     "assistant_tag": ("gpt", "assistant"),
     "observation_tag": ("observation", "tool"),
     "system_tag": ("system", "system"),
 }
-"""{tag: (its default, role of align)}."""
+"""{tag: (default name, role in align)}."""
 KNOWN_KEYS = {("from", "value"), ("role", "content")}
-"""(role_tag, content_tag) that align recognises."""
+"""Pairs (role_tag, content_tag) that align recognises."""
 BNB = ("bnb", "bitsandbytes")
 LOGS = "logging and saving"
 IGNORED = {
@@ -122,7 +108,7 @@ REASONS = {
 
 
 def llama_factory(path: str, values: dict[str, Any], how: Importing) -> tuple[Parts, Keys]:
-    """The recipe's parts, and what became of every key. Raises `UserError` for what no recipe can do."""
+    """The recipe's parts and the mapping of every key. Raises `UserError` for a value that no recipe can reproduce."""
     keys = Keys(path, values)
     keys.require("stage", ("sft", "dpo"), "only sft and dpo are imported. Write the recipe by hand")
     kinds = ("lora", "full")
@@ -134,7 +120,7 @@ def llama_factory(path: str, values: dict[str, Any], how: Importing) -> tuple[Pa
     ):
         keys.require(key, (), fix)
     for key in ("train_from_scratch", "use_dft_loss", "use_galore", "use_apollo", "use_badam", "use_muon", "use_mca"):
-        keys.require(key, (False,), "align cannot train in this way. Remove the key if you can do without it")
+        keys.require(key, (False,), "align does not support this. Remove the key if the run does not depend on it")
     kind = str(keys.take("stage", "kind of the stage", "sft"))
     model = keys.take("model_name_or_path", "model.path")
     if not isinstance(model, str):
@@ -147,7 +133,7 @@ def llama_factory(path: str, values: dict[str, Any], how: Importing) -> tuple[Pa
     if "eval_dataset" in keys:
         data["held_out"] = _sources(keys, "eval_dataset", kind)
     else:
-        held_out(keys, "val_size", data)
+        common.held_out(keys, "val_size", data)
     if "max_samples" in keys:
         most = keys.whole("max_samples", "data.train.limit")
         for source in [*data["train"], *data.get("held_out", [])]:
@@ -161,21 +147,21 @@ def llama_factory(path: str, values: dict[str, Any], how: Importing) -> tuple[Pa
         stage["assistant_only_loss"] = not keys.flag("train_on_prompt", "assistant_only_loss")
     else:
         _preference(keys, stage)
-    parts.dtype = precision(keys)
+    parts.dtype = common.precision(keys)
     _lora(keys, parts, how)
     packs = next((key for key in ("packing", "neat_packing") if keys.values.get(key) is True), None)
     if packs:
         keys.ignored.update({key: NO_EFFECT for key in ("packing", "neat_packing") if key in keys and key != packs})
     micro = "per_device_train_batch_size"
-    stage |= batch(keys, how, micro=micro, default=8, packs=packs, length=length)
-    stage |= steps_of(keys, "num_train_epochs", 3.0)
+    stage |= common.batch(keys, how, micro=micro, default=8, packs=packs, length=length)
+    stage |= common.steps_of(keys, "num_train_epochs", 3.0)
     names = {"schedule": "lr_scheduler_type", "default": "linear", "optim": "optim"}
-    stage["optimizer"] = optimizer(keys, rate=5e-5, **names)
-    warmup(keys, stage["optimizer"], schedule="lr_scheduler_type", max_steps=stage.get("max_steps"))
+    stage["optimizer"] = common.optimizer(keys, rate=5e-5, **names)
+    common.warmup(keys, stage["optimizer"], schedule="lr_scheduler_type", max_steps=stage.get("max_steps"))
     if keys.flag("group_by_length", "group_by_length"):
         stage["group_by_length"] = True
     stage["gradient_checkpointing"] = not keys.values.get("disable_gradient_checkpointing", False)
-    parts.parallel = processes(keys, how)
+    parts.parallel = common.processes(keys, how)
     keys.finish(IGNORED, REASONS)
     return parts, keys
 
@@ -199,7 +185,7 @@ def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
         return
     rank = keys.whole("lora_rank", "lora.rank", 8) or 8
     targets = keys.words("lora_target", "lora.targets") or ["all"]
-    section = lora(
+    section = common.lora(
         LINEAR_SWITCHES if targets == ["all"] else targets,
         rank=rank,
         alpha=keys.number("lora_alpha", "lora.alpha", 2 * rank) or 2 * rank,
@@ -208,16 +194,16 @@ def _lora(keys: Keys, parts: Parts, how: Importing) -> None:
         rslora=keys.flag("use_rslora", "lora.rslora"),
     )
     if targets == ["all"]:
-        keys.differ("lora_target", linear_difference(section))
+        keys.differ("lora_target", common.linear_difference(section))
     nf4 = keys.values.get("quantization_type", "nf4") == "nf4"
     if keys.values.get("quantization_bit") == 4 and nf4 and keys.values.get("quantization_method", "bnb") in BNB:
-        quantize(keys, "quantization_bit", section, how)
+        common.quantize(keys, "quantization_bit", section, how)
         for key in ("quantization_type", "quantization_method"):
             keys.take(key, "lora.quantize")
         if keys.values.get("double_quantization") is False:
             keys.differs.pop("quantization_bit", None)
     if "additional_target" in keys:
-        full_modules(keys, "additional_target", section)
+        common.full_modules(keys, "additional_target", section)
     parts.stage["lora"] = section
     added = keys.words("add_special_tokens", "model.add_tokens")
     if added:
@@ -248,7 +234,7 @@ def _mix(keys: Keys, data: dict[str, Any]) -> None:
 
 
 def _sources(keys: Keys, key: str, kind: str) -> list[dict[str, Any]]:
-    """The sources of the data sets that a key names, by their entries in dataset_info.json."""
+    """Sources of the data sets named by a key, from their entries in dataset_info.json."""
     names = keys.words(key, f"data.{'train' if key == 'dataset' else 'held_out'}")
     if not names:
         raise UserError(f"{keys.path}: {key} is missing. Add the names of the data sets.")
@@ -256,8 +242,8 @@ def _sources(keys: Keys, key: str, kind: str) -> list[dict[str, Any]]:
     unknown = [name for name in names if name not in entries]
     if unknown:
         raise UserError(
-            f"{keys.path}: {key}: '{unknown[0]}' is not in {folder / 'dataset_info.json'}, which says where rows are. "
-            "Correct dataset_dir, or run the command in the folder from which the file is used."
+            f"{keys.path}: {key}: '{unknown[0]}' is not in {folder / 'dataset_info.json'}. "
+            "Correct dataset_dir, or run the command in the folder where you run LLaMA-Factory."
         )
     return [_source(keys, name, entries[name], folder, kind) for name in names]
 

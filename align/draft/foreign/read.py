@@ -17,7 +17,12 @@ from align.preflight import problems
 
 @dataclass(frozen=True)
 class Imported:
-    """A recipe and what became of the keys of the file. missing: what `align check` misses on this machine."""
+    """An imported recipe.
+
+    tool: name of the tool that the file is for.
+    keys: mapping of the file's keys.
+    missing: problems that `align check` finds on this machine, such as missing files.
+    """
 
     tool: str
     recipe: Recipe
@@ -26,7 +31,7 @@ class Imported:
 
 
 def import_recipe(file: Path, out: Path, how: Importing) -> Imported:
-    """Write the recipe of a LLaMA-Factory or axolotl file. Files that it names may be missing on this machine."""
+    """Convert a LLaMA-Factory or axolotl file to a recipe at `out`. Files that it names need not exist here."""
     if not file.is_file():
         raise UserError(f"{file}: no such file. Pass the YAML file of LLaMA-Factory or axolotl.")
     values = read_yaml(file, "a configuration; it must be a mapping of keys")

@@ -27,7 +27,7 @@ from align.models.lora.served import StackFactors, factors_by_expert, grouped_ro
 from align.models.swiglu import gated_halves
 
 GATE_UP, DOWN = "base_layer", "experts"
-"""Names under which PEFT saves the factors of a layer's two stacks: `mlp.experts.base_layer` and `mlp.experts`."""
+"""PEFT's names of the factors of a layer's two stacks: `mlp.experts.base_layer` and `mlp.experts`."""
 BY_ROWS = 2**19
 """Values of an expert's matrix from which on it is stored by rows if adapters are served, because the kernel computes
 no adapters. By rows, products with single experts of this size take as long as the kernel; in the kernel's order, they

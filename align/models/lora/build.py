@@ -72,7 +72,7 @@ class GroupError:
             self.left[rank] = self.left.get(rank, 0.0) + max(0.0, rest)
 
     def relative(self, rank: int) -> float:
-        """Norm of what a rank leaves, relative to the norm of the matrices."""
+        """Norm of the part that a rank does not represent, relative to the norm of the matrices."""
         return math.sqrt(self.left[rank] / self.square) if self.square else 0.0
 
 

@@ -135,7 +135,7 @@ def trained_rows(model: Any, full_shape: Callable[[Any], tuple[int, ...]]) -> li
 
 
 def table_lines(rows: Iterable[GroupRow], whole: int | None = None) -> list[str]:
-    """A table of groups with its total. whole: number of the model's parameters, of which the total is a share."""
+    """A table of groups with its total. whole: number of the model's parameters, for the share of the total."""
     rows = list(rows)
     total = sum(row.parameters for row in rows)
     share = f"  {total / whole:.2%} of {whole:,}" if whole else ""

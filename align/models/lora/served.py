@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 GATHERED = 2**17
-"""Values up to which each row gathers a copy of its own factors. A loop over the adapters needs more operations, but
-copies no factors."""
+"""Maximum number of values if each row gathers a copy of its own factors. A loop over the adapters needs more
+operations, but copies no factors."""
 CALLS = 2**18
 """Multiplications that take about as long as two calls of torch with few rows, on one core of a CPU."""
 
@@ -35,7 +35,7 @@ class SlotRows:
 
     slots: slot of each row [N], -1 for rows without an adapter.
     runs: runs of the rows that have an adapter, in order.
-    masks: what `LinearFactors.mask` has returned for these rows, by `LinearFactors.key`.
+    masks: {`LinearFactors.key`: result of `LinearFactors.mask` for these rows}.
     """
 
     slots: Tensor

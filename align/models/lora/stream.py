@@ -68,7 +68,7 @@ class Factors:
         return self._last[1:]
 
     def matrices(self, change: LowRank, expert: int | None) -> tuple[Tensor, Tensor]:
-        """(left, right) of one matrix's update `left @ right * scaling`, in the orientation in which it is stored."""
+        """(left, right) of one matrix's update `left @ right * scaling`, in the stored orientation."""
         a, b = self.of(change)
         if change.experts is not None and expert is not None:
             a, b = a.unflatten(0, (change.experts, -1))[expert], b[:, expert :: change.experts]
@@ -91,7 +91,7 @@ def merge_adapter(base: Path, config: Any, adapter_folder: Path, target: Path, *
 
     base: Whole weights, or an adapter beside its own base; all adapters are then merged.
     config: The base's configuration.
-    remove: Subtract the adapter from a checkpoint into which it was merged.
+    remove: Subtract the adapter from a checkpoint that contains it.
     """
     weights = weights_of(base)
     if not remove:

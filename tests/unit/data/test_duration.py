@@ -78,8 +78,8 @@ def test_the_bound_is_the_arithmetic_of_the_matrices_at_the_measured_rate(tmp_pa
     monkeypatch.setattr(timing, "matmul_rate", lambda *_: 1e9)
     recipe = _recipe(tmp_path)
     found = estimate_time(recipe, "sft", tmp_path, _data(200, 9000, 25))
-    # Forward and backward pass: six operations per token and weight of a matrix that the token meets. The weights are
-    # counted on the model itself; a token meets top_k of the experts.
+    # Forward and backward pass: six operations per token and weight of a matrix that the token uses. The weights are
+    # counted on the model itself; a token uses top_k of the experts.
     sizes = recipe.model.sizes()
     config = checked_config({**sizes, "vocab_size": 2048}, "test", "")
     with torch.device("meta"):

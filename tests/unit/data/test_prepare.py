@@ -38,8 +38,10 @@ def test_text_is_packed_without_losing_a_token(tokenizer, jsonl):
 
 
 def test_a_packed_row_knows_its_documents(tokenizer, jsonl):
-    """Documents of 4, 6, 2 and 9 tokens in some order, cut after each eighth; each piece ends with an end token, or is
-    continued in the next row."""
+    """Documents of 4, 6, 2 and 9 tokens in some order, split after every eighth token.
+
+    Each piece ends with an end token or is continued in the next row.
+    """
     texts = ["abc", "defgh", "i", "jklmnopq"]
     settings = data(jsonl([{"text": t} for t in texts]), max_length=8)
     made = prepare.prepare_text(settings, tokenizer, attend_across=False, seed=0)
@@ -53,7 +55,7 @@ def test_a_packed_row_knows_its_documents(tokenizer, jsonl):
         assert all(piece.index(end) == len(piece) - 1 for piece in pieces[:-1] if end in piece), number
     assert sum(map(len, pieces)) == 21
     assert sum(piece[-1] == end for piece in pieces) == 4
-    assert len(pieces) == 4 + 2  # two documents are cut at the ends of rows of 8, 8 and 5 tokens
+    assert len(pieces) == 4 + 2  # two documents are split at the ends of rows of 8, 8 and 5 tokens
     assert made.report.loss_tokens == 21 - len(pieces)
 
 

@@ -1,4 +1,4 @@
-"""`align data show` and `align data stats`: what they print, against rows made by hand."""
+"""The output of `align data show` and `align data stats`, against rows made by hand."""
 
 from __future__ import annotations
 

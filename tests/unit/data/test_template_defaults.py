@@ -1,4 +1,4 @@
-"""Default values of a chat template's variables: what is rendered with them, and what is refused."""
+"""Default values of a chat template's variables: rendering and refusals."""
 
 from __future__ import annotations
 

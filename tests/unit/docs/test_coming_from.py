@@ -60,7 +60,7 @@ def types_of(path: str) -> list[Any]:
 
 
 def problem(words: str) -> str | None:
-    """What is wrong with `path` or `path: value` in the second column."""
+    """Problem of `path` or `path: value` in the second column; None if it is valid."""
     path, colon, value = words.partition(": ")
     found = types_of(path)
     if not found:

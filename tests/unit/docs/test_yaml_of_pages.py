@@ -21,7 +21,7 @@ KINDS = {get_args(member.model_fields["kind"].annotation)[0] for member in get_a
 
 
 def problem(content: dict[str, Any]) -> str | None:
-    """What is wrong with a recipe or with named stages; None for anything else in YAML."""
+    """Validation error of a recipe or of named stages; None for any other YAML."""
     try:
         if {"model", "stages"} <= content.keys():
             Recipe.model_validate(content)

@@ -1,4 +1,4 @@
-"""`align init`: what it writes passes `align check`, for every shape of rows, stage and way to train."""
+"""`align init`: its recipes pass `align check`, for every shape of rows, stage and way to train."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def test_without_a_terminal_missing_flags_are_named(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["init"])
     assert ended.value.code == 2
-    sentence = "align init: --model and --data are missing, and there is no terminal to ask in. Pass them."
+    sentence = "align init: --model and --data are missing, and standard input is not a terminal. Pass them."
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_questions_in_a_terminal(tmp_path: Path, monkeypatch, capsys) -> None:
-    """A wrong answer is asked again; an empty one is the default."""
+    """An invalid answer is requested again; an empty one selects the default."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "preference")
     answers = iter(["owner/name", "nowhere.jsonl", "preference.jsonl", "sft", "reward_model kto", "maybe", ""])

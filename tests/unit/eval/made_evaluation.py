@@ -16,7 +16,7 @@ from align.eval.task import Scores, Verdict
 
 @dataclass(frozen=True)
 class MadeTask:
-    """A task of which only the facts that the results need exist."""
+    """A task with only the attributes that the results need."""
 
     name: str
     count: int
@@ -38,7 +38,7 @@ def write_evaluation(
     folder: Path,
     tasks: Mapping[str, Mapping[str, Scores]],
     *,
-    cut: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    truncated: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     better: Mapping[str, Mapping[str, int]] | None = None,
     groups: Sequence[Group] = (),
     notes: Sequence[str] = (),
@@ -46,7 +46,7 @@ def write_evaluation(
 ) -> Results:
     """Write records, scores, results and the page.
 
-    tasks: by task and model its scores. cut: by model (task, document) of completions that reached max_new_tokens.
+    tasks: {task: {model: scores}}. truncated: {model: (task, document) of completions that reached max_new_tokens}.
     """
     models = dict.fromkeys(model for scores in tasks.values() for model in scores)
     content: dict[str, Any] = {"align": "0.1.0", "settings": {"seed": 0, "limit": None}, "models": {}}
@@ -54,9 +54,9 @@ def write_evaluation(
     for model in models:
         of_model = {task: scores[model] for task, scores in tasks.items() if model in scores}
         with closing(RecordStore(folder / model / "records.jsonl")) as store:
-            cuts = set((cut or {}).get(model, ()))
+            ended = set((truncated or {}).get(model, ()))
             records = [
-                Record(task, "1, 0 shots", Place(v.document, sample=v.sample), status((task, v.document) in cuts))
+                Record(task, "1, 0 shots", Place(v.document, sample=v.sample), status((task, v.document) in ended))
                 for task, scores in of_model.items()
                 for v in scores.verdicts
             ]
@@ -68,7 +68,7 @@ def write_evaluation(
                 [record for record in records if record.task == task],
                 documents=len({v.document for v in scores.verdicts}),
                 samples=1 + max(v.sample for v in scores.verdicts),
-                truncated=0,
+                truncated_prompts=0,
                 unstable_seams=0,
                 seed=0,
             )
@@ -77,7 +77,7 @@ def write_evaluation(
         found: dict[str, Any] = {}
         for group in groups:
             leaves = [results[leaf] for leaf in group.leaves]
-            counts = ("documents", "total", "missing", "unscored", "cut", "completions", "unanswered")
+            counts = ("documents", "total", "missing", "unscored", "truncated", "completions", "unanswered")
             found[group.name] = {
                 "version": leaves[0].version,
                 "members": group.leaves,
@@ -94,12 +94,12 @@ def write_evaluation(
     return made
 
 
-def status(is_cut: bool) -> Literal["cut", "finished"]:
-    return "cut" if is_cut else "finished"
+def status(is_truncated: bool) -> Literal["truncated", "finished"]:
+    return "truncated" if is_truncated else "finished"
 
 
 def sums(model: str, count: int, right: int, *, metric: str = "exact_match", first: int = 17) -> Scores:
-    """Sums, of which every `right`-th is wrong: the answer is 10 too low.
+    """Sums; the answer to every `right`-th is wrong, 10 too low.
 
     Every 50th document is unscored, every 33rd has no answer.
     """

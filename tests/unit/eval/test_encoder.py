@@ -52,7 +52,7 @@ def test_bos_twice_is_refused() -> None:
             call(encoder(WITH_BOS))
 
 
-def test_pair_is_cut_where_the_context_ends() -> None:
+def test_pair_is_split_where_the_context_ends() -> None:
     found = encoder().pair("the cat", " sat on", task="t")
     assert PLAIN.decode(found.prefix_ids) == "the cat"
     assert PLAIN.decode(found.target_ids) == " sat on"
@@ -103,17 +103,17 @@ def test_windows_equal_the_harness() -> None:
         assert [(list(p.prefix_ids), list(p.target_ids)) for p in short.windows("x")] == theirs
 
 
-def test_a_prompt_that_is_too_long_is_unscored_or_cut_and_counted() -> None:
+def test_a_prompt_that_is_too_long_is_unscored_or_truncated_and_counted() -> None:
     text = "an hour" + " the cat" * 40
     with pytest.raises(Unscorable, match="with 8 new tokens it exceeds max_length 64"):
         encoder().request(text, task="t", max_new_tokens=8)
-    cutting = encoder(truncate=True)
-    request = cutting.request(text, task="t", max_new_tokens=8)
+    truncating = encoder(truncate=True)
+    request = truncating.request(text, task="t", max_new_tokens=8)
     assert request.prompt_ids == tuple(encoder().text(text)[-56:])
     assert "hour" not in PLAIN.decode(request.prompt_ids)
-    assert cutting.truncated == {"t": 1}
+    assert truncating.truncated == {"t": 1}
     # The last token of a target is not read, so prefix and target may have one token more.
-    pair = cutting.pair(text, " sat", task="p")
+    pair = truncating.pair(text, " sat", task="p")
     assert len(pair.prefix_ids + pair.target_ids) == 65
     with pytest.raises(Unscorable, match="the prompt is empty"):
         encoder().request("", task="t", max_new_tokens=8)

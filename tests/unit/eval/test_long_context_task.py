@@ -99,7 +99,7 @@ def test_weak_places_and_heat_maps_are_in_the_report(file: Path, tmp_path: Path)
     assert sentence == "single (en) is weak at depth 50 % (0.00); the best depth has 1.00"
     assert list(found.figures) == ["single (en)"]
     assert found.figures["single (en)"].count("<rect") == 2 * 3
-    result = summarize_task(task, found, [], documents=48, samples=1, truncated=0, unstable_seams=0, seed=0)
+    result = summarize_task(task, found, [], documents=48, samples=1, truncated_prompts=0, unstable_seams=0, seed=0)
     content = {"align": "0", "settings": {}, "notes": [], "models": {"m": {"tasks": {"needles": asdict(result)}}}}
     (tmp_path / "m").mkdir()
     write_verdicts(tmp_path / "m" / "scores.jsonl", {"needles": found})

@@ -1,4 +1,4 @@
-"""The table of metrics knows every metric that the code logs, and the pages made from it are current."""
+"""The table of metrics has every metric that the code logs, and the pages made from it are current."""
 
 from __future__ import annotations
 

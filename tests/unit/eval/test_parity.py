@@ -52,7 +52,7 @@ def test_both_engines_give_the_same_verdicts_and_texts(folder: Path, model: str)
         other = theirs[record.task, record.place]
         assert (record.status, record.prompt_hash, record.greedy) == (other.status, other.prompt_hash, other.greedy)
         assert record.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
-    assert {record.status for record in records[0]} == {"finished", "cut", "scored"}
+    assert {record.status for record in records[0]} == {"finished", "truncated", "scored"}
 
 
 def test_the_two_checkpoints_differ(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Records: what is on disk survives `kill -9`, and answers are found by what determines them."""
+"""Records on disk survive `kill -9`, and answers are found by their keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def record(number: int = 0, **changes) -> Record:
 
 
 def test_records_are_read_back(tmp_path: Path) -> None:
-    written = [record(0), record(1, status="cut", seconds=0.25)]
+    written = [record(0), record(1, status="truncated", seconds=0.25)]
     written.append(
         answer(Record("mc", "2", Place("d", 3, 1, 2), "unscored", key="kk"), PAIR, Scored(-3.0, (-1.0, -2.0), True))
     )
@@ -66,6 +66,16 @@ def test_another_damaged_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text('{"task": "x"}\n')
     with pytest.raises(UserError, match="line 1: this is not a record"):
+        RecordStore(path)
+
+
+def test_a_status_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    store = RecordStore(path)
+    store.add([record(0, status="truncated")])
+    store.close()
+    path.write_text(path.read_text().replace('"truncated"', '"cut"'))
+    with pytest.raises(UserError, match="line 1: this is not a record of this version of align .*status 'cut'"):
         RecordStore(path)
 
 

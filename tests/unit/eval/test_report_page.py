@@ -105,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         tasks,
         groups=[group],
-        cut={"dpo": [("add", "5"), ("add", "6"), ("mul", "0")]},
+        truncated={"dpo": [("add", "5"), ("add", "6"), ("mul", "0")]},
         better={"odd": {"perplexity": -1}},
         notes=NOTES,
         contamination=CONTAMINATION,
@@ -292,7 +292,7 @@ def test_filters_find_what_the_scores_say(page: Any, folder: Path) -> None:
         "zero": sum(pair == [0, 0] for pair in known),
         "unscored": len(values) - len(known),
         "unanswered": sum(any(row["unanswered"] for row in rows.values()) for rows in found.values()),
-        "cut": 2,
+        "truncated": 2,
     }
     assert min(expected.values()) > 0
     page.select_option("#x-task", label="add (100)")

@@ -1,4 +1,4 @@
-"""Options of the section `lora`: parts to train, DoRA, initialisations, and the table of what trains.
+"""Options of the section `lora`: parts to train, DoRA, initialisations, and the table of trained parameters.
 
 Witness: formulas of the papers by hand on the saved tensors, and counts by hand from the sizes.
 """

@@ -29,22 +29,11 @@ from align.models.weights import published_weights
 from align.run.adapted import trained_on
 from align.train.checkpoint import load_policy, load_scorer, save_model
 from tests.tiny_families import tiny_config
+from tests.unit.models.adapted import SIZES as COMMON
+from tests.unit.models.adapted import TOKENS
 
-TOKENS = torch.arange(3, 19).view(2, 8)
 TOKENIZER = train_tokenizer(["one two three"], 300)
-SIZES: dict[str, Any] = {
-    "vocab_size": len(TOKENIZER),
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "moe_topk": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,
-}
+SIZES: dict[str, Any] = COMMON | {"vocab_size": len(TOKENIZER), "initializer_range": 0.1}
 FAMILIES = ["hunyuan", "qwen3_moe", "gpt_oss", "llama"]
 """gpt-oss has transposed stacks and biases; Llama has no experts."""
 SETTINGS = {"rank": 4, "quantize": "nf4"}
@@ -155,7 +144,7 @@ def test_outputs_and_gradients_equal_those_of_the_dequantised_model(kind: str) -
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
         with torch.no_grad():
-            model.eval()(input_ids=TOKENS)  # after which the second round compares again
+            model.eval()(input_ids=TOKENS)  # the second repetition compares after an evaluation
         model.train()
 
 

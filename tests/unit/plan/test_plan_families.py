@@ -1,4 +1,4 @@
-"""Sizes of any family against transformers' own models, published numbers, and what torch counts and saves."""
+"""Sizes of any family against transformers' own models, published numbers, and the tensors that torch saves."""
 
 from __future__ import annotations
 

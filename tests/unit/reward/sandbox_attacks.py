@@ -1,4 +1,4 @@
-"""Attacks on the sandbox and what must come of each. As a program: run all as this user, print the results as JSON.
+"""Attacks on the sandbox, with the required outcomes. As a program: run all as this user, print the results as JSON.
 
     python -m tests.unit.reward.sandbox_attacks [PYTHON [BWRAP]]
 

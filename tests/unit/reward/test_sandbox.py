@@ -240,8 +240,8 @@ def test_a_machine_without_walls_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_launcher_that_cannot_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "BOOT", "import sys; sys.exit('no walls')")
-    with pytest.raises(UserError, match="no walls"):
+    monkeypatch.setattr(sandbox, "BOOT", "import sys; sys.exit('no sandbox')")
+    with pytest.raises(UserError, match="no sandbox"):
         Sandbox(Limits(wall_s=60)).run_program("print(1)")
 
 

@@ -1,4 +1,4 @@
-"""`make compat` on small stand-ins for vLLM and align: it reports what is missing or has changed, nothing else."""
+"""`make compat` on small stand-ins for vLLM and align: it reports missing and changed names, nothing else."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ BUCKET = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.b
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A simulated GPU of 141 GiB, of which the trainer has reserved `held` bytes."""
+    """A simulated GPU of 141 GiB; the trainer has reserved `held` bytes of it."""
     state = SimpleNamespace(total=141 * GIB, held=100 * GIB)
     monkeypatch.setattr(vllm_options, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

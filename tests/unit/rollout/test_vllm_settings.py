@@ -1,4 +1,4 @@
-"""What vLLM needs beside a checkpoint's configuration, and which models it is not given."""
+"""Settings that vLLM needs beside a checkpoint's configuration, and models that are refused before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`align sweep` with made-up runs: what is run, what is shared, and which setting is best."""
+"""`align sweep` with made-up runs: their stages, the shared stages, and the best setting."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def sweep(plan: Plan, folder: Path, made: MadeRuns, *, metric: str | None = "dpo
     return run_sweep(plan, folder, Settings(metric, 0, None), start=made, say=lambda line: None, **how)
 
 
-# --- what is varied ------------------------------------------------------------------------------------------
+# --- swept settings ------------------------------------------------------------------------------------------
 
 
 def test_values_are_separated_by_commas_outside_of_lists_and_quotes() -> None:
@@ -124,7 +124,7 @@ def test_wrong_settings_are_refused(settings: list[str], message: str) -> None:
         read_settings(settings)
 
 
-# --- what is shared ------------------------------------------------------------------------------------------
+# --- shared stages -------------------------------------------------------------------------------------------
 
 
 def test_a_grid_has_all_combinations_under_names_of_their_own(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_grid_has_all_combinations_under_names_of_their_own(tmp_path: Path) ->
 def test_equal_stages_are_counted_once(tmp_path: Path) -> None:
     plan = plan_of("stages.dpo.beta=0.1,0.3", "stages.sft.max_steps=5,6", seeds=2)
     runs = [run for point in plan.grid() for run in plan.runs(point, tmp_path)]
-    # Seeds change what sft affects: sft, the reward model, dpo and ppo; sft has 2 settings and 2 seeds.
+    # Seeds change the stages that sft affects: sft, the reward model, dpo and ppo; sft has 2 settings and 2 seeds.
     assert distinct_stages(runs) == {
         "base": 1,
         "pretrain": 1,
@@ -410,7 +410,7 @@ RANGE = "stages.dpo.beta=0.01..1:log"
 
 
 def search_of(plan: Plan, kind: str = "tpe") -> Any:
-    pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[search]'")
+    pytest.importorskip("optuna", reason="optuna is not installed: pip install 'align-moe[search]'")
     from align.sweep.search import OptunaSearch
 
     return OptunaSearch(kind, plan.axes, 1, 0)

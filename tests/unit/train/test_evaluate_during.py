@@ -1,4 +1,4 @@
-"""Evaluation during training changes nothing but what it adds, and decides which weights are handed on."""
+"""Evaluation during training adds metrics, leaves the training unchanged, and selects the stage's weights."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_the_best_weights_are_those_of_a_run_that_ended_there(tmp_path: Path, lo
     assert any(
         line.startswith("  stops: words/function has not improved in 2 evaluations since step 4") for line in said
     )
-    assert any("hands on the weights of step 4" in line for line in said)
+    assert any("keeps the weights of step 4" in line for line in said)
 
 
 def test_a_metric_that_the_tasks_lack_is_refused_before_training(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_only_complete_numbered_checkpoints_count(tmp_path: Path) -> None:
 
 
 def test_a_stage_shows_its_steps_and_keeps_the_last_one_and_evaluations(model: Path, tmp_path: Path) -> None:
-    """Two steps: a line for each, of which only the last stays, with the tokens that were trained until then."""
+    """Two steps: a line for each, with the tokens trained until then; only the last line stays."""
     said: list[str] = []
     shown: list[str] = []
     settings: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}

@@ -1,4 +1,4 @@
-"""How the rows of a step become passes."""
+"""Grouping of a step's rows into forward passes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_rank_runs_the_same_number_of_passes_and_each_row_counts_once(rank
 
 
 def test_a_pass_predicts_the_tokens_of_the_masks() -> None:
-    """Sequence 1 shares three tokens, of which it has one with a loss; the token before it is in sequence 0."""
+    """Sequence 1 shares three tokens and has one with a loss; the token before it is in sequence 0."""
     first = Example(
         (torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5, 6, 7, 1])),
         (torch.tensor([0, 0, 0, 1, 1]).bool(), torch.tensor([0, 0, 1, 1]).bool()),

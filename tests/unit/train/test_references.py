@@ -1,4 +1,4 @@
-"""The reference's log-probabilities: what a run reads, and when the cache is used."""
+"""The reference's log-probabilities: rows that a run reads, and use of the cache."""
 
 from __future__ import annotations
 

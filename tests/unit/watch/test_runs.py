@@ -1,4 +1,4 @@
-"""What the page shows of run folders: progress, charts, samples, router load; and folders that come and go."""
+"""Contents of the live page for run folders: progress, charts, samples, router load; added and removed folders."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_the_page_waits_a_hundred_times_the_cpu_time(tmp_path: Path, monkeypatch
     def wait(**passed: float) -> float:
         for name, seconds in passed.items():
             clock[name] += seconds
-        return float(live.answer("/state", {})["wait"])
+        return float(live.respond("/state", {})["wait"])
 
     assert wait() == 0
     assert wait(process_time=0.04) == 4

@@ -1,4 +1,4 @@
-"""The live page in a real browser: at two widths, light and dark, with a run of 100,000 steps that goes on."""
+"""The live page in a real browser: at two widths, light and dark, with a run of 100,000 steps that continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from align.watch import server as watch_server
 from align.watch.server import WatchServer
-from tests.browsers import SCHEMES, WIDTHS, low_contrast, overflow
+from tests.browsers import SCHEMES, WIDTHS, low_contrast, overflow, recorded
 from tests.unit.watch.made_runs import append, start, training_row, write, write_long, write_ppo
 
 STEPS = 100_000
@@ -41,13 +41,9 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
 def opened(browser: Any, url: str, *, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
     """The page in a window; fails if it logs an error or requests anything but its own server."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    errors: list[str] = []
-    requests: list[str] = []
     page = context.new_page()
     page.set_default_timeout(60_000)
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
+    errors, requests = recorded(page)
     try:
         page.goto(url)
         yield page
@@ -171,7 +167,7 @@ def test_the_token_is_asked_for_or_is_in_the_address(browser: Any, tmp_path: Pat
     start(tmp_path / "run")
     with watching(tmp_path / "run", token="right") as server:
         with opened(browser, server.url) as page:
-            page.get_by_text("The server asks for its token.").wait_for()
+            page.get_by_text("The server requires a token.").wait_for()
             assert page.locator("#main").is_hidden()
             page.get_by_label("Token of the server").fill("wrong")
             page.get_by_role("button", name="Show").click()

@@ -257,7 +257,7 @@ def _(here: Here) -> str:
     return here.align("adapter", "combine", "lora", "lora", "--target", "out", "--rank", "0")
 
 
-@wrong("adapter-combine-full", "Combining adapters of which one trains the router in full")
+@wrong("adapter-combine-full", "Combining adapters, one of them with a router trained in full")
 def _(here: Here) -> str:
     adapter(here, lambda tensors: tensors.update({f"{LAYERS[0]}.mlp.gate.weight": torch.ones(2, 32)}))
     return here.align("adapter", "combine", "lora", "lora", "--target", "out")
@@ -318,7 +318,7 @@ def _(here: Here) -> str:
     return here.align("adapter", "merge", "lora", "out", "--base", "model")
 
 
-@wrong("adapter-not-merged", "Unmerging an adapter from a checkpoint into which none is merged")
+@wrong("adapter-not-merged", "Unmerging an adapter from a checkpoint without a merged adapter")
 def _(here: Here) -> str:
     beside(here)
     return here.align("adapter", "unmerge", "lora", "lora", "out")

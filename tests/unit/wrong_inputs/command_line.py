@@ -208,7 +208,7 @@ def _(here: Here) -> str:
     return here.align("eval", "model", "--tasks", "x", "--backend", "vlm")
 
 
-@wrong("init-without-flags", "`align init` without flags where there is no terminal")
+@wrong("init-without-flags", "`align init` without flags and without a terminal")
 def _(here: Here) -> str:
     return here.align("init")
 

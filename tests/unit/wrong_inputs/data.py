@@ -404,7 +404,7 @@ def _(here: Here) -> str:
     return here.check(kind="dpo", data={"train": [STREAM]}, max_steps=2)
 
 
-@wrong("stream-without-rows", "A stream of which every row is dropped")
+@wrong("stream-without-rows", "A stream whose rows are all dropped")
 def _(here: Here) -> str:
     here.write("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')
     return here.run(data={"train": [STREAM]}, max_steps=2)

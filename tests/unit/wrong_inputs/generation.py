@@ -71,7 +71,7 @@ def _(here: Here) -> str:
     return check_rejection(here, rollout={"temperature": 0.0})
 
 
-@wrong("rejection-nothing", "Rejection sampling of which no completion is kept", NUMBER)
+@wrong("rejection-nothing", "Rejection sampling that keeps no completion", NUMBER)
 def _(here: Here) -> str:
     never = {"kind": "regex", "pattern": "^never$"}
     stage = {"kind": "rejection_sample", "train": [{"kind": "file", "path": "rows.jsonl"}], "rewards": [never]}

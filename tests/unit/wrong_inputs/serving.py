@@ -219,7 +219,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def answering(status: int, values: dict[str, Any]) -> Iterator[int]:
-    """A server that gives every request one answer; yields its port."""
+    """A server that returns the same answer to every request; yields its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

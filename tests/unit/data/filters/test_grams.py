@@ -15,7 +15,7 @@ VOCABULARY = [f"w{number}" for number in range(12)]
 
 
 def documents(seed: int, count: int) -> list[list[str]]:
-    """Word lists of 0 to 30 words, of which many share long runs."""
+    """Word lists of 0 to 30 words; many share long runs."""
     rng = random.Random(seed)
     made: list[list[str]] = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Filters in the store: what is dropped, counted and kept, by hand."""
+"""Filters in the store: dropped, counted and kept rows, by hand."""
 
 from __future__ import annotations
 

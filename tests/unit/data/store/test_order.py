@@ -74,7 +74,7 @@ def test_first_occurrences():
     ],
 )
 def test_the_end_of_a_mixture(stop, largest, smallest):
-    """How often the row that occurs most, and least, may occur."""
+    """Bounds of the number of occurrences of the most and the least frequent row."""
     sources = [FileSource(path="a", weight=1), FileSource(path="b", weight=1)]
     order = mixed_order([60, 15], sources, Mixture(stop=stop), 1)
     counts = Counter(zip(order.source.tolist(), order.row.tolist()))
