@@ -75,7 +75,7 @@ def test_a_status_of_another_version_is_refused(tmp_path: Path) -> None:
     store.add([record(0, status="truncated")])
     store.close()
     path.write_text(path.read_text().replace('"truncated"', '"cut"'))
-    with pytest.raises(UserError, match="line 1: this is not a record of this version of align .*status 'cut'"):
+    with pytest.raises(UserError, match=r"line 1: this is not a record of this version of align .*status 'cut'"):
         RecordStore(path)
 
 
