@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from markdown_table import measure, table
@@ -222,3 +223,29 @@ def lora(results: dict[str, Any]) -> str:
 
 def _lora_cells(found: dict[str, float]) -> list[str]:
     return [f"{found['seconds']:.2f} s", f"{found['to attention']:.2f}", f"{found['peak MB']:,.0f} MB"]
+
+
+def qlora_accuracy(results: dict[str, Any]) -> str:
+    """Losses by model; of several seeds the mean and the standard deviation."""
+    rows = []
+    for name, seeds in results.items():
+        runs = list(seeds.values())
+        cells = [_mean_and_deviation([run[key] for run in runs]) for key in QLORA_COLUMNS]
+        share = f"{100 * runs[0]['share of weights in 4 bits']:.0f} %"
+        rows.append([name, str(len(runs)), share, *cells])
+    return table(["model", "seeds", "weights in 4 bits", *QLORA_COLUMNS.values()], rows)
+
+
+QLORA_COLUMNS = {
+    "base": "base",
+    "base in 4 bits": "base in 4 bits",
+    "adapter": "LoRA",
+    "adapter on 4 bits": "QLoRA, as trained",
+    "adapter from 4 bits on the base": "QLoRA, on the base",
+}
+"""Keys of a result of `qlora_accuracy.py`, and the headers of its table."""
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"

@@ -26,6 +26,7 @@ GUIDES = (
     "runs.md",
     "serving.md",
     "training.md",
+    "watch.md",
 )
 PAGES = [ROOT / "docs" / name for name in GUIDES]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,9 +56,11 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "reference_solutions": evaluation_tables.reference_solutions,
     "eval": evaluation_tables.evaluation,
     "reward_models_vs_trl": evaluation_tables.reward_models_vs_trl,
+    "watch": training_tables.watch,
     "data": training_tables.data_preparation,
     "share_trunk": model_tables.share_trunk,
     "lora": model_tables.lora,
+    "qlora_accuracy": model_tables.qlora_accuracy,
     "bf16_head": model_tables.bf16_head,
     "bf16_curves": training_tables.bf16_curves,
 }
