@@ -26,7 +26,8 @@ def write_recipe(folder: Path) -> Path:
     texts = [{"text": f"{n} and {n + 1} make {2 * n + 1}."} for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     source = [{"kind": "file", "path": str(folder / "texts.jsonl")}]
-    stage = {"kind": "pretrain", "data": {"train": source, "max_length": 32}, "batch_size": 8, "micro_batch_size": 4}
+    data = {"train": source, "held_out_fraction": 0.2, "max_length": 32}
+    stage = {"kind": "pretrain", "data": data, "batch_size": 8, "micro_batch_size": 4}
     content = {
         "name": "small",
         "model": small_model(source),
@@ -72,6 +73,6 @@ def test_a_killed_sweep_resumes_and_runs_parents_once(tmp_path: Path) -> None:
     manifest = json.loads((runs[1] / "second" / "manifest.json").read_text())
     assert manifest["training"]["steps"] <= STEPS - 3  # it has continued
     report = json.loads((out / "report.json").read_text())
-    assert report["metric"] == "second/loss"
+    assert report["metric"] == "second/eval_loss"
     assert [run["status"] for point in report["points"] for run in point["runs"]] == ["finished", "finished"]
     assert report["verdict"] in output
