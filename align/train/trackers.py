@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import rewrite_logs
 
 from align.errors import UserError
 from align.run.context import StageContext
@@ -41,23 +42,25 @@ class Trackers:
         resumed = first_step > 0 and file.is_file()
         ids = json.loads(file.read_text(encoding="utf-8")) if resumed else {"id": secrets.token_hex(6)}
         settings = flattened(stage_settings(recipe, context.name))
-        arguments = Settings({} if resumed else settings, context, f"{recipe.name}-{context.name}", ids["id"])
+        name = f"{recipe.name}-{context.name}"
+        self._arguments = Settings({}, context, name, ids["id"])
         try:
             callbacks = get_reporting_integration_callbacks(list(recipe.report_to))
-            for name, callback in zip(recipe.report_to, callbacks, strict=True):
-                self._runs.append(RUNS[name](callback, context, ids, first_step if resumed else 0))
+            for tracker, callback in zip(recipe.report_to, callbacks, strict=True):
+                self._runs.append(RUNS[tracker](callback, context, ids, first_step if resumed else 0))
         except (RuntimeError, ImportError) as error:
             raise UserError(f"report_to: {str(error).strip().splitlines()[0]}") from None
         write_json(file, ids)
         for run in self._runs:
-            # The model's configuration is one of the hyper-parameters, which a resumed run has already.
-            run.callback.on_train_begin(arguments, self._state, self._control, model=None if resumed else model)
-        self._arguments = arguments
+            # The model's configuration is one of the hyper-parameters.
+            known = resumed and run.keeps_settings
+            begun = self._arguments if known else Settings(settings, context, name, ids["id"])
+            run.callback.on_train_begin(begun, self._state, self._control, model=None if known else model)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._state.global_step = step
         for run in self._runs:
-            run.callback.on_log(self._arguments, self._state, self._control, logs=dict(metrics))
+            run.log(self._arguments, self._state, self._control, dict(metrics))
 
     def attach(self, files: Mapping[str, Path]) -> None:
         """Add the report. files: by extension, `md` and `html`."""
@@ -71,14 +74,16 @@ class Trackers:
 
 
 class Settings(TrainingArguments):
-    """Training arguments for transformers' callbacks: the run's names; the recipe's settings as hyper-parameters."""
+    """Training arguments for transformers' callbacks: the run's names; the recipe's settings as hyper-parameters.
+
+    The base class is not initialised, because that resets the state of the trainer's accelerator. Its other fields are
+    class attributes with their defaults.
+    """
 
     def __init__(self, settings: Mapping[str, Any], context: StageContext, name: str, run_id: str):
         # trackio continues a run by its name, so a new start needs another name.
-        named = f"{name}-{run_id}" if "trackio" in context.recipe.report_to else name
-        super().__init__(
-            output_dir=str(context.dir), use_cpu=True, report_to="none", run_name=named, project=context.recipe.name
-        )
+        self.run_name = f"{name}-{run_id}" if "trackio" in context.recipe.report_to else name
+        self.output_dir, self.project = str(context.dir), context.recipe.name
         self.settings = dict(settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +103,12 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _TrackerRun:
-    """One run of one tracker. It is opened before the callback uses it, so that the callback opens none."""
+    """One run of one tracker. It is opened before the callback uses it, so that the callback opens none.
+
+    keeps_settings: True if a resumed run has its hyper-parameters already; False if each start replaces them.
+    """
+
+    keeps_settings = True
 
     def __init__(self, callback: Callable[[], Any], context: StageContext, ids: dict[str, str], first_step: int):
         self.callback = callback()
@@ -106,6 +116,9 @@ class _TrackerRun:
 
     def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
         """Open the run. ids: of the stage's runs; a tracker that chooses its own id adds it."""
+
+    def log(self, arguments: Settings, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
+        self.callback.on_log(arguments, state, control, logs=metrics)
 
     def attach(self, files: Mapping[str, Path]) -> None: ...
 
@@ -149,7 +162,15 @@ class _Wandb(_TrackerRun):
 
 
 class _Trackio(_TrackerRun):
-    """The callback opens the run itself, and continues the one of the same name."""
+    """The callback opens the run itself, and continues the one of the same name. It counts its logs instead of giving
+    the step, so that a held-out loss would shift the steps after it."""
+
+    keeps_settings = False
+
+    def log(self, arguments: Settings, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
+        import trackio
+
+        trackio.log(rewrite_logs(metrics), step=state.global_step)
 
     def attach(self, files: Mapping[str, Path]) -> None:
         import trackio

@@ -1,23 +1,29 @@
 """Experiment trackers: names, hyper-parameters, continued runs, the report.
 
-TensorBoard is real, and so is MLflow if it is installed; for the others a module with their functions stands in.
+TensorBoard is real, and so are the others if they are installed; modules with the functions of trackio and W&B stand in
+for them too.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers.integrations import integration_utils
 
 from align.config.recipe import Recipe
 from align.errors import UserError
 from align.run.context import StageContext
-from align.train.trackers import Trackers
+from align.train.trackers import Settings, Trackers
 
 STAGE = {
     "kind": "sft",
@@ -91,6 +97,61 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"report.md", "report.html"}
 
 
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 3 is logged before an interruption and again from the checkpoint of step 2. Another start is another run."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip("trackio")
+    at = context(tmp_path, "trackio")
+    train(at, 0, range(1, 4))
+    resumed = Trackers(at, first_step=2)
+    for step in (3, 4):
+        resumed.log(step, {"loss": 200.0 + step})
+    resumed.attach(reports(tmp_path))
+    resumed.close()
+    train(at, 0, range(1, 2))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "r.db")) as database:
+        logged = database.execute("SELECT run_name, run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+        configs = [json.loads(text) for (text,) in database.execute("SELECT config FROM configs ORDER BY id")]
+    names = list(dict.fromkeys((name, of) for name, of, _, _ in logged))
+    assert [name.startswith("r-sft-") for name, _ in names] == [True, True]
+    assert len(set(names)) == len({of for _, of in names}) == 2
+    first = [(step, json.loads(metrics)) for name, _, step, metrics in logged if name == names[0][0]]
+    losses = [(step, metrics["train/loss"]) for step, metrics in first if "train/loss" in metrics]
+    assert losses == [(1, 1), (2, 2), (3, 3), (3, 203), (4, 204)]
+    assert first[0][1]["eval/loss"] == 1
+    assert first[-1][1]["report"]["_value"] == "# md"
+    assert configs[0]["sft.optimizer.learning_rate"] == 0.25
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start of a stage is one folder of the same run; `wandb sync` joins them."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    at = context(tmp_path, "wandb")
+    train(at, 0, range(1, 4))
+    resumed = Trackers(at, first_step=2)
+    resumed.log(3, {"loss": 203.0})
+    resumed.attach(reports(tmp_path))
+    resumed.close()
+    run = json.loads((tmp_path / "sft" / "trackers.json").read_text())["id"]
+    files = list((tmp_path / "sft" / "wandb").glob(f"offline-run-*-{run}/run-{run}.wandb"))
+    assert files
+    written = b"".join(file.read_bytes() for file in files)
+    assert b"train/loss" in written
+    assert b"sft.optimizer.learning_rate" in written
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_the_settings_leave_the_trainers_accelerator_alone(tmp_path: Path, name: str) -> None:
+    """A new `TrainingArguments` would reset the state that the trainer's forward passes read."""
+    accelerator = Accelerator(cpu=True)
+    Settings({}, context(tmp_path, name), "r-sft", "id")
+    with accelerator.autocast():
+        pass
+    assert AcceleratorState._shared_state
+
+
 class Recorded(ModuleType):
     """A module of a tracker that records the calls of its functions."""
 
@@ -107,8 +168,8 @@ class Recorded(ModuleType):
         self.calls.append(("init", values))
         self.run = SimpleNamespace(summary={}, _label=lambda **_: None)
 
-    def log(self, values: dict[str, Any]) -> None:
-        self.calls.append(("log", values))
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.calls.append(("log", values | ({} if step is None else {"train/global_step": step})))
 
     def finish(self) -> None:
         self.calls.append(("finish", None))
