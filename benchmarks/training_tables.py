@@ -219,7 +219,7 @@ def watch(results: dict[str, Any]) -> str:
     low, high = results["extra_cpu_share_95"]
     return (
         f"`align watch` took {100 * results['watcher_share']:.2f} % of one core while it showed a run of "
-        f"{results['steps']} steps of the stage `pretrain` of `tiny`. The run's own CPU time differed from that of a run "
-        f"without it by {100 * results['extra_cpu_share']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}] "
+        f"{results['steps']} steps of the stage `pretrain` of `tiny`. The run's own CPU time differed from that of a "
+        f"run without it by {100 * results['extra_cpu_share']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}] "
         f"({len(results['pairs'])} pairs of runs)."
     )
