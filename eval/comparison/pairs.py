@@ -30,7 +30,9 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("longer", "the longer completion", "the shorter completion", attrgetter("chosen_longer"), length_bias),
-    Kind("first", "the completion shown first", "the other completion", attrgetter("chosen_first"), position_bias),
+    Kind(
+        "first", "the completion shown first", "the completion shown second", attrgetter("chosen_first"), position_bias
+    ),
 )
 
 

@@ -144,7 +144,7 @@ def _read(path: Path) -> list[Side]:
         return [_read_model(path)]
     if (path / MANIFEST).is_file() or (path / METRICS).is_file():
         return [read_stage(path)]
-    if models := sorted(folder for folder in path.glob("*") if _is_model(folder)):
+    if models := _models(path):
         return [_read_model(model) for model in models]
     raise UserError(
         f"{path}: it is neither a run, a stage nor an evaluation. Pass a folder that `align run` or `align eval` wrote."
@@ -319,6 +319,14 @@ def _is_model(path: Path) -> bool:
     """True for a model's folder in that of an evaluation on tasks or on preference pairs."""
     has_pairs = (path / PAIRS).is_file() and (path.absolute().parent / PAIRS_RESULTS).is_file()
     return has_pairs or (path / SCORES).is_file()
+
+
+def _models(path: Path) -> list[Path]:
+    """The models in the folder of an evaluation, in the order in which they were evaluated."""
+    contents = [read_object(path / file) or {} for file in (RESULTS, PAIRS_RESULTS)]
+    order = list(dict.fromkeys(name for content in contents for name in content.get("models") or {}))
+    found = sorted(folder for folder in path.glob("*") if _is_model(folder))
+    return sorted(found, key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
 
 
 def _read_model(folder: Path) -> Side:

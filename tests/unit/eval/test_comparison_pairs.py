@@ -134,6 +134,11 @@ def test_the_same_pairs_of_another_evaluation_are_paired(tmp_path: Path, out: Pa
     assert settings == {"checkpoint": {"a": "runs/a", "new": "runs/b"}, "pairs.seed": {"a": 0, "new": 1}}
 
 
+def test_the_first_model_of_an_evaluation_is_the_first_side(tmp_path: Path) -> None:
+    out = write_pairs_evaluation(tmp_path / "out", {"z": pairs_of(MARGINS["a"]), "a": pairs_of(MARGINS["b"])})
+    assert [side.name for side in read_sides([str(out)])] == ["z", "a"]
+
+
 def test_an_unscored_pair_is_counted(tmp_path: Path, out: Path) -> None:
     second = write_pairs_evaluation(tmp_path / "second", {"c": pairs_of((None, *MARGINS["b"][1:]))})
     found = row(compare_sides(read_sides([str(out / "a"), str(second)])), "accuracy")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -269,11 +270,19 @@ def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     )
     run = run_of(tmp_path, script, monkeypatch)
 
+    waits, wait = threading.Event(), subprocess.Popen.wait
+
+    def noted(process: subprocess.Popen, timeout: float | None = None) -> int:
+        waits.set()
+        return wait(process, timeout)
+
     def send() -> None:
+        waits.wait()  # the process has been started, and its number is known
         while not (tmp_path / "ready").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr(subprocess.Popen, "wait", noted)
     with interrupt.listening():
         threading.Thread(target=send, daemon=True).start()
         with pytest.raises(Stopped):
@@ -318,6 +327,7 @@ def test_no_setting_is_best_if_the_seeds_disagree(tmp_path: Path) -> None:
     assert not content["clear"]
     assert content["verdict"].startswith("No setting is clearly best in dpo: Reward-model score.")
     assert "Not clearly worse:" in content["verdict"]
+    assert content["notes"] == ["2 seeds per setting: intervals over so few seeds are wide."]
 
 
 def test_the_intervals_widen_with_the_number_of_settings(tmp_path: Path) -> None:
