@@ -25,7 +25,7 @@ from align.run.manifest import result_id, stage_settings
 from align.sweep import runner
 from align.sweep.axes import Axis, Range, read_settings, split_values
 from align.sweep.plan import Plan, Run, distinct_stages, identities
-from align.sweep.results import sweep_content, write_sweep_report
+from align.sweep.results import Value, default_metric, sweep_content, write_sweep_report
 from align.sweep.runner import Settings, run_sweep
 
 BETAS = ["stages.dpo.beta=0.05,0.1,0.3"]
@@ -385,6 +385,18 @@ def test_the_default_metric_is_of_the_last_affected_model(tmp_path: Path) -> Non
     content = sweep_content(tmp_path / "s")
     assert content["metric"] == "dpo/scores"
     assert list(content["metrics"]) == ["dpo/scores"]  # sft's is equal in all
+
+
+def test_the_default_metric_among_several_models_and_losses() -> None:
+    def value(better: int, documents: bool) -> Value:
+        return Value("", better, 0.5, {"a": 0.5} if documents else None)
+
+    measured = {f"{model}/{key}": value(1, True) for model in ("sft", "dpo", "ppo") for key in ("scores", "f1")}
+    assert default_metric([{}, measured], ["dpo", "ppo"]) == "ppo/scores"
+    assert default_metric([measured], ["dpo"]) == "dpo/scores"
+    losses = {"sft/eval_loss": value(-1, False), "dpo/eval_loss": value(-1, False), "dpo/kl": value(0, False)}
+    assert default_metric([losses], ["dpo"]) == "dpo/eval_loss"
+    assert default_metric([losses], ["ppo"]) is None
 
 
 def test_a_metric_that_no_run_has_is_refused(tmp_path: Path) -> None:
