@@ -59,8 +59,10 @@ def test_a_killed_sweep_resumes_and_runs_parents_once(tmp_path: Path) -> None:
     until(lambda: len(read_jsonl(runs[1] / "second" / "metrics.jsonl")) >= 3 or killed.poll() is not None, killed)
     assert killed.poll() is None, killed.output()[-3000:]
     os.kill(killed.pid, signal.SIGKILL)
-    until(lambda: "stopped by SIGTERM" in killed.output(), killed)  # the run ends with the sweep, after a checkpoint
-    assert not (runs[1] / "second" / "manifest.json").is_file()
+    # The run ends with the sweep, after a checkpoint.
+    finished = runs[1] / "second" / "manifest.json"
+    until(lambda: "stopped by SIGTERM" in killed.output() or finished.is_file(), killed)
+    assert not finished.is_file()
     resumed = sweep(recipe, out, "--resume")
     output = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, output[-3000:]
@@ -70,7 +72,7 @@ def test_a_killed_sweep_resumes_and_runs_parents_once(tmp_path: Path) -> None:
     for run in runs:
         rows = read_jsonl(run / "second" / "metrics.jsonl")
         assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
-    manifest = json.loads((runs[1] / "second" / "manifest.json").read_text())
+    manifest = json.loads(finished.read_text())
     assert manifest["training"]["steps"] <= STEPS - 3  # it has continued
     report = json.loads((out / "report.json").read_text())
     assert report["metric"] == "second/eval_loss"

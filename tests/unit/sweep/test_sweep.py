@@ -265,9 +265,8 @@ def test_a_run_that_was_stopped_stops_the_sweep(
 
 def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run gets the time to write its checkpoint: the sweep ends after it."""
-    script = (
-        f'trap "sleep 0.2; touch {tmp_path}/saved; exit 143" TERM; touch {tmp_path}/ready; while :; do sleep 0.02; done'
-    )
+    trap = f'trap "sleep 0.2; touch {tmp_path}/saved; exit 143" TERM; touch {tmp_path}/ready'
+    script = f"{trap}; for i in $(seq 250); do sleep 0.02; done"
     run = run_of(tmp_path, script, monkeypatch)
 
     waits, wait = threading.Event(), subprocess.Popen.wait
