@@ -154,6 +154,20 @@ def test_the_command_writes_what_it_prints(folder: Path, tmp_path: Path, capsys:
     page = (out / "pairs.html").read_text()
     assert "Agreement" in page
     assert "the mat" in page or "on mat" in page
+    main(["compare", str(out), "--json"])  # reads the scores, and computes the same statistics
+    compared = json.loads(capsys.readouterr().out)
+    cells = {row["metric"]: row["sides"] for row in compared["metrics"]}
+    figures = {row["label"]: row["sides"] for row in compared["figures"]}
+    for name in ("one", "two"):
+        of_model = content["models"][name]
+        assert cells["accuracy"][name] == of_model["accuracy"]
+        assert cells["accuracy/odd"][name] == of_model["subsets"]["odd"]
+        assert cells["log_loss"][name]["mean"] == pytest.approx(of_model["calibration"]["log_loss"])
+        for words, key in (("the longer completion", "length_bias"), ("the completion shown first", "position_bias")):
+            extra = of_model[key]["extra"]
+            assert figures[f"Prefers {words}: model minus labels"][name] == {
+                k: extra[k] for k in ("mean", "low", "high")
+            }
 
 
 def test_a_limit_draws_pairs(folder: Path) -> None:
