@@ -329,6 +329,21 @@ def test_no_setting_is_best_if_the_seeds_disagree(tmp_path: Path) -> None:
     assert content["notes"] == ["2 seeds per setting: intervals over so few seeds are wide."]
 
 
+def test_lower_is_better_with_minimize(tmp_path: Path) -> None:
+    """The scores rise with beta, so the lowest beta is best; if the seeds disagree, none is."""
+    for name, score, clear in (
+        ("agree", lambda beta, seed: beta + 0.01 * seed, True),
+        ("disagree", lambda beta, seed: beta * (1 if seed else -1), False),
+    ):
+        plan, settings = plan_of("stages.dpo.beta=0.1,0.3", seeds=3), Settings("dpo/scores", -1, None)
+        run_sweep(plan, tmp_path / name, settings, start=MadeRuns(score), say=lambda line: None)
+        content = sweep_content(tmp_path / name)
+        (difference,) = content["differences"]
+        assert (content["best"], content["clear"]) == ("beta-0.1", clear)
+        assert difference["mean"] < 0
+        assert clear or "has the lowest mean" in content["verdict"]
+
+
 def test_the_intervals_widen_with_the_number_of_settings(tmp_path: Path) -> None:
     """With three settings there are two differences, so each interval has the level 97.5 %."""
     made = MadeRuns(lambda beta, seed: beta + (0.05 * seed if beta == 0.3 else 0.0))

@@ -16,14 +16,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers.integrations import integration_utils
 
+from align import cli
 from align.config.recipe import Recipe
 from align.errors import UserError
 from align.run.context import StageContext
+from align.run.folder import read_jsonl
 from align.train.trackers import Settings, Trackers
+from tests.integration.runs import small_model
 
 STAGE = {
     "kind": "sft",
@@ -140,6 +144,28 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = b"".join(file.read_bytes() for file in files)
     assert b"train/loss" in written
     assert b"sft.optimizer.learning_rate" in written
+
+
+def test_a_training_stage_reports_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`align run` with two steps and a held-out row: the tracker has the losses of metrics.jsonl."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": f"{n} and {n + 1}."}) + "\n" for n in range(20)))
+    source = [{"kind": "file", "path": "texts.jsonl"}]
+    data = {"train": source, "held_out_fraction": 0.2, "max_length": 16}
+    stage = {"kind": "pretrain", "data": data, "batch_size": 2, "micro_batch_size": 2, "max_steps": 2}
+    values = {"name": "r", "model": small_model(source), "report_to": ["tensorboard"], "stages": {"pretrain": stage}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(values))
+    cli.main(["run", "recipe.yaml", "--run-dir", "run"])
+    found = EventAccumulator("run/pretrain/tensorboard")
+    found.Reload()
+    rows = read_jsonl(tmp_path / "run" / "pretrain" / "metrics.jsonl")
+    for key, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
+        logged = [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows if key in row]
+        assert [(event.step, event.value) for event in found.Scalars(tag)] == logged
+        assert len(logged) == 2
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])
