@@ -121,6 +121,19 @@ def test_stages_and_their_names(runs) -> None:
     assert titles == [("dpo", ["dpo", "better"])]
 
 
+def test_stages_of_one_kind_share_their_charts(tmp_path: Path, runs) -> None:
+    other = tmp_path / "other"
+    write_json(other / "recipe.json", {"name": "r", "stages": {"simpo": {"kind": "dpo"}}})
+    write_stage(other, "simpo", "dpo", [{"step": s, "loss": 3.0} for s in (1, 2)])
+    sides = read_sides([f"{runs[0]}/dpo", str(other / "simpo")])
+    assert [(group.title, list(group.rows)) for group in curve_groups(sides)] == [("dpo", ["dpo", "simpo"])]
+
+
+def test_a_name_of_the_user_is_not_changed(runs) -> None:
+    with pytest.raises(UserError, match="2 of the compared results have this name"):
+        read_sides([f"mine={run}" for run in runs])
+
+
 def test_equal_names_get_more_of_their_paths(runs) -> None:
     assert [side.name for side in read_sides([f"{run}/dpo" for run in runs])] == ["one/dpo", "two/dpo"]
 
