@@ -163,6 +163,17 @@ def test_the_models_of_an_evaluation_are_sides(tmp_path: Path) -> None:
     assert "sums, perplexity: not a mean over documents, so it is not compared" in comparison["notes"]
 
 
+def test_a_document_is_the_mean_of_its_samples_if_all_are_scored(tmp_path: Path) -> None:
+    """Second samples: document 0 of b is wrong once, and document 1 is unscored once."""
+    out = write_evaluation(tmp_path / "out", {"a": [0, 0, 0], "b": [1, 1, 1]})
+    with (out / "b" / "scores.jsonl").open("a") as file:
+        for document, value in (("0", 0), ("1", None)):
+            file.write(json.dumps({"task": "sums", "document": document, "values": {"acc": value}}) + "\n")
+    found = row(compare_sides(read_sides([str(out)])), "acc", model="")
+    assert (found["sides"]["b"]["mean"], found["sides"]["b"]["n"], found["sides"]["b"]["unscored"]) == (0.75, 2, 1)
+    assert (found["differences"][0]["mean"], found["differences"][0]["n"]) == (0.75, 2)
+
+
 def test_a_stage_is_paired_with_an_evaluation_by_its_tasks(tmp_path: Path, runs) -> None:
     results = Path(runs[0]) / "evaluate" / "results.json"
     metrics = {"acc": {"better": 1, "models": {"dpo": {"0": 1.0, "1": 0.0}}}}
