@@ -93,6 +93,8 @@ def test_bias_to_length(out: Path) -> None:
     figures = {row["label"]: row["sides"] for row in comparison["figures"]}
     bias = figures["Prefers the longer completion: model minus labels"]
     assert {name: cell["mean"] for name, cell in bias.items()} == pytest.approx({"a": 0.25 - 0.5, "b": 0.8 - 0.6})
+    half = 1.9599640 * ((1 / 6 + 2 / 6 - 1 / 36) / 6) ** 0.5  # Bonett and Price: 0 and 1 of 4 pairs differ
+    assert [bias["a"]["low"], bias["a"]["high"]] == pytest.approx([-1 / 6 - half, -1 / 6 + half])
     right = figures["Accuracy where the longer completion is right"]
     assert {name: cell["mean"] for name, cell in right.items()} == {"a": 0.5, "b": 1}
     wrong = figures["Accuracy where the shorter completion is right"]
