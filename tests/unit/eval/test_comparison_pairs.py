@@ -141,6 +141,13 @@ def test_the_first_model_of_an_evaluation_is_the_first_side(tmp_path: Path) -> N
     assert [side.name for side in read_sides([str(out)])] == ["z", "a"]
 
 
+def test_equal_pairs_count_each(tmp_path: Path) -> None:
+    twice = [("p0", scored(margin, 0)) for margin in (1.0, -1.0)]
+    out = write_pairs_evaluation(tmp_path / "out", {"a": twice, "b": twice})
+    found = row(compare_sides(read_sides([str(out)])), "accuracy")
+    assert (found["sides"]["a"]["mean"], found["sides"]["a"]["n"], found["differences"][0]["n"]) == (0.5, 2, 2)
+
+
 def test_an_unscored_pair_is_counted(tmp_path: Path, out: Path) -> None:
     second = write_pairs_evaluation(tmp_path / "second", {"c": pairs_of((None, *MARGINS["b"][1:]))})
     found = row(compare_sides(read_sides([str(out / "a"), str(second)])), "accuracy")
