@@ -35,6 +35,14 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
     assert (sft["status"], sft["seconds"], sft["left"]) == ("finished", 50.0, None)
 
 
+def test_the_time_left_is_that_of_the_last_fifty_steps(tmp_path: Path) -> None:
+    """After 30 slow steps, 25 of 1 s and 25 of 3 s: the mean of the last 50 is 2 s, and 20 steps are left."""
+    folder = start(tmp_path / "run", steps=100)
+    seconds = [60.0] * 30 + [1.0] * 25 + [3.0] * 25
+    append(folder / "metrics.jsonl", *({"step": step, "time/step": s} for step, s in enumerate(seconds, 1)))
+    assert read(Run(tmp_path / "run"))["sft"]["left"] == pytest.approx(20 * 2.0)
+
+
 def test_the_time_left_of_ppo_is_that_of_its_phases(tmp_path: Path) -> None:
     write_ppo(tmp_path / "run")
     assert read(Run(tmp_path / "run"))["ppo"]["left"] == pytest.approx(7 * 3.0)
@@ -118,6 +126,45 @@ def test_the_load_of_each_expert(tmp_path: Path) -> None:
     assert found["load"][0] == [1.5, 1.5, 0.5, 0.5]  # means of 2, 2, 0, 0 and 1, 1, 1, 1
     assert run.stages["sft"].expert_load(0)["load"][1] == [2, 2, 0, 0]
     assert found["last"] == [[2, 2, 0, 0], [1, 1, 1, 1]]
+
+
+def test_a_resumed_stage_replaces_the_loads_after_its_checkpoint(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    rows = [{"step": step, "load": [[share, 1 - share]]} for step, share in ((1, 0.5), (2, 0.5), (3, 0.5), (2, 1.0))]
+    append(folder / "experts.jsonl", *rows)
+    run = Run(tmp_path / "run")
+    read(run)
+    found = run.stages["sft"].expert_load(None)
+    assert (found["steps"], found["load"]) == ([1, 2], [[1, 1], [2, 0]])
+
+
+def test_samples_of_a_stage_that_starts_again(tmp_path: Path) -> None:
+    """The old samples go, and a long text is shortened with the number of characters that are left out."""
+    folder = start(tmp_path / "run", stage="ppo")
+    append(folder / "samples.jsonl", {"step": 9, "prompt": "old", "completion": "old"})
+    run = Run(tmp_path / "run")
+    read(run)
+    (folder / "samples.jsonl").unlink()
+    append(folder / "samples.jsonl", {"step": 1, "prompt": "new", "completion": "x" * 4321})
+    read(run)
+    (sample,) = run.stages["ppo"].samples
+    assert sample["prompt"] == "new"
+    assert sample["texts"][0]["text"] == f"{'x' * 4000} … (321 characters more)"
+
+
+def test_runs_are_found_two_levels_deep(tmp_path: Path) -> None:
+    """Runs, and the runs of a sweep (setting/seed), in a folder; not deeper, and not in a hidden folder."""
+    for name in ("a", "setting/seed-0", "x/y/z", ".hidden/b"):
+        write(tmp_path / name / "recipe.json", {"name": "r"})
+    assert sorted(Watched(tmp_path).scan()) == ["a", "setting/seed-0"]
+
+
+def test_a_stage_name_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
+    stages = {"../other": {"kind": "sft"}, "sft": {"kind": "sft"}}
+    write(tmp_path / "run" / "recipe.json", {"name": "r", "stages": stages})
+    run = Run(tmp_path / "run")
+    read(run)
+    assert list(run.stages) == ["sft"]
 
 
 def test_a_stage_that_starts_again_starts_its_curves_again(tmp_path: Path) -> None:
