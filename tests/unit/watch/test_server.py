@@ -151,6 +151,20 @@ def test_headers_of_every_response(served: Callable[..., Get]) -> None:
     assert get("/state", method="POST")[0].status == 501
 
 
+def test_a_head_request_has_no_body(tmp_path: Path) -> None:
+    """The next response on the same connection would begin with it."""
+    with WatchServer(tmp_path, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        for method in ("HEAD", "GET"):
+            connection.request(method, "/state")
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+        connection.close()
+        server.shutdown()
+
+
 def test_long_responses_to_other_machines_are_compressed(
     tmp_path: Path, served: Callable[..., Get], monkeypatch: pytest.MonkeyPatch
 ) -> None:
