@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,18 @@ def recipe(checkpoint: Path, *, routed: bool) -> dict[str, Any]:
     return {"name": "families", "seed": 0, "model": model, "stages": stages}
 
 
-def check_chain(model_type: str, folder: Path, **changes: Any) -> dict[str, float]:
-    """Largest mismatch between sampler and trainer in PPO and GRPO, and the number of stages that ran."""
+Run = Callable[[list[str], Mapping[str, str]], tuple[int, str]]
+
+
+def align(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit status and output of `align WORDS`."""
+    command = [sys.executable, "-m", "align.cli", *words]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def check_chain(model_type: str, folder: Path, run: Run = align, **changes: Any) -> dict[str, float]:
+    """Largest mismatch between sampler and trainer in PPO and GRPO. run: runs `align WORDS`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint = folder / "checkpoint"
@@ -97,9 +108,8 @@ def check_chain(model_type: str, folder: Path, **changes: Any) -> dict[str, floa
     file, run_dir = folder / "recipe.yaml", folder / "run"
     routed = any(layer.experts > 1 for layer in routed_layers(plain.config))
     file.write_text(yaml.safe_dump(recipe(checkpoint, routed=routed), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "align.cli", "run", str(file), "--run-dir", str(run_dir)]
-    done = subprocess.run(command, env={**os.environ, **NO_THREADS}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    code, output = run(["run", str(file), "--run-dir", str(run_dir)], {**os.environ, **NO_THREADS})
+    assert code == 0, output[-3000:]
     found: dict[str, float] = {}
     for stage in ("ppo", "grpo"):
         lines = read_jsonl(run_dir / stage / "metrics.jsonl")

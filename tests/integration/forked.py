@@ -2,6 +2,8 @@
 
 Forked processes have one seed of Python's hashes, so a set of strings has the same order in all of them. A test that
 compares runs therefore needs one run whose ranks were started the usual way, with `subprocess`.
+
+There are two such processes: one with the libraries of training, `TRAINING`, and one that has also loaded vLLM, `VLLM`.
 """
 
 from __future__ import annotations
@@ -16,40 +18,56 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import chdir, suppress
 from functools import cache, partial
+from importlib import import_module
 from multiprocessing import resource_tracker
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from types import ModuleType, SimpleNamespace
+from typing import IO, Any, NoReturn
+from unittest.mock import patch
+
+from align.rollout.started_server import PARENT
 
 ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
+TRAINING, VLLM = "tests.integration.libraries", "tests.integration.vllm_libraries"
+"""Modules that import the libraries."""
+_STARTING = threading.Lock()
 
 
 @cache
-def _context() -> Any:
-    """multiprocessing's context, with a running fork server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.integration.libraries"])
+def _server(libraries: str) -> ForkServer:
+    """A running fork server that has imported the module `libraries`."""
+    server = ForkServer()
+    server.set_forkserver_preload([libraries])
     with chdir(ROOT):  # the server finds `tests` in its working folder
-        multiprocessing.forkserver.ensure_running()
-    return context
+        server.ensure_running()
+    return server
 
 
 class Forked:
     """A forked process that runs `call(*arguments)`; has the part of `subprocess.Popen` that the tests use.
 
     output: file for stdout and stderr; by default a temporary one.
+    libraries: the libraries that the process has loaded, `TRAINING` or `VLLM`.
     """
 
-    def __init__(self, call: Callable[..., None], *arguments: Any, output: Path | None = None):
+    def __init__(
+        self, call: Callable[..., None], *arguments: Any, output: Path | None = None, libraries: str = TRAINING
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="align-forked-")
         self._output = output or Path(self._folder.name) / "output"
-        self._process = _context().Process(target=_enter, args=(call, arguments, self._output))
-        self._process.start()
+        context = multiprocessing.get_context("forkserver")
+        self._process: Any = context.Process(target=_enter, args=(libraries, call, arguments, self._output))
+        with _STARTING:  # servers are restarted in threads
+            connect = _server(libraries).connect_to_new_process
+            with patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
+                self._process.start()
         self.pid: int = self._process.pid
         atexit.register(self.kill)  # runs before multiprocessing waits for all processes
 
@@ -64,6 +82,9 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Send SIGKILL to the process and its ranks, if the process still runs."""
@@ -89,25 +110,58 @@ class Forked:
 
 
 def align(
-    words: list[str], environment: Mapping[str, str], folder: Path | None = None, network: str | None = None
+    words: list[str],
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    *,
+    network: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    libraries: str = TRAINING,
 ) -> Forked:
     """Start `align WORDS` in a folder; its ranks, and the runs of a sweep, are forked too.
 
     network: name of the network namespace in which the processes run, as with `ip netns exec`.
+    changes: {"module.attribute": its value in the process}.
     """
-    return Forked(_launch, words, dict(environment), folder or Path.cwd(), network)
+    given = (words, dict(environment), folder or Path.cwd(), network, dict(changes or {}))
+    return Forked(_launch, *given, libraries=libraries)
 
 
-def script(file: Path, arguments: list[str], environment: Mapping[str, str], output: Path) -> Forked:
+def script(
+    file: Path,
+    arguments: list[str],
+    environment: Mapping[str, str],
+    output: Path | None = None,
+    libraries: str = TRAINING,
+) -> Forked:
     """Start `python FILE ARGUMENTS`, with stdout and stderr in `output`."""
-    return Forked(_run_script, file, arguments, dict(environment), output=output)
+    return Forked(_run_script, file, arguments, dict(environment), output=output, libraries=libraries)
 
 
-def _enter(call: Callable[..., None], arguments: tuple[Any, ...], output: Path) -> None:
+def popen(command: list[str], *, env: Mapping[str, str], stdout: IO[Any], **streams: Any) -> Forked:
+    """A forked process with vLLM in place of `subprocess.Popen` of `python -m MODULE WORDS`; its engine is forked too.
+
+    A rollout server ends when the fork server does, that is, with this process.
+    """
+    assert command[:2] == [sys.executable, "-m"]
+    environment = dict(env)
+    if PARENT in environment:
+        environment[PARENT] = str(_server(VLLM)._forkserver_pid)
+    return Forked(_run_module, command[2:], environment, output=Path(stdout.name), libraries=VLLM)
+
+
+def replace_popen(patched: Any, module: ModuleType, start: Callable[..., Any] = popen) -> None:
+    """Let `start` take the place of `subprocess.Popen` in a module. patched: a pytest `MonkeyPatch`."""
+    kept = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    patched.setattr(module, "subprocess", SimpleNamespace(Popen=start, **kept))
+
+
+def _enter(libraries: str, call: Callable[..., None], arguments: tuple[Any, ...], output: Path) -> None:
     os.setsid()
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    import_module(libraries)  # the fork server ignores an ImportError
     call(*arguments)
 
 
@@ -118,11 +172,23 @@ def _run_script(file: Path, arguments: list[str], environment: dict[str, str]) -
     runpy.run_path(str(file), run_name="__main__")
 
 
-def _launch(words: list[str], environment: dict[str, str], folder: Path, network: str | None) -> None:
+def _run_module(words: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def _launch(
+    words: list[str], environment: dict[str, str], folder: Path, network: str | None, changes: dict[str, Any]
+) -> None:
     """Run `align WORDS` in this process, which forks the ranks and runs that it would start."""
     from align.launch import processes
     from align.sweep import runner
 
+    for name, value in changes.items():
+        module, attribute = name.rsplit(".", 1)
+        setattr(import_module(module), attribute, value)
     if network is not None:
         with open(f"/var/run/netns/{network}") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0

@@ -11,6 +11,8 @@ os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 import deepspeed  # noqa: F401
 
 import align.cli
+import align.eval.evaluation
+import align.eval.report.write
 import align.parallel.export
 import align.parallel.load
 import align.recipes.base

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from align.launch.processes import free_port
+from tests.integration import forked
+from tests.integration.kills import Launcher
 from tests.integration.runs import ROOT, exported, metrics, plain_environment, run, write_pretraining
 
 BIN = Path(sys.executable).parent
@@ -29,11 +32,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.yaml"
 
 
-def start(command: list[str], **variables: str) -> subprocess.Popen:
-    """Start `command` with `variables` and without the environment variables that make a process a rank."""
+def start(command: list[str]) -> subprocess.Popen:
+    """Start `command` without the environment variables that make a process a rank."""
     return subprocess.Popen(
         command,
-        env={**plain_environment(), **variables},
+        env=plain_environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,7 +45,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
-def finish(*processes: subprocess.Popen) -> list[str]:
+def finish(*processes: Launcher) -> list[str]:
     """Wait for all processes, which must exit with 0; return their outputs. If one fails, kill the others."""
     deadline = time.monotonic() + 400
     try:
@@ -114,7 +117,7 @@ def test_slurm(ours: Path, run_dir: Path, words: list[str]) -> None:
         "SLURM_STEP_NODELIST": "localhost",
     }
     tasks = [
-        start([sys.executable, "-m", "align.cli", *words], **job, SLURM_PROCID=task, SLURM_LOCALID=task)
+        forked.align(words, {**plain_environment(), **job, "SLURM_PROCID": task, "SLURM_LOCALID": task}, ROOT)
         for task in ("0", "1")
     ]
     require_same(run_dir, ours, finish(*tasks))
@@ -128,22 +131,14 @@ def free_job() -> str:
             return str(job)
 
 
-NAMED = (
-    "import socket, sys; name = sys.argv.pop(1); socket.gethostname = lambda: name; import align.cli; align.cli.main()"
-)
-"""`align` with its first argument as host name, so that loopback addresses can stand for machines."""
-
-
 def test_hostfile(ours: Path, run_dir: Path, words: list[str], tmp_path: Path) -> None:
     """Two machines with one rank each give the same result; both are this machine, under two names."""
     names = ("127.0.0.2", "127.0.0.3")
     (tmp_path / "hosts").write_text("".join(f"{name} slots=1\n" for name in names))
-    port = str(free_port())
+    environment = plain_environment() | {"MASTER_PORT": str(free_port())}
+    hosts = ["--hostfile", str(tmp_path / "hosts")]
     machines = [
-        start(
-            [sys.executable, "-c", NAMED, name, *words, "--hostfile", str(tmp_path / "hosts")],
-            MASTER_PORT=port,
-        )
+        forked.align([*words, *hosts], environment, ROOT, changes={"socket.gethostname": partial(str, name)})
         for name in names
     ]
     outputs = finish(*machines)

@@ -97,7 +97,7 @@ def test_a_changed_task_is_a_changed_input(folder: Path) -> None:
 def test_two_ranks_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> None:
     """ZeRO-3 with half of the experts on each rank. The ranks share the batches; the last batch is repeated."""
     recipe(folder, **stage(folder))
-    runs.run(folder / "recipe.yaml", tmp_path / "two", "--nproc", "2", "parallel.expert_parallel_size=2")
+    runs.run(folder / "recipe.yaml", tmp_path / "two", "--nproc", "2", "parallel.expert_parallel_size=2", forks=True)
     assert list(of(tmp_path / "two").rows()) == list(of(folder / "single").rows())
     for model in of(tmp_path / "two").models:
         found, expected = (

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from align.errors import UserError
 from align.pipeline import run
 from align.recipes import ppo
+from align.rollout import started_server
 from align.rollout.hf_engine import HuggingFaceEngine
 from align.run import interrupt
 from align.train import state
+from tests.integration.forked import replace_popen
 from tests.unit.rl.runs import lines, recipe
 
 KINDS = {
@@ -166,7 +168,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, start, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_servers_sample_the_next_batch_during_the_update(tmp_path, start) -> None:
+def test_servers_sample_the_next_batch_during_the_update(tmp_path, start, monkeypatch) -> None:
+    replace_popen(monkeypatch, started_server)
     rollout = {"engine": "remote", "start_servers": 1, "cache_gib": 0.1, "max_sequences": 8}
     made = recipe(tmp_path, rollout=rollout, overlap=True, steps=3)
     folder = start("run")

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from align import cli
 from align.config.rollout import Rollout
 from align.errors import UserError
+from align.rollout import started_server
 from align.rollout.placement import Placement
 from align.rollout.serve import _cores_per_rank, command_line, serve_settings
 from align.rollout.started_server import StartedServer
+from tests.integration.forked import replace_popen
 
 PROMPTS = {"kind": "file", "path": "prompts.jsonl"}
 
@@ -138,10 +140,11 @@ def test_a_started_server_gets_every_setting(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path):
+def test_the_error_of_a_server_that_cannot_start_has_the_reason(tmp_path, monkeypatch):
     """The server exits at once, because the folder has no weights: the engine does not wait for the start timeout."""
     from align.rollout.remote import RemoteEngine
 
+    replace_popen(monkeypatch, started_server)
     folder = make_checkpoint(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128, "model_type": "llama"}))
     rollout = Rollout(engine="remote", start_servers=1, max_model_length=100)

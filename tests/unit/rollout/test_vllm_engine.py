@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +27,7 @@ from align.train.checkpoint import load_policy, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
+from tests.integration.forked import VLLM, script
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 GOLDEN = Path(__file__).parents[2] / "golden" / "data"
@@ -200,10 +199,11 @@ def test_closing_one_engine_does_not_affect_another(engine, model):
 
 def test_the_trainers_process_group_outlives_the_engine(tmp_path):
     """A process group that exists before the engine, as under torchrun, still works after the engine is closed."""
-    script = Path(__file__).parent / "engine_beside_group.py"
-    ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.splitlines()[-1] == "3.0 3.0"
+    file = Path(__file__).parent / "engine_beside_group.py"
+    process = script(file, [str(tmp_path)], os.environ, libraries=VLLM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert output.splitlines()[-1] == "3.0 3.0"
 
 
 def test_a_shared_prompt_is_computed_once(engine, model):

@@ -207,7 +207,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "ppo": {
         "kind": "ppo",
         "rewards": [{"kind": "model", "init_from": "reward"}],
-        "rollout": {"max_new_tokens": 4, "max_model_length": 68},
+        "rollout": {"engine": "huggingface", "max_new_tokens": 4, "max_model_length": 68},
         "max_prompt_length": 64,
         "batch_size": 2,
         "mini_batch_size": 2,
