@@ -232,6 +232,24 @@ def test_the_numbers_of_a_draft(
     ) == wanted
 
 
+@pytest.mark.parametrize(
+    ("shape", "stage", "template", "adds"),
+    [
+        ("messages", "sft", False, True),
+        ("messages", "sft", True, False),
+        ("messages", "sft", None, False),  # not known: the checkpoint is not on this machine
+        ("text", "pretrain", False, False),
+    ],
+)
+def test_a_template_is_added_to_a_tokenizer_without_one(
+    shape: str, stage: str, template: bool | None, adds: bool, tmp_path: Path
+) -> None:
+    data = stages_for([look_at(write(tmp_path, shape))], [stage])
+    found = yaml.safe_load(text_of(Draft("run", "m", ModelLook(template=template), data, CPU, lora=True)))
+    assert ("add_tokens" in found["model"]) == adds
+    assert found["stages"][stage]["lora"].get("train_embeddings", False) == adds
+
+
 def test_the_length_is_that_of_long_rows_with_a_template(tmp_path: Path) -> None:
     """89 short rows and ten of 600 characters: 200 tokens and 64 of a template need 512, not 256. One row of 1,000,000
     characters is not a reason for a longer context, and the longer answer of a pair counts."""
