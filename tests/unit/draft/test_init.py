@@ -257,8 +257,8 @@ def test_the_length_is_that_of_long_rows_with_a_template(tmp_path: Path) -> None
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     look = look_at(str(tmp_path / "texts.jsonl"))
     assert (look.tokens, look.length) == (200, 512)
-    pair = {"prompt": "", "chosen": "no", "rejected": "x" * 600}
-    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair | {"prompt": "Hi"}) + "\n") * 20)
+    pair = {"prompt": "Hi", "chosen": "y" * 300, "rejected": "x" * 600}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20)
     assert look_at(str(tmp_path / "pairs.jsonl")).tokens == 201
 
 
