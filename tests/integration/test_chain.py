@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.forked import VLLM, Forked, align
 from tests.integration.runs import metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
-COMMAND = [sys.executable, "-m", "align.cli", "run", "tiny"]
+WORDS = ["run", "tiny"]
 KILL_AFTER = {"pretrain": 30, "sft": 25, "reward_model": 12, "dpo": 8, "ppo": 6}
 """Lines of metrics.jsonl after which a stage is killed: past its first checkpoint, before its last."""
 
 
-def run_to_the_end(run_dir: Path, *arguments: str) -> None:
-    done = subprocess.run([*COMMAND, "--run-dir", str(run_dir), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def fork(run_dir: Path, *arguments: str) -> Forked:
+    """Start `align run tiny` in a process that does not load the libraries again; see `forked`."""
+    return align([*WORDS, "--run-dir", str(run_dir), *arguments], os.environ, libraries=VLLM)
 
 
 def final(run_dir: Path, stage: str) -> dict:
@@ -32,7 +33,9 @@ def final(run_dir: Path, stage: str) -> dict:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("chain") / "run"
-    run_to_the_end(run_dir)
+    command = [sys.executable, "-m", "align.cli", *WORDS, "--run-dir", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run_dir
 
 
@@ -64,7 +67,10 @@ def test_the_report_shows_the_results(finished) -> None:
 
 def test_a_finished_run_is_kept(finished) -> None:
     before = (finished / "sft" / "manifest.json").read_text(encoding="utf-8")
-    run_to_the_end(finished)
+    process = fork(finished)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    assert "ppo: finished before, kept" in output
     assert (finished / "sft" / "manifest.json").read_text(encoding="utf-8") == before
 
 
@@ -79,7 +85,9 @@ def test_a_run_killed_in_every_stage_ends_like_an_uninterrupted_one(finished, tm
     for stage, lines in KILL_AFTER.items():
         kill_during(run_dir, stage, lines)
     kill_during(run_dir, "evaluate", 0)
-    run_to_the_end(run_dir, "--resume")
+    process = fork(run_dir, "--resume")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-4000:]
     for stage in KILL_AFTER:
         assert metrics(run_dir, stage) == metrics(finished, stage), stage
     assert final(run_dir, "evaluate") == final(finished, "evaluate")
@@ -88,11 +96,7 @@ def test_a_run_killed_in_every_stage_ends_like_an_uninterrupted_one(finished, tm
 def kill_during(run_dir: Path, stage: str, lines: int) -> None:
     """Run until the stage has written more than `lines` lines of metrics (0: its config.json), then send SIGKILL."""
     file = run_dir / stage / ("metrics.jsonl" if lines else "config.json")
-    process = subprocess.Popen(
-        [*COMMAND, "--run-dir", str(run_dir), "--resume"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = fork(run_dir, "--resume")
     deadline = time.monotonic() + 400
     while process.poll() is None and time.monotonic() < deadline:
         if file.is_file() and len(file.read_text(encoding="utf-8").splitlines()) > lines:

@@ -129,7 +129,7 @@ def pass_sizes(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     content["model"]["config"] |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
     content["stages"] = {
-        name: {**content["stages"][name], "init_from": "base", "micro_batch_tokens": 4000}
+        name: {**content["stages"][name], "init_from": "base", "micro_batch_tokens": 4000, "max_steps": LORA_STEPS}
         for name in ("sft", "reward_model", "dpo", "kto")
     }
     folder = tmp_path_factory.mktemp("pass_sizes")

@@ -101,7 +101,7 @@ def test_two_ranks_with_half_of_the_experts_each_update_as_one_process(single: P
 def test_vllm_samples_from_the_updated_weights(recipe: Path, tmp_path: Path) -> None:
     """vLLM in its own process gets the updated weights: its log-probabilities match the trainer's after an update."""
     words = ("--nproc", "2", "stages.ppo.rollout.engine=vllm", "stages.ppo.steps=2")
-    run(recipe, tmp_path / "run", *words)
+    run(recipe, tmp_path / "run", *words, forks=True)
     lines = metrics(tmp_path / "run", "ppo")
     assert lines[1]["kl_k3"] > 1e-4  # the policy has moved
     assert max(line["mismatch_max"] for line in lines) < 1e-3

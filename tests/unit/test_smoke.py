@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +24,7 @@ from align.smoke.lines import LINES, Line
 from align.smoke.machine import Machine
 from align.smoke.small import greedy_batch, small_policy
 from align.smoke.table import Check, LineResult, below, fast, worst
+from tests.integration import forked
 
 ROOT = Path(__file__).parents[2]
 NAN = float("nan")
@@ -242,7 +245,16 @@ def test_lines_are_numbered_in_order_and_fit_their_time() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_the_cheap_lines_are_right_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_cheap_lines_are_right_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line runs in a program of its own, the others in forked processes."""
+    numbers = itertools.count()
+
+    def start(*arguments: Any, **given: Any) -> Any:
+        return (subprocess.Popen if next(numbers) == 0 else forked.popen)(*arguments, **given)
+
+    forked.replace_popen(monkeypatch, command, start)
     main(["smoke", "--folder", str(tmp_path), "--only", "1", "2", "3"])
     written = json.loads((tmp_path / "smoke.json").read_text())
     checks = {check["what"]: check["verdict"] for line in written["lines"] for check in line["checks"]}

@@ -1,8 +1,13 @@
-"""The remote engine on two vLLM servers, compared with the in-process engine and the transformers model."""
+"""The remote engine on two vLLM servers, compared with the in-process engine and the transformers model.
+
+The first server is a program of its own; the others, and those that are restarted, are forked (see
+`tests.integration.forked`).
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +23,7 @@ from align.config.rollout import Rollout
 from align.errors import UserError
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
 from align.models.weights import published_weights
+from align.rollout import started_server
 from align.rollout.base import Completion, SamplingSettings
 from align.rollout.remote import RemoteEngine
 from align.rollout.sync.stream import combined_digest, digest
@@ -26,6 +32,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from align.rollout.vllm_engine import VllmEngine
 from tests.families.checks import adopted
 from tests.families.engine import difference, sample
+from tests.integration import forked
 from tests.tiny_families import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -34,13 +41,12 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [1] * 30, list(range(100, 157))]
 SIZES = {"max_model_length": 288, "cache_gib": 0.05, "max_sequences": 4, "bucket_mib": 1}
 
 
-@pytest.fixture(scope="module")
-def model() -> HunYuanForCausalLM:
+def made(intermediate_size: int = 48) -> HunYuanForCausalLM:
     torch.manual_seed(0)
     config = HunYuanConfig(
         vocab_size=384,
         hidden_size=64,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -49,6 +55,11 @@ def model() -> HunYuanForCausalLM:
         initializer_range=0.15,
     )
     return HunYuanForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> HunYuanForCausalLM:
+    return made()
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +76,18 @@ def local(checkpoint) -> list[list[Completion]]:
     rows = engine.generate(PROMPTS, SETTINGS)
     engine.close()
     return rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_servers():
+    numbers = itertools.count()
+
+    def start(command, **given):
+        return subprocess.Popen(command, **given) if next(numbers) == 0 else forked.popen(command, **given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        forked.replace_popen(patched, started_server, start)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +191,19 @@ def test_all_servers_are_restarted_with_the_weights(engine, local, model):
 
 # Its two workers wait for each other in busy loops, which takes minutes on cores that other tests use too.
 @pytest.mark.timeout(1800)
-def test_a_server_of_two_ranks_takes_an_update(model, checkpoint, local):
-    """The digests cover only the received tensors; the log-probabilities show that each rank loaded its shard."""
+def test_a_server_of_two_ranks_takes_an_update(tmp_path):
+    """The digests cover only the received tensors; the log-probabilities show that each rank loaded its shard.
+
+    Each rank has 32 columns of the experts, which vLLM's kernel supports.
+    """
+    model = made(intermediate_size=64)
+    model.save_pretrained(tmp_path)
     rollout = Rollout(engine="remote", start_servers=1, tensor_parallel_size=2, start_timeout_seconds=1200, **SIZES)
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
-    engine = RemoteEngine(checkpoint, rollout, dtype="float32", seed=0)
+    engine = RemoteEngine(tmp_path, rollout, dtype="float32", seed=0)
     try:
         assert engine.servers[0].facts["ranks"] == "2"
         assert error(model, engine.generate(PROMPTS, SETTINGS)) < 1e-4

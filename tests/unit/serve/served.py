@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from align.data.tokenizer import train_tokenizer
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from tests.integration import forked
 
 TEXTS = [f"What is {number}? It is {number}, and the sea is blue." for number in range(40)]
 SIZES = {
@@ -68,20 +69,25 @@ def logprobs_by_peft(base: Path, adapter: Path | None, ids: list[int]) -> list[f
 
 
 class Served:
-    """`align serve` in a process of its own."""
+    """`align serve` in a process of its own. forks: the process and its engine are forked; see `forked`."""
 
-    def __init__(self, *arguments: str, token: str | None = None):
+    def __init__(self, *arguments: str, token: str | None = None, forks: bool = False):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.token = token
-        command = [sys.executable, "-m", "align.cli", "serve", *arguments, "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        words = ["serve", *arguments, "--port", str(self.port)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process: subprocess.Popen[str] | forked.Forked
+        if forks:
+            self.process = forked.align(words, environment, libraries=forked.VLLM)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "align.cli", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
 
     def wait(self, seconds: float = 300) -> None:
         """Wait until the server is healthy."""

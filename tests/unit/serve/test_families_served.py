@@ -46,7 +46,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 parameter.data = torch.randn(parameter.shape, generator=generator) / (6 * rank**0.5)
         wrapped.save_pretrained(folder / f"r{rank}s{seed}")
         given += ["--adapter", f"r{rank}s{seed}={folder / f'r{rank}s{seed}'}"]
-    server = Served(str(folder / "base"), *given, "--max-model-length", "1536", "--cache-gib", "0.1")
+    server = Served(str(folder / "base"), *given, "--max-model-length", "1536", "--cache-gib", "0.1", forks=True)
     try:
         server.wait()
         yield server, folder
