@@ -40,7 +40,7 @@ class HttpServer(ThreadingHTTPServer):
 
 
 class QuietHandler(BaseHTTPRequestHandler):
-    """Handles requests of HTTP/1.1 without a log line for each."""
+    """Request handler for HTTP/1.1 that does not log requests."""
 
     protocol_version = "HTTP/1.1"
     timeout = IDLE_TIMEOUT_S

@@ -33,7 +33,7 @@ ANSWER = 10.0
 """Seconds within which the peer of a new connection must send a message; otherwise it is taken for another program."""
 LONGEST_LINE = 2**20
 LOG_SENT = 50_000
-"""Number of characters, from the end of a failed rank's log, that every machine prints."""
+"""Maximum number of characters of a failed rank's log that every machine prints, counted from the log's end."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Alone:
 
 
 class Line:
-    """A connection that carries messages; its methods raise an `OSError` if the connection is lost."""
+    """A connection that carries messages. Its methods raise an `OSError` if the connection is lost."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection

@@ -37,7 +37,7 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 def environment_of_its_own() -> dict[str, str]:
-    """Environment for a process that a rank starts and that is not itself a rank: without the launchers' variables."""
+    """Environment without the launchers' variables, for a process that a rank starts and that is not itself a rank."""
     return {key: value for key, value in os.environ.items() if key not in PLACE and not key.startswith("SLURM_")}
 
 

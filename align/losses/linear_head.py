@@ -50,8 +50,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, TokenScores]:
     """Sum of -log softmax(hidden @ weight.T / temperature)[token] divided by `count`, and the scores of the tokens.
 
-    The sum is a scalar in fp32; the scores have no gradient. It takes three products of the size of the logits, one
-    less than the log-probabilities, because the gradient of each is known to be -1 / count. count: N by default.
+    The sum is a scalar in fp32; the scores have no gradient. It takes three matrix products of the size of the logits,
+    one fewer than `linear_logprobs`, because the loss has the same gradient for every log-probability.
+
+    count: N by default.
     """
     loss, *scores = _CrossEntropy.apply(hidden_ND, weight_VD, tokens_N, temperature, _product_dtype(hidden_ND))
     return loss / (max(1, len(tokens_N)) if count is None else count), TokenScores(*scores)
@@ -85,9 +87,10 @@ def transformed_logprobs(
     *,
     mean_logits: bool = False,
 ) -> TokenScores:
-    """Like `linear_logprobs`, for a head with a bias or a soft cap, through autograd: slower, chunk by chunk too.
+    """Like `linear_logprobs`, for a head with a bias or a soft cap.
 
-    Each chunk's logits are computed again in the backward pass. Products are computed in fp32.
+    Gradients come from autograd, which is slower. Logits are computed for one chunk of tokens at a time, and again in
+    the backward pass. Products are computed in fp32.
     """
 
     def chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -162,8 +165,10 @@ class _Chunks:
             yield slice(start, min(start + self.size, len(self.hidden)))
 
     def softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`. The next call overwrites the
-        first two."""
+        """(logits - max, their exponentials, the exponentials' sum [n, 1]) of `rows`.
+
+        The next call overwrites the first two.
+        """
         count = rows.stop - rows.start
         shifted, exponentials = self.logits[:count], self.exponentials[:count]
         _write_logits(self.hidden[rows], self.weight, shifted)
@@ -182,7 +187,7 @@ class _Scores:
         self.top1 = hidden_ND.new_empty(len(hidden_ND), dtype=torch.bool)
 
     def write(self, rows: slice, tokens: Tensor, shifted: Tensor, exponentials: Tensor, total: Tensor) -> None:
-        """Scores of `rows` from what `_Chunks.softmax` returns; tokens: [n, 1]."""
+        """Write the scores of `rows`, given the result of `_Chunks.softmax`; tokens: [n, 1]."""
         own = shifted.gather(1, tokens)
         self.logprobs[rows] = (own - total.log())[:, 0]
         self.top1[rows] = own[:, 0] == 0
@@ -257,7 +262,7 @@ class _Logprobs(torch.autograd.Function):
                 if direction is None:
                     continue
                 if dtype == torch.float32:
-                    # In fp32 this difference is accurate enough. It takes one pass over the chunk less than the
+                    # In fp32 this difference is accurate enough. It takes one pass fewer over the chunk than the
                     # gradient of the logits.
                     mean = exponentials @ weight / total
                     direction[rows] = (weight[tokens_N[rows]] - mean) / temperature

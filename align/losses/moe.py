@@ -25,11 +25,11 @@ def expert_load(experts_Tk: Tensor, num_experts: int, mask_T: Tensor) -> Tensor:
 
 @in_float32
 def balance_loss(logits_TE: Tensor, experts_Tk: Tensor, mask_T: Tensor) -> Tensor:
-    """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1. It is 1 if load and mean probability are
-    uniform.
+    """E * sum_e load_e * mean_t p_te over the tokens where mask_T is 1.
 
-    This equals E^2 * mean_e(load_e * mean_t p_te). The loads sum to one for every k. The load is a count without a
-    gradient; the router's gradient comes from the probabilities p.
+    It is 1 if load and mean probability are uniform, and equals E^2 * mean_e(load_e * mean_t p_te). The loads sum to
+    one for every k. The load is a count without a gradient; the router's gradient comes from the probabilities p.
+
     Source: Fedus et al. (Switch Transformers), equation 4; the released Hunyuan-Large code.
     """
     num_experts = logits_TE.shape[-1]

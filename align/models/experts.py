@@ -68,8 +68,9 @@ class Gather(torch.autograd.Function):
 
 
 class SortedProduct(torch.autograd.Function):
-    """x W_e^T for rows sorted by expert. `counts` has the number of rows per expert, then of rows without an expert,
-    whose product is zero.
+    """x W_e^T for rows sorted by expert; zero for rows without an expert.
+
+    counts: number of rows per expert, then of rows without an expert.
 
     In both directions each expert's product is written into its slice of one result tensor. A loop under autograd would
     concatenate the slices; those of the weights' gradient are as large as the weights of all experts.
@@ -164,8 +165,10 @@ def corrected(
 
 
 def sorted_product(rows_NI: Tensor, weights_EOI: Tensor, division: ExpertRows) -> Tensor:
-    """x W_e^T [N, O] for rows sorted by expert; zero for rows without an expert. One grouped kernel for bf16 on a GPU
-    if the sizes are aligned, otherwise a loop over the experts."""
+    """x W_e^T [N, O] for rows sorted by expert; zero for rows without an expert.
+
+    Uses one grouped kernel for bf16 on a GPU if the sizes are aligned, otherwise a loop over the experts.
+    """
     aligned = weights_EOI.shape[1] % 8 == weights_EOI.shape[2] % 8 == 0  # rows of 16-byte multiples, for grouped_mm
     if rows_NI.is_cuda and rows_NI.dtype == torch.bfloat16 and aligned:
         return grouped_product(rows_NI, weights_EOI, division)
@@ -194,7 +197,9 @@ def mix_outputs(
     complete: bool = False,
 ) -> Tensor:
     """Like `mix_experts`, with outputs from `compute`, which maps (rows sorted by expert, their division) to outputs.
-    With expert parallelism `compute` also dispatches rows to other ranks."""
+
+    With expert parallelism `compute` also dispatches rows to other ranks.
+    """
     bucket = experts_Tk.flatten()
     if not complete:
         bucket = torch.where(bucket < 0, num_experts, bucket)  # assignments without an expert come last

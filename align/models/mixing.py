@@ -1,4 +1,4 @@
-"""Classes with a mix-in, for modules that exist already."""
+"""Classes that add a mix-in to the class of an existing module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _MIXED: dict[tuple[type, type], type] = {}
 
 
 def mixed(mix_in: type, base: type) -> type:
-    """A class with the name and module of `base`, with `mix_in` before it; the same for the same two classes."""
+    """Subclass of (`mix_in`, `base`) with the name and module of `base`. Equal arguments give the same class."""
     if issubclass(base, mix_in):
         return base
     if (mix_in, base) not in _MIXED:

@@ -75,7 +75,7 @@ class Nf4:
 
     codes: two values per byte, the first one in the upper half; uint8 [values / 2].
     scales: largest magnitude of each block; float32 [values / 64].
-    shape: of the weight.
+    shape: shape of the weight.
     """
 
     codes: Tensor
@@ -99,7 +99,7 @@ class Nf4:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight."""
         if has_library():
-            # As rows of one block: its CPU operator is wrong for rows that are not whole blocks.
+            # Pass rows of one block each: the CPU operator is wrong for rows that are not whole blocks.
             return torch.ops.bitsandbytes.dequantize_4bit.default(  # type: ignore[no-any-return]
                 self.codes[:, None], self.scales, BLOCK, "nf4", (len(self.scales), BLOCK), dtype
             ).view(self.shape)
@@ -149,8 +149,9 @@ class Product(torch.autograd.Function):
 
 
 class StackProduct(torch.autograd.Function):
-    """x W_e^T for rows sorted by expert, as `sorted_product`. The weights are dequantised in both passes and kept in
-    neither: one expert at a time, or on a GPU in bf16 one stack.
+    """x W_e^T for rows sorted by expert, as `sorted_product`.
+
+    The weights are dequantised in both passes and kept in neither: one expert at a time, or on a GPU in bf16 one stack.
 
     is_transposed: the stack is [E, I, O].
     """
@@ -183,8 +184,9 @@ def _stack_product(rows_NI: Tensor, stack: Nf4, is_transposed: bool, division: E
 class Quantized(nn.Module):
     """A module with weights in 4 bits.
 
-    The module keeps a parameter of the same name and shape for each of them, which takes the memory of one value and
-    consists of NaN: adapters find their sizes there, and a product with it cannot go unnoticed.
+    For each of them the module keeps a placeholder parameter of the same name and shape, which takes the memory of one
+    value. Adapters read their sizes from the placeholder. Its values are NaN, so that an accidental product with it is
+    noticed.
     """
 
     quantized: dict[str, Nf4]
@@ -256,7 +258,7 @@ def quantizable(model: Any, kept: Callable[[str], bool]) -> dict[str, nn.Module]
 
 
 def quantize(module: nn.Module, name: str, weight: Nf4, dtype: torch.dtype) -> None:
-    """Replace the parameter `name` of a module by a weight in 4 bits. dtype: that of the model."""
+    """Replace the parameter `name` of a module by a weight in 4 bits. dtype: dtype of the model."""
     if not isinstance(module, Quantized):
         kind: type[Quantized] = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedExperts
         module.__class__ = mixed(kind, type(module)) if kind is QuantizedExperts else kind

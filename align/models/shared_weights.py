@@ -76,8 +76,8 @@ class SharedWeights:
         is random. Raises `UserError` if other weights are missing.
 
         overlay: adapters that are added to the weights in `folder`.
-        kept: Quantise the weights as they are read, except those that `align.models.quantized.quantizable` excludes; no
-            more than one of them is in memory in `dtype`. None: no weight is quantised.
+        kept: as in `align.models.quantized.quantizable`. The weights that it returns are quantised as they are read, so
+            at most one of them is in memory in `dtype`. None: no weight is quantised.
         """
         overlay = Overlay((), config) if overlay is None else overlay
         model = empty_model(model_class, config, folder, dtype)
@@ -116,8 +116,10 @@ class SharedWeights:
     def _in_4_bits(
         self, name: str, empty: nn.Parameter, pieces: Sequence[tuple[StoredTensor, Place]], overlay: Overlay
     ) -> Nf4:
-        """The weight in the files, with the adapters added, in 4 bits; if a model with the same values was offered, its
-        object."""
+        """The weight in the files, with the adapters added, in 4 bits.
+
+        If a model with the same values was offered, that model's object is returned.
+        """
         dense = torch.empty(empty.shape, dtype=empty.dtype)
         for tensor, part in pieces:
             tensor.read_into(part.within(dense))

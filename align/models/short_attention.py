@@ -1,7 +1,7 @@
-"""Causal attention by the fastest code for the case: torch's kernel, or batched matrix products with an explicit
-backward pass for short sequences on a CPU. Sliding windows, soft caps and sinks.
+"""Causal attention, optionally with a sliding window, a soft cap or sinks.
 
-On short sequences torch's kernel gains little from a second thread, and our code is faster. From about 200 tokens on,
+Most cases use torch's kernel. Short sequences on a CPU use batched matrix products with an explicit backward pass. On
+short sequences torch's kernel gains little from a second thread, and our code is faster. From about 200 tokens on,
 torch's kernel is as fast, because it skips masked blocks and never stores the T x T weights.
 
 Shapes: B sequences, T tokens, S keys, H query heads, K key/value heads, d head size (values may have another);
@@ -117,8 +117,10 @@ def repeats_heads(query: Tensor) -> bool:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """P = softmax(scaling Q K^T, masked), output P V. The G query heads that share a key head are stacked as
-    rows of one product."""
+    """P = softmax(scaling Q K^T, masked), output P V.
+
+    The G query heads that share a key head are stacked as rows of one product.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -33,7 +33,7 @@ def added_token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -
 
 
 def vocabulary_size(current: int, ids: Collection[int], multiple: int) -> int:
-    """Rows of the embeddings that hold `ids` as well: `current`, or if they do not fit the next multiple."""
+    """Number of embedding rows that `ids` need: `current` if they fit, otherwise the next multiple of `multiple`."""
     needed = max(ids, default=-1) + 1
     return current if needed <= current else -(-needed // multiple) * multiple
 
@@ -51,7 +51,7 @@ def vocabulary_tensors(config: Any) -> list[str]:
 def resized(rows: Tensor, size: int, known: Collection[int]) -> Tensor:
     """Rows [size, ...]: those with the ids `known` are kept; the others, old or new, are the mean of the kept rows.
 
-    Rows beyond the tokenizer's ids were never trained, so they are no better a start for a new token.
+    Rows beyond the tokenizer's ids were never trained, so they are not a better initial value for a new token.
     """
     index = torch.tensor(sorted(known))
     mean = rows[index].float().mean(0).to(rows.dtype)

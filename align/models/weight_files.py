@@ -22,8 +22,8 @@ from align.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**15
-"""Values that are read, checked and converted at a time. So few fit in the processor's cache, and torch does not start
-a thread pool in every reader."""
+"""Values that are read, checked and converted at a time. They fit in the processor's cache, and they are too few for
+torch to start a thread pool in every reader."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class StoredTensor:
     offset: int
 
     def read_into(self, target: Tensor) -> None:
-        """Fill `target`, which must be contiguous and of this shape, with any floating dtype and device. Raises
-        `UserError` for values that are not finite and for a truncated file."""
+        """Fill `target`, which must be contiguous and of this shape, and may have any floating dtype and device.
+
+        Raises `UserError` for values that are not finite and for a truncated file.
+        """
         if tuple(target.shape) != self.shape:
             raise ValueError(f"'{self.name}' has the shape {self.shape}, its destination {tuple(target.shape)}")
         values = target.view(-1)
@@ -58,8 +60,7 @@ class StoredTensor:
                     part.copy_(piece)
 
     def equals(self, values: Tensor) -> bool:
-        """True if the file has these values, once they are converted to the dtype of `values`, which must be
-        contiguous."""
+        """True if the file's values, converted to the dtype of `values`, equal `values`, which must be contiguous."""
         if tuple(values.shape) != self.shape:
             return False
         buffer = torch.empty(min(CHUNK, values.numel()), dtype=self.dtype)

@@ -64,7 +64,7 @@ def empty_model(model_class: Any, config: Any, folder: Path, dtype: torch.dtype)
 
 
 def load_generation_config(model: Any, folder: Path) -> None:
-    """Give a language model the checkpoint's generation settings, if it has any."""
+    """Set a language model's generation settings to those of the checkpoint, if it has any."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 

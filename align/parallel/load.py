@@ -34,7 +34,7 @@ from align.run.refusals import zero_3_problem
 
 
 class LocalPartitioning(zero.Init):
-    """DeepSpeed's partitioning of parameters without the broadcast from rank 0: each rank has read its own shard."""
+    """DeepSpeed's partitioning of parameters without the broadcast from rank 0, because each rank reads its shard."""
 
     def _zero_init_param(self, parameter: Any) -> None:
         self._convert_to_deepspeed_param(parameter)
@@ -58,7 +58,7 @@ def load_sharded(
     *,
     head_only: bool = False,
 ) -> Any:
-    """Load a model in evaluation mode, as `from_pretrained` does; a score head that the files lack is random.
+    """Load a model in evaluation mode, as `from_pretrained` does. A score head missing from the files is random.
 
     lora: wrap the model with new adapters, as `add_lora` does. Every rank draws the initial values of all adapters,
         layer by layer, and keeps its shard, so the values equal those of an unsharded model.

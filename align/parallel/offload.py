@@ -18,7 +18,7 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 def require_space(parallel: Parallel, parameters: int, dtype: str, machines: int, trained: int | None = None) -> None:
     """Raise `UserError` if this machine's share of the offloaded state does not fit in its memory or on its disk.
 
-    parameters: number of the model's parameters on all machines, without adapters.
+    parameters: number of the whole model's parameters, without adapters.
     trained: number of trained parameters, which are the adapters' under LoRA; None: all of `parameters`.
     """
     offload = parallel.offload

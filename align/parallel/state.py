@@ -93,7 +93,7 @@ class LocalState:
 
 
 def write_partition(parameter: Any, values: Tensor) -> None:
-    """Overwrite a parameter's ZeRO 3 partition, in memory or, if it is offloaded to NVMe, on disk."""
+    """Overwrite a parameter's ZeRO 3 partition in memory, or on disk if it is offloaded to NVMe."""
     partition = parameter.ds_tensor
     if partition.status == PartitionedParamStatus.AVAILABLE:
         partition.data.copy_(values)

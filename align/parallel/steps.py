@@ -1,9 +1,12 @@
 """Control steps: numbered, named points that all ranks of a run pass in the same order.
 
 Each rank publishes its step in the process group's store and polls the other ranks' steps there, outside of any
-collective. So the ranks can wait for hours while rank 0 samples, and still detect an error. They notice within seconds
-that a rank is at a step with another name, has published a failure, or held the store and has ended. They notice within
-`LATE` seconds that a rank is still at an earlier step, and within `SILENT` seconds that a rank has died.
+collective. So the ranks can wait for hours while rank 0 samples, and still detect an error:
+
+    within seconds         a rank is at a step with another name, or has published a failure; the process that hosts
+                           the store has ended
+    within LATE seconds    a rank is still at an earlier step
+    within SILENT seconds  a rank has died
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ PAUSES = (0.002, 0.1)
 LOOK = 1.0
 """Seconds between two checks of the other ranks' positions while this rank waits."""
 LAST_WORDS = 5.0
-"""Seconds that a rank waits before it raises an error about another rank's failure. The launcher usually ends all ranks
-within this time, so that it prints the cause and not its consequences."""
+"""Seconds that a rank waits before it raises an error about another rank's failure. Within this time the launcher
+usually ends all ranks, so that it reports the first failure instead of its consequences."""
 
 Phase = Literal["arrived", "working", "done", "failed", "ended"]
 T = TypeVar("T")
@@ -85,8 +88,8 @@ class ControlSteps:
     def mark(self, phase: Phase, size: int = 0) -> None:
         """Publish the phase of this rank's current step. size: bytes of the result that rank 0 is about to broadcast.
 
-        The size has a key of its own, because a small broadcast lets rank 0 go on to the next step before the other
-        ranks have looked.
+        The size has a key of its own. A small broadcast lets rank 0 go on to the next step before the other ranks have
+        read its position.
         """
         self.own = self.own._replace(phase=phase)
         if size:

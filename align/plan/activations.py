@@ -2,7 +2,7 @@
 
 The method follows Korthikanti et al., "Reducing activation recomputation in large transformer models" (arXiv
 2205.05198). They count 34 T D bytes for a dense layer in fp16, plus the attention matrix. Here a family's `Activations`
-count its layers: HunYuan's by formulas, those of other families by running them without values.
+give the bytes of its layers: HunYuan's by formulas, those of other families by a forward pass on torch's meta device.
 
 Letters: T tokens, D hidden size, k experts per token, a bytes per activation value.
 """
@@ -15,8 +15,9 @@ from align.config.lora import Lora
 from align.plan.sizes import LayerShape, ModelShape
 
 SHORT = 128
-"""Longest sequence in tokens for which attention on a CPU has code of its own, which stores its weights. Equals
-`LONGEST` of `align.models.short_attention`, which is not imported because that loads torch."""
+"""Longest sequence, in tokens, for which attention on a CPU uses our own code. That code saves the attention weights.
+
+Equals `LONGEST` of `align.models.short_attention`, which is not imported because that loads torch."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Pass:
     looped: bool = False
     """The experts run one after another (on a CPU, or in fp32) instead of in one grouped matrix multiplication."""
     pairs: bool = False
-    """Every second sequence shares its first tokens with the one before it, so attention computes a padded copy."""
+    """Every second sequence shares its first tokens with the one before it, so attention works on a padded copy."""
     on_cpu: bool = False
-    """Attention runs on a CPU, whose code stores weights [H, T, T] in some cases."""
+    """Attention runs on a CPU, where it saves attention weights [H, T, T] in some cases."""
 
     @property
     def short(self) -> bool:
@@ -60,7 +61,7 @@ def mlp_bytes(width: int, a: int, *, trained: bool = True) -> int:
 def routed_bytes(hidden_size: int, layer: LayerShape, run: Pass) -> int:
     """Bytes per token that routed experts save: k copies of the hidden state, k times the activations, k outputs.
 
-    The copies are sorted by expert. Frozen experts in a grouped matrix multiplication do not save them.
+    The copies are sorted by expert. Frozen experts in a grouped matrix multiplication do not save these copies.
     """
     if not layer.experts:
         return 0
@@ -74,7 +75,7 @@ def layer_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> float:
 
 
 def feed_forward_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> float:
-    """The part of `layer_bytes` that experts and MLP save. It is freed once their gradients are complete."""
+    """The part of `layer_bytes` that experts and MLP save, which is freed once their gradients are complete."""
     return run.tokens * shape.activations.layer(layer, run).feed_forward
 
 
@@ -88,8 +89,9 @@ def checkpoint_bytes(shape: ModelShape, layer: LayerShape, run: Pass) -> int:
 def backward_bytes(shape: ModelShape, layer: LayerShape, run: Pass, *, scorer: bool = False) -> int:
     """Bytes of the activation gradients that exist at the same time inside a layer's widest MLP.
 
-    Those of gate, up and their product, less the saved product, which is freed before. A language model takes a third
-    width and hidden state, among them the gradient that its loss leaves.
+    The gradients of gate, up and their product exist at the same time, but the saved product has been freed, so two
+    widths and two hidden states count. In a language model a third width and a third hidden state count, which include
+    the gradient that its loss leaves.
     """
     width, copies = max(layer.mlp_width, layer.top_k * layer.expert_width if layer.experts else 0), 2 if scorer else 3
     return copies * run.tokens * run.bytes_per_value * (width + shape.hidden_size)

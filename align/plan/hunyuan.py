@@ -94,7 +94,7 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
 
 
 def of_layer(value: int | list[int], index: int) -> int:
-    """Value of one layer of a key that is either one number or a list with a number per layer."""
+    """The value for one layer of a key that is one number for all layers, or a list with one number per layer."""
     return value[index] if isinstance(value, list) else value
 
 
@@ -134,9 +134,9 @@ class HunYuanActivations:
         saved beside the output without padding. The code for short sequences saves its weights instead of output and
         log-sum-exp.
 
-        Rotary embeddings save nothing. With QK norm, the normalised queries and keys are saved in fp32, besides the
-        values that attention uses. With a mask, every layer saves its keys and values repeated for all query heads, and
-        the mask in the dtype of the activations.
+        Rotary embeddings save nothing. With QK norm, the normalised queries and keys are saved in fp32, in addition
+        to the values that attention uses. With a mask, every layer saves its keys and values repeated for all query
+        heads, and the mask in the dtype of the activations.
         """
         a, query, kv = run.bytes_per_value, self.heads * self.head_dim, self.kv_heads * self.head_dim
         rounded = a if a < 4 else 0

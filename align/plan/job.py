@@ -125,12 +125,12 @@ class Job:
     gradient_checkpointing: as in the recipe.
     rollouts: generation of a PPO stage; None for other stages.
     ema: the stage keeps EMA weights of the policy.
-    forward_passes: forward passes without a gradient per row, as many as the loss needs (DPO: 1, of the reference).
+    forward_passes: forward passes per row without a gradient that the loss needs (DPO: 1, of the reference).
     by_tokens: the recipe sets `micro_batch_tokens`, not `micro_batch_size`.
     parallel: the recipe's `parallel` section.
     other_stages: (name, batch_size) of the recipe's other training stages.
-    between: the adapters that were merged between two checkpoints of the recipe, None if all weights may differ; not
-        given if the models of the stage share no weights.
+    between: function that returns the adapters merged between two checkpoints of the recipe, or None if all weights may
+        differ; None if the stage's models share no weights.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Job:
         return any(member.trained == "all" for member in self.members)
 
     def shared(self, member: Member) -> int:
-        """Frozen parameters of a model that an earlier one holds with equal values, if both are whole in a process."""
+        """Number of frozen parameters that a model shares with an earlier model of the stage, if neither is sharded."""
         if self.between is None or member.trained == "all":
             return 0
         most = 0
@@ -186,7 +186,7 @@ def jobs_of(recipe: Recipe, model: str | None, only: str | None) -> list[Job]:
     """Workloads of the stages that train, in the recipe's order.
 
     model: preset or folder with the sizes of the recipe's model and of checkpoints that are not on this machine.
-    only: name of a stage; the others are left out.
+    only: name of the only stage to plan; None plans all of them.
     """
     if only is not None and only not in recipe.stages:
         raise UserError(f"--stage {only}: the recipe has no such stage; use one of {', '.join(recipe.stages)}.")
@@ -262,7 +262,7 @@ def job_of(name: str, stage: TrainingStage | PpoStage, dtype: str, shapes: Shape
     trained: Trained = "adapters" if stage.lora else "all"
     scorer = stage.makes == REWARD_MODEL
     shape = shapes(stage.init_from)
-    # The reference of DPO and KTO is no longer in memory when the policy is loaded.
+    # The reference of DPO and KTO has been freed when the policy is loaded.
     members = [Member("reward model" if scorer else "policy", shape, trained, scorer, stage.lora)]
     return Job(
         name=name,
@@ -459,8 +459,10 @@ GROWN: dict[str, Callable[[HotStartModel, dict[str, Any]], dict[str, Any]]] = {
 
 
 def _config_in(folder: Path) -> dict[str, Any] | None:
-    """config.json of a checkpoint, of an adapter's base, or of the model in a stage's folder, whose own config.json has
-    other settings."""
+    """config.json of a checkpoint, of an adapter's base, or of the model in a stage's folder.
+
+    A stage's folder also has a config.json, with the stage's settings, so the model inside is looked up first.
+    """
     base = local_base(folder)
     for path in (folder / "model" / "config.json", folder / "config.json", *([base / "config.json"] if base else [])):
         if path.is_file():

@@ -27,7 +27,7 @@ imported because that loads torch."""
 
 @dataclass(frozen=True)
 class Buffers:
-    """Sizes of DeepSpeed's buffers in values, and the number of swap buffers.
+    """Sizes of DeepSpeed's buffers in elements, and the number of swap buffers.
 
     Sizes that `align.parallel.deepspeed_config` does not set are DeepSpeed's defaults.
     """
@@ -207,7 +207,7 @@ class _Rank:
         return self.setting.deepspeed and (self.setting.zero_stage >= 1 or not self.wide)
 
     def always(self) -> Bytes:
-        """PPO's state besides its models: an engine without sleep mode, and the features of a critic's frozen trunk."""
+        """PPO's state besides its models: an engine without sleep mode, and features of the critic's frozen trunk."""
         rollouts = self.job.rollouts
         if rollouts is None:
             return {}
@@ -324,8 +324,11 @@ class _Rank:
         """Peak of one layer's backward pass.
 
         The peak is either inside the widest MLP, or when the experts' gradients are complete and the saved activations
-        of the MLPs are freed. saved: bytes of the activations of this and earlier layers. done: bytes of the gradients
-        of later layers. accumulated: bytes of the gradients of earlier micro-batches.
+        of the MLPs are freed.
+
+        saved: bytes of the activations of this and earlier layers.
+        done: bytes of the gradients of later layers.
+        accumulated: bytes of the gradients of earlier micro-batches.
         """
         run, gradients = self.run(member), f"{member.role} gradients"
         recomputed = activations.layer_bytes(member.shape, layer, run) if self.setting.gradient_checkpointing else 0
@@ -415,7 +418,8 @@ class _Rank:
         shape = member.shape
         trained = member.trained == "all"
         gradient = 4 * shape.logits if trained else 0
-        hidden = 2 * run.tokens * shape.hidden_size * run.bytes_per_value  # those with a loss, and their gradient
+        # Hidden states of the tokens with a loss, and their gradient.
+        hidden = 2 * run.tokens * shape.hidden_size * run.bytes_per_value
         rows = max(1, min(run.tokens, CHUNK_BYTES // (4 * shape.vocab_size)))
         # Logits and their exponentials in fp32; in bf16 also the gradient of the logits.
         buffers = rows * shape.vocab_size * (8 if run.bytes_per_value == 4 else 8 + run.bytes_per_value)

@@ -159,7 +159,10 @@ def _engine(rollouts: RolloutWork, setting: Setting) -> str:
 
 
 def text(job: Job, setting: Setting, plan: Plan | str, remedies: Sequence[Remedy]) -> str:
-    """The report of one stage. `plan` is the reason as text if `setting` cannot run however much memory there is."""
+    """The report of one stage.
+
+    plan: the plan, or the reason why `setting` cannot run with any amount of memory.
+    """
     batch = (
         f"{'batch' if job.rollouts is None else 'mini-batch'} of {job.batch:,} {_example(job)}{'s' * (job.batch > 1)}"
     )

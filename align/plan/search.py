@@ -83,7 +83,7 @@ def _shortages(found: Memory, cluster: Cluster) -> tuple[Shortage, ...]:
     )
 
 
-# --- the space -------------------------------------------------------------------------------------------------
+# --- search space ----------------------------------------------------------------------------------------------
 
 
 def structures(job: Job, cluster: Cluster) -> Iterator[Setting]:
@@ -125,7 +125,10 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
 
 
 def largest_that_fits(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Plan | None:
-    """The plan with the largest micro-batch that fits, which is the fastest because each one gathers weights."""
+    """The plan with the largest micro-batch that fits.
+
+    It is the fastest one, because every micro-batch gathers the weights again.
+    """
     sizes = micro_batches(job, setting.gpus)
     if not sizes:
         return None
@@ -149,7 +152,7 @@ def feasible(job: Job, cluster: Cluster, rates: Rates) -> list[Plan]:
     return sorted((plan for plan in found if plan is not None), key=lambda plan: plan.duration.seconds)
 
 
-# --- what to change --------------------------------------------------------------------------------------------
+# --- remedies --------------------------------------------------------------------------------------------------
 
 KNOBS = (
     "zero_stage",
@@ -231,7 +234,7 @@ def larger_clusters(cluster: Cluster, *, coarsely: bool = False) -> Iterator[Clu
 
 
 def _more_gpus(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Remedy | None:
-    """The fewest GPUs on which the setting fits unchanged; otherwise a small number on which another setting does."""
+    """The smallest cluster on which the setting fits unchanged; otherwise one on which another setting fits."""
     for larger in larger_clusters(cluster):
         requested = _on(job, setting, larger.gpus)
         if unusable(job, requested) is None and evaluate(job, requested, larger, rates).fits:

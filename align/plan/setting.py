@@ -106,7 +106,7 @@ def setting_of(job: Job, parallel: Parallel | None, gpus: int) -> Setting:
 
 
 def unusable(job: Job, setting: Setting) -> str | None:
-    """Reason why a setting cannot run however much memory there is; None if it can run."""
+    """Reason why a setting cannot run with any amount of memory; None if it can run."""
     ep, gpus = setting.expert_parallel_size, setting.gpus
     if setting.deepspeed and setting.zero_stage == 0 and ep > 1:
         return "expert_parallel_size needs zero_stage 1, 2 or 3"

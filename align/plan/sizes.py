@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Linears(NamedTuple):
-    """Inputs plus outputs, summed over the linear layers of a part: adapters of rank r have r times as many values."""
+    """Inputs plus outputs, summed over the linear layers of a part. Adapters of rank r have r times this size."""
 
     attention: int
     mlp: int
@@ -34,9 +34,9 @@ class LayerShape:
     mlp_width: width of that MLP.
     expert_width: width of one routed expert.
     num_experts, top_k: routed experts, and experts per token; 1 and 1 in a dense layer.
-    cache: values of key/value cache per token; 0 if the layer uses those of an earlier layer, or keeps no tokens.
+    cache: values of key/value cache per token; 0 if the layer uses the cache of an earlier layer, or has no cache.
     score_width: head sizes of keys and of values, summed over query heads.
-    window: earlier tokens to which a token attends at most; None without a limit.
+    window: maximum number of earlier tokens to which a token attends; None without a limit.
     linears: sizes of the linear layers that adapters are put on.
     """
 
@@ -207,7 +207,7 @@ class ModelShape:
     def changed(self, merged: Sequence[Lora]) -> int:
         """Parameters that differ between two checkpoints if these adapters were trained between them.
 
-        Modules that the settings name count as a whole layer.
+        If the settings name modules, all parameters of the adapted layers count.
         """
         total = 0
         for number, layer in enumerate(self.layers):
@@ -224,14 +224,15 @@ class ModelShape:
 
 
 def is_counted_with_torch(lora: Lora) -> bool:
-    """True if the settings train parameters that only the model itself shows: modules by name, or DoRA's norms."""
+    """True if the trained parameters can only be counted on the model itself: modules by name, or DoRA's norms."""
     return bool(lora.names or lora.modules_to_save or lora.dora)
 
 
 def by_groups(lora: Lora) -> Lora:
-    """Settings with nearly the same activations that name no modules, which an excerpt of the model may lack.
+    """LoRA settings without module names whose activations are nearly the same.
 
-    Named layers count as all layers of attention and MLP; adapters save little for the backward pass.
+    Activations are traced on some of the model's layers, which may lack the named modules. Here named modules count as
+    all linear layers of attention and MLP. The error is small, because adapters save little for the backward pass.
     """
     named = bool(lora.names)
     changes = {"attention": lora.attention or named, "shared_mlp": lora.shared_mlp or named}

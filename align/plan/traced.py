@@ -67,7 +67,7 @@ class TracedActivations:
         return list(dict.fromkeys(self.layers))
 
     def _bytes(self, place: Place, run: Pass) -> float:
-        """Bytes per token. Each row adds the same to those that all rows share, such as masks of a window."""
+        """Bytes per token. Rows share some bytes, such as a window's mask; every row adds the same bytes to them."""
         row = (2 if run.pairs else 1) * run.length
         rows = max(1, run.tokens // row)
         one, two = (self._trace(replace(run, tokens=count * row, looped=True))[place] for count in (1, 2))
@@ -75,7 +75,8 @@ class TracedActivations:
 
     def _trace(self, run: Pass) -> Counter[Place]:
         first = [self.layers.index(kind) for kind in self.kinds]
-        # The first layer of a pass saves less under LoRA: its input needs no gradient. So one more layer comes first.
+        # Under LoRA the first layer of a pass saves less, because its input needs no gradient. Another layer is
+        # therefore put first, and its bytes are not used.
         return trace(self.config, (first[0], *first), run)
 
 
@@ -110,10 +111,10 @@ def _report(router: ReportingRouter, tokens: int) -> None:
 
 
 class Recorder:
-    """Records which tensors a forward pass saves, each once, and in which part of which layer."""
+    """Records the bytes of the tensors that a forward pass saves, by layer and part; each storage counts once."""
 
     def __init__(self, known: set[int]):
-        """known: storages that are not counted."""
+        """known: ids of storages that are not counted."""
         self.bytes: Counter[Place] = Counter()
         self.place: Place = (-1, OUTSIDE)
         self._known = known
@@ -122,7 +123,7 @@ class Recorder:
 
     @contextmanager
     def watch(self, layers: nn.ModuleList) -> Iterator[None]:
-        """Follow the forward pass through the layers."""
+        """Track the layer and part that the forward pass is in."""
         handles = []
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(self._enters(index), with_kwargs=True))
@@ -186,12 +187,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class WithoutValues(TorchFunctionMode):
-    """Replaces the functions that tensors without values cannot run, and those that depend on the device."""
+    """Replaces functions that meta tensors cannot run, and functions whose saved tensors depend on the device."""
 
     def __init__(self, run: Pass) -> None:
         super().__init__()
         self._run = run
-        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}  # by id: keys or values for all query heads, and as given
+        # By id: keys or values repeated for all query heads, and the originals.
+        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -202,7 +204,7 @@ class WithoutValues(TorchFunctionMode):
             query, key, value = in_narrowest(given)
             mask, dropout = kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0) > 0
             if self._run.on_cpu and (dropout or value.shape[-1] != query.shape[-1]):
-                # Torch's only code for these cases repeats keys and values. Dropout keeps its mask and its result too.
+                # torch's only kernel for these cases repeats keys and values. Dropout also saves mask and result.
                 heads = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
                 return _StoredWeights.apply(query.float(), key.float(), value.float(), 3 if dropout else 1)
@@ -211,12 +213,12 @@ class WithoutValues(TorchFunctionMode):
             return _Attention.apply(query, key, value, mask)
         if function is Tensor.tolist:  # rows of each expert, on which saved tensors do not depend
             return [0] * args[0].numel()
-        if function in (Tensor.item, Tensor.__bool__):  # whether a mask hides nothing
+        if function in (Tensor.item, Tensor.__bool__):  # for example, the check that a mask hides no token
             return False
         if function in PRODUCTS:
             args = tuple(in_narrowest(args))
         result = function(*args, **kwargs)
-        if function is Tensor.repeat_interleave:  # torch's kernel takes grouped heads, except in fp32 on a GPU
+        if function is Tensor.repeat_interleave:  # torch's kernel accepts grouped heads, except in fp32 on a GPU
             self._repeated[id(result)] = result, args[0]
         return result
 
@@ -228,7 +230,7 @@ def in_narrowest(values: Sequence[Any]) -> list[Any]:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what flash attention saves: queries, keys, values, output, log-sum-exp in fp32, and a mask of numbers."""
+    """Saves what flash attention saves: queries, keys, values, output, log-sum-exp in fp32, and an additive mask."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -256,7 +258,7 @@ class _StoredWeights(torch.autograd.Function):
 def _model(
     config: str, layers: tuple[int, ...], value_bytes: int, weight_bytes: int, lora: Lora | None, adapter_bytes: int
 ) -> Any:
-    """A policy on the meta device with these layers alone, and with adapters on its linear layers."""
+    """A policy on the meta device with these layers only, and with adapters on its linear layers if `lora` is given."""
     values = json.loads(config)
     described = CONFIG_MAPPING[values["model_type"]](**values)
     with torch.device("meta"):

@@ -27,7 +27,8 @@ from align.train.learner import Learner
 
 ROUTING = "routed_experts"
 UNROUTED = -1
-"""Value in `routed_experts` where no expert is recorded. The all-reduce takes the maximum, so -1 is never kept."""
+"""Value in `routed_experts` where no expert is recorded. The all-reduce takes the maximum over the ranks, so it is
+replaced by the expert that another rank has recorded, if any."""
 
 
 Comparison = Callable[[Tensor, Tensor, Tensor], None]
@@ -128,7 +129,7 @@ def policy_pass(models: Models, stage: PpoStage, batch: Experience) -> dict[str,
 
 @torch.no_grad()
 def compare_samples(stage: PpoStage, models: Models, samples: Experience, compare: Comparison) -> None:
-    """Compare samples of the current weights; on several ranks each computes all of them."""
+    """Compare the log-probabilities of samples of the current weights. Every rank computes all samples."""
     output = models.policy.run(
         policy_output, samples.to(models.device), stage.rollout.temperature, replay=stage.routing_replay == "rollout"
     )

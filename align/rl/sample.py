@@ -1,5 +1,7 @@
-"""Sample completions of the prompts. The seed and the position in the prompt stream determine the next prompts and
-their sampling seed."""
+"""Sample completions of the prompts.
+
+The seed and the position in the prompt stream determine the next prompts and their sampling seed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ class Rollouts:
 class RolloutSampler:
     """Samples completions with the rollout engine. Only rank 0 holds the engine; every rank gets the completions.
 
-    The prompt stream repeats the prompts in epochs, each shuffled anew. All ranks must make the same calls.
+    The prompt stream repeats the prompts in epochs, each in a new random order. All ranks must make the same calls.
 
     position: index of the next prompt in the prompt stream.
     """
@@ -126,7 +128,7 @@ class RolloutSampler:
         return self.engine.last_sync.metrics() if self.engine.last_sync is not None else {}
 
     def probe(self) -> list[Completion]:
-        """A few short completions from the current weights, which do not count as sampled."""
+        """A few short completions from the current weights. The position in the prompt stream does not change."""
         rows = self._rows(0, PROBES * self.stage.completions_per_prompt)[:: self.stage.completions_per_prompt]
         sampling = SamplingSettings(
             max_new_tokens=min(PROBE_TOKENS, self.stage.rollout.max_new_tokens),

@@ -117,7 +117,7 @@ def pool(name: str, values: list[float], sizes: list[int]) -> float:
     """Combine a metric of several batches with the given sizes.
 
     Minima and maxima are taken over all batches; times and counts are added. Any other metric is the mean weighted by
-    batch size, which for a standard deviation leaves out the differences between batches.
+    batch size. For a standard deviation this mean ignores the differences between batches.
     """
     if name.endswith(("/min", "/max")):
         return min(values) if name.endswith("/min") else max(values)

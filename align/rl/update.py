@@ -24,7 +24,7 @@ from align.rl.models import Models
 from align.train.learner import Learner
 
 OVERFLOWS = 3
-"""Number of successive steps with overflowing bf16 gradients that stops the run."""
+"""Number of successive steps with overflowing bf16 gradients after which the run stops."""
 LOSSES = {"policy": ("policy_loss", "kl_loss", "aux_loss", "router_z_loss"), "critic": ("value_loss",)}
 """Metrics that are losses, by the model that they train."""
 

@@ -28,10 +28,11 @@ def build_engine(
 ) -> RolloutEngine:
     """Build vLLM in this process, a client of vLLM servers, or an engine on the transformers model.
 
-    If the engine that the recipe selects cannot be built, an error is raised; there is no fallback.
+    Raises an error if the engine that the recipe selects cannot be built; there is no fallback.
+
     beside_ranks: True if this process is one of several ranks. vLLM in this process would join their process group, so
         a vLLM server is started instead, which ends with this process.
-    detokenizes: let vLLM in this process stop at texts, which tasks of an evaluation need.
+    detokenizes: let vLLM in this process stop at stop strings, which tasks of an evaluation need.
     """
     rollout = _beside(rollout, beside_ranks)
     if rollout.engine == "vllm":

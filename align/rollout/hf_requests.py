@@ -20,7 +20,7 @@ from align.parallel.sharding import world
 from align.rollout.requests import Generation, Pair, Request, Scored, decode_completion
 
 MARGIN = 16
-"""Tokens decoded to look for a stop string, besides one for each of its characters."""
+"""Number of last tokens decoded to find a stop string, in addition to one per character of the longest stop string."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +61,7 @@ class HuggingFaceModel:
         return self._spread(order, answer)
 
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
-        """Pairs with the same input, such as targets of one token after one prefix, share a row of the batch."""
+        """Score the pairs. Pairs with equal inputs, such as targets of one token after one prefix, share a row."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for place, pair in enumerate(pairs):
             rows.setdefault((pair.prefix_ids + pair.target_ids)[:-1], []).append(place)
@@ -97,7 +97,7 @@ class HuggingFaceModel:
                 yield from results
 
     def load(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """See `EvalModel`; loading the weights into this model would not be faster than a new model."""
+        """Return False: loading the weights into this model would not be faster than building a new one."""
         return False
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
-"""The rollout servers of a run, started by the run or listed in the recipe. Their settings are checked against the
-recipe; servers that the run started are restarted when they die."""
+"""The rollout servers of a run, started by the run or listed in the recipe.
+
+Their settings are checked against the recipe. Servers that the run has started are restarted when they die.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that vLLM cannot run, or would run as another model than transformers. Imports nothing heavy."""
+"""Models that vLLM cannot run, or for which its results would differ from transformers'. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REMEDY = "Set rollout.engine: huggingface."
 
 @dataclass(frozen=True)
 class Engine:
-    """A vLLM engine, as far as it decides which models it can run.
+    """The properties of a vLLM engine that decide which models it can run.
 
     dtype: float32 or bfloat16.
     has_gpu: False if vLLM computes on a CPU.

@@ -1,5 +1,8 @@
-"""Generation on vLLM servers. Requests are distributed over the servers; those of a failed server are sent to others.
-All servers in use have the same weights."""
+"""Generation on vLLM servers.
+
+Requests are distributed over the servers. The requests of a failed server are sent to other servers. All servers in use
+have the same weights.
+"""
 
 from __future__ import annotations
 
@@ -214,8 +217,10 @@ class RemoteEngine:
             transport.close()
 
     def _delivery_to(self, servers: list[Server]) -> Delivery:
-        """Weight delivery for these servers. The previous delivery is reused if it fits; NCCL and IPC need the same
-        servers."""
+        """Weight delivery for these servers.
+
+        The previous delivery is reused if it has the same kind. For NCCL and IPC the servers must be the same, too.
+        """
         kind = transfer_kind(self.rollout.weight_transfer, servers)
         connected = tuple((server.url, server.connections) for server in servers)
         if self._delivery is not None:

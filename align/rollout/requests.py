@@ -1,7 +1,7 @@
 """Requests to a model under evaluation: generation until a stop string, and log-probabilities of a target.
 
-A request depends on nothing outside it. The same request gets the same result, up to floating-point rounding, whatever
-the batch, the order of the requests, or the engine.
+The result of a request depends only on the request and the model. Up to floating-point rounding it is the same in any
+batch, in any order of the requests, and with any engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Request:
     prompt_ids: token ids of the prompt, at least one.
     max_new_tokens: maximum length of the completion.
     temperature: 0 is greedy decoding.
-    top_p: smallest share of the probability from which tokens are sampled.
+    top_p: tokens are sampled from the smallest set of most probable tokens whose total probability is at least this.
     stop: texts that end the completion; it is truncated before the first of them.
     stop_token_ids: tokens that end the completion.
     seed: seed of the completion's own generator; without effect at temperature 0.

@@ -1,4 +1,4 @@
-"""Comparison of the sampler's log-probabilities with the trainer's, which ends a run that samples from another model.
+"""Compare the sampler's log-probabilities with the trainer's, and end the run if the sampler runs a different model.
 
 Shapes: B completions, T completion tokens.
 """

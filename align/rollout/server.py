@@ -1,4 +1,4 @@
-"""Client of one rollout server: HTTP requests with timeouts, and the reason why the server failed, if it did."""
+"""Client of one rollout server: HTTP requests with timeouts, and the reason for the server's failure, if any."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Server:
     url: address, http://HOST:PORT.
     facts: the server's settings as it reports them, such as dtype and transfer.
     failure: reason why the server cannot be used; None while it can.
-    connections: number of times that it was connected. After another connection, an NCCL communicator must be created
-        again, because the server may have been restarted.
+    connections: number of times that the client has connected to it. After a new connection, an NCCL communicator must
+        be created again, because the server may have been restarted.
     """
 
     def __init__(self, url: str):

@@ -14,8 +14,7 @@ PREFIX = "drawn."
 
 
 def completion_tensors(position: int, completions: Sequence[Completion]) -> dict[str, Tensor]:
-    """Flat tensors of the completions drawn at `position` of the prompt stream; log-probabilities are kept in
-    float64."""
+    """Flat tensors of the completions sampled from `position` of the prompt stream on; log-probabilities in float64."""
     tensors = {
         f"{PREFIX}position": torch.tensor(position),
         f"{PREFIX}prompt_lengths": torch.tensor([len(c.prompt_ids) for c in completions]),

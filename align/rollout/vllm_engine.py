@@ -40,7 +40,7 @@ from align.rollout.vllm_options import (
 from align.rollout.vllm_process import GROUPS, generation_threads, preserved_torch_state
 
 STREAMED_AT_A_TIME = 4
-"""Requests that `stream` keeps in vLLM, as a multiple of the sequences decoded at the same time."""
+"""Number of requests that `stream` keeps in vLLM, as a multiple of the sequences decoded at the same time."""
 
 
 class VllmEngine:

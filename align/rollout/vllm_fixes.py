@@ -1,6 +1,6 @@
 """Corrections of vLLM's own model classes. `apply` must run in each process before an engine starts.
 
-Without them vLLM 0.32 computes another model than transformers for some families, on a CPU without any message. Each
+Without them the results of vLLM 0.32 differ from transformers' for some families; on a CPU they differ silently. Each
 correction has a test that fails without it (tests/unit/rollout/test_vllm_fixes.py). Corrections of weight updates are
 in `align.rollout.sync.reload`.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 EXPERTS = ".mlp.experts."
 SINKS = ".self_attn.sinks"
 PAST_LOADERS = {"gpt_oss"}
-"""Model types whose stacks of experts and attention sinks vLLM's class copies past its weight loaders. During a reload
-the copies are lost."""
+"""Model types whose vLLM class copies stacks of experts and attention sinks without calling their weight loaders. A
+reload loses such copies."""
 
 
 def apply() -> None:
@@ -61,8 +61,8 @@ def use_router_bias() -> None:
 def rotate_tensors_of_three_dimensions() -> None:
     """Let vLLM's rotary embedding on a CPU accept queries of shape [tokens, heads, head size].
 
-    Its kernel reads [tokens, heads * head size] only. Latent attention passes a part of each head, of which it silently
-    rotates wrong values.
+    Its kernel reads [tokens, heads * head size] only. Latent attention passes only a part of each head, and the kernel
+    then silently rotates the wrong values.
     """
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -95,7 +95,7 @@ def name_partial_loaders(model: nn.Module) -> None:
 
 
 def weights_for_loaders(model_type: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The weight under names that vLLM's class passes to weight loaders: a stack of experts is split into experts."""
+    """Yield the weight under names for which vLLM's class calls weight loaders: a stack is split into its experts."""
     if model_type in PAST_LOADERS and EXPERTS in name:
         layer, stack = name.split(EXPERTS)
         for expert, matrix in enumerate(tensor):
@@ -110,7 +110,7 @@ def is_copied_apart(model_type: str, name: str) -> bool:
 
 
 def copy_apart(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copy a rank's part of the attention sinks [heads] into the parameter that the kernel reads."""
+    """Copy this rank's shard of the attention sinks [heads] into the parameter that the kernel reads."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     sinks = model.get_parameter(name.replace(SINKS, ".attn.sinks"))

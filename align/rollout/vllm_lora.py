@@ -1,7 +1,7 @@
-"""vLLM's products of LoRA factors on a CPU, corrected: tokens without an adapter keep the base model's values.
+"""Correct vLLM's products of LoRA factors on a CPU, so that tokens without an adapter keep the base model's values.
 
-vLLM 0.32 takes the last slot's factors for them, because their slot is -1, whenever another token of the batch has an
-adapter. `align.rollout.vllm_plugin` replaces the products in each process of vLLM.
+The slot of such tokens is -1. If another token of the batch has an adapter, vLLM 0.32 uses the last slot's factors for
+them. `align.rollout.vllm_plugin` replaces the products in each process of vLLM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def correct_products() -> None:
             self.align_slots, self.align_factors = slots, {}
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
-        # vLLM calls this for each adapter of a batch before each forward pass; it returns False if the slot is filled.
+        # vLLM calls this for each adapter of a batch before each forward pass. It returns False if the adapter already
+        # has a slot.
         filled = activate(self, lora_id)
         if filled:
             for wrapper in self.punica_wrapper_mapping.values():

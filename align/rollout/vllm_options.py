@@ -86,7 +86,8 @@ def engine_options(
         **cache_options(rollout, has_gpu=gpu, in_process=in_process),
     }
     if not gpu:
-        # vLLM's default on a CPU is 128 tokens, and only whole blocks of a prompt are shared.
+        # vLLM's default on a CPU is 128 tokens. Smaller blocks share more of a prompt, because only whole blocks are
+        # shared.
         options["block_size"] = CPU_BLOCK
         # With chunked prefill, vLLM 0.32 draws and discards a token after each chunk of a prompt and then rewinds the
         # request's generator, which works only on a GPU ("CPU Generator does not use offset").
@@ -104,8 +105,10 @@ def engine_options(
 
 
 def cache_options(rollout: Rollout, *, has_gpu: bool, in_process: bool) -> dict[str, Any]:
-    """Options for the size of the key/value cache. Empty if vLLM's default applies: 92 % of the GPU for weights and
-    cache."""
+    """Options for the size of the key/value cache.
+
+    Empty if vLLM's default applies: 92 % of the GPU for weights and cache.
+    """
     if not has_gpu:
         return {"kv_cache_memory_bytes": int((rollout.cache_gib or CPU_CACHE_GIB) * 2**30)}
     if rollout.cache_gib is not None:

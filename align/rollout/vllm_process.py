@@ -26,8 +26,8 @@ def preserved_torch_state() -> Iterator[None]:
     """Restore the trainer's thread count, random states and `torch.set_num_threads` afterwards.
 
     vLLM seeds the global generators and draws from them. On a CPU it also changes the thread count and replaces
-    `torch.set_num_threads` by a no-op. (It replaces `synchronize` and `empty_cache` of `torch.accelerator` likewise;
-    these would fail without an accelerator and are not restored, since vLLM calls them until the process ends.)
+    `torch.set_num_threads` by a no-op. It likewise replaces `synchronize` and `empty_cache` of `torch.accelerator`,
+    which would fail without an accelerator. These two are not restored, because vLLM calls them until the process ends.
     """
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     python_state, numpy_state = random.getstate(), numpy.random.get_state()

@@ -17,15 +17,15 @@ from align.run.checkpoint import read_config
 from align.train.checkpoint import load_policy
 
 TARGETS_AT_A_TIME = 128
-"""Most tokens whose log-probabilities vLLM returns for one request."""
+"""Maximum number of tokens whose log-probabilities are requested in one request."""
 WRITTEN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-"""Keys of a configuration that do not change the model in the engine, whose dtype is its own."""
+"""Keys of a configuration that do not change the model in the engine, which has its own dtype."""
 
 
 class VllmModel:
     """A model under evaluation in a vLLM engine, which is started with `detokenizes`.
 
-    `max_length` is two tokens less than the engine's: vLLM reads the last token of a target, and generates one more.
+    `max_length` is the engine's less two: vLLM also reads the last token of a target, and generates one more token.
     """
 
     def __init__(self, engine: VllmEngine, tokenizer: PreTrainedTokenizerBase, folder: Path):
@@ -127,5 +127,5 @@ class VllmModel:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """The configuration without what says who wrote it."""
+    """The configuration without the keys in `WRITTEN`."""
     return {name: value for name, value in read_config(folder).items() if name not in WRITTEN}

@@ -80,7 +80,7 @@ def write_pointer(folder: Path, place: Path, base: Path, quantize: str | None = 
     """Write the pointer to `base` into `folder`, which will be moved to `place`.
 
     The path is relative within a run, so that the run's folder can be moved.
-    quantize: How the base was quantised in memory while the adapter was trained. The files of the base are not.
+    quantize: quantisation of the base in memory while the adapter was trained. The base's files are not quantised.
     """
     digest = weights_digest(base)
     if (base / POINTER).is_file():
@@ -92,10 +92,10 @@ def write_pointer(folder: Path, place: Path, base: Path, quantize: str | None = 
 
 
 def with_base(folder: Path) -> Path:
-    """The checkpoint of an adapter in a folder of PEFT, if its settings name a base on this machine.
+    """Return the checkpoint of an adapter that PEFT saved, if its settings name a base on this machine.
 
-    Other folders are returned unchanged. The checkpoint is a folder of links in the cache: to the adapter's files, and
-    to the configuration and the tokenizer of the base. A tokenizer in the adapter's folder takes precedence.
+    Other folders are returned unchanged. The checkpoint is a folder in the cache. It has links to the adapter's files,
+    and to the configuration and the tokenizer of the base. A tokenizer in the adapter's folder takes precedence.
     """
     base = local_base(folder)
     if base is None:
@@ -120,7 +120,7 @@ def with_base(folder: Path) -> Path:
 
 
 def _is_weight(name: str) -> bool:
-    """True for files with weights, their index, and the settings of an adapter."""
+    """True for files with weights, their index, an adapter's settings and its pointer."""
     return name.endswith((".safetensors", ".index.json")) or name in (POINTER, "adapter_config.json")
 
 

@@ -1,6 +1,6 @@
 """The cache folder of this machine: its place, its locks, atomic writes, and hashes of files.
 
-Everything in it can be made again. Does not import torch or numpy.
+All of its content can be recreated. Does not import torch or numpy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLL = 0.2
 CLOCK_NS = 10**8
 """Assumed resolution of the file system's clock, 0.1 s."""
 REMEMBERED = 2**20
-"""Size in bytes from which on the hash of a file is kept; smaller files are read as fast as the record of a hash."""
+"""Minimum size in bytes of files whose hash is kept. Reading a smaller file is as fast as reading a kept hash."""
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -85,8 +85,10 @@ def hashed(value: Any) -> str:
 
 
 def content_hash(file: Path, cache: Path) -> str:
-    """SHA-256 of a file's content. A large file is read only if its size, times or inode differ from those of the last
-    hash."""
+    """SHA-256 of a file's content.
+
+    A large file is read only if its size, times or inode have changed since it was last hashed.
+    """
     before = _identity(file)
     record = cache / "files" / f"{hashed(str(file.resolve()))}.json"
     known = read_json(record) if before[0] >= REMEMBERED else None

@@ -59,8 +59,7 @@ def evaluation_charts(keys: Iterable[str]) -> list[Chart]:
 
 
 def chart_keys(kind: str, keys: Iterable[str]) -> list[str]:
-    """The metrics of a kind of stage that are worth a chart of their own, those of `keys` alone, in the order of its
-    charts.
+    """Those of `keys` that a kind of stage has charts for, in the order of the charts.
 
     keys: keys of metrics.jsonl.
     """

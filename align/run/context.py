@@ -1,4 +1,4 @@
-"""Input and result of a stage function."""
+"""Input and result of a stage's `run` function."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StageResult:
     metrics     final metrics, by name
     data        counts of rows read, used and dropped
     parameters  total, active and trainable parameters of the model, if the stage has one
-    weights     numbers of weights in 4 bits, kept and trained, and their bytes, by group of each model that has weights
-                in 4 bits
+    weights     {model: {group: numbers of weights in 4 bits, kept in the model's dtype and trained, and their bytes}},
+                for models with weights in 4 bits
     training    steps and seconds of training since the stage was last started or resumed, evaluation included
     """
 
@@ -40,9 +40,9 @@ class StageContext:
 
     name      the stage's name
     resume    continue from the last checkpoint, if any
-    say       prints a line; does nothing on ranks other than 0
+    say       prints a line; a no-op on ranks other than 0
     status    shows a line until the next one, on a terminal only
-    progress  shows how far a long step is: as `status` on a terminal, in a log a line every few seconds
+    progress  shows the progress of a long step: like `status` on a terminal, otherwise as a line every few seconds
     """
 
     recipe: Recipe

@@ -27,7 +27,7 @@ def prepare_process(recipe: Recipe) -> None:
 
 
 def load_transformers() -> None:
-    """Import the modules of transformers that import scikit-learn if it is installed, without it; loads torch.
+    """Import two modules of transformers that import scikit-learn if it is installed, but without it; loads torch.
 
     They use it for assisted decoding and for GLUE's metrics, which align does not use. Its import takes over a second.
     """

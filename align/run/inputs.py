@@ -102,7 +102,7 @@ def _data(section: Section) -> Iterator[tuple[str, Files]]:
 
 
 def _task(name: str, data: str | None) -> Iterator[tuple[str, Files]]:
-    """The file of a task of the user, and its data. Data sets of tasks that a library defines are not compared."""
+    """The file of a user-defined task, and its data. Data sets of tasks that a library defines are not compared."""
     file = Path(name.removeprefix("suite:"))
     if file.suffix not in (".yaml", ".yml", ".py"):
         return

@@ -121,8 +121,11 @@ def finish_record(
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a stage's records, results of an evaluation and checkpoints, so that it counts as neither finished nor
-    interrupted, and no report shows numbers of the earlier run. A link to the stage of another run is removed."""
+    """Remove a stage's records, metrics, evaluation results and checkpoints.
+
+    The stage then counts as neither finished nor interrupted, and no report shows numbers of the earlier run. If the
+    folder is a link to the stage of another run, only the link is removed.
+    """
     if folder.is_symlink():
         folder.unlink()
         return
@@ -132,14 +135,14 @@ def remove_record(folder: Path) -> None:
 
 
 def remove_empty_record(folder: Path) -> None:
-    """Remove the folder of a stage that was refused before its first step: it does not count as interrupted."""
+    """Remove the folder of a stage that was refused before its first step, so that it does not count as interrupted."""
     if [path.name for path in folder.iterdir()] == [CONFIG]:
         (folder / CONFIG).unlink()
         folder.rmdir()
 
 
 def result_id(folder: Path) -> str | None:
-    """Identifies a stage's result; None if the stage has not finished."""
+    """Hash that identifies a stage's result; None if the stage has not finished."""
     manifest = folder / MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else None
 

@@ -16,7 +16,7 @@ SHARE = "share"
 """Unit of values between 0 and 1."""
 PER_TOKEN, PER_COMPLETION = "nats per token", "nats per completion"
 PHASES = ("generate", "score", "logprobs", "update", "sync")
-"""Phases of a PPO iteration in their order. `time/` metrics with other names are parts of these."""
+"""Phases of a PPO iteration, in order. `time/` metrics with other names are parts of these."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The line that shows how far a stage is: step, values, speed, time so far and time left."""
+"""Progress line of a stage: step, values, speed, elapsed time and remaining time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 class Pace:
     """Times a stage's steps since the stage was started or resumed.
 
-    total: the stage's steps. done: steps before this start. clock: seconds.
+    total: number of steps of the stage.
+    done: number of steps before this start.
+    clock: returns the time in seconds.
     """
 
     def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic):
@@ -17,7 +19,11 @@ class Pace:
         self.start = clock()
 
     def line(self, step: int, values: Mapping[str, str], tokens: int = 0) -> str:
-        """The line after `step`. values: by name, as text. tokens: trained since the start; 0 if unknown."""
+        """The line after `step`.
+
+        values: formatted values by name.
+        tokens: number of tokens trained since the start; 0 if unknown.
+        """
         seconds, steps = self.clock() - self.start, step - self.first
         parts = [f"step {step}/{self.total}", *(f"{name} {value}" for name, value in values.items())]
         if tokens and seconds > 0:

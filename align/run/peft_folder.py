@@ -13,7 +13,7 @@ CONFIG = "adapter_config.json"
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """True for an adapter that has no config.json, and no model inside."""
+    """True for the folder of an adapter without config.json, and without a model inside."""
     return (folder / CONFIG).is_file() and not any(
         (inner / "config.json").is_file() for inner in (folder, folder / MODEL)
     )
@@ -29,7 +29,7 @@ def named_base(folder: Path) -> str | None:
 
 
 def local_base(folder: Path) -> Path | None:
-    """The base's checkpoint if `folder` is a folder of PEFT whose settings name a base on this machine."""
+    """The base's checkpoint if PEFT saved `folder` and its settings name a base on this machine; otherwise None."""
     name = named_base(folder) if is_peft_folder(folder) else None
     try:
         base = None if name is None else local_path(name)

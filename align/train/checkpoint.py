@@ -156,7 +156,7 @@ def _load_whole(
     shared: SharedWeights | None,
     lora: Lora | None = None,
 ) -> AnyModel:
-    """Load a model in this process; the adapters of a checkpoint that has some are added to its base in memory.
+    """Load a model in this process. If the checkpoint has adapters, they are added to its base in memory.
 
     shared: weights that the model may have in common with others.
     lora: settings of adapters, which may ask for weights in 4 bits; they are not added here.
@@ -199,8 +199,10 @@ def _load_sharded(
 def check_parallel(
     config: FamilyConfig, parallel: Parallel, dtype: str, lora: Lora | None = None, *, trunk_trains: bool = True
 ) -> None:
-    """Raise `UserError` if the expert-parallel size does not divide a layer's number of experts, or if offloaded state
-    does not fit in host memory or on disk.
+    """Raise `UserError` if a model cannot be sharded over these ranks.
+
+    The expert-parallel size must divide each layer's number of experts, and offloaded state must fit in host memory or
+    on disk.
 
     trunk_trains: False if at most the head trains; ignored with `lora`.
     """
@@ -292,9 +294,9 @@ def save_model(
 ) -> None:
     """Write stage_dir/model in `dtype`, without adapters.
 
-    A model with adapters is merged, and its adapter is written to stage_dir/adapter; if it was trained on weights in 4
-    bits, it is merged into those that they were made of, in their own dtype. With `save` "adapter",
-    stage_dir/model has the adapter and a pointer to its base instead (`align.run.adapted`), and the model is unchanged.
+    A model with adapters is merged, and its adapter is written to stage_dir/adapter. An adapter trained on weights in 4
+    bits is merged into the base's unquantised weights, in their own dtype. With `save` "adapter", stage_dir/model has
+    the adapter and a pointer to its base instead (`align.run.adapted`), and the model is unchanged.
 
     Raises `UserError` if a weight is not finite. With `parallel` all ranks must call this; rank 0 writes.
     """

@@ -82,11 +82,11 @@ def train_and_save(
 def say_trained(
     model: AnyModel, context: StageContext, whole: int, role: str = "model"
 ) -> dict[str, dict[str, int]] | None:
-    """Print the groups that a model with adapters trains, and those of its weights in 4 bits, if it has any.
+    """Print the groups that a model with adapters trains, and the groups of its weights in 4 bits, if it has any.
 
     whole: number of its parameters, without adapters.
 
-    Returns the second table for the manifest.
+    Returns the table of the weights in 4 bits for the manifest.
     """
     if not hasattr(model, "peft_config"):
         return None
@@ -108,8 +108,8 @@ def fit(
 
     rows: fingerprint of the token rows.
 
-    Returns the metrics of the model after training, on the held-out rows and of the evaluations, if any, and the steps
-    and seconds of training.
+    Returns (metrics, training). The metrics are those of the trained model on the held-out rows and of the evaluations,
+    if any. `training` has the number of steps and the seconds.
     """
     with ExitStack() as until_the_end:
         return _fit(trainer, context, rows, evaluations, until_the_end)
@@ -160,9 +160,10 @@ def metrics_of(logs: dict[str, float] | None) -> dict[str, float]:
 
 
 class StopEarly(TrainerCallback):
-    """Ends training at the first non-finite loss or gradient norm (by a `UserError`), and with a checkpoint on request.
+    """Stops training at the first non-finite loss or gradient norm, or on request.
 
-    All ranks stop at the same step, because logged values and `should_stop()` are the same on all ranks.
+    In the first case it raises a `UserError`, in the second a checkpoint is saved. All ranks stop at the same step,
+    because logged values and `should_stop()` are the same on all ranks.
     """
 
     def __init__(self, context: StageContext):
@@ -189,9 +190,10 @@ def non_finite(stage: str, label: str, value: float, step: int) -> UserError:
 
 
 class ExpertLoads:
-    """Writes experts.jsonl: the share of assignments of each expert, by MoE layer, of the steps that record it.
+    """Writes experts.jsonl: the share of assignments per expert and MoE layer, for the steps that record it.
 
-    resumed: step from which training continues; None for a new start. load: returns the load of the last step.
+    resumed: step from which training continues; None for a new start.
+    load: returns the load of the last step; None if it was not recorded.
     """
 
     def __init__(self, path: Path, resumed: int | None, load: Callable[[], list[list[float]] | None]):
@@ -214,9 +216,12 @@ class ExpertLoads:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks complete checkpoints, and shows each step; evaluations and the last step stay.
+    """Writes metrics.jsonl, marks complete checkpoints, and shows each step.
 
-    trained_tokens: returns the tokens of the training steps since the start. loads: writes the loads of the experts.
+    On a terminal a line replaces the one before, except the lines of evaluations and of the last step.
+
+    trained_tokens: returns the number of tokens of the training steps since the start.
+    loads: writes the loads of the experts.
     trackers: receive what metrics.jsonl receives.
     """
 

@@ -35,9 +35,10 @@ from align.train.trainer import WINDOW, PackedTrainer
 
 @dataclass(frozen=True)
 class Completion(Example):
-    """A prompt and its completion. The values are the reference's log-probability, and 1 if it is desirable.
+    """A prompt and its completion.
 
-    number: of the row in its data set.
+    values: log-probability of the completion under the reference, and the label, 1 if desirable and otherwise 0.
+    number: index of the row in its data set.
     prompt: number of tokens of the prompt.
     """
 
@@ -50,7 +51,7 @@ class Mismatched:
     """Prompts with the completions of other rows, and their log-probabilities under the reference.
 
     prompts_R: hash of each row's prompt.
-    pairs_M: number of the prompt's row, times R, plus that of the completion's row; ascending.
+    pairs_M: index of the prompt's row times R, plus index of the completion's row; ascending.
     logprobs_M: log-probability of the completion.
     """
 
@@ -187,8 +188,10 @@ class _MismatchedRows:
 
 
 def kto_objectives(parent: Path, stage: KtoStage, context: StageContext, data: Prepared) -> tuple[Kto, Kto | None]:
-    """(objective of the training rows, objective of the held-out rows if any), with the log-probabilities of the
-    reference `parent`; collective."""
+    """(objective of the training rows, objective of the held-out rows if any); collective.
+
+    The objectives have the log-probabilities under the reference `parent`.
+    """
     reference, objective = Reference(parent, stage, context, data), Kto(stage)
     known = reference.of_data(objective)
     assert not isinstance(data.train, StreamedRows), "a stage with a reference does not stream"
@@ -219,7 +222,7 @@ def _mismatched(
 
 
 class KtoTrainer(PackedTrainer):
-    """`PackedTrainer` that estimates the KL before the passes of a step. Held-out rows are one step."""
+    """`PackedTrainer` that estimates the KL before the passes of a step. All held-out rows count as one step."""
 
     def _totals(self, model: Any, examples: Sequence[Example], objective: Objective) -> Totals:
         assert isinstance(objective, Kto)

@@ -54,7 +54,7 @@ class Learner(ABC):
 
     collective: forward and backward passes contain collectives, so two passes cannot run in parallel threads.
     skips_overflow: gradients are computed in bf16 and may overflow in single steps, which are then skipped.
-    skips_in_a_row: number of successive skipped steps, up to and including the last step; 0 if the last step was made.
+    skips_in_a_row: number of successive skipped steps up to the last step; 0 if the last step was applied.
     """
 
     collective = False

@@ -43,14 +43,14 @@ class Objective(Protocol):
     """A trainer's loss.
 
     columns: columns of the data that `example` reads.
-    uses_dropout: False if the model's dropout is switched off, so that two sides are compared by the same network.
+    uses_dropout: False if the model's dropout is disabled, so that both sides of a comparison use the same network.
     """
 
     columns: tuple[str, ...]
     uses_dropout: bool
 
     def example(self, row: dict[str, Any], number: int) -> Example:
-        """The row of the data as sequences. number: of the row in its data set."""
+        """The row of the data as sequences. number: index of the row in its data set."""
 
     def measure(self, model: AnyModel, packed: PackedPass, totals: Totals) -> Measured:
         """Forward pass: loss and metrics."""
@@ -77,8 +77,10 @@ class CrossEntropy:
 
 
 class SeparateDocuments(CrossEntropy):
-    """The same for rows of several documents, each a sequence of its own: no token sees another document, and nothing
-    predicts a document's first token."""
+    """Cross entropy for rows of several documents, each of which is a sequence of its own.
+
+    No token attends to another document, and nothing predicts a document's first token.
+    """
 
     columns: tuple[str, ...] = ("input_ids", "documents")
 

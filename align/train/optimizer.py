@@ -13,9 +13,10 @@ from align.config.parts import Optimizer
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters.
 
-    Routed experts learn at learning_rate * expert_learning_rate_scale, and B factors of adapters at this rate times
+    The learning rate of routed experts is multiplied by expert_learning_rate_scale, and that of adapters' B factors by
     lora_b_learning_rate_scale. Norms, biases and other vectors have no weight decay. For a parameter partitioned by
     ZeRO-3, the shape before partitioning decides whether it is a vector.
+
     DeepSpeed requires expert-parallel parameters to be in separate parameter groups, each with the name of its process
     group.
     """

@@ -30,9 +30,8 @@ class Example:
     ids: token ids of each sequence [T].
     masks: for each sequence, True at the tokens whose log-probability the loss needs [T], never at the first token.
         Empty if the loss needs no log-probabilities.
-    shared: number of first tokens that the second sequence has in common with the first, and that the pass computes
-        once.
-    values: numbers that the loss needs besides, such as log-probabilities of the reference.
+    shared: length of the prefix that the second sequence has in common with the first; the pass computes it once.
+    values: other numbers that the loss needs, such as log-probabilities under the reference.
     """
 
     ids: tuple[Tensor, ...]
@@ -81,18 +80,18 @@ def totals_of(examples: Sequence[Example]) -> Totals:
 
 
 def common_start(first: Tensor, second: Tensor) -> int:
-    """Number of first tokens that two sequences have in common, at most all but one of the second."""
+    """Length of the common prefix of two sequences; the last token of the second never counts."""
     length = min(len(first), len(second) - 1)
     different = (first[:length] != second[:length]).nonzero()
     return int(different[0]) if len(different) else length
 
 
 def split_into_passes(sizes: Sequence[int], capacity: int, ranks: int = 1) -> list[list[int]]:
-    """Indices of the items of each pass, in their order.
+    """Indices of the items of each pass, in order.
 
-    The number of passes is that of best-fit decreasing, rounded up to a multiple of `ranks` if there are enough items,
-    so that no rank is idle. The items are then distributed evenly over the passes, if none exceeds the capacity by
-    that. An item larger than `capacity` has a pass of its own.
+    The items are distributed evenly over the passes. The number of passes is that of best-fit decreasing, rounded up to
+    a multiple of `ranks` if there are enough items, so that no rank is idle. If the even distribution would exceed the
+    capacity, the passes are those of best-fit decreasing. An item larger than `capacity` has a pass of its own.
     """
     packed = best_fit(sizes, capacity)
     wanted = min(len(sizes), math.ceil(len(packed) / ranks) * ranks)
@@ -135,8 +134,8 @@ def _fits(passes: list[list[int]], sizes: Sequence[int], capacity: int) -> bool:
 class Part(NamedTuple):
     """A rank's pass.
 
-    items: numbers of its examples.
-    counts: False if the pass repeats another rank's, because every rank runs the same number.
+    items: indices of its examples.
+    counts: False if the pass repeats another rank's pass, because every rank runs the same number of passes.
     """
 
     items: list[int]
@@ -159,7 +158,7 @@ def parts_of_rank(examples: Sequence[Example], capacity: int, rank: int, ranks: 
 class PackedPass:
     """Examples as one packed row of P tokens.
 
-    examples: the rows, in their order; the sequences of a row follow each other.
+    examples: the rows, in order; the sequences of a row are adjacent.
 
     tokens_1P: token ids.
     packing: boundaries of the S sequences.

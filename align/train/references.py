@@ -37,7 +37,7 @@ from align.train.passes import Example, PackedPass, parts_of_rank
 from align.train.steps import Examples, row_order
 
 VERSION = 1
-"""Part of the key; to be raised when the computation changes."""
+"""Part of the cache key. Increase it when the computation changes."""
 WINDOW = 1024
 """Rows that are packed together; the cache is written after each window."""
 
@@ -52,8 +52,10 @@ class ExampleRows(Protocol):
 
 @dataclass(frozen=True)
 class References:
-    """Log-probabilities of the completions of each row [rows, completions per row]; NaN for rows that the run does not
-    read. A pair has two, chosen and rejected."""
+    """Log-probabilities of the completions of each row [rows, completions per row].
+
+    A pair has two completions, chosen and rejected. Values are NaN for rows that the run does not read.
+    """
 
     train: np.ndarray
     held_out: np.ndarray | None
@@ -100,9 +102,10 @@ class Reference:
         )
 
     def of(self, split: str, rows: ExampleRows, wanted: Sequence[int], **key: str) -> np.ndarray:
-        """Log-probabilities of rows [rows, sequences per row], from the cache as far as it has them; collective.
+        """Log-probabilities of rows [rows, sequences per row]; those that the cache lacks are computed. Collective.
 
-        wanted: the rows to compute. key: identity of the rows besides the data.
+        wanted: indices of the rows that are needed.
+        key: additional parts of the cache key.
         """
         digest = hashlib.sha256(json.dumps({**self.key, "split": split, **key}, sort_keys=True).encode()).hexdigest()
         path = cache_folder(self.stage.data.cache).parent / "references" / f"{digest}.npy"

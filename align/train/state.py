@@ -37,7 +37,7 @@ def save_state(folder: Path, counters: dict[str, Any], tensors: Mapping[str, Ten
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore torch's random state; returns the counters and tensors that were passed to `save_state`."""
+    """Restore torch's random state; return the counters and tensors that were passed to `save_state`."""
     tensors = load_file(folder / TENSORS)
     torch.set_rng_state(tensors["rng"])
     others = {name.removeprefix("other."): t for name, t in tensors.items() if name.startswith("other.")}

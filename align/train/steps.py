@@ -69,7 +69,7 @@ class Steps(Sampler):
 def row_order(stage: TrainingStage, rows: Dataset | StreamedRows, seed: int) -> Any:
     """Sampler of the rows' numbers in random order; an epoch's order depends only on the seed and the epoch.
 
-    A stream is shuffled already, so its rows are read in their order.
+    A stream is shuffled already, so its rows are read in order.
     """
     if isinstance(rows, StreamedRows):
         assert stage.max_steps is not None

@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases, trackio and MLflow, through transformers' callbacks.
 
-Every stage has one run of each tracker. It receives what metrics.jsonl receives, so the names are the same in all
-stages, and the stage's settings as hyper-parameters. A resumed stage continues its runs: their ids are in
-trackers.json. An evaluate stage adds the report.
+Every stage has one run of each tracker. The run receives the values that metrics.jsonl receives, so metrics have the
+same names in all stages. It also receives the stage's settings as hyper-parameters. A resumed stage continues its runs,
+whose ids are in trackers.json. An evaluate stage adds the report.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _TrackerRun:
-    """One run of one tracker. It is opened before the callback uses it, so that the callback opens none.
+    """One run of one tracker. It is opened before the callback uses it, so that the callback does not open another.
 
     keeps_settings: True if a resumed run has its hyper-parameters already; False if each start replaces them.
     """
@@ -115,7 +115,7 @@ class _TrackerRun:
         self.open(context, ids, first_step)
 
     def open(self, context: StageContext, ids: dict[str, str], first_step: int) -> None:
-        """Open the run. ids: of the stage's runs; a tracker that chooses its own id adds it."""
+        """Open the run. ids: ids of the stage's runs; a tracker that chooses its own id adds it."""
 
     def log(self, arguments: Settings, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
         self.callback.on_log(arguments, state, control, logs=metrics)
@@ -162,8 +162,11 @@ class _Wandb(_TrackerRun):
 
 
 class _Trackio(_TrackerRun):
-    """The callback opens the run itself, and continues the one of the same name. It counts its logs instead of giving
-    the step, so that a held-out loss would shift the steps after it."""
+    """Run of trackio, which transformers' callback opens itself; it continues the run of the same name.
+
+    The callback numbers its logs instead of passing the step, so a held-out loss would shift all later steps. `log`
+    therefore calls trackio directly.
+    """
 
     keeps_settings = False
 

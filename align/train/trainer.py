@@ -41,7 +41,8 @@ WINDOW = 1024
 """Held-out rows that are packed together."""
 
 LOADS = 200
-"""Number of steps of a run at which the load of each expert is recorded, evenly spaced."""
+"""Minimum number of steps at which the load of each expert is recorded, evenly spaced. A run of fewer steps records
+every step."""
 
 LOSS = "loss"
 
@@ -86,8 +87,9 @@ def deepspeed_settings(parallel: Parallel, stage: TrainingStage, dtype: str, row
 
 
 class PackedTrainer(Trainer):
-    """transformers' Trainer for rows that are already tokenised. Its passes have no padding; optimizer and schedule are
-    the recipe's.
+    """transformers' Trainer for rows that are already tokenised.
+
+    Its passes have no padding. Optimizer and schedule are the recipe's.
 
     A step's gradient does not depend on how its rows are split into passes and over ranks, except for the router's
     balance loss:
@@ -268,7 +270,7 @@ class PackedTrainer(Trainer):
         return dict(zip(self._measured, values[:count], strict=True))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted; align/plan counts them."""
+        """Return 0: operations are not counted during training; `align plan` estimates them."""
         return 0
 
     # --- DeepSpeed, checkpoints, optimizer ----------------------------------------------------------------
@@ -304,7 +306,10 @@ class PackedTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
-        """Run an epoch; none after the last step, because transformers would train one more step in a resumed run."""
+        """Run an epoch unless all steps are done.
+
+        If a run is resumed after its last step, transformers would train one more step.
+        """
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*arguments, **named)
         else:
@@ -341,8 +346,11 @@ class PackedTrainer(Trainer):
 
 
 class StepClock:
-    """Times optimizer steps from one to the next, so that loading of data counts, but not what is between `stop` and
-    `start`: an evaluation. clock: seconds.
+    """Measures the time from the end of one optimizer step to the end of the next, so that data loading counts.
+
+    The time between `stop` and `start`, such as that of an evaluation, does not count.
+
+    clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -358,7 +366,7 @@ class StepClock:
         self._started = None
 
     def lap(self, tokens: int) -> dict[str, float]:
-        """Time and speed of the step that ends; empty if the clock was stopped. tokens: of all steps."""
+        """Time and speed of the step that ends; empty if the clock was stopped. tokens: trained in all steps so far."""
         step_tokens, self._tokens = tokens - self._tokens, tokens
         if self._started is None:
             return {}

@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without padding token one of its special tokens, the end-of-sequence token if there is one.
+    """Set the padding token of a tokenizer without one to a special token: end of sequence, if there is such a token.
 
     Any special token will do. Padding is masked by its position, never by its id, so an end-of-sequence token that is
     also the padding token stays in the loss and in the attention.
@@ -62,8 +62,10 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def train_padding_row(model: nn.Module) -> None:
-    """Let the embedding of the padding token have a gradient: it may be the end-of-sequence token, which is not padding
-    inside a conversation. Padding itself has no gradient."""
+    """Let the embedding of the padding token have a gradient.
+
+    It may be the end-of-sequence token, which is not padding inside a conversation. Padding itself has no gradient.
+    """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None

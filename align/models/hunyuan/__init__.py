@@ -1,4 +1,4 @@
-"""The Hunyuan-Large family for transformers."""
+"""The Hunyuan-Large family, as transformers models."""
 
 from align.models.hunyuan.configuration import HunYuanConfig
 from align.models.hunyuan.modeling import (

@@ -1,4 +1,4 @@
-"""HunYuan under transformers' `from_pretrained` and `save_pretrained`.
+"""Load and save HunYuan models with transformers' `from_pretrained` and `save_pretrained`.
 
 transformers' loader reads the matrices of all experts before it assembles their stack. Our loader reads each matrix
 into its slice of the stack, so no weight is in memory twice.
@@ -41,8 +41,11 @@ def conversion() -> list[WeightConverter | WeightRenaming]:
 
 
 def device_for_pieces(model: PreTrainedModel, settings: LoadStateDictConfig) -> torch.device | str | int | None:
-    """Device on which `load_pieces` puts the model; None if transformers' own loader is needed: for quantization,
-    several devices, offloading to disk, tensor parallelism, a plan of dtypes, ZeRO-3 or renamed weights."""
+    """Device on which `load_pieces` puts the model; None if transformers' own loader is needed.
+
+    It is needed for quantization, several devices, offloading to disk, tensor parallelism, a dtype plan, ZeRO-3 and
+    renamed weights.
+    """
     devices = set((settings.device_map or {"": "cpu"}).values())
     renamed = len(settings.weight_mapping or []) != len(get_model_conversion_mapping(model))
     more = renamed or settings.is_quantized or settings.device_mesh or settings.dtype_plan or len(devices) > 1

@@ -81,7 +81,7 @@ class HunYuanConfig(PreTrainedConfig):
 
     @property
     def kv_group_size(self) -> int:
-        """Consecutive layers that share one key/value cache."""
+        """Number of consecutive layers that share one key/value cache."""
         return self.cla_share_factor if self.use_cla else 1
 
     def kv_owner(self, layer: int) -> int:
@@ -114,7 +114,7 @@ def _per_layer(value: Number | list[Number], layer: int) -> Number:
 
 
 def size_problem(config: HunYuanConfig) -> str | None:
-    """The reason why a model of these sizes cannot be built; None if there is none."""
+    """The reason why a model of these sizes cannot be built; None if it can be."""
     for layer in range(config.num_hidden_layers):
         if config.top_k_in(layer) > config.experts_in(layer):
             return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"

@@ -1,4 +1,4 @@
-"""HunYuan as a model family."""
+"""The `Family` of HunYuan models."""
 
 from __future__ import annotations
 

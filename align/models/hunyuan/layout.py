@@ -64,9 +64,9 @@ class VllmPlace(NamedTuple):
     """The part of a vLLM parameter that holds a published tensor.
 
     parameter: name of the vLLM parameter.
-    projection: the published projection inside a stack or a merged layer, else empty.
-    expert: index into a stack, else None.
-    shard: name or number of the projection for the weight loader of a merged layer, else None.
+    projection: the published projection inside a stack or a merged layer, otherwise empty.
+    expert: index into a stack, otherwise None.
+    shard: name or number of the projection for the weight loader of a merged layer, otherwise None.
     """
 
     parameter: str

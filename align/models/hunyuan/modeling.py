@@ -189,9 +189,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint activations in evaluation mode too, because PPO trains in that mode; transformers' layers do so in
-        training mode only. With a key/value cache nothing is checkpointed, because the recomputation would append to
-        the cache a second time."""
+        """Checkpoint activations in evaluation mode too, because PPO trains in that mode.
+
+        transformers' layers do so in training mode only. With a key/value cache nothing is checkpointed, because the
+        recomputation would append to the cache a second time.
+        """
         if self.gradient_checkpointing and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
             return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
         return nn.Module.__call__(self, *args, **kwargs)
@@ -230,8 +232,11 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Enable non-reentrant checkpointing. Raises `ValueError` for reentrant checkpointing, which would drop the
-        gradients of the keys, values and routing that a layer returns besides the hidden state."""
+        """Enable non-reentrant checkpointing.
+
+        Raises `ValueError` for reentrant checkpointing. It would drop the gradients of the keys, values and routing
+        that a layer returns in addition to the hidden state.
+        """
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             raise ValueError("HunYuan models need gradient_checkpointing_kwargs={'use_reentrant': False}")
@@ -436,8 +441,11 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 
 
 class HunYuanForSequenceClassification(HunYuanPreTrainedModel):
-    """Trunk with a linear score head, for reward models and critics. `forward` applies the head to the last attended
-    token; the critic applies it to the token before each completion token (`models.forward`)."""
+    """Trunk with a linear score head, for reward models and critics.
+
+    `forward` applies the head to the last attended token. A critic applies it to the token before each completion token
+    (`align.models.forward`).
+    """
 
     def __init__(self, config: HunYuanConfig):
         super().__init__(config)

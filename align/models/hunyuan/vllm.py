@@ -1,8 +1,8 @@
-"""HunYuan for vLLM: the same function as `modeling.py` on vLLM's paged cache, with weights that are replaced in place.
+"""HunYuan for vLLM: the model of `modeling.py` on vLLM's paged cache, with weights that can be updated in place.
 
 Every forward pass reads the parameters themselves. vLLM's CPU layers compute with copies that they repack once, after
 the first load. The copies go stale when weights change (measured: reloading the same weights moved a log-probability by
-0.19). So linear layers, head and experts compute with their parameters, and an update is a plain `load_weights`.
+0.19). Here linear layers, head and experts compute with their parameters, so an update is a plain `load_weights`.
 
 On a CPU vLLM's fused kernel computes the routed experts if it supports them; their parameters are then stored in the
 kernel's order. Otherwise `mix_experts` computes them, as in training. On a GPU vLLM's fused kernels may be faster, but
@@ -65,8 +65,10 @@ class LiveLinear(UnquantizedLinearMethod):
 
 
 class LiveHead(UnquantizedEmbeddingMethod):
-    """As `LiveLinear`, for the output head, which may be tied to the embedding. Logits are fp32, as in the trainer:
-    rounded to bf16, they would differ from the trainer's by up to 0.4 %."""
+    """As `LiveLinear`, for the output head, which may be tied to the embedding.
+
+    Logits are fp32, as in the trainer. Rounded to bf16, they would differ from the trainer's by up to 0.4 %.
+    """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass

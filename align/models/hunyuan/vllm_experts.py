@@ -29,13 +29,14 @@ from align.models.swiglu import gated_halves
 GATE_UP, DOWN = "base_layer", "experts"
 """PEFT's names of the factors of a layer's two stacks: `mlp.experts.base_layer` and `mlp.experts`."""
 BY_ROWS = 2**19
-"""Values of an expert's matrix from which on it is stored by rows if adapters are served, because the kernel computes
-no adapters. By rows, products with single experts of this size take as long as the kernel; in the kernel's order, they
-take much longer."""
+"""Minimum number of values of an expert's matrix [D, F] for storage by rows if adapters are served.
+
+vLLM's kernel cannot apply adapters, so experts with adapters are computed one by one. At this size, products by rows
+take as long as the kernel. In the kernel's order they take much longer."""
 
 
 class StackAdapters(BaseLayerWithLoRA):
-    """The slots of vLLM's LoRA manager for one stack of experts.
+    """Adapters of one stack of experts, in the slots of vLLM's LoRA manager.
 
     inputs, outputs: Sizes of an adapter's factors on this rank.
     shard: (A [E, r, I], B [E, O, r]) of an adapter -> this rank's shards.
@@ -62,7 +63,7 @@ class StackAdapters(BaseLayerWithLoRA):
         assert self.factors is not None
         self.factors.remove(index)
         if not lora_b.any():
-            return  # also vLLM's warm-up adapter, whose rank is no multiple of the experts
+            return  # also vLLM's warm-up adapter, whose rank is not a multiple of the number of experts
         self.factors.put(index, *self.shard(*factors_by_expert(lora_a, lora_b, self.num_experts)))
 
     def reset_lora(self, index: int) -> None:
@@ -123,7 +124,7 @@ class Experts(StackAdapters):
         return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output
 
     def _slots(self, tokens: int) -> Tensor | None:
-        """Slot of each token [T], -1 for tokens without an adapter on these experts; None if there are only such."""
+        """Slot of each token [T], -1 for tokens without an adapter on these experts; None if no token has one."""
         if self.factors is None or self.base_layer.factors is None:
             return None
         held = self.factors.place.keys() | self.base_layer.factors.place.keys()
@@ -168,8 +169,10 @@ class Experts(StackAdapters):
         return torch.zeros_like(hidden_TD).index_add_(0, tokens, outputs_ND)
 
     def _product(self, rows_NI: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
-        """Product of each row with its expert's matrix, for rows sorted by expert. In the kernel's order, it is
-        computed by blocks of 16 outputs, without a copy of the matrix."""
+        """Product of each row with its expert's matrix, for rows sorted by expert.
+
+        A matrix in the kernel's order is multiplied in blocks of 16 outputs, without a copy.
+        """
         outputs, inputs = stack.shape[1:]
         result = rows_NI.new_empty(len(rows_NI), outputs)
         for rows, part, matrix in zip(rows_NI.split(counts), result.split(counts), stack, strict=True):

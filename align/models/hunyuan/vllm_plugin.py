@@ -1,4 +1,4 @@
-"""HunYuan in vLLM."""
+"""Register HunYuan with vLLM."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ ARCHITECTURE = "HunYuanForCausalLM"
 
 
 def prepare() -> None:
-    """Register the model class in this process. For a class registered by name, vLLM would start a second process to
-    inspect it."""
+    """Register the model class in this process.
+
+    The class itself is registered, because vLLM would start a second process to inspect a class registered by name.
+    """
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
@@ -21,5 +23,5 @@ def prepare() -> None:
 
 
 def register() -> None:
-    """Run the plugin from an installation whose metadata names this function as the entry point."""
+    """Call `align.rollout.vllm_plugin.register`, for an installation whose metadata still names this entry point."""
     EntryPoint("align", "align.rollout.vllm_plugin:register", "vllm.general_plugins").load()()

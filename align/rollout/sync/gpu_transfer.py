@@ -57,7 +57,7 @@ class GpuTransfer:
         self._trainer_side.shutdown()
 
     def _deliver(self, bucket: Bucket, servers: list[Server], timeout: float) -> None:
-        """Send the bucket. If a server dies in a broadcast, the others hang in it, so a failure marks all servers."""
+        """Send the bucket; mark all servers as failed if that fails, because the others hang in the same broadcast."""
         self._trainer_side.source = weight_source(bucket)
         sending = ThreadPoolExecutor(max_workers=1)
         try:

@@ -1,4 +1,4 @@
-"""New weights for vLLM's own model classes, by vLLM's layerwise reload.
+"""Update the weights of vLLM's own model classes with vLLM's layerwise reload.
 
 The reload collects the weights of a layer until it is complete, repacks them, and copies the result into the tensors
 that the layer computes with. A layer that gets too few weights keeps its old ones, and vLLM only warns; here that is an
@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from align.rollout.vllm_fixes import copy_apart, is_copied_apart, name_partial_loaders, weights_for_loaders
 
 LISTED = 3
-"""Layers that an error message names."""
+"""Maximum number of layers that an error message names."""
 
 
 class Incomplete(NamedTuple):
@@ -47,7 +47,7 @@ class Incomplete(NamedTuple):
 
 
 class LayerwiseReload:
-    """One model's weight updates, with the interface of a model class that takes weights in place.
+    """Weight updates of one model, with the interface of a model class that updates its weights in place.
 
     An update is `begin_update`, any number of calls of `load_weights`, `finish_update`. An unfinished update is
     discarded by the next `begin_update`; until an update is finished the model must not be used.
@@ -67,7 +67,7 @@ class LayerwiseReload:
         self._end_unfinished()
         self._owners = parameter_owners(self.model)
         if current_platform.is_cpu():
-            # An MoE layer that has a kernel keeps the experts that the kernel packed before.
+            # An MoE layer with an existing kernel would keep the experts that this kernel has packed.
             for module in self.model.modules():
                 if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
                     module.quant_method.moe_kernel = None
@@ -75,8 +75,10 @@ class LayerwiseReload:
         initialize_layerwise_reload(self.model)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some of the published weights. Each is copied, because vLLM keeps it until its layer is complete, when
-        the sender may have reused its memory."""
+        """Load some of the published weights.
+
+        Each is copied: vLLM keeps it until its layer is complete, and the sender may reuse the memory before.
+        """
         pieces: list[tuple[str, Tensor]] = []
         for name, tensor in weights:
             self.digests[name] = self._digest(tensor)
@@ -120,9 +122,10 @@ class LayerwiseReload:
         return found
 
     def _repack_shared(self, layer: Incomplete, unloaded: set[str]) -> bool:
-        """Repack a layer whose parameters belong to loaded layers too, such as a tied head; False if it has others.
+        """Repack a layer that shares all its parameters with loaded layers, such as a tied head.
 
-        The shared parameter is new, but what the layer packed at the start is not.
+        Returns False for any other layer. The shared parameters are updated already, but the layer's packed copy of
+        them is not.
         """
         module = self.model.get_submodule(layer.name)
         for name in layer.parameters:
@@ -133,7 +136,7 @@ class LayerwiseReload:
         return True
 
     def _end_unfinished(self) -> None:
-        """Put the tensors of an unfinished update back, so that none of its weights count in the next one."""
+        """Discard an unfinished update, so that none of its weights count in the next one."""
         layers = [get_layerwise_info(module) for module in self.model.modules()]
         if any(info.can_load() for info in layers):
             for info in layers:
@@ -153,7 +156,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def vocabulary_padding(module: nn.Module) -> int:
-    """Values in rows that vLLM adds to a rank's part of the vocabulary; no checkpoint has them."""
+    """Number of values in the padding rows of a rank's shard of the vocabulary, which no checkpoint has."""
     shard: Any = getattr(module, "shard_indices", None)
     if shard is None:
         return 0

@@ -15,15 +15,17 @@ Bucket = list[tuple[str, Tensor]]
 ROW = 1024
 """64-bit words per row in `digest`."""
 KEPT = ("correction_bias", "expert_bias")
-"""Endings of the names of tensors that keep their dtype: routers add these biases to scores that differ by less than
-the rounding of bf16."""
+"""Name suffixes of tensors that keep their dtype. Routers add these biases to scores that may differ by less than the
+rounding error of bf16."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 """Names of dtypes in the safetensors format."""
 
 
 def buckets(stream: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dtype) -> Iterator[Bucket]:
-    """Cast a stream of tensors to `dtype`, except for `KEPT`, and split it, in order, into buckets of at most `size`
-    bytes. A larger tensor is a bucket of its own."""
+    """Cast a stream of tensors to `dtype`, except for `KEPT`, and split it into buckets of at most `size` bytes.
+
+    A larger tensor is a bucket of its own.
+    """
     bucket: Bucket = []
     filled = 0
     for name, tensor in stream:

@@ -34,10 +34,10 @@ class Delivery(Protocol):
 
 
 class ToServers:
-    """`Transport` to several servers in parallel. A server that fails is marked and dropped; the update
-    continues with the others.
+    """`Transport` to several servers in parallel.
 
-    The next bucket is prepared while the servers load the previous one.
+    A server that fails is marked and dropped, and the update continues with the others. The next bucket is prepared
+    while the servers load the previous one.
     """
 
     def __init__(self, servers: list[Server], delivery: Delivery, run: str, timeout: float):
@@ -98,8 +98,10 @@ class ToServers:
 
 
 class SharedMemory:
-    """Safetensors in a file of /dev/shm that the servers map. Two files alternate: the servers read one while
-    the next bucket is written to the other."""
+    """Safetensors in a file of /dev/shm that the servers map.
+
+    Two files alternate: the servers read one while the next bucket is written to the other.
+    """
 
     def __init__(self) -> None:
         folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

@@ -32,7 +32,7 @@ from align.rollout.sync.stream import Bucket, digest
 
 
 class VerifiedTransfer:
-    """Common part of the three engines: the weights are verified at the end. Must be the first base class.
+    """Common part of the three engines: they verify the weights at the end. Must be the first base class.
 
     model: receiver of the weights. vLLM sets it to its model again when the update ends, also after an error.
     """
