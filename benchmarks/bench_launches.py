@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS, write
-from tables import launches
+from model_tables import launches
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

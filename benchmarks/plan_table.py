@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import table
+from markdown_table import table
 
 from align.config import load_recipe
 from align.plan.job import Job, jobs_of

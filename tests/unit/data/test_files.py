@@ -375,7 +375,7 @@ def test_forms_of_configurations(tmp_path: Path, configs: str, read: list[str]) 
             "data files of 'default' that are not a split and its paths",
         ),
         ("---\nconfigs: [{data_files: gone.jsonl}]\n---\n", "no file matches 'gone.jsonl', which README.md names"),
-        ("---\nconfigs: [{data_files: notes.md}]\n---\n", "notes.md: none of the formats"),
+        ("---\nconfigs: [{data_files: notes.md}]\n---\n", "notes.md: its format is none of"),
     ],
 )
 def test_damaged_configurations(tmp_path: Path, card: str, message: str) -> None:
