@@ -1,4 +1,4 @@
-"""Post-training for mixture-of-experts language models of the Hunyuan-Large family.
+"""Post-training for causal language models, dense or mixtures of experts.
 
 Importing `align` is cheap: torch and transformers are loaded by the subpackages that need them.
 """
