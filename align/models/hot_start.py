@@ -154,7 +154,7 @@ def load_dense(folder: Path) -> LlamaForCausalLM | Qwen3ForCausalLM:
 def cache_dir() -> Path:
     """Folder of converted models: $ALIGN_CACHE, or align/ in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "align"
-    return Path(os.environ.get("ALIGN_CACHE", default))
+    return Path(os.environ.get("ALIGN_CACHE") or default).expanduser()
 
 
 def embedded_source() -> Path:

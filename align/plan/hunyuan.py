@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from align.errors import UserError
 from align.plan.activations import Pass, mlp_bytes, routed_bytes
 from align.plan.sizes import LayerShape, Linears, ModelShape, Saved
 
@@ -67,9 +68,9 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
     attention = sum(hidden * size for size in outputs) + query * hidden
     if values["attention_bias"]:
         attention += sum(outputs) + hidden
-    experts = of_layer(values["num_experts"], index)
+    experts = of_layer(values, "num_experts", index)
     routed = experts > 1
-    shared = width * of_layer(values["num_shared_expert"], index) if values["use_mixed_mlp_moe"] else 0
+    shared = width * of_layer(values, "num_shared_expert", index) if values["use_mixed_mlp_moe"] else 0
     mlp_width = shared if routed else width
     bias = (2 * mlp_width + hidden if mlp_width else 0) if values["mlp_bias"] else 0
     return LayerShape(
@@ -81,7 +82,7 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
         mlp_width=mlp_width,
         expert_width=width if routed else 0,
         num_experts=experts,
-        top_k=of_layer(values["moe_topk"], index) if routed else 1,
+        top_k=of_layer(values, "moe_topk", index) if routed else 1,
         cache=2 * kv * owns,
         score_width=2 * query,
         window=None,
@@ -93,9 +94,12 @@ def _layer(values: dict[str, Any], head_dim: int, index: int, group: int) -> Lay
     )
 
 
-def of_layer(value: int | list[int], index: int) -> int:
-    """The value for one layer of a key that is one number for all layers, or a list with one number per layer."""
-    return value[index] if isinstance(value, list) else value
+def of_layer(values: Mapping[str, Any], key: str, index: int) -> int:
+    """The value of a key for one layer. It is one number for all layers, or a list with one number per layer."""
+    value = values[key]
+    if isinstance(value, list) and index >= len(value):
+        raise UserError(f"config.{key}: it has {len(value)} values, but the model has more layers; give one per layer.")
+    return int(value[index] if isinstance(value, list) else value)
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,7 @@ def _base(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         sizes |= {"vocab_size": entries} if (entries := _vocabulary(model)) else {}
         return model.preset or model.model_type or "scratch", sizes | model.config
     if isinstance(model, HotStartModel):
-        dense = SMOLLM2_135M if "/" not in model.source else _config_in(local_path(model.source))
+        dense = SMOLLM2_135M if model.source == EMBEDDED else _config_in(local_path(model.source))
         if dense is None:
             raise _not_here(model.source)
         return f"{model.source}, grown", _grown(model, dense) | model.config
@@ -413,8 +413,10 @@ def _vocabulary(model: ScratchModel) -> int | None:
     if not path.is_file():
         return None
     tokenizer = _read_json(path)
-    ids = {*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
-    return len(ids)
+    vocabulary = tokenizer["model"]["vocab"]
+    # A Unigram tokenizer has a list of [token, score]; a token's id is its place.
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return len({*ids, *(token["id"] for token in tokenizer.get("added_tokens", ()))})
 
 
 def _grown(model: HotStartModel, dense: dict[str, Any]) -> dict[str, Any]:

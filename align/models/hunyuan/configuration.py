@@ -115,6 +115,10 @@ def _per_layer(value: Number | list[Number], layer: int) -> Number:
 
 def size_problem(config: HunYuanConfig) -> str | None:
     """The reason why a model of these sizes cannot be built; None if it can be."""
+    for name in ("num_experts", "moe_topk", "num_shared_expert", "capacity_factor"):
+        values = getattr(config, name)
+        if isinstance(values, list) and len(values) < config.num_hidden_layers:
+            return f"{name} has {len(values)} values for {config.num_hidden_layers} layers"
     for layer in range(config.num_hidden_layers):
         if config.top_k_in(layer) > config.experts_in(layer):
             return f"moe_topk is {config.top_k_in(layer)}, but there are only {config.experts_in(layer)} experts"

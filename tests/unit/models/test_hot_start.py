@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.lora import Lora
 from align.errors import UserError
-from align.models.hot_start import hot_start, load_dense
+from align.models.hot_start import cache_dir, hot_start, load_dense
 from align.models.lora.adapters import add_lora, merge_lora
 from align.models.upcycling import upcycle
 from tests.near import assert_near
@@ -143,3 +144,11 @@ def test_the_experts_of_an_upcycled_qwen3_diverge(qwen) -> None:
 
 def test_qwen3_is_found_by_its_checkpoint(qwen, tmp_path) -> None:
     assert type(load_dense(tmp_path / "qwen")).__name__ == "Qwen3ForCausalLM"
+
+
+def test_the_cache_folder_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", "~/converted")
+    assert cache_dir() == Path.home() / "converted"
+    monkeypatch.setenv("ALIGN_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_dir() == Path("/somewhere/align")

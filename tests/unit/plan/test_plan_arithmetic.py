@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from align.config.lora import Lora
 from align.config.presets import PRESETS
 from align.config.recipe import Recipe
+from align.errors import UserError
 from align.models import short_attention
 from align.models.hunyuan import HunYuanConfig, HunYuanForCausalLM
+from align.models.hunyuan.configuration import size_problem
 from align.models.hunyuan.modeling import HunYuanForSequenceClassification
 from align.models.lora.adapters import add_lora
 from align.models.packing import Packing
@@ -271,3 +275,45 @@ def test_rollout_logprobs_as_old_logprobs_save_policy_passes(large: ModelShape) 
     # A GPU has eight forward passes of four completions. The policy still computes one of them.
     forward = 4 * 2048 * (2 * 51.3e9 + 4 * 64 * 6400 * 1024)
     assert operations(job, setting) - operations(reused, setting) == pytest.approx(7 * forward, rel=0.01)
+
+
+def pretraining(**model: Any) -> list[Job]:
+    data = {"train": [{"kind": "python_docs", "view": "text"}], "max_length": 64}
+    stages = {"pretrain": {"kind": "pretrain", "data": data, "max_steps": 1}}
+    return list(jobs_of(Recipe.model_validate({"name": "small", "model": model, "stages": stages}), None, None))
+
+
+def test_the_vocabulary_of_a_unigram_tokenizer_is_counted(tmp_path: Path) -> None:
+    """Its file has a list of tokens with scores, where that of BPE has ids by token."""
+    vocabularies = {"bpe": {"a": 0, "b": 1, "c": 2}, "unigram": [["a", 0.0], ["b", -1.0], ["c", -2.0]]}
+    found = []
+    for name, vocabulary in vocabularies.items():
+        (tmp_path / name).mkdir()
+        content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": 2}, {"id": 3}]}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        (job,) = pretraining(kind="scratch", preset="tiny", tokenizer=str(tmp_path / name))
+        found.append(job.members[0].shape)
+    assert found[0] == found[1]
+    assert json.loads(found[0].config)["vocab_size"] == 4
+
+
+def test_a_list_that_is_shorter_than_the_layers_is_refused() -> None:
+    tokenizer = {"vocab_size": 300, "data": [{"kind": "python_docs", "view": "text"}]}
+    with pytest.raises(UserError, match=r"config\.num_experts: it has 2 values, but the model has more layers"):
+        pretraining(kind="scratch", preset="tiny", tokenizer=tokenizer, config={"num_experts": [4, 4]})
+    config = HunYuanConfig(num_hidden_layers=3, num_experts=[4, 4])
+    assert size_problem(config) == "num_experts has 2 values for 3 layers"
+
+
+def test_a_dense_model_in_a_relative_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(sizes))
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = (
+        pretraining(kind="hot_start", source=source, experts=2)[0].members[0].shape
+        for source in ("dense", str(tmp_path / "dense"))
+    )
+    assert len(relative.layers) == 2
+    assert relative.layers == absolute.layers
