@@ -40,7 +40,7 @@ JOBS ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# Without vLLM engines and several ranks: a few minutes, for the inner loop.
+# Without vLLM engines and several ranks, for the inner loop.
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not distributed and not engine"
 
