@@ -32,9 +32,10 @@ SELECTED = 7
 READING_S = 0.3
 """Seconds that one request may spend on reading files; the page requests the rest again."""
 PACE = 100
-"""Seconds between requests for the state per CPU second of this process, so that it takes at most a hundredth of one
-core from a run on the same machine."""
+"""Seconds between requests for the state per CPU second of this process, so that it takes about a hundredth of one core
+from a run on the same machine."""
 LONGEST_WAIT_S = 10
+"""Upper bound of the wait, so that the page stays current. Above 0.1 CPU seconds per request the share is larger."""
 COMPRESS_FROM = 2000
 """Responses of at least this many bytes are compressed."""
 
